@@ -1,0 +1,105 @@
+"""What a kernel is: a plain C function over a range of work units, built lazily from a TIR template.
+
+Every kernel has the C signature
+
+    void SYMBOL(T0 *p0, ..., Tn *pn, int64_t s0, ..., int64_t sm, int64_t begin, int64_t end)
+
+pointers first, then sizes, then the half-open range of *work units* it must do. Units are independent of each other,
+so the step driver may hand any split of [0, units) to any thread, in any order. A kernel never allocates, never calls
+out, and never starts threads. Buffers are 64-byte aligned at their start; rows inside need not be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+Param = int | float | str | bool | tuple["Param", ...] | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel instance: a template function and the parameters that specialise it.
+
+    `template(machine, **params)` returns the TIR PrimFunc; it is called only when the kernel is not in the cache, so
+    creating a `Kernel` imports no tvm. The symbol is derived from the template's name and the parameters.
+    """
+
+    template: Callable[..., PrimFunc]
+    params: tuple[tuple[str, Param], ...] = ()
+    machine_key: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.template.__name__
+
+    @property
+    def symbol(self) -> str:
+        """A C identifier, unique for (template, parameters, machine)."""
+        text = json.dumps([self.template.__module__, self.name, self.params, self.machine_key])
+        return f"llmc_{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    def describe(self) -> str:
+        """`name(param=value, ...)`, for people."""
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
+
+
+def kernel(template: Callable[..., PrimFunc], machine_key: str, **params: Param) -> Kernel:
+    """A `Kernel` with its parameters in canonical order."""
+    return Kernel(template, tuple(sorted(params.items())), machine_key)
+
+
+@dataclass(frozen=True)
+class Range:
+    """A guard: the call runs only while `low <= symbol <= high` (`high` None: no upper limit)."""
+
+    symbol: str
+    low: int = 0
+    high: int | None = None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A temporary of `size` elements of `dtype` that lives during one op; shared by name among the op's calls."""
+
+    name: str
+    dtype: str
+    size: object  # Dim: a polynomial over the step's symbols
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel call in the step driver.
+
+    args: in the kernel's parameter order. Each is a `compiler.ir` Value (an operand of the op being lowered: passed as
+    its buffer's address), the string "result" (the op's result buffer), a `Scratch`, a `Packed` weight, or a Dim
+    (passed as int64).
+    units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
+    """
+
+    kernel: Kernel
+    args: tuple[object, ...]
+    units: object
+    grain: int = 1
+    when: tuple[Range, ...] = ()
+    note: str = ""
+    bytes_moved: object = 0  # Dim: bytes read and written, for profiles and explain
+    operations: object = 0  # Dim: multiply-adds counted twice
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in the byte layout its kernel wants: one array of the layout applied to one compile-time operand.
+
+    layout: a `Layout` from the target's layouts module; part: which of the arrays it yields ("data", "scales", ...).
+    """
+
+    weight: object  # Value, compile-time known
+    layout: object
+    part: str = field(default="data")

@@ -1,0 +1,37 @@
+"""What a machine is: its instruction set, vector width and caches, as data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A target machine. Equal machines produce equal code.
+
+    name: what the user asked for (`native`, `x86-64-v4`, ...). arch: the folder under targets/ that serves it.
+    mcpu: LLVM's name for the code generator. features: the ISA features that kernels may ask for, in LLVM's spelling
+    ("avx2", "avxvnni", "avx512f", "avx512vnni", "avx512bf16", "f16c", ...). vector_bits: the widest vector to use.
+    Cache sizes are bytes per core (l3: shared). The thread count is not here: it is chosen when an artifact is loaded.
+    """
+
+    name: str
+    arch: str
+    mcpu: str
+    features: frozenset[str]
+    vector_bits: int
+    l1_bytes: int = 32 << 10
+    l2_bytes: int = 1 << 20
+    l3_bytes: int = 16 << 20
+
+    def has(self, *features: str) -> bool:
+        """Whether the machine has every one of these features."""
+        return self.features.issuperset(features)
+
+    @property
+    def key(self) -> str:
+        """A short hash of everything that changes the code; part of the kernel cache's key."""
+        facts = asdict(self) | {"features": sorted(self.features), "name": ""}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
