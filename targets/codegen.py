@@ -1,0 +1,94 @@
+"""Kernels to object files: TIR through TVM's LLVM code generator, cached by content.
+
+The default TVM pipeline wraps every function in the packed calling convention, which checks arguments, needs TVM's
+runtime symbols and hides aliasing facts from LLVM. Kernels here are plain C functions, so the pipeline below stops
+before that: it lowers buffers, vectors and unrolled loops, and emits the function as it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.targets.kernel import Kernel
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    import tvm
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every source file of this room: a changed template never meets an old object file."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def cache_key(kernel: Kernel, machine: Machine) -> str:
+    """What an object file depends on: template sources, parameters, machine, TVM version."""
+    text = "\0".join((source_hash(), kernel.symbol, machine.key, metadata.version("apache-tvm")))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def llvm_target(machine: Machine) -> tvm.target.Target:
+    """TVM's target for a CPU machine."""
+    import tvm
+
+    facts: dict[str, object] = {"kind": "llvm", "mcpu": machine.mcpu, "opt-level": 3}
+    return tvm.target.Target(facts)
+
+
+def build_module(kernel: Kernel, machine: Machine) -> tvm.runtime.Module:
+    """Generate code for one kernel. The module's `inspect_source("ll" or "asm")` shows it."""
+    import tvm
+    from tvm import tirx
+
+    target = llvm_target(machine)
+    func = kernel.template(machine, **dict(kernel.params))
+    func = func.with_attr({"global_symbol": kernel.symbol, "target": target, "tirx.noalias": True})
+    passes = [
+        tirx.transform.StmtSimplify(),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.BF16ComputeLegalize(),
+        tirx.transform.VectorizeLoop(True),
+        tirx.transform.UnrollLoop(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.BF16StorageLegalize(),
+        tirx.transform.LowerIntrin(),
+    ]
+    with target:
+        module = tvm.transform.Sequential(passes)(tvm.IRModule({kernel.symbol: func}))
+        return tvm.get_global_func("target.build.llvm")(module, target)
+
+
+def compile_kernels(
+    kernels: Iterable[Kernel],
+    machine: Machine,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
+    """Object files for these kernels, in order, from the cache where they are there. `progress(done, total)`."""
+    wanted = list(kernels)
+    cache.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, item in enumerate(wanted):
+        path = cache / f"{cache_key(item, machine)}.o"
+        if not path.exists():
+            module = build_module(item, machine)
+            handle, name = tempfile.mkstemp(dir=cache, suffix=".tmp.o")
+            os.close(handle)
+            module.write_to_file(name, "o")
+            os.replace(name, path)
+        paths.append(path)
+        if progress is not None:
+            progress(index + 1, len(wanted))
+    return paths

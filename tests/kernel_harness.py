@@ -1,0 +1,51 @@
+"""Compile one kernel to a shared library and call it on numpy arrays, for kernel tests and micro-benchmarks."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from llmc.targets.codegen import compile_kernels
+from llmc.targets.kernel import Kernel
+from llmc.targets.machine import Machine
+
+CACHE = Path(tempfile.gettempdir()) / "llmc-test-kernels"
+
+
+def aligned(array: np.ndarray, alignment: int = 64) -> np.ndarray:
+    """A copy of `array` whose first byte is `alignment`-byte aligned."""
+    flat = np.zeros(array.nbytes + alignment, np.uint8)
+    start = -flat.ctypes.data % alignment
+    out = flat[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+class Compiled:
+    """A kernel as a Python callable: arrays become pointers, ints become int64."""
+
+    def __init__(self, kernel: Kernel, machine: Machine) -> None:
+        (obj,) = compile_kernels([kernel], machine, CACHE)
+        shared = obj.with_suffix(".so")
+        if not shared.exists():
+            temporary = tempfile.mktemp(dir=CACHE, suffix=".so")
+            subprocess.run(["gcc", "-shared", "-o", temporary, str(obj), "-lm"], check=True)
+            Path(temporary).rename(shared)
+        self.function = getattr(ctypes.CDLL(str(shared)), kernel.symbol)
+        self.function.restype = None
+
+    def __call__(self, *args: np.ndarray | int) -> None:
+        """Run over args; the last two are begin and end of the work-unit range."""
+        values = []
+        for arg in args:
+            if isinstance(arg, np.ndarray):
+                assert arg.flags.c_contiguous
+                assert arg.ctypes.data % 64 == 0, "use aligned()"
+                values.append(ctypes.c_void_p(arg.ctypes.data))
+            else:
+                values.append(ctypes.c_int64(int(arg)))
+        self.function(*values)
