@@ -1,0 +1,430 @@
+"""llm-level ops: the parts of a transformer that targets have kernels for."""
+
+from __future__ import annotations
+
+import numpy as np
+from llmc.compiler.ir.dims import Dim, exact_division
+from llmc.compiler.ir.elementwise import Activation, Add, Cast, Mul, Rsqrt, Sub, constant
+from llmc.compiler.ir.encoded import Encoded, Pages, decoded
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.shapes import require
+from llmc.compiler.ir.structural import Gather, Matmul, Mean, Slice, Transpose, split_exact
+from llmc.compiler.ir.types import KV, NUMPY_DTYPES, Array, Tensor, is_precise, numpy_dtype
+
+ACTIVATION_ROUNDINGS = ("f32", "bf16", "int8")
+
+
+class Embed(Op, name="llm.embed"):
+    """Rows of a table [vocabulary, features] by token id, as `dtype_name`."""
+
+    table: Value
+    ids: Value
+    dtype_name: str = "f32"
+
+    def infer(self) -> Tensor:
+        require(self.table.rank == 2, "the table must be a matrix")
+        require(self.ids.dtype in ("i32", "i64"), f"ids must be i32 or i64, not {self.ids.dtype}")
+        return Tensor((*self.ids.shape, self.table.shape[1]), self.dtype_name)
+
+    def evaluate(self, table: Array | Encoded, ids: Array) -> Array:
+        return decoded(table)[ids].astype(numpy_dtype(self.dtype_name))
+
+    def decompose(self) -> Value:
+        table: Value = self.table if self.table.tensor.encoding is None else Dequantize(self.table)
+        rows = Gather(table, self.ids, 0)
+        return rows if rows.dtype == self.dtype_name else Cast(rows, self.dtype_name)
+
+
+class Quantize(Op, name="llm.quantize"):
+    """A weight rounded to an encoding; evaluated when compiling. `search`: look for scales that minimise the error."""
+
+    w: Value
+    encoding: str
+    search: bool = True
+
+    def infer(self) -> Tensor:
+        from llmc.compiler.ir.types import parse_encoding
+
+        require(self.w.tensor.encoding is None, "the weight is already encoded")
+        return Tensor(self.w.shape, self.w.dtype, parse_encoding(self.encoding))
+
+    def evaluate(self, w: Array) -> Encoded:
+        from llmc.compiler.encodings import encode
+
+        encoding = self.tensor.encoding
+        assert encoding is not None
+        return encode(encoding, w, search=self.search)
+
+
+class Dequantize(Op, name="llm.dequantize"):
+    """The logical values of an encoded weight."""
+
+    w: Value
+
+    def infer(self) -> Tensor:
+        require(self.w.tensor.encoding is not None, "the weight is not encoded")
+        return Tensor(self.w.shape, self.w.dtype)
+
+    def evaluate(self, w: Encoded) -> Array:
+        return w.decode().astype(numpy_dtype(self.dtype))
+
+
+def round_activations(x: Array, rounding: str, group: int) -> Array:
+    """Activations [..., K] as a kernel sees them: bf16, or int8 with one f32 scale, max|x| / 127, a row and group."""
+    if rounding == "bf16":
+        return x.astype(NUMPY_DTYPES["bf16"]).astype(x.dtype)
+    if rounding != "int8":
+        return x
+    size = x.shape[-1]
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % group)])
+    groups = padded.reshape(*x.shape[:-1], -1, group)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / 127
+    if not is_precise():
+        scale = scale.astype(np.float32)
+    q = np.round(groups / np.where(scale == 0, 1, scale))
+    return np.asarray((q * scale).reshape(padded.shape)[..., :size], x.dtype)
+
+
+def _group_of(weight: Value) -> int:
+    encoding = weight.tensor.encoding
+    return int(getattr(encoding, "group", 0)) or 64
+
+
+class Linear(Op, name="llm.linear"):
+    """activation(x @ w.T + bias) + residual; w is [outputs, inputs], accumulated in f32.
+
+    `rounding` says what the activations are rounded to in front of the product (see `round_activations`).
+    """
+
+    x: Value
+    w: Value
+    bias: Value | None = None
+    residual: Value | None = None
+    activation: str = ""
+    rounding: str = "f32"
+
+    def infer(self) -> Tensor:
+        require(self.w.rank == 2, "the weight must be a matrix")
+        require(self.x.shape[-1] == self.w.shape[1], f"{self.x.shape[-1]} features meet {self.w.shape[1]} inputs")
+        require(self.rounding in ACTIVATION_ROUNDINGS, f"unknown rounding {self.rounding!r}")
+        shape = (*self.x.shape[:-1], self.w.shape[0])
+        if self.bias is not None:
+            require(self.bias.shape == (self.w.shape[0],), f"bias of {self.bias.shape}, outputs {self.w.shape[0]}")
+        if self.residual is not None:
+            require(self.residual.shape == shape, f"residual of {self.residual.shape}, result {shape}")
+        return Tensor(shape, self.x.dtype)
+
+    def evaluate(self, x: Array, w: Array | Encoded, bias: Array | None, residual: Array | None) -> Array:
+        wide = np.float64 if is_precise() else np.float32
+        rounded = round_activations(x, self.rounding, _group_of(self.w)).astype(wide)
+        y = rounded @ decoded(w).astype(wide).T
+        if bias is not None:
+            y = y + bias.astype(wide)
+        if self.activation:
+            from llmc.compiler.ir.elementwise import ACTIVATIONS
+
+            y = ACTIVATIONS[self.activation](y)
+        if residual is not None:
+            y = y + residual.astype(wide)
+        return np.asarray(y, x.dtype)
+
+    def decompose(self) -> Value | None:
+        if self.rounding != "f32":
+            return None
+        weight: Value = self.w if self.w.tensor.encoding is None else Dequantize(self.w)
+        if weight.dtype != self.x.dtype:
+            weight = Cast(weight, self.x.dtype)
+        y: Value = Matmul(self.x, Transpose(weight, (1, 0)))
+        if self.bias is not None:
+            y = Add(y, self.bias if self.bias.dtype == y.dtype else Cast(self.bias, y.dtype))
+        if self.activation:
+            y = Activation(y, self.activation)
+        return y if self.residual is None else Add(y, self.residual)
+
+
+class GatedLinear(Op, name="llm.gated_linear"):
+    """activation(x @ gate.T + b0) * (x @ up.T + b1), where w = [gate; up] is [2 * outputs, inputs] (Shazeer 2020)."""
+
+    x: Value
+    w: Value
+    bias: Value | None = None
+    activation: str = "silu"
+    rounding: str = "f32"
+
+    def infer(self) -> Tensor:
+        require(self.w.rank == 2, "the weight must be a matrix")
+        require(self.x.shape[-1] == self.w.shape[1], f"{self.x.shape[-1]} features meet {self.w.shape[1]} inputs")
+        return Tensor((*self.x.shape[:-1], split_exact(self.w.shape[0], 2)), self.x.dtype)
+
+    def evaluate(self, x: Array, w: Array | Encoded, bias: Array | None) -> Array:
+        from llmc.compiler.ir.elementwise import ACTIVATIONS
+
+        wide = np.float64 if is_precise() else np.float32
+        y = round_activations(x, self.rounding, _group_of(self.w)).astype(wide) @ decoded(w).astype(wide).T
+        if bias is not None:
+            y = y + bias.astype(wide)
+        gate, up = np.split(y, 2, axis=-1)
+        return np.asarray(ACTIVATIONS[self.activation](gate) * up, x.dtype)
+
+    def decompose(self) -> Value:
+        y = Linear(self.x, self.w, self.bias, None, "", self.rounding)
+        half = self.shape[-1]
+        gate = Slice(y, -1 % y.rank, 0, half)
+        up = Slice(y, -1 % y.rank, half, half * 2)
+        return Mul(Activation(gate, self.activation), up)
+
+
+class RMSNorm(Op, name="llm.rms_norm"):
+    """x / sqrt(mean(x^2, -1) + eps) * (w + offset), accumulated in f32 (Zhang and Sennrich 2019)."""
+
+    x: Value
+    w: Value | None
+    eps: float
+    offset: float = 0.0
+
+    def infer(self) -> Tensor:
+        if self.w is not None:
+            require(self.w.shape == self.x.shape[-1:], f"weight of {self.w.shape} for rows of {self.x.shape[-1]}")
+        return Tensor(self.x.shape, self.x.dtype)
+
+    def evaluate(self, x: Array, w: Array | None) -> Array:
+        wide = x.astype(np.float64 if is_precise() else np.float32)
+        y = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return np.asarray(y if w is None else y * (w.astype(wide.dtype) + self.offset), x.dtype)
+
+    def decompose(self) -> Value:
+        x = self.x if self.x.dtype == "f32" else Cast(self.x, "f32")
+        mean = Mean(Mul(x, x), (x.rank - 1,))
+        y: Value = Mul(x, Rsqrt(Add(mean, constant(self.eps, "f32"))))
+        if self.w is not None:
+            w: Value = self.w if self.w.dtype == "f32" else Cast(self.w, "f32")
+            y = Mul(y, Add(w, constant(self.offset, "f32")) if self.offset else w)
+        return y if self.dtype == "f32" else Cast(y, self.dtype)
+
+
+class LayerNorm(Op, name="llm.layer_norm"):
+    """(x - mean) / sqrt(variance + eps) * w + b over the last axis, in f32 (Ba et al. 2016)."""
+
+    x: Value
+    w: Value | None
+    b: Value | None
+    eps: float
+
+    def infer(self) -> Tensor:
+        for value in (self.w, self.b):
+            if value is not None:
+                require(value.shape == self.x.shape[-1:], f"{value.shape} for rows of {self.x.shape[-1]}")
+        return Tensor(self.x.shape, self.x.dtype)
+
+    def evaluate(self, x: Array, w: Array | None, b: Array | None) -> Array:
+        wide = x.astype(np.float64 if is_precise() else np.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        y = y if w is None else y * w.astype(wide.dtype)
+        return np.asarray(y if b is None else y + b.astype(wide.dtype), x.dtype)
+
+    def decompose(self) -> Value:
+        x = self.x if self.x.dtype == "f32" else Cast(self.x, "f32")
+        axes = (x.rank - 1,)
+        centred = Sub(x, Mean(x, axes))
+        variance = Mean(Mul(centred, centred), axes)
+        y: Value = Mul(centred, Rsqrt(Add(variance, constant(self.eps, "f32"))))
+        if self.w is not None:
+            y = Mul(y, self.w if self.w.dtype == "f32" else Cast(self.w, "f32"))
+        if self.b is not None:
+            y = Add(y, self.b if self.b.dtype == "f32" else Cast(self.b, "f32"))
+        return y if self.dtype == "f32" else Cast(y, self.dtype)
+
+
+class RopeAngles(Op, name="llm.rope_angles"):
+    """[T, 2, pairs]: scale * cos and scale * sin of position * frequency, for positions [T] and frequencies [pairs]."""
+
+    positions: Value
+    frequencies: Value
+    scale: float = 1.0
+
+    def infer(self) -> Tensor:
+        require(self.positions.rank == 1 and self.frequencies.rank == 1, "needs positions [T] and frequencies [pairs]")
+        return Tensor((self.positions.shape[0], 2, self.frequencies.shape[0]), "f32")
+
+    def evaluate(self, positions: Array, frequencies: Array) -> Array:
+        wide = numpy_dtype("f32")
+        angles = positions.astype(wide)[:, None] * frequencies.astype(wide)[None, :]
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1) * wide.type(self.scale)
+
+
+class Rope(Op, name="llm.rope"):
+    """Rotary position embedding of x [T, heads, dim] (Su et al. 2021) by angles [T, 2, pairs].
+
+    The first 2 * pairs channels turn, the rest pass. Channel i pairs with i + pairs (half), or 2i with 2i + 1
+    (interleaved): a' = a cos - b sin, b' = b cos + a sin.
+    """
+
+    x: Value
+    angles: Value
+    interleaved: bool = False
+
+    def infer(self) -> Tensor:
+        require(self.x.rank == 3, f"needs x [T, heads, dim], not rank {self.x.rank}")
+        require(self.angles.rank == 3 and self.angles.shape[1] == 2, "needs angles [T, 2, pairs]")
+        require(self.x.shape[0] == self.angles.shape[0], "x and angles have different token counts")
+        pairs, dim = self.angles.shape[2], self.x.shape[2]
+        require(isinstance(pairs, int) and isinstance(dim, int) and 2 * pairs <= dim, "more angles than channels")
+        return Tensor(self.x.shape, self.x.dtype)
+
+    def evaluate(self, x: Array, angles: Array) -> Array:
+        pairs = angles.shape[2]
+        cos, sin = angles[:, None, 0], angles[:, None, 1]
+        turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        if self.interleaved:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            result = np.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+        else:
+            a, b = turned[..., :pairs], turned[..., pairs:]
+            result = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        return np.concatenate([result, rest], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    first: int,
+    *,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    sinks: Array | None,
+    slopes: Array | None,
+) -> Array:
+    """One sequence: queries [n, heads, dim] at positions first... over keys and values [S, kv_heads, dim]."""
+    wide = np.float64 if is_precise() else np.float32
+    group = q.shape[1] // k.shape[1]
+    keys = np.repeat(k.astype(wide), group, axis=1)
+    values = np.repeat(v.astype(wide), group, axis=1)
+    scores = np.einsum("qhd,khd->hqk", q.astype(wide), keys) * wide(scale)
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
+    query_at = first + np.arange(q.shape[0])[:, None]
+    key_at = np.arange(k.shape[0])[None, :]
+    if slopes is not None:
+        scores = scores + slopes.astype(wide)[:, None, None] * (key_at - query_at)
+    visible = np.ones((q.shape[0], k.shape[0]), bool)
+    if causal:
+        visible &= key_at <= query_at
+    if window:
+        visible &= key_at > query_at - window
+    scores = np.where(visible, scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    if sinks is not None:
+        top = np.maximum(top, sinks.astype(wide)[:, None, None])
+    top = np.where(np.isfinite(top), top, 0)
+    e = np.exp(scores - top)
+    total = e.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sinks.astype(wide)[:, None, None] - top)
+    return np.asarray(np.einsum("hqk,khd->qhd", e / np.where(total == 0, 1, total), values), q.dtype)
+
+
+class Attention(Op, name="llm.attention"):
+    """Softmax attention of q [..., T, heads, dim] over k and v [..., S, kv_heads, dim].
+
+    softmax(scale * q k (capped: softcap * tanh(s / softcap)) + slope * (key - query position)) v; heads share key
+    heads in groups. causal: a query sees keys up to its own position (the last query is at the last key). window: and
+    only the last `window` of them. sinks [heads]: logits that join the denominator only.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    sinks: Value | None = None
+    slopes: Value | None = None
+    scale: float = 1.0
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+
+    def infer(self) -> Tensor:
+        require(self.q.rank == self.k.rank == self.v.rank >= 3, "needs q, k, v of one rank, at least 3")
+        require(self.q.shape[-1] == self.k.shape[-1], "queries and keys have different sizes")
+        require(self.k.shape[:-1] == self.v.shape[:-1], "keys and values have different shapes")
+        heads, kv_heads = self.q.shape[-2], self.k.shape[-2]
+        require(exact_division(heads, kv_heads) is not None, f"{heads} heads over {kv_heads} key heads")
+        return Tensor((*self.q.shape[:-1], self.v.shape[-1]), self.q.dtype)
+
+    def evaluate(self, q: Array, k: Array, v: Array, sinks: Array | None, slopes: Array | None) -> Array:
+        flat_q = q.reshape(-1, *q.shape[-3:])
+        flat_k = k.reshape(-1, *k.shape[-3:])
+        flat_v = v.reshape(-1, *v.shape[-3:])
+        rows = [
+            attend(
+                a, b, c, b.shape[0] - a.shape[0],
+                scale=self.scale, causal=self.causal, window=self.window, softcap=self.softcap,
+                sinks=sinks, slopes=slopes,
+            )
+            for a, b, c in zip(flat_q, flat_k, flat_v, strict=True)
+        ]  # fmt: skip
+        return np.stack(rows).reshape(*q.shape[:-1], v.shape[-1])
+
+
+class KVAppend(Op, name="llm.kv_append"):
+    """The next version of a cache, with keys [T, heads, dim] and values [T, heads, dim] at slots [T]."""
+
+    cache: Value
+    k: Value
+    v: Value
+    slots: Value
+
+    def infer(self) -> KV:
+        kind = self.cache.kv
+        require(self.k.shape[1:] == (kind.heads, kind.key_dim), f"keys of {self.k.shape} for {kind}")
+        require(self.v.shape[1:] == (kind.heads, kind.value_dim), f"values of {self.v.shape} for {kind}")
+        require(self.slots.shape == self.k.shape[:1] == self.v.shape[:1], "one slot a token")
+        return kind
+
+    def evaluate(self, cache: Pages, k: Array, v: Array, slots: Array) -> Pages:
+        return cache.append(k, v, slots)
+
+
+class PagedAttention(Op, name="llm.paged_attention"):
+    """Causal attention of q [T, heads, dim] over a paged cache, each token over its own sequence.
+
+    tiles i32[Q, 4]: (sequence, first row, rows, position of the first row); block_table i32[B, M]: pages of each
+    sequence. The other parts are `llm.attention`'s.
+    """
+
+    q: Value
+    cache: Value
+    tiles: Value
+    block_table: Value
+    sinks: Value | None = None
+    slopes: Value | None = None
+    scale: float = 1.0
+    window: int = 0
+    softcap: float = 0.0
+
+    def infer(self) -> Tensor:
+        kind = self.cache.kv
+        require(self.q.rank == 3 and self.q.shape[2] == kind.key_dim, f"queries of {self.q.shape} for {kind}")
+        require(exact_division(self.q.shape[1], kind.heads) is not None, "heads do not split over key heads")
+        return Tensor((*self.q.shape[:2], kind.value_dim), self.q.dtype)
+
+    def evaluate(
+        self, q: Array, cache: Pages, tiles: Array, block_table: Array, sinks: Array | None, slopes: Array | None
+    ) -> Array:
+        out = np.zeros((*q.shape[:2], cache.values.shape[3]), q.dtype)
+        for sequence, row, count, position in tiles.tolist():
+            k, v = cache.sequence(block_table[sequence], position + count)
+            out[row : row + count] = attend(
+                q[row : row + count], k, v, position,
+                scale=self.scale, causal=True, window=self.window, softcap=self.softcap, sinks=sinks, slopes=slopes,
+            )  # fmt: skip
+        return out
+
+
+def static(dim: int | Dim) -> int:
+    """A size that must be known when compiling."""
+    require(isinstance(dim, int), f"size {dim} must be known when compiling")
+    assert isinstance(dim, int)
+    return dim

@@ -1,0 +1,303 @@
+"""t-level ops that move elements, reduce them or multiply matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any as Anything
+from typing import ClassVar
+
+import numpy as np
+from llmc.compiler.ir.dims import Dim, exact_division, known_at_most, product
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype
+from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor, numpy_dtype
+
+
+class Iota(Op, name="t.iota"):
+    """0, 1, ..., size - 1."""
+
+    size: int | Dim
+    dtype_name: str = "i64"
+
+    def infer(self) -> Tensor:
+        return Tensor((self.size,), self.dtype_name)
+
+    def evaluate(self) -> Array:
+        return np.arange(self.size, dtype=numpy_dtype(self.dtype_name))
+
+
+class Reshape(Op, name="t.reshape"):
+    """The same elements, row-major, in another shape with as many elements."""
+
+    x: Value
+    to: tuple[int | Dim, ...]
+
+    def infer(self) -> Tensor:
+        require(
+            product(self.x.shape) == product(self.to),
+            f"cannot reshape {list(self.x.shape)} to {list(self.to)}: different element counts",
+        )
+        return Tensor(self.to, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        return x.reshape(self.to)
+
+
+class Transpose(Op, name="t.transpose"):
+    """Axes permuted: result axis i is operand axis permutation[i]."""
+
+    x: Value
+    permutation: tuple[int, ...]
+
+    def infer(self) -> Tensor:
+        require(
+            sorted(self.permutation) == list(range(self.x.rank)),
+            f"{self.permutation} is no permutation of {self.x.rank} axes",
+        )
+        return Tensor(tuple(self.x.shape[i] for i in self.permutation), self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        return x.transpose(self.permutation)
+
+
+class Broadcast(Op, name="t.broadcast"):
+    """The operand repeated along axes of size 1 and new leading axes."""
+
+    x: Value
+    to: tuple[int | Dim, ...]
+
+    def infer(self) -> Tensor:
+        require(broadcast_shapes(self.x.shape, self.to) == self.to, f"{self.x.shape} does not broadcast to {self.to}")
+        return Tensor(self.to, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        return np.broadcast_to(x, self.to)
+
+
+class Slice(Op, name="t.slice"):
+    """Elements start, start + step, ... below stop along one axis."""
+
+    x: Value
+    axis: int
+    start: int | Dim
+    stop: int | Dim
+    step: int = 1
+
+    def infer(self) -> Tensor:
+        axis = axis_of(self.axis, self.x.rank)
+        size = self.x.shape[axis]
+        require(known_at_most(0, self.start) and known_at_most(self.start, self.stop), "needs 0 <= start <= stop")
+        require(known_at_most(self.stop, size), f"stop {self.stop} is beyond the axis of {size}")
+        require(self.step >= 1, "needs a positive step")
+        length = (self.stop - self.start + (self.step - 1)) // self.step
+        return Tensor((*self.x.shape[:axis], length, *self.x.shape[axis + 1 :]), self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        index = [slice(None)] * x.ndim
+        index[self.axis] = slice(self.start, self.stop, self.step)
+        return x[tuple(index)]
+
+
+class Concat(Op, name="t.concat"):
+    """Operands one after another along one axis."""
+
+    xs: tuple[Value, ...]
+    axis: int
+
+    def infer(self) -> Tensor:
+        require(len(self.xs) > 0, "needs at least one operand")
+        dtype = require_same_dtype(*self.xs)
+        axis = axis_of(self.axis, self.xs[0].rank)
+        shape = list(self.xs[0].shape)
+        for other in self.xs[1:]:
+            same = len(other.shape) == len(shape) and all(
+                a == b for i, (a, b) in enumerate(zip(other.shape, shape, strict=True)) if i != axis
+            )
+            require(same, f"shapes {self.xs[0].shape} and {other.shape} differ outside axis {axis}")
+            shape[axis] = shape[axis] + other.shape[axis]
+        return Tensor(tuple(shape), dtype)
+
+    def evaluate(self, *xs: Array) -> Array:
+        return np.concatenate(xs, axis=self.axis)
+
+
+class Pad(Op, name="t.pad"):
+    """`low` and `high` constant elements before and after each axis."""
+
+    x: Value
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+    value: float = 0.0
+
+    def infer(self) -> Tensor:
+        require(len(self.low) == len(self.high) == self.x.rank, "needs one low and one high per axis")
+        require(min((*self.low, *self.high), default=0) >= 0, "padding cannot be negative")
+        shape = tuple(d + a + b for d, a, b in zip(self.x.shape, self.low, self.high, strict=True))
+        return Tensor(shape, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        return np.pad(x, tuple(zip(self.low, self.high, strict=True)), constant_values=np.asarray(self.value, x.dtype))
+
+
+class Gather(Op, name="t.gather"):
+    """Slices of x along an axis by index: the axis is replaced by the indices' shape. Negative indices wrap."""
+
+    x: Value
+    indices: Value
+    axis: int = 0
+
+    def infer(self) -> Tensor:
+        require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
+        axis = axis_of(self.axis, self.x.rank)
+        shape = (*self.x.shape[:axis], *self.indices.shape, *self.x.shape[axis + 1 :])
+        return Tensor(shape, self.x.dtype)
+
+    def evaluate(self, x: Array, indices: Array) -> Array:
+        return np.take(x, indices, axis=self.axis)
+
+
+class GatherElements(Op, name="t.gather_elements"):
+    """result[i][j] = x[indices[i][j]][j] for axis 0, and so on."""
+
+    x: Value
+    indices: Value
+    axis: int
+
+    def infer(self) -> Tensor:
+        require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
+        require(self.indices.rank == self.x.rank, "indices must have the operand's rank")
+        return Tensor(self.indices.shape, self.x.dtype)
+
+    def evaluate(self, x: Array, indices: Array) -> Array:
+        return np.take_along_axis(x, indices.astype(np.int64), self.axis)
+
+
+class Cumsum(Op, name="t.cumsum"):
+    """Running sum along an axis."""
+
+    x: Value
+    axis: int
+
+    def infer(self) -> Tensor:
+        axis_of(self.axis, self.x.rank)
+        return Tensor(self.x.shape, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        return np.cumsum(x, axis=self.axis, dtype=x.dtype)
+
+
+class Reduce(Op):
+    """Base: `function` over axes, which become 1 (keep) or vanish."""
+
+    x: Value
+    axes: tuple[int, ...]
+    keep: bool = True
+    function: ClassVar[Callable[..., Anything]]
+
+    def infer(self) -> Tensor:
+        axes = {axis_of(axis, self.x.rank) for axis in self.axes}
+        shape: Shape = tuple(
+            1 if i in axes else dim for i, dim in enumerate(self.x.shape) if self.keep or i not in axes
+        )
+        return Tensor(shape, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        wide = x.astype(np.float32) if x.dtype.itemsize == 2 else x
+        return np.asarray(type(self).function(wide, axis=self.axes, keepdims=self.keep), x.dtype)
+
+
+class Sum(Reduce, name="t.sum"):
+    """Sum."""
+
+    function = staticmethod(np.sum)
+
+
+class Mean(Reduce, name="t.mean"):
+    """Arithmetic mean."""
+
+    function = staticmethod(np.mean)
+
+
+class Max(Reduce, name="t.max"):
+    """Largest element."""
+
+    function = staticmethod(np.max)
+
+
+class Min(Reduce, name="t.min"):
+    """Smallest element."""
+
+    function = staticmethod(np.min)
+
+
+class Any(Reduce, name="t.any"):
+    """Whether any element holds."""
+
+    function = staticmethod(np.any)
+
+
+class All(Reduce, name="t.all"):
+    """Whether every element holds."""
+
+    function = staticmethod(np.all)
+
+
+class Argmax(Op, name="t.argmax"):
+    """The index of the first largest element along an axis, which vanishes."""
+
+    x: Value
+    axis: int
+
+    def infer(self) -> Tensor:
+        axis = axis_of(self.axis, self.x.rank)
+        return Tensor((*self.x.shape[:axis], *self.x.shape[axis + 1 :]), "i64")
+
+    def evaluate(self, x: Array) -> Array:
+        return np.argmax(x, axis=self.axis)
+
+
+class Softmax(Op, name="t.softmax"):
+    """exp(x) / sum(exp(x)) along an axis, computed after subtracting the maximum."""
+
+    x: Value
+    axis: int
+
+    def infer(self) -> Tensor:
+        axis_of(self.axis, self.x.rank)
+        require(self.x.dtype in FLOATS, f"needs floats, not {self.x.dtype}")
+        return Tensor(self.x.shape, self.x.dtype)
+
+    def evaluate(self, x: Array) -> Array:
+        wide = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
+        e = np.exp(wide - wide.max(axis=self.axis, keepdims=True))
+        return np.asarray(e / e.sum(axis=self.axis, keepdims=True), x.dtype)
+
+
+class Matmul(Op, name="t.matmul"):
+    """Matrix product over the last two axes, leading axes broadcast; accumulated in f32 or wider."""
+
+    a: Value
+    b: Value
+
+    def infer(self) -> Tensor:
+        dtype = require_same_dtype(self.a, self.b)
+        require(self.a.rank >= 2 and self.b.rank >= 2, "needs matrices (rank 2 or more)")
+        require(
+            self.a.shape[-1] == self.b.shape[-2],
+            f"inner sizes differ: {list(self.a.shape)} times {list(self.b.shape)}",
+        )
+        leading = broadcast_shapes(self.a.shape[:-2], self.b.shape[:-2])
+        return Tensor((*leading, self.a.shape[-2], self.b.shape[-1]), dtype)
+
+    def evaluate(self, a: Array, b: Array) -> Array:
+        if a.dtype.kind in "iu" or a.dtype == np.float64:
+            return np.matmul(a, b)
+        return np.asarray(np.matmul(a.astype(np.float32), b.astype(np.float32)), a.dtype)
+
+
+def split_exact(size: int | Dim, parts: int) -> int | Dim:
+    """`size / parts`, IRError when that is not a whole size."""
+    quotient = exact_division(size, parts)
+    require(quotient is not None, f"{size} does not split into {parts} equal parts")
+    assert quotient is not None
+    return quotient

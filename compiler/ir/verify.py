@@ -1,0 +1,51 @@
+"""Check that a graph obeys the IR's rules: types re-infer, inputs are declared, levels are legal, caches are linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import REGISTRY, Input, Op
+from llmc.compiler.ir.types import KV
+
+from llmc.errors import IRError
+
+
+def verify(graph: Graph, levels: Iterable[str] = ("t", "llm", "k")) -> None:
+    """Raise IRError naming the first op or input that breaks a rule. `levels`: op prefixes that may appear."""
+    allowed = frozenset(levels)
+    declared = set(graph.inputs)
+    names = [value.name for value in graph.inputs]
+    if len(set(names)) != len(names):
+        raise IRError(f"graph {graph.name}: two inputs have one name")
+    output_names = [name for name, _ in graph.outputs]
+    if len(set(output_names)) != len(output_names):
+        raise IRError(f"graph {graph.name}: two outputs have one name")
+    for op in graph.ops:
+        if REGISTRY.get(op.name) is not type(op):
+            raise IRError(f"{op.name} is not a registered op")
+        if op.level not in allowed:
+            raise IRError(f"{op.name} is not legal here: only {', '.join(sorted(allowed))} ops are")
+        if op.infer() != op.type:
+            raise IRError(f"{op.name} says it gives {op.type}, its operands make that {op.infer()}")
+        for operand in op.operands:
+            if isinstance(operand, Input) and operand not in declared:
+                raise IRError(f"{op.name} uses input {operand.name}, which graph {graph.name} does not declare")
+    _verify_caches(graph)
+
+
+def _verify_caches(graph: Graph) -> None:
+    """Each version of a cache is appended to at most once."""
+    for value, users in graph.users.items():
+        if isinstance(value.type, KV):
+            appends = [op for op in users if isinstance(op.type, KV)]
+            if len(appends) > 1:
+                raise IRError(f"a cache version of type {value.type} is appended to {len(appends)} times: branches")
+
+
+def values_by_level(graph: Graph) -> dict[str, list[Op]]:
+    """Ops grouped by level, for reports."""
+    groups: dict[str, list[Op]] = {}
+    for op in graph.ops:
+        groups.setdefault(op.level, []).append(op)
+    return groups
