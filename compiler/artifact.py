@@ -1,0 +1,419 @@
+"""Write an artifact: a shared library with the manifest, the tokenizer and the weights appended as ELF sections.
+
+The loadable part is an ordinary `.so` and stays byte for byte what the linker made, but for the three fields of its
+header that say where the section table is. Everything else is appended: data, a new table of section names, a new
+section table, and last a *seal*. `dlopen` never looks at any of it; `readelf -S` shows it.
+
+The file is a row of parts without gaps, each named with its place and hash in the seal:
+
+    library | .llmc.weights | .llmc.tokenizer | .llmc.manifest | section table | seal
+
+    seal = JSON {"schema": 1, "parts": [{"name", "offset", "bytes", "extent", "hash"}, ...]}
+           + SHA-256 of that JSON (32 bytes) + its length (u64, little endian) + "LLMCSEAL"
+
+`bytes` is the content, `extent` the content and the padding behind it. A part's hash covers its extent: SHA-256 for
+all parts but the weights, which have SHA-256 of their chunk hashes (`WeightHash`), because they must be checked at
+every load in a few milliseconds. That finds damage, not malice.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.errors import ArtifactError
+
+SEAL_SCHEMA = 1
+SEAL_MAGIC = b"LLMCSEAL"
+MANIFEST = ".llmc.manifest"
+TOKENIZER = ".llmc.tokenizer"
+WEIGHTS = ".llmc.weights"
+SEAL = ".llmc.seal"
+PAGE = 4096
+
+HASH_CHUNK = 4 << 20
+HASH_LANES = 1024
+_BLOCK = 8 * HASH_LANES
+_LANE_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FOLD_FACTOR = 0xD6E8FEB86659FD93
+_MASK = (1 << 64) - 1
+
+_SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")  # name, type, flags, address, offset, size, link, info, align, entry
+_SHT_PROGBITS = 1
+
+
+def hash_chunk(data: bytes | memoryview) -> int:
+    """The 64-bit hash of at most HASH_CHUNK bytes: the same as `hash_chunk` in runtime/pool.c.
+
+    1024 lanes each take every 1024th word; then the lanes are folded into one. Every step is a bijection of the word
+    it takes in, so one changed word always changes the result.
+    """
+    count = len(data)
+    padded = np.zeros(-(-count // _BLOCK) * _BLOCK, np.uint8)
+    padded[:count] = np.frombuffer(data, np.uint8)
+    lanes = np.arange(HASH_LANES, dtype=np.uint64)
+    high = np.empty_like(lanes)
+    shift = np.uint64(32)
+    for words in padded.view("<u8").reshape(-1, HASH_LANES):
+        np.bitwise_xor(lanes, words, out=lanes)
+        np.multiply(lanes, _LANE_FACTOR, out=lanes)
+        np.right_shift(lanes, shift, out=high)
+        np.bitwise_xor(lanes, high, out=lanes)
+    total = count
+    for lane in lanes.tolist():
+        total = ((total ^ lane) * _FOLD_FACTOR) & _MASK
+        total ^= total >> 32
+    return total
+
+
+class WeightHash:
+    """The hash of the weights as they stream by: SHA-256 of the 64-bit hashes of their 4 MiB chunks."""
+
+    def __init__(self) -> None:
+        self._chunk = bytearray(HASH_CHUNK)
+        self._filled = 0
+        self._digest = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        while len(data):
+            count = min(HASH_CHUNK - self._filled, len(data))
+            self._chunk[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == HASH_CHUNK:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._digest.update(struct.pack("<Q", hash_chunk(memoryview(self._chunk)[: self._filled])))
+        self._filled = 0
+
+    def hexdigest(self) -> str:
+        """Ends the stream."""
+        if self._filled:
+            self._flush()
+        return self._digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    offset: int
+    bytes: int
+    extent: int
+    hash: str
+
+
+@dataclass(frozen=True)
+class _Section:
+    name: str
+    offset: int
+    bytes: int
+    align: int
+
+
+class ArtifactWriter:
+    """Writes one artifact, all or nothing.
+
+    Everything goes to a temporary file beside `path`, which takes the place of `path` only when the `with` block ends
+    without an error and all bytes are on the disk. Until then an older artifact stays as it was, and two writers of the
+    same path do not meet: the one that ends last wins.
+
+        with ArtifactWriter(path, library) as writer:
+            writer.begin_weights()
+            offset = writer.append(array)        # as often as needed; the array may be freed at once
+            writer.add_section(TOKENIZER, data)
+            writer.add_manifest({...})
+    """
+
+    def __init__(self, path: Path | str, library: Path | str) -> None:
+        self.path = Path(path)
+        self.library = Path(library)
+        self._parts: list[_Part] = []
+        self._sections: list[_Section] = []
+        self._descriptor = -1
+        self._temporary = self.path
+        self._position = 0
+        self._weights_start: int | None = None
+        self._weights_hash: WeightHash | None = None
+
+    def __enter__(self) -> ArtifactWriter:
+        with self._clear_errors():
+            loadable = self.library.read_bytes()
+            _check_library(loadable, self.library)
+            if self.path.is_dir():
+                raise ArtifactError(f"cannot write {self.path}: it is a folder; give a file name with -o")
+            _remove_stale(self.path)
+            self._descriptor, self._temporary = _create_locked(self.path)
+        try:
+            self._loadable = loadable
+            self._write(loadable)
+            self._pad(8)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with self._clear_errors():
+                    self._finish()
+        finally:
+            self._discard()
+
+    def begin_weights(self) -> None:
+        """Starts the weights: `append` may follow, until another section or the end of the `with` block."""
+        if self._weights_start is not None or any(section.name == WEIGHTS for section in self._sections):
+            raise ArtifactError("an artifact has one weights section")
+        self._pad(PAGE)
+        self._weights_start = self._position
+        self._weights_hash = WeightHash()
+
+    def append(self, array: NDArray[np.generic] | bytes, align: int = 64) -> int:
+        """Appends an array's bytes to the weights at a multiple of `align`; returns their offset in the section."""
+        if self._weights_start is None:
+            raise ArtifactError("append() before begin_weights()")
+        if align < 1 or PAGE % align:
+            raise ArtifactError(f"weights can be aligned to a divisor of {PAGE}, not to {align}")
+        if isinstance(array, bytes):
+            data = memoryview(array)
+        else:
+            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        self._write(bytes(-(self._position - self._weights_start) % align))
+        offset = self._position - self._weights_start
+        self._write(data)
+        return offset
+
+    def end_weights(self) -> int:
+        """Ends the weights and returns their size in bytes."""
+        start = self._weights_start
+        if start is None or self._weights_hash is None:
+            raise ArtifactError("end_weights() before begin_weights()")
+        size = self._position - start
+        self._pad(8)
+        digest = self._weights_hash.hexdigest()
+        self._weights_hash = None
+        self._weights_start = None
+        self._sections.append(_Section(WEIGHTS, start, size, PAGE))
+        self._parts.append(_Part(WEIGHTS, start, size, self._position - start, digest))
+        return size
+
+    def add_section(self, name: str, data: bytes) -> None:
+        """Appends a section of `data`."""
+        if self._weights_start is not None:
+            self.end_weights()
+        if not name.startswith(".llmc.") or any(section.name == name for section in self._sections):
+            raise ArtifactError(f"a section needs a new name that starts with .llmc., not {name!r}")
+        start = self._position
+        self._write(data)
+        self._pad(8)
+        extent = self._position - start
+        digest = hashlib.sha256(data + bytes(extent - len(data))).hexdigest()
+        self._sections.append(_Section(name, start, len(data), 8))
+        self._parts.append(_Part(name, start, len(data), extent, digest))
+
+    def add_manifest(self, manifest: Mapping[str, object]) -> None:
+        """Appends the manifest: plain JSON values, no NaN; `runtime/manifest.py` says which."""
+        self.add_section(MANIFEST, json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1).encode())
+
+    def _finish(self) -> None:
+        if self._weights_start is not None:
+            self.end_weights()
+        first = min((part.offset for part in self._parts), default=self._position)
+        table_start = self._position
+        count = self._write_section_table()
+        self._patch_header(count)
+        table = os.pread(self._descriptor, self._position - table_start, table_start)
+        library = os.pread(self._descriptor, first, 0)
+        parts = [
+            _Part("library", 0, len(self._loadable), first, hashlib.sha256(library).hexdigest()),
+            *self._parts,
+            _Part("section table", table_start, len(table), len(table), hashlib.sha256(table).hexdigest()),
+        ]
+        self._write(_seal(parts))
+        os.fchmod(self._descriptor, 0o777 & ~_umask())
+        os.fsync(self._descriptor)
+        os.replace(self._temporary, self.path)
+        _sync_folder(self.path.parent)
+
+    def _write_section_table(self) -> int:
+        """Writes the table of names and the section table; sets `_table`. Returns the number of sections.
+
+        The seal comes last but has a header here, so its size must be known before its hashes are: it depends on the
+        names, offsets and sizes of the parts only.
+        """
+        old, names_index = _read_section_table(self._loadable)
+        names = bytearray(_section_data(self._loadable, old[names_index]) if old else b"\0")
+        offsets = []
+        for name in [*(section.name for section in self._sections), SEAL]:
+            offsets.append(len(names))
+            names += name.encode() + b"\0"
+        if not old:  # a library without a section table: the empty first entry, and a table of names
+            names_index, offset = 1, len(names)
+            names += b".shstrtab\0"
+            old = [(0,) * 10, (offset, 3, 0, 0, 0, 0, 0, 0, 1, 0)]
+        names += bytes(-len(names) % 8)
+        names_start = self._position
+        self._write(bytes(names))
+
+        count = len(old) + len(self._sections) + 1
+        table_end = self._position + count * _SECTION_HEADER.size
+        placeholder = "0" * 64
+        first = min((part.offset for part in self._parts), default=names_start)
+        parts = [
+            _Part("library", 0, len(self._loadable), first, placeholder),
+            *self._parts,
+            _Part("section table", names_start, table_end - names_start, table_end - names_start, placeholder),
+        ]
+        self._table = self._position
+        self._names_index = names_index
+        headers = [_SECTION_HEADER.pack(*header) for header in old]
+        kept = list(old[names_index])
+        kept[4], kept[5] = names_start, len(names)
+        headers[names_index] = _SECTION_HEADER.pack(*kept)
+        sections = [*self._sections, _Section(SEAL, table_end, len(_seal(parts)), 1)]
+        for section, offset in zip(sections, offsets, strict=True):
+            headers.append(
+                _SECTION_HEADER.pack(
+                    offset, _SHT_PROGBITS, 0, 0, section.offset, section.bytes, 0, 0, section.align, 0
+                )
+            )
+        self._write(b"".join(headers))
+        return count
+
+    def _patch_header(self, count: int) -> None:
+        os.pwrite(self._descriptor, struct.pack("<Q", self._table), 0x28)
+        os.pwrite(self._descriptor, struct.pack("<HHH", _SECTION_HEADER.size, count, self._names_index), 0x3A)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        if self._descriptor < 0:
+            raise ArtifactError("the artifact's writer is not open: use it in a `with` block")
+        view = memoryview(data)
+        if self._weights_hash is not None:
+            self._weights_hash.update(view)
+        with self._clear_errors():
+            while len(view):
+                count = os.write(self._descriptor, view[: 1 << 30])
+                self._position += count
+                view = view[count:]
+
+    def _pad(self, align: int) -> None:
+        self._write(bytes(-self._position % align))
+
+    def _discard(self) -> None:
+        """Closes and removes the temporary file, if it is still there."""
+        if self._descriptor < 0:
+            return
+        # After os.replace the name is gone, or belongs to nobody else: it was random.
+        self._temporary.unlink(missing_ok=True)
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                advice = f"no space is left in {self.path.parent or '.'}: free some, or choose another place with -o"
+            elif error.errno in (errno.EFBIG, errno.EDQUOT):
+                advice = "the file would be larger than the system allows here: raise the limit, or use another place"
+            else:
+                advice = f"{error.strerror or error}"
+                if error.filename is not None and Path(error.filename) == self.library:
+                    advice = f"the linked library {self.library} cannot be read: {advice}"
+            raise ArtifactError(f"cannot write {self.path}: {advice}. What was there before is unchanged.") from error
+
+
+def _seal(parts: list[_Part]) -> bytes:
+    text = json.dumps(
+        {
+            "schema": SEAL_SCHEMA,
+            "parts": [
+                {"name": p.name, "offset": p.offset, "bytes": p.bytes, "extent": p.extent, "hash": p.hash}
+                for p in parts
+            ],
+        }
+    ).encode()
+    return text + hashlib.sha256(text).digest() + struct.pack("<Q", len(text)) + SEAL_MAGIC
+
+
+def _check_library(data: bytes, path: Path) -> None:
+    if len(data) < 64 or data[:4] != b"\x7fELF" or data[4:6] != b"\x02\x01":
+        raise ArtifactError(f"{path} is not a 64-bit little-endian ELF library; the linker did not make what it should")
+
+
+def _read_section_table(data: bytes) -> tuple[list[tuple[int, ...]], int]:
+    """All section headers, and which of them is the table of names. Empty when the library has none."""
+    (start,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+    if start == 0 or count == 0:
+        return [], 0
+    if size != _SECTION_HEADER.size or start + size * count > len(data) or names_index >= count:
+        raise ArtifactError("the linked library has a section table that cannot be read")
+    return [_SECTION_HEADER.unpack_from(data, start + index * size) for index in range(count)], names_index
+
+
+def _section_data(data: bytes, header: tuple[int, ...]) -> bytes:
+    return data[header[4] : header[4] + header[5]]
+
+
+def _create_locked(path: Path) -> tuple[int, Path]:
+    """A new temporary file beside `path`, locked for as long as its writer lives."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Another writer's clean-up may have taken it between the two calls above.
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, temporary
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes temporary files of this artifact whose writers are dead: nobody holds their lock."""
+    for stale in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
+        try:
+            descriptor = os.open(stale, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink(missing_ok=True)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(descriptor)
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

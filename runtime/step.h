@@ -1,0 +1,40 @@
+/* The step's C interface: what the runtime passes to an artifact's generated step driver, and nothing else.
+ *
+ * `runtime/library.py` mirrors this struct with ctypes; change both together and raise LLMC_ABI. */
+#ifndef LLMC_STEP_H
+#define LLMC_STEP_H
+
+#include <stdint.h>
+
+#define LLMC_ABI 1
+
+/* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
+enum {
+    LLMC_TOKENS = 0,    /* T: tokens of this step */
+    LLMC_TILES = 1,     /* Q: query tiles */
+    LLMC_SEQUENCES = 2, /* B: sequences */
+    LLMC_PAGES = 3,     /* M: pages a sequence in the block table */
+    LLMC_ROWS = 4,      /* R: rows whose logits are wanted */
+    LLMC_SPLITS = 5,    /* S: context splits of attention */
+    LLMC_SIZES = 6
+};
+
+typedef struct LlmcStep {
+    int64_t sizes[LLMC_SIZES];
+    const int32_t *ids;         /* [T] */
+    const int32_t *positions;   /* [T] */
+    const int32_t *slots;       /* [T]: page * PAGE + offset */
+    const int32_t *tiles;       /* [Q, 4]: sequence, first row, rows, position of the first row */
+    const int32_t *block_table; /* [B, M] */
+    const int32_t *rows;        /* [R] */
+    float *logits;              /* [R, vocabulary] */
+    void *arena;                /* 4096-byte aligned, at least the manifest's step.arena_bytes */
+    const void *weights;        /* 4096-byte aligned, read only: the artifact's weights section */
+    void *const *cache;         /* keys of layer 0, values of layer 0, keys of layer 1, ...; 4096-byte aligned */
+    int64_t *profile;           /* NULL, or int64[calls]: nanoseconds of each call, added to what is there */
+} LlmcStep;
+
+/* Runs the model once over T tokens. Returns 0, or a nonzero code when it could not run. */
+int llmc_step(const LlmcStep *step);
+
+#endif
