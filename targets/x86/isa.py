@@ -1,0 +1,204 @@
+"""The vector instruction sets of x86, as the few operations that kernels are written over.
+
+A `VectorIsa` knows how many 32-bit lanes a register has and which instructions multiply bytes. Its methods return TIR
+expressions, so one template serves AVX2, AVX-VNNI, AVX-512 and AVX-512-VNNI. `v` below is `lanes` values of 32 bits;
+a *quad* is four consecutive bytes, and a vector of bytes holds one quad a lane.
+
+Dot products of bytes take *stored weight* bytes and *signed activation* bytes in [-127, 127]. What a stored byte means
+depends on what the machine multiplies well, see `weight_offset`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr
+
+
+def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """`let t = value in body(t)`: names a value that an expression uses more than once."""
+    from tvm import tirx
+
+    name = tirx.Var("t", value.ty)
+    return tirx.Let(name, value, body(name))
+
+
+def _llvm(dtype: str, name: str, *args: Expr) -> Expr:
+    from tvm.script import tirx as T
+
+    return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+@dataclass(frozen=True)
+class VectorIsa:
+    """One instruction set.
+
+    lanes: 32-bit lanes of a register (8 or 16). registers: how many there are. vnni: bytes are multiplied and summed
+    into i32 by one instruction (`vpdpbusd`). bf16_dot: pairs of bf16 likewise (`vdpbf16ps`).
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    vnni: bool = False
+    bf16_dot: bool = False
+
+    # Types
+
+    @property
+    def f32(self) -> str:
+        return f"float32x{self.lanes}"
+
+    @property
+    def i32(self) -> str:
+        return f"int32x{self.lanes}"
+
+    @property
+    def i16(self) -> str:
+        return f"int16x{self.lanes * 2}"
+
+    @property
+    def i8(self) -> str:
+        return f"int8x{self.lanes * 4}"
+
+    @property
+    def u8(self) -> str:
+        return f"uint8x{self.lanes * 4}"
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.lanes * 4
+
+    # Moving values
+
+    def splat(self, value: Expr | float, dtype: str = "float32") -> Expr:
+        """A scalar in every lane (as many lanes as a register holds of `dtype`)."""
+        from tvm import tirx
+
+        lanes = self.vector_bytes * 8 // int("".join(c for c in dtype if c.isdigit()))
+        scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
+        return tirx.Broadcast(scalar, lanes)
+
+    def load(self, buffer: Buffer, *indices: Expr | int, lanes: int | None = None) -> Expr:
+        """`lanes` consecutive elements, from the given element on."""
+        from tvm import tirx
+
+        *outer, start = indices
+        return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(tirx.convert(start), 1, lanes or self.lanes)])
+
+    def splat_quad(self, quad: Expr) -> Expr:
+        """Four bytes (an i32) repeated in every lane, as signed bytes."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
+
+    # Floating point
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c, rounded once."""
+        return _llvm(self.f32, "llvm.fma", a, b, c)
+
+    def f16_to_f32(self, half: Expr) -> Expr:
+        """`lanes` f16 to f32 (vcvtph2ps)."""
+        return half.astype(self.f32)
+
+    def bf16_to_f32(self, bits: Expr) -> Expr:
+        """`lanes` bf16, given as u16, to f32: the upper half of the same bits."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.f32, bits.astype(f"uint32x{self.lanes}") << self.splat(16, "uint32"))
+
+    def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
+        """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""
+        from tvm import tirx
+
+        bits = pairs & self.splat(-65536, "int32") if odd else pairs << self.splat(16, "int32")
+        return tirx.reinterpret(self.f32, bits)
+
+    def dot_bf16(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot`."""
+        from tvm import tirx
+
+        pairs = f"bfloat16x{self.lanes * 2}"
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{self.lanes * 32}"
+        return _llvm(self.f32, name, acc, tirx.reinterpret(pairs, a), tirx.reinterpret(pairs, b))
+
+    # Bytes
+
+    def low_nibbles(self, packed: Expr) -> Expr:
+        """The low four bits of each byte (u8 in, i8 out, 0..15)."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.i8, packed & self.splat(15, "uint8"))
+
+    def high_nibbles(self, packed: Expr) -> Expr:
+        """The high four bits of each byte (u8 in, i8 out, 0..15). x86 shifts no bytes: 16-bit lanes, then a mask."""
+        from tvm import tirx
+
+        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> self.splat(4, "uint16")
+        return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & self.splat(15, "uint8"))
+
+    def weight_offset(self, bits: int, symmetric: bool) -> int:
+        """What to add to a logical weight to store it: `sum q*a = dot(stored, a) - offset * sum a`.
+
+        The instructions multiply unsigned by signed bytes, so weights are stored unsigned. Without VNNI the products
+        of two pairs must fit i16, which 8-bit weights do only as |w| <= 128 with the sign moved to the activation.
+        """
+        if bits == 4:
+            return 8 if symmetric else 0
+        if self.vnni:
+            return 128 if symmetric else 0
+        return 0 if symmetric else -128
+
+    def narrow_quads(self, bits: int) -> int:
+        """How many dots of stored weights an i16 accumulator holds; 0: dots go straight to i32.
+
+        4-bit weights: 8 dots of 2 * 15 * 127 are 30480, below 32768.
+        """
+        return 8 if bits == 4 and not self.vnni else 0
+
+    def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
+        """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
+        if self.vnni:
+            # AVX-VNNI has the same intrinsic; LLVM picks the VEX encoding where AVX-512 is absent.
+            return _llvm(self.i32, f"llvm.x86.avx512.vpdpbusd.{self.lanes * 32}", acc, weights, activations)
+        if bits == 4:
+            return self.widen(acc, self.dot_narrow(weights, activations))
+        magnitude, signed = self._move_sign(weights, activations)
+        return self.widen(acc, self.dot_narrow(magnitude, signed))
+
+    def dot_narrow(self, weights: Expr, activations: Expr) -> Expr:
+        """Sums of two adjacent u8 x s8 products as i16 (vpmaddubsw). The caller sees to it that they fit."""
+        name = "llvm.x86.avx2.pmadd.ub.sw" if self.lanes == 8 else "llvm.x86.avx512.pmaddubs.w.512"
+        return _llvm(self.i16, name, weights, activations)
+
+    def widen(self, acc: Expr, narrow: Expr) -> Expr:
+        """acc (i32) + sums of two adjacent i16 (vpmaddwd with ones)."""
+        name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+        return acc + _llvm(self.i32, name, narrow, self.splat(1, "int16"))
+
+    def _move_sign(self, weights: Expr, activations: Expr) -> tuple[Expr, Expr]:
+        """(|w|, a * sign(w)): the same products, with the unsigned operand that vpmaddubsw wants."""
+        from tvm import tirx
+
+        zero = self.splat(0, "int8")
+        magnitude = tirx.Select(weights < zero, zero - weights, weights)  # LLVM: vpabsb
+        if self.lanes == 8:
+            return magnitude, _llvm(self.i8, "llvm.x86.avx2.psign.b", activations, weights)
+        return magnitude, tirx.Select(weights < zero, zero - activations, activations)  # a masked vpsubb
+
+
+def isa_for(machine: Machine) -> VectorIsa:
+    """The widest instruction set that the machine has and its `vector_bits` allow. Raises ValueError below AVX2."""
+    if machine.vector_bits >= 512 and machine.has("avx512f", "avx512bw", "avx512vl", "avx512dq"):
+        vnni, bf16 = machine.has("avx512vnni"), machine.has("avx512bf16")
+        return VectorIsa("avx512vnni" if vnni else "avx512", 16, 32, vnni, bf16)
+    if machine.has("avx2", "fma", "f16c"):
+        vnni = machine.has("avxvnni") or machine.has("avx512vnni", "avx512vl")
+        return VectorIsa("avxvnni" if vnni else "avx2", 8, 16, vnni)
+    raise ValueError(f"machine {machine.name!r} lacks AVX2, FMA or F16C, the least that kernels are written for")

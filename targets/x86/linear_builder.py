@@ -1,0 +1,128 @@
+"""Statements of a kernel, emitted from ordinary Python: parameters, loops, register accumulators.
+
+A thin skin over TVM's IR builder. Python loops unroll, Python functions emit; only `loop` and `when` leave control flow
+in the generated code. Sizes and indices are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from llmc.targets.x86.isa import VectorIsa
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+# The extent of a buffer's leading dimension where only the step knows it; it takes no part in addressing.
+MANY = 1 << 40
+
+
+def plain_function(
+    pointers: Sequence[tuple[str, str]],
+    sizes: Sequence[str],
+    body: Callable[..., None],
+) -> PrimFunc:
+    """A plain C function: `pointers` are (name, dtype), then int64 `sizes`, begin and end.
+
+    body(pointer variables by name, size variables by name) emits the statements.
+    """
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import tirx as I
+
+    with IRBuilder() as builder:
+        with I.prim_func():
+            I.func_name("kernel")
+            handles = {name: I.arg(name, I.handle(dtype)) for name, dtype in pointers}
+            numbers = {name: I.arg(name, I.int64()) for name in (*sizes, "begin", "end")}
+            body(handles, numbers)
+        return builder.get()
+
+
+def view(handle: Expr, shape: Sequence[int | Expr], dtype: str) -> Buffer:
+    """A pointer parameter as an array."""
+    from tvm.script.ir_builder import tirx as I
+
+    return I.decl_buffer([index(s) for s in shape], dtype, data=handle)
+
+
+def scratch(shape: Sequence[int] | int, dtype: str) -> Buffer:
+    """Stack memory; constant indices everywhere make it registers."""
+    from tvm.script.ir_builder import tirx as I
+
+    return I.alloc_buffer((shape,) if isinstance(shape, int) else tuple(shape), dtype, scope="local")
+
+
+@contextmanager
+def loop(extent: Expr | int) -> Iterator[Expr]:
+    """`for (i = 0; i < extent; ++i)`."""
+    from tvm.script.ir_builder import tirx as I
+
+    with I.serial(index(extent)) as i:
+        yield i
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """`if (condition)`."""
+    from tvm.script.ir_builder import tirx as I
+
+    with I.If(condition), I.Then():
+        yield
+
+
+def either(condition: Expr, yes: Callable[[], None], no: Callable[[], None]) -> None:
+    """`if (condition) yes else no`."""
+    from tvm.script.ir_builder import tirx as I
+
+    with I.If(condition):
+        with I.Then():
+            yes()
+        with I.Else():
+            no()
+
+
+def let(value: Expr) -> Expr:
+    """A variable with this value, for the rest of the scope."""
+    from tvm.script.ir_builder import tirx as I
+
+    return I.bind(value)
+
+
+def index(value: int | Expr) -> Expr:
+    """An int64 expression."""
+    from tvm import tirx
+
+    return tirx.const(value, "int64") if isinstance(value, int) else value
+
+
+def store(buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
+    """buffer[indices] = value, a scalar."""
+    from tvm.script.ir_builder import tirx as I
+
+    I.buffer_store(buffer, value, [index(i) for i in indices])
+
+
+def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
+    """`value`'s lanes to consecutive elements from `indices` on."""
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    *outer, start = indices
+    lanes = int(value.ty.dtype.lanes)
+    I.buffer_store(buffer, value, [*(index(i) for i in outer), tirx.Ramp(index(start), index(1), lanes)])
+
+
+class Registers:
+    """`count` vector variables that live in registers (or spill to the stack): r[i] reads, r[i] = v writes."""
+
+    def __init__(self, isa: VectorIsa, count: int, dtype: str) -> None:
+        self.isa, self.lanes = isa, int(dtype.rsplit("x", 1)[1])
+        self.slots = [scratch(self.lanes, dtype.rsplit("x", 1)[0]) for _ in range(count)]
+
+    def __getitem__(self, position: int) -> Expr:
+        return self.isa.load(self.slots[position], 0, lanes=self.lanes)
+
+    def __setitem__(self, position: int, value: Expr) -> None:
+        store_vector(self.isa, self.slots[position], [0], value)

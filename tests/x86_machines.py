@@ -1,0 +1,31 @@
+"""Machines built by hand, for kernel tests: one for each instruction set, and whether this computer runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llmc.targets.machine import Machine
+
+_BASE = {"avx2", "fma", "f16c"}
+_WIDE = _BASE | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+
+MACHINES = {
+    "avx2": Machine("x86-64-v3", "x86", "x86-64-v3", frozenset(_BASE), 256),
+    "avxvnni": Machine("alderlake", "x86", "alderlake", frozenset(_BASE | {"avxvnni"}), 256),
+    "avx512": Machine("x86-64-v4", "x86", "x86-64-v4", frozenset(_WIDE), 512),
+    "avx512vnni": Machine("znver4", "x86", "znver4", frozenset(_WIDE | {"avx512vnni", "avx512bf16"}), 512),
+}
+
+
+def runnable(name: str) -> bool:
+    """Whether this computer has every feature of the machine (Linux spells some of them otherwise)."""
+    flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
+    linux = {"avxvnni": "avx_vnni", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
+    return flags.issuperset({linux.get(feature, feature) for feature in MACHINES[name].features})
+
+
+def each_machine() -> list[object]:
+    """pytest parameters: every machine, skipped where this computer lacks its features."""
+    missing = pytest.mark.skip(reason="this computer lacks the instruction set")
+    return [pytest.param(m, id=name, marks=[] if runnable(name) else missing) for name, m in MACHINES.items()]
