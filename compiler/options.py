@@ -1,0 +1,135 @@
+"""What a compile can be asked for: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import CompileError
+
+SCHEMES = ("none", "bf16", "f16", "int8", "int4")
+ACTIVATIONS = ("int8", "bf16", "f32")
+GROUP_SIZES = (32, 64, 128)
+WEIGHT_SOURCES = ("embed", "random", "none")
+PAGE = 32  # tokens a page of the KV cache: no context is shorter
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How a model is to be compiled.
+
+    target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
+    quantization: the scheme of linear weights; "none" stores and computes f32.
+    group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
+    activations: what the inputs of quantized matmuls are rounded to; None: int8 for int8 and int4, f32 otherwise.
+    embedding, head: schemes of the token embedding and of the output head; None: int8 where `quantization` is int4,
+    else the same as `quantization`. A head tied to the embedding has the embedding's scheme.
+    overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
+    max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most.
+    weights: "embed" puts them into the artifact, "random" puts noise there, "none" leaves them out (they are given
+    at load time), anything else is the path of a file that they are written to.
+    check: evaluate the graph before and after every pass on random bindings, in f64.
+    kernel_cache: where compiled kernels are kept; None: `~/.cache/llmc/kernels`. jobs: code generation threads.
+    """
+
+    target: str = "native"
+    quantization: str = "int4"
+    group_size: int = 64
+    symmetric: bool = True
+    activations: str | None = None
+    embedding: str | None = None
+    head: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+    max_context: int | None = None
+    max_step: int = 512
+    weights: str = "embed"
+    check: bool = False
+    kernel_cache: Path | None = None
+    jobs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("quantization (-q)", self.quantization, SCHEMES)
+        _choice("--group-size", self.group_size, GROUP_SIZES)
+        _choice("--activations", self.activations, (None, *ACTIVATIONS))
+        _choice("--embedding", self.embedding, (None, *SCHEMES))
+        _choice("--head", self.head, (None, *SCHEMES))
+        for pattern, scheme in self.overrides:
+            _choice(f"--override {pattern}", scheme, SCHEMES)
+            if not pattern:
+                raise CompileError("--override needs a name pattern before the '=': --override '*.down_proj*=int8'")
+        if not self.target:
+            raise CompileError("--target needs a machine's name; `--target native` is this machine")
+        if not self.weights:
+            raise CompileError(f"--weights is {', '.join(WEIGHT_SOURCES)} or a file's path, not empty")
+        _at_least("--max-context", self.max_context, PAGE)
+        _at_least("--max-step", self.max_step, 16)
+        _at_least("--jobs", self.jobs, 1)
+
+    @property
+    def activation_dtype(self) -> str:
+        """What quantized matmuls round their inputs to: "int8", "bf16" or "f32"."""
+        if self.activations is not None:
+            return self.activations
+        return "int8" if self.quantization in ("int8", "int4") else "f32"
+
+    @property
+    def embedding_scheme(self) -> str:
+        """The scheme of the token embedding: int8 where the rest is int4, which costs little and saves much error."""
+        return self.embedding or ("int8" if self.quantization == "int4" else self.quantization)
+
+    @property
+    def head_scheme(self) -> str:
+        """The scheme of the output head, where it is not tied to the embedding."""
+        return self.head or ("int8" if self.quantization == "int4" else self.quantization)
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that the weights go to instead of into the artifact, if there is one."""
+        return None if self.weights in WEIGHT_SOURCES else Path(self.weights)
+
+    def as_json(self) -> dict[str, object]:
+        """Every option that changes the artifact, as plain JSON values: for the manifest and for cache keys."""
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("kernel_cache", "jobs", "check"):
+            del kept[name]
+        kept["overrides"] = [list(pair) for pair in self.overrides]
+        json.dumps(kept)
+        return kept
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> CompileOptions:
+        """The inverse of `as_json`; CompileError names an option that this version does not have."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise CompileError(f"unknown compile options: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        plain = dict(values)
+        if isinstance(plain.get("overrides"), list):
+            plain["overrides"] = tuple((str(a), str(b)) for a, b in plain["overrides"])  # type: ignore[attr-defined]
+        return cls(**plain)  # type: ignore[arg-type]
+
+
+def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """`PATTERN=SCHEME` texts, as the command line gives them, to pairs."""
+    pairs = []
+    for text in texts:
+        pattern, equals, scheme = text.rpartition("=")
+        if not equals:
+            raise CompileError(f"--override is PATTERN=SCHEME, such as '*.down_proj*=int8', not {text!r}")
+        pairs.append((pattern, scheme))
+    return tuple(pairs)
+
+
+def _choice(what: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise CompileError(f"{what} is one of {allowed}, not {value!r}")
+
+
+def _at_least(what: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise CompileError(f"{what} is at least {least}, not {value}")
