@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from llmc.compiler.ir.dims import Symbol, symbols_of
+from llmc.compiler.ir.dims import Dim, Symbol, symbols_of
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Tensor
 
@@ -52,10 +52,10 @@ class Graph:
 
     @cached_property
     def constants(self) -> frozenset[Value]:
-        """Values that depend on params and constants only: computed when compiling."""
+        """Values that depend on params and constants only, not on a symbolic size: computed when compiling."""
         known: set[Value] = set(self.params)
         for op in self.ops:
-            if all(operand in known for operand in op.operands):
+            if all(operand in known for operand in op.operands) and not _mentions_a_symbol(op.attributes().values()):
                 known.add(op)
         return frozenset(known)
 
@@ -75,6 +75,10 @@ class Graph:
         from llmc.compiler.ir.text import print_graph
 
         return print_graph(self)
+
+
+def _mentions_a_symbol(values: Iterable[object]) -> bool:
+    return any(isinstance(v, Dim) or (isinstance(v, tuple) and _mentions_a_symbol(v)) for v in values)
 
 
 def topological(roots: Iterable[Value]) -> list[Value]:
