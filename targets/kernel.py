@@ -74,12 +74,21 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class CachePart:
+    """The "keys" or "values" buffer of a KV cache value."""
+
+    value: object
+    part: str
+
+
+@dataclass(frozen=True)
 class Call:
     """One kernel call in the step driver.
 
     args: in the kernel's parameter order. Each is a `compiler.ir` Value (an operand of the op being lowered: passed as
-    its buffer's address), the string "result" (the op's result buffer), a `Scratch`, a `Packed` weight, or a Dim
-    (passed as int64).
+    its buffer's address), the string "result" (the op's result buffer), a `CachePart`, a `Scratch`, a `Packed` weight,
+    or a Dim (passed as int64). A scratch whose name starts with "@" belongs to a value, not to this op alone, and lives
+    as long as that value's readers.
     units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
     """
 

@@ -1,0 +1,191 @@
+"""The step driver: generated C that calls a program's kernels in order, each split over the thread pool.
+
+C rather than TIR: a straight list of calls compiles in a fraction of a second with -O1, needs no packed calling
+convention, reads well in a debugger, and shares nothing with TVM's runtime (docs/adr/0002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmc.compiler.ir.dims import Dim, FloorDiv
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.targets.kernel import CachePart, Call, Packed, Scratch
+from llmc.targets.lowering import LoweredOp, Program
+from llmc.targets.memory import Plan, needs_arena, scratch_key
+
+from llmc.errors import CompileError
+
+# Symbols of the step, as runtime/step.h has them; "N" is the length of a whole sequence in a stateless graph.
+SIZES = {
+    "T": "LLMC_TOKENS",
+    "N": "LLMC_TOKENS",
+    "Q": "LLMC_TILES",
+    "B": "LLMC_SEQUENCES",
+    "M": "LLMC_PAGES",
+    "R": "LLMC_ROWS",
+    "SPLITS": "LLMC_SPLITS",
+}
+INPUTS = ("ids", "positions", "slots", "tiles", "block_table", "rows")
+
+
+def c_expression(size: int | Dim) -> str:
+    """A size as a C expression over the symbols, all int64."""
+    if isinstance(size, int):
+        return f"INT64_C({size})"
+    parts = []
+    for monomial, coefficient in size.terms:
+        factors = [] if coefficient == 1 and monomial else [f"INT64_C({coefficient})"]
+        for atom, power in monomial:
+            text = (
+                f"(({c_expression(atom.numerator)}) / INT64_C({atom.divisor}))"
+                if isinstance(atom, FloorDiv)
+                else atom.name
+            )
+            factors += [text] * power
+        parts.append(" * ".join(factors))
+    return "(" + " + ".join(parts) + ")"
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where everything lies: the arena plan, weights by key, caches by graph input, outputs by value."""
+
+    plan: Plan
+    weights: Mapping[object, int]
+    caches: Mapping[Value, int]
+
+
+def weight_key(argument: object) -> object:
+    """What identifies stored bytes: a value as it is, or packed by a layout into a part."""
+    return (argument.weight, argument.layout, argument.part) if isinstance(argument, Packed) else argument
+
+
+def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str]]:
+    """The C source of `llmc_step`, and for each profile slot what it measures."""
+    kernels: dict[str, int] = {}
+    bodies: list[str] = []
+    steps: list[str] = []
+    labels: list[str] = []
+    for lowered in program.ops:
+        for call in lowered.calls:
+            index = len(labels)
+            arguments = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
+            symbol = call.kernel.symbol
+            if kernels.setdefault(symbol, len(arguments)) != len(arguments):
+                raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
+            bodies.append(
+                f"/* {lowered.op.name}: {call.kernel.name} {call.note} */\n"
+                f"static void body_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
+                f"    ENTER(context);\n"
+                f"    {symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
+            )
+            guard = " && ".join(_guards(call)) or "1"
+            units = call.units
+            assert isinstance(units, (int, Dim))
+            steps.append(f"    RUN({index}, {guard}, {c_expression(units)}, {max(1, call.grain)});")
+            labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
+    declarations = []
+    for symbol in kernels:
+        call = next(c for o in program.ops for c in o.calls if c.kernel.symbol == symbol)
+        kinds = ["int64_t" if isinstance(a, (int, Dim)) else "void *" for a in call.args]
+        declarations.append(f"void {symbol}({', '.join([*kinds, 'int64_t', 'int64_t'])});")
+    symbols = "\n".join(
+        f"    const int64_t {name} = step->sizes[{slot}]; (void){name};" for name, slot in SIZES.items()
+    ).replace("\n", " \\\n")
+    source = _TEMPLATE.format(
+        declarations="\n".join(declarations), symbols=symbols, bodies="\n".join(bodies), steps="\n".join(steps)
+    )
+    return source, labels
+
+
+def _guards(call: Call) -> list[str]:
+    guards = []
+    for item in call.when:
+        if item.low > 0:
+            guards.append(f"{item.symbol} >= {item.low}")
+        if item.high is not None:
+            guards.append(f"{item.symbol} <= {item.high}")
+    return guards
+
+
+def _argument(argument: object, lowered: LoweredOp, call: Call, program: Program, addresses: Addresses) -> str:
+    if isinstance(argument, (int, Dim)):
+        return c_expression(argument)
+    if isinstance(argument, Scratch):
+        return f"ARENA({addresses.plan.offsets[scratch_key(lowered.op, argument)]})"
+    if isinstance(argument, Packed):
+        return f"WEIGHT({addresses.weights[weight_key(argument)]})"
+    if isinstance(argument, CachePart):
+        assert isinstance(argument.value, Value)
+        cache = addresses.caches[_cache_input(argument.value)]
+        return f"step->cache[{2 * cache + (argument.part == 'values')}]"
+    value = lowered.op if argument == "result" else argument
+    if not isinstance(value, Value):
+        raise CompileError(f"kernel {call.kernel.describe()}: {argument!r} is no argument")
+    return _address(value, program, addresses)
+
+
+def _cache_input(value: Value) -> Value:
+    """The graph input that a cache version descends from: versions share one buffer."""
+    while isinstance(value, Op):
+        value = value.operands[0]
+    return value
+
+
+def _address(value: Value, program: Program, addresses: Addresses) -> str:
+    if value in program.graph.constants:
+        return f"WEIGHT({addresses.weights[value]})"
+    owner = program.buffer_of(value)
+    if isinstance(owner, Input):
+        if owner.name not in INPUTS:
+            raise CompileError(f"the graph has an input {owner.name!r} that the step does not give")
+        return f"(void *)step->{owner.name}"
+    if any(program.buffer_of(output) is owner for name, output in program.graph.outputs if name == "logits"):
+        return "step->logits"
+    assert needs_arena(owner, program)
+    return f"ARENA({addresses.plan.offsets[owner]})"
+
+
+_TEMPLATE = """/* Generated by llmc: one step of the model. Kernels are plain C functions over a range of work units. */
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "pool.h"
+#include "step.h"
+
+{declarations}
+
+#define ARENA(offset) ((void *)((char *)step->arena + INT64_C(offset)))
+#define WEIGHT(offset) ((void *)((char *)(uintptr_t)step->weights + INT64_C(offset)))
+#define SYMBOLS \\
+{symbols}
+#define ENTER(context) \\
+    const LlmcStep *step = context; \\
+    SYMBOLS
+
+{bodies}
+static int64_t now(void)
+{{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}}
+
+#define RUN(index, guard, units, grain) \\
+    if (guard) {{ \\
+        const int64_t start = step->profile ? now() : 0; \\
+        llmc_parallel(body_##index, (void *)(uintptr_t)step, units, grain); \\
+        if (step->profile) \\
+            step->profile[index] += now() - start; \\
+    }}
+
+int llmc_step(const LlmcStep *step)
+{{
+    SYMBOLS
+{steps}
+    return 0;
+}}
+"""

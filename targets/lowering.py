@@ -1,0 +1,236 @@
+"""From a graph to kernel calls: rules, what they chose and what they refused.
+
+A rule lowers one op (and may absorb ops in front of it that nobody else needs) to calls of kernels. Rules are tried
+from the highest priority down; the first whose ISA features the machine has and which does not refuse wins; two that
+would win at one priority are an error. An op without a rule of its own is decomposed into simpler ops, which plain
+rules at priority 0 serve, so that everything runs.
+
+    @lower(PagedAttention, priority=10, needs=("avx2",))
+    def paged_attention(op, context):
+        return Lowered(calls=(...,))       # or a string: why not
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmc.compiler.ir.graph import Graph, substitute_values
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Reshape
+from llmc.targets.kernel import CachePart, Call
+from llmc.targets.machine import Machine
+
+from llmc.errors import CompileError
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a rule gives: the calls, in order, and the effects (ops other than the lowered one that they compute)."""
+
+    calls: tuple[Call, ...]
+    computes: tuple[Op, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may look at."""
+
+    graph: Graph
+    machine: Machine
+
+    def only_user(self, value: Value) -> Op | None:
+        """The one op that uses `value`, if it is the only use and no output is."""
+        users = self.graph.users.get(value, ())
+        if len(users) != 1 or any(out is value for _, out in self.graph.outputs):
+            return None
+        return users[0]
+
+    def known(self, value: Value) -> bool:
+        """Whether the value is computed when compiling."""
+        return value in self.graph.constants
+
+
+RuleFunction = Callable[[Op, Context], "Lowered | str"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way to lower an op."""
+
+    function: RuleFunction
+    priority: int
+    needs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+
+class Rules:
+    """A target's table of rules."""
+
+    def __init__(self) -> None:
+        self.table: dict[type[Op], list[Rule]] = {}
+
+    def lower(
+        self, *kinds: type[Op], priority: int, needs: tuple[str, ...] = ()
+    ) -> Callable[[RuleFunction], RuleFunction]:
+        """Register a rule for some ops."""
+
+        def register(function: RuleFunction) -> RuleFunction:
+            for kind in kinds:
+                self.table.setdefault(kind, []).append(Rule(function, priority, needs))
+            return function
+
+        return register
+
+    def has(self, op: Op) -> bool:
+        """Whether any rule is for this kind of op."""
+        return type(op) in self.table
+
+    def choose(self, op: Op, context: Context) -> tuple[Lowered, Choice] | Choice:
+        """The winning rule's result with the record of the choice; the record alone when every rule refused."""
+        rejected: list[tuple[str, str]] = []
+        winner: tuple[Rule, Lowered] | None = None
+        for rule in sorted(self.table.get(type(op), ()), key=lambda r: -r.priority):
+            missing = [feature for feature in rule.needs if not context.machine.has(feature)]
+            if winner is not None:
+                if (
+                    rule.priority == winner[0].priority
+                    and not missing
+                    and not isinstance(rule.function(op, context), str)
+                ):
+                    raise CompileError(f"{op.name}: rules {winner[0].name} and {rule.name} tie at {rule.priority}")
+                rejected.append((rule.name, "a faster rule applies"))
+                continue
+            if missing:
+                rejected.append((rule.name, f"the machine has no {', '.join(missing)}"))
+                continue
+            result = rule.function(op, context)
+            if isinstance(result, str):
+                rejected.append((rule.name, result))
+                continue
+            winner = rule, result
+        choice = Choice(op.name, str(op.type), winner[0].name if winner else "", tuple(rejected))
+        if winner is None:
+            return choice
+        choice.reason = winner[1].reason
+        return winner[1], choice
+
+
+@dataclass
+class Choice:
+    """Which rule lowered an op, and why the others did not."""
+
+    op: str
+    type: str
+    rule: str
+    rejected: tuple[tuple[str, str], ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LoweredOp:
+    """An op of the program: its calls, in order, and the choice behind them."""
+
+    op: Op
+    calls: tuple[Call, ...]
+    choice: Choice
+
+
+@dataclass
+class Program:
+    """The k level: calls in execution order over buffers. `aliases` maps a value to the one whose buffer it shares."""
+
+    graph: Graph
+    machine: Machine
+    ops: list[LoweredOp] = field(default_factory=list)
+    aliases: dict[Value, Value] = field(default_factory=dict)
+    decomposed: list[Choice] = field(default_factory=list)
+
+    def buffer_of(self, value: Value) -> Value:
+        """The value that owns the bytes."""
+        while value in self.aliases:
+            value = self.aliases[value]
+        return value
+
+
+def values_of(call: Call) -> list[Value]:
+    """The run-time and compile-time values that a call's arguments name."""
+    found = []
+    for argument in call.args:
+        if isinstance(argument, Value):
+            found.append(argument)
+        elif isinstance(argument, CachePart) and isinstance(argument.value, Value):
+            found.append(argument.value)
+    return found
+
+
+def decompose_unsupported(graph: Graph, rules: Rules, machine: Machine) -> tuple[Graph, list[Choice]]:
+    """Replace run-time ops that no rule takes by their decompositions, until every op has a rule."""
+    choices: list[Choice] = []
+    for _ in range(8):
+        context = Context(graph, machine)
+        refused: dict[Op, Choice] = {}
+        for op in graph.ops:
+            if op in graph.constants or isinstance(op, Reshape):
+                continue
+            result = rules.choose(op, context) if rules.has(op) else Choice(op.name, str(op.type), "", ())
+            if isinstance(result, Choice):
+                refused[op] = result
+        if not refused:
+            return graph, choices
+        expanded: dict[int, Value] = {}
+        for op, choice in refused.items():
+            simpler = op.decompose()
+            if simpler is None:
+                reasons = "; ".join(f"{name}: {why}" for name, why in choice.rejected) or "no rule is for it"
+                raise CompileError(f"{op.name} : {op.type} cannot be compiled for {machine.name}: {reasons}")
+            choice.reason = "decomposed into simpler ops"
+            expanded[id(op)] = simpler
+        choices += refused.values()
+        graph = _expand(graph, refused)
+    raise CompileError("ops kept decomposing into ops without rules")
+
+
+def _expand(graph: Graph, refused: dict[Op, Choice]) -> Graph:
+    new: dict[Value, Value] = {}
+    for op in graph.ops:
+        rebuilt: Value = op.map_operands(lambda value: new.get(value, value))
+        if op in refused:
+            assert isinstance(rebuilt, Op)
+            simpler = rebuilt.decompose()
+            assert simpler is not None
+            rebuilt = simpler
+        if rebuilt is not op:
+            new[op] = rebuilt
+    return substitute_values(graph, new) if new else graph
+
+
+def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
+    """The program of a graph. Users are lowered before what they use, so that rules can absorb operands."""
+    graph, decomposed = decompose_unsupported(graph, rules, machine)
+    context = Context(graph, machine)
+    program = Program(graph, machine, decomposed=decomposed)
+    needed: set[Value] = {value for _, value in graph.outputs}
+    done: set[Value] = set()
+    reverse: list[LoweredOp] = []
+    for op in reversed(graph.ops):
+        if op not in needed or op in done or op in graph.constants:
+            continue
+        if isinstance(op, Reshape):
+            program.aliases[op] = op.x
+            needed.add(op.x)
+            continue
+        result = rules.choose(op, context)
+        assert not isinstance(result, Choice)
+        lowered, choice = result
+        done.update(lowered.computes)
+        for call in lowered.calls:
+            needed.update(values_of(call))
+        reverse.append(LoweredOp(op, lowered.calls, choice))
+    # An effect may be lowered with an op that comes later than other readers of its result: keep operands first.
+    program.ops = reverse[::-1]
+    return program

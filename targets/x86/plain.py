@@ -1,0 +1,556 @@
+"""Plain kernels: any tensor op, one result element at a time. Slow, obvious, and there for everything.
+
+The limit is index arithmetic, not bytes: what matters for speed has a kernel of its own. Elementwise ops whose operands
+have the result's shape (or are single numbers) are indexed flat, which LLVM vectorises. Transcendental functions are
+libm's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import Dim, FloorDiv, product, symbols_of
+from llmc.compiler.ir.op import Op, Value
+from llmc.targets.kernel import Call, Kernel, Param, kernel
+from llmc.targets.lowering import Context, Lowered, Rules
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import linear_builder as b
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr, PrimFunc
+
+RULES = Rules()
+
+TIR_DTYPES = {
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "i64": "int64",
+    "i32": "int32",
+    "i16": "int16",
+    "i8": "int8",
+    "u8": "uint8",
+    "bool": "uint8",
+}
+
+Index = Sequence["Expr"]
+Load = Callable[[int, Index], "Expr"]
+
+
+def dim_param(dim: int | Dim) -> Param:
+    """A size as a kernel parameter: an int, or nested tuples that `dim_expression` reads."""
+    if isinstance(dim, int):
+        return dim
+    return tuple(
+        (coefficient, tuple((_atom_param(atom), power) for atom, power in monomial))
+        for monomial, coefficient in dim.terms
+    )
+
+
+def _atom_param(atom: object) -> Param:
+    if isinstance(atom, FloorDiv):
+        return ("//", dim_param(atom.numerator), atom.divisor)
+    return str(atom)
+
+
+def dim_expression(dim: Param, sizes: Mapping[str, Expr]) -> Expr:
+    """The int64 expression of a size parameter."""
+    if isinstance(dim, int):
+        return b.index(dim)
+    assert isinstance(dim, tuple)
+    total: Expr | None = None
+    for coefficient, monomial in dim:  # type: ignore[misc]
+        term: Expr = b.index(coefficient)  # type: ignore[arg-type]
+        for atom, power in monomial:  # type: ignore[misc,union-attr]
+            factor = sizes[atom] if isinstance(atom, str) else dim_expression(atom[1], sizes) // atom[2]  # type: ignore[index]
+            for _ in range(power):  # type: ignore[arg-type]
+                term = term * factor
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def _libm(name: str) -> Callable[..., Expr]:
+    def call(*x: Expr) -> Expr:
+        from tvm import tirx
+
+        dtype = str(x[0].ty.dtype) if hasattr(x[0], "ty") else str(x[0].dtype)
+        if dtype == "float64":
+            return tirx.call_pure_extern("float64", name, *x)
+        wide = [value.astype("float32") for value in x]
+        return tirx.call_pure_extern("float32", name + "f", *wide).astype(dtype)
+
+    return call
+
+
+def _one(x: Expr) -> Expr:
+    from tvm import tirx
+
+    return tirx.const(1, str(x.ty.dtype))
+
+
+def _relu(x: Expr) -> Expr:
+    from tvm import tirx
+
+    return tirx.Max(x, tirx.const(0, str(x.ty.dtype)))
+
+
+def _number(value: float, like: Expr) -> Expr:
+    from tvm import tirx
+
+    return tirx.const(value, str(like.ty.dtype))
+
+
+def _sigmoid(x: Expr) -> Expr:
+    return _one(x) / (_one(x) + _libm("exp")(-x))
+
+
+_ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
+    "relu": _relu,
+    "relu2": lambda x: _relu(x) * _relu(x),
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: _number(0.5, x) * x * (_one(x) + _libm("erf")(x * _number(0.7071067811865476, x))),
+    "gelu_tanh": lambda x: (
+        _number(0.5, x)
+        * x
+        * (_one(x) + _libm("tanh")(_number(0.7978845608028654, x) * (x + _number(0.044715, x) * x * x * x)))
+    ),
+    "quick_gelu": lambda x: x * _sigmoid(_number(1.702, x) * x),
+    "sigmoid": _sigmoid,
+    "tanh": _libm("tanh"),
+}
+
+
+def _truncated_divide(x: Expr, y: Expr) -> Expr:
+    from tvm import tirx
+
+    return x / y if str(x.ty.dtype).startswith("float") else tirx.truncdiv(x, y)
+
+
+def _floor_divide(x: Expr, y: Expr) -> Expr:
+    from tvm import tirx
+
+    return _libm("floor")(x / y) if str(x.ty.dtype).startswith("float") else tirx.floordiv(x, y)
+
+
+def _mod(x: Expr, y: Expr) -> Expr:
+    from tvm import tirx
+
+    return x - y * _libm("floor")(x / y) if str(x.ty.dtype).startswith("float") else tirx.floormod(x, y)
+
+
+def _truth(x: Expr) -> Expr:
+    from tvm import tirx
+
+    return x != tirx.const(0, str(x.ty.dtype))
+
+
+def _tir(name: str) -> Callable[..., Expr]:
+    def call(*x: Expr) -> Expr:
+        from tvm import tirx
+
+        return getattr(tirx, name)(*x)
+
+    return call
+
+
+_ELEMENTWISE: dict[type[Op], Callable[..., Expr]] = {
+    e.Neg: lambda x: -x,
+    e.Abs: lambda x: _tir("Max")(x, -x),
+    e.Exp: _libm("exp"),
+    e.Log: _libm("log"),
+    e.Sqrt: _libm("sqrt"),
+    e.Rsqrt: lambda x: _one(x) / _libm("sqrt")(x),
+    e.Reciprocal: lambda x: _one(x) / x,
+    e.Tanh: _libm("tanh"),
+    e.Sigmoid: _sigmoid,
+    e.Erf: _libm("erf"),
+    e.Sin: _libm("sin"),
+    e.Cos: _libm("cos"),
+    e.Floor: _libm("floor"),
+    e.Round: _libm("nearbyint"),
+    e.Relu: _relu,
+    e.Not: lambda x: _tir("Not")(_truth(x)),
+    e.Add: lambda x, y: x + y,
+    e.Sub: lambda x, y: x - y,
+    e.Mul: lambda x, y: x * y,
+    e.Div: _truncated_divide,
+    e.FloorDivide: _floor_divide,
+    e.Mod: _mod,
+    e.Pow: _libm("pow"),
+    e.Maximum: _tir("Max"),
+    e.Minimum: _tir("Min"),
+    e.Equal: lambda x, y: x.equal(y),
+    e.NotEqual: lambda x, y: x != y,
+    e.Less: lambda x, y: x < y,
+    e.LessEqual: lambda x, y: x <= y,
+    e.Greater: lambda x, y: x > y,
+    e.GreaterEqual: lambda x, y: x >= y,
+    e.And: lambda x, y: _tir("And")(_truth(x), _truth(y)),
+    e.Or: lambda x, y: _tir("Or")(_truth(x), _truth(y)),
+    e.Where: lambda c, x, y: _tir("Select")(_truth(c), x, y),
+    e.Cast: lambda x: x,  # the store converts
+}
+
+
+def _broadcast_index(index: Index, shape: Sequence[Param]) -> list[Expr]:
+    """The operand's element for a result element: right-aligned, axes of size 1 stay at 0."""
+    tail = list(index)[len(index) - len(shape) :]
+    return [b.index(0) if dim == 1 else i for i, dim in zip(tail, shape, strict=True)]
+
+
+class _Plain:
+    """One plain kernel while its body is built."""
+
+    def __init__(self, params: Mapping[str, Param], handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        self.attributes = dict(params["attributes"])  # type: ignore[call-overload]
+        self.operands = list(params["operands"])  # type: ignore[call-overload]
+        self.dtype, self.shape = params["result"]  # type: ignore[misc]
+        self.sizes = sizes
+        self.extents = [dim_expression(dim, sizes) for dim in self.shape]
+        self.buffers = [
+            b.view(handles[f"x{i}"], [b.MANY], TIR_DTYPES[dtype]) for i, (dtype, _) in enumerate(self.operands)
+        ]
+        self.out = b.view(handles["out"], [b.MANY], TIR_DTYPES[self.dtype])
+
+    def extent(self, operand: int, axis: int) -> Expr:
+        return dim_expression(self.operands[operand][1][axis], self.sizes)
+
+    def rank(self, operand: int) -> int:
+        return len(self.operands[operand][1])
+
+    def load(self, operand: int, index: Index) -> Expr:
+        """An operand's element by index; halves come as f32."""
+        dtype, shape = self.operands[operand]
+        flat: Expr = b.index(0)
+        for i, dim in zip(index, shape, strict=True):
+            flat = flat * dim_expression(dim, self.sizes) + i
+        return self.load_flat(operand, flat)
+
+    def load_flat(self, operand: int, flat: Expr) -> Expr:
+        value = self.buffers[operand][flat]
+        return value.astype("float32") if self.operands[operand][0] in ("f16", "bf16") else value
+
+    def store(self, unit: Expr, value: Expr) -> None:
+        b.store(self.out, [unit], value.astype(TIR_DTYPES[self.dtype]))
+
+    def unravel(self, unit: Expr) -> list[Expr]:
+        """A flat result index as one index an axis."""
+        index: list[Expr] = []
+        for extent in reversed(self.extents[1:]):
+            index.append(unit % extent)
+            unit = unit // extent
+        return [unit, *reversed(index)] if self.extents else []
+
+
+Body = Callable[[_Plain, "Expr"], None]
+_BODIES: dict[str, Body] = {}
+
+
+def _body(*kinds: type[Op]) -> Callable[[Body], Body]:
+    def register(function: Body) -> Body:
+        for kind in kinds:
+            _BODIES[kind.name] = function
+        return function
+
+    return register
+
+
+def _elementwise(kind: type[Op], function: Callable[..., Expr]) -> Body:
+    def body(k: _Plain, unit: Expr) -> None:
+        flat = all(shape == k.shape or all(d == 1 for d in shape) for _, shape in k.operands)
+        values = []
+        index = [] if flat else k.unravel(unit)
+        for operand, (_, shape) in enumerate(k.operands):
+            if flat:
+                values.append(k.load_flat(operand, unit if shape == k.shape else b.index(0)))
+            else:
+                values.append(k.load(operand, _broadcast_index(index, shape)))
+        k.store(unit, function(*values))
+
+    _BODIES[kind.name] = body
+    return body
+
+
+for _kind, _function in _ELEMENTWISE.items():
+    _elementwise(_kind, _function)
+
+
+@_body(e.Activation)
+def _activation(k: _Plain, unit: Expr) -> None:
+    k.store(unit, _ACTIVATIONS[k.attributes["kind"]](k.load_flat(0, unit)))  # type: ignore[index]
+
+
+@_body(s.Iota)
+def _iota(k: _Plain, unit: Expr) -> None:
+    k.store(unit, unit)
+
+
+@_body(s.Transpose)
+def _transpose(k: _Plain, unit: Expr) -> None:
+    index = k.unravel(unit)
+    source: list[Expr] = [b.index(0)] * len(index)
+    for position, axis in enumerate(k.attributes["permutation"]):  # type: ignore[arg-type]
+        source[axis] = index[position]
+    k.store(unit, k.load(0, source))
+
+
+@_body(s.Broadcast)
+def _broadcast(k: _Plain, unit: Expr) -> None:
+    k.store(unit, k.load(0, _broadcast_index(k.unravel(unit), k.operands[0][1])))
+
+
+@_body(s.Slice)
+def _slice(k: _Plain, unit: Expr) -> None:
+    index = k.unravel(unit)
+    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
+    start = dim_expression(k.attributes["start"], k.sizes)  # type: ignore[arg-type]
+    index[axis] = start + index[axis] * k.attributes["step"]  # type: ignore[operator]
+    k.store(unit, k.load(0, index))
+
+
+@_body(s.Concat)
+def _concat(k: _Plain, unit: Expr) -> None:
+    index = [b.let(i) for i in k.unravel(unit)]
+    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
+    start: Expr = b.index(0)
+    for operand in range(len(k.operands)):
+        size = k.extent(operand, axis)
+        source = [*index[:axis], index[axis] - start, *index[axis + 1 :]]
+        with b.when(_tir("And")(index[axis] >= start, index[axis] < start + size)):
+            k.store(unit, k.load(operand, source))
+        start = start + size
+
+
+@_body(s.Pad)
+def _pad(k: _Plain, unit: Expr) -> None:
+    from tvm import tirx
+
+    index = k.unravel(unit)
+    low = k.attributes["low"]
+    source = [b.let(i - before) for i, before in zip(index, low, strict=True)]  # type: ignore[arg-type]
+    inside = tirx.const(True, "bool")
+    for axis, i in enumerate(source):
+        inside = tirx.And(inside, tirx.And(i >= 0, i < k.extent(0, axis)))
+
+    def padding() -> None:
+        k.store(unit, tirx.const(k.attributes["value"], TIR_DTYPES[k.dtype]))
+
+    b.either(inside, lambda: k.store(unit, k.load(0, source)), padding)
+
+
+@_body(s.Gather)
+def _gather(k: _Plain, unit: Expr) -> None:
+    index = k.unravel(unit)
+    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    chosen = b.let(k.load(1, index[axis : axis + k.rank(1)]).astype("int64"))
+    wrapped = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
+    k.store(unit, k.load(0, [*index[:axis], wrapped, *index[axis + k.rank(1) :]]))
+
+
+@_body(s.GatherElements)
+def _gather_elements(k: _Plain, unit: Expr) -> None:
+    index = k.unravel(unit)
+    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    chosen = b.let(k.load(1, index).astype("int64"))
+    index[axis] = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
+    k.store(unit, k.load(0, index))
+
+
+def _accumulate(
+    k: _Plain, start: float, step: Callable[[Expr, Index], Expr], extents: Sequence[Expr], dtype: str
+) -> Expr:
+    """A scalar folded over nested loops: total = step(total, loop indices)."""
+    from tvm import tirx
+
+    total = b.scratch(1, dtype)
+    b.store(total, [0], tirx.const(start, dtype))
+
+    def nest(remaining: Sequence[Expr], index: list[Expr]) -> None:
+        if not remaining:
+            b.store(total, [0], step(total[b.index(0)], index))
+            return
+        with b.loop(remaining[0]) as i:
+            nest(remaining[1:], [*index, i])
+
+    nest(list(extents), [])
+    return total[b.index(0)]
+
+
+def _wide(dtype: str) -> str:
+    return "float32" if dtype in ("f16", "bf16") else TIR_DTYPES[dtype]
+
+
+@_body(s.Cumsum)
+def _cumsum(k: _Plain, unit: Expr) -> None:
+    index = [b.let(i) for i in k.unravel(unit)]
+    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
+
+    def step(total: Expr, at: Index) -> Expr:
+        return total + k.load(0, [*index[:axis], at[0], *index[axis + 1 :]])
+
+    k.store(unit, _accumulate(k, 0, step, [index[axis] + 1], _wide(k.dtype)))
+
+
+_FOLDS: dict[str, tuple[float, Callable[[Expr, Expr], Expr]]] = {
+    "t.sum": (0, lambda a, x: a + x),
+    "t.mean": (0, lambda a, x: a + x),
+    "t.max": (float("-inf"), lambda a, x: _tir("Max")(a, x)),
+    "t.min": (float("inf"), lambda a, x: _tir("Min")(a, x)),
+    "t.any": (0, lambda a, x: _tir("Max")(a, x)),
+    "t.all": (1, lambda a, x: _tir("Min")(a, x)),
+}
+
+
+def _reduce(name: str) -> Body:
+    def body(k: _Plain, unit: Expr) -> None:
+        rank = k.rank(0)
+        axes = sorted(axis % rank for axis in k.attributes["axes"])  # type: ignore[union-attr,operator]
+        index = [b.let(i) for i in k.unravel(unit)]
+        kept = iter(index)
+        outer: list[Expr | None] = []
+        for axis in range(rank):
+            if axis in axes:
+                outer.append(None)
+                if k.attributes["keep"]:
+                    next(kept)
+            else:
+                outer.append(next(kept))
+        start, fold = _FOLDS[name]
+        dtype = _wide(k.operands[0][0])
+        if start in (float("-inf"), float("inf")) and not dtype.startswith("float"):
+            bits = int(dtype.lstrip("uint"))
+            start = -(2 ** (bits - 1)) if start < 0 else 2 ** (bits - 1) - 1
+
+        def step(total: Expr, at: Index) -> Expr:
+            inner = iter(at)
+            return fold(total, k.load(0, [next(inner) if i is None else i for i in outer]))
+
+        total = _accumulate(k, start, step, [k.extent(0, axis) for axis in axes], dtype)
+        if name == "t.mean":
+            count: Expr = b.index(1)
+            for axis in axes:
+                count = count * k.extent(0, axis)
+            total = total / count.astype(dtype)
+        k.store(unit, total)
+
+    return body
+
+
+for _reduction in (s.Sum, s.Mean, s.Max, s.Min, s.Any, s.All):
+    _BODIES[_reduction.name] = _reduce(_reduction.name)
+
+
+@_body(s.Argmax)
+def _argmax(k: _Plain, unit: Expr) -> None:
+    from tvm import tirx
+
+    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    index = [b.let(i) for i in k.unravel(unit)]
+
+    def at(i: Expr) -> Expr:
+        return k.load(0, [*index[:axis], i, *index[axis:]])
+
+    best = b.scratch(1, "int64")
+    b.store(best, [0], tirx.const(0, "int64"))
+    with b.loop(k.extent(0, axis)) as i, b.when(at(i) > at(best[b.index(0)])):
+        b.store(best, [0], i)
+    k.store(unit, best[b.index(0)])
+
+
+@_body(s.Softmax)
+def _softmax(k: _Plain, unit: Expr) -> None:
+    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    index = [b.let(i) for i in k.unravel(unit)]
+
+    def at(i: Expr) -> Expr:
+        return k.load(0, [*index[:axis], i, *index[axis + 1 :]])
+
+    extent = k.extent(0, axis)
+    dtype = _wide(k.operands[0][0])
+    top = b.let(_accumulate(k, float("-inf"), lambda a, i: _tir("Max")(a, at(i[0])), [extent], dtype))
+    total = _accumulate(k, 0, lambda a, i: a + _libm("exp")(at(i[0]) - top), [extent], dtype)
+    k.store(unit, _libm("exp")(at(index[axis]) - top) / total)
+
+
+@_body(s.Matmul)
+def _matmul(k: _Plain, unit: Expr) -> None:
+    *leading, row, column = [b.let(i) for i in k.unravel(unit)]
+    a_index = _broadcast_index(leading, k.operands[0][1][:-2])
+    b_index = _broadcast_index(leading, k.operands[1][1][:-2])
+
+    def step(total: Expr, i: Index) -> Expr:
+        return total + k.load(0, [*a_index, row, i[0]]) * k.load(1, [*b_index, i[0], column])
+
+    k.store(unit, _accumulate(k, 0, step, [k.extent(0, k.rank(0) - 1)], _wide(k.dtype)))
+
+
+def plain(machine: Machine, **params: Param) -> PrimFunc:
+    """(x0, x1, ..., out, symbols in name order, begin, end). One unit: one element of the result."""
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        emit = _BODIES[str(params["op"])]
+        with b.loop(sizes["end"] - sizes["begin"]) as i:
+            emit(_Plain(params, handles, sizes), b.let(sizes["begin"] + i))
+
+    operands, (dtype, _) = list(params["operands"]), params["result"]  # type: ignore[call-overload,misc]
+    pointers = [(f"x{i}", TIR_DTYPES[d]) for i, (d, _) in enumerate(operands)]
+    return b.plain_function([*pointers, ("out", TIR_DTYPES[dtype])], list(params["symbols"]), body)  # type: ignore[call-overload]
+
+
+def _attribute(value: object) -> Param:
+    if isinstance(value, Dim):
+        return dim_param(value)
+    if isinstance(value, tuple):
+        return tuple(_attribute(item) for item in value)
+    assert value is None or isinstance(value, (int, float, str))
+    return value
+
+
+def _used_symbols(op: Op) -> list[str]:
+    found = set()
+    for value in (op, *op.operands):
+        for dim in value.shape:
+            found |= symbols_of(dim)
+    for attribute in op.attributes().values():
+        for item in attribute if isinstance(attribute, tuple) else (attribute,):
+            if isinstance(item, Dim):
+                found |= item.symbols()
+    return sorted(symbol.name for symbol in found)
+
+
+def plain_kernel(op: Op, machine: Machine) -> Kernel:
+    """The plain kernel of an op at its shapes."""
+    # Shapes are already in the result's type, and sizes are passed: attributes that only say the shape are left out.
+    attributes = {k: v for k, v in op.attributes().items() if k not in ("to", "size", "dtype_name")}
+    return kernel(
+        plain,
+        machine.key,
+        op=op.name,
+        operands=tuple((x.dtype, tuple(dim_param(d) for d in x.shape)) for x in op.operands),
+        result=(op.dtype, tuple(dim_param(d) for d in op.shape)),
+        attributes=tuple((k, _attribute(v)) for k, v in attributes.items()),
+        symbols=tuple(_used_symbols(op)),
+    )
+
+
+def plain_rule(op: Op, context: Context) -> Lowered | str:
+    """One call of the op's plain kernel over all result elements."""
+    from llmc.compiler.ir.dims import symbol
+
+    if any(value.tensor.encoding is not None for value in (op, *op.operands)):
+        return "plain kernels read no encoded tensors"
+    operands: tuple[Value, ...] = op.operands
+    sizes = tuple(symbol(name) for name in _used_symbols(op))
+    call = Call(plain_kernel(op, context.machine), (*operands, "result", *sizes), product(op.shape), grain=256)
+    return Lowered((call,), reason="one element at a time")
+
+
+RULES.lower(*_ELEMENTWISE, e.Activation, *(s.__dict__[name] for name in (
+    "Iota", "Transpose", "Broadcast", "Slice", "Concat", "Pad", "Gather", "GatherElements", "Cumsum", "Sum", "Mean",
+    "Max", "Min", "Any", "All", "Argmax", "Softmax", "Matmul",
+)), priority=0)(plain_rule)  # fmt: skip
