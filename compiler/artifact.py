@@ -246,7 +246,6 @@ class ArtifactWriter:
             _Part("section table", table_start, len(table), len(table), hashlib.sha256(table).hexdigest()),
         ]
         self._write(_seal(parts))
-        os.fchmod(self._descriptor, 0o777 & ~_umask())
         os.fsync(self._descriptor)
         os.replace(self._temporary, self.path)
         _sync_folder(self.path.parent)
@@ -289,9 +288,7 @@ class ArtifactWriter:
         sections = [*self._sections, _Section(SEAL, table_end, len(_seal(parts)), 1)]
         for section, offset in zip(sections, offsets, strict=True):
             headers.append(
-                _SECTION_HEADER.pack(
-                    offset, _SHT_PROGBITS, 0, 0, section.offset, section.bytes, 0, 0, section.align, 0
-                )
+                _SECTION_HEADER.pack(offset, _SHT_PROGBITS, 0, 0, section.offset, section.bytes, 0, 0, section.align, 0)
             )
         self._write(b"".join(headers))
         return count
@@ -377,7 +374,7 @@ def _create_locked(path: Path) -> tuple[int, Path]:
     """A new temporary file beside `path`, locked for as long as its writer lives."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         # Another writer's clean-up may have taken it between the two calls above.
         if os.fstat(descriptor).st_nlink:
@@ -403,12 +400,6 @@ def _remove_stale(path: Path) -> None:
 
 def _escape(name: str) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,0 +1,163 @@
+"""Turn runs of tokens of several sequences into the arrays of one step, and call it."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+from llmc.runtime.artifact import Artifact
+from llmc.runtime.kv_cache import CacheBuffers
+from llmc.runtime.library import Library, Step
+from llmc.runtime.memory import address, reserve
+from llmc.runtime.sequence import Sequence
+from numpy.typing import NDArray
+
+_MIN_PAGES_PER_SPLIT = 4
+_UNITS_PER_THREAD = 4
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of one sequence in one step: positions start.. of `sequence`, ids int32 [n]. The logits of
+    the rows from `first_row` on are wanted (n: none of them)."""
+
+    sequence: Sequence
+    ids: NDArray[np.int32]
+    start: int
+    first_row: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.ids) - self.first_row
+
+
+def choose_splits(tiles: int, kv_heads: int, pages: int, threads: int, most: int) -> int:
+    """Into how many parts attention cuts the context, so that each thread finds work.
+
+    One, where tiles times heads give every thread a few units already; else enough for that, but no part shorter than
+    four pages.
+    """
+    units = max(1, tiles * kv_heads)
+    wanted = -(-_UNITS_PER_THREAD * threads // units)
+    return max(1, min(wanted, pages // _MIN_PAGES_PER_SPLIT, most))
+
+
+class StepRunner:
+    """The buffers of a step, allocated once, and the struct that points to them. One thread at a time."""
+
+    def __init__(self, artifact: Artifact, library: Library, weights: int, buffers: CacheBuffers, threads: int) -> None:
+        facts = artifact.manifest.step
+        self.facts = facts
+        self.threads = threads
+        self.library = library
+        self.buffers = buffers
+        self.kv_heads = min((layer.kv_heads for layer in artifact.manifest.layers), default=1)
+        most = facts.max_step
+        self.ids = _int32((most,))
+        self.positions = _int32((most,))
+        self.slots = _int32((most,))
+        self.rows = _int32((most,))
+        self.tiles = _int32((most, 4))
+        self.block_table = _int32((1024,))
+        self.arena = reserve((facts.arena_bytes,), np.uint8, huge_pages=True)
+        self.logits: NDArray[np.float32] = reserve((1, facts.vocab_size), np.float32)  # type: ignore[assignment]
+        self.profile = np.zeros(len(facts.calls), np.int64)
+        self._step = Step(
+            ids=address(self.ids),
+            positions=address(self.positions),
+            slots=address(self.slots),
+            tiles=address(self.tiles),
+            block_table=address(self.block_table),
+            rows=address(self.rows),
+            logits=address(self.logits),
+            arena=address(self.arena),
+            weights=weights,
+            cache=address(buffers.table),
+        )
+        self._address = ctypes.addressof(self._step)
+
+    def set_profiling(self, on: bool) -> None:
+        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order)."""
+        self.profile[:] = 0
+        self._step.profile = address(self.profile) if on and len(self.profile) else None
+
+    def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """One step over at most max_step tokens. Returns the logits, float32 [rows, vocab], in the order of the runs.
+
+        out: where to put them; otherwise they lie in the runner's own buffer, and the next step overwrites them.
+        """
+        tokens, tiles, rows = self._fill_tokens(runs)
+        pages = self._fill_block_table(runs)
+        buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
+        splits = choose_splits(tiles, self.kv_heads, pages, self.threads, self.facts.max_splits)
+        self._step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
+        self._step.logits = address(buffer)
+        self.library.run(self._address, self.threads)
+        if out is None:
+            return buffer[:rows]
+        if buffer is not out:
+            out[:] = buffer[:rows]
+        return out
+
+    def _fill_tokens(self, runs: list[Run]) -> tuple[int, int, int]:
+        """Fills ids, positions, slots, tiles and rows; returns the numbers of tokens, tiles and rows."""
+        page_size, tile_size = self.facts.page, self.facts.tile
+        ids, positions, slots, rows, tiles = self.ids, self.positions, self.slots, self.rows, self.tiles
+        token = tile = row = 0
+        for index, run in enumerate(runs):
+            start, count = run.start, len(run.ids)
+            pages = run.sequence.pages
+            if count == 1:  # decoding: the numpy calls below would cost more than the assignments
+                ids[token] = run.ids[0]
+                positions[token] = start
+                slots[token] = int(pages[start // page_size]) * page_size + start % page_size if len(pages) else 0
+                tiles[tile] = (index, token, 1, start)
+                tile += 1
+            else:
+                end = token + count
+                ids[token:end] = run.ids
+                place = np.arange(start, start + count, dtype=np.int32)
+                positions[token:end] = place
+                if len(pages):
+                    slots[token:end] = pages[place // page_size] * page_size + place % page_size
+                else:
+                    slots[token:end] = 0
+                firsts = np.arange(0, count, tile_size, dtype=np.int32)
+                part = tiles[tile : tile + len(firsts)]
+                part[:, 0] = index
+                part[:, 1] = firsts + token
+                part[:, 2] = np.minimum(tile_size, count - firsts)
+                part[:, 3] = firsts + start
+                tile += len(firsts)
+            wanted = run.rows
+            if wanted == 1:
+                rows[row] = token + count - 1
+            elif wanted:
+                rows[row : row + wanted] = np.arange(token + run.first_row, token + count, dtype=np.int32)
+            token += count
+            row += wanted
+        return token, tile, row
+
+    def _fill_block_table(self, runs: list[Run]) -> int:
+        """Fills the block table, int32 [sequences, pages]; returns its number of columns."""
+        columns = max(1, max(run.sequence.page_count for run in runs))
+        if len(runs) * columns > len(self.block_table):
+            self.block_table = _int32((2 * len(runs) * columns,))
+            self._step.block_table = address(self.block_table)
+        table = self.block_table[: len(runs) * columns].reshape(len(runs), columns)
+        for index, run in enumerate(runs):
+            count = run.sequence.page_count
+            table[index, :count] = run.sequence.pages
+            table[index, count:] = 0
+        return columns
+
+    def _logits_buffer(self, rows: int) -> NDArray[np.float32]:
+        if rows > len(self.logits):
+            self.logits = reserve((rows, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
+        return self.logits[:rows]
+
+
+def _int32(shape: tuple[int, ...]) -> NDArray[np.int32]:
+    array: NDArray[np.int32] = reserve(shape, np.int32)  # type: ignore[assignment]
+    return array

@@ -1,0 +1,135 @@
+"""What this machine's CPU can do, and how many threads this process may use, read from the Linux kernel."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+from pathlib import Path
+
+# The kernel's flag names whose LLVM feature has another spelling. The rest differ at most by "_" (see `_spell`).
+_X86_SPELLING = {
+    "pni": "sse3",
+    "sse4_1": "sse4.1",
+    "sse4_2": "sse4.2",
+    "pclmulqdq": "pclmul",
+    "rdrand": "rdrnd",
+    "lahf_lm": "sahf",
+    "bmi1": "bmi",
+    "abm": "lzcnt",
+    "cx16": "cx16",
+    "sha_ni": "sha",
+    "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8",
+    "amx_bf16": "amx-bf16",
+    "amx_fp16": "amx-fp16",
+    "amx_complex": "amx-complex",
+    "3dnowprefetch": "prfchw",
+    "lm": "64bit",
+    "fxsr": "fxsr",
+}
+_ARM_SPELLING = {
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "asimdhp": "fullfp16",
+    "asimdfhm": "fp16fml",
+    "atomics": "lse",
+    "crc32": "crc",
+    "sha3": "sha3",
+    "asimdrdm": "rdm",
+    "sb": "sb",
+    "fp": "fp-armv8",
+}
+
+
+def llvm_features(flags: set[str], architecture: str) -> frozenset[str]:
+    """LLVM's names of the features behind the kernel's CPU flags ("avx512_vnni" is "avx512vnni", ...)."""
+    spelling = _ARM_SPELLING if architecture == "aarch64" else _X86_SPELLING
+    return frozenset(spelling.get(flag) or _spell(flag) for flag in flags)
+
+
+def _spell(flag: str) -> str:
+    """avx512_bf16, avx_vnni, avx_vnni_int8, ...: LLVM writes them without underscores."""
+    return flag.replace("_", "") if flag.startswith("avx") else flag
+
+
+def architecture() -> str:
+    """ "x86_64", "aarch64", ..."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """This machine's features. Only the first CPU's entry is read: Linux shows the same ISA on all of them."""
+    wanted = "Features" if architecture() == "aarch64" else "flags"
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                if key.strip() == wanted:
+                    return llvm_features(set(value.split()), architecture())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def available_threads() -> int:
+    """How many threads can run at once: the CPUs this process may use, or fewer under a cgroup quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
+
+
+def cgroup_quota(mount: Path, membership: Path) -> float | None:
+    """CPUs that the control groups of this process allow; None when unlimited. Reads version 2 and version 1.
+
+    A group's limit holds for everything below it, so the smallest on the way to the root counts. Inside a container
+    the paths in /proc/self/cgroup may be those of the host: then only the mount's own root is looked at.
+    """
+    limits = []
+    for line in _text(membership).splitlines():
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            roots = [mount]
+        elif "cpu" in controllers.split(","):
+            roots = [mount / "cpu", mount / controllers]
+        else:
+            continue
+        for root in roots:
+            folder = Path(os.path.normpath(root / path.strip("/"))) if path else root
+            while folder == root or root in folder.parents:
+                limits.append(_quota_of(folder))
+                if folder == root:
+                    break
+                folder = folder.parent
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _quota_of(folder: Path) -> float | None:
+    words = _text(folder / "cpu.max").split()
+    if not words:
+        words = [_text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()]
+    try:
+        quota, period = int(words[0]), int(words[1])
+    except (ValueError, IndexError):
+        return None  # "max", or no such file
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def available_memory() -> int:
+    """Bytes that could be allocated now without swapping, as Linux estimates it."""
+    for line in _text(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 32
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

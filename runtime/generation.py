@@ -1,0 +1,197 @@
+"""From a prompt's tokens to text: sampling, stopping, and pieces as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.manifest import GenerationDefaults
+from llmc.runtime.sampling import Sampler, SamplingOptions
+from llmc.runtime.tokenizer import Detokenizer, StopMatcher
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llmc.runtime.runtime import Runtime
+
+DEFAULT_MAX_TOKENS = 256
+
+
+class Options(TypedDict, total=False):
+    """Keyword options of `generate`, `stream`, `chat` and the like. What is not given, or None, is the model's own
+    default. stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends: after max_tokens, before a stop string, at a stop token."""
+
+    max_tokens: int
+    stop: tuple[str, ...]
+    stop_ids: frozenset[int]
+
+
+def resolve(
+    options: Options, defaults: GenerationDefaults, stop_ids: tuple[int, ...]
+) -> tuple[SamplingOptions, Limits]:
+    """Options as given, over the model's defaults; unknown names and values out of range are refused."""
+    given = {name: value for name, value in options.items() if value is not None}
+    unknown = sorted(set(given) - set(Options.__annotations__))
+    if unknown:
+        known = ", ".join(sorted(Options.__annotations__))
+        raise RuntimeStateError(f"unknown option {', '.join(unknown)}; the options are {known}")
+    sampling = {
+        field.name: given.get(field.name, getattr(defaults, field.name, None)) for field in fields(SamplingOptions)
+    }
+    stop = given.get("stop", ())
+    max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise RuntimeStateError(f"max_tokens must be 1 or more, not {max_tokens}")
+    return SamplingOptions(**sampling), Limits(  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),  # type: ignore[arg-type]
+        stop_ids=frozenset(stop_ids) | frozenset(given.get("stop_token_ids", ())),  # type: ignore[arg-type]
+    )
+
+
+class Writer:
+    """One text in the making: takes logits, chooses a token, gives the text that is certain.
+
+    finish_reason: None while it goes on; "stop" at a stop string or token; "length" at max_tokens or at the end of the
+    context.
+    """
+
+    def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
+        sampling, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids)
+        self._limits = limits
+        self._sampler = Sampler(sampling, runtime.vocab_size)
+        self._sampler.observe(prompt)
+        self._detokenizer = Detokenizer(runtime.tokenizer, prompt[-16:].tolist())
+        self._matcher = StopMatcher(limits.stop)
+        self._room = runtime.max_context - len(prompt)
+        self.tokens: list[int] = []
+        self.finish_reason: str | None = None
+
+    def write(self, logits: NDArray[np.float32]) -> str:
+        """Chooses the next token from its logits [vocab]; returns the text that may go out now."""
+        token = self._sampler.choose(logits)
+        self.tokens.append(token)
+        if token in self._limits.stop_ids:
+            return self._end("stop")
+        self._sampler.observe(np.array([token], np.int32))
+        piece = self._matcher.feed(self._detokenizer.add(token))
+        if self._matcher.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self._limits.max_tokens or len(self.tokens) > self._room:
+            piece += self._end("length")
+        return piece
+
+    def _end(self, reason: str) -> str:
+        self.finish_reason = reason
+        piece = self._matcher.feed(self._detokenizer.finish())
+        if self._matcher.stopped:
+            self.finish_reason = "stop"
+        return piece + self._matcher.finish()
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as the model writes them. Iterate over it; `close()` it, or drop it, to stop early.
+
+    prompt_tokens, cached_tokens: length of the prompt, and how much of it the cache held already. tokens: what was
+    generated, a final stop token included. finish_reason: None until the end, then "stop" or "length".
+    prefill_seconds, decode_seconds: time to the first token, and from there on.
+    """
+
+    def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
+        self._runtime = runtime
+        self._prompt = prompt
+        self._writer = Writer(runtime, prompt, options)
+        self.prompt_tokens = len(prompt)
+        self.cached_tokens = 0
+        self.prefill_seconds = 0.0
+        self.decode_seconds = 0.0
+        self._pieces = self._run()
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._writer.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self._writer.finish_reason
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stops, and gives the sequence's cache pages back."""
+        self._pieces.close()
+
+    def text(self) -> str:
+        """All that is left, as one string."""
+        return "".join(self)
+
+    def _run(self) -> Generator[str, None, None]:
+        runtime, writer = self._runtime, self._writer
+        start = time.perf_counter()
+        with runtime.sequence() as sequence:
+            self.cached_tokens = sequence.adopt_prefix(self._prompt)
+            ids = self._prompt[self.cached_tokens :]
+            while True:
+                with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
+                    piece = writer.write(runtime.step_last([(sequence, ids)])[0])
+                if len(writer.tokens) == 1:
+                    self.prefill_seconds = time.perf_counter() - start
+                self.decode_seconds = time.perf_counter() - start - self.prefill_seconds
+                if piece:
+                    yield piece
+                if writer.finish_reason is not None:
+                    return
+                ids = np.array(writer.tokens[-1:], np.int32)
+
+
+def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: Options) -> list[str]:
+    """Texts of several prompts, written side by side: each step serves all that are not finished.
+
+    With a seed, prompt number i draws with seed + i.
+    """
+    seed = options.get("seed")
+    writers = []
+    for index, prompt in enumerate(prompts):
+        own: Options = {**options, "seed": seed + index} if seed is not None else options
+        writers.append(Writer(runtime, prompt, own))
+    texts = [""] * len(prompts)
+    sequences = [runtime.sequence() for _ in prompts]
+    try:
+        pending = []
+        for index, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+            pending.append((index, prompt[sequence.adopt_prefix(prompt) :]))
+        while pending:
+            with runtime.lock:
+                logits = runtime.step_last([(sequences[index], ids) for index, ids in pending])
+                for row, (index, _) in enumerate(pending):
+                    texts[index] += writers[index].write(logits[row])
+            following = []
+            for index, _ in pending:
+                if writers[index].finish_reason is None:
+                    following.append((index, np.array(writers[index].tokens[-1:], np.int32)))
+                else:
+                    sequences[index].close()
+            pending = following
+    finally:
+        for sequence in sequences:
+            sequence.close()
+    return texts

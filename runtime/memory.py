@@ -1,0 +1,32 @@
+"""Buffers as compiled code wants them: zeroed, page-aligned, and backed by memory only where they are touched."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from llmc.runtime.errors import RuntimeStateError
+from numpy.typing import DTypeLike, NDArray
+
+_NORESERVE = 0x4000  # Linux: address space is not counted as used memory
+
+
+def reserve(shape: tuple[int, ...], dtype: DTypeLike, huge_pages: bool = False) -> NDArray[np.generic]:
+    """Zeros of this shape, 4096-byte aligned. The system gives memory page by page, when first written."""
+    kind = np.dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    nbytes = max(1, count * kind.itemsize)
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    except (OSError, OverflowError) as error:
+        raise RuntimeStateError(
+            f"{nbytes / 2**20:.0f} MiB of address space could not be reserved: lower kv_memory or the process's limits"
+        ) from error
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, kind, count).reshape(shape)
+
+
+def address(array: NDArray[np.generic]) -> int:
+    """Where an array's first byte lies."""
+    return int(array.__array_interface__["data"][0])

@@ -1,0 +1,330 @@
+"""The front of the runtime: load an artifact, run steps, write text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence as Ids
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from llmc.runtime import cpu
+from llmc.runtime.artifact import WEIGHTS, Artifact, damaged
+from llmc.runtime.batch import Run, StepRunner
+from llmc.runtime.chat_template import ChatTemplate, Message
+from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
+from llmc.runtime.generation import Options, TextStream, generate_batch
+from llmc.runtime.kv_cache import CacheBuffers, PagePool
+from llmc.runtime.library import Library
+from llmc.runtime.memory import address
+from llmc.runtime.sequence import Sequence
+from llmc.runtime.tokenizer import Tokenizer
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Rows = Literal["all", "last", "none"]
+Prompt = str | Ids[int] | NDArray[np.integer]
+Turn = Message | tuple[str, str]
+
+_CONTEXTS_BY_DEFAULT = 16
+
+
+class Runtime:
+    """A loaded model. All methods may be called from several threads; steps take turns."""
+
+    def __init__(
+        self, artifact: Artifact, library: Library, weights: NDArray[np.uint8], threads: int, kv_memory: int | None
+    ) -> None:
+        """Use `Runtime.load`."""
+        self.artifact = artifact
+        self.manifest = artifact.manifest
+        self.threads = threads
+        self.vocab_size = self.manifest.step.vocab_size
+        self.max_context = self.manifest.max_context
+        self.max_step = self.manifest.step.max_step
+        self.page = self.manifest.step.page
+        self.paged = self.manifest.step.state == "paged"
+        self.stop_ids = self.manifest.text.stop_ids if self.manifest.text else ()
+        self.lock = threading.RLock()
+        if not self.paged:
+            self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
+        capacity = self._page_capacity(kv_memory) if self.paged else 0
+        self.pool = PagePool(capacity)
+        self.buffers = CacheBuffers(self.manifest.layers, capacity, self.page)
+        self._weights = weights
+        self._runner = StepRunner(artifact, library, address(weights), self.buffers, threads)
+        self._tokenizer: Tokenizer | None = None
+        self._chat_template: ChatTemplate | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        verify: bool = True,
+        kv_memory: int | None = None,
+        weights: str | os.PathLike[str] | None = None,
+    ) -> Runtime:
+        """Loads an artifact.
+
+        threads: at most so many for a step; by default as many as this process may use. verify: check the hash of the
+        weights too (the rest is always checked). kv_memory: bytes for the KV cache, which grows up to that as it is
+        used; by default as much as some whole contexts need, within half of the free memory. weights: the file with
+        the weights of an artifact that was compiled without them. Raises `ArtifactError`.
+        """
+        if threads is not None and threads < 1:
+            raise RuntimeStateError(f"threads must be 1 or more, not {threads}")
+        if kv_memory is not None and kv_memory < 1:
+            raise RuntimeStateError(f"kv_memory must be a number of bytes, not {kv_memory}")
+        threads = threads or cpu.available_threads()
+        artifact = Artifact.open(Path(path))
+        try:
+            artifact.check_machine()
+            artifact.check_library()
+            library = Library.load(artifact)
+            data = _weights(artifact, library, None if weights is None else Path(weights), threads, verify)
+            return cls(artifact, library, data, threads, kv_memory)
+        finally:
+            artifact.close()
+
+    def _page_capacity(self, kv_memory: int | None) -> int:
+        per_page = max(1, self.manifest.bytes_per_page)
+        context = -(-self.max_context // self.page)
+        if kv_memory is None:
+            affordable = cpu.available_memory() // 2 // per_page
+            return max(context, min(_CONTEXTS_BY_DEFAULT * context, affordable))
+        if kv_memory < per_page:
+            raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")
+        return kv_memory // per_page
+
+    # Tokens
+
+    def sequence(self) -> Sequence:
+        """A new empty sequence."""
+        return Sequence(self)
+
+    def step(self, requests: Ids[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]]) -> NDArray[np.float32]:
+        """Appends tokens to sequences, and returns the logits asked for, float32 [rows, vocab], in order.
+
+        Each request is (sequence, ids, which of its rows: "all", "last" or "none"). Any mixture of long and short ones
+        runs in as few steps of `max_step` tokens as it takes. On an error the sequences that were not yet served are
+        as before.
+        """
+        checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
+        total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)
+        out = np.empty(total * self.vocab_size + 16, np.float32)
+        skip = -address(out) % 64 // 4
+        logits = out[skip : skip + total * self.vocab_size].reshape(total, self.vocab_size)
+        with self.lock:
+            self._step(checked, logits)
+        return logits
+
+    def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> NDArray[np.float32]:
+        """`step` for the last rows, into a buffer that the next step overwrites; hold `lock` while you use it."""
+        if sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
+            return self.step([(sequence, ids, "last") for sequence, ids in requests])
+        checked: list[tuple[Sequence, NDArray[np.int32], Rows]] = []
+        for sequence, ids in requests:
+            checked.append((sequence, self._check_ids(ids), "last"))
+        return self._step(checked, None)
+
+    def _step(
+        self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Runs the requests; out None: one step is enough, and the logits lie in the runner's buffer."""
+        if not requests:
+            raise RuntimeStateError("a step needs at least one sequence")
+        sequences = [sequence for sequence, _, _ in requests]
+        if len({id(sequence) for sequence in sequences}) != len(sequences):
+            raise RuntimeStateError("a sequence may appear only once in a step")
+        if any(sequence.runtime is not self for sequence in sequences):
+            raise RuntimeStateError("this sequence belongs to another runtime")
+        prepared: list[Sequence] = []
+        try:
+            for sequence, ids, _ in requests:
+                prepared.append(sequence)
+                sequence.prepare(ids)
+            if not self.paged:
+                return self._step_whole(requests, out)
+            result = out
+            row = 0
+            for batch in self._batches(requests):
+                runs = [run for run, _ in batch]
+                rows = sum(run.rows for run in runs)
+                result = self._runner.run(runs, None if out is None else out[row : row + rows])
+                row += rows
+                for run in runs:
+                    run.sequence.commit(len(run.ids))
+            assert result is not None
+            return result if out is None else out
+        finally:
+            for sequence in prepared:
+                sequence.abandon()
+
+    def _batches(self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]]) -> list[list[tuple[Run, int]]]:
+        """Runs of at most max_step tokens together, in order."""
+        batches: list[list[tuple[Run, int]]] = []
+        room = 0
+        for sequence, ids, rows in requests:
+            begin = 0
+            while begin < len(ids):
+                if room == 0:
+                    batches.append([])
+                    room = self.max_step
+                count = min(room, len(ids) - begin)
+                is_end = begin + count == len(ids)
+                first_row = 0 if rows == "all" else count - 1 if rows == "last" and is_end else count
+                batches[-1].append(
+                    (Run(sequence, ids[begin : begin + count], sequence.length + begin, first_row), count)
+                )
+                begin += count
+                room -= count
+        return batches
+
+    def _step_whole(
+        self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Without a cache, each sequence runs again from its first token, on its own."""
+        assert out is not None
+        row = 0
+        for sequence, ids, rows in requests:
+            total = sequence.length + len(ids)
+            tokens = sequence._tokens[:total]
+            wanted = len(ids) if rows == "all" else int(rows == "last")
+            self._runner.run([Run(sequence, tokens, 0, total - wanted)], out[row : row + wanted])
+            row += wanted
+            sequence.commit(len(ids))
+        return out
+
+    def _check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+        array = np.asarray(ids)
+        if array.ndim != 1 or not len(array):
+            raise RuntimeStateError(f"token ids must be a list of at least one id, not of shape {array.shape}")
+        if array.dtype.kind not in "iu":
+            raise RuntimeStateError(f"token ids must be integers, not {array.dtype}")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.vocab_size:
+            bad = low if low < 0 else high
+            raise RuntimeStateError(f"token id {bad} is not in the vocabulary of {self.vocab_size}")
+        return array.astype(np.int32, copy=False)
+
+    def forward(self, token_ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Logits after each token of a fresh sequence: float32 [len(token_ids), vocab]."""
+        with self.sequence() as sequence:
+            return self.step([(sequence, token_ids, "all")])
+
+    # Text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read when first needed."""
+        with self.lock:
+            if self._tokenizer is None:
+                data = self.artifact.tokenizer()
+                if data is None or self.manifest.text is None:
+                    raise TextError("this artifact has no tokenizer: use forward() and sequence() with token ids")
+                self._tokenizer = Tokenizer(data, self.manifest.text)
+            return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template, read when first needed."""
+        with self.lock:
+            if self._chat_template is None:
+                if self.manifest.text is None:
+                    raise TextError("this artifact has no tokenizer: use forward() and sequence() with token ids")
+                self._chat_template = ChatTemplate(self.manifest.text)
+            return self._chat_template
+
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream:
+        """The model's continuation of a prompt (text or token ids), piece by piece; see `Options`."""
+        return TextStream(self, self._encode(prompt), options)
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
+        """The model's continuation of a prompt (text or token ids); see `Options`."""
+        return self.stream(prompt, **options).text()
+
+    def generate_batch(self, prompts: Ids[Prompt], **options: Unpack[Options]) -> list[str]:
+        """Continuations of several prompts at once: faster than one by one, as they share every step."""
+        return generate_batch(self, [self._encode(prompt) for prompt in prompts], options)
+
+    def stream_chat(self, messages: str | Ids[Message], **options: Unpack[Options]) -> TextStream:
+        """The assistant's next turn, piece by piece. messages: {"role", "content"} dicts, or one user message."""
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        text = self.chat_template.render(turns)
+        return TextStream(self, np.array(self.tokenizer.encode(text, add_special=False), np.int32), options)
+
+    def chat(self, messages: str | Ids[Message], **options: Unpack[Options]) -> str:
+        """The assistant's next turn. messages: {"role", "content"} dicts, or one user message."""
+        return self.stream_chat(messages, **options).text()
+
+    def response(self, query: str, history: Ids[Turn] | None = None, **options: Unpack[Options]) -> str:
+        """The answer to a user's query. history: earlier turns, as (query, answer) pairs or messages."""
+        return self.stream_response(query, history, **options).text()
+
+    def stream_response(self, query: str, history: Ids[Turn] | None = None, **options: Unpack[Options]) -> TextStream:
+        """`response`, piece by piece."""
+        messages: list[Message] = []
+        for turn in history or ():
+            if isinstance(turn, tuple):
+                messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+            else:
+                messages.append(turn)
+        return self.stream_chat([*messages, {"role": "user", "content": query}], **options)
+
+    def _encode(self, prompt: Prompt) -> NDArray[np.int32]:
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not len(ids):
+            raise RuntimeStateError("the prompt is empty: give at least one token")
+        return self._check_ids(ids)
+
+    # Measuring
+
+    def set_profiling(self, on: bool) -> None:
+        """Whether steps add up the time of each kernel call, from zero."""
+        with self.lock:
+            self._runner.set_profiling(on)
+
+    def profile(self) -> list[tuple[str, int]]:
+        """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
+        return list(zip(self.manifest.step.calls, self._runner.profile.tolist(), strict=True))
+
+
+def _weights(
+    artifact: Artifact, library: Library, external: Path | None, threads: int, verify: bool
+) -> NDArray[np.uint8]:
+    """The weights' bytes, mapped: uint8 [weights_bytes]."""
+    part = artifact.parts.get(WEIGHTS)
+    wanted = artifact.manifest.weights_bytes
+    if part is None and wanted and external is None:
+        raise ArtifactError(
+            f"{artifact.path} was compiled without weights: load it with weights=FILE, or compile with --weights embed"
+        )
+    if external is not None:
+        path = external
+        try:
+            extent = data = np.memmap(path, np.uint8, "r", shape=(wanted,)) if wanted else np.zeros(0, np.uint8)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(
+                f"{path} does not hold the {wanted} bytes of weights that {artifact.path} needs"
+            ) from error
+        expected = artifact.manifest.weights_hash
+    elif part is not None:
+        path = artifact.path
+        if part.bytes != wanted:
+            raise ArtifactError(
+                f"{path} has {part.bytes} bytes of weights; its manifest says {wanted}. Compile it again"
+            )
+        extent = artifact.view[part.offset : part.offset + part.extent]
+        data, expected = extent[: part.bytes], part.hash
+    else:
+        return np.zeros(1, np.uint8)
+    if verify and expected is not None:
+        hashes = library.hash(extent, threads)
+        if hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest() != expected:
+            raise damaged(path, WEIGHTS)
+    return data

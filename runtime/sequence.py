@@ -1,0 +1,199 @@
+"""One sequence of tokens and its pages in the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from llmc.runtime.errors import ContextError, RuntimeStateError
+from llmc.runtime.kv_cache import ROOT
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from llmc.runtime.runtime import Runtime
+
+
+class Sequence:
+    """Tokens that the model has seen, with their keys and values in the cache.
+
+    Invariant: between calls, `pages` holds exactly the pages that `length` tokens need, each with this sequence as one
+    of its users. Made by `Runtime.sequence()`. Use it from one thread at a time; close it, or use it in a `with`
+    block, so that its pages can serve others.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.length = 0
+        self.page_count = 0
+        self.closed = False
+        self._tokens: NDArray[np.int32] = np.zeros(64, np.int32)
+        self._pages: NDArray[np.int32] = np.zeros(8, np.int32)
+        self._chain: list[int] = []  # serials of the full pages, as far as they are registered
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The tokens so far, int32 [length]; a view."""
+        return self._tokens[: self.length]
+
+    @property
+    def pages(self) -> NDArray[np.int32]:
+        """The ids of its pages in order, int32 [page_count]; a view."""
+        return self._pages[: self.page_count]
+
+    def __enter__(self) -> Sequence:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Runs the model over more tokens; returns the logits after the last, float32 [vocab]."""
+        return self.runtime.step([(self, ids, "last")])[0]
+
+    def adopt_prefix(self, ids: Ids[int] | NDArray[np.integer]) -> int:
+        """Takes over cached pages that hold the start of `ids`, and returns how many tokens they cover.
+
+        Only for an empty sequence. At least one token of `ids` is left over, so that there is something to run.
+        """
+        if self.length:
+            raise RuntimeStateError("adopt_prefix() needs an empty sequence")
+        self._check_open()
+        runtime = self.runtime
+        if not runtime.paged:
+            return 0
+        tokens = np.asarray(ids, np.int32)
+        page_size = runtime.page
+        parent = ROOT
+        with runtime.lock:
+            while self.length + page_size < len(tokens):
+                piece = tokens[self.length : self.length + page_size]
+                found = runtime.pool.find(parent, piece.tobytes())
+                if found is None:
+                    break
+                page, parent = found
+                runtime.pool.share(page)
+                self._add_page(page)
+                self._chain.append(parent)
+                self._write_tokens(piece)
+                self.length += page_size
+        return self.length
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""
+        self._check_open()
+        other = Sequence(self.runtime)
+        other._tokens = self._tokens.copy()
+        with self.runtime.lock:
+            for page in self.pages.tolist():
+                self.runtime.pool.share(page)
+            other._pages = self._pages.copy()
+            other.page_count = self.page_count
+        other.length = self.length
+        other._chain = self._chain.copy()
+        return other
+
+    def rollback(self, count: int) -> None:
+        """Forgets the last `count` tokens."""
+        self._check_open()
+        if not 0 <= count <= self.length:
+            raise RuntimeStateError(f"rollback({count}) of a sequence of {self.length} tokens")
+        with self.runtime.lock:
+            self.length -= count
+            self._release_surplus()
+
+    def close(self) -> None:
+        """Gives the pages back. Full pages stay findable as a prefix for as long as there is room."""
+        if self.closed:
+            return
+        self.closed = True
+        with self.runtime.lock:
+            self.length = 0
+            self._release_surplus()
+
+    def prepare(self, ids: NDArray[np.int32]) -> None:
+        """Makes room for `ids` behind the tokens there are. Called under the runtime's lock, before a step; the
+        tokens count only from `commit` on. When there is no room, nothing has changed."""
+        self._check_open()
+        runtime = self.runtime
+        end = self.length + len(ids)
+        if end > runtime.max_context:
+            raise ContextError(
+                f"{end} tokens are more than the context of {runtime.max_context} tokens that the artifact was "
+                "compiled for: shorten the prompt, or compile with a larger --max-context"
+            )
+        self._write_tokens(ids)
+        if not runtime.paged:
+            return
+        page_size, pool = runtime.page, runtime.pool
+        offset = self.length % page_size
+        try:
+            if offset and len(ids):
+                # The first token goes into a page that is partly filled: it must be ours alone, and unknown to others.
+                index = self.length // page_size
+                page = int(self._pages[index])
+                if pool.is_shared(page):
+                    own = pool.allocate()
+                    runtime.buffers.copy(page, own)
+                    pool.release(page)
+                    self._pages[index] = own
+                else:
+                    pool.forget(page)
+            while self.page_count * page_size < end:
+                self._add_page(pool.allocate())
+        except BaseException:
+            self._release_surplus()
+            raise
+
+    def commit(self, count: int) -> None:
+        """`count` prepared tokens are in the cache now. Called under the runtime's lock, after a step."""
+        self.length += count
+        runtime = self.runtime
+        if not runtime.paged:
+            return
+        page_size = runtime.page
+        full = self.length // page_size
+        while len(self._chain) < full:
+            index = len(self._chain)
+            parent = self._chain[-1] if self._chain else ROOT
+            piece = self._tokens[index * page_size : (index + 1) * page_size]
+            self._chain.append(runtime.pool.register(int(self._pages[index]), parent, piece.tobytes()))
+
+    def abandon(self) -> None:
+        """Undoes `prepare`: the step did not happen. Called under the runtime's lock."""
+        self._release_surplus()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeStateError("this sequence is closed")
+
+    def _release_surplus(self) -> None:
+        """Gives back the pages beyond `length`, the last first: so the tail of a prefix is evicted before its head."""
+        if not self.runtime.paged:
+            return
+        page_size = self.runtime.page
+        needed = -(-self.length // page_size)
+        while self.page_count > needed:
+            self.page_count -= 1
+            self.runtime.pool.release(int(self._pages[self.page_count]))
+        del self._chain[self.length // page_size :]
+
+    def _add_page(self, page: int) -> None:
+        if self.page_count == len(self._pages):
+            self._pages = np.concatenate([self._pages, np.zeros_like(self._pages)])
+        self._pages[self.page_count] = page
+        self.page_count += 1
+
+    def _write_tokens(self, ids: NDArray[np.int32]) -> None:
+        end = self.length + len(ids)
+        if end > len(self._tokens):
+            grown = np.zeros(max(end, 2 * len(self._tokens)), np.int32)
+            grown[: self.length] = self._tokens[: self.length]
+            self._tokens = grown
+        self._tokens[self.length : end] = ids
