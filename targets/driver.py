@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, FloorDiv
 from llmc.compiler.ir.op import Input, Op, Value
+from llmc.errors import CompileError
 from llmc.targets.kernel import CachePart, Call, Packed, Scratch
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan, needs_arena, scratch_key
-
-from llmc.errors import CompileError
 
 # Symbols of the step, as runtime/step.h has them; "N" is the length of a whole sequence in a stateless graph.
 SIZES = {

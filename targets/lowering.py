@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
+from llmc.errors import CompileError
 from llmc.targets.kernel import CachePart, Call
 from llmc.targets.machine import Machine
-
-from llmc.errors import CompileError
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, exact_division
-from llmc.compiler.ir.elementwise import Activation, Add, Cast, Mul, Rsqrt, Sub, constant
+from llmc.compiler.ir.elementwise import (
+    Activation,
+    Add,
+    And,
+    Cast,
+    Cos,
+    Div,
+    Greater,
+    LessEqual,
+    Mul,
+    Rsqrt,
+    Sin,
+    Sub,
+    Tanh,
+    Where,
+    constant,
+)
 from llmc.compiler.ir.encoded import Encoded, Pages, decoded
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import require
-from llmc.compiler.ir.structural import Gather, Matmul, Mean, Slice, Transpose, split_exact
-from llmc.compiler.ir.types import KV, NUMPY_DTYPES, Array, Tensor, is_precise, numpy_dtype
+from llmc.compiler.ir.structural import (
+    Broadcast,
+    Concat,
+    Gather,
+    Iota,
+    Matmul,
+    Mean,
+    Reshape,
+    Slice,
+    Softmax,
+    Transpose,
+    split_exact,
+)
+from llmc.compiler.ir.types import (
+    KV,
+    NUMPY_DTYPES,
+    Array,
+    Encoding,
+    Tensor,
+    is_precise,
+    numpy_dtype,
+    parse_encoding,
+    register_encoding,
+)
 
 ACTIVATION_ROUNDINGS = ("f32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class RoundedActivations(Encoding):
+    """int8 with one f32 scale and one i32 sum a row and group of `group` features; the values stay logical f32."""
+
+    group: int
+
+    @property
+    def name(self) -> str:
+        return f"a8g{self.group}"
+
+
+@register_encoding
+def _rounded_activations(name: str) -> Encoding | None:
+    return RoundedActivations(int(name[3:])) if name.startswith("a8g") and name[3:].isdigit() else None
 
 
 class Embed(Op, name="llm.embed"):
@@ -43,8 +101,6 @@ class Quantize(Op, name="llm.quantize"):
     search: bool = True
 
     def infer(self) -> Tensor:
-        from llmc.compiler.ir.types import parse_encoding
-
         require(self.w.tensor.encoding is None, "the weight is already encoded")
         return Tensor(self.w.shape, self.w.dtype, parse_encoding(self.encoding))
 
@@ -83,6 +139,21 @@ def round_activations(x: Array, rounding: str, group: int) -> Array:
         scale = scale.astype(np.float32)
     q = np.round(groups / np.where(scale == 0, 1, scale))
     return np.asarray((q * scale).reshape(padded.shape)[..., :size], x.dtype)
+
+
+class QuantizeActivations(Op, name="llm.quantize_activations"):
+    """x rounded to int8, one f32 scale max|x| / 127 a row and group: what an integer matmul multiplies."""
+
+    x: Value
+    group: int
+
+    def infer(self) -> Tensor:
+        require(self.x.tensor.encoding is None, "the activations are already encoded")
+        require(self.group > 0, "needs a positive group")
+        return Tensor(self.x.shape, self.x.dtype, parse_encoding(f"a8g{self.group}"))
+
+    def evaluate(self, x: Array) -> Array:
+        return round_activations(x, "int8", self.group)
 
 
 def _group_of(weight: Value) -> int:
@@ -252,6 +323,14 @@ class RopeAngles(Op, name="llm.rope_angles"):
         angles = positions.astype(wide)[:, None] * frequencies.astype(wide)[None, :]
         return np.stack([np.cos(angles), np.sin(angles)], axis=1) * wide.type(self.scale)
 
+    def decompose(self) -> Value:
+        tokens, pairs = self.positions.shape[0], self.frequencies.shape[0]
+        positions = Reshape(Cast(self.positions, "f32"), (tokens, 1))
+        frequencies = self.frequencies if self.frequencies.dtype == "f32" else Cast(self.frequencies, "f32")
+        angles = Mul(positions, frequencies)
+        both = Concat(tuple(Reshape(x, (tokens, 1, pairs)) for x in (Cos(angles), Sin(angles))), 1)
+        return Mul(both, constant(self.scale, "f32")) if self.scale != 1 else both
+
 
 class Rope(Op, name="llm.rope"):
     """Rotary position embedding of x [T, heads, dim] (Su et al. 2021) by angles [T, 2, pairs].
@@ -283,6 +362,29 @@ class Rope(Op, name="llm.rope"):
             a, b = turned[..., :pairs], turned[..., pairs:]
             result = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
         return np.concatenate([result, rest], axis=-1).astype(x.dtype)
+
+    def decompose(self) -> Value:
+        tokens, heads, dim = self.x.shape
+        pairs = static(self.angles.shape[2])
+        cos, sin = (Slice(self.angles, 1, i, i + 1) for i in (0, 1))  # [T, 1, pairs]: broadcast over heads
+        if cos.dtype != self.x.dtype:
+            cos, sin = Cast(cos, self.x.dtype), Cast(sin, self.x.dtype)
+        turned = Slice(self.x, 2, 0, 2 * pairs)
+        parts: tuple[Value, ...]
+        if self.interleaved:
+            split = Reshape(turned, (tokens, heads, pairs, 2))
+            a, b = (Reshape(Slice(split, 3, i, i + 1), (tokens, heads, pairs)) for i in (0, 1))
+        else:
+            a, b = Slice(turned, 2, 0, pairs), Slice(turned, 2, pairs, 2 * pairs)
+        first, second = Sub(Mul(a, cos), Mul(b, sin)), Add(Mul(b, cos), Mul(a, sin))
+        if self.interleaved:
+            columns = tuple(Reshape(x, (tokens, heads, pairs, 1)) for x in (first, second))
+            parts = (Reshape(Concat(columns, 3), (tokens, heads, 2 * pairs)),)
+        else:
+            parts = (first, second)
+        if dim != 2 * pairs:
+            parts = (*parts, Slice(self.x, 2, 2 * pairs, dim))
+        return Concat(parts, 2)
 
 
 def attend(
@@ -366,6 +468,52 @@ class Attention(Op, name="llm.attention"):
             for a, b, c in zip(flat_q, flat_k, flat_v, strict=True)
         ]  # fmt: skip
         return np.stack(rows).reshape(*q.shape[:-1], v.shape[-1])
+
+    def decompose(self) -> Value | None:
+        if self.sinks is not None:
+            return None
+        rank = self.q.rank
+        queries, heads, dim = self.q.shape[-3:]
+        keys, kv_heads = self.k.shape[-3:-1]
+        group = exact_division(heads, kv_heads)
+        assert group is not None
+        leading = self.q.shape[:-3]
+        swap = (*range(rank - 3), rank - 2, rank - 3, rank - 1)
+
+        def per_head(x: Value) -> Value:
+            """[..., S, kv_heads, d] -> [..., heads, S, d]"""
+            x = Transpose(x, swap)
+            size = x.shape[-1]
+            x = Reshape(x, (*leading, kv_heads, 1, keys, size))
+            return Reshape(Broadcast(x, (*leading, kv_heads, group, keys, size)), (*leading, heads, keys, size))
+
+        k, v = per_head(self.k), per_head(self.v)
+        q: Value = Transpose(self.q, swap)
+        turned = Transpose(k, (*range(rank - 2), rank - 1, rank - 2))
+        scores: Value = Mul(Matmul(q, turned), constant(self.scale, q.dtype))
+        if self.softcap:
+            cap = constant(self.softcap, q.dtype)
+            scores = Mul(Tanh(Div(scores, cap)), cap)
+        key_at = Reshape(Iota(keys), (1, keys))
+        query_at = Add(Reshape(Iota(queries), (queries, 1)), Reshape(_last_difference(keys, queries), (1, 1)))
+        if self.slopes is not None:
+            slopes = Reshape(Cast(self.slopes, q.dtype), (heads, 1, 1))
+            scores = Add(scores, Mul(slopes, Cast(Sub(key_at, query_at), q.dtype)))
+        visible: Value | None = LessEqual(key_at, query_at) if self.causal else None
+        if self.window:
+            near = Greater(key_at, Sub(query_at, constant(self.window, "i64")))
+            visible = near if visible is None else And(visible, near)
+        if visible is not None:
+            scores = Where(visible, scores, constant(-math.inf, q.dtype))
+        return Transpose(Matmul(Softmax(scores, rank - 1), v), swap)
+
+
+def _last_difference(keys: int | Dim, queries: int | Dim) -> Value:
+    """keys - queries as an i64 tensor of one element: the first query's position."""
+    difference = keys - queries
+    if isinstance(difference, int):
+        return Reshape(constant(difference, "i64"), (1,))
+    return Slice(Iota(difference + 1), 0, difference, difference + 1)
 
 
 class KVAppend(Op, name="llm.kv_append"):

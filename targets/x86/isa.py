@@ -91,6 +91,40 @@ class VectorIsa:
         *outer, start = indices
         return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(tirx.convert(start), 1, lanes or self.lanes)])
 
+    def first(self, count: int) -> Expr:
+        """A mask of the first `count` lanes."""
+        from tvm import tirx
+
+        return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), self.lanes) < self.splat(count, "int32")
+
+    def load_first(self, buffer: Buffer, count: int, *indices: Expr | int) -> Expr:
+        """The first `count` of `lanes` consecutive f32, zeros in the other lanes; nothing past them is read."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as I
+
+        if count <= 0:
+            return self.splat(0.0)
+        if count >= self.lanes:
+            return self.load(buffer, *indices)
+        *outer, start = indices
+        mask = self.first(count)
+        found = I.masked_load(self.f32, buffer, *outer, tirx.Ramp(start, 1, self.lanes), mask)
+        return tirx.Select(mask, found, self.splat(0.0))  # TVM leaves the other lanes undefined
+
+    def reduce(self, kind: str, vector: Expr) -> Expr:
+        """All lanes as one scalar: kind "fmax" or "fadd" (in order of lanes) of f32, "add" of i32."""
+        from tvm import tirx
+
+        dtype = "int32" if kind == "add" else "float32"
+        start = [tirx.const(0.0, "float32")] if kind == "fadd" else []
+        return _llvm(dtype, f"llvm.vector.reduce.{kind}", *start, vector)
+
+    def magnitude(self, value: Expr) -> Expr:
+        """|value|, f32."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.f32, tirx.reinterpret(self.i32, value) & self.splat(0x7FFFFFFF, "int32"))
+
     def splat_quad(self, quad: Expr) -> Expr:
         """Four bytes (an i32) repeated in every lane, as signed bytes."""
         from tvm import tirx

@@ -69,7 +69,7 @@ class _Operands:
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
     def stored(self, tile: Expr, group: Expr, quad: Expr, odd: int) -> Expr:
-        """The stored weights of one quad a lane. 4 bits: two quads share a vector; `odd` says which quad, statically."""
+        """The stored weights of one quad a lane. Of 4-bit weights two quads share a vector; `odd`: the second one."""
         from tvm import tirx
 
         def vector(position: Expr) -> Expr:

@@ -70,12 +70,6 @@ def sigmoid(isa: VectorIsa, x: Expr) -> Expr:
     return isa.splat(1.0) / (isa.splat(1.0) + exp(isa, isa.splat(0.0) - x))
 
 
-def _magnitude(isa: VectorIsa, x: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.reinterpret(isa.f32, tirx.reinterpret(isa.i32, x) & isa.splat(0x7FFFFFFF, "int32"))
-
-
 def _with_sign(isa: VectorIsa, magnitude: Expr, x: Expr) -> Expr:
     from tvm import tirx
 
@@ -87,7 +81,7 @@ def tanh(isa: VectorIsa, x: Expr) -> Expr:
     """tanh x = sign(x) * (1 - 2 / (e^(2|x|) + 1))."""
 
     def signed(v: Expr) -> Expr:
-        power = exp(isa, _magnitude(isa, v) * isa.splat(2.0))
+        power = exp(isa, isa.magnitude(v) * isa.splat(2.0))
         return _with_sign(isa, isa.splat(1.0) - isa.splat(2.0) / (power + isa.splat(1.0)), v)
 
     return bind(x, signed)
@@ -101,7 +95,7 @@ def erf(isa: VectorIsa, x: Expr) -> Expr:
             tail = polynomial(isa, _ERFC, t) * t * exp(isa, isa.splat(0.0) - v * v)
             return _with_sign(isa, isa.splat(1.0) - tail, v)
 
-        return bind(isa.splat(1.0) / isa.fma(_magnitude(isa, v), isa.splat(0.4), isa.splat(1.0)), value)
+        return bind(isa.splat(1.0) / isa.fma(isa.magnitude(v), isa.splat(0.4), isa.splat(1.0)), value)
 
     return bind(x, signed)
 
