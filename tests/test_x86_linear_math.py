@@ -9,13 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
+from x86_machines import MACHINES, each_machine
+
 from llmc.targets.codegen import build_module
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import vector_math
 from llmc.targets.x86.isa import isa_for
-from x86_machines import MACHINES, each_machine
 
 
 def apply_function(machine: Machine, name: str):

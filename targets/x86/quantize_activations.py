@@ -1,0 +1,170 @@
+"""f32 activations to what quantized linear ops multiply: bytes, a scale and a sum a group, after a norm if asked.
+
+    scale = max|x| / 127,   q = round(x / scale) (half to even),   sum = sum of q
+A group whose largest magnitude is below 1e-30 becomes zeros with scale 0. Inputs past `k` count as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86.isa import VectorIsa, isa_for
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+NORMS = ("none", "rms", "layer")
+SMALLEST = 1e-30  # below this 127 / max|x| would come near overflow
+
+
+def padded(k: int, group: int) -> int:
+    """Bytes of a quantized row: k rounded up to whole groups."""
+    return -(-k // group) * group
+
+
+def quantize_activations(
+    machine: Machine,
+    *,
+    k: int,
+    group: int,
+    norm: str = "none",
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
+    norm_bias: bool = False,
+    stride: int = 0,
+) -> PrimFunc:
+    """(x f32 [T, stride], weight f32 [k] if norm, norm_bias f32 [k] if any, xq i8 [T, padded(k, group)],
+    xscales f32 [T, groups], xsums i32 [T, groups]; begin, end). One unit: one row.
+
+    stride: elements from row to row of x (0: k). norm "rms": x / sqrt(mean(x^2) + eps) * (weight + weight_offset);
+    "layer": (x - mean) / sqrt(variance + eps) * (weight + weight_offset) + norm_bias. The limit is the memory: a row is
+    read from it once, and from the first-level cache after that.
+    """
+    if norm not in NORMS or (norm_bias and norm == "none"):
+        raise ValueError(f"norm {norm!r} with norm_bias={norm_bias}; known: {', '.join(NORMS)}")
+    isa, groups = isa_for(machine), -(-k // group)
+    weights = ([("weight", "float32")] if norm != "none" else []) + ([("norm_bias", "float32")] if norm_bias else [])
+    results = [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32")]
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        x = b.view(handles["x"], [b.MANY, stride or k], "float32")
+        xq = b.view(handles["xq"], [b.MANY, groups * group], "int8")
+        xscales, xsums = (b.view(handles[name], [b.MANY, groups], dtype) for name, dtype in results[1:])
+        with b.loop(sizes["end"] - sizes["begin"]) as i:
+            row = b.let(sizes["begin"] + i)
+            normed = _normed(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
+
+            def one_group(g: Expr, valid: int) -> None:
+                vectors = group // isa.lanes
+                values = b.Registers(isa, vectors, isa.f32)
+                for v in range(vectors):
+                    values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
+                scale, whole = _round(isa, values)
+                b.store(xscales, [row, g], scale)
+                b.store(xsums, [row, g], whole.total)
+                for v in range(vectors):
+                    narrow = whole.values[v].astype(f"int8x{isa.lanes}")
+                    b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
+
+            with b.loop(k // group) as g:
+                one_group(g, group)
+            if k % group:
+                one_group(b.index(groups - 1), k % group)
+
+    return b.plain_function([("x", "float32"), *weights, *results], [], body)
+
+
+class _Rounded:
+    """A group's integers: `lanes` a vector, and their sum."""
+
+    def __init__(self, values: b.Registers, total: Expr) -> None:
+        self.values, self.total = values, total
+
+
+def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
+    """(scale, integers) of one group."""
+    from tvm import tirx
+
+    count = len(values.slots)
+    largest = isa.magnitude(values[0])
+    for v in range(1, count):
+        largest = tirx.Max(largest, isa.magnitude(values[v]))
+    peak = b.let(isa.reduce("fmax", largest))
+    nothing = peak < tirx.const(SMALLEST, "float32")
+    zero = tirx.const(0.0, "float32")
+    scale = b.let(tirx.Select(nothing, zero, peak / tirx.const(127.0, "float32")))
+    inverse = b.let(tirx.Select(nothing, zero, tirx.const(127.0, "float32") / peak))
+    integers = b.Registers(isa, count, isa.i32)
+    total = isa.splat(0, "int32")
+    for v in range(count):
+        integers[v] = tirx.nearbyint(values[v] * isa.splat(inverse)).astype(isa.i32)
+        total = total + integers[v]
+    return scale, _Rounded(integers, isa.reduce("add", total))
+
+
+def _normed(
+    isa: VectorIsa,
+    handles: Mapping[str, Expr],
+    x: Buffer,
+    row: Expr,
+    k: int,
+    norm: str,
+    eps: float,
+    weight_offset: float,
+    norm_bias: bool,
+) -> Callable[[Expr, int], Expr]:
+    """Emit the norm's statistics of a row; returns (start, valid) -> `lanes` normalised values, zeros past `valid`."""
+    from tvm import tirx
+
+    def load(start: Expr, valid: int) -> Expr:
+        return isa.load_first(x, valid, row, start)
+
+    if norm == "none":
+        return load
+    mean = b.let(_sum_over_row(isa, k, load) / tirx.const(float(k), "float32")) if norm == "layer" else None
+
+    def centred(start: Expr, valid: int) -> Expr:
+        value = load(start, valid)
+        if mean is None or valid <= 0:
+            return value
+        value = value - isa.splat(mean)
+        return value if valid >= isa.lanes else tirx.Select(isa.first(valid), value, isa.splat(0.0))
+
+    squares = _sum_over_row(isa, k, lambda start, valid: _squared(centred(start, valid)))
+    variance = squares / tirx.const(float(k), "float32")
+    inverse = b.let(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(eps, "float32")))
+    weight = b.view(handles["weight"], [k], "float32")
+    shift = b.view(handles["norm_bias"], [k], "float32") if norm_bias else None
+
+    def value(start: Expr, valid: int) -> Expr:
+        factor = isa.load_first(weight, valid, start)
+        if weight_offset:
+            factor = factor + isa.splat(weight_offset)
+        scaled = centred(start, valid) * isa.splat(inverse) * factor
+        return scaled if shift is None else scaled + isa.load_first(shift, valid, start)
+
+    return value
+
+
+def _squared(value: Expr) -> Expr:
+    from llmc.targets.x86.isa import bind
+
+    return bind(value, lambda v: v * v)
+
+
+def _sum_over_row(isa: VectorIsa, k: int, term: Callable[[Expr, int], Expr]) -> Expr:
+    """The sum of term(start, valid) over a row's k elements: four partial sums, to hide the adder's latency."""
+    width = 4
+    sums = b.Registers(isa, width, isa.f32)
+    for j in range(width):
+        sums[j] = isa.splat(0.0)
+    step = width * isa.lanes
+    with b.loop(k // step) as i:
+        for j in range(width):
+            sums[j] = sums[j] + term(i * step + j * isa.lanes, isa.lanes)
+    for j, start in enumerate(range(k // step * step, k, isa.lanes)):
+        sums[j] = sums[j] + term(b.index(start), k - start)
+    return isa.reduce("fadd", (sums[0] + sums[1]) + (sums[2] + sums[3]))
