@@ -1,0 +1,173 @@
+"""Recognise activations by their formulas: t.activation from products of sigmoid, tanh and erf.
+
+Models write one function in many orders (0.5 * x * (1 + tanh(c * (x + a * x^3))), x * 0.5 * (1 + tanh(b * x * (1 +
+a * x * x))), ...). So a product is compared as a set of factors and a coefficient, and the argument of sigmoid, tanh
+or erf as a polynomial in x.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmc.compiler.ir.elementwise import Activation, Add, Div, Erf, Mul, Neg, Pow, Relu, Sigmoid, Sub, Tanh
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.rewriting import Uses, number, number_of, rewrite_counting
+
+Polynomial = dict[int, float]
+
+_ROOT = math.sqrt(2 / math.pi)
+# Each gate: kind, the op inside, what that op's argument is as a polynomial in x. gelu is x * (1 + erf(x / sqrt 2)) / 2
+# and its tanh form x * (1 + tanh(u)) / 2 = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
+_GATES: tuple[tuple[str, type[Op], Polynomial], ...] = (
+    ("silu", Sigmoid, {1: 1.0}),
+    ("quick_gelu", Sigmoid, {1: 1.702}),
+    ("gelu_tanh", Sigmoid, {1: 2 * _ROOT, 3: 2 * _ROOT * 0.044715}),
+    ("gelu", Erf, {1: math.sqrt(0.5)}),
+    ("gelu_tanh", Tanh, {1: _ROOT, 3: _ROOT * 0.044715}),
+)
+_TOLERANCE = 1e-4  # sources print sqrt(2 / pi) with as few as five digits
+_DEPTH = 8  # formulas are no deeper than this; anything deeper is another one
+
+
+def polynomial(value: Value, x: Value, depth: int = _DEPTH) -> Polynomial | None:
+    """`value` as a polynomial in `x`: coefficients by power. None when it is none of a small degree."""
+    if value is x:
+        return {1: 1.0}
+    constant = number_of(value)
+    if constant is not None:
+        return {0: float(constant)}
+    if depth == 0:
+        return None
+    if isinstance(value, Neg):
+        inner = polynomial(value.x, x, depth - 1)
+        return None if inner is None else {power: -c for power, c in inner.items()}
+    if isinstance(value, Pow):
+        return _power(polynomial(value.a, x, depth - 1), number_of(value.b))
+    if not isinstance(value, (Add, Sub, Mul, Div)):
+        return None
+    a, b = polynomial(value.a, x, depth - 1), polynomial(value.b, x, depth - 1)
+    if a is None or b is None:
+        return None
+    if isinstance(value, Mul):
+        return _multiply(a, b)
+    if isinstance(value, Div):
+        return {power: c / b[0] for power, c in a.items()} if set(b) == {0} and b[0] else None
+    sign = -1 if isinstance(value, Sub) else 1
+    return {power: a.get(power, 0.0) + sign * b.get(power, 0.0) for power in {*a, *b}}
+
+
+def _multiply(a: Polynomial, b: Polynomial) -> Polynomial | None:
+    result: Polynomial = {}
+    for p, c in a.items():
+        for q, d in b.items():
+            result[p + q] = result.get(p + q, 0.0) + c * d
+    return result if max(result) <= 6 else None
+
+
+def _power(base: Polynomial | None, exponent: float | None) -> Polynomial | None:
+    if base is None or exponent is None or exponent not in (1, 2, 3):
+        return None
+    result: Polynomial | None = base
+    for _ in range(int(exponent) - 1):
+        result = None if result is None else _multiply(result, base)
+    return result
+
+
+def _alike(a: Polynomial, b: Polynomial) -> bool:
+    """Equal to the precision with which sources print their constants; coefficients that cancelled do not count."""
+    return all(abs(a.get(p, 0.0) - b.get(p, 0.0)) <= _TOLERANCE * max(abs(b.get(p, 0.0)), 1e-4) for p in {*a, *b})
+
+
+def factors(value: Value, depth: int = 4) -> tuple[float, list[Value]]:
+    """A product as a coefficient and the values that are multiplied."""
+    constant = number_of(value)
+    if constant is not None:
+        return float(constant), []
+    if depth and isinstance(value, Neg):
+        coefficient, leaves = factors(value.x, depth - 1)
+        return -coefficient, leaves
+    if depth and isinstance(value, Div):
+        divisor = number_of(value.b)
+        if divisor:
+            coefficient, leaves = factors(value.a, depth - 1)
+            return coefficient / float(divisor), leaves
+    if depth and isinstance(value, Mul):
+        (c, a), (d, b) = factors(value.a, depth - 1), factors(value.b, depth - 1)
+        return c * d, a + b
+    return 1.0, [value]
+
+
+def _gate(value: Value) -> tuple[Op, float] | None:
+    """(inner op, c) when `value` is c * sigmoid(..), or c * (1 + tanh(..)) or c * (1 + erf(..))."""
+    if isinstance(value, Sigmoid):
+        return value, 1.0
+    if not isinstance(value, Add):
+        return None
+    for term in (value.a, value.b):
+        _, leaves = factors(term)
+        if len(leaves) != 1 or not isinstance(leaves[0], (Tanh, Erf)):
+            continue
+        inner = leaves[0]
+        line = polynomial(value, inner)
+        if line is not None and _alike(line, {0: line.get(1, 0.0), 1: line.get(1, 0.0)}) and line.get(1):
+            return inner, line[1]
+    return None
+
+
+@dataclass(frozen=True)
+class FuseActivation(Pass, name="fuse-activation"):
+    """silu, gelu (erf and tanh), quick_gelu, relu and relu squared -> t.activation."""
+
+    def run(self, graph: Graph, report: Report) -> Graph:
+        def rule(op: Op, uses: Uses) -> Value | None:
+            if isinstance(op, Relu) and op.dtype.startswith(("f", "bf")):
+                report.hit("relu")
+                return Activation(op.x, "relu")
+            if not isinstance(op, Mul):
+                return None
+            if op.a is op.b:
+                return self._squared(op.a, report)
+            return self._gated(op, report)
+
+        return rewrite_counting(graph, rule)
+
+    def _squared(self, value: Value, report: Report) -> Value | None:
+        if isinstance(value, Activation) and value.kind == "relu":
+            report.hit("relu2")
+            return Activation(value.x, "relu2")
+        return None
+
+    def _gated(self, op: Mul, report: Report) -> Value | None:
+        coefficient, leaves = factors(op)
+        for index, leaf in enumerate(leaves):
+            found = _gate(leaf)
+            if found is None:
+                continue
+            inner, scale = found
+            others = leaves[:index] + leaves[index + 1 :]
+            if len(others) != 1 or others[0].shape != op.shape:
+                continue
+            x = others[0]
+            argument = polynomial(inner.operands[0], x)
+            if argument is None:
+                continue
+            for kind, gate, expected in _GATES:
+                if isinstance(inner, gate) and _alike(argument, expected):
+                    report.hit(kind)
+                    return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
+            report.refuse(op, f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation")
+            return None
+        return None
+
+
+def _scaled(value: Value, coefficient: float) -> Value:
+    if abs(coefficient - 1) <= 1e-6:
+        return value
+    return Mul(value, number(coefficient, value))
+
+
+def _text(terms: Polynomial) -> str:
+    return " + ".join(f"{c:.6g} x^{power}" for power, c in sorted(terms.items()))

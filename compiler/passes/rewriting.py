@@ -1,0 +1,149 @@
+"""What the passes share: scalars and vectors seen through casts and shapes, exact casts, rewriting with use counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from llmc.compiler.ir.dims import product
+from llmc.compiler.ir.elementwise import Cast, Constant, constant
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Broadcast, Reshape, Transpose
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape, Tensor
+
+Number = int | float | bool
+
+# For each dtype, those that hold every one of its values.
+_WIDER: dict[str, tuple[str, ...]] = {
+    "bool": ("u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "u8": ("i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "i8": ("i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "i16": ("i32", "i64", "f32", "f64"),
+    "i32": ("i64", "f64"),
+    "i64": (),
+    "f16": ("f32", "f64"),
+    "bf16": ("f32", "f64"),
+    "f32": ("f64",),
+    "f64": (),
+}
+
+
+def holds(wide: str, narrow: str) -> bool:
+    """Whether dtype `wide` represents every value of dtype `narrow`."""
+    return wide == narrow or wide in _WIDER[narrow]
+
+
+def widens(value: Value) -> bool:
+    """Whether this is a cast from one float dtype to another that loses nothing."""
+    return isinstance(value, Cast) and value.x.dtype in FLOATS and value.to in FLOATS and holds(value.to, value.x.dtype)
+
+
+def uncast(value: Value) -> Value:
+    """The value under any lossless float casts."""
+    while isinstance(value, Cast) and widens(value):
+        value = value.x
+    return value
+
+
+def number_of(value: Value) -> Number | None:
+    """The number that a constant holds everywhere, seen through casts (applied), broadcasts and reshapes."""
+    casts: list[str] = []
+    while isinstance(value, (Cast, Broadcast, Reshape)):
+        if isinstance(value, Cast):
+            casts.append(value.to)
+        value = value.x
+    if not isinstance(value, Constant) or value.value.array.size == 0:
+        return None
+    flat = value.value.array.reshape(-1)
+    if flat.size > 1 and not bool(np.all(flat == flat[0])):
+        return None
+    scalar = flat[0]
+    for dtype in reversed(casts):
+        scalar = scalar.astype(NUMPY_DTYPES[dtype])
+    if isinstance(scalar, (np.bool_, np.integer)):
+        return bool(scalar) if isinstance(scalar, np.bool_) else int(scalar)
+    return float(scalar)
+
+
+def is_number(value: Value, expected: float, tolerance: float = 1e-6) -> bool:
+    """Whether a value is this number everywhere, to a relative tolerance that forgives rounding to f32."""
+    number = number_of(value)
+    return number is not None and abs(number - expected) <= tolerance * abs(expected)
+
+
+def number(value: Number, like: Value) -> Constant:
+    """A rank-0 constant with the dtype of `like`."""
+    return constant(value, like.dtype)
+
+
+def shaped(value: Value, shape: Shape) -> Value:
+    """`value` broadcast to `shape`, itself where it has that shape already."""
+    return value if value.shape == shape else Broadcast(value, shape)
+
+
+def vector_of(value: Value, size: object) -> Value | None:
+    """The [size] vector that broadcasts like `value` over the last axis; None when `value` is no such thing."""
+    while isinstance(value, (Reshape, Broadcast)) and value.rank >= 1 and value.shape[-1] == size:
+        if value.x.rank == 0 or value.x.shape[-1] != size or any(dim != 1 for dim in value.x.shape[:-1]):
+            break
+        value = value.x
+    if value.rank == 0 or value.shape[-1] != size or product(value.shape) != size:
+        return None
+    return value if value.rank == 1 else Reshape(value, (value.shape[-1],))
+
+
+def transposed(matrix: Value) -> Value:
+    """The transpose of a rank-2 value, cancelling a transpose and passing under lossless casts."""
+    inner = uncast(matrix)
+    if isinstance(inner, Transpose) and inner.permutation == (1, 0):
+        return uncast(inner.x)
+    return Transpose(inner, (1, 0))
+
+
+def same_type(a: Value, b: Value) -> bool:
+    """Whether two values have equal types."""
+    return a.type == b.type
+
+
+def has_encoding(value: Value) -> bool:
+    """Whether a value is a tensor that lies in an encoding of its own."""
+    return isinstance(value.type, Tensor) and value.type.encoding is not None
+
+
+Uses = Callable[[Value], int]
+CountingRule = Callable[[Op, Uses], Value | None]
+
+
+def rewrite_counting(graph: Graph, rule: CountingRule) -> Graph:
+    """`rewrite`, for rules that must know how often a value is used before they absorb it.
+
+    Ops that depend on params and constants only are left alone, so that membership in `graph.constants` stays true of
+    the operands that a rule sees. `uses(value)` counts the uses, in the graph as it was, of what `value` now stands for
+    (an output counts as one).
+    """
+    new: dict[Value, Value] = {}
+    count: dict[Value, int] = {}
+    for op in graph.ops:
+        for operand in op.operands:
+            count[operand] = count.get(operand, 0) + 1
+    for _, value in graph.outputs:
+        count[value] = count.get(value, 0) + 1
+
+    def uses(value: Value) -> int:
+        return count.get(value, 0)
+
+    for op in graph.ops:
+        if op in graph.constants:
+            continue
+        rebuilt: Op = op.map_operands(lambda value: new.get(value, value))
+        replacement = rule(rebuilt, uses)
+        result: Value = rebuilt if replacement is None else replacement
+        if result is not op:
+            new[op] = result
+            # Several old values may come to be one new value: its uses are the sum.
+            count[result] = count.get(result, 0) + count.get(op, 0)
+    if not new:
+        return graph
+    return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
