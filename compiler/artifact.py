@@ -62,8 +62,9 @@ def hash_chunk(data: bytes | memoryview) -> int:
     it takes in, so one changed word always changes the result.
     """
     count = len(data)
-    padded = np.zeros(-(-count // _BLOCK) * _BLOCK, np.uint8)
-    padded[:count] = np.frombuffer(data, np.uint8)
+    padded = np.frombuffer(data, np.uint8)
+    if count % _BLOCK:
+        padded = np.concatenate([padded, np.zeros(-count % _BLOCK, np.uint8)])
     lanes = np.arange(HASH_LANES, dtype=np.uint64)
     high = np.empty_like(lanes)
     shift = np.uint64(32)
@@ -190,10 +191,7 @@ class ArtifactWriter:
             raise ArtifactError("append() before begin_weights()")
         if align < 1 or PAGE % align:
             raise ArtifactError(f"weights can be aligned to a divisor of {PAGE}, not to {align}")
-        if isinstance(array, bytes):
-            data = memoryview(array)
-        else:
-            data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = array if isinstance(array, bytes) else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._write(bytes(-(self._position - self._weights_start) % align))
         offset = self._position - self._weights_start
         self._write(data)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime import cpu, manifest
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.manifest import Manifest
-from numpy.typing import NDArray
 
 SEAL_SCHEMA = 1
 SEAL_MAGIC = b"LLMCSEAL"
@@ -168,7 +169,13 @@ def _parse_seal(path: Path, text: bytes, end: int) -> dict[str, Part]:
                 f"{path} has file format {schema!r:.20}, and this llmc reads {SEAL_SCHEMA}: compile again"
             )
         parts = [
-            Part(str(entry["name"]), *(int(entry[key]) for key in ("offset", "bytes", "extent")), str(entry["hash"]))
+            Part(
+                name=str(entry["name"]),
+                offset=int(entry["offset"]),
+                bytes=int(entry["bytes"]),
+                extent=int(entry["extent"]),
+                hash=str(entry["hash"]),
+            )
             for entry in seal["parts"]
         ]
     except (ValueError, TypeError, KeyError, RecursionError) as error:

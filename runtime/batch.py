@@ -6,12 +6,13 @@ import ctypes
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.library import Library, Step
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.sequence import Sequence
-from numpy.typing import NDArray
 
 _MIN_PAGES_PER_SPLIT = 4
 _UNITS_PER_THREAD = 4

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.manifest import GenerationDefaults
 from llmc.runtime.sampling import Sampler, SamplingOptions
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
@@ -48,23 +49,45 @@ def resolve(
     options: Options, defaults: GenerationDefaults, stop_ids: tuple[int, ...]
 ) -> tuple[SamplingOptions, Limits]:
     """Options as given, over the model's defaults; unknown names and values out of range are refused."""
-    given = {name: value for name, value in options.items() if value is not None}
-    unknown = sorted(set(given) - set(Options.__annotations__))
+    unknown = sorted(set(options) - set(Options.__annotations__))
     if unknown:
         known = ", ".join(sorted(Options.__annotations__))
         raise RuntimeStateError(f"unknown option {', '.join(unknown)}; the options are {known}")
-    sampling = {
-        field.name: given.get(field.name, getattr(defaults, field.name, None)) for field in fields(SamplingOptions)
-    }
-    stop = given.get("stop", ())
-    max_tokens = given.get("max_tokens", DEFAULT_MAX_TOKENS)
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise RuntimeStateError(f"max_tokens must be 1 or more, not {max_tokens}")
-    return SamplingOptions(**sampling), Limits(  # type: ignore[arg-type]
-        max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),  # type: ignore[arg-type]
-        stop_ids=frozenset(stop_ids) | frozenset(given.get("stop_token_ids", ())),  # type: ignore[arg-type]
+    sampling = SamplingOptions(
+        temperature=_number("temperature", options.get("temperature"), defaults.temperature),
+        top_k=_integer("top_k", options.get("top_k"), defaults.top_k),
+        top_p=_number("top_p", options.get("top_p"), defaults.top_p),
+        min_p=_number("min_p", options.get("min_p"), defaults.min_p),
+        repetition_penalty=_number(
+            "repetition_penalty", options.get("repetition_penalty"), defaults.repetition_penalty
+        ),
+        seed=None if options.get("seed") is None else _integer("seed", options.get("seed"), 0),
     )
+    max_tokens = _integer("max_tokens", options.get("max_tokens"), DEFAULT_MAX_TOKENS)
+    if max_tokens < 1:
+        raise RuntimeStateError(f"max_tokens must be 1 or more, not {max_tokens}")
+    stop = options.get("stop") or ()
+    return sampling, Limits(
+        max_tokens=max_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_ids=frozenset(stop_ids) | frozenset(options.get("stop_token_ids") or ()),
+    )
+
+
+def _integer(name: str, given: object, default: int) -> int:
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int | np.integer):
+        raise RuntimeStateError(f"{name} must be an integer, not {given!r:.40}")
+    return int(given)
+
+
+def _number(name: str, given: object, default: float) -> float:
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int | float | np.number):
+        raise RuntimeStateError(f"{name} must be a number, not {given!r:.40}")
+    return float(given)
 
 
 class Writer:

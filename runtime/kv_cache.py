@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime.errors import CacheFullError
 from llmc.runtime.manifest import LayerCache
 from llmc.runtime.memory import address, reserve
-from numpy.typing import NDArray
 
 ROOT = 0  # the parent of a sequence's first page
 

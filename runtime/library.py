@@ -8,11 +8,12 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime import manifest
 from llmc.runtime.artifact import HASH_CHUNK, Artifact
 from llmc.runtime.errors import ArtifactError, StepError
 from llmc.runtime.memory import address
-from numpy.typing import NDArray
 
 
 class Step(ctypes.Structure):

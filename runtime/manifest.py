@@ -154,7 +154,7 @@ class _Reader:
     def _name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
-    def object(self, key: str) -> _Reader:
+    def child(self, key: str) -> _Reader:
         return _Reader(self.value.get(key), self._name(key))
 
     def integer(self, key: str, low: int = 0, high: int = _MOST, default: int | None = None) -> int:
@@ -222,20 +222,20 @@ def parse(data: bytes) -> Manifest:
     abi = top.integer("abi")
     if abi != ABI:
         raise ArtifactError(f"the artifact's step has ABI {abi}, and this runtime calls ABI {ABI}: compile again")
-    step = _step(top.object("step"))
-    weights = top.object("weights")
+    step = _step(top.child("step"))
+    weights = top.child("weights")
     weights_bytes = weights.integer("bytes")
     return Manifest(
         llmc_version=top.string("llmc_version"),
-        model=_model(top.object("model")),
-        target=_target(top.object("target")),
+        model=_model(top.child("model")),
+        target=_target(top.child("target")),
         step=step,
         max_context=top.integer("max_context", 1, 1 << 30),
-        layers=_layers(top.object("kv"), step),
+        layers=_layers(top.child("kv"), step),
         weights_bytes=weights_bytes,
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
         tensors=_tensors(weights, weights_bytes),
-        text=None if top.value.get("tokenizer") is None else _text(top.object("tokenizer"), step.vocab_size),
+        text=None if top.value.get("tokenizer") is None else _text(top.child("tokenizer"), step.vocab_size),
         generation=_generation(_Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
         raw=top.value,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import mmap
 
 import numpy as np
-from llmc.runtime.errors import RuntimeStateError
 from numpy.typing import DTypeLike, NDArray
+
+from llmc.runtime.errors import RuntimeStateError
 
 _NORESERVE = 0x4000  # Linux: address space is not counted as used memory
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime import cpu
 from llmc.runtime.artifact import WEIGHTS, Artifact, damaged
 from llmc.runtime.batch import Run, StepRunner
@@ -21,7 +23,6 @@ from llmc.runtime.library import Library
 from llmc.runtime.memory import address
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.tokenizer import Tokenizer
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from llmc.runtime.errors import RuntimeStateError
 from numpy.typing import NDArray
+
+from llmc.runtime.errors import RuntimeStateError
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]

@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.runtime.errors import ContextError, RuntimeStateError
 from llmc.runtime.kv_cache import ROOT
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
@@ -55,7 +56,8 @@ class Sequence:
 
     def append(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Runs the model over more tokens; returns the logits after the last, float32 [vocab]."""
-        return self.runtime.step([(self, ids, "last")])[0]
+        logits: NDArray[np.float32] = self.runtime.step([(self, ids, "last")])[0]
+        return logits
 
     def adopt_prefix(self, ids: Ids[int] | NDArray[np.integer]) -> int:
         """Takes over cached pages that hold the start of `ids`, and returns how many tokens they cover.

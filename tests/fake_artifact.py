@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+
 from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
 from llmc.runtime import cpu
 
@@ -128,7 +129,7 @@ def compile_library(source: str, folder: Path, *flags: str) -> Path:
     step.write_text(source)
     library = folder / "library.so"
     pool = str(sources / "pool.c")
-    command = ["gcc", "-O2", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{sources}", *flags]
+    command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{sources}", *flags]
     subprocess.run([*command, str(step), pool, "-o", str(library), "-lpthread"], check=True)
     return library
 
