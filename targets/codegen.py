@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,20 +76,36 @@ def compile_kernels(
     machine: Machine,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
+    jobs: int = 1,
 ) -> list[Path]:
-    """Object files for these kernels, in order, from the cache where they are there. `progress(done, total)`."""
+    """Object files for these kernels, in order, from the cache where they are there. `progress(done, total)`.
+
+    Files are written beside their place and renamed, so that several compiles may share a cache.
+    """
     wanted = list(kernels)
     cache.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for index, item in enumerate(wanted):
-        path = cache / f"{cache_key(item, machine)}.o"
-        if not path.exists():
-            module = build_module(item, machine)
-            handle, name = tempfile.mkstemp(dir=cache, suffix=".tmp.o")
-            os.close(handle)
-            module.write_to_file(name, "o")
-            os.replace(name, path)
-        paths.append(path)
-        if progress is not None:
-            progress(index + 1, len(wanted))
+    paths = [cache / f"{cache_key(item, machine)}.o" for item in wanted]
+    missing = [(item, path) for item, path in zip(wanted, paths, strict=True) if not path.exists()]
+    done = len(wanted) - len(missing)
+    if progress is not None:
+        for count in range(done):
+            progress(count + 1, len(wanted))
+    if not missing:
+        return paths
+    with ThreadPoolExecutor(max(1, jobs)) as pool:
+        for _ in pool.map(lambda job: _compile(*job, machine), missing):
+            done += 1
+            if progress is not None:
+                progress(done, len(wanted))
     return paths
+
+
+def _compile(item: Kernel, path: Path, machine: Machine) -> None:
+    module = build_module(item, machine)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp.o")
+    os.close(handle)
+    try:
+        module.write_to_file(name, "o")
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
@@ -25,14 +26,19 @@ from llmc.targets.machine import Machine
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a rule gives: the calls, in order, and the effects (ops other than the lowered one that they compute)."""
+    """What a rule gives: the calls, in order, and what else they do.
+
+    computes: other ops that the calls compute with this one (effects such as an append to a cache).
+    reads: values that the calls read without naming them as arguments (they read the value's named scratches).
+    """
 
     calls: tuple[Call, ...]
     computes: tuple[Op, ...] = ()
+    reads: tuple[Value, ...] = ()
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Context:
     """What a rule may look at."""
 
@@ -45,6 +51,15 @@ class Context:
         if len(users) != 1 or any(out is value for _, out in self.graph.outputs):
             return None
         return users[0]
+
+    def scratch_name(self, value: Value, part: str) -> str:
+        """The name of a scratch that belongs to a value, the same for all ops that read it."""
+        return f"@{self.numbers[value]}.{part}"
+
+    @cached_property
+    def numbers(self) -> dict[Value, int]:
+        """Each op's place in the graph."""
+        return {op: index for index, op in enumerate(self.graph.ops)}
 
     def known(self, value: Value) -> bool:
         """Whether the value is computed when compiling."""
@@ -227,6 +242,7 @@ def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
         assert not isinstance(result, Choice)
         lowered, choice = result
         done.update(lowered.computes)
+        needed.update(lowered.reads)
         for call in lowered.calls:
             needed.update(values_of(call))
         reverse.append(LoweredOp(op, lowered.calls, choice))

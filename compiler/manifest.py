@@ -1,0 +1,174 @@
+"""What an artifact says about itself; runtime/manifest.py says which fields the runtime checks and uses."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.llm import PagedAttention
+from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.text import text_hash
+from llmc.compiler.ir.types import KV
+from llmc.compiler.options import CompileOptions
+
+if TYPE_CHECKING:
+    from llmc.compiler.pipeline import Compiled
+    from llmc.compiler.weights import Placed
+    from llmc.frontends.hf import Lifted
+    from llmc.targets.library import Library
+    from llmc.targets.lowering import Choice, Program
+    from llmc.targets.memory import Plan
+
+SCHEMA = 1
+ABI = 1
+_CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
+
+
+def build_manifest(
+    source: str,
+    options: CompileOptions,
+    lifted: Lifted,
+    compiled: Compiled,
+    program: Program,
+    plan: Plan,
+    placed: list[Placed],
+    nbytes: int,
+    library: Library,
+    seconds: float,
+) -> dict[str, object]:
+    """The manifest of a compiled model; plain JSON values only."""
+    from llmc.compiler.pipeline import MAX_SPLITS, TILE
+
+    layers = _layers(program)
+    max_step = min(options.max_step, lifted.max_context)
+    logits = dict(program.graph.outputs)["logits"]
+    return {
+        "schema": SCHEMA,
+        "abi": ABI,
+        "llmc_version": _version("llmc"),
+        "model": {
+            "name": lifted.name,
+            "source": source,
+            "parameters": lifted.parameters,
+            "bits_per_weight": round(8 * weight_bytes(placed) / max(1, lifted.parameters), 4),
+        },
+        "target": {
+            "name": program.machine.name,
+            "arch": _ARCHITECTURES.get(program.machine.arch, program.machine.arch),
+            "features": sorted(program.machine.features),
+            "machine": program.machine.mcpu,
+        },
+        "step": {
+            "max_step": max_step,
+            "page": PAGE,
+            "tile": TILE,
+            "max_splits": MAX_SPLITS,
+            "arena_bytes": max(plan.nbytes, 64),
+            "vocab_size": logits.shape[-1],
+            "state": "paged" if layers else "none",
+            "calls": library.calls,
+        },
+        "max_context": lifted.max_context,
+        "kv": {"layers": layers},
+        "weights": {
+            "bytes": nbytes,
+            "embedded": options.weights != "none",
+            "tensors": [
+                {"name": item.stored.name, "offset": min(item.offsets.values()), "nbytes": item.nbytes}
+                | {"type": str(item.stored.value.type)}
+                for item in placed
+            ],
+        },
+        "tokenizer": lifted.text,
+        "generation": lifted.generation,
+        "explain": explain(compiled, program),
+        "memory": {
+            "arena_bytes": plan.nbytes,
+            "arena_bytes_without_reuse": plan.without_reuse,
+            "weights_bytes": nbytes,
+        },
+        "provenance": {
+            "options": options.as_json(),
+            "graph": text_hash(compiled.graph),
+            "compile_seconds": round(seconds, 2),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": platform.machine(),
+            "tvm": _version("apache-tvm"),
+        },
+    }
+
+
+_ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}
+
+
+def weight_bytes(placed: list[Placed]) -> int:
+    """Stored bytes of everything that comes from the checkpoint (tables that the compiler made up count too)."""
+    return sum(item.nbytes for item in placed)
+
+
+def _layers(program: Program) -> list[dict[str, object]]:
+    windows: dict[Value, int] = {}
+    for op in program.graph.ops:
+        if isinstance(op, PagedAttention):
+            cache: Value = op.cache
+            while cache not in program.graph.inputs:
+                cache = cache.operands[0]  # type: ignore[attr-defined]
+            windows[cache] = op.window
+    return [
+        {
+            "kv_heads": value.type.heads,
+            "head_dim": value.type.key_dim,
+            "value_dim": value.type.value_dim,
+            "dtype": _CACHE_DTYPES[value.type.dtype],
+            "window": windows.get(value) or None,
+        }
+        for value in program.graph.inputs
+        if isinstance(value.type, KV)
+    ]
+
+
+def explain(compiled: Compiled, program: Program) -> dict[str, object]:
+    """What passes did and refused, and which rule lowered what, for `llmc explain`."""
+    passes: list[Mapping[str, object]] = [
+        {
+            "name": report.name,
+            "hits": dict(report.hits),
+            "refusals": [list(pair) for pair in report.refusals],
+            "seconds": round(report.seconds, 4),
+            "ops_before": report.ops_before,
+            "ops_after": report.ops_after,
+        }
+        for report in compiled.reports
+    ]
+    groups: dict[tuple[object, ...], dict[str, object]] = {}
+    chosen = [(lowered.choice, [call.kernel.describe() for call in lowered.calls]) for lowered in program.ops]
+    for choice, kernels in [*chosen, *((choice, []) for choice in program.decomposed)]:
+        key = (choice.op, choice.rule, tuple(sorted(set(kernels))))
+        entry = groups.setdefault(key, _entry(choice, kernels))
+        entry["count"] = int(str(entry["count"])) + 1
+    return {"passes": passes, "kernels": list(groups.values())}
+
+
+def _entry(choice: Choice, kernels: list[str]) -> dict[str, object]:
+    facts = asdict(choice)
+    return {
+        "op": facts["op"],
+        "type": facts["type"],
+        "count": 0,
+        "chosen": facts["rule"] or "decomposed",
+        "reason": facts["reason"],
+        "rejected": [list(pair) for pair in facts["rejected"]],
+        "kernels": sorted(set(kernels)),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,224 @@
+"""The whole compile in one list of phases: lift, passes, kernels, library, weights, artifact."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
+from llmc.compiler.ir.dims import product
+from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.types import KV
+from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
+from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.weights import Placed, Stored, packed_arrays, place
+from llmc.errors import CompileError
+
+if TYPE_CHECKING:
+    from llmc.frontends.hf import Lifted
+    from llmc.targets.lowering import Program
+    from llmc.targets.memory import Plan
+
+TILE = 16  # rows of a query tile at most
+MAX_SPLITS = 16  # context splits of attention at most
+
+RECOGNISE = (
+    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
+    "canonicalize,fold,cse"
+)
+
+
+def pipeline_text(options: CompileOptions) -> str:
+    """The passes of a compile, as text."""
+    kv_dtype = "f32" if options.quantization == "none" else "f16"
+    overrides = ";".join(f"{pattern}={scheme}" for pattern, scheme in options.overrides)
+    quantize = (
+        f"quantize{{scheme={options.quantization},group-size={options.group_size},"
+        f"symmetric={str(options.symmetric).lower()},activations={options.activation_dtype},"
+        f"embedding={options.embedding_scheme},head={options.head_scheme}"
+        + (f",overrides={overrides}" if overrides else "")
+        + "}"
+    )
+    return ",".join(
+        [
+            RECOGNISE,
+            f"flatten-tokens{{max-step={options.max_step}}}",
+            "canonicalize,fold,cse,fuse-rope,fuse-linear,canonicalize,cse",
+            f"insert-kv-cache{{kv-dtype={kv_dtype}}}",
+            "select-rows",
+            "merge-projections",
+            quantize,
+            "fuse-epilogues,canonicalize,fold,cse,split-rounding,cse",
+        ]
+    )
+
+
+@dataclass
+class Compiled:
+    """A lifted model after all passes, and what each pass did."""
+
+    graph: Graph
+    reports: list[Report]
+
+
+def run_pipeline(
+    graph: Graph, options: CompileOptions, observers: Sequence[Observer] = (), progress: Progress | None = None
+) -> Compiled:
+    """Run the options' passes over a lifted graph."""
+    passes = parse_pipeline(pipeline_text(options))
+    told = progress or Silent()
+    told.start("passes", len(passes), "passes")
+
+    def tick(_pass: Pass, _before: Graph, _after: Graph, _report: Report) -> None:
+        told.advance()
+
+    final, reports = run_passes(graph, passes, [*observers, tick])
+    return Compiled(final, reports)
+
+
+def compile_model(
+    source: str,
+    output: Path,
+    options: CompileOptions,
+    progress: Progress | None = None,
+    observers: Callable[[Lifted], Sequence[Observer]] | None = None,
+) -> dict[str, object]:
+    """Compile a model directory or hub name into the artifact `output`; returns the artifact's manifest.
+
+    `observers(lifted)` gives further observers of the passes, such as the checker of `--check`.
+    """
+    from llmc.frontends.hf import lift
+    from llmc.targets import lower, machine_named
+
+    told = progress or Silent()
+    started = time.perf_counter()
+    machine = machine_named(options.target)
+    told.start("lifting the model")
+    lifted = lift(source, max_context=options.max_context)
+    watching = list(observers(lifted)) if observers is not None else []
+    if options.check:
+        from llmc.compiler.check import Checker
+
+        watching.append(Checker(lifted.weights.load, options.seed))
+    compiled = run_pipeline(lifted.graph, options, watching, told)
+    program = lower(compiled.graph, machine)
+    return assemble(source, output, options, lifted, compiled, program, told, started)
+
+
+def largest_sizes(options: CompileOptions, max_context: int) -> dict[str, int]:
+    """The greatest value of every symbol of a step, for planning memory."""
+    step = min(options.max_step, max_context)
+    return {
+        "T": step, "N": step, "R": step, "Q": step, "B": step,
+        "M": -(-max_context // PAGE), "SPLITS": MAX_SPLITS,
+    }  # fmt: skip
+
+
+def stored_values(program: Program) -> list[Stored]:
+    """Every compile-time value that a kernel reads, in first-use order."""
+    from llmc.targets.kernel import Packed
+
+    wanted: dict[Stored, None] = {}
+    for lowered in program.ops:
+        for call in lowered.calls:
+            for argument in call.args:
+                if isinstance(argument, Packed):
+                    assert isinstance(argument.weight, Value)
+                    wanted[Stored(argument.weight, argument.layout)] = None  # type: ignore[arg-type]
+                elif isinstance(argument, Value) and argument in program.graph.constants:
+                    wanted[Stored(argument, None)] = None
+    return list(wanted)
+
+
+def assemble(
+    source: str,
+    output: Path,
+    options: CompileOptions,
+    lifted: Lifted,
+    compiled: Compiled,
+    program: Program,
+    progress: Progress,
+    started: float,
+) -> dict[str, object]:
+    """Library, weights, tokenizer and manifest into one file, all or nothing."""
+    from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
+    from llmc.compiler.manifest import build_manifest
+    from llmc.targets.driver import Addresses
+    from llmc.targets.library import build_library
+    from llmc.targets.memory import plan_memory
+
+    sizes = largest_sizes(options, lifted.max_context)
+    plan: Plan = plan_memory(program, sizes)
+    placed, nbytes = place(stored_values(program))
+    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph))
+    cache = options.kernel_cache or default_cache()
+    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
+        library = build_library(program, addresses, cache, Path(folder), progress, options.jobs or os.cpu_count() or 1)
+        with ArtifactWriter(output, library.path) as writer:
+            progress.start("packing weights", nbytes, "bytes")
+            writer.begin_weights()
+            if options.weights != "none":
+                source_of = lifted.weights.load
+                for offset, name, array in packed_arrays(placed, source_of):
+                    if writer.append(array) != offset:
+                        raise CompileError(f"{name} does not lie where it was planned: {offset}")
+                    progress.advance(array.nbytes)
+            writer.end_weights()
+            if lifted.tokenizer is not None:
+                writer.add_section(TOKENIZER, lifted.tokenizer)
+            progress.start("writing")
+            manifest = build_manifest(
+                source, options, lifted, compiled, program, plan, placed, nbytes, library,
+                time.perf_counter() - started,
+            )  # fmt: skip
+            writer.add_manifest(manifest)
+    return manifest
+
+
+def weight_addresses(placed: list[Placed]) -> dict[object, int]:
+    """Offsets by what a call's argument names: a value, or (value, layout, part)."""
+    addresses: dict[object, int] = {}
+    for item in placed:
+        for part, offset in item.offsets.items():
+            stored = item.stored
+            key = stored.value if stored.layout is None else (stored.value, stored.layout, part)
+            addresses[key] = offset
+    return addresses
+
+
+def cache_indices(graph: Graph) -> dict[Value, int]:
+    """The number of each cache input, in input order."""
+    caches = [value for value in graph.inputs if isinstance(value.type, KV)]
+    return {value: index for index, value in enumerate(caches)}
+
+
+def default_cache() -> Path:
+    """Where compiled kernels are kept: $LLMC_CACHE_DIR, or the user's cache folder."""
+    root = os.environ.get("LLMC_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmc"
+    )
+    return Path(root) / "kernels"
+
+
+def parameters_of(graph: Graph) -> int:
+    """Numbers in all params that the graph reads."""
+    total = 0
+    for param in graph.params:
+        count = product(param.shape)
+        assert isinstance(count, int)
+        total += count
+    return total
+
+
+def op_counts(ops: Sequence[Op | Input]) -> Counter[str]:
+    """Ops by name."""
+    return Counter(op.name for op in ops)
