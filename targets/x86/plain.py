@@ -225,7 +225,7 @@ class _Plain:
 
     def load(self, operand: int, index: Index) -> Expr:
         """An operand's element by index; halves come as f32."""
-        dtype, shape = self.operands[operand]
+        _, shape = self.operands[operand]
         flat: Expr = b.index(0)
         for i, dim in zip(index, shape, strict=True):
             flat = flat * dim_expression(dim, self.sizes) + i
@@ -236,6 +236,8 @@ class _Plain:
         return value.astype("float32") if self.operands[operand][0] in ("f16", "bf16") else value
 
     def store(self, unit: Expr, value: Expr) -> None:
+        if self.dtype == "bool" and str(value.ty.dtype) != "bool":
+            value = _truth(value)
         b.store(self.out, [unit], value.astype(TIR_DTYPES[self.dtype]))
 
     def unravel(self, unit: Expr) -> list[Expr]:
