@@ -146,7 +146,7 @@ def _mod(x: Expr, y: Expr) -> Expr:
 def _truth(x: Expr) -> Expr:
     from tvm import tirx
 
-    return x != tirx.const(0, str(x.ty.dtype))
+    return tirx.NE(x, tirx.const(0, str(x.ty.dtype)))
 
 
 def _tir(name: str) -> Callable[..., Expr]:
@@ -184,8 +184,8 @@ _ELEMENTWISE: dict[type[Op], Callable[..., Expr]] = {
     e.Pow: _libm("pow"),
     e.Maximum: _tir("Max"),
     e.Minimum: _tir("Min"),
-    e.Equal: lambda x, y: x.equal(y),
-    e.NotEqual: lambda x, y: x != y,
+    e.Equal: _tir("EQ"),
+    e.NotEqual: _tir("NE"),
     e.Less: lambda x, y: x < y,
     e.LessEqual: lambda x, y: x <= y,
     e.Greater: lambda x, y: x > y,
