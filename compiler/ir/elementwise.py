@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
+
 from llmc.compiler.ir.op import Dense, Op, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require, require_same_dtype
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of, numpy_dtype

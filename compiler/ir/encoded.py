@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from llmc.compiler.ir.types import KV, Array, Encoding, numpy_dtype
 
 PAGE = 32  # tokens a page of the KV cache

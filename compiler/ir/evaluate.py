@@ -9,7 +9,6 @@ from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor
-
 from llmc.errors import IRError
 
 Data = Array | Encoded | Pages

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, substitute
 from llmc.compiler.ir.types import KV, Array, Shape, Tensor, Type
-
 from llmc.errors import IRError
 
 if sys.version_info >= (3, 11):

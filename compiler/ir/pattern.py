@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
 from llmc.compiler.ir.elementwise import Binary, Cast, Constant
 from llmc.compiler.ir.op import Op, Value
 

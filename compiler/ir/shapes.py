@@ -5,7 +5,6 @@ from __future__ import annotations
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Shape
-
 from llmc.errors import IRError
 
 

@@ -7,6 +7,7 @@ from typing import Any as Anything
 from typing import ClassVar
 
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, exact_division, known_at_most, product
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype

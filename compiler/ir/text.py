@@ -17,11 +17,11 @@ import typing
 from dataclasses import fields
 
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import REGISTRY, Dense, Input, Op, Param, Value
 from llmc.compiler.ir.types import KV, Tensor, Type, parse_encoding
-
 from llmc.errors import IRError
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.\-/]*\Z")

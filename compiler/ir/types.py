@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
-from llmc.compiler.ir.dims import Dim
 from numpy.typing import NDArray
 
+from llmc.compiler.ir.dims import Dim
 from llmc.errors import IRError
 
 Shape = tuple[int | Dim, ...]

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import REGISTRY, Input, Op
 from llmc.compiler.ir.types import KV
-
 from llmc.errors import IRError
 
 
