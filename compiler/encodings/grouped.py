@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
+
 from llmc.compiler.encodings.search import Rounding, round_asymmetric, round_symmetric
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Array, Encoding, Tensor, is_precise, itemsize, register_encoding
-from numpy.typing import NDArray
-
 from llmc.errors import CompileError, IRError
 
-BLOCK = 1 << 16  # weights rounded at a time: the temporaries of a block stay in the second-level cache
+BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
 _NAME = re.compile(r"q(\d+)g(\d+)(a?)\Z")
 
 

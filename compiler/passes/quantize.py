@@ -1,0 +1,155 @@
+"""Round weights: each linear op and embedding table gets the precision that its scheme says.
+
+int4 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16 and f16
+cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights and
+biases stay as they are: they are few, and their errors are not averaged out over an input dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.llm import ACTIVATION_ROUNDINGS, Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Matmul
+from llmc.compiler.ir.types import FLOATS, Tensor
+from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.rewriting import uncast
+from llmc.compiler.passes.schemes import Overrides, Scheme, describe, find_head, param_names, scheme_of, weight_ops
+from llmc.errors import CompileError
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass, name="quantize"):
+    """Give weights a precision.
+
+    scheme: none (f32), bf16, f16, int8 or int4; also an encoding's name. group_size: inputs that share a scale.
+    symmetric: int4 without minimums. activations: what kernels round activations to in front of integer weights (int8,
+    bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own schemes; `auto` is int8
+    where scheme is int4, and the scheme elsewhere. overrides: `pattern=scheme;...` over params' names.
+    search: look for scales of least squared error.
+    """
+
+    exact: ClassVar[bool] = False
+
+    scheme: str = "int4"
+    group_size: int = 64
+    symmetric: bool = True
+    activations: str = "int8"
+    embedding: str = "auto"
+    head: str = "auto"
+    overrides: str = ""
+    search: bool = True
+
+    def run(self, graph: Graph, report: Report) -> Graph:
+        return _Run(self, graph, report).run()
+
+
+class _Run:
+    """One run: weights that were rounded already, by what they are made of and how."""
+
+    def __init__(self, options: QuantizeWeights, graph: Graph, report: Report) -> None:
+        if options.activations not in ACTIVATION_ROUNDINGS:
+            known = ", ".join(ACTIVATION_ROUNDINGS)
+            raise CompileError(f"unknown activations {options.activations!r}; known: {known}")
+        self.options, self.graph, self.report = options, graph, report
+        self.overrides = Overrides.parse(options.overrides)
+        self.rounded: dict[tuple[Value, Scheme], Value] = {}
+        self.tables: dict[Value, Scheme] = {}
+        self.scheme = self._scheme(options.scheme)
+        finer = "int8" if options.scheme in ("int4", self._scheme("int4").encoding) else options.scheme
+        self.embedding = self._scheme(finer if options.embedding == "auto" else options.embedding)
+        self.head = self._scheme(finer if options.head == "auto" else options.head)
+        for _, text in self.overrides.items:
+            self._scheme(text)
+        self.head_op = find_head(graph)
+        self.head_weight = None if self.head_op is None else uncast(self.head_op.w)
+
+    def _scheme(self, text: str) -> Scheme:
+        return scheme_of(text, self.options.group_size, self.options.symmetric)
+
+    def run(self) -> Graph:
+        self._check_overrides()
+        for op in self.graph.ops:
+            if isinstance(op, Embed) and not self._refused(op, op.table):
+                self.tables[uncast(op.table)] = self._override(op.table) or self.embedding
+        for op in weight_ops(self.graph):
+            self._refused(op, op.w, note=True)
+        for op in self.graph.ops:
+            if isinstance(op, Embed):
+                self._refused(op, op.table, note=True)
+            if isinstance(op, Matmul) and op not in self.graph.constants and op.b in self.graph.constants:
+                self.report.refuse(describe(op, op.b), "not recognised as llm.linear: its weight stays f32")
+        return rewrite(self.graph, self._rule)
+
+    def _check_overrides(self) -> None:
+        if not self.overrides.items:
+            return
+        weights = [op.w for op in weight_ops(self.graph)]
+        weights += [op.table for op in self.graph.ops if isinstance(op, Embed)]
+        names = [name for weight in weights for name in param_names(weight)]
+        for pattern in self.overrides.unmatched(names):
+            raise CompileError(f"override {pattern!r} matches no weight; names look like {', '.join(names[:3])}")
+
+    def _override(self, weight: Value) -> Scheme | None:
+        text = self.overrides.of(param_names(weight)) if self.overrides.items else ""
+        return self._scheme(text) if text else None
+
+    def _refused(self, op: Op, weight: Value, note: bool = False) -> bool:
+        """Whether a weight cannot be rounded; `note` puts the reason into the report."""
+        kind = weight.type
+        if not isinstance(kind, Tensor) or weight not in self.graph.constants:
+            reason = "its weight is computed at run time"
+        elif kind.encoding is not None:
+            reason = f"its weight is in {kind.encoding} already"
+        elif kind.dtype not in FLOATS:
+            reason = f"its weight is {kind.dtype}, not floats"
+        else:
+            return False
+        if note:
+            self.report.refuse(describe(op, weight), reason)
+        return True
+
+    def _rule(self, op: Op) -> Value | None:
+        if all(operand in self.graph.constants for operand in op.operands):
+            return None
+        if isinstance(op, Embed) and uncast(op.table) in self.tables:
+            return self._with_table(op)
+        if isinstance(op, (Linear, GatedLinear)) and not self._refused(op, op.w):
+            return self._with_weight(op)
+        return None
+
+    def _with_table(self, op: Embed) -> Value:
+        scheme = self.tables[uncast(op.table)]
+        self.report.hit(f"embedding {scheme}")
+        return op.replace(table=self._round(op.table, scheme))
+
+    def _with_weight(self, op: Linear | GatedLinear) -> Value:
+        base = uncast(op.w)
+        scheme = self.tables.get(base)
+        kind = "tied head" if scheme is not None else "linear"
+        if scheme is None:
+            scheme = self._override(op.w)
+        if scheme is None:
+            is_head = base is self.head_weight
+            kind = "head" if is_head else kind
+            scheme = self.head if is_head else self.scheme
+        self.report.hit(f"{kind} {scheme}")
+        activations = self.options.activations
+        rounding = activations if scheme.encoding or activations == "bf16" else "f32"
+        return op.replace(w=self._round(op.w, scheme), rounding=rounding)
+
+    def _round(self, weight: Value, scheme: Scheme) -> Value:
+        base = uncast(weight)
+        found = self.rounded.get((base, scheme))
+        if found is None:
+            if scheme.encoding:
+                wide = base if base.dtype == "f32" else Cast(base, "f32")
+                found = Quantize(wide, scheme.encoding, self.options.search)
+            else:
+                found = base if base.dtype == scheme.dtype else Cast(base, scheme.dtype)
+            self.rounded[base, scheme] = found
+        return found

@@ -1,0 +1,118 @@
+"""What a user may ask for a weight: schemes, overrides by name, and which weights an op reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from llmc.compiler.encodings import GroupQuantized
+from llmc.compiler.ir.elementwise import Activation, Add, Cast, Div, Mul, Tanh
+from llmc.compiler.ir.graph import Graph, topological
+from llmc.compiler.ir.llm import GatedLinear, Linear
+from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.structural import Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.types import Tensor, parse_encoding
+from llmc.errors import CompileError, IRError
+
+FLOAT_SCHEMES = {"none": "f32", "bf16": "bf16", "f16": "f16"}
+INTEGER_SCHEMES = {"int4": 4, "int8": 8}
+_ENCODING = re.compile(r"q\d+g\d+a?\Z")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one weight is kept: as floats of `dtype`, or in an `encoding` by name."""
+
+    dtype: str = ""
+    encoding: str = ""
+
+    def __str__(self) -> str:
+        return self.encoding or self.dtype
+
+
+def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
+    """The scheme that `none`, `bf16`, `f16`, `int8`, `int4` or an encoding's own name stands for; else CompileError.
+
+    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations.
+    """
+    if text in FLOAT_SCHEMES:
+        return Scheme(dtype=FLOAT_SCHEMES[text])
+    try:
+        if text in INTEGER_SCHEMES:
+            bits = INTEGER_SCHEMES[text]
+            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits == 8).name)
+        if _ENCODING.match(text):
+            return Scheme(encoding=parse_encoding(text).name)
+    except IRError as error:
+        raise CompileError(f"scheme {text!r}: {error}") from None
+    known = ", ".join((*FLOAT_SCHEMES, *INTEGER_SCHEMES))
+    raise CompileError(f"unknown scheme {text!r}; known: {known}, or an encoding such as q4g32")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """`pattern=scheme;pattern=scheme`: shell patterns over params' names; the first that matches wins."""
+
+    items: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Overrides:
+        """From the option's text; CompileError for an item without `=`."""
+        items = []
+        for item in filter(None, (part.strip() for part in text.split(";"))):
+            pattern, equals, scheme = item.rpartition("=")
+            if not equals or not pattern:
+                raise CompileError(f"override {item!r} is not PATTERN=SCHEME, such as *.down_proj.*=int8")
+            items.append((pattern.strip(), scheme.strip()))
+        return cls(tuple(items))
+
+    def of(self, names: Iterable[str]) -> str:
+        """The scheme for a weight made of these params; empty for none."""
+        names = tuple(names)
+        for pattern, scheme in self.items:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return scheme
+        return ""
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns that match none of these names."""
+        names = tuple(names)
+        return [pattern for pattern, _ in self.items if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def param_names(value: Value) -> tuple[str, ...]:
+    """Names of the params that a compile-time value is made of, in first-use order."""
+    return tuple(found.name for found in topological([value]) if isinstance(found, Param))
+
+
+def find_head(graph: Graph) -> Linear | None:
+    """The linear op that output `logits` comes from, seen through casts, softcaps, scales, choices of rows; or None."""
+    value = dict(graph.outputs).get("logits")
+    if value is None:
+        return None
+    while not isinstance(value, Linear):
+        if not isinstance(value, (Cast, Reshape, Slice, Transpose, Gather, Mul, Div, Add, Tanh, Activation)):
+            return None
+        inner = [operand for operand in value.operands if operand not in graph.constants and _is_float(operand)]
+        if len(inner) != 1:
+            return None
+        value = inner[0]
+    return value
+
+
+def _is_float(value: Value) -> bool:
+    return isinstance(value.type, Tensor) and value.dtype in ("f64", "f32", "f16", "bf16")
+
+
+def weight_ops(graph: Graph) -> list[Linear | GatedLinear]:
+    """Linear ops, gated or not, in order."""
+    return [op for op in graph.ops if isinstance(op, (Linear, GatedLinear))]
+
+
+def describe(op: Op, weight: Value) -> str:
+    """An op and the params that its weight is made of, for reports."""
+    names = param_names(weight)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{op.name} {shown} : {op.type}" if names else f"{op.name} : {op.type}"
