@@ -1,0 +1,321 @@
+"""flatten-tokens: a graph over one sequence [1, S, ...] becomes a graph over T tokens of any mixture of sequences.
+
+Outside attention a decoder acts on each token alone. The pass proves that op by op: every value has one axis that
+counts tokens, and no op but `llm.attention` may mix along it. In the new graph that axis comes first, and a leading
+batch axis of size 1 is gone: [1, S, h] becomes [T, h], [1, heads, S, d] becomes [T, heads, d].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Attention, Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.structural import (
+    Argmax,
+    Broadcast,
+    Concat,
+    Cumsum,
+    Gather,
+    GatherElements,
+    Iota,
+    Matmul,
+    Pad,
+    Reduce,
+    Reshape,
+    Slice,
+    Softmax,
+    Transpose,
+)
+from llmc.compiler.ir.types import Shape, Tensor
+from llmc.compiler.passes.manager import Pass, Report
+
+INPUTS = ("ids", "positions")
+
+
+class _Mixes(Exception):
+    """An op that mixes tokens, or that has no rule: its text is the reason for refusing."""
+
+
+@dataclass(frozen=True)
+class FlattenTokens(Pass, name="flatten-tokens"):
+    """`max_step`: the most tokens that one step of the new graph may have (the range of T)."""
+
+    max_step: int = 512
+
+    def run(self, graph: Graph, report: Report) -> Graph:
+        old_inputs = {value.name: value for value in graph.inputs}
+        size = old_inputs["ids"].shape[1] if "ids" in old_inputs and old_inputs["ids"].rank == 2 else None
+        if not isinstance(size, Dim):
+            report.refuse("input ids", "needs ids: [1, S] with a symbolic S")
+            return graph
+        wrong = [v.name for v in graph.inputs if v.name not in INPUTS or v.shape != (1, size)]
+        if wrong:
+            report.refuse(f"input {wrong[0]}", f"needs inputs {' and '.join(INPUTS)} of one shape [1, {size}]")
+            return graph
+        tokens = symbol("T", 1, self.max_step)
+        inputs = tuple(Input(value.name, Tensor((tokens,), value.dtype)) for value in graph.inputs)
+        flattener = _Flattener(size, tokens, dict(zip(graph.inputs, inputs, strict=True)))
+        for op in graph.ops:
+            try:
+                flattener.add(op)
+            except _Mixes as reason:
+                report.refuse(op, f"{reason}; the graph stays one sequence at a time")
+                return graph
+        report.hit("graph")
+        outputs = tuple((name, flattener.new.get(value, value)) for name, value in graph.outputs)
+        return Graph(graph.name, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a value's tokens are: `token` axis, the dropped `batch` axis of size 1 or None, and the `rest` in order."""
+
+    token: int
+    batch: int | None
+    rest: tuple[int, ...]
+
+    @property
+    def all_rest(self) -> tuple[int, ...]:
+        """Every axis but the token axis."""
+        return tuple(sorted({*self.rest, *(() if self.batch is None else (self.batch,))}))
+
+
+class _Flattener:
+    """Builds the new graph's values; `new` maps old values to new ones."""
+
+    def __init__(self, size: Dim, tokens: int | Dim, inputs: dict[Input, Input]) -> None:
+        self.size, self.tokens = size, tokens
+        self.symbols = size.symbols()
+        self.new: dict[Value, Value] = dict(inputs)
+
+    def add(self, op: Op) -> None:
+        """Rebuild one op, whose operands are already rebuilt."""
+        if not self.has_tokens(op) and not any(self.has_tokens(value) for value in op.operands):
+            return
+        if not self.has_tokens(op):
+            raise _Mixes("it folds the token axis away")
+        for kind, rule in _RULES:
+            if isinstance(op, kind):
+                self.new[op] = self.finish(rule(self, op), op)
+                return
+        raise _Mixes(f"{op.name} has no token-wise rule")
+
+    def has_tokens(self, value: Value) -> bool:
+        """Whether the sequence's length appears in the value's shape."""
+        return isinstance(value.type, Tensor) and any(symbols_of(dim) & self.symbols for dim in value.type.shape)
+
+    def layout(self, value: Value) -> _Layout:
+        """The layout of an old value that has tokens."""
+        axes = [axis for axis, dim in enumerate(value.shape) if symbols_of(dim) & self.symbols]
+        if len(axes) != 1:
+            raise _Mixes(f"axes {axes} of {value.type} all count tokens")
+        if value.shape[axes[0]] != self.size:
+            raise _Mixes(f"axis {axes[0]} of {value.type} is not one element a token")
+        token = axes[0]
+        batch = 0 if token != 0 and value.shape[0] == 1 else None
+        return _Layout(token, batch, tuple(i for i in range(value.rank) if i not in (token, batch)))
+
+    def shape(self, value: Value, axes: tuple[int, ...]) -> Shape:
+        """The new shape of an old value: tokens first, then the sizes of some of its axes."""
+        return (self.tokens, *(value.shape[i] for i in axes))
+
+    def finish(self, built: Value, op: Op) -> Value:
+        """The rebuilt value in the new shape of `op`: the two differ at most in axes of size 1."""
+        return reshaped(built, self.shape(op, self.layout(op).rest))
+
+    def full(self, value: Value) -> tuple[Value, tuple[int, ...]]:
+        """The new value with every axis of the old one present, tokens first; and those old axes in order."""
+        axes = self.layout(value).all_rest
+        return reshaped(self.new[value], self.shape(value, axes)), axes
+
+    def along(self, value: Value, axes: tuple[int, ...], what: str) -> tuple[Value, tuple[int, ...]]:
+        """The new value and where some of its old axes now are."""
+        layout = self.layout(value)
+        axes = tuple(axis % value.rank for axis in axes)
+        if layout.token in axes:
+            raise _Mixes(f"it {what} the token axis {layout.token} of {value.type}")
+        new, kept = (self.full(value)) if layout.batch in axes else (self.new[value], layout.rest)
+        return new, tuple(1 + kept.index(axis) for axis in axes)
+
+    def aligned(self, value: Value, result: Value) -> Value:
+        """An operand of an op that broadcasts, so that it broadcasts to the new result in the same way."""
+        layout = self.layout(result)
+        offset = result.rank - value.rank
+        sizes = tuple(value.shape[i - offset] if i >= offset else 1 for i in layout.rest)
+        if self.has_tokens(value):
+            if self.layout(value).token + offset != layout.token:
+                raise _Mixes(f"the token axis of {value.type} meets another axis of the result")
+            return reshaped(self.new[value], (self.tokens, *sizes))
+        old: Shape = value.shape
+        while old and old[0] == 1 and len(old) > len(sizes):
+            old = old[1:]
+        padded = (*(1 for _ in range(len(sizes) - len(old))), *old)
+        if padded == sizes and len(value.shape) <= len(sizes):
+            return value
+        return reshaped(value, sizes)
+
+    def elementwise(self, op: Op) -> Value:
+        return op.map_operands(lambda value: self.aligned(value, op))
+
+    def mapped(self, op: Op) -> Value:
+        """An op whose operands keep their meaning when the token axis moves to the front."""
+        for value in op.operands:
+            if self.has_tokens(value) and self.layout(value).token == value.rank - 1:
+                raise _Mixes(f"it works along the token axis of {value.type}")
+        return op.map_operands(lambda value: self.new.get(value, value))
+
+    def token_first(self, op: Op) -> Value:
+        """An op defined over tokens on axis 0."""
+        for value in op.operands:
+            if self.has_tokens(value) and self.layout(value).token != 0:
+                raise _Mixes(f"the tokens of {value.type} are not on axis 0")
+        return op.map_operands(lambda value: self.new.get(value, value))
+
+    def transpose(self, op: Transpose) -> Value:
+        full, axes = self.full(op.x)
+        # Axes of size 1 need no moving: leaving them out avoids transposes that do nothing.
+        kept = [axis for axis in axes if op.x.shape[axis] != 1]
+        order = [axis for axis in op.permutation if axis in kept]
+        if order == kept:
+            return full
+        x = reshaped(full, self.shape(op.x, tuple(kept)))
+        return Transpose(x, (0, *(1 + kept.index(axis) for axis in order)))
+
+    def reshape(self, op: Reshape) -> Value:
+        before = product(op.x.shape[: self.layout(op.x).token])
+        if before != product(op.shape[: self.layout(op).token]):
+            raise _Mixes("it moves elements between tokens")
+        return self.new[op.x]
+
+    def broadcast(self, op: Broadcast) -> Value:
+        return Broadcast(self.aligned(op.x, op), self.shape(op, self.layout(op).rest))
+
+    def slice(self, op: Slice) -> Value:
+        x, (axis,) = self.along(op.x, (op.axis,), "slices")
+        if isinstance(op.start, Dim) or isinstance(op.stop, Dim):
+            raise _Mixes("its bounds depend on the number of tokens")
+        return Slice(x, axis, op.start, op.stop, op.step)
+
+    def concat(self, op: Concat) -> Value:
+        parts = [self.along(x, (op.axis,), "concatenates along") for x in op.xs]
+        if any(axis != parts[0][1] for _, axis in parts):
+            # A first axis of size 1 is dropped from some operands only.
+            return Concat(tuple(self.full(x)[0] for x in op.xs), 1)
+        return Concat(tuple(x for x, _ in parts), parts[0][1][0])
+
+    def pad(self, op: Pad) -> Value:
+        layout = self.layout(op.x)
+        if op.low[layout.token] or op.high[layout.token]:
+            raise _Mixes("it pads the token axis")
+        full, axes = self.full(op.x)
+        return Pad(full, (0, *(op.low[i] for i in axes)), (0, *(op.high[i] for i in axes)), op.value)
+
+    def reduce(self, op: Reduce) -> Value:
+        x, axes = self.along(op.x, op.axes, "reduces")
+        return op.replace(x=x, axes=axes)
+
+    def one_axis(self, op: Softmax | Cumsum | Argmax) -> Value:
+        x, (axis,) = self.along(op.x, (op.axis,), "works along")
+        return op.replace(x=x, axis=axis)
+
+    def gather(self, op: Gather) -> Value:
+        if self.has_tokens(op.x):
+            if self.has_tokens(op.indices):
+                raise _Mixes("it gathers tokens by token")
+            x, (axis,) = self.along(op.x, (op.axis,), "gathers along")
+            return Gather(x, op.indices, axis)
+        axis = op.axis % op.x.rank
+        indices = self.new[op.indices]
+        gathered = Gather(op.x, indices, axis)
+        order = (axis, *(i for i in range(gathered.rank) if i != axis))
+        return gathered if axis == 0 else Transpose(gathered, order)
+
+    def gather_elements(self, op: GatherElements) -> Value:
+        if not (self.has_tokens(op.x) and self.has_tokens(op.indices)):
+            raise _Mixes("it gathers from one place for every token")
+        if self.layout(op.x).token == op.axis % op.x.rank:
+            raise _Mixes(f"it gathers along the token axis of {op.x.type}")
+        (x, axes), (indices, _) = self.full(op.x), self.full(op.indices)
+        return GatherElements(x, indices, 1 + axes.index(op.axis % op.x.rank))
+
+    def matmul(self, op: Matmul) -> Value:
+        """A token's rows times a matrix: each token is a stack of matrices of its own."""
+        if self.has_tokens(op.a) and not self.has_tokens(op.b):
+            layout = self.layout(op.a)
+            if layout.token == op.a.rank - 1:
+                raise _Mixes("it sums over the token axis")
+            if layout.token == op.a.rank - 2:
+                return self._rows_times_matrix(op)
+        leading = op.rank - 2
+        result = self.layout(op)
+        if result.token >= leading:
+            raise _Mixes("it multiplies tokens with tokens")
+        operands = []
+        for value in (op.a, op.b):
+            offset = op.rank - value.rank
+            sizes = tuple(value.shape[i - offset] if i >= offset else 1 for i in range(op.rank) if i != result.token)
+            if not self.has_tokens(value):
+                operands.append(reshaped(value, sizes))
+            elif self.layout(value).token + offset != result.token:
+                raise _Mixes(f"the token axis of {value.type} meets another axis of the result")
+            else:
+                operands.append(reshaped(self.new[value], (self.tokens, *sizes)))
+        return Matmul(operands[0], operands[1])
+
+    def _rows_times_matrix(self, op: Matmul) -> Value:
+        leading = (*(1 for _ in range(op.rank - op.a.rank)), *op.a.shape[:-2])
+        if all(dim == 1 for dim in (*leading, *op.b.shape[:-2])):
+            x = reshaped(self.new[op.a], (self.tokens, op.a.shape[-1]))
+            return Matmul(x, reshaped(op.b, op.b.shape[-2:]))
+        return Matmul(reshaped(self.new[op.a], (self.tokens, *leading, 1, op.a.shape[-1])), op.b)
+
+    def embed(self, op: Embed) -> Value:
+        return op.replace(ids=self.new[op.ids])
+
+    def attention(self, op: Attention) -> Value:
+        for value in (op.q, op.k, op.v):
+            if not self.has_tokens(value) or self.layout(value).token != value.rank - 3:
+                raise _Mixes(f"the tokens of {value.type} are not on axis {value.rank - 3}")
+            if product(value.shape[:-3]) != 1:
+                raise _Mixes(f"{value.type} holds more than one sequence")
+        q, k, v = (reshaped(self.new[x], (self.tokens, *x.shape[-2:])) for x in (op.q, op.k, op.v))
+        return op.replace(q=q, k=k, v=v)
+
+    def iota(self, op: Iota) -> Value:
+        raise _Mixes("it counts tokens from 0, which is not their position in a mixture of sequences")
+
+
+def reshaped(value: Value, shape: Shape) -> Value:
+    """The value in another shape; itself when it has that shape; one reshape where it is a reshape already."""
+    if value.shape == shape:
+        return value
+    if isinstance(value, Reshape):
+        return reshaped(value.x, shape)
+    return Reshape(value, shape)
+
+
+# The first class that an op is an instance of decides.
+_RULES: tuple[tuple[type[Op] | tuple[type[Op], ...], Callable[..., Value]], ...] = (
+    ((Unary, Cast, Activation, Binary, Compare, Where), _Flattener.elementwise),
+    ((Linear, GatedLinear, RMSNorm, LayerNorm), _Flattener.mapped),
+    ((RopeAngles, Rope), _Flattener.token_first),
+    (Transpose, _Flattener.transpose),
+    (Reshape, _Flattener.reshape),
+    (Broadcast, _Flattener.broadcast),
+    (Slice, _Flattener.slice),
+    (Concat, _Flattener.concat),
+    (Pad, _Flattener.pad),
+    (Reduce, _Flattener.reduce),
+    ((Softmax, Cumsum, Argmax), _Flattener.one_axis),
+    (Gather, _Flattener.gather),
+    (GatherElements, _Flattener.gather_elements),
+    (Matmul, _Flattener.matmul),
+    (Embed, _Flattener.embed),
+    (Attention, _Flattener.attention),
+    (Iota, _Flattener.iota),
+)

@@ -1,0 +1,104 @@
+"""select-rows: logits are computed for the rows asked for, and whatever only they need is computed for those rows.
+
+A new input rows i32[R] names tokens. An op is row-only when nothing but the selected logits comes of it and it treats
+each token alone: the head, the final norm, and the last layer from its attention's output on. Those run over R rows;
+every other value they use is gathered once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.compiler.ir.dims import Dim, symbol
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reduce, Reshape, Slice, Softmax, Transpose
+from llmc.compiler.ir.types import Tensor
+from llmc.compiler.passes.manager import Pass, Report
+
+ELEMENTWISE = (Unary, Cast, Activation, Binary, Compare, Where)
+
+
+@dataclass(frozen=True)
+class SelectRows(Pass, name="select-rows"):
+    """`output`: the output whose rows are selected."""
+
+    output: str = "logits"
+
+    def run(self, graph: Graph, report: Report) -> Graph:
+        outputs = dict(graph.outputs)
+        logits = outputs.get(self.output)
+        if logits is None or not isinstance(logits.type, Tensor):
+            report.refuse(f"output {self.output}", f"there is no such tensor; outputs: {', '.join(outputs)}")
+            return graph
+        tokens = logits.shape[0]
+        if not isinstance(tokens, Dim) or logits.rank != 2:
+            report.refuse(f"output {self.output}", f"needs [T, vocabulary], not {logits.type}: flatten-tokens is first")
+            return graph
+        rows = Input("rows", Tensor((symbol("R", 1),), "i32"))
+        row_only = _row_only(graph, logits, self.output, tokens)
+        selected: dict[Value, Value] = {}
+
+        def of_rows(value: Value) -> Value:
+            """The rows of a value that has tokens; any other value itself."""
+            if not isinstance(value.type, Tensor) or tokens not in value.shape:
+                return value
+            if value not in selected:
+                selected[value] = Gather(value, rows, 0)
+                report.hit("gather")
+            return selected[value]
+
+        for op in graph.ops:
+            if op in row_only:
+                if isinstance(op, Reshape):
+                    selected[op] = Reshape(of_rows(op.x), (rows.shape[0], *op.to[1:]))
+                else:
+                    selected[op] = op.map_operands(of_rows)
+                report.hit("row-only op")
+        new = of_rows(logits)
+        kept = tuple((name, new if name == self.output else value) for name, value in graph.outputs)
+        return Graph(graph.name, (*graph.inputs, rows), kept)
+
+
+def _row_only(graph: Graph, logits: Value, output: str, tokens: Dim) -> set[Op]:
+    """Ops that only the selected logits need and that treat each token (axis 0) alone."""
+    kept = {value for name, value in graph.outputs if name != output}
+    found: set[Op] = set()
+    for op in reversed(graph.ops):
+        if op in kept or not _treats_tokens_alone(op, tokens):
+            continue
+        if all(user in found for user in graph.users.get(op, ())) and (op is logits or graph.users.get(op)):
+            found.add(op)
+    # A reshape of a gathered value is better gathered after it, in two axes.
+    for op in graph.ops:
+        if op in found and isinstance(op, Reshape) and op.x not in found:
+            found.discard(op)
+    return found
+
+
+def _treats_tokens_alone(op: Op, tokens: Dim) -> bool:
+    """Whether row t of the result comes from row t of each operand that has tokens, which stand on axis 0."""
+    if not isinstance(op.type, Tensor) or op.rank == 0 or op.shape[0] != tokens or tokens in op.shape[1:]:
+        return False
+    with_tokens = [value for value in op.operands if isinstance(value.type, Tensor) and tokens in value.shape]
+    if not with_tokens or any(value.shape[0] != tokens or tokens in value.shape[1:] for value in with_tokens):
+        return False
+    if isinstance(op, ELEMENTWISE):
+        return all(value.rank == op.rank for value in with_tokens)
+    if isinstance(op, (Linear, GatedLinear, RMSNorm, LayerNorm)):
+        return True
+    if isinstance(op, (Rope, RopeAngles)):
+        return True
+    if isinstance(op, Embed):
+        return op.ids in with_tokens
+    if isinstance(op, Matmul):
+        return with_tokens == [op.a] and op.rank == 2
+    if isinstance(op, (Slice, Concat, Softmax)):
+        return op.axis % op.rank != 0
+    if isinstance(op, Reduce):
+        return 0 not in {axis % op.x.rank for axis in op.axes}
+    if isinstance(op, Transpose):
+        return op.permutation[0] == 0
+    return isinstance(op, Reshape)
