@@ -64,7 +64,7 @@ def evaluate_values(
     """Evaluate some values, given others; keyed by `names` (default: "0", "1", ...)."""
     from llmc.compiler.ir.types import numpy_dtype
 
-    order = [value for value in topological(roots) if value not in known]
+    order = topological(roots, known)
     remaining: dict[Value, int] = {}
     for value in order:
         if isinstance(value, Op):

@@ -81,10 +81,10 @@ def _mentions_a_symbol(values: Iterable[object]) -> bool:
     return any(isinstance(v, Dim) or (isinstance(v, tuple) and _mentions_a_symbol(v)) for v in values)
 
 
-def topological(roots: Iterable[Value]) -> list[Value]:
-    """Every value that the roots need, operands first; deterministic."""
+def topological(roots: Iterable[Value], known: Iterable[Value] = ()) -> list[Value]:
+    """Every value that the roots need, operands first, without those `known` and what only they need; deterministic."""
     order: list[Value] = []
-    done: set[int] = set()
+    done = {id(value) for value in known}
     for root in roots:
         stack: list[tuple[Value, bool]] = [(root, False)]
         while stack:
