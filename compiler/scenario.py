@@ -1,0 +1,248 @@
+"""What a graph is tried on: a few sequences of token ids, rendered into whatever inputs the graph has at its stage.
+
+A lifted graph takes ids [1, S] and runs once a sequence; so does a flattened graph, ids [T], as long as its attention
+has no cache. A graph with a cache runs as the runtime would run it: in steps that mix prompts and continuations, over
+pages in no particular order. Each way gives the same outputs for the same tokens, which is what makes them comparable.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmc.compiler.ir.dims import concrete
+from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
+from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Embed
+from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.structural import Gather
+from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array
+from llmc.errors import CompileError
+
+TILE = 16  # rows of a query tile at most
+_PER_TOKEN = ("ids", "positions")
+_KNOWN = (*_PER_TOKEN, "slots", "tiles", "block_table", "rows")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `begin` to `end` of one sequence, as part of a step."""
+
+    sequence: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Sequences of token ids, and the steps in which a graph with a cache sees them."""
+
+    sequences: tuple[Array, ...]
+    steps: tuple[tuple[Span, ...], ...]
+    pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, in order
+    seed: int = 0
+
+    @classmethod
+    def random(cls, vocabulary: int, seed: int = 0, lengths: tuple[int, ...] = (5, 2, 9)) -> Scenario:
+        """Random ids below `vocabulary`; each length is at least 2.
+
+        The first sequence is a whole prompt in the last step; the others are cut at a random point, so that they
+        continue in that step from what the cache holds.
+        """
+        rng = np.random.default_rng(seed)
+        sequences = tuple(rng.integers(0, vocabulary, length).astype(np.int32) for length in lengths)
+        cuts = [int(rng.integers(1, length)) for length in lengths]
+        later = range(1, len(lengths)) if len(lengths) > 1 else range(len(lengths))
+        first = tuple(Span(i, 0, cuts[i]) for i in later)
+        last = tuple(Span(i, cuts[i], lengths[i]) for i in later)
+        if len(lengths) > 1:
+            last = (*last[:1], Span(0, 0, lengths[0]), *last[1:])
+        needed = [-(-length // PAGE) for length in lengths]
+        ids = rng.permutation(sum(needed) + 1).tolist()
+        pages = tuple(tuple(ids[sum(needed[:i]) : sum(needed[: i + 1])]) for i in range(len(lengths)))
+        return cls(sequences, (first, last), pages, seed)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+    def row(self, sequence: int, position: int) -> int:
+        """Where a token's outputs are among those of all tokens."""
+        return sum(len(earlier) for earlier in self.sequences[:sequence]) + position
+
+    def token(self, row: int) -> tuple[int, int]:
+        """(sequence, position) of a row of the outputs."""
+        for index, sequence in enumerate(self.sequences):
+            if row < len(sequence):
+                return index, row
+            row -= len(sequence)
+        raise CompileError(f"row {row} is beyond the scenario's tokens")
+
+    def run(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
+        """Every output [tokens, features] but the caches, whatever shape the graph has; rows as `row` says."""
+        unknown = [v.name for v in graph.inputs if v.name not in _KNOWN and not isinstance(v.type, KV)]
+        if unknown:
+            raise CompileError(f"cannot check a graph with input {unknown[0]!r}; known: {', '.join(_KNOWN)}, caches")
+        names = {value.name for value in graph.inputs}
+        results = self._run_in_steps if "block_table" in names else self._run_by_sequence
+        return results(graph, load_param)
+
+    def _run_by_sequence(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
+        collected = _Collected(self.tokens)
+        for index, ids in enumerate(self.sequences):
+            # The one step over a whole sequence; the reshape drops or adds the batch axis.
+            step = self._render((Span(index, 0, len(ids)),))
+            inputs: dict[str, Data] = {}
+            for value in graph.inputs:
+                data = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
+                inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
+            collected.add(evaluate(graph, inputs, load_param), step.output_rows("rows" in inputs))
+        return collected.outputs
+
+    def _run_in_steps(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
+        collected = _Collected(self.tokens)
+        count = sum(len(pages) for pages in self.pages) + 1
+        caches: dict[str, Data] = {
+            value.name: Pages.empty(value.type, count) for value in graph.inputs if isinstance(value.type, KV)
+        }
+        for spans in self.steps:
+            step = self._render(spans)
+            inputs = dict(caches)
+            for value in graph.inputs:
+                if not isinstance(value.type, KV):
+                    inputs[value.name] = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
+            outputs = evaluate(graph, inputs, load_param)
+            caches = {name: outputs.pop(f"{name}.next", cache) for name, cache in caches.items()}
+            collected.add(outputs, step.output_rows("rows" in inputs))
+        return collected.outputs
+
+    def _render(self, spans: tuple[Span, ...]) -> _Step:
+        """The step's inputs, in the layout that docs/architecture.md gives."""
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        tiles: list[tuple[int, int, int, int]] = []
+        at: list[int] = []
+        for span in spans:
+            row = len(ids)
+            for begin in range(span.begin, span.end, TILE):
+                rows = min(TILE, span.end - begin)
+                tiles.append((span.sequence, row + begin - span.begin, rows, begin))
+            for position in range(span.begin, span.end):
+                ids.append(int(self.sequences[span.sequence][position]))
+                positions.append(position)
+                slots.append(self.pages[span.sequence][position // PAGE] * PAGE + position % PAGE)
+                at.append(self.row(span.sequence, position))
+        table = np.zeros((len(self.pages), max(len(pages) for pages in self.pages)), np.int32)
+        for index, pages in enumerate(self.pages):
+            table[index, : len(pages)] = pages
+        # All rows are wanted, in an order that shows whether a graph honours it.
+        order = np.random.default_rng(self.seed).permutation(len(ids))
+        arrays: dict[str, Array] = {
+            "ids": np.array(ids), "positions": np.array(positions), "slots": np.array(slots),
+            "tiles": np.array(tiles), "block_table": table, "rows": order,
+        }  # fmt: skip
+        return _Step(arrays, np.array(at), np.array(at)[order])
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's inputs, and the rows of all tokens that its own rows are."""
+
+    arrays: dict[str, Array]
+    plain: Array
+    chosen: Array
+
+    def output_rows(self, selected: bool) -> Array:
+        return self.chosen if selected else self.plain
+
+
+@dataclass
+class _Collected:
+    """Outputs of all tokens, filled in step by step."""
+
+    tokens: int
+    outputs: dict[str, Array] = field(default_factory=dict)
+
+    def add(self, outputs: Mapping[str, Data], rows: Array) -> None:
+        for name, data in outputs.items():
+            if isinstance(data, (Pages, Encoded)):
+                continue
+            flat = data.reshape(len(rows), -1)
+            target = self.outputs.setdefault(name, np.full((self.tokens, flat.shape[1]), np.nan, flat.dtype))
+            target[rows] = flat
+
+
+def vocabulary_of(graph: Graph, name: str = "ids") -> int:
+    """How many different ids an input may hold: rows of the smallest table that it looks up in, itself or widened."""
+    reached: set[Value] = {value for value in graph.inputs if value.name == name}
+    bound = 1 << 15
+    for op in graph.ops:
+        if isinstance(op, Cast) and op.x in reached:
+            reached.add(op)
+        table, ids = (op.table, op.ids) if isinstance(op, Embed) else (None, None)
+        if isinstance(op, Gather) and op.axis == 0:
+            table, ids = op.x, op.indices
+        if table is not None and ids in reached:
+            rows = table.shape[0]
+            bound = min(bound, rows) if isinstance(rows, int) else bound
+    return bound
+
+
+def random_params(graph: Graph, seed: int = 0) -> LoadParam:
+    """Weights of the right shapes and dtypes, the same ones for the same names, that keep activations of order one.
+
+    Matrices are normal with variance 1 / inputs; vectors, which may be scales or biases, lie in [0.5, 1.5].
+    """
+    params: dict[str, Param] = {param.name: param for param in graph.params}
+
+    def load(name: str) -> Array:
+        if name not in params:
+            raise CompileError(f"no param {name!r} in graph {graph.name}")
+        kind = params[name].tensor
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        shape = tuple(concrete(dim, {}) for dim in kind.shape)
+        if kind.dtype not in FLOATS:
+            return rng.integers(0, 2 if kind.dtype == "bool" else 5, shape).astype(NUMPY_DTYPES[kind.dtype])
+        vector = len(shape) < 2
+        values = rng.uniform(0.5, 1.5, shape) if vector else rng.standard_normal(shape) / np.sqrt(shape[-1])
+        return np.asarray(values).astype(NUMPY_DTYPES[kind.dtype])
+
+    return load
+
+
+def random_inputs(graph: Graph, seed: int = 0, sizes: Mapping[str, int] | None = None) -> dict[str, Data]:
+    """Inputs for a graph that is no language model: sizes in 2..9 within their ranges, normal floats, valid ids.
+
+    `sizes` fixes some symbols. Inputs called `positions` count up; other integers stay below the tables they index.
+    """
+    rng = np.random.default_rng(seed)
+    binding: dict[str, int] = {}
+    for symbol in graph.symbols:
+        high = 9 if symbol.high is None else min(9, symbol.high)
+        binding[symbol.name] = int(rng.integers(min(max(symbol.low, 2), high), high + 1))
+    binding.update(sizes or {})
+    return {value.name: _random_input(graph, value, rng, binding) for value in graph.inputs}
+
+
+def _random_input(graph: Graph, value: Input, rng: np.random.Generator, binding: Mapping[str, int]) -> Data:
+    if isinstance(value.type, KV):
+        return Pages.empty(value.type, 4)
+    shape = tuple(concrete(dim, binding) for dim in value.shape)
+    dtype = NUMPY_DTYPES[value.dtype]
+    if value.dtype in FLOATS:
+        return np.asarray(rng.standard_normal(shape)).astype(dtype)
+    if value.name == "positions":
+        return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+    high = min(vocabulary_of(graph, value.name), 100) if value.dtype in INTEGERS else 2
+    return np.asarray(rng.integers(0, high, shape)).astype(dtype)
+
+
+def is_token_graph(graph: Graph) -> bool:
+    """Whether a graph takes token ids, so that a scenario can be rendered for it at any stage."""
+    return any(value.name == "ids" and not isinstance(value.type, KV) for value in graph.inputs)
