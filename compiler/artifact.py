@@ -25,7 +25,7 @@ import json
 import os
 import secrets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ _MASK = (1 << 64) - 1
 
 _SECTION_HEADER = struct.Struct("<IIQQQQIIQQ")  # name, type, flags, address, offset, size, link, info, align, entry
 _SHT_PROGBITS = 1
+_SHT_STRTAB = 3
 
 
 def hash_chunk(data: bytes | memoryview) -> int:
@@ -110,19 +111,13 @@ class WeightHash:
 
 @dataclass(frozen=True)
 class _Part:
+    """A named run of bytes. hash: known for the weights; the small parts are hashed at the end."""
+
     name: str
     offset: int
     bytes: int
-    extent: int
-    hash: str
-
-
-@dataclass(frozen=True)
-class _Section:
-    name: str
-    offset: int
-    bytes: int
-    align: int
+    align: int = 8
+    hash: str | None = None
 
 
 class ArtifactWriter:
@@ -142,8 +137,7 @@ class ArtifactWriter:
     def __init__(self, path: Path | str, library: Path | str) -> None:
         self.path = Path(path)
         self.library = Path(library)
-        self._parts: list[_Part] = []
-        self._sections: list[_Section] = []
+        self._sections: list[_Part] = []
         self._descriptor = -1
         self._temporary = self.path
         self._position = 0
@@ -207,8 +201,7 @@ class ArtifactWriter:
         digest = self._weights_hash.hexdigest()
         self._weights_hash = None
         self._weights_start = None
-        self._sections.append(_Section(WEIGHTS, start, size, PAGE))
-        self._parts.append(_Part(WEIGHTS, start, size, self._position - start, digest))
+        self._sections.append(_Part(WEIGHTS, start, size, PAGE, digest))
         return size
 
     def add_section(self, name: str, data: bytes) -> None:
@@ -220,10 +213,7 @@ class ArtifactWriter:
         start = self._position
         self._write(data)
         self._pad(8)
-        extent = self._position - start
-        digest = hashlib.sha256(data + bytes(extent - len(data))).hexdigest()
-        self._sections.append(_Section(name, start, len(data), 8))
-        self._parts.append(_Part(name, start, len(data), extent, digest))
+        self._sections.append(_Part(name, start, len(data)))
 
     def add_manifest(self, manifest: Mapping[str, object]) -> None:
         """Appends the manifest: plain JSON values, no NaN; `runtime/manifest.py` says which."""
@@ -232,27 +222,21 @@ class ArtifactWriter:
     def _finish(self) -> None:
         if self._weights_start is not None:
             self.end_weights()
-        first = min((part.offset for part in self._parts), default=self._position)
-        table_start = self._position
-        count = self._write_section_table()
-        self._patch_header(count)
-        table = os.pread(self._descriptor, self._position - table_start, table_start)
-        library = os.pread(self._descriptor, first, 0)
-        parts = [
-            _Part("library", 0, len(self._loadable), first, hashlib.sha256(library).hexdigest()),
-            *self._parts,
-            _Part("section table", table_start, len(table), len(table), hashlib.sha256(table).hexdigest()),
-        ]
-        self._write(_seal(parts))
+        parts = self._write_section_table()
+        self._write(_seal(parts, self._position, self._hash_of))
         os.fsync(self._descriptor)
         os.replace(self._temporary, self.path)
         _sync_folder(self.path.parent)
 
-    def _write_section_table(self) -> int:
-        """Writes the table of names and the section table; sets `_table`. Returns the number of sections.
+    def _hash_of(self, part: _Part, extent: int) -> str:
+        """SHA-256 of a part as it lies in the file."""
+        return part.hash or hashlib.sha256(os.pread(self._descriptor, extent, part.offset)).hexdigest()
 
-        The seal comes last but has a header here, so its size must be known before its hashes are: it depends on the
-        names, offsets and sizes of the parts only.
+    def _write_section_table(self) -> list[_Part]:
+        """Writes the table of names and the section table, and enters them in the header. Returns all parts.
+
+        The seal comes last but has an entry here, so its size is needed before its hashes are known: it depends on
+        the names, offsets and sizes of the parts only.
         """
         old, names_index = _read_section_table(self._loadable)
         names = bytearray(_section_data(self._loadable, old[names_index]) if old else b"\0")
@@ -263,39 +247,29 @@ class ArtifactWriter:
         if not old:  # a library without a section table: the empty first entry, and a table of names
             names_index, offset = 1, len(names)
             names += b".shstrtab\0"
-            old = [(0,) * 10, (offset, 3, 0, 0, 0, 0, 0, 0, 1, 0)]
+            old = [(0,) * 10, (offset, _SHT_STRTAB, 0, 0, 0, 0, 0, 0, 1, 0)]
         names += bytes(-len(names) % 8)
         names_start = self._position
-        self._write(bytes(names))
+        self._write(names)
 
+        table_start = self._position
         count = len(old) + len(self._sections) + 1
-        table_end = self._position + count * _SECTION_HEADER.size
-        placeholder = "0" * 64
-        first = min((part.offset for part in self._parts), default=names_start)
+        end = table_start + count * _SECTION_HEADER.size
         parts = [
-            _Part("library", 0, len(self._loadable), first, placeholder),
-            *self._parts,
-            _Part("section table", names_start, table_end - names_start, table_end - names_start, placeholder),
+            _Part("library", 0, len(self._loadable)),
+            *self._sections,
+            _Part("section table", names_start, end - names_start),
         ]
-        self._table = self._position
-        self._names_index = names_index
-        headers = [_SECTION_HEADER.pack(*header) for header in old]
-        kept = list(old[names_index])
-        kept[4], kept[5] = names_start, len(names)
-        headers[names_index] = _SECTION_HEADER.pack(*kept)
-        sections = [*self._sections, _Section(SEAL, table_end, len(_seal(parts)), 1)]
-        for section, offset in zip(sections, offsets, strict=True):
-            headers.append(
-                _SECTION_HEADER.pack(offset, _SHT_PROGBITS, 0, 0, section.offset, section.bytes, 0, 0, section.align, 0)
-            )
-        self._write(b"".join(headers))
-        return count
+        old[names_index] = (*old[names_index][:4], names_start, len(names), *old[names_index][6:])
+        seal = _Part(SEAL, end, len(_seal(parts, end, lambda part, extent: "0" * 64)), align=1)
+        for part, offset in zip([*self._sections, seal], offsets, strict=True):
+            old.append((offset, _SHT_PROGBITS, 0, 0, part.offset, part.bytes, 0, 0, part.align, 0))
+        self._write(b"".join(_SECTION_HEADER.pack(*header) for header in old))
+        os.pwrite(self._descriptor, struct.pack("<Q", table_start), 0x28)
+        os.pwrite(self._descriptor, struct.pack("<HHH", _SECTION_HEADER.size, count, names_index), 0x3A)
+        return parts
 
-    def _patch_header(self, count: int) -> None:
-        os.pwrite(self._descriptor, struct.pack("<Q", self._table), 0x28)
-        os.pwrite(self._descriptor, struct.pack("<HHH", _SECTION_HEADER.size, count, self._names_index), 0x3A)
-
-    def _write(self, data: bytes | memoryview) -> None:
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
         if self._descriptor < 0:
             raise ArtifactError("the artifact's writer is not open: use it in a `with` block")
         view = memoryview(data)
@@ -335,16 +309,14 @@ class ArtifactWriter:
             raise ArtifactError(f"cannot write {self.path}: {advice}. What was there before is unchanged.") from error
 
 
-def _seal(parts: list[_Part]) -> bytes:
-    text = json.dumps(
-        {
-            "schema": SEAL_SCHEMA,
-            "parts": [
-                {"name": p.name, "offset": p.offset, "bytes": p.bytes, "extent": p.extent, "hash": p.hash}
-                for p in parts
-            ],
-        }
-    ).encode()
+def _seal(parts: list[_Part], end: int, hash_of: Callable[[_Part, int], str]) -> bytes:
+    """The seal of parts that fill [0, end): the padding behind a part belongs to it."""
+    entries = []
+    for part, following in zip(parts, [*(part.offset for part in parts[1:]), end], strict=True):
+        extent = following - part.offset
+        entry = {"name": part.name, "offset": part.offset, "bytes": part.bytes, "extent": extent}
+        entries.append({**entry, "hash": hash_of(part, extent)})
+    text = json.dumps({"schema": SEAL_SCHEMA, "parts": entries}).encode()
     return text + hashlib.sha256(text).digest() + struct.pack("<Q", len(text)) + SEAL_MAGIC
 
 

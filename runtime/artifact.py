@@ -104,6 +104,11 @@ class Artifact:
         self._checked("library")
         self._checked("section table")
 
+    def check_tokenizer(self) -> None:
+        """Checks the tokenizer, and that it is there if the manifest tells of one."""
+        if self.manifest.text is not None:
+            self._checked(TOKENIZER)
+
     def tokenizer(self) -> bytes | None:
         """The bytes of tokenizer.json, checked; None when the artifact has none."""
         return self._checked(TOKENIZER) if TOKENIZER in self.parts else None

@@ -72,8 +72,8 @@ class Runtime:
     ) -> Runtime:
         """Loads an artifact.
 
-        threads: at most so many for a step; by default as many as this process may use. verify: check the hash of the
-        weights too (the rest is always checked). kv_memory: bytes for the KV cache, which grows up to that as it is
+        threads: at most so many for a step; by default as many as this process may use. verify: check the hashes of the
+        weights and the tokenizer now (the rest is always checked). kv_memory: bytes for the KV cache, which grows up to that as it is
         used; by default as much as some whole contexts need, within half of the free memory. weights: the file with
         the weights of an artifact that was compiled without them. Raises `ArtifactError`.
         """
@@ -86,6 +86,8 @@ class Runtime:
         try:
             artifact.check_machine()
             artifact.check_library()
+            if verify:
+                artifact.check_tokenizer()
             library = Library.load(artifact)
             data = _weights(artifact, library, None if weights is None else Path(weights), threads, verify)
             return cls(artifact, library, data, threads, kv_memory)
