@@ -1,0 +1,187 @@
+"""From a checkpoint's tensors to a model's weights: renamed, prefixed, merged or split as transformers would on loading.
+
+transformers says how: each model has a list of renamings and converters (regular expressions and operations on
+tensors). They are asked for names now, and run on tensors only when a weight is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmc.compiler.ir.types import FLOATS, Array
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import quiet
+from llmc.frontends.hf.weights import WeightSource, shortened, to_numpy, to_torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class _Converted:
+    """Weights that one converter makes from several tensors. sources: (tensor name, its pattern), in loading order."""
+
+    converter: Any  # transformers.core_model_loading.WeightConverter
+    first: str
+    sources: tuple[tuple[str, str], ...]
+
+
+class ModelWeights:
+    """A checkpoint as a source under the model's own names; checked against the model's shapes when made."""
+
+    def __init__(self, model: PreTrainedModel, checkpoint: WeightSource) -> None:
+        self._model = model
+        self._checkpoint = checkpoint
+        self._plain: dict[str, str] = {}
+        self._converted: dict[str, _Converted] = {}
+        self._expected = _expected_shapes(model)
+        self._last: tuple[_Converted, dict[str, Array]] | None = None
+        unexpected = self._match()
+        self._check(unexpected)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return [*self._plain, *self._converted]
+
+    def dtype(self, name: str) -> str:
+        source = self._plain.get(name) or self._converted[name].sources[0][0]
+        return self._checkpoint.dtype(source)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._expected[name]
+
+    def load(self, name: str) -> Array:
+        if name in self._plain:
+            return self._checkpoint.load(self._plain[name])
+        group = self._converted[name]
+        if self._last is None or self._last[0] is not group:
+            # A converter makes several weights at once; those that follow are usually asked for next.
+            self._last = (group, self._convert(group))
+        return self._last[1][name]
+
+    def _match(self) -> set[str]:
+        """Decide where every weight comes from; returns the tensors that belong nowhere."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        rules = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        prefix = self._model.base_model_prefix
+        meta = self._model.state_dict()
+        groups: dict[str, list[tuple[str, str]]] = {}
+        unexpected = set()
+        for tensor in sorted(self._checkpoint.names, key=dot_natural_key):
+            target, pattern = rename_source_key(tensor, renamings, converters, prefix, meta)
+            if target not in meta and tensor in meta:
+                target, pattern = rename_source_key(tensor, [], [], prefix, meta)
+            if target not in meta:
+                unexpected.add(tensor)
+            elif pattern is not None:
+                groups.setdefault(target, []).append((tensor, pattern))
+            elif target in self._plain:
+                raise FrontendError(f"tensors {self._plain[target]!r} and {tensor!r} both mean weight {target}")
+            else:
+                self._plain[target] = tensor
+        for first, sources in groups.items():
+            group = _Converted(by_pattern[sources[0][1]], first, tuple(sources))
+            for name in self._targets(group):
+                self._converted[name] = group
+        return unexpected
+
+    def _targets(self, group: _Converted) -> list[str]:
+        """The weights that a converter makes: its first target's name with each of its target patterns in place."""
+        patterns = group.converter.target_patterns
+        if len(patterns) == 1:
+            return [group.first]
+        used = next((pattern for pattern in patterns if pattern in group.first), None)
+        if used is None:
+            return list(self._convert(group))
+        names = [group.first.replace(used, pattern, 1) for pattern in patterns]
+        return names if all(name in self._expected for name in names) else list(self._convert(group))
+
+    def _convert(self, group: _Converted) -> dict[str, Array]:
+        converter = copy.deepcopy(group.converter)
+        for tensor, pattern in group.sources:
+            converter.add_tensor(group.first, tensor, pattern, _lazily(self._checkpoint, tensor))
+        try:
+            with quiet():
+                made = converter.convert(group.first, model=self._model, config=self._model.config)
+        except Exception as error:  # operations raise many kinds
+            raise FrontendError(
+                f"weight {group.first} cannot be made from {shortened(name for name, _ in group.sources)}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        single = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {name: to_numpy(value) for name, value in single.items()}
+
+    def _check(self, unexpected: set[str]) -> None:
+        """Every weight present in its shape, nothing left over; else one FrontendError that lists all faults."""
+        tied = _aliases(self._model)
+        for name, same in tied.items():
+            # A checkpoint may store either of two tied weights.
+            if name not in self._plain and name not in self._converted:
+                for other in same:
+                    if other in self._plain:
+                        self._plain[name] = self._plain[other]
+                        break
+        present = {*self._plain, *self._converted}
+        missing = [name for name in self._expected if name not in present]
+        missing = [name for name in missing if not _matches(name, self._model._keys_to_ignore_on_load_missing)]
+        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$",
+                   r"(^|\.)position_ids$", r"\.(masked_)?bias$"]  # fmt: skip
+        left_over = [name for name in unexpected if not self._harmless(name, ignored)]
+        wrong = []
+        for name, tensor in self._plain.items():
+            shape = self._checkpoint.shape(tensor)
+            if name in self._expected and shape != self._expected[name]:
+                wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
+            if self._checkpoint.dtype(tensor) not in FLOATS:
+                wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
+        faults = []
+        if missing:
+            faults.append(f"missing: {shortened(missing)}")
+        if wrong:
+            faults.append(f"not as expected: {shortened(wrong)}")
+        if left_over:
+            faults.append(f"unexpected: {shortened(left_over)}")
+        if faults:
+            raise FrontendError(f"the checkpoint does not fit the model. {'; '.join(faults)}")
+
+    def _harmless(self, name: str, patterns: list[str]) -> bool:
+        """Left-over tensors that say nothing: constants that older versions stored."""
+        if _matches(name, patterns[:-1]):
+            return True
+        # Stored causal masks, of four axes, unlike any bias.
+        return _matches(name, patterns[-1:]) and len(self._checkpoint.shape(name)) != 1
+
+
+def _lazily(checkpoint: WeightSource, tensor: str) -> Any:
+    return lambda: to_torch(checkpoint.load(tensor))
+
+
+def _matches(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _aliases(model: PreTrainedModel) -> Mapping[str, list[str]]:
+    """For each weight that stands under several names, all of them."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    found = {name: same for same in names.values() if len(same) > 1 for name in same}
+    with contextlib.suppress(AttributeError):
+        for name, other in model.all_tied_weights_keys.items():
+            found.setdefault(name, [name, other])
+    return found

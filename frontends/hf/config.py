@@ -1,0 +1,139 @@
+"""A model's config.json, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.errors import FrontendError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_MOST_BYTES = 4 << 20
+_MOST_DEPTH = 24
+# No model comes near these; beyond them building would take hours or all memory, which is what a hostile file wants.
+_LIMITS = {
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 8192,
+    "num_key_value_heads": 8192,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 23,
+    "vocab_size": 1 << 24,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 28,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "n_routed_experts": 1 << 14,
+    "num_layers": 1024,
+    "n_layer": 1024,
+    "n_layers": 1024,
+    "decoder_layers": 1024,
+    "num_encoder_layers": 1024,
+    "encoder_layers": 1024,
+}
+_MOST_INTEGER = 1 << 53
+
+
+def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, object]:
+    """A JSON object from a file of bounded size and depth; FrontendError names the file."""
+    try:
+        if not path.is_file():
+            raise FrontendError(f"{path} is missing or not a file")
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise FrontendError(f"{path} has {size} bytes; at most {most_bytes} are read")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FrontendError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise FrontendError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None:
+    if depth > _MOST_DEPTH:
+        raise FrontendError(f"{path}: {name} is nested more than {_MOST_DEPTH} deep")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            limit = _LIMITS.get(key)
+            if limit is not None and item is not None:
+                items = item if isinstance(item, list) else [item]
+                for number in items:
+                    if isinstance(number, bool) or not isinstance(number, int):
+                        raise FrontendError(f"{path}: {key} must be an integer, not {number!r:.40}")
+                    if not 0 <= number <= limit:
+                        raise FrontendError(f"{path}: {key} is {number}; at most {limit} is supported, at least 0")
+            _check_numbers(item, path, key, depth + 1)
+    elif isinstance(value, list):
+        if len(value) > 1 << 16:
+            raise FrontendError(f"{path}: {name} has {len(value)} entries")
+        for item in value:
+            _check_numbers(item, path, name, depth + 1)
+    elif isinstance(value, int) and abs(value) > _MOST_INTEGER:
+        raise FrontendError(f"{path}: {name} is {value:.3g}, which no setting can be")
+
+
+def check_config(data: Mapping[str, object], path: Path) -> None:
+    """Refuse what cannot be compiled or must not be run, before transformers sees it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    _check_numbers(data, path, "config")
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str):
+        raise FrontendError(f"{path} has no model_type: it does not say which architecture it is")
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in data:
+            raise FrontendError(f"{path}: model type {model_type!r} needs remote code, which llmc never runs")
+        known = model_type in CONFIG_MAPPING
+        what = "is no causal language model" if known else "is unknown to this version of transformers"
+        raise FrontendError(f"{path}: model type {model_type!r} {what}")
+    quantization = data.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+        raise FrontendError(
+            f"{path}: the checkpoint is already quantized ({method}), which is not supported yet: use the original one"
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines from transformers: what matters becomes an error or a note of ours."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """The transformers config of a model directory, of a native causal language model."""
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    data = read_json(path)
+    check_config(data, path)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad value
+        raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
+    text = config.get_text_config(decoder=True)
+    for name in ("num_hidden_layers", "vocab_size", "hidden_size"):
+        number = getattr(text, name, None)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise FrontendError(f"{path}: {name} must be a positive integer, not {number!r:.40}")
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -1,0 +1,113 @@
+"""A transformers model on the meta device, with the values of its computed buffers beside it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_MOST_BUFFER_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class MetaModel:
+    """model: every tensor on the meta device. buffers: what transformers computes instead of storing, by name."""
+
+    model: PreTrainedModel
+    buffers: dict[str, NDArray[np.generic]]
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether the model can be told its tokens' positions."""
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+
+def build(config: PreTrainedConfig, implementation: str, context: int) -> MetaModel:
+    """Build the model for `context` tokens. implementation: of attention, as transformers names it."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
+        ).eval()
+    if hasattr(model, "set_experts_implementation"):
+        with quiet():
+            _choose_experts(model)
+    buffers = _compute_buffers(model)
+    _fix_rope(model, buffers, context)
+    return MetaModel(model, {name: value.numpy() for name, value in buffers.items()})
+
+
+def _choose_experts(model: PreTrainedModel) -> None:
+    """Experts as products over gathered weights: the only form whose trace does not depend on the routing."""
+    try:
+        model.set_experts_implementation("batched_mm")
+    except (ValueError, KeyError, AttributeError):
+        return  # the model has no experts, or its own way with them
+
+
+def _compute_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The values of non-persistent buffers, as `from_pretrained` computes them; the model is left on meta."""
+    names = [name for name, _ in model.named_non_persistent_buffers()]
+    for name in names:
+        module, leaf = _owner(model, name)
+        buffer = getattr(module, leaf)
+        size = buffer.numel() * buffer.element_size()
+        if size > _MOST_BUFFER_BYTES:
+            raise FrontendError(f"buffer {name} of the model has {size} bytes: is max_position_embeddings right?")
+        setattr(module, leaf, torch.zeros_like(buffer, device="cpu"))
+    for module in model.modules():
+        module._is_hf_initialized = False  # building on meta marked them; the buffers' values are still to come
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    with quiet():
+        model.initialize_weights()
+    values = {}
+    for name in names:
+        module, leaf = _owner(model, name)
+        values[name] = getattr(module, leaf).detach()
+        setattr(module, leaf, values[name].to("meta"))
+    return values
+
+
+def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _fix_rope(model: PreTrainedModel, buffers: dict[str, torch.Tensor], context: int) -> None:
+    """Settle frequencies that depend on the sequence's length for sequences of up to `context` tokens.
+
+    transformers switches them as a sequence grows (dynamic, longrope). A compiled model has one set: keys in its cache
+    were turned by it. Up to the original length that is the short set, beyond it the one for the full context.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for path, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        layered = isinstance(kinds, dict)
+        if kinds is None or not hasattr(module, "config"):
+            continue
+        for layer_type, kind in kinds.items() if layered else [(None, kinds)]:
+            if kind != "longrope" and "dynamic" not in str(kind):
+                continue
+            prefix = f"{layer_type}_" if layered else ""
+            parameters = module.config.rope_parameters
+            parameters = parameters[layer_type] if layered else parameters
+            original = int(parameters.get("original_max_position_embeddings") or module.original_max_seq_len)
+            if context > original:
+                arguments = {"layer_type": layer_type} if layered else {}
+                frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, "cpu", seq_len=context, **arguments)
+                buffers[f"{path}.{prefix}inv_freq"] = frequencies
+                setattr(module, f"{prefix}attention_scaling", scaling)
+        module.rope_type = dict.fromkeys(kinds, "default") if layered else "default"

@@ -1,0 +1,361 @@
+"""Where weights come from: safetensors files read in place, torch files, random numbers, values in memory.
+
+A source gives arrays by name, one at a time, and says every dtype and shape without reading any.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from llmc.compiler.ir.types import NUMPY_DTYPES, Array
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json
+
+
+class WeightSource(Protocol):
+    """Named arrays that are read when asked for."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Every name that `load` takes."""
+
+    def dtype(self, name: str) -> str:
+        """The IR dtype of a weight, without reading it."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+
+    def load(self, name: str) -> Array:
+        """The weight's values; callers must not write to them."""
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": "f64",
+    "F32": "f32",
+    "F16": "f16",
+    "BF16": "bf16",
+    "I64": "i64",
+    "I32": "i32",
+    "I16": "i16",
+    "I8": "i8",
+    "U8": "u8",
+    "BOOL": "bool",
+}
+_MOST_HEADER_BYTES = 100 << 20  # the format's own limit
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in its file: byte offsets from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsFile:
+    """One `.safetensors` file, mapped. The header is checked before anything in it is believed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                if size < 8:
+                    raise FrontendError(f"{path} is no safetensors file: it has {size} bytes")
+                file.seek(0)
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > min(size - 8, _MOST_HEADER_BYTES):
+                    raise FrontendError(f"{path} is truncated or no safetensors file: its header claims {length} bytes")
+                header = file.read(length)
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
+        self._places = _read_header(path, header, 8 + length, size)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._places.keys()
+
+    def dtype(self, name: str) -> str:
+        return self._places[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def load(self, name: str) -> Array:
+        """A read-only view of the file's bytes (a copy where the file has them unaligned)."""
+        place = self._places[name]
+        dtype = NUMPY_DTYPES[place.dtype]
+        count = (place.end - place.begin) // dtype.itemsize
+        array = np.frombuffer(self._bytes, dtype, count, place.begin).reshape(place.shape)
+        return array if place.begin % dtype.itemsize == 0 else array.copy()
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("a name appears twice")
+    return data
+
+
+def _read_header(path: Path, header: bytes, start: int, size: int) -> dict[str, _Place]:
+    """Check a safetensors header: dtype, shape and bytes agree, offsets lie in the file and do not overlap."""
+    try:
+        data = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FrontendError(f"{path}: its header is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise FrontendError(f"{path}: its header must be a JSON object")
+    places = {}
+    for name, entry in data.items():
+        if name != "__metadata__":
+            places[name] = _read_place(f"{path}: tensor {name!r:.100}", entry, start, size)
+    reached = start
+    for name, place in sorted(places.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if place.begin < reached:
+            raise FrontendError(f"{path}: tensor {name!r:.100} overlaps another one")
+        reached = place.end
+    return places
+
+
+def _read_place(what: str, entry: object, start: int, size: int) -> _Place:
+    if not isinstance(entry, dict):
+        raise FrontendError(f"{what} has no description")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _SAFETENSORS_DTYPES:
+        raise FrontendError(f"{what} has dtype {dtype!r:.40}, which is not supported")
+    if not _are_sizes(shape) or len(shape) > 8:
+        raise FrontendError(f"{what} has shape {shape!r:.80}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise FrontendError(f"{what} has data_offsets {offsets!r:.80}")
+    name = _SAFETENSORS_DTYPES[dtype]
+    needed = NUMPY_DTYPES[name].itemsize
+    for dim in shape:
+        needed *= dim
+    begin, end = offsets
+    if begin > end or start + end > size:
+        raise FrontendError(f"{what} lies at bytes {begin}..{end}, outside the file: it is truncated or damaged")
+    if end - begin != needed:
+        raise FrontendError(f"{what} takes {end - begin} bytes, but {dtype} {list(shape)} needs {needed}")
+    return _Place(name, tuple(shape), start + begin, start + end)
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+
+
+class ShardedFiles:
+    """Several files as one source; a name may stand in one of them only."""
+
+    def __init__(self, parts: Mapping[Path, WeightSource], index: Mapping[str, str] | None = None) -> None:
+        self._owner: dict[str, WeightSource] = {}
+        for path, part in parts.items():
+            for name in part.names:
+                if index is not None and index.get(name) != path.name:
+                    continue
+                if name in self._owner:
+                    raise FrontendError(f"{path}: tensor {name!r:.100} also stands in another file")
+                self._owner[name] = part
+        lost = [name for name in (index or ()) if name not in self._owner]
+        if lost:
+            raise FrontendError(f"the checkpoint's index lists tensors that its files lack: {shortened(lost)}")
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._owner.keys()
+
+    def dtype(self, name: str) -> str:
+        return self._owner[name].dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._owner[name].shape(name)
+
+    def load(self, name: str) -> Array:
+        return self._owner[name].load(name)
+
+
+class TorchFile:
+    """A `.bin` checkpoint, through torch's weights-only unpickler over a mapped file."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self.path = path
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the old format cannot be mapped
+            loaded = self._load_old(path)
+        except Exception as error:
+            raise FrontendError(f"{path} is no weights-only torch file: {_one_line(error)}") from None
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise FrontendError(f"{path} must hold tensors by name")
+        self._tensors: dict[str, torch.Tensor] = loaded
+        for name in loaded:
+            self.dtype(name)
+
+    @staticmethod
+    def _load_old(path: Path) -> object:
+        import torch
+
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise FrontendError(f"{path} is no weights-only torch file: {_one_line(error)}") from None
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def dtype(self, name: str) -> str:
+        kind = str(self._tensors[name].dtype).removeprefix("torch.")
+        for ours, dtype in NUMPY_DTYPES.items():
+            if dtype.name == kind:
+                return ours
+        raise FrontendError(f"{self.path}: tensor {name!r:.100} has dtype {kind}, which is not supported")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def load(self, name: str) -> Array:
+        return to_numpy(self._tensors[name])
+
+
+def to_numpy(tensor: object) -> Array:
+    """A torch tensor's values; bf16 through its bits, which numpy itself cannot name."""
+    import torch
+
+    assert isinstance(tensor, torch.Tensor)
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        bits: Array = tensor.view(torch.int16).numpy()
+        return bits.view(NUMPY_DTYPES["bf16"])
+    array: Array = tensor.numpy()
+    return array
+
+
+def to_torch(array: Array) -> object:
+    """A torch tensor over (a copy of) an array's values."""
+    import torch
+
+    if array.dtype == NUMPY_DTYPES["bf16"]:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+class ArrayWeights:
+    """Arrays in memory as a source."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self._arrays = dict(arrays)
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._arrays.keys()
+
+    def dtype(self, name: str) -> str:
+        from llmc.compiler.ir.types import dtype_of
+
+        return dtype_of(self._arrays[name].dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._arrays[name].shape
+
+    def load(self, name: str) -> Array:
+        return self._arrays[name]
+
+
+class RandomWeights:
+    """normal(0, 0.02) for matrices, ones for norm weights, zeros for other vectors; the same for the same seed.
+
+    For tests, tuning and size estimates: a block of a million numbers is drawn once and repeated from an offset that
+    the name decides, so that billions of parameters take no time.
+    """
+
+    _BLOCK = 1 << 20
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: str = "f32", seed: int = 0) -> None:
+        self._shapes = dict(shapes)
+        self._dtype = dtype
+        self._seed = seed
+        block = np.random.default_rng(seed).standard_normal(self._BLOCK, dtype=np.float32) * np.float32(0.02)
+        # Twice, so that a block from any offset is one slice.
+        self._numbers = np.concatenate([block, block]).astype(NUMPY_DTYPES[dtype])
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._shapes.keys()
+
+    def dtype(self, name: str) -> str:
+        return self._dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def load(self, name: str) -> Array:
+        shape = self._shapes[name]
+        if len(shape) < 2:
+            make = np.zeros if name.endswith("bias") else np.ones
+            ones: Array = make(shape, NUMPY_DTYPES[self._dtype])
+            return ones
+        offset = zlib.crc32(f"{self._seed} {name}".encode()) % self._BLOCK
+        count = int(np.prod(shape, dtype=np.int64))
+        values = np.empty(count, NUMPY_DTYPES[self._dtype])
+        for start in range(0, count, self._BLOCK):
+            piece = values[start : start + self._BLOCK]
+            piece[:] = self._numbers[offset : offset + len(piece)]
+        return values.reshape(shape)
+
+
+def open_checkpoint(directory: Path) -> WeightSource:
+    """The checkpoint in a model directory: safetensors before `.bin`, sharded or in one file."""
+    for single, kind in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile)):
+        index_path = directory / f"{single}.index.json"
+        if (directory / single).exists():
+            return kind(directory / single)
+        if index_path.exists():
+            index = _read_index(index_path)
+            return ShardedFiles({path: kind(path) for path in _shards(index_path, index)}, index)
+    others = sorted(directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return SafetensorsFile(others[0])
+    raise FrontendError(
+        f"{directory} has no weights: expected model.safetensors, pytorch_model.bin, or the index of a sharded one"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    names = read_json(path, most_bytes=256 << 20).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise FrontendError(f"{path} has no weight_map from tensor names to files")
+    return names
+
+
+def _shards(index_path: Path, index: Mapping[str, str]) -> list[Path]:
+    shards = []
+    for file in sorted(set(index.values())):
+        if file != Path(file).name or file in ("", ".", ".."):
+            raise FrontendError(f"{index_path} names a file outside its directory: {file!r:.100}")
+        shards.append(index_path.parent / file)
+    return shards
+
+
+def shortened(names: Iterable[str], most: int = 6) -> str:
+    """Names for a message: the first few, and how many more."""
+    listed = sorted(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
