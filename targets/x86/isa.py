@@ -147,6 +147,17 @@ class VectorIsa:
 
         return tirx.reinterpret(self.f32, bits.astype(f"uint32x{self.lanes}") << self.splat(16, "uint32"))
 
+    def f32_to_bf16(self, value: Expr) -> Expr:
+        """f32 to bf16 as u16, to nearest even; NaN stays NaN. `value` must be a variable."""
+        from tvm import tirx
+
+        one = self.splat(1, "uint32")
+        bits = tirx.reinterpret(f"uint32x{self.lanes}", value)
+        even = (bits >> self.splat(16, "uint32")) & one
+        rounded = (bits + (even + self.splat(0x7FFF, "uint32"))) >> self.splat(16, "uint32")
+        quiet = (bits >> self.splat(16, "uint32")) | self.splat(0x40, "uint32")
+        return tirx.Select(tirx.NE(value, value), quiet, rounded).astype(f"uint16x{self.lanes}")
+
     def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
         """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""
         from tvm import tirx

@@ -114,6 +114,15 @@ def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], 
     I.buffer_store(buffer, value, [*(index(i) for i in outer), tirx.Ramp(index(start), index(1), lanes)])
 
 
+def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:
+    """Row indices first, first + 1, ..., none past the last row: a short block repeats it."""
+    from tvm import tirx
+
+    if rows == 1:
+        return [let(first)]
+    return [let(tirx.Min(first + m, tokens - 1)) for m in range(rows)]
+
+
 class Registers:
     """`count` vector variables that live in registers (or spill to the stack): r[i] reads, r[i] = v writes."""
 

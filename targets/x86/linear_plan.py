@@ -6,14 +6,22 @@ runs, and how its work divides.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
+from llmc.targets.x86.linear_float import dequantized_linear, float_linear
 from llmc.targets.x86.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
+
+Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
 
@@ -50,7 +58,7 @@ class LinearPlan:
     variants: their T ranges are disjoint and cover 1, 2, ...
     """
 
-    layout: QuantizedLayout | FloatLayout
+    layout: Layout
     activations: str
     arguments: tuple[str, ...]
     variants: tuple[Variant, ...]
@@ -72,6 +80,10 @@ def _quantized_blocking(isa: VectorIsa) -> _Blocking:
     return _Blocking(4, 2, 64)
 
 
+def _float_blocking(isa: VectorIsa) -> _Blocking:
+    return _Blocking(6, 4, 96) if isa.lanes == 16 else _Blocking(6, 2, 96)
+
+
 def quantized_linear_plan(
     machine: Machine,
     *,
@@ -84,38 +96,94 @@ def quantized_linear_plan(
     activation: str = "none",
     bias: bool = False,
     residual: bool = False,
+    activations: str = "i8",
 ) -> LinearPlan:
-    """y[T, features] from 8-bit activations and weights of 4 or 8 bits, logical [n, k] (n = 2F when gated).
+    """y[T, features] from weights of 4 or 8 bits, logical [n, k] (n = 2F when gated).
 
-    activation: one of `vector_math.ACTIVATIONS`. The sums are exact but for one f32 rounding a group.
+    activation: one of `vector_math.ACTIVATIONS`. activations "i8": 8-bit activations in the weight's groups; the sums
+    are exact but for one f32 rounding a group. "f32" or "bf16": weights are dequantized in registers and multiplied
+    with f32 activations (x86 multiplies no bf16 by integers, so bf16 gains nothing and loses digits).
     """
+    if activations not in ("i8", "bf16", "f32"):
+        raise ValueError(f"unknown activations {activations!r}; known: i8, bf16, f32")
     isa = isa_for(machine)
     layout = quantized_layout(machine, bits, group, symmetric, gated)
-    epilogue = Epilogue(n, gated, activation, bias, residual)
-    params: dict[str, Param] = {
-        "n": n,
-        "k": k,
-        "bits": bits,
-        "group": group,
-        "symmetric": symmetric,
-        "gated": gated,
-        "activation": activation,
-        "bias": bias,
-        "residual": residual,
-    }
+    params = _params(n, k, gated, activation, bias, residual)
+    params |= {"bits": bits, "group": group, "symmetric": symmetric}
+    if activations != "i8":
+        return _float_plan(machine, dequantized_linear, layout, params, "f32")
 
     def rows(count: int, low: int, high: int) -> Variant:
         made = kernel(quantized_linear_rows, machine.key, rows=count, **params)
-        return _rows_variant(made, low, high, epilogue.columns(isa.lanes), layout.nbytes(n, k))
+        return _rows_variant(made, layout, low, high)
 
     blocking = _quantized_blocking(isa)
     made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
-    blocks = Variant(made, 17, None, -(-layout.tiles(n) // blocking.tiles), blocking.row_block, 1)
-    arguments = ("xq", "xscales", "xsums", *layout.arrays(n, k), *(name for name, _ in epilogue.pointers()))
-    variants = (rows(1, 1, 1), rows(4, 2, 4), rows(8, 5, 16), blocks)
-    return LinearPlan(layout, "i8", arguments, variants)
+    variants = (rows(1, 1, 1), rows(4, 2, 4), rows(8, 5, 16), _blocks_variant(made, layout, blocking, 17))
+    return LinearPlan(layout, "i8", _arguments(("xq", "xscales", "xsums"), layout, params), variants)
 
 
-def _rows_variant(made: Kernel, low: int, high: int, columns: int, nbytes: int) -> Variant:
-    """A variant that streams the weight: `columns` units over `nbytes`."""
-    return Variant(made, low, high, columns, 0, max(1, GRAIN_BYTES * columns // max(1, nbytes)))
+def float_linear_plan(
+    machine: Machine,
+    *,
+    n: int,
+    k: int,
+    dtype: str,
+    gated: bool = False,
+    activation: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+    activations: str = "f32",
+) -> LinearPlan:
+    """y[T, features] from weights of dtype "f32", "f16" or "bf16", logical [n, k] (n = 2F when gated).
+
+    activations "bf16" asks for products of bf16 pairs; the plan says "f32" where weights or machine do not do that.
+    """
+    if activations not in ("bf16", "f32"):
+        raise ValueError(f"unknown activations {activations!r} for float weights; known: bf16, f32")
+    isa = isa_for(machine)
+    pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dot
+    params = _params(n, k, gated, activation, bias, residual) | {"dtype": dtype, "pairs": pairs}
+    layout = FloatLayout(dtype, isa.lanes, gated)
+    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32")
+
+
+def _float_plan(
+    machine: Machine, template: Callable[..., PrimFunc], layout: Layout, params: dict[str, Param], activations: str
+) -> LinearPlan:
+    """One, a few (to 4) and more rows (to 8) stream the weight; beyond, blocks."""
+    blocking = _float_blocking(isa_for(machine))
+    variants = tuple(
+        _rows_variant(kernel(template, machine.key, rows=count, **params), layout, low, high)
+        for count, low, high in ((1, 1, 1), (4, 2, 4), (8, 5, 8))
+    )
+    blocks = kernel(template, machine.key, **vars(blocking), **params)
+    variants += (_blocks_variant(blocks, layout, blocking, 9),)
+    return LinearPlan(layout, activations, _arguments(("x",), layout, params), variants)
+
+
+def _params(n: int, k: int, gated: bool, activation: str, bias: bool, residual: bool) -> dict[str, Param]:
+    Epilogue(n, gated, activation, bias, residual)  # refuses what does not fit together
+    return {"n": n, "k": k, "gated": gated, "activation": activation, "bias": bias, "residual": residual}
+
+
+def _arguments(inputs: tuple[str, ...], layout: Layout, params: dict[str, Param]) -> tuple[str, ...]:
+    fused = (name for name in ("bias", "residual") if params[name])
+    return (*inputs, *layout.arrays(int(params["n"]), int(params["k"])), *fused, "out")
+
+
+def _size(made: Kernel) -> tuple[int, int]:
+    params = dict(made.params)
+    return int(params["n"]), int(params["k"])
+
+
+def _rows_variant(made: Kernel, layout: Layout, low: int, high: int) -> Variant:
+    """A kernel whose every unit streams its share of the weight."""
+    n, k = _size(made)
+    columns = layout.tiles(n) // (2 if layout.gated else 1)
+    return Variant(made, low, high, columns, 0, max(1, GRAIN_BYTES * columns // layout.nbytes(n, k)))
+
+
+def _blocks_variant(made: Kernel, layout: Layout, blocking: _Blocking, low: int) -> Variant:
+    """A prefill kernel: units are large, so that each is worth a thread."""
+    return Variant(made, low, None, -(-layout.tiles(_size(made)[0]) // blocking.tiles), blocking.row_block, 1)

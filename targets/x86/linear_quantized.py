@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Quads that are unrolled: 32 inputs, the smallest group and the most that an i16 accumulator holds (`narrow_quads`).
 UNROLLED = 8
+# Unpacked weights that a panel holds at a time: with the sums they fit a first-level cache of 32 KiB.
+PANEL_BYTES = 16 << 10
 
 
 def quantized_layout(machine: Machine, bits: int, group: int, symmetric: bool, gated: bool) -> QuantizedLayout:
@@ -158,7 +160,7 @@ def quantized_linear_rows(
         ops = _Operands(isa, layout, k, handles)
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
             column = b.let(sizes["begin"] + i)
-            row = _clamped_rows(block * rows, rows, sizes["T"])
+            row = b.clamped_rows(block * rows, rows, sizes["T"])
             totals = b.Registers(isa, tiles * rows, isa.f32)
             for slot in range(tiles * rows):
                 totals[slot] = isa.splat(0.0)
@@ -244,7 +246,7 @@ def quantized_linear_blocks(
                                 unpacked = ops.stored(tile[t], first + g, quad, odd)
                                 b.store_vector(isa, panel, [t, g * quads + quad, 0], unpacked)
                 with b.loop(blocks) as block:
-                    row = _clamped_rows(first_row + block * rows, rows, tokens)
+                    row = b.clamped_rows(first_row + block * rows, rows, tokens)
                     with b.loop(count) as g:
                         multiply(block, row, first + g, g)
 
@@ -277,15 +279,3 @@ def quantized_linear_blocks(
                         epilogue.emit(isa, handles, first_row + m, column, sums)
 
     return b.plain_function([*_Operands.pointers(layout), *epilogue.pointers()], ["T"], body)
-
-
-PANEL_BYTES = 16 << 10
-
-
-def _clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:
-    """Row indices first, first + 1, ..., none past the last row."""
-    from tvm import tirx
-
-    if rows == 1:
-        return [b.let(first)]
-    return [b.let(tirx.Min(first + m, tokens - 1)) for m in range(rows)]

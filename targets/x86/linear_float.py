@@ -1,0 +1,316 @@
+"""Linear ops that multiply in floating point: f32, f16 or bf16 weights, and quantized weights with f32 activations.
+
+Weights become f32 in registers (a few rows) or in a panel in the first-level cache (blocks of rows), and sums are f32
+fused multiply-adds. With bf16 activations and weights, pairs are multiplied by `vdpbf16ps`.
+
+All kernels take (x, data, scales and minimums if quantized, bias f32 [n] if any, residual f32 [T, features] if any,
+out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 * ceil(k / 2)].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.x86.linear_epilogue import Epilogue
+from llmc.targets.x86.linear_quantized import quantized_layout
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+UNROLLED = 8  # terms of the sum in an unrolled step
+PART = 64  # terms of float weights that a panel holds; quantized ones: a group
+
+# (first term of the part, how many of its vectors) -> vectors, one a term
+Vectors = Callable[["Expr", int], list["Expr"]]
+
+
+class _FloatWeights:
+    """f32, f16 or bf16 weights as vectors of `lanes` rows, one for each *term* of the sum.
+
+    A term is one input, or a pair of inputs where bf16 pairs are multiplied. `bundle` terms share a load.
+    """
+
+    def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool) -> None:
+        if pairs and (layout.dtype != "bf16" or not isa.bf16_dot):
+            raise ValueError(f"bf16 activations need bf16 weights and AVX512-BF16, not {layout.dtype} on {isa.name}")
+        self.isa, self.layout, self.n, self.k, self.pairs = isa, layout, n, k, pairs
+        self.terms = -(-k // 2) if pairs else k
+        self.part = PART
+        self.bundle = 2 if layout.dtype == "bf16" and not pairs else 1
+
+    def pointers(self) -> list[tuple[str, str]]:
+        return [("data", str(self.layout.arrays(self.n, self.k)["data"][1]))]
+
+    def at(self, handles: Mapping[str, Expr], tile: Expr, part: Expr) -> Vectors:
+        """The vectors of one part of one tile."""
+        from tvm import tirx
+
+        isa, ((_, *shape), dtype) = self.isa, self.layout.arrays(self.n, self.k)["data"]
+        data = b.view(handles["data"], [b.MANY, *shape], str(dtype))
+        first = part * self.part
+
+        def vectors(term: Expr, count: int) -> list[Expr]:
+            if self.layout.dtype == "f32":
+                return [isa.load(data, tile, first + term, 0)]
+            if self.layout.dtype == "f16":
+                return [isa.f16_to_f32(isa.load(data, tile, first + term, 0))]
+            pair = first + term if self.pairs else (first + term) // 2
+            flat = b.view(handles["data"], [b.MANY, shape[0], isa.lanes * 2], "uint16")
+            both = b.let(tirx.reinterpret(isa.i32, isa.load(flat, tile, pair, 0, lanes=isa.lanes * 2)))
+            return [both] if self.pairs else [isa.bf16_pair_to_f32(both, odd=i == 1) for i in range(count)]
+
+        return vectors
+
+
+class _DequantizedWeights:
+    """Weights of 4 or 8 bits as f32 vectors: of a vector of bytes, lane by lane, byte by byte."""
+
+    def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
+        self.isa, self.layout, self.k = isa, layout, k
+        self.terms, self.part, self.bundle = k, layout.group, 32 // layout.bits
+        self.pairs = False
+
+    def pointers(self) -> list[tuple[str, str]]:
+        minimums = [] if self.layout.symmetric else [("minimums", "float16")]
+        return [("data", "uint8"), ("scales", "float16"), *minimums]
+
+    def at(self, handles: Mapping[str, Expr], tile: Expr, part: Expr) -> Vectors:
+        """The vectors of one group of one tile."""
+        from tvm import tirx
+
+        isa, layout, groups = self.isa, self.layout, self.layout.groups(self.k)
+        data = b.view(handles["data"], [b.MANY, groups, layout.vectors, isa.vector_bytes], "uint8")
+
+        def per_group(name: str) -> Expr:
+            buffer = b.view(handles[name], [b.MANY, groups, isa.lanes], "float16")
+            return b.let(isa.f16_to_f32(isa.load(buffer, tile, part, 0)))
+
+        scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
+        # Stored bytes are signed where the machine wants them so; flipping the top bit makes them unsigned, 128 up.
+        signed = layout.bits == 8 and layout.offset <= 0 and not isa.vnni
+        offset = layout.offset + (128 if signed else 0)
+
+        def vectors(term: Expr, count: int) -> list[Expr]:
+            raw = isa.load(data, tile, part, term // self.bundle, 0, lanes=isa.vector_bytes)
+            if signed:
+                raw = raw ^ isa.splat(128, "uint8")
+            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
+            return [value(words, i) for i in range(count)]
+
+        def value(words: Expr, position: int) -> Expr:
+            # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
+            shift = position % 4 * 8 + position // 4 * 4
+            bits = (words >> isa.splat(shift, "uint32")) & isa.splat((1 << layout.bits) - 1, "uint32")
+            # 2^23 + an integer below 2^23 has the integer as its low bits: no conversion, and the offset comes free.
+            number = tirx.reinterpret(isa.f32, bits | isa.splat(0x4B000000, "uint32")) - isa.splat(8388608.0 + offset)
+            return number * scale if minimum is None else isa.fma(number, scale, minimum)
+
+        return vectors
+
+
+_Weights = _FloatWeights | _DequantizedWeights
+
+
+class _Activations:
+    """The other factor: one activation, or one pair, in every lane."""
+
+    def __init__(self, isa: VectorIsa, k: int, pairs: bool, handle: Expr) -> None:
+        self.isa, self.pairs = isa, pairs
+        dtype, width = ("uint16", -(-k // 2) * 2) if pairs else ("float32", k)
+        self.buffer: Buffer = b.view(handle, [b.MANY, width], dtype)
+
+    def multiply(self, total: Expr, weights: Expr, row: Expr, term: Expr) -> Expr:
+        """total + weights * activations of this term."""
+        from tvm import tirx
+
+        if not self.pairs:
+            return self.isa.fma(self.isa.splat(self.buffer[row, term]), weights, total)
+        pair = tirx.reinterpret("int32", self.isa.load(self.buffer, row, term * 2, lanes=2))
+        return self.isa.dot_bf16(total, weights, tirx.Broadcast(pair, self.isa.lanes))
+
+
+def _steps(terms: int) -> Iterator[tuple[Expr, int]]:
+    """(first term, how many): emit each once. A loop of unrolled steps, then what is left."""
+    if terms >= UNROLLED:
+        with b.loop(terms // UNROLLED) as step:
+            yield step * UNROLLED, UNROLLED
+    if terms % UNROLLED:
+        yield b.index(terms // UNROLLED * UNROLLED), terms % UNROLLED
+
+
+def _parts(terms: int, part: int) -> Iterator[tuple[Expr, int]]:
+    """(part, its terms): emit each once. A loop of whole parts, then the short last one."""
+    if terms >= part:
+        with b.loop(terms // part) as i:
+            yield i, part
+    if terms % part:
+        yield b.index(terms // part), terms % part
+
+
+def _bundles(first: Expr, count: int, size: int) -> Iterator[tuple[Expr, int, int]]:
+    """(term, its place among `count`, terms in the bundle)."""
+    for start in range(0, count, size):
+        yield first + start, start, min(size, count - start)
+
+
+def _rows_kernel(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, rows: int) -> PrimFunc:
+    """Any T, `rows` at a time. One unit: one vector of result columns. The limit is the memory's read bandwidth."""
+    tiles = epilogue.tiles
+    chains = max(1, 4 // (rows * tiles))  # independent sums, to hide the multiplier's latency
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        x = _Activations(isa, weights.k, weights.pairs, handles["x"])
+        with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
+            column = b.let(sizes["begin"] + i)
+            row = b.clamped_rows(block * rows, rows, sizes["T"])
+            totals = b.Registers(isa, tiles * rows * chains, isa.f32)
+            for slot in range(len(totals.slots)):
+                totals[slot] = isa.splat(0.0)
+            for part, terms in _parts(weights.terms, weights.part):
+                sources = [weights.at(handles, column * tiles + t, part) for t in range(tiles)]
+                for first, count in _steps(terms):
+                    for t, source in enumerate(sources):
+                        for term, place, size in _bundles(first, count, weights.bundle):
+                            for j, vector in enumerate(source(term, size)):
+                                w = b.let(vector)
+                                for m in range(rows):
+                                    slot = (t * rows + m) * chains + (place + j) % chains
+                                    at = part * weights.part + term + j
+                                    totals[slot] = x.multiply(totals[slot], w, row[m], at)
+            for m in range(rows):
+                with b.when(block * rows + m < sizes["T"]):
+                    sums = []
+                    for t in range(tiles):
+                        chain = [totals[(t * rows + m) * chains + c] for c in range(chains)]
+                        sums.append(chain[0] if chains == 1 else _tree(chain))
+                    epilogue.emit(isa, handles, row[m], column, sums)
+
+    x_dtype = "uint16" if weights.pairs else "float32"
+    return b.plain_function([("x", x_dtype), *weights.pointers(), *epilogue.pointers()], ["T"], body)
+
+
+def _tree(values: Sequence[Expr]) -> Expr:
+    """A balanced sum of a power of two of values."""
+    if len(values) == 1:
+        return values[0]
+    half = len(values) // 2
+    return _tree(values[:half]) + _tree(values[half:])
+
+
+def _blocks_kernel(
+    isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int, row_block: int
+) -> PrimFunc:
+    """Prefill. One unit: `row_block` rows by a panel of `tiles` tiles; consecutive units share the panel.
+
+    A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
+    lasts. Loads per multiply: 1/rows + 1/tiles; the limit is the multipliers.
+    """
+    if row_block % rows or tiles % epilogue.tiles:
+        raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        from tvm import tirx
+
+        x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
+        panel = b.scratch([tiles, weights.part, isa.lanes], "int32" if weights.pairs else "float32")
+        totals = b.scratch([row_block, tiles * isa.lanes], "float32")
+        row_blocks = b.let((tokens + (row_block - 1)) // row_block)
+        with b.loop(sizes["end"] - sizes["begin"]) as i:
+            unit = b.let(sizes["begin"] + i)
+            first_tile = b.let(unit // row_blocks * tiles)
+            # The last panel may be short: it repeats the last tile and stores it once.
+            tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) for t in range(tiles)]
+            first_row = b.let(unit % row_blocks * row_block)
+            here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
+            blocks = b.let((here + (rows - 1)) // rows)
+            with b.loop(blocks * rows) as m:
+                for t in range(tiles):
+                    b.store_vector(isa, totals, [m, t * isa.lanes], isa.splat(0.0))
+
+            for part, terms in _parts(weights.terms, weights.part):
+                for t in range(tiles):
+                    source = weights.at(handles, tile[t], part)
+                    for first, count in _steps(terms):
+                        for term, _, size in _bundles(first, count, weights.bundle):
+                            for j, vector in enumerate(source(term, size)):
+                                b.store_vector(isa, panel, [t, term + j, 0], vector)
+                with b.loop(blocks) as block:
+                    row = b.clamped_rows(first_row + block * rows, rows, tokens)
+                    sums = b.Registers(isa, rows * tiles, isa.f32)
+                    for slot in range(rows * tiles):
+                        sums[slot] = isa.load(totals, block * rows + slot % rows, slot // rows * isa.lanes)
+                    for first, count in _steps(terms):
+                        for j in range(count):
+                            for slot in range(rows * tiles):
+                                w = isa.load(panel, slot // rows, first + j, 0)
+                                at = part * weights.part + first + j
+                                sums[slot] = x.multiply(sums[slot], w, row[slot % rows], at)
+                    for slot in range(rows * tiles):
+                        at = [block * rows + slot % rows, slot // rows * isa.lanes]
+                        b.store_vector(isa, totals, at, sums[slot])
+            with b.loop(here) as m:
+                for t in range(0, tiles, epilogue.tiles):
+                    with b.when(first_tile + t < all_tiles):
+                        done = [isa.load(totals, m, (t + j) * isa.lanes) for j in range(epilogue.tiles)]
+                        column = b.let((first_tile + t) // epilogue.tiles)
+                        epilogue.emit(isa, handles, first_row + m, column, done)
+
+    x_dtype = "uint16" if weights.pairs else "float32"
+    return b.plain_function([("x", x_dtype), *weights.pointers(), *epilogue.pointers()], ["T"], body)
+
+
+def float_linear(
+    machine: Machine,
+    *,
+    n: int,
+    k: int,
+    dtype: str,
+    pairs: bool = False,
+    gated: bool = False,
+    activation: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+    rows: int,
+    tiles: int = 0,
+    row_block: int = 0,
+) -> PrimFunc:
+    """Weights of `dtype` "f32", "f16" or "bf16". With `row_block`: the prefill kernel, else the streaming one.
+
+    pairs: x is bf16, and pairs of it are multiplied with pairs of bf16 weights.
+    """
+    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
+    layout = FloatLayout(dtype, isa.lanes, gated)
+    weights = _FloatWeights(isa, layout, n, k, pairs)
+    if row_block:
+        return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
+    return _rows_kernel(isa, weights, epilogue, rows)
+
+
+def dequantized_linear(
+    machine: Machine,
+    *,
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    gated: bool = False,
+    activation: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+    rows: int,
+    tiles: int = 0,
+    row_block: int = 0,
+) -> PrimFunc:
+    """Weights of 4 or 8 bits times f32 activations. With `row_block`: the prefill kernel, else the streaming one."""
+    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
+    layout = quantized_layout(machine, bits, group, symmetric, gated)
+    weights = _DequantizedWeights(isa, layout, k)
+    if row_block:
+        return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
+    return _rows_kernel(isa, weights, epilogue, rows)
