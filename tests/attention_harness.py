@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import Activation, Add, Cast, Cos, Mul, Neg, Rsqrt, Sin, constant
 from llmc.compiler.ir.encoded import PAGE, Pages

@@ -7,6 +7,7 @@ import pytest
 from attention_harness import VOCABULARY, decoder, random_weights, run_sequence, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import KVAppend, PagedAttention, Rope, RopeAngles
 from llmc.compiler.ir.text import parse, print_graph

@@ -60,12 +60,12 @@ class FlattenTokens(Pass, name="flatten-tokens"):
         tokens = symbol("T", 1, self.max_step)
         inputs = tuple(Input(value.name, Tensor((tokens,), value.dtype)) for value in graph.inputs)
         flattener = _Flattener(size, tokens, dict(zip(graph.inputs, inputs, strict=True)))
-        for op in graph.ops:
-            try:
+        try:
+            for op in graph.ops:
                 flattener.add(op)
-            except _Mixes as reason:
-                report.refuse(op, f"{reason}; the graph stays one sequence at a time")
-                return graph
+        except _Mixes as reason:
+            report.refuse(op, f"{reason}; the graph stays one sequence at a time")
+            return graph
         report.hit("graph")
         outputs = tuple((name, flattener.new.get(value, value)) for name, value in graph.outputs)
         return Graph(graph.name, inputs, outputs)
@@ -98,7 +98,7 @@ class _Flattener:
         if not self.has_tokens(op) and not any(self.has_tokens(value) for value in op.operands):
             return
         if not self.has_tokens(op):
-            raise _Mixes("it folds the token axis away")
+            raise _Mixes("it makes one value of all tokens")
         for kind, rule in _RULES:
             if isinstance(op, kind):
                 self.new[op] = self.finish(rule(self, op), op)

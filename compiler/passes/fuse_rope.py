@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub, constant
 from llmc.compiler.ir.graph import Graph
@@ -19,13 +20,13 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Concat, Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
 from llmc.compiler.passes.manager import Pass, Report
-from llmc.compiler.passes.probe import Probe
-
+from llmc.compiler.passes.probe import WEIGHTS, Probe
 from llmc.errors import IRError
 
 NEAR = (0, 1, 2, 3)
 FAR = (1, 2, 17, 1000, 30011)
 TOLERANCE = 1e-9  # of cosines computed in f64 from positions up to 30011
+_NOT_TOKENS = frozenset(("positions", WEIGHTS))
 _REACH = 48  # ops in a rotation, at most
 
 
@@ -110,7 +111,7 @@ class _Finder:
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on what the tokens are."""
-        return not self.probe.is_positional(value) and not self.probe.is_constant(value)
+        return bool(self.probe.sources.get(value, frozenset()) - _NOT_TOKENS)
 
     def turns(self, op: Op) -> bool:
         """Whether this multiplies activations by something that positions decide."""
@@ -119,7 +120,7 @@ class _Finder:
         return any(self.acts(a) and self._factor(b) for a, b in ((op.a, op.b), (op.b, op.a)))
 
     def _factor(self, value: Value) -> bool:
-        return self.probe.sources.get(value) == {"positions"}
+        return "positions" in self.probe.sources.get(value, frozenset()) <= _NOT_TOKENS
 
     def linear_operands(self, value: Value) -> tuple[Value, ...]:
         """The operands that `value` is a linear function of; none where it is not such a function."""

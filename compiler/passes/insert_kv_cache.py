@@ -15,7 +15,6 @@ from llmc.compiler.ir.llm import Attention, KVAppend, PagedAttention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.passes.manager import Pass, Report
-
 from llmc.errors import CompileError
 
 KV_DTYPES = ("f16", "f32")

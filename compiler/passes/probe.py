@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
+
 from llmc.compiler.ir.dims import Dim, symbols_of
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, precise
-
 from llmc.errors import IRError
 
 WEIGHTS = "@"  # stands for all params among the sources of a value
