@@ -121,7 +121,9 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
             parts["minimums"][part] = found.minimums
 
     _each(one_block, range(0, len(rows), step) if groups else (), threads)
-    return Encoded(encoding, w.shape, {name: part.reshape(*w.shape[:-1], -1) for name, part in parts.items()})
+    return Encoded(
+        encoding, w.shape, {name: part.reshape(*w.shape[:-1], part.shape[1]) for name, part in parts.items()}
+    )
 
 
 def _each(work: Callable[[int], None], starts: Sequence[int], threads: int | None) -> None:

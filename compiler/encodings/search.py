@@ -77,7 +77,9 @@ def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
     top, bottom = w.max(axis=1), w.min(axis=1)
     _require_finite(top, bottom)
     minimums = _to_f16(bottom)
-    scales = _covering_scale(top - np.minimum(bottom, minimums.astype(np.float32)), highest)
+    above = minimums.astype(np.float32) > bottom
+    minimums = np.where(above, np.nextafter(minimums, np.float16(-np.inf)), minimums)
+    scales = _covering_scale(top - minimums.astype(np.float32), highest)
     work = np.empty_like(w)
     nearest = _offset_integers(w, scales, minimums, highest, work).astype(np.uint8)
     if not search:

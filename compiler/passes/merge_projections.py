@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Activation, Cast, Mul, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import GatedLinear, Linear
@@ -264,5 +265,9 @@ class _Siblings:
                 first.rounding,
             )
             self.merged[key] = merged
-        start = sum((linear.shape[-1] for linear in group[: group.index(op)]), 0)
-        return Slice(merged, merged.rank - 1, start, start + op.shape[-1])
+        start: int | Dim = 0
+        for linear in group:
+            if linear is op:
+                break
+            start = start + linear.shape[-1]
+        return Slice(merged, merged.rank - 1, start, start + linear.shape[-1])
