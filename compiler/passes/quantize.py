@@ -125,7 +125,8 @@ class _Run:
     def _with_table(self, op: Embed) -> Value:
         scheme = self.tables[uncast(op.table)]
         self.report.hit(f"embedding {scheme}")
-        return op.replace(table=self._round(op.table, scheme))
+        table = self._round(op.table, scheme)
+        return None if table is op.table else op.replace(table=table)
 
     def _with_weight(self, op: Linear | GatedLinear) -> Value:
         base = uncast(op.w)
@@ -140,7 +141,8 @@ class _Run:
         self.report.hit(f"{kind} {scheme}")
         activations = self.options.activations
         rounding = activations if scheme.encoding or activations == "bf16" else "f32"
-        return op.replace(w=self._round(op.w, scheme), rounding=rounding)
+        weight = self._round(op.w, scheme)
+        return None if weight is op.w and rounding == op.rounding else op.replace(w=weight, rounding=rounding)
 
     def _round(self, weight: Value, scheme: Scheme) -> Value:
         base = uncast(weight)

@@ -1,0 +1,261 @@
+"""quantize: the result is what the rounded weights make of it, exactly; and everything left out is reported."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmc.compiler.encodings import encode
+from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.llm import Dequantize, Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.text import parse, print_graph
+from llmc.compiler.ir.types import parse_encoding, precise
+from llmc.compiler.passes.manager import Pass, Report, parse_pipeline, run_passes
+from llmc.compiler.passes.quantize import QuantizeWeights
+from llmc.compiler.passes.schemes import Overrides, find_head, param_names
+from llmc.errors import CompileError
+
+MODEL = """
+graph @main {T in [1, 64]} (%ids: tensor<[T], i32>) {
+  @embed.weight: tensor<[19, 33], bf16>
+  @norm.weight: tensor<[33], f32>
+  @mlp.gate.weight: tensor<[129, 33], bf16>
+  @mlp.up.weight: tensor<[129, 33], bf16>
+  @mlp.down.weight: tensor<[33, 129], bf16>
+  @mlp.down.bias: tensor<[33], f32>
+  @head.weight: tensor<[19, 33], bf16>
+  %0 = llm.embed(@embed.weight, %ids) : tensor<[T, 33], f32>
+  %1 = llm.rms_norm(%0, @norm.weight) {eps = 0.01} : tensor<[T, 33], f32>
+  %2 = t.concat([@mlp.gate.weight, @mlp.up.weight]) {axis = 0} : tensor<[258, 33], bf16>
+  %3 = llm.gated_linear(%1, %2, none) {activation = "silu"} : tensor<[T, 129], f32>
+  %4 = llm.linear(%3, @mlp.down.weight, @mlp.down.bias, %0) : tensor<[T, 33], f32>
+  %5 = llm.linear(%4, HEAD, none, none) : tensor<[T, 19], f32>
+  %6 = t.tanh(%5) : tensor<[T, 19], f32>
+  return logits = %6
+}
+"""
+UNTIED = parse(MODEL.replace("HEAD", "@head.weight"))
+TIED = parse(MODEL.replace("HEAD", "@embed.weight").replace("  @head.weight: tensor<[19, 33], bf16>\n", ""))
+
+
+def run(graph: Graph) -> np.ndarray:
+    """The logits in f64 for fixed ids, with params that depend on their names and shapes only."""
+    shapes = {param.name: param.shape for param in graph.params}
+
+    def load(name: str) -> np.ndarray:
+        values = np.random.default_rng(sum(name.encode())).standard_normal(shapes[name]) / 8
+        return values.astype(np.float16).astype(np.float64)  # exact in every float dtype of the checkpoints
+
+    with precise():
+        return evaluate(graph, {"ids": np.array([3, 18, 0, 3, 7], np.int32)}, load)["logits"]
+
+
+def quantize(graph: Graph, item: Pass) -> tuple[Graph, Report]:
+    after, [report] = run_passes(graph, [item])
+    return after, report
+
+
+def weights(graph: Graph) -> dict[str, str]:
+    """Names of params -> how the op that reads them keeps them."""
+    found = {}
+    for op in graph.ops:
+        if isinstance(op, (Linear, GatedLinear, Embed)):
+            value = op.table if isinstance(op, Embed) else op.w
+            kind = "embedding" if isinstance(op, Embed) else "linear"
+            found[f"{kind} {'+'.join(param_names(value))}"] = str(value.tensor.encoding or value.dtype)
+    return found
+
+
+def dequantized(graph: Graph) -> Graph:
+    """The same graph with every encoded weight spelled out as the floats that it decodes to."""
+
+    def rule(op: Op) -> Value | None:
+        if isinstance(op, Embed) and op.table.tensor.encoding is not None:
+            return op.replace(table=Dequantize(op.table))
+        if isinstance(op, (Linear, GatedLinear)) and op.w.tensor.encoding is not None:
+            return op.replace(w=Dequantize(op.w))
+        return None
+
+    return rewrite(graph, rule)
+
+
+@pytest.mark.parametrize("graph", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", ["int4", "int8", "q4g32"])
+def test_the_result_is_that_of_the_dequantized_weights(graph: Graph, scheme: str, symmetric: bool) -> None:
+    options = QuantizeWeights(scheme=scheme, symmetric=symmetric, activations="f32")
+    after, report = quantize(graph, options)
+    assert not report.refusals
+    assert any(isinstance(op, Quantize) for op in after.ops)
+    np.testing.assert_array_equal(run(after), run(dequantized(after)))
+    assert not np.array_equal(run(after), run(graph))
+
+
+def test_the_rounded_weight_is_what_the_encoding_makes_of_it() -> None:
+    after, _ = quantize(UNTIED, QuantizeWeights(activations="f32", overrides="embed*=none;mlp*=none"))
+    head = find_head(after)
+    assert head is not None and isinstance(head.w, Quantize)
+    expected_weight: dict[str, np.ndarray] = {}
+
+    def load(name: str) -> np.ndarray:
+        shape = {param.name: param.shape for param in UNTIED.params}[name]
+        values = np.random.default_rng(sum(name.encode())).standard_normal(shape) / 8
+        values = values.astype(np.float16).astype(np.float64)
+        if name == "head.weight":
+            expected_weight[name] = values
+            with precise():
+                return encode(parse_encoding("q8g64"), values).decode()
+        return values
+
+    with precise():
+        expected = evaluate(UNTIED, {"ids": np.array([3, 18, 0, 3, 7], np.int32)}, load)["logits"]
+    np.testing.assert_array_equal(run(after), expected)
+
+
+@pytest.mark.parametrize("scheme", ["none", "bf16", "f16"])
+def test_float_schemes_cast(scheme: str) -> None:
+    after, report = quantize(UNTIED, QuantizeWeights(scheme=scheme))
+    dtype = {"none": "f32"}.get(scheme, scheme)
+    assert set(weights(after).values()) == {dtype}
+    # In f64 a cast is exact, so nothing changes: the rounding of a cast is the dtype's own.
+    np.testing.assert_array_equal(run(after), run(UNTIED))
+    assert not report.refusals
+    assert all(op.rounding == "f32" for op in after.ops if isinstance(op, (Linear, GatedLinear)))
+
+
+def test_a_weight_that_has_its_dtype_already_is_left_as_it_is() -> None:
+    assert quantize(UNTIED, QuantizeWeights(scheme="bf16"))[0] is UNTIED
+
+
+def test_int4_keeps_embedding_and_head_at_eight_bits() -> None:
+    after, report = quantize(UNTIED, QuantizeWeights())
+    assert weights(after) == {
+        "embedding embed.weight": "q8g64",
+        "linear mlp.gate.weight+mlp.up.weight": "q4g64",
+        "linear mlp.down.weight": "q4g64",
+        "linear head.weight": "q8g64",
+    }
+    assert report.hits == {"embedding q8g64": 1, "linear q4g64": 2, "head q8g64": 1}
+
+
+def test_embedding_and_head_have_their_own_schemes() -> None:
+    after, _ = quantize(UNTIED, QuantizeWeights(embedding="f16", head="int4", group_size=32, symmetric=False))
+    assert weights(after) == {
+        "embedding embed.weight": "f16",
+        "linear mlp.gate.weight+mlp.up.weight": "q4g32a",
+        "linear mlp.down.weight": "q4g32a",
+        "linear head.weight": "q4g32a",
+    }
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "bf16", "f16", "none"])
+def test_a_tied_table_is_rounded_once(scheme: str) -> None:
+    after, _ = quantize(TIED, QuantizeWeights(scheme=scheme, head="int4"))
+    [embed] = [op for op in after.ops if isinstance(op, Embed)]
+    head = find_head(after)
+    assert head is not None and head.w is embed.table
+
+
+def test_a_tied_table_is_seen_through_casts() -> None:
+    def rule(op: Op) -> Value | None:
+        return op.replace(table=Cast(op.table, "f32")) if isinstance(op, Embed) else None
+
+    after, _ = quantize(rewrite(TIED, rule), QuantizeWeights())
+    [embed] = [op for op in after.ops if isinstance(op, Embed)]
+    head = find_head(after)
+    assert head is not None and head.w is embed.table
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activations", "rounding"),
+    [
+        ("int4", "int8", "int8"), ("int8", "int8", "int8"), ("int4", "bf16", "bf16"), ("int4", "f32", "f32"),
+        ("bf16", "int8", "f32"), ("bf16", "bf16", "bf16"), ("none", "int8", "f32"),
+    ],
+)  # fmt: skip
+def test_activations_are_rounded_as_asked(scheme: str, activations: str, rounding: str) -> None:
+    after, _ = quantize(UNTIED, QuantizeWeights(scheme=scheme, activations=activations))
+    assert {op.rounding for op in after.ops if isinstance(op, (Linear, GatedLinear))} == {rounding}
+
+
+def test_overrides_match_names_and_the_first_wins() -> None:
+    overrides = "*.down.*=int8;mlp.*=q4g32;head.weight=none"
+    after, _ = quantize(UNTIED, QuantizeWeights(overrides=overrides))
+    assert weights(after) == {
+        "embedding embed.weight": "q8g64",
+        "linear mlp.gate.weight+mlp.up.weight": "q4g32",
+        "linear mlp.down.weight": "q8g64",
+        "linear head.weight": "f32",
+    }
+
+
+def test_an_override_of_a_tied_table_is_for_both_its_uses() -> None:
+    after, _ = quantize(TIED, QuantizeWeights(overrides="embed*=f16"))
+    assert {key: kind for key, kind in weights(after).items() if "embed" in key} == {
+        "embedding embed.weight": "f16",
+        "linear embed.weight": "f16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "int3"}, "unknown scheme 'int3'"),
+        ({"scheme": "q5g64"}, "5 bits"),
+        ({"embedding": "fp8"}, "unknown scheme 'fp8'"),
+        ({"group_size": 12}, "groups of 12"),
+        ({"activations": "int4"}, "unknown activations"),
+        ({"overrides": "mlp.*"}, "PATTERN=SCHEME"),
+        ({"overrides": "mlp.*=int9"}, "unknown scheme 'int9'"),
+        ({"overrides": "mlpp.*=int8"}, "matches no weight"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(CompileError, match=message):
+        quantize(UNTIED, QuantizeWeights(**options))
+
+
+def test_a_weight_computed_at_run_time_is_reported() -> None:
+    graph = parse("""
+    graph @main {T in [1, 64]} (%x: tensor<[T, 33], f32>, %w: tensor<[7, 33], f32>) {
+      @v: tensor<[33, 5], f32>
+      %0 = llm.linear(%x, %w, none, none) : tensor<[T, 7], f32>
+      %1 = t.matmul(%x, @v) : tensor<[T, 5], f32>
+      return a = %0, b = %1
+    }
+    """)
+    after, report = quantize(graph, QuantizeWeights())
+    assert after is graph
+    assert {reason for _, reason in report.refusals} == {
+        "its weight is computed at run time",
+        "not recognised as llm.linear: its weight stays f32",
+    }
+
+
+def test_quantizing_twice_is_reported() -> None:
+    once, _ = quantize(UNTIED, QuantizeWeights())
+    twice, report = quantize(once, QuantizeWeights())
+    assert twice is once
+    assert len(report.refusals) == 4
+    assert all("already" in reason for _, reason in report.refusals)
+
+
+def test_the_text_of_a_quantized_graph_is_read_back() -> None:
+    after, _ = quantize(TIED, QuantizeWeights())
+    assert print_graph(parse(print_graph(after))) == print_graph(after)
+
+
+def test_the_pass_is_written_and_read_as_text() -> None:
+    item = QuantizeWeights(scheme="int8", group_size=32, overrides="*.down.*=int4;head*=none")
+    assert parse_pipeline(str(item)) == [item]
+    assert not QuantizeWeights.exact
+
+
+def test_overrides_give_an_empty_scheme_for_other_names() -> None:
+    overrides = Overrides.parse("a.*=int8; b?=int4;")
+    assert [overrides.of([name]) for name in ("a.x", "b1", "b", "xa.x")] == ["int8", "int4", "", ""]
+    assert overrides.of(["z", "b2"]) == "int4"
+    assert overrides.unmatched(["a.b"]) == ["b?"]
