@@ -99,7 +99,8 @@ def cgroup_quota(mount: Path, membership: Path) -> float | None:
         else:
             continue
         for root in roots:
-            folder = Path(os.path.normpath(root / path.strip("/"))) if path else root
+            parts = [part for part in path.split("/") if part]
+            folder = root if ".." in parts else root.joinpath(*parts)
             while folder == root or root in folder.parents:
                 limits.append(_quota_of(folder))
                 if folder == root:

@@ -72,10 +72,10 @@ class Runtime:
     ) -> Runtime:
         """Loads an artifact.
 
-        threads: at most so many for a step; by default as many as this process may use. verify: check the hashes of the
-        weights and the tokenizer now (the rest is always checked). kv_memory: bytes for the KV cache, which grows up to that as it is
-        used; by default as much as some whole contexts need, within half of the free memory. weights: the file with
-        the weights of an artifact that was compiled without them. Raises `ArtifactError`.
+        threads: at most so many for a step; by default as many as this process may use. verify: check the hashes of
+        the weights and the tokenizer now (the rest is always checked). kv_memory: bytes for the KV cache, which grows
+        up to that as it is used; by default as much as some whole contexts need, within half of the free memory.
+        weights: the file with the weights of an artifact that was compiled without them. Raises `ArtifactError`.
         """
         if threads is not None and threads < 1:
             raise RuntimeStateError(f"threads must be 1 or more, not {threads}")

@@ -1,0 +1,133 @@
+/* Exercises the thread pool; built with and without sanitizers by tests/test_pool.py. Exits 0 when all holds. */
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+            _exit(1); \
+        } \
+    } while (0)
+
+enum { MOST = 5000 };
+
+typedef struct {
+    int64_t units, grain;
+    int times[MOST]; /* plain ints: the sanitizer sees it if two threads get the same unit */
+    _Atomic int64_t calls, inside;
+    int nested;
+} Count;
+
+static void count_inner(void *context, int64_t begin, int64_t end) {
+    Count *count = context;
+    for (int64_t i = begin; i < end; i++) count->times[i]++;
+}
+
+static void count_body(void *context, int64_t begin, int64_t end) {
+    Count *count = context;
+    CHECK(0 <= begin && begin < end && end <= count->units);
+    CHECK(end - begin >= count->grain || end == count->units);
+    atomic_fetch_add(&count->calls, 1);
+    if (count->nested) {
+        Count inner = {.units = 10, .grain = 1};
+        llmc_parallel(count_inner, &inner, 10, 1);
+        for (int i = 0; i < 10; i++) CHECK(inner.times[i] == 1);
+    }
+    for (int64_t i = begin; i < end; i++) count->times[i]++;
+}
+
+static const int64_t SIZES[] = {0, 1, 2, 7, 31, 33, 129, 1000, 4999};
+
+/* A "step": loops of awkward sizes, each reading what the one before wrote. */
+static void run_loops(int rounds) {
+    Count *count = calloc(1, sizeof *count);
+    CHECK(count != NULL);
+    for (int round = 0; round < rounds; round++) {
+        for (unsigned s = 0; s < sizeof SIZES / sizeof *SIZES; s++) {
+            for (int64_t grain = 1; grain <= 64; grain *= 4) {
+                count->units = SIZES[s];
+                count->grain = grain;
+                count->nested = round % 8 == 0;
+                int before = count->times[0];
+                llmc_parallel(count_body, count, count->units, grain);
+                for (int64_t i = 0; i < count->units; i++) CHECK(count->times[i] == before + 1);
+                memset(count->times, 0, sizeof count->times);
+            }
+        }
+    }
+    free(count);
+}
+
+static _Atomic int steps_inside;
+
+int llmc_step(const LlmcStep *step) {
+    CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
+    run_loops((int)step->sizes[LLMC_TOKENS]);
+    atomic_fetch_sub(&steps_inside, 1);
+    return (int)step->sizes[LLMC_ROWS];
+}
+
+static void *caller(void *argument) {
+    int64_t threads = *(int64_t *)argument;
+    LlmcStep step = {.sizes = {3, 0, 0, 0, 5, 1}};
+    for (int i = 0; i < 10; i++) CHECK(llmc_run(&step, threads) == 5);
+    return NULL;
+}
+
+int main(int argc, char **argv) {
+    (void)argv;
+    int with_fork = argc > 1;
+    LlmcStep step = {.sizes = {4, 0, 0, 0, 0, 1}};
+    run_loops(1);                    /* no pool: on this thread */
+    CHECK(llmc_run(&step, 4) == 0);  /* still none */
+    LlmcPool *pool = llmc_pool_create();
+    CHECK(pool != NULL);
+    run_loops(1);                    /* outside of a run: on this thread */
+    for (int64_t threads = 0; threads <= 6; threads++) CHECK(llmc_run(&step, threads) == 0);
+
+    pthread_t callers[4];
+    int64_t limits[4] = {1, 2, 3, 4};
+    for (int i = 0; i < 4; i++) CHECK(pthread_create(&callers[i], NULL, caller, &limits[i]) == 0);
+    for (int i = 0; i < 4; i++) CHECK(pthread_join(callers[i], NULL) == 0);
+
+    static uint64_t hashes[4], again[4];
+    int64_t bytes = 3 * LLMC_HASH_CHUNK + 5;
+    unsigned char *data = calloc(1, (size_t)bytes);
+    CHECK(data != NULL);
+    llmc_hash(data, bytes, hashes, 3);
+    llmc_hash(data, bytes, again, 1);
+    CHECK(memcmp(hashes, again, sizeof hashes) == 0);
+    CHECK(hashes[0] == hashes[1] && hashes[3] != hashes[0]);
+    free(data);
+
+    for (int i = 0; i < 200; i++) { /* long pauses: workers go to sleep and are woken */
+        if (i % 20 == 0) usleep(2000);
+        CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, 3) == 0);
+    }
+    if (with_fork) {
+        for (int generation = 0; generation < 3; generation++) {
+            pid_t child = fork();
+            CHECK(child >= 0);
+            if (child == 0) {
+                alarm(60);
+                CHECK(llmc_run(&step, 3) == 0); /* with workers of its own */
+                continue;                       /* and children of its own */
+            }
+            CHECK(llmc_run(&step, 3) == 0);
+            int status = -1;
+            CHECK(waitpid(child, &status, 0) == child && status == 0);
+            break;
+        }
+    }
+    fflush(NULL);
+    _exit(0);
+}

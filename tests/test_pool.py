@@ -1,0 +1,168 @@
+"""The thread pool: every unit runs once, on any number of threads; no race, no leak of workers, no death by fork."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmc.runtime import cpu
+from llmc.runtime.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_artifact
+
+CHECK = Path(__file__).parent / "pool_check.c"
+SANITIZERS = {
+    "plain": ["-O3"],
+    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_every_unit_runs_once_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not here")
+    sources = Path(str(resources.files("llmc.runtime")))
+    binary = tmp_path / "check"
+    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
+    built = subprocess.run(
+        [*command, str(CHECK), str(sources / "pool.c"), "-o", str(binary), "-lpthread"], capture_output=True, text=True
+    )
+    if built.returncode and kind != "plain" and "cannot find" in built.stderr:
+        pytest.skip("the sanitizer's library is not installed")
+    assert built.returncode == 0, built.stderr
+    arguments = [str(binary)] + (["fork"] if kind == "plain" else [])
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def workers() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return fake_artifact.write(tmp_path / "model.so")
+
+
+def test_artifacts_share_one_pool(path: Path, tmp_path: Path) -> None:
+    """A second artifact starts no threads of its own, whichever code made the pool."""
+    ids = list(range(40))
+    first = Runtime.load(path, threads=3)
+    first.forward(ids)
+    before = workers()
+    changed = fake_artifact.STEP.replace("+ weights[v]", "+ 1u + weights[v]")
+    second = Runtime.load(fake_artifact.write(tmp_path / "second.so", source=changed), threads=3)
+    assert (second.forward(ids) != first.forward(ids)).any()
+    assert workers() == before
+
+
+def test_threads_that_step_at_once_take_turns(path: Path) -> None:
+    runtime = Runtime.load(path, threads=2)
+    prompts = [[seed, *range(60)] for seed in range(6)]
+    expected = [fake_artifact.reference_logits(prompt) for prompt in prompts]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        wrong.extend(index for _ in range(20) if (runtime.forward(prompts[index]) != expected[index]).any())
+
+    callers = [threading.Thread(target=work, args=(index,)) for index in range(len(prompts))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+FORK = """
+import os, sys
+import numpy as np
+from llmc.runtime.runtime import Runtime
+runtime = Runtime.load(sys.argv[1], threads=3)
+expected = runtime.forward(list(range(40)))
+child = os.fork()
+same = (runtime.forward(list(range(40))) == expected).all()
+if child == 0:
+    os._exit(0 if same and len(os.listdir("/proc/self/task")) == 3 else 1)
+assert same
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_starts_its_own_workers(path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FORK, str(path)], check=True, timeout=60)
+
+
+def test_idle_workers_sleep(path: Path) -> None:
+    runtime = Runtime.load(path, threads=4)
+    runtime.forward([1, 2, 3])
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.03
+
+
+def test_the_result_does_not_depend_on_threads(path: Path) -> None:
+    ids = np.random.default_rng(3).integers(0, fake_artifact.VOCAB, 129).tolist()
+    expected = fake_artifact.reference_logits(ids)
+    for threads in (1, 2, 7, 40):
+        assert (Runtime.load(path, threads=threads).forward(ids) == expected).all()
+
+
+# How many threads there are to use
+
+
+def test_threads_follow_the_cpus_of_the_process() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert cpu.available_threads() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "expected"),
+    [
+        ({}, "", None),
+        ({"cpu.max": "max 100000"}, "0::/", None),
+        ({"cpu.max": "150000 100000"}, "0::/", 1.5),
+        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 4.0),
+        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "800000 100000"}, "0::/a/b", 4.0),
+        ({"cpu.max": "200000 100000"}, "0::/path/of/the/host", 2.0),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", None),
+        ({"cpu/x/cpu.cfs_quota_us": "50000", "cpu/x/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/x", 0.5),
+        ({"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/", 3.0),
+        ({"cpu.max": "rubbish"}, "0::/\nrubbish\n::::", None),
+        ({"cpu.max": "100000 100000"}, "0::/../../escape", 1.0),
+    ],
+)
+def test_quota_of_control_groups(
+    tmp_path: Path, files: dict[str, str], membership: str, expected: float | None
+) -> None:
+    mount = tmp_path / "cgroup"
+    for name, text in files.items():
+        (mount / name).parent.mkdir(parents=True, exist_ok=True)
+        (mount / name).write_text(text + "\n")
+    (tmp_path / "self").write_text(membership + "\n")
+    assert cpu.cgroup_quota(mount, tmp_path / "self") == expected
+
+
+def test_features_have_llvm_names() -> None:
+    flags = {"avx512_vnni", "avx512f", "avx_vnni", "sse4_1", "pni", "bmi1", "abm", "avx512_bf16", "amx_int8", "f16c"}
+    assert cpu.llvm_features(flags, "x86_64") == {
+        *("avx512vnni", "avx512f", "avxvnni", "sse4.1", "sse3", "bmi", "lzcnt", "avx512bf16", "amx-int8", "f16c")
+    }
+    assert cpu.llvm_features({"asimd", "asimddp", "i8mm", "sve2"}, "aarch64") == {"neon", "dotprod", "i8mm", "sve2"}
+    assert cpu.features()
