@@ -41,9 +41,9 @@ class CompiledGraph:
         for offset, _, array in packed_arrays(placed, lambda name: params[name]):
             self.weights[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
         addresses = Addresses(self.plan, weight_addresses(placed), cache_indices(self.program.graph))
-        self.folder = tempfile.TemporaryDirectory()
-        self.library = build_library(self.program, addresses, CACHE, Path(self.folder.name), Silent(), 2)
-        self.handle = ctypes.CDLL(str(self.library.path))
+        with tempfile.TemporaryDirectory() as folder:
+            self.library = build_library(self.program, addresses, CACHE, Path(folder), Silent(), 2)
+            self.handle = ctypes.CDLL(str(self.library.path))
         self.handle.llmc_pool_create.restype = ctypes.c_void_p
         self.handle.llmc_pool_create()
         self.arena = aligned(np.full(self.plan.nbytes + 64, 0xFF, np.uint8))  # NaNs where nothing was written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.llm import GatedLinear, Linear, QuantizeActivations
 from llmc.compiler.ir.op import Op, Value
@@ -12,12 +13,18 @@ from llmc.compiler.passes.manager import Pass, Report
 
 @dataclass(frozen=True)
 class SplitRounding(Pass, name="split-rounding"):
-    """linear(x) with int8 activations becomes linear(quantize_activations(x)), in the weight's groups."""
+    """linear(x) with int8 activations becomes linear(quantize_activations(x)), in the weight's groups.
+
+    bf16 activations become a pair of casts.
+    """
 
     def run(self, graph: Graph, report: Report) -> Graph:
         def rule(op: Op) -> Value | None:
-            if not isinstance(op, (Linear, GatedLinear)) or op.rounding != "int8":
+            if not isinstance(op, (Linear, GatedLinear)) or op.rounding == "f32":
                 return None
+            if op.rounding == "bf16":
+                report.hit("rounding")
+                return op.replace(x=Cast(Cast(op.x, "bf16"), op.x.dtype), rounding="f32")
             group = getattr(op.w.tensor.encoding, "group", None)
             if group is None:
                 report.refuse(op, "the weight is not quantized in groups")

@@ -7,7 +7,7 @@ from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivat
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Packed, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86.linear_plan import LinearPlan, quantized_linear_plan
+from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.quantize_activations import padded, quantize_activations
@@ -196,3 +196,40 @@ def linear_quantized(op: Op, context: Context) -> Lowered | str:
     parts = rounded_parts(op.x, group, context)
     lowered = plan_calls(op, plan, dict(parts), context)
     return Lowered(lowered.calls, reads=(op.x,))
+
+
+@RULES.lower(Linear, GatedLinear, priority=10, needs=VECTOR)
+def linear_float(op: Op, context: Context) -> Lowered | str:
+    """f32 multiply-adds; weights in f32, f16 or bf16, or dequantized in registers."""
+    assert isinstance(op, (Linear, GatedLinear))
+    if not context.known(op.w):
+        return "the weight is not known when compiling"
+    if op.x.tensor.encoding is not None:
+        return "the activations are rounded to int8"
+    if op.rounding != "f32":
+        return f"activations rounded to {op.rounding} need split-rounding first"
+    epilogue = _epilogue(op, context)
+    if isinstance(epilogue, str):
+        return epilogue
+    n, k = op.w.shape
+    assert isinstance(n, int) and isinstance(k, int)
+    encoding = op.w.tensor.encoding
+    if encoding is None:
+        if op.w.dtype not in ("f32", "f16", "bf16"):
+            return f"no kernel reads {op.w.dtype} weights"
+        plan = float_linear_plan(context.machine, n=n, k=k, dtype=op.w.dtype, **epilogue)  # type: ignore[arg-type]
+    else:
+        bits, group = getattr(encoding, "bits", 0), getattr(encoding, "group", 0)
+        if bits not in (4, 8):
+            return f"no kernel reads weights in {encoding}"
+        plan = quantized_linear_plan(
+            context.machine,
+            n=n,
+            k=k,
+            bits=bits,
+            group=group,
+            symmetric=bool(getattr(encoding, "symmetric", True)),
+            activations="f32",
+            **epilogue,  # type: ignore[arg-type]
+        )
+    return plan_calls(op, plan, {"x": op.x}, context)

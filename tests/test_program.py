@@ -1,0 +1,124 @@
+"""Compiled graphs equal their numpy meaning: rules, arena plan, driver and pool together."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from program_harness import CompiledGraph
+
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.elementwise import Cast, Mul, constant
+from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Embed, GatedLinear, LayerNorm, Linear, Quantize, QuantizeActivations, RMSNorm
+from llmc.compiler.ir.op import Input, Op, Param, Value
+from llmc.compiler.ir.types import Tensor
+from llmc.errors import CompileError
+from llmc.targets import machine_named
+from llmc.targets.lowering import Lowered, Rules
+from llmc.targets.memory import _lifetimes
+
+T = symbol("T", 1, 256)
+IDS = Input("ids", Tensor((T,), "i32"))
+
+
+def small_graph(scheme: str, rounding: str) -> Graph:
+    """Embedding, norm, gated linear, residual, layer norm, head; sizes that are no multiple of a tile or a group."""
+    table, norm = Param("table", Tensor((50, 70), "f32")), Param("norm", Tensor((70,), "f32"))
+    gate_up, down = Param("gate_up", Tensor((202, 70), "f32")), Param("down", Tensor((70, 101), "f32"))
+    head, bias = Param("head", Tensor((33, 70), "f32")), Param("bias", Tensor((33,), "f32"))
+
+    def weight(w: Param) -> Value:
+        if scheme in ("bf16", "f16"):
+            return Cast(w, scheme)
+        return w if scheme == "f32" else Quantize(w, scheme)
+
+    def x_of(x: Value) -> Value:
+        return QuantizeActivations(x, 32) if rounding == "int8" else x
+
+    x = Embed(table, IDS)
+    h = GatedLinear(x_of(RMSNorm(x, norm, 1e-5)), weight(gate_up))
+    x = Linear(x_of(h), weight(down), None, x)
+    logits: Op = Linear(x_of(LayerNorm(x, norm, None, 1e-5)), weight(head), bias, None, "gelu")
+    return Graph("main", (IDS,), (("logits", Mul(logits, constant(2.0, "f32"))),))
+
+
+def params_of(graph: Graph) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {p.name: rng.standard_normal([int(d) for d in p.shape]).astype(np.float32) for p in graph.params}
+
+
+CASES = [
+    ("native", "f32", "f32"),
+    ("native", "bf16", "f32"),
+    ("native", "q8g32", "int8"),
+    ("native", "q4g32a", "int8"),
+    ("native", "q4g32", "f32"),
+    ("x86-64-v3", "f16", "f32"),
+    ("x86-64-v3", "q4g32", "int8"),
+    ("x86-64-v4", "q4g32", "int8"),
+]
+
+
+@pytest.mark.parametrize(("machine", "scheme", "rounding"), CASES)
+def test_compiled_equals_meaning(machine: str, scheme: str, rounding: str) -> None:
+    graph = small_graph(scheme, rounding)
+    params = params_of(graph)
+    compiled = CompiledGraph(graph, machine_named(machine), params)
+    rng = np.random.default_rng(1)
+    for tokens in (1, 2, 7, 16, 33, 129):
+        ids = rng.integers(0, 50, tokens).astype(np.int32)
+        expected = np.asarray(evaluate(graph, {"ids": ids}, params.__getitem__)["logits"])
+        logits, _ = compiled.run({"ids": ids})
+        # f32 sums of about 100 terms. Where both round activations to int8, one in a few thousand may fall on the
+        # other side of a half, which moves a sum by one step of one activation: far below 1e-2 of the largest logit.
+        tolerance = 2e-3 if rounding == "int8" else 1e-5
+        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_temporaries_alive_together_do_not_overlap() -> None:
+    graph = small_graph("q4g32", "int8")
+    compiled = CompiledGraph(graph, machine_named("native"), params_of(graph))
+    plan = compiled.plan
+    blocks = _lifetimes(compiled.program, dict.fromkeys("TNQBMR", 256) | {"SPLITS": 16})
+    assert len(blocks) > 6
+    for a in blocks:
+        assert plan.offsets[a.key] % 64 == 0
+        assert plan.offsets[a.key] + a.nbytes <= plan.nbytes
+        for b in blocks:
+            if a is not b and a.first <= b.last and b.first <= a.last:
+                apart = plan.offsets[a.key] + a.nbytes <= plan.offsets[b.key]
+                assert apart or plan.offsets[b.key] + b.nbytes <= plan.offsets[a.key]
+    assert plan.nbytes < plan.without_reuse
+
+
+def test_rules_that_tie_are_an_error_and_refusals_are_kept() -> None:
+    rules = Rules()
+    op = RMSNorm(Param("x", Tensor((3, 4), "f32")), None, 1e-5)
+
+    @rules.lower(RMSNorm, priority=5)
+    def refuses(_op: Op, _context: object) -> Lowered | str:
+        return "not today"
+
+    @rules.lower(RMSNorm, priority=3, needs=("feature-of-tomorrow",))
+    def needs_more(_op: Op, _context: object) -> Lowered | str:
+        return Lowered(())
+
+    @rules.lower(RMSNorm, priority=1)
+    def plain(_op: Op, _context: object) -> Lowered | str:
+        return Lowered(())
+
+    from llmc.targets.lowering import Context
+
+    context = Context(Graph("g", (), (("y", op),)), machine_named("x86-64-v3"))
+    chosen = rules.choose(op, context)
+    assert isinstance(chosen, tuple)
+    assert chosen[1].rule == "plain"
+    assert chosen[1].rejected == (("refuses", "not today"), ("needs_more", "the machine has no feature-of-tomorrow"))
+
+    @rules.lower(RMSNorm, priority=1)
+    def rival(_op: Op, _context: object) -> Lowered | str:
+        return Lowered(())
+
+    with pytest.raises(CompileError, match="tie"):
+        rules.choose(op, context)
