@@ -1,0 +1,461 @@
+"""Attention of one query tile to one key-value head, blocked by cache page, with an online softmax.
+
+All query heads that share the key-value head are rows of one small matrix, so a page is read once for all of them.
+Per page: scores = Q K (the page of keys is stored transposed, one vector is one channel of many tokens), softmax
+statistics, acc = acc * correction + P V. Both products run the same register-blocked loop, `multiply`.
+
+Decode (one token, few heads) reads f16 pages straight from the cache: the memory's bandwidth is the limit. Larger tiles
+first convert a page to f32 in L1 and reuse it for every row block: the FMA units are the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.linear_builder import either, index, let, loop, scratch
+from llmc.targets.x86.vector_math import exp, tanh
+from llmc.targets.x86.vectors import (
+    add,
+    cast,
+    divide,
+    for_pieces,
+    integer,
+    load,
+    load_raw,
+    maximum,
+    pieces,
+    pin,
+    range_kernel,
+    reduce_lanes,
+    remainder,
+    splat,
+    store,
+)
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, PrimFunc
+
+    from llmc.targets.x86.isa import Expr
+
+PAGE = 32  # tokens a cache page
+TILE = 16  # query rows a tile, at most
+MASKED = -1e30  # the score of a key that a row must not see: finite, so that no difference of scores is NaN
+CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
+
+
+def attention_tile(
+    machine: Machine,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: bool,
+    alibi: bool,
+    cache_dtype: str,
+) -> PrimFunc:
+    """One unit is (tile, key-value head, split): u = (tile * kv_heads + kv_head) * S + split. Arguments:
+
+        query f32[T, heads, head_dim], keys cache[pages, kv_heads, head_dim, 32], values cache[pages, kv_heads, 32,
+        value_dim], tiles i32[Q, 4], block_table i32[B, M], [sinks f32[heads]], [slopes f32[heads]] (alibi),
+        out f32[T, heads, value_dim], state f32[T, heads, S, 2], partial f32[T, heads, S - 1, value_dim], M, S
+
+    Where S == 1, out is the result and state and partial are not touched. Otherwise split s covers the s-th part of the
+    pages that the tile sees and writes (greatest score, denominator) to state and its unnormalised sum of values to out
+    (s = 0) or to partial (s - 1); `attention_combine` merges them. A row whose split has no visible key writes finite
+    numbers of weight zero. Cache slots that no row of the tile may see are read but never enter a result.
+    """
+    isa = isa_for(machine)
+    group = heads // kv_heads
+    rows = block_rows(isa)
+    chunk = min(CHUNK, -(-TILE * group // rows) * rows)
+    body = TileBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, chunk)
+    pointers = [("query", "float32"), ("keys", cache_dtype), ("values", cache_dtype)]
+    pointers += [("tiles", "int32"), ("block_table", "int32")]
+    pointers += [("sinks", "float32")] * sinks + [("slopes", "float32")] * alibi
+    pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
+    return range_kernel(pointers, ["M", "S"], body.unit)
+
+
+def block_rows(isa: VectorIsa) -> int:
+    """Query rows of a register block: with two or three vectors each, accumulators fill most of the registers."""
+    return 8 if isa.registers == 32 else 4
+
+
+def block_vectors(isa: VectorIsa, rows: int) -> int:
+    """Vectors a row of a register block: at most 24 of 32, or 12 of 16, registers are accumulators."""
+    return max(1, (isa.registers * 3 // 4) // rows)
+
+
+def multiply(
+    isa: VectorIsa,
+    rows: int,
+    columns: int,
+    depth: Expr | int,
+    left: Callable[[int, Expr | int], Expr],
+    right: Callable[[Expr | int, int, int], Expr],
+    start: Callable[[int, int, int], Expr],
+    finish: Callable[[int, int, int, Expr], None],
+) -> None:
+    """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
+
+    left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
+    vectors of `width` columns from `offset` on. Few rows split the sum over k into several chains to hide latency; the
+    number of terms must then be known.
+    """
+    columns_cut = pieces(columns, isa.lanes)
+    step = block_vectors(isa, rows)
+    blocks = -(-len(columns_cut) // step)
+    step = -(-len(columns_cut) // blocks)
+    for first in range(0, len(columns_cut), step):
+        block = columns_cut[first : first + step]
+        chains = max(1, 8 // (rows * len(block))) if isinstance(depth, int) else 1
+        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish)
+
+
+def _multiply_block(
+    isa: VectorIsa,
+    rows: int,
+    block: Sequence[tuple[int, int]],
+    depth: Expr | int,
+    chains: int,
+    left: Callable[[int, Expr | int], Expr],
+    right: Callable[[Expr | int, int, int], Expr],
+    start: Callable[[int, int, int], Expr],
+    finish: Callable[[int, int, int, Expr], None],
+) -> None:
+    sums = [[[scratch(width, "float32") for _, width in block] for _ in range(rows)] for _ in range(chains)]
+    for chain in range(chains):
+        for r in range(rows):
+            for j, (offset, width) in enumerate(block):
+                store(sums[chain][r][j], 0, start(r, offset, width) if chain == 0 else splat(0.0, width), width)
+
+    def term(k: Expr | int, chain: int) -> None:
+        vectors = [let(right(k, offset, width)) for offset, width in block]
+        for r in range(rows):
+            scalar = let(left(r, k))
+            for j, (_, width) in enumerate(block):
+                sum_ = sums[chain][r][j]
+                store(sum_, 0, splat(scalar, width) * vectors[j] + load(sum_, 0, width), width)
+
+    if isinstance(depth, int) and chains > 1:
+        if depth // chains:
+            with loop(depth // chains) as number:
+                for chain in range(chains):
+                    term(number * chains + chain, chain)
+        for k in range(depth // chains * chains, depth):
+            term(k, k % chains)
+    else:
+        with loop(depth) as k:
+            term(k, 0)
+    for r in range(rows):
+        for j, (offset, width) in enumerate(block):
+            value = load(sums[0][r][j], 0, width)
+            for chain in range(1, chains):
+                value = value + load(sums[chain][r][j], 0, width)
+            finish(r, offset, width, value)
+
+
+@dataclass(frozen=True)
+class TileBody:
+    """Emits the work of one unit. Rows are numbered token by token, the group's heads within a token."""
+
+    isa: VectorIsa
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    alibi: bool
+    cache_dtype: str
+    chunk: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def lanes(self) -> int:
+        return self.isa.lanes
+
+    def unit(self, a: SimpleNamespace, u: Expr) -> None:
+        """One (tile, key-value head, split)."""
+        from tvm import tirx
+
+        split = pin(remainder(u, a.S))
+        outer = pin(divide(u, a.S))
+        kv_head = pin(remainder(outer, self.kv_heads))
+        tile = pin(divide(outer, self.kv_heads) * 4)
+        sequence, token = integer(load_raw(a.tiles, tile, 1)), integer(load_raw(a.tiles, tile + 1, 1))
+        count, position = integer(load_raw(a.tiles, tile + 2, 1)), integer(load_raw(a.tiles, tile + 3, 1))
+        last_page = pin(divide(position + count - 1, PAGE))
+        first_page: Expr = index(0)
+        if self.window:
+            first_page = pin(divide(tirx.Max(position - (self.window - 1), index(0)), PAGE))
+        pages = pin(last_page + 1 - first_page)
+        state = SimpleNamespace(
+            kv_head=kv_head,
+            split=split,
+            token=token,
+            position=position,
+            end=pin(position + count),
+            table=pin(sequence * a.M),
+            pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
+            query=scratch(self.chunk * self.head_dim, "float32"),
+            acc=scratch(self.chunk * self.value_dim, "float32"),
+            peak=scratch(self.chunk, "float32"),
+            total=scratch(self.chunk * self.lanes, "float32"),
+            where=scratch(self.chunk, "int32"),
+            slope=scratch(self.chunk if self.alibi else 1, "float32"),
+        )
+        total_rows = pin(count * self.group)
+
+        def decode() -> None:
+            self.rows_chunk(a, state, index(0), index(self.group), self.group, convert=False)
+
+        def prefill() -> None:
+            with loop(divide(total_rows + (self.chunk - 1), self.chunk)) as number:
+                first = pin(number * self.chunk)
+                left = pin(tirx.Min(total_rows - first, index(self.chunk)))
+                self.rows_chunk(a, state, first, left, block_rows(self.isa), convert=self.cache_dtype != "float32")
+
+        if self.group <= self.isa.registers * 3 // 4 and self.group <= self.chunk:
+            either(count == 1, decode, prefill)
+        else:
+            prefill()
+
+    def rows_chunk(
+        self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, block: int, convert: bool
+    ) -> None:
+        """`count` rows from row `first` of the tile on, over this split's pages, in register blocks of `block` rows."""
+        blocks = pin(divide(count + (block - 1), block))
+        self.start_rows(a, t, first, count, blocks * block)
+        keys_local = scratch(self.head_dim * PAGE if convert else 1, "float32")
+        values_local = scratch(PAGE * self.value_dim if convert else 1, "float32")
+        low, high = t.pages
+        with loop(high - low) as number:
+            page = pin(low + number)
+            page_id = integer(load_raw(a.block_table, t.table + page, 1))
+            keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
+            values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
+            key_buffer, value_buffer = a.keys, a.values
+            if convert:
+                copy(self.lanes, a.keys, keys, keys_local, self.head_dim * PAGE)
+                copy(self.lanes, a.values, values, values_local, PAGE * self.value_dim)
+                key_buffer, value_buffer, keys, values = keys_local, values_local, index(0), index(0)
+            with loop(blocks) as b:
+                self.page_block(t, pin(b * block), block, page, (key_buffer, keys), (value_buffer, values))
+        self.finish_rows(a, t, first, count)
+
+    def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
+        """Scaled queries, positions and empty statistics; rows from `count` to `padded` get a query of zeros."""
+        factor = self.scale / self.softcap if self.softcap else self.scale
+        with loop(padded) as r:
+            for_pieces(
+                self.value_dim,
+                self.lanes,
+                lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width), width),
+            )
+
+            def blank(r: Expr = r) -> None:
+                for_pieces(
+                    self.head_dim,
+                    self.lanes,
+                    lambda offset, width: store(t.query, r * self.head_dim + offset, splat(0.0, width), width),
+                )
+                self.start_statistics(t, r, splat(MASKED, 1), 0.0)
+                store_int(t.where, r, t.end - 1)
+                if self.alibi:
+                    store(t.slope, r, splat(0.0, 1), 1)
+
+            def fill(r: Expr = r) -> None:
+                row = pin(first + r)
+                item = pin(remainder(row, self.group))
+                token = pin(divide(row, self.group))
+                head = pin(t.kv_head * self.group + item)
+                source = pin(((t.token + token) * self.heads + head) * self.head_dim)
+                for_pieces(
+                    self.head_dim,
+                    self.lanes,
+                    lambda offset, width: store(
+                        t.query,
+                        r * self.head_dim + offset,
+                        load(a.query, source + offset, width) * splat(factor, width),
+                        width,
+                    ),
+                )
+                store_int(t.where, r, t.position + token)
+                if self.alibi:
+                    store(t.slope, r, load(a.slopes, head, 1), 1)
+                if self.sinks:
+                    # A sink is one more key without a value; split 0 counts it.
+                    either(
+                        t.split == 0,
+                        lambda: self.start_statistics(t, r, load(a.sinks, head, 1), 1.0 / self.lanes),
+                        lambda: self.start_statistics(t, r, splat(MASKED, 1), 0.0),
+                    )
+                else:
+                    self.start_statistics(t, r, splat(MASKED, 1), 0.0)
+
+            either(r < count, fill, blank)
+
+    def start_statistics(self, t: SimpleNamespace, r: Expr, peak: Expr, total: float) -> None:
+        store(t.peak, r, peak, 1)
+        store(t.total, r * self.lanes, splat(total, self.lanes), self.lanes)
+
+    def page_block(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        page: Expr,
+        keys: tuple[Buffer, Expr],
+        values: tuple[Buffer, Expr],
+    ) -> None:
+        """One page for rows [row, row + rows): scores, statistics, weighted values."""
+        from tvm import tirx
+
+        scores = scratch(rows * PAGE, "float32")
+        correction = scratch(rows * self.lanes, "float32")
+        multiply(
+            self.isa,
+            rows,
+            PAGE,
+            self.head_dim,
+            left=lambda r, k: load(t.query, (row + r) * self.head_dim + k, 1),
+            right=lambda k, offset, width: load(keys[0], keys[1] + k * PAGE + offset, width),
+            start=lambda r, offset, width: splat(0.0, width),
+            finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value, width),
+        )
+        with loop(rows) as r:
+            self.softmax_row(t, pin(row + r), r, page, scores, correction)
+        # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
+        visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
+        multiply(
+            self.isa,
+            rows,
+            self.value_dim,
+            visible,
+            left=lambda r, k: load(scores, r * PAGE + k, 1),
+            right=lambda k, offset, width: load(values[0], values[1] + k * self.value_dim + offset, width),
+            start=lambda r, offset, width: (
+                load(t.acc, (row + r) * self.value_dim + offset, width) * load(correction, r * self.lanes, width)
+            ),
+            finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value, width),
+        )
+
+    def softmax_row(
+        self, t: SimpleNamespace, row: Expr, r: Expr, page: Expr, scores: Buffer, correction: Buffer
+    ) -> None:
+        """Turn one row's scores into weights relative to its greatest score so far, and keep its statistics."""
+        lanes = self.lanes
+        where = load_raw(t.where, row, 1)
+        limit = let(where - (page * PAGE).astype("int32"))  # the last visible slot of the page
+        vectors = []
+        for offset, width in pieces(PAGE, lanes):
+            value = load(scores, r * PAGE + offset, width)
+            vectors.append(let(self.masked(self.biased(t, row, value, limit, offset), limit, offset)))
+        peak = vectors[0]
+        for vector in vectors[1:]:
+            peak = maximum(peak, vector)
+        before = let(load(t.peak, row, 1))
+        after = let(maximum(before, reduce_lanes(peak, lanes, maximum)))
+        shrink = let(exp(self.isa, splat(before - after, lanes)))
+        total = load(t.total, row * lanes, lanes) * shrink
+        for i, vector in enumerate(vectors):
+            weight = let(exp(self.isa, vector - splat(after, lanes)))
+            store(scores, r * PAGE + i * lanes, weight, lanes)
+            total = total + weight
+        store(t.total, row * lanes, total, lanes)
+        store(t.peak, row, after, 1)
+        store(correction, r * lanes, shrink, lanes)
+
+    def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
+        """Softcap and ALiBi on one vector of scores."""
+        if self.softcap:
+            value = tanh(self.isa, value) * splat(self.softcap, self.lanes)
+        if self.alibi:
+            distance = cast(self.slots(offset) - splat(limit, self.lanes), "float32", self.lanes)
+            value = value + splat(load(t.slope, row, 1), self.lanes) * distance
+        return value
+
+    def masked(self, value: Expr, limit: Expr, offset: int) -> Expr:
+        """MASKED in the lanes of keys after the row's own position, or before its window."""
+        from tvm import tirx
+
+        slot = self.slots(offset)
+        visible = slot <= splat(limit, self.lanes)
+        value = tirx.Select(visible, value, splat(MASKED, self.lanes))
+        if self.window:
+            inside = slot > splat(limit - self.window, self.lanes)
+            value = tirx.Select(inside, value, splat(MASKED, self.lanes))
+        return value
+
+    def slots(self, offset: int) -> Expr:
+        """Slot numbers in the page of one vector of scores."""
+        from tvm import tirx
+
+        return tirx.Ramp(tirx.const(offset, "int32"), tirx.const(1, "int32"), self.lanes)
+
+    def finish_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
+        """Write the rows: normalised where there is one split, else the parts that `attention_combine` merges."""
+        from tvm import tirx
+
+        with loop(count) as r:
+            row = pin(first + r)
+            item = pin(remainder(row, self.group))
+            unit = pin((t.token + divide(row, self.group)) * self.heads + t.kv_head * self.group + item)
+            total = reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add)
+
+            def write(target: Buffer, base: Expr, factor: Expr | None, r: Expr = r) -> None:
+                def piece(offset: Expr | int, width: int) -> None:
+                    value = load(t.acc, r * self.value_dim + offset, width)
+                    store(target, base + offset, value if factor is None else value * splat(factor, width), width)
+
+                for_pieces(self.value_dim, self.lanes, piece)
+
+            out = unit * self.value_dim
+
+            def whole(out: Expr = out, total: Expr = total, write: Callable[..., None] = write) -> None:
+                write(a.out, out, let(tirx.const(1.0, "float32") / total))
+
+            def part(
+                r: Expr = r,
+                unit: Expr = unit,
+                out: Expr = out,
+                total: Expr = total,
+                write: Callable[..., None] = write,
+            ) -> None:
+                statistics = pin((unit * a.S + t.split) * 2)
+                store(a.state, statistics, load(t.peak, r, 1), 1)
+                store(a.state, statistics + 1, total, 1)
+                either(
+                    t.split == 0,
+                    lambda: write(a.out, out, None),
+                    lambda: write(a.partial, (unit * (a.S - 1) + t.split - 1) * self.value_dim, None),
+                )
+
+            either(a.S == 1, whole, part)
+
+
+def copy(lanes: int, source: Buffer, base: Expr, target: Buffer, elements: int) -> None:
+    """target[0:elements] = source[base:base + elements], as f32."""
+    for_pieces(elements, lanes, lambda offset, width: store(target, offset, load(source, base + offset, width), width))
+
+
+def store_int(buffer: Buffer, position: Expr, value: Expr) -> None:
+    """Store an int64 index in an i32 array."""
+    from tvm.script.ir_builder import tirx as I
+
+    I.buffer_store(buffer, value.astype("int32"), [index(position)])
