@@ -59,7 +59,10 @@ class Dim:
     def _text(self) -> str:
         parts = []
         for monomial, coefficient in self.terms:
-            factors = [str(atom) for atom, power in monomial for _ in range(power)]
+            atoms = [atom for atom, power in monomial for _ in range(power)]
+            # `*` and `//` bind alike, so a quotient among other factors needs brackets of its own.
+            alone = coefficient == 1 and len(atoms) == 1
+            factors = [f"({atom})" if isinstance(atom, FloorDiv) and not alone else str(atom) for atom in atoms]
             if coefficient != 1 or not factors:
                 factors.insert(0, str(coefficient))
             parts.append("*".join(factors))
@@ -175,25 +178,34 @@ def bounds(value: int | Dim) -> tuple[int, int | None]:
     low, high = 0, 0
     unbounded_high = False
     for monomial, coefficient in value.terms:
-        least, most = 1, 1
-        most_unbounded = False
+        least: int = 1
+        most: int | None = 1
         for atom, power in monomial:
-            a_low, a_high = bounds_of_atom(atom)
-            least *= a_low**power
-            if a_high is None:
-                most_unbounded = True
-            else:
-                most *= a_high**power
-        if coefficient >= 0:
-            low += coefficient * least
-            unbounded_high |= most_unbounded
-            high += coefficient * most
-        else:
-            if most_unbounded:
-                raise DimError(f"no lower bound for {value}: give its symbols upper bounds")
-            low += coefficient * most
-            high += coefficient * least
+            for _ in range(power):
+                least, most = _product_of_intervals((least, most), bounds_of_atom(atom), value)
+        if coefficient < 0 and most is None:
+            raise DimError(f"no lower bound for {value}: give its symbols upper bounds")
+        unbounded_high |= most is None
+        ends = [coefficient * end for end in (least, most) if end is not None]
+        low += min(ends)
+        high += max(ends)
     return low, None if unbounded_high else high
+
+
+Interval = tuple[int, "int | None"]
+
+
+def _product_of_intervals(a: Interval, b: Interval, value: Dim) -> Interval:
+    """Bounds of a product of factors that lie in `a` and in `b` (factors below 0 come from floor divisions)."""
+    if a[0] >= 0 and b[0] >= 0:
+        return a[0] * b[0], None if a[1] is None or b[1] is None else a[1] * b[1]
+    if a[1] is not None and b[1] is not None:
+        corners = [x * y for x in (a[0], a[1]) for y in (b[0], b[1])]
+        return min(corners), max(corners)
+    for x, y in ((a, b), (b, a)):
+        if x[0] >= 0 and x[1] is not None:
+            return y[0] * x[1], None
+    raise DimError(f"no lower bound for {value}: give its symbols upper bounds")
 
 
 def bounds_of_atom(atom: Atom) -> tuple[int, int | None]:

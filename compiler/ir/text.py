@@ -205,6 +205,7 @@ class _Parser:
         return self.values[key]
 
     def op(self) -> Op:
+        position = self.tokens[self.at][2] if self.at < len(self.tokens) else len(self.text)
         op_name = self.next()
         cls = REGISTRY.get(op_name)
         if cls is None:
@@ -233,11 +234,13 @@ class _Parser:
         try:
             op = cls(**arguments)
         except TypeError as error:
-            raise self.error(f"{op_name}: {error}") from None
+            raise self._error(position, f"{op_name}: {error}") from None
+        except IRError as error:
+            raise self._error(position, str(error)) from None
         self.expect(":")
         stated = self.type()
         if stated != op.type:
-            raise self.error(f"{op_name} gives {op.type}, the text says {stated}")
+            raise self._error(position, f"{op_name} gives {op.type}, the text says {stated}")
         return op
 
     def attribute(self) -> object:

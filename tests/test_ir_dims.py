@@ -1,0 +1,122 @@
+"""Symbolic sizes: arithmetic agrees with integers, equal sizes compare equal, bounds hold, nothing is guessed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from random_graphs import SYMBOLS, Sized, bindings, sizes
+
+from llmc.compiler.ir.dims import (
+    Dim,
+    bounds,
+    ceil_div,
+    concrete,
+    exact_division,
+    known_at_most,
+    product,
+    substitute,
+    symbol,
+    symbols_of,
+)
+from llmc.errors import DimError
+
+S, T, U = SYMBOLS["S"], SYMBOLS["T"], SYMBOLS["U"]
+
+
+@given(sizes, bindings)
+def test_arithmetic_agrees_with_integers(size: Sized, binding: dict[str, int]) -> None:
+    assert concrete(size.value, binding) == size.number(binding)
+
+
+@given(sizes, sizes, sizes)
+def test_ring_laws_hold_as_equality(a: Sized, b: Sized, c: Sized) -> None:
+    x, y, z = a.value, b.value, c.value
+    assert x + y == y + x
+    assert x * y == y * x
+    assert (x + y) * z == x * z + y * z
+    assert (x - y) + y == x
+    assert hash((x + y) * z) == hash(x * z + y * z)
+    assert x - x == 0
+
+
+@given(sizes, bindings)
+def test_bounds_are_sound(size: Sized, binding: dict[str, int]) -> None:
+    try:
+        low, high = bounds(size.value)
+    except DimError:
+        assume(False)
+    found = size.number(binding)
+    assert low <= found
+    assert high is None or found <= high
+
+
+@given(sizes, sizes, bindings)
+def test_a_settled_inequality_holds_for_every_size(a: Sized, b: Sized, binding: dict[str, int]) -> None:
+    try:
+        settled = known_at_most(a.value, b.value)
+    except DimError:
+        assume(False)
+    assert (a.number(binding) <= b.number(binding)) == settled
+
+
+@given(sizes, sizes, bindings)
+def test_exact_division_inverts_multiplication(a: Sized, b: Sized, binding: dict[str, int]) -> None:
+    divisor = b.number(binding)
+    assume(divisor != 0)
+    quotient = exact_division(a.value, b.value) if b.value != 0 else None
+    if quotient is not None:
+        assert concrete(quotient, binding) * divisor == a.number(binding)
+
+
+@given(st.integers(1, 50), st.integers(1, 50))
+def test_exact_division_of_a_product_by_its_factor(a: int, b: int) -> None:
+    assert exact_division(a * S * b, b * S) == a
+    assert exact_division(a * S * T + b * S, S) == a * T + b
+
+
+@given(sizes, bindings)
+def test_substitution_in_steps_is_substitution_at_once(size: Sized, binding: dict[str, int]) -> None:
+    partly = substitute(size.value, {"S": binding["S"]})
+    assert concrete(partly, binding) == size.number(binding)
+
+
+@given(sizes, st.integers(1, 9), bindings)
+def test_ceil_div_rounds_up(size: Sized, divisor: int, binding: dict[str, int]) -> None:
+    assert concrete(ceil_div(size.value, divisor), binding) == -(-size.number(binding) // divisor)
+
+
+def test_bounds_of_products_of_factors_below_zero() -> None:
+    x = (T - 7) // 2  # from -3 to 252, and 0 at T = 7
+    assert bounds(x * x) == (-3 * 252, 252 * 252)
+    assert bounds(x * S) == (-3 * 40, 252 * 40)
+    with pytest.raises(DimError, match="no lower bound"):
+        bounds(x * U)
+
+
+def test_an_inequality_that_depends_on_the_sizes_is_an_error() -> None:
+    with pytest.raises(DimError, match="cannot settle"):
+        known_at_most(S, T)
+    with pytest.raises(DimError, match="no lower bound"):
+        bounds(-U)
+
+
+def test_a_free_symbol_is_named() -> None:
+    with pytest.raises(DimError, match="needs a value for T"):
+        concrete(S * T, {"S": 3})
+
+
+def test_division_by_a_size_that_does_not_divide_is_an_error() -> None:
+    with pytest.raises(DimError, match="cannot divide"):
+        (S + 1) // T
+    with pytest.raises(DimError, match="by zero"):
+        exact_division(S, 0)
+
+
+def test_sizes_print_canonically() -> None:
+    assert str(1 + S * 2 + S * S) == "S*S + 2*S + 1"
+    assert str((S + 3) // 4) == "(S + 3)//4"
+    assert isinstance(S * 2 // 2, Dim) and S * 2 // 2 == S
+    assert product((2, S, 3)) == 6 * S
+    assert {s.name for s in symbols_of((S + T) // 7)} == {"S", "T"}
+    assert symbol("S", 2, 40) == S
