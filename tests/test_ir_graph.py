@@ -1,0 +1,209 @@
+"""Graphs: the verifier rejects what breaks a rule, rewriting keeps meaning, evaluation binds sizes and names mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, constant
+from llmc.compiler.ir.evaluate import evaluate, evaluate_values
+from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
+from llmc.compiler.ir.llm import KVAppend, Linear
+from llmc.compiler.ir.op import Input, Op, Param, Value
+from llmc.compiler.ir.structural import Concat, Matmul, Reshape, Slice
+from llmc.compiler.ir.types import KV, Tensor, dtype_of, is_precise, parse_encoding, precise
+from llmc.compiler.ir.verify import values_by_level, verify
+from llmc.errors import DimError, IRError
+
+S = symbol("S", 2, 40)
+
+
+def an_input(name: str = "x", *shape: object, dtype: str = "f32") -> Input:
+    return Input(name, Tensor(tuple(shape) or (S, 4), dtype))  # type: ignore[arg-type]
+
+
+def no_params(name: str) -> np.ndarray:
+    raise AssertionError(f"{name} is not needed")
+
+
+def corrupt(op: Op, **changes: object) -> Op:
+    """A copy whose fields were changed behind the type checker's back, as a buggy pass might."""
+    for key, value in changes.items():
+        object.__setattr__(op, key, value)
+    return op
+
+
+def test_a_sound_graph_verifies() -> None:
+    x = an_input()
+    verify(Graph("g", (x,), (("y", Neg(x)),)))
+
+
+def test_a_type_that_does_not_follow_from_the_operands_is_rejected() -> None:
+    x = an_input()
+    broken = corrupt(Neg(x), type=Tensor((S, 5), "f32"))
+    with pytest.raises(IRError, match=r"t\.neg says it gives .*5.* its operands make that .*4"):
+        verify(Graph("g", (x,), (("y", broken),)))
+
+
+def test_operands_that_no_longer_fit_are_rejected() -> None:
+    x = an_input()
+    broken = corrupt(Add(x, x), b=an_input("z", S, 5))
+    with pytest.raises(IRError, match="do not broadcast"):
+        verify(Graph("g", (x,), (("y", broken),)))
+
+
+def test_an_undeclared_input_is_rejected() -> None:
+    x, stray = an_input(), an_input("stray")
+    with pytest.raises(IRError, match="input stray, which graph g does not declare"):
+        verify(Graph("g", (x,), (("y", Add(x, stray)),)))
+
+
+def test_two_inputs_or_outputs_of_one_name_are_rejected() -> None:
+    x = an_input()
+    with pytest.raises(IRError, match="two inputs"):
+        verify(Graph("g", (x, an_input()), (("y", Neg(x)),)))
+    with pytest.raises(IRError, match="two outputs"):
+        verify(Graph("g", (x,), (("y", Neg(x)), ("y", x))))
+
+
+def test_an_op_of_another_level_is_rejected() -> None:
+    x, w = an_input(), Param("w", Tensor((3, 4), "f32"))
+    graph = Graph("g", (x,), (("y", Linear(x, w)),))
+    verify(graph)
+    with pytest.raises(IRError, match=r"llm\.linear is not legal here: only t ops are"):
+        verify(graph, levels=("t",))
+    assert {level: len(ops) for level, ops in values_by_level(graph).items()} == {"llm": 1}
+
+
+def test_an_unregistered_op_is_rejected() -> None:
+    class Neg2(Neg):
+        """A subclass without a name of its own: it prints as t.neg but is none."""
+
+    x = an_input()
+    with pytest.raises(IRError, match="not a registered op"):
+        verify(Graph("g", (x,), (("y", Neg2(x)),)))
+
+
+def test_a_cache_that_branches_is_rejected() -> None:
+    cache, slots = Input("cache.0", KV(1, 4, 4, "f32")), an_input("slots", S, dtype="i32")
+    x = an_input("x", S, 1, 4)
+    one, other = KVAppend(cache, x, x, slots), KVAppend(cache, x, Neg(x), slots)
+    with pytest.raises(IRError, match="appended to 2 times"):
+        verify(Graph("g", (x, slots, cache), (("a", one), ("b", other))))
+    verify(Graph("g", (x, slots, cache), (("a", KVAppend(one, x, x, slots)),)))
+
+
+def test_an_op_refuses_operands_that_break_its_rules_and_says_so() -> None:
+    x = an_input()
+    with pytest.raises(IRError, match=r"t\.matmul\(tensor<\[S, 4\], f32>, .*inner sizes differ"):
+        Matmul(x, x)
+    with pytest.raises(IRError, match="different dtypes"):
+        Add(x, Cast(x, "f16"))
+    with pytest.raises(IRError, match="different element counts"):
+        Reshape(x, (S, 5))
+    with pytest.raises(DimError, match="cannot settle"):
+        Slice(x, 0, 0, 20)
+    with pytest.raises(IRError, match="expected a KV cache"):
+        KVAppend(x, x, x, x)
+    with pytest.raises(IRError, match="expected a tensor"):
+        Neg(Input("cache", KV(1, 2, 2, "f32")))
+    with pytest.raises(IRError, match="unknown dtype"):
+        Tensor((1,), "f8")
+    with pytest.raises(IRError, match="negative size"):
+        Tensor((-1,), "f32")
+    with pytest.raises(IRError, match="unknown encoding"):
+        parse_encoding("zip")
+    with pytest.raises(IRError, match="no counterpart"):
+        dtype_of(np.dtype(np.complex64))
+
+
+def test_ops_are_immutable_and_compare_by_identity() -> None:
+    x = an_input()
+    one, other = Neg(x), Neg(x)
+    assert one != other and one == one
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.x = other  # type: ignore[misc]
+
+
+def test_a_graph_holds_what_its_outputs_need_operands_first() -> None:
+    x = an_input()
+    a = Neg(x)
+    b = Mul(a, a)
+    Neg(b)
+    graph = Graph("g", (x,), (("y", b),))
+    assert graph.ops == (a, b)
+    assert graph.users[a] == (b, b)
+    assert [symbol.name for symbol in graph.symbols] == ["S"]
+
+
+def test_a_deep_graph_needs_no_deep_stack() -> None:
+    value: Value = an_input()
+    source = value
+    for _ in range(20_000):
+        value = Neg(value)
+    graph = Graph("g", (source,), (("y", value),))
+    assert len(graph.ops) == 20_000
+    verify(graph)
+
+
+def test_compile_time_values_are_those_over_params_and_constants() -> None:
+    x, w = an_input(), Param("w", Tensor((4,), "f32"))
+    scaled = Mul(w, constant(2.0, "f32"))
+    graph = Graph("g", (x,), (("y", Add(x, scaled)),))
+    assert scaled in graph.constants and w in graph.constants
+    assert graph.output("y") not in graph.constants
+
+
+def test_rewriting_reinfers_users_and_keeps_an_untouched_graph() -> None:
+    x = an_input()
+    joined = Concat((Neg(x), x), 0)
+    graph = Graph("g", (x,), (("y", joined),))
+    assert rewrite(graph, lambda op: None) is graph
+    halved = rewrite(graph, lambda op: Slice(op.x, 0, 0, 1) if isinstance(op, Neg) else None)
+    assert halved.output("y").shape == (S + 1, 4)
+
+
+def test_an_input_that_is_replaced_is_no_input_any_more() -> None:
+    x, z = an_input(), an_input("z")
+    graph = substitute_values(Graph("g", (x, z), (("y", Add(x, z)),)), {z: constant(1.0, "f32")})
+    assert [value.name for value in graph.inputs] == ["x"]
+
+
+def test_evaluation_binds_symbols_from_shapes() -> None:
+    x, y = an_input("x", S), an_input("y", S)
+    graph = Graph("g", (x, y), (("out", Slice(Add(x, y), 0, 1, S)),))
+    ones = np.ones(5, np.float32)
+    assert evaluate(graph, {"x": ones, "y": ones}, no_params)["out"].shape == (4,)
+    with pytest.raises(IRError, match="S is 6 here and 5 elsewhere"):
+        evaluate(graph, {"x": ones, "y": np.ones(6, np.float32)}, no_params)
+    with pytest.raises(IRError, match="input x has shape"):
+        evaluate(graph, {"x": ones[None], "y": ones}, no_params)
+
+
+def test_evaluation_names_a_missing_input() -> None:
+    x = an_input()
+    with pytest.raises(IRError, match="no value given for input x"):
+        evaluate_values([Neg(x)], {}, no_params, {})
+
+
+def test_precise_evaluation_is_f64_and_ends_with_its_block() -> None:
+    x = an_input("x", S, dtype="bf16")
+    graph = Graph("g", (x,), (("y", Add(Cast(x, "f32"), constant(1e-9, "f32"))),))
+    with precise():
+        assert is_precise()
+        assert evaluate(graph, {"x": np.ones(2)}, no_params)["y"].tolist() == [1 + 1e-9] * 2
+    assert not is_precise()
+    assert evaluate(graph, {"x": np.ones(2, np.float32)}, no_params)["y"].tolist() == [1.0] * 2
+
+
+def test_values_are_dropped_after_their_last_use() -> None:
+    x = an_input()
+    y = Neg(x)
+    data = {x: np.ones((3, 4), np.float32)}
+    # An output that is also an operand survives; so does what the caller gave.
+    found = evaluate_values([y, Neg(y), y], data, no_params, {"S": 3})
+    assert set(found) == {"0", "1", "2"} and found["0"] is found["2"]
+    assert set(data) == {x}
