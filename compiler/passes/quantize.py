@@ -122,13 +122,13 @@ class _Run:
             return self._with_weight(op)
         return None
 
-    def _with_table(self, op: Embed) -> Value:
+    def _with_table(self, op: Embed) -> Value | None:
         scheme = self.tables[uncast(op.table)]
         self.report.hit(f"embedding {scheme}")
         table = self._round(op.table, scheme)
         return None if table is op.table else op.replace(table=table)
 
-    def _with_weight(self, op: Linear | GatedLinear) -> Value:
+    def _with_weight(self, op: Linear | GatedLinear) -> Value | None:
         base = uncast(op.w)
         scheme = self.tables.get(base)
         kind = "tied head" if scheme is not None else "linear"
