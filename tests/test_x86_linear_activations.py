@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
-from x86_machines import each_machine
+from x86_machines import MACHINES, each_machine
 
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.quantize_activations import padded, quantize_activations
+from llmc.targets.x86.quantize_activations import padded, quantize_activations, round_activations
 
 SIZES = [(1, 1, 32), (3, 31, 32), (2, 33, 32), (2, 129, 64), (1, 300, 128), (2, 512, 64)]
 
@@ -91,6 +92,38 @@ def test_layer_norm(machine: Machine, tokens: int, k: int, group: int, norm_bias
     check(exact, group, *found, error=2e-6)  # the mean cancels a digit of x
 
 
+@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("k", [1, 7, 33, 129])
+def test_bf16_is_rounded_to_nearest_even(machine: Machine, k: int) -> None:
+    x = np.random.default_rng(k).standard_normal((3, k)).astype(np.float32)
+    x.view(np.uint32)[0, 0] = 0x3F808000  # a tie, to the even 0x3F80
+    x.view(np.uint32)[1, 0] = 0x3F818000  # a tie, to the even 0x3F82
+    x[2, -1] = np.nan
+    width = k + k % 2
+    xh = aligned(np.full(3 * width + 1, 7, np.uint16))
+    Compiled(kernel(round_activations, machine.key, k=k), machine)(aligned(x), xh, 0, 3)
+    assert xh[-1] == 7
+    found = xh[:-1].reshape(3, width)
+    expected = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert np.isnan(found[2, k - 1 : k].view(ml_dtypes.bfloat16).astype(np.float32)).all()
+    np.testing.assert_array_equal(found[:, :k].ravel()[:-1], expected.ravel()[:-1])
+    assert (found[:, k:] == 0).all()
+    assert found[0, 0] == 0x3F80 and found[1, 0] == 0x3F82
+
+
+@pytest.mark.parametrize("machine", each_machine())
+def test_bf16_after_a_norm(machine: Machine) -> None:
+    rng = np.random.default_rng(5)
+    x, w = rng.standard_normal((2, 33)).astype(np.float32), rng.standard_normal(33).astype(np.float32)
+    xh = aligned(np.zeros((2, 34), np.uint16))
+    Compiled(kernel(round_activations, machine.key, k=33, norm="rms", eps=1e-5), machine)(
+        aligned(x), aligned(w), xh, 0, 2
+    )
+    exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * w
+    # bf16 keeps 8 bits: half a step is at most 2^-8 of the value.
+    np.testing.assert_allclose(xh.view(ml_dtypes.bfloat16)[:, :33].astype(np.float64), exact, rtol=2.0**-8 * 1.001)
+
+
 def test_unknown_norms_are_refused() -> None:
     with pytest.raises(ValueError, match="known: none, rms, layer"):
-        quantize_activations(Machine("m", "x86", "x86-64-v3", frozenset(), 256), k=32, group=32, norm="batch")
+        quantize_activations(MACHINES["avx2"], k=32, group=32, norm="batch")

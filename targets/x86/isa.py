@@ -166,12 +166,25 @@ class VectorIsa:
         return tirx.reinterpret(self.f32, bits)
 
     def dot_bf16(self, acc: Expr, a: Expr, b: Expr) -> Expr:
-        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot`."""
+        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot` and `bf16_helper`."""
         from tvm import tirx
 
-        pairs = f"bfloat16x{self.lanes * 2}"
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{self.lanes * 32}"
-        return _llvm(self.f32, name, acc, tirx.reinterpret(pairs, a), tirx.reinterpret(pairs, b))
+        return tirx.call_pure_extern(self.f32, "llmc_dot_bf16", acc, a, b)
+
+    @property
+    def bf16_helper(self) -> str:
+        """LLVM code that a kernel with `dot_bf16` imports: TVM turns every bf16 it sees into f32, so none may show."""
+        f32, i32, bf16 = (f"<{self.lanes * m} x {t}>" for m, t in ((1, "float"), (1, "i32"), (2, "bfloat")))
+        name = f"@llvm.x86.avx512bf16.dpbf16ps.{self.lanes * 32}"
+        return f"""
+            declare {f32} {name}({f32}, {bf16}, {bf16})
+            define {f32} @llmc_dot_bf16({f32} %acc, {i32} %a, {i32} %b) alwaysinline {{
+              %x = bitcast {i32} %a to {bf16}
+              %y = bitcast {i32} %b to {bf16}
+              %sum = call {f32} {name}({f32} %acc, {bf16} %x, {bf16} %y)
+              ret {f32} %sum
+            }}
+        """
 
     # Bytes
 

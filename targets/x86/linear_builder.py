@@ -7,7 +7,7 @@ in the generated code. Sizes and indices are int64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from llmc.targets.x86.isa import VectorIsa
@@ -23,11 +23,13 @@ def plain_function(
     pointers: Sequence[tuple[str, str]],
     sizes: Sequence[str],
     body: Callable[..., None],
+    helpers: str = "",
 ) -> PrimFunc:
     """A plain C function: `pointers` are (name, dtype), then int64 `sizes`, begin and end.
 
-    body(pointer variables by name, size variables by name) emits the statements.
+    body(pointer variables by name, size variables by name) emits the statements. helpers: LLVM code to inline.
     """
+    from tvm import tirx
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import tirx as I
 
@@ -36,7 +38,8 @@ def plain_function(
             I.func_name("kernel")
             handles = {name: I.arg(name, I.handle(dtype)) for name, dtype in pointers}
             numbers = {name: I.arg(name, I.int64()) for name in (*sizes, "begin", "end")}
-            body(handles, numbers)
+            with I.attr(tirx.const(0, "int32"), "pragma_import_llvm", helpers) if helpers else nullcontext():
+                body(handles, numbers)
         return builder.get()
 
 

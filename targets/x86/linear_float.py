@@ -134,6 +134,11 @@ class _Activations:
         return self.isa.dot_bf16(total, weights, tirx.Broadcast(pair, self.isa.lanes))
 
 
+def _function(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, body: Callable[..., None]) -> PrimFunc:
+    pointers = [("x", "uint16" if weights.pairs else "float32"), *weights.pointers(), *epilogue.pointers()]
+    return b.plain_function(pointers, ["T"], body, isa.bf16_helper if weights.pairs else "")
+
+
 def _steps(terms: int) -> Iterator[tuple[Expr, int]]:
     """(first term, how many): emit each once. A loop of unrolled steps, then what is left."""
     if terms >= UNROLLED:
@@ -190,8 +195,7 @@ def _rows_kernel(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, rows: in
                         sums.append(chain[0] if chains == 1 else _tree(chain))
                     epilogue.emit(isa, handles, row[m], column, sums)
 
-    x_dtype = "uint16" if weights.pairs else "float32"
-    return b.plain_function([("x", x_dtype), *weights.pointers(), *epilogue.pointers()], ["T"], body)
+    return _function(isa, weights, epilogue, body)
 
 
 def _tree(values: Sequence[Expr]) -> Expr:
@@ -260,8 +264,7 @@ def _blocks_kernel(
                         column = b.let((first_tile + t) // epilogue.tiles)
                         epilogue.emit(isa, handles, first_row + m, column, done)
 
-    x_dtype = "uint16" if weights.pairs else "float32"
-    return b.plain_function([("x", x_dtype), *weights.pointers(), *epilogue.pointers()], ["T"], body)
+    return _function(isa, weights, epilogue, body)
 
 
 def float_linear(

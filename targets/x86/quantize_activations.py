@@ -1,4 +1,4 @@
-"""f32 activations to what quantized linear ops multiply: bytes, a scale and a sum a group, after a norm if asked.
+"""f32 activations to what linear ops multiply, after a norm if asked: bytes with a scale and a sum a group, or bf16.
 
     scale = max|x| / 127,   q = round(x / scale) (half to even),   sum = sum of q
 A group whose largest magnitude is below 1e-30 becomes zeros with scale 0. Inputs past `k` count as zeros.
@@ -43,10 +43,7 @@ def quantize_activations(
     "layer": (x - mean) / sqrt(variance + eps) * (weight + weight_offset) + norm_bias. The limit is the memory: a row is
     read from it once, and from the first-level cache after that.
     """
-    if norm not in NORMS or (norm_bias and norm == "none"):
-        raise ValueError(f"norm {norm!r} with norm_bias={norm_bias}; known: {', '.join(NORMS)}")
     isa, groups = isa_for(machine), -(-k // group)
-    weights = ([("weight", "float32")] if norm != "none" else []) + ([("norm_bias", "float32")] if norm_bias else [])
     results = [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32")]
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
@@ -74,7 +71,55 @@ def quantize_activations(
             if k % group:
                 one_group(b.index(groups - 1), k % group)
 
-    return b.plain_function([("x", "float32"), *weights, *results], [], body)
+    return b.plain_function([*_inputs(norm, norm_bias), *results], [], body)
+
+
+def round_activations(
+    machine: Machine,
+    *,
+    k: int,
+    norm: str = "none",
+    eps: float = 0.0,
+    weight_offset: float = 0.0,
+    norm_bias: bool = False,
+    stride: int = 0,
+) -> PrimFunc:
+    """(x f32 [T, stride], weight?, norm_bias?, xh u16 [T, 2 * ceil(k / 2)]; begin, end): x, normed, as bits of bf16.
+
+    Rounds to nearest, ties to even; NaN stays NaN. An odd k is padded with a zero. Otherwise as `quantize_activations`.
+    """
+    isa, width = isa_for(machine), -(-k // 2) * 2
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        from tvm.script.ir_builder import tirx as I
+
+        x = b.view(handles["x"], [b.MANY, stride or k], "float32")
+        xh = b.view(handles["xh"], [b.MANY, width], "uint16")
+        with b.loop(sizes["end"] - sizes["begin"]) as i:
+            row = b.let(sizes["begin"] + i)
+            normed = _normed(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
+
+            def convert(start: Expr, valid: int) -> Expr:
+                return isa.f32_to_bf16(b.let(normed(start, valid)))
+
+            with b.loop(k // isa.lanes) as v:
+                b.store_vector(isa, xh, [row, v * isa.lanes], convert(v * isa.lanes, isa.lanes))
+            if k % isa.lanes:
+                start = b.index(k // isa.lanes * isa.lanes)
+                last = b.scratch(isa.lanes, "uint16")
+                b.store_vector(isa, last, [0], convert(start, k % isa.lanes))
+                with b.loop(width % isa.lanes or isa.lanes) as j:
+                    I.buffer_store(xh, last[j], [row, start + j])
+
+    return b.plain_function([*_inputs(norm, norm_bias), ("xh", "uint16")], [], body)
+
+
+def _inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
+    """The pointers that a norm reads. ValueError for a norm that is not known."""
+    if norm not in NORMS or (norm_bias and norm == "none"):
+        raise ValueError(f"norm {norm!r} with norm_bias={norm_bias}; known: {', '.join(NORMS)}")
+    names = ["x", *(["weight"] if norm != "none" else []), *(["norm_bias"] if norm_bias else [])]
+    return [(name, "float32") for name in names]
 
 
 class _Rounded:
