@@ -1,7 +1,7 @@
 """torch's exported graphs to t-level graphs: one small function an aten op, found by the op's name.
 
 Only what the output needs is translated. Shapes come from the trace (its symbolic sizes become ours) and every
-translated value is checked against them. All floats become f32.
+translated value is checked against them. f64 becomes f32; where a model itself rounds to bf16 or f16, so does the graph.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, known_at_most
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Slice
-from llmc.compiler.ir.types import Shape
+from llmc.compiler.ir.types import FLOATS, Shape
 
 from llmc.errors import FrontendError, IRError
 
@@ -29,10 +28,10 @@ Handler = Callable[..., Meaning]
 HANDLERS: dict[str, Handler] = {}
 
 _DTYPES = {
-    torch.float64: "f32",
+    torch.float64: "f32",  # no model needs more, and no kernel has it
     torch.float32: "f32",
-    torch.float16: "f32",
-    torch.bfloat16: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
@@ -40,7 +39,7 @@ _DTYPES = {
     torch.uint8: "u8",
     torch.bool: "bool",
 }
-_RANK = ("bool", "u8", "i8", "i16", "i32", "i64", "f32")
+_RANK = ("bool", "u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32")
 # Higher-order ops that only wrap a graph: name -> where the graph stands among the arguments.
 _WRAPPERS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1, "hints_wrapper": 0}
 
@@ -98,6 +97,12 @@ class Translation:
             for _ in range(parts[1]):
                 power = power * parts[0]
             return power
+        if kind in ("Max", "Min"):
+            best = parts[0]
+            for part in parts[1:]:
+                if known_at_most(best, part) == (kind == "Max"):
+                    best = part
+            return best
         if kind in ("FloorDiv", "CleanDiv", "PythonMod", "Mod") and isinstance(parts[1], int):
             quotient = parts[0] // parts[1]
             return quotient if "Div" in kind else parts[0] - quotient * parts[1]
@@ -241,7 +246,9 @@ def promoted(*values: Meaning) -> str:
     tensors = [value.dtype for value in values if isinstance(value, Value)]
     numbers = [value for value in values if not isinstance(value, Value)]
     dtype = max(tensors, key=_RANK.index, default="bool")
-    if any(isinstance(number, float) for number in numbers):
+    if {"bf16", "f16"} <= set(tensors):
+        return "f32"
+    if any(isinstance(number, float) for number in numbers) and dtype not in FLOATS:
         return "f32"
     if dtype == "bool" and any(not isinstance(number, bool) for number in numbers):
         return "i64"
@@ -276,5 +283,5 @@ def from_torch(tensor: torch.Tensor, name: str) -> Value:
     """A constant with a real tensor's values."""
     if tensor.device.type == "meta":
         raise FrontendError(f"the model keeps tensor {name} outside its buffers, so its values are unknown")
-    return constant(tensor.detach().float().numpy() if tensor.is_floating_point() else np.asarray(tensor.numpy()),
-                    dtype_name(tensor.dtype))  # fmt: skip
+    array = tensor.detach().float().numpy() if tensor.is_floating_point() else tensor.detach().numpy()
+    return constant(array, dtype_name(tensor.dtype))

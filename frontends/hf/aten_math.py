@@ -12,6 +12,7 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.llm import Attention, LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.types import FLOATS
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, promoted, reshape
@@ -21,9 +22,11 @@ Node = torch.fx.Node
 
 def _arithmetic(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
     def handler(t: Translation, node: Node, a: Meaning, b: Meaning, alpha: Scalar = 1) -> Value:
-        first, second = t.pair(a, b)
+        # The result's dtype is the one computed in: torch lets a scalar tensor follow the other operand.
+        dtype = t.dtype(node)
+        first, second = t.tensor(a, dtype), t.tensor(b, dtype)
         if alpha != 1:
-            second = e.Mul(second, e.constant(alpha, second.dtype))
+            second = e.Mul(second, e.constant(alpha, dtype))
         return make(first, second)
 
     return handler
@@ -40,7 +43,7 @@ handles("floor_divide")(_arithmetic(e.FloorDivide))
 
 @handles("rsub")
 def _rsub(t: Translation, node: Node, a: Meaning, b: Meaning, alpha: Scalar = 1) -> Value:
-    first, second = t.pair(a, b)
+    first, second = t.tensor(a, t.dtype(node)), t.tensor(b, t.dtype(node))
     return e.Sub(second, first if alpha == 1 else e.Mul(first, e.constant(alpha, first.dtype)))
 
 
@@ -50,10 +53,10 @@ def _div(t: Translation, node: Node, a: Meaning, b: Meaning, rounding_mode: str 
     if rounding_mode == "floor":
         return e.FloorDivide(first, second)
     if rounding_mode == "trunc":
-        if first.dtype == "f32":
+        if first.dtype in FLOATS:
             raise FrontendError(f"{node.name}: float division rounded towards zero is not supported")
         return e.Div(first, second)
-    return e.Div(cast(first, "f32"), cast(second, "f32"))
+    return e.Div(cast(first, t.dtype(node)), cast(second, t.dtype(node)))
 
 
 def _comparison(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
@@ -93,7 +96,7 @@ handles("logical_not", "bitwise_not")(lambda t, node, x: e.Not(_truth(t, x)))
 
 
 def _unary(make: Callable[[Value], Value], floats: bool = True) -> Callable[..., Value]:
-    return lambda t, node, x: make(cast(x, "f32") if floats else x)
+    return lambda t, node, x: make(cast(x, t.dtype(node)) if floats else x)
 
 
 for _name, _one in (
@@ -107,8 +110,8 @@ handles("abs")(_unary(e.Abs, floats=False))
 handles("relu")(_unary(e.Relu, floats=False))
 handles("silu")(_unary(lambda x: e.Activation(x, "silu")))
 handles("square")(_unary(lambda x: e.Mul(x, x), floats=False))
-handles("expm1")(_unary(lambda x: e.Sub(e.Exp(x), e.constant(1.0))))
-handles("log1p")(_unary(lambda x: e.Log(e.Add(x, e.constant(1.0)))))
+handles("expm1")(_unary(lambda x: e.Sub(e.Exp(x), e.constant(1.0, x.dtype))))
+handles("log1p")(_unary(lambda x: e.Log(e.Add(x, e.constant(1.0, x.dtype)))))
 
 
 @handles("gelu")
@@ -147,14 +150,14 @@ def _pow(t: Translation, node: Node, base: Meaning, exponent: Meaning) -> Value:
         if exponent == 3:
             return e.Mul(e.Mul(base, base), base)
         if exponent in (0.5, -0.5):
-            return (e.Sqrt if exponent > 0 else e.Rsqrt)(cast(base, "f32"))
-    return e.Pow(*t.pair(base, exponent))
+            return (e.Sqrt if exponent > 0 else e.Rsqrt)(cast(base, t.dtype(node)))
+    return e.Pow(t.tensor(base, t.dtype(node)), t.tensor(exponent, t.dtype(node)))
 
 
 @handles("where")
 def _where(t: Translation, node: Node, condition: Value, a: Meaning, b: Meaning) -> Value:
-    first, second = t.pair(a, b)
-    return e.Where(_truth(t, condition), first, second)
+    dtype = t.dtype(node)
+    return e.Where(_truth(t, condition), t.tensor(a, dtype), t.tensor(b, dtype))
 
 
 @handles("masked_fill")
@@ -239,7 +242,7 @@ def _cumsum(t: Translation, node: Node, x: Value, dim: int, dtype: object = None
 
 @handles("softmax", "_softmax")
 def _softmax(t: Translation, node: Node, x: Value, dim: int, dtype: object = None) -> Value:
-    return s.Softmax(cast(x, "f32"), axis(x, dim))
+    return s.Softmax(cast(x, t.dtype(node)), axis(x, dim))
 
 
 @handles("var", "var_mean")
@@ -310,7 +313,9 @@ def _einsum(t: Translation, node: Node, equation: str, operands: list[Value], pa
     def matrices(x: Value, name: str, *groups: list[str]) -> Value:
         order = [n for group in groups for n in group]
         x = s.Transpose(x, tuple(name.index(n) for n in order))
-        return reshape(x, (*(sizes[n] for n in groups[0]), *(s.product(tuple(sizes[n] for n in g)) for g in groups[1:])))
+        return reshape(
+            x, (*(sizes[n] for n in groups[0]), *(s.product(tuple(sizes[n] for n in g)) for g in groups[1:]))
+        )
 
     y: Value = s.Matmul(matrices(a, first, batch, left, summed), matrices(b, second, batch, summed, right))
     order = batch + left + right

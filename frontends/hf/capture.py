@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
@@ -190,6 +191,46 @@ class _Logits(torch.nn.Module):
         return logits
 
 
+class _TracedNumbers(TorchFunctionMode):
+    """Tensors that the model makes from Python numbers lose them on the meta device; `torch.full` keeps them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and args:
+            return _traced(args[0], kwargs) if _is_numbers(args[0]) else function(*args, **kwargs)
+        if function is torch.Tensor.__getitem__:
+            return function(args[0], _without_lists(args[1], args[0].device))
+        return function(*args, **kwargs)
+
+
+def _is_numbers(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 4096 and all(_is_numbers(item) for item in value)
+    return isinstance(value, (bool, int, float))
+
+
+def _without_lists(index: object, device: torch.device) -> object:
+    """An index with its lists of numbers as traced tensors, or as a slice where one list holds one number."""
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [part for part in parts if isinstance(part, list) and part and _is_numbers(part)]
+    if not lists:
+        return index
+    if len(lists) == 1 and len(lists[0]) == 1 and not any(isinstance(part, torch.Tensor) for part in parts):
+        at = lists[0][0]
+        return tuple(slice(at, at + 1 or None) if part is lists[0] else part for part in parts)
+    return tuple(_traced(part, {"device": device}) if isinstance(part, list) else part for part in parts)
+
+
+def _traced(value: object, options: dict[str, object]) -> torch.Tensor:
+    if isinstance(value, (list, tuple)) and value:
+        return torch.stack([_traced(item, options) for item in value])
+    if isinstance(value, (list, tuple)):
+        return torch.empty(0, **options)  # type: ignore[call-overload, no-any-return]
+    inferred = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float32
+    dtype = options.get("dtype") or inferred
+    return torch.full((), value, dtype=dtype, device=options.get("device") or "cpu")  # type: ignore[call-overload, no-any-return]
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """No warnings and no log lines from torch and transformers: what matters becomes an error or a note of ours."""
@@ -203,15 +244,28 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def export(model: torch.nn.Module, takes_positions: bool, longest: int) -> torch.export.ExportedProgram:
-    """Trace `model` (on the meta device) for 2..longest tokens of one sequence, in one piece from position 0."""
+def export(model: torch.nn.Module, takes_positions: bool, longest: int) -> tuple[torch.export.ExportedProgram, int]:
+    """Trace `model` (on the meta device) for 2..longest tokens of one sequence, in one piece from position 0.
+
+    Returns the longest length that the trace holds for: one less where a model with a table of exactly `longest`
+    positions treats a full table differently.
+    """
+    try:
+        return _export(model, takes_positions, longest), longest
+    except torch._dynamo.exc.UserError as error:
+        if longest < 4 or f"!= {longest}" not in str(error):
+            raise
+        return _export(model, takes_positions, longest - 1), longest - 1
+
+
+def _export(model: torch.nn.Module, takes_positions: bool, longest: int) -> torch.export.ExportedProgram:
     size = min(7, longest)
     ids = torch.zeros(1, size, dtype=torch.long, device="meta")
     positions = torch.arange(size, device="meta")[None]
     tokens = torch.export.Dim("S", min=2, max=longest)
     # Positions that restart would mean several sequences packed into one row; ours hold one.
     one_sequence = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    with quietly(), torch.no_grad(), one_sequence:
+    with quietly(), torch.no_grad(), one_sequence, _TracedNumbers():
         return torch.export.export(
             _Logits(model, takes_positions).eval(),
             (ids, positions),

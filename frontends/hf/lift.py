@@ -18,7 +18,7 @@ from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf import capture
-from llmc.frontends.hf.aten import Translation, cast, dtype_name
+from llmc.frontends.hf.aten import Translation, cast, from_torch
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.model import MetaModel, build
@@ -82,8 +82,13 @@ def lift(model_dir: Path, *, max_context: int | None = None, weights: str = "che
     model = traced.meta.model
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     source: WeightSource = (
-        RandomWeights(shapes, _checkpoint_dtype(config), seed) if checkpoint is None else ModelWeights(model, checkpoint)
+        RandomWeights(shapes, _checkpoint_dtype(config), seed)
+        if checkpoint is None
+        else ModelWeights(model, checkpoint)
     )
+    if traced.longest < context:
+        notes.append(f"{traced.longest} tokens at most: the model treats a full context of {context} differently")
+        context = traced.longest
     graph, large = _translate(traced, source, context)
     if large:
         source = _Layered(ArrayWeights(large), source)
@@ -108,35 +113,41 @@ def lift(model_dir: Path, *, max_context: int | None = None, weights: str = "che
 class _Traced:
     meta: MetaModel
     program: torch.export.ExportedProgram
+    longest: int
 
 
 def _trace(config: PreTrainedConfig, context: int, notes: list[str]) -> _Traced:
-    """The exported program, with attention captured when the model's every layer lets it be, else written out."""
-    try:
-        traced = _export(config, capture.IMPLEMENTATION, context)
+    """The exported program, with attention captured when the model's every layer lets it be, else written out.
+
+    transformers' default attention (sdpa) is tried before its plain one (eager): where they differ, the default is what
+    users of the model have seen.
+    """
+    reasons = []
+    for implementation in (capture.IMPLEMENTATION, "sdpa", "eager"):
+        try:
+            traced = _export(config, implementation, context)
+        except FrontendError:
+            raise
+        except Exception as error:  # a model may fail anywhere when it meets an attention that it does not know
+            reasons.append(_one_line(error))
+            continue
+        if implementation != capture.IMPLEMENTATION:
+            notes.append(f"attention is not captured but recognised from its parts: {reasons[0]}")
+            return traced
         reason = _why_not_captured(traced.program, _layer_count(config))
-    except FrontendError:
-        raise
-    except Exception as error:  # a model may fail anywhere when it meets an attention that it does not know
-        reason = _one_line(error)
-    if not reason:
-        return traced
-    notes.append(f"attention is not captured but recognised from its parts: {reason}")
-    try:
-        return _export(config, "eager", context)
-    except FrontendError:
-        raise
-    except Exception as error:
-        raise FrontendError(f"model type {config.model_type!r} cannot be exported: {_one_line(error)}") from error
+        if not reason:
+            return traced
+        reasons.append(reason)
+    raise FrontendError(f"model type {config.model_type!r} cannot be exported: {reasons[-1]}")
 
 
 def _export(config: PreTrainedConfig, implementation: str, context: int) -> _Traced:
     meta = build(config, implementation, context)
-    program = capture.export(meta.model, meta.takes_positions, context)
+    program, longest = capture.export(meta.model, meta.takes_positions, context)
     if any(_mutates(node) for node in program.graph.nodes):
         with capture.quietly():
             program = program.run_decompositions({})
-    return _Traced(meta, program)
+    return _Traced(meta, program, longest)
 
 
 def _mutates(node: torch.fx.Node) -> bool:
@@ -181,7 +192,9 @@ def _translate(traced: _Traced, source: WeightSource, context: int) -> tuple[Gra
             name = weights[node.name].removeprefix("model.")
             given[node] = _weight(names.get(name, name), traced.meta, source, large)
         elif node.name in signature.inputs_to_lifted_tensor_constants:
-            given[node] = _lifted(program.constants[signature.inputs_to_lifted_tensor_constants[node.name]], node.name)
+            given[node] = from_torch(
+                program.constants[signature.inputs_to_lifted_tensor_constants[node.name]], node.name
+            )
     translation = Translation(sizes)
     # The logits are the last output; before them stand buffers that the model writes to.
     meaning = translation.run(program.graph_module, given)
@@ -202,13 +215,6 @@ def _weight(name: str, meta: MetaModel, source: WeightSource, large: dict[str, A
     dtype = source.dtype(name)
     param = Param(name, Tensor(source.shape(name), dtype))
     return Cast(param, "f32") if dtype in FLOATS and dtype != "f32" else param
-
-
-def _lifted(tensor: object, name: str) -> Value:
-    if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
-        raise FrontendError(f"the model keeps tensor {name} outside its buffers, so its values are unknown")
-    array = tensor.detach().float().numpy() if tensor.is_floating_point() else tensor.detach().numpy()
-    return constant(array, dtype_name(tensor.dtype))
 
 
 def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
