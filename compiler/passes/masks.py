@@ -1,0 +1,192 @@
+"""What attention scores mean: scale, softcap, causal or not, window and ALiBi, read off their values.
+
+Exporters build masks in endless ways; their values are few. A function from raw products q k to the softmax's operand
+is evaluated at a few positions and compared with what `llm.attention` can say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Constant, Unary, Where
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
+from llmc.compiler.ir.types import INTEGERS, Array
+from llmc.compiler.passes.probe import Probe
+from llmc.errors import IRError
+
+HIDDEN = -5e3  # a bias below this hides a key: sources write -1e4, the least float or -inf
+FEW = 7  # positions that are always probed: 0, 1, ..., FEW - 1
+_TOLERANCE = 1e-9
+_MOST_ELEMENTS = 1 << 24  # scores evaluated at once, at most
+_ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
+
+
+class Unrecognised(Exception):
+    """Scores that `llm.attention` cannot express; the text says which, with the first example."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask [heads, queries, keys]: a query at p sees keys up to p (causal), the last `window` of them (0: all).
+
+    `slopes` [heads] add slope * key position (ALiBi, Press et al. 2022), up to a constant a row, which softmax ignores.
+    """
+
+    causal: bool
+    window: int
+    slopes: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """softcap * tanh(scale * raw / softcap) + mask; softcap 0 means scale * raw."""
+
+    scale: float
+    softcap: float
+    mask: Mask
+
+
+def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_shift: bool = False) -> Scores:
+    """What `scores` is as a function of `raw`, both [..., S, S] with `heads` leading elements.
+
+    exact_shift: a constant a row counts as well (attention with sinks). Unrecognised when it is something else.
+    """
+    positions, known = _sample(probe, raw, scores, heads)
+    count = len(positions)
+    shape = tuple(count if i >= raw.rank - 2 else int(str(dim)) for i, dim in enumerate(raw.shape))
+
+    def apply(values: Array | float) -> Array:
+        full = np.broadcast_to(np.asarray(values, np.float64), (heads, count, count)).reshape(shape)
+        with np.errstate(all="ignore"):
+            try:
+                found = probe.evaluate([scores], count, positions, {**known, raw: full})[0]
+            except IRError as error:
+                raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
+        if np.isnan(found).any():
+            raise Unrecognised("its mask makes scores that are not a number")
+        return found.reshape(heads, count, count)
+
+    bias = apply(0.0)
+    mask = describe_mask(bias, np.asarray(positions), exact_shift)
+    seen = bias > HIDDEN
+    one, hundred, huge = ((apply(value) - bias)[seen] for value in (1.0, 100.0, 1e9))
+    if one.size == 0 or np.ptp(one) > _TOLERANCE * np.abs(one).max() or one[0] == 0:
+        raise Unrecognised("its scale differs from place to place")
+    softcap = 0.0
+    scale = float(one[0])
+    if not np.allclose(hundred, 100 * scale, rtol=1e-6):
+        softcap = float(huge[0])
+        scale = float(softcap * np.arctanh(one[0] / softcap)) if abs(one[0]) < abs(softcap) else 0.0
+    random = np.random.default_rng(0).uniform(-2, 2, bias.shape) * (abs(softcap) or 1.0) / (abs(scale) or 1.0)
+    expected = scale * random
+    if softcap:
+        expected = softcap * np.tanh(expected / softcap)
+    found = apply(random) - bias
+    if not np.allclose(found[seen], expected[seen], rtol=1e-9, atol=_TOLERANCE * max(1.0, abs(softcap))):
+        raise Unrecognised("its scores are neither scaled nor capped by softcap * tanh(score / softcap)")
+    if (apply(random)[~seen] > HIDDEN).any():
+        raise Unrecognised("what it hides depends on the scores")
+    return Scores(_snapped(scale), _snapped(softcap), mask)
+
+
+def describe_mask(bias: Array, positions: Array, exact_shift: bool = False) -> Mask:
+    """What an additive mask [heads, n, n] at sorted `positions` [n] means; Unrecognised with the first difference."""
+    seen = bias > HIDDEN
+    heads = seen.shape[0]
+    if (seen != seen[:1]).any():
+        head, query, key = np.argwhere(seen != seen[:1])[0]
+        raise Unrecognised(f"head {head} and head 0 differ in whether query {query} sees key {key}")
+    distance = positions[:, None] - positions[None, :]
+    causal = not seen[0].all()
+    window = 0
+    if causal:
+        past = distance >= 0
+        inside = distance[seen[0] & past]
+        outside = distance[~seen[0] & past]
+        nearest = int(outside.min()) if outside.size else 0
+        furthest = int(inside.max()) if inside.size else -1
+        expected = past & ((distance < nearest) if nearest else True)
+        if (expected != seen[0]).any():
+            query, key = np.argwhere(expected != seen[0])[0]
+            verb = "does not see" if expected[query, key] else "sees"
+            kind = f"causal with a window of {nearest}" if nearest else "causal"
+            raise Unrecognised(
+                f"the mask is not {kind}: the query at {positions[query]} {verb} the key at {positions[key]}"
+            )
+        if nearest and furthest + 1 != nearest:
+            raise Unrecognised(f"its window is more than {furthest} and at most {nearest}, but which is not clear")
+        window = nearest
+    slopes = np.asarray([_slope(bias[head], seen[head], positions, exact_shift, head) for head in range(heads)])
+    return Mask(causal, window, tuple(_snapped(s) for s in slopes.tolist()) if slopes.any() else None)
+
+
+def _slope(bias: Array, seen: Array, positions: Array, exact_shift: bool, head: int) -> float:
+    """The number that one head adds per position of the key."""
+    columns = np.flatnonzero(seen[-1])
+    last = bias[-1, columns]
+    first, end = columns[0], columns[-1]
+    slope = float((last[-1] - last[0]) / (positions[end] - positions[first])) if end > first else 0.0
+    rest = bias - slope * positions[None, :]
+    shift = -slope * positions if exact_shift else np.asarray([row[s][0] for row, s in zip(rest, seen, strict=True)])
+    limit = _TOLERANCE * (1 + abs(slope) * float(positions[-1]))
+    wrong = np.argwhere(seen & (np.abs(rest - shift[:, None]) > limit))
+    if len(wrong):
+        query, key = wrong[0]
+        raise Unrecognised(
+            f"head {head} adds {bias[query, key]:.6g} for the query at {positions[query]} and the key at "
+            f"{positions[key]}, which is no slope times a distance"
+        )
+    return slope
+
+
+def _snapped(value: float) -> float:
+    """The f32 number that `value` is but for rounding, or `value`."""
+    near = float(np.float32(value))
+    return near if abs(near - value) <= 1e-12 * abs(value) else value
+
+
+def _sample(probe: Probe, raw: Value, scores: Value, heads: int) -> tuple[list[int], dict[Value, Array]]:
+    """Positions to probe, and values for what counts them.
+
+    A mask that is computed element by element from 0, 1, ... is evaluated at far positions without those between; each
+    integer in it may be a window. Any other mask is evaluated at 0, 1, ... up to past the largest such integer.
+    """
+    mask_ops, integers = _positional_ops(probe, raw, scores)
+    counters = [op for op in mask_ops if isinstance(op, Iota)]
+    constants = {op for op in mask_ops if probe.is_constant(op)}
+    windows = sorted(n for n in integers if FEW - 2 <= n <= 1 << 20)
+    layout = (Iota, Reshape, Broadcast, Transpose)
+    pointwise = all(isinstance(op, (*_ELEMENTWISE, *layout)) or op in constants for op in mask_ops)
+    if pointwise and all(op.size == probe.size for op in counters):
+        near = {*range(FEW), *(n + step for n in windows for step in (-2, -1, 0, 1, 2))}
+        positions = sorted(near)
+        return positions, {op: np.asarray(positions, op.dtype.replace("i", "int")) for op in counters}
+    size = max([FEW, *(n + 3 for n in windows)])
+    if heads * size * size > _MOST_ELEMENTS:
+        raise Unrecognised(f"its mask has a window of perhaps {size - 3}, too large to evaluate")
+    return list(range(size)), {}
+
+
+def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], set[int]]:
+    """The ops that `scores` needs besides `raw` and that positions, sizes and constants decide; integers among them."""
+    found: list[Op] = []
+    integers: set[int] = set()
+    seen: set[Value] = {raw}
+    stack = [scores]
+    while stack:
+        value = stack.pop()
+        if value in seen or not isinstance(value, Op):
+            continue
+        seen.add(value)
+        stack.extend(value.operands)
+        if isinstance(value, Constant):
+            array = value.value.array
+            if array.size == 1 and (value.dtype in INTEGERS or float(array.reshape(-1)[0]).is_integer()):
+                number = abs(float(array.reshape(-1)[0]))
+                integers.add(int(min(number, 1 << 40)))
+        if probe.is_positional(value):
+            found.append(value)
+    return found, integers
