@@ -169,3 +169,10 @@ def remainder(value: Expr, divisor: Expr | int) -> Expr:
     from tvm import tirx
 
     return tirx.truncmod(value, index(divisor))
+
+
+def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | int) -> None:
+    """target[at] = source[start], of the same dtype."""
+    from tvm.script.ir_builder import tirx as I
+
+    I.buffer_store(target, load_raw(source, start, 1), [index(at)])
