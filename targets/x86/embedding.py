@@ -39,8 +39,9 @@ from llmc.targets.x86.vectors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from llmc.targets.x86.isa import Expr
     from tvm.tirx import Buffer, PrimFunc
+
+    from llmc.targets.x86.isa import Expr
 
 _STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 

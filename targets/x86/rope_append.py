@@ -1,7 +1,8 @@
 """Rotary embedding of queries and keys and the append to the paged cache, in one pass over the q/k/v rows.
 
 Every element is read once and written once. Keys are stored transposed in their page, so a token's key is scattered to
-head_dim lines of the cache; whoever splits the work should hand out runs of consecutive tokens, which share those lines.
+head_dim lines of the cache; whoever splits the work should hand out
+runs of consecutive tokens, which share those lines.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from llmc.targets.x86.vectors import (
 )
 
 if TYPE_CHECKING:
-    from llmc.targets.x86.isa import Expr
     from tvm.tirx import Buffer, PrimFunc
+
+    from llmc.targets.x86.isa import Expr
 
 PAGE = 32  # tokens a cache page
 GRAIN = 16  # tokens worth handing to a thread together
@@ -251,7 +253,7 @@ class _Rotation:
         i: Expr | int,
         width: int,
     ) -> None:
-        """Pairs (2i, 2i + 1), `width` of them in one vector: x * [c0 c0 c1 c1 ...] + [-x1 x0 -x3 x2 ...] * [s0 s0 ...]."""
+        """Pairs (2i, 2i + 1), `width` in one vector: x * [c0 c0 c1 c1 ...] + [-x1 x0 -x3 x2 ...] * [s0 s0 ...]."""
         cos, sin = self._angles(turn, i, width)
         twice = [lane // 2 for lane in range(2 * width)]
         cos, sin = (splat(v, 2) if width == 1 else permute([v, v], twice) for v in (cos, sin))
