@@ -32,7 +32,7 @@ TILE = 16  # rows of a query tile at most
 MAX_SPLITS = 16  # context splits of attention at most
 
 RECOGNISE = (
-    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
+    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-linear,fuse-embed,"
     "canonicalize,fold,cse"
 )
 
@@ -173,8 +173,9 @@ def assemble(
                         raise CompileError(f"{name} does not lie where it was planned: {offset}")
                     progress.advance(array.nbytes)
             writer.end_weights()
-            if lifted.tokenizer is not None:
-                writer.add_section(TOKENIZER, lifted.tokenizer)
+            tokenizer = lifted.text.files.get("tokenizer.json")
+            if tokenizer is not None:
+                writer.add_section(TOKENIZER, tokenizer)
             progress.start("writing")
             manifest = build_manifest(
                 source, options, lifted, compiled, program, plan, placed, nbytes, library,

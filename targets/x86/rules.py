@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from llmc.compiler.ir.dims import Dim, Symbol, product, symbol
+from llmc.compiler.ir.dims import Dim, Symbol, product
 from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivations, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Packed, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
+from llmc.targets.x86 import attention_rules  # noqa: F401  (registers its rules)
 from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.quantize_activations import padded, quantize_activations
 
 VECTOR = ("avx2", "fma", "f16c")
-
-SPLITS = symbol("SPLITS", 1, 16)
 
 
 def rows_of(value: Value) -> int | Dim:

@@ -1,0 +1,257 @@
+"""How attention is lowered on x86: norm, rotary and append in one kernel, then tiles, then the merge of splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.llm import KVAppend, PagedAttention, RMSNorm, Rope, RopeAngles
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Reshape, Slice
+from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
+from llmc.targets.lowering import Context, Lowered
+from llmc.targets.x86.attention import attention_plan
+from llmc.targets.x86.plain import RULES
+from llmc.targets.x86.rope_angles import rope_angles
+from llmc.targets.x86.rope_append import GRAIN, rope_append_kernel
+
+VECTOR = ("avx2", "fma", "f16c")
+CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
+SPLITS = symbol("SPLITS", 1, 16)
+PAGES = symbol("M", 1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where a [T, heads, dim] value comes from: columns of rows that a linear op wrote, then a norm, then a turn.
+
+    base: what is in memory, rows of `stride` numbers; the heads start at column `offset`.
+    """
+
+    base: Value
+    stride: int
+    offset: int
+    norm: RMSNorm | None
+    rope: Rope | None
+
+
+def heads_of(value: Value, context: Context) -> Heads:
+    """The longest chain behind `value` that only it uses: rope(norm(reshape(slice(base))))."""
+    rope = norm = None
+    if isinstance(value, Rope) and context.only_user(value) is not None and value.dtype == "f32":
+        rope, value = value, value.x
+        if context.only_user(value) is not rope:
+            return _rows(value, None, rope)
+    if isinstance(value, RMSNorm) and _per_head(value) and context.only_user(value) is not None:
+        norm, value = value, value.x
+    return _rows(value, norm, rope)
+
+
+def _per_head(norm: RMSNorm) -> bool:
+    return norm.w is not None and norm.w.dtype == "f32" and norm.offset in (0.0, 1.0)
+
+
+def _rows(value: Value, norm: RMSNorm | None, rope: Rope | None) -> Heads:
+    _, heads, dim = value.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    width = heads * dim
+    rows = value
+    if isinstance(rows, Reshape) and rows.x.rank == 2 and rows.x.shape[1] == width:
+        rows = rows.x
+        if isinstance(rows, Slice) and rows.axis % 2 == 1 and rows.step == 1 and isinstance(rows.start, int):
+            stride = rows.x.shape[1]
+            assert isinstance(stride, int)
+            return Heads(rows.x, stride, rows.start, norm, rope)
+    return Heads(rows, width, 0, norm, rope)
+
+
+def head_stride(heads: Heads, dim: int) -> tuple[int, int, int]:
+    """(element stride of a token, offset of head 0, stride of a head), as `rope_append_kernel` wants rows."""
+    return heads.stride, heads.offset, dim
+
+
+def _angles(rope: Rope | None) -> Value | None:
+    return None if rope is None else rope.angles
+
+
+def _norm_eps(heads: Heads) -> float | None:
+    return None if heads.norm is None else heads.norm.eps
+
+
+def _same_turn(q: Heads, k: Heads) -> bool:
+    """Whether one kernel call can serve both: the same angles, style and kind of norm."""
+    if (q.rope is None) != (k.rope is None) or (q.norm is None) != (k.norm is None):
+        return False
+    if q.rope is not None and k.rope is not None:
+        if q.rope.angles is not k.rope.angles or q.rope.interleaved != k.rope.interleaved:
+            return False
+    if q.norm is not None and k.norm is not None:
+        return q.norm.eps == k.norm.eps and q.norm.offset == k.norm.offset
+    return True
+
+
+def turn_call(
+    context: Context,
+    *,
+    q: Heads | None,
+    q_shape: tuple[int, int],
+    q_out: object,
+    append: KVAppend | None,
+    k: Heads | None,
+    v: Heads | None,
+) -> Call:
+    """One `rope_append` call: queries to `q_out`, keys and values to the cache, or only one of these."""
+    lead = q or k
+    assert lead is not None
+    heads, dim = q_shape
+    kind = append.kv if append is not None else None
+    made = rope_append_kernel(
+        context.machine,
+        heads=heads if q is not None else 0,
+        kv_heads=kind.heads if kind is not None else 0,
+        head_dim=dim,
+        value_dim=kind.value_dim if kind is not None else None,
+        pairs=0 if lead.rope is None else _pairs(lead.rope),
+        interleaved=lead.rope is not None and lead.rope.interleaved,
+        query_rows=None if q is None else head_stride(q, dim),
+        key_rows=None if k is None else head_stride(k, dim),
+        value_rows=None if v is None or kind is None else head_stride(v, kind.value_dim),
+        norm_eps=_norm_eps(lead),
+        norm_offset=0.0 if lead.norm is None else lead.norm.offset,
+        cache_dtype="float16" if kind is None else CACHE_DTYPES[kind.dtype],
+    )
+    args: list[object] = []
+    if q is not None:
+        args.append(q.base)
+    if k is not None and v is not None:
+        args += [k.base, v.base]
+    angles = _angles(lead.rope)
+    if angles is not None:
+        args.append(angles)
+    if append is not None:
+        args.append(append.slots)
+    for item in (q, k):
+        if item is not None and item.norm is not None:
+            args.append(item.norm.w)
+    if q is not None:
+        args.append(q_out)
+    if append is not None:
+        args += [CachePart(append.cache, "keys"), CachePart(append.cache, "values")]
+    tokens = lead.base.shape[0]
+    return Call(made, tuple(args), tokens, GRAIN)
+
+
+def _pairs(rope: Rope) -> int:
+    pairs = rope.angles.shape[2]
+    assert isinstance(pairs, int)
+    return pairs
+
+
+@RULES.lower(KVAppend, priority=10, needs=VECTOR)
+def append_to_cache(op: Op, context: Context) -> Lowered | str:
+    """Keys (normalised and turned on the way) and values into their page."""
+    assert isinstance(op, KVAppend)
+    reason = _unfit(op)
+    if reason:
+        return reason
+    k, v = heads_of(op.k, context), heads_of(op.v, context)
+    if v.norm is not None or v.rope is not None:
+        v = _rows(op.v, None, None)
+    call = turn_call(context, q=None, q_shape=(0, op.kv.key_dim), q_out=None, append=op, k=k, v=v)
+    return Lowered((call,))
+
+
+def _unfit(op: KVAppend) -> str:
+    if op.k.dtype != "f32" or op.v.dtype != "f32":
+        return f"keys are {op.k.dtype} and values {op.v.dtype}, not f32"
+    if op.kv.dtype not in CACHE_DTYPES:
+        return f"no kernel writes a cache of {op.kv.dtype}"
+    return ""
+
+
+@RULES.lower(PagedAttention, priority=10, needs=VECTOR)
+def attention_over_pages(op: Op, context: Context) -> Lowered | str:
+    """Rotary and append fused in front, attention by query tiles, splits of the context merged behind."""
+    assert isinstance(op, PagedAttention)
+    kind = op.cache.kv
+    if op.dtype != "f32":
+        return f"queries are {op.dtype}, not f32"
+    if kind.dtype not in CACHE_DTYPES:
+        return f"no kernel reads a cache of {kind.dtype}"
+    for value in (op.sinks, op.slopes):
+        if value is not None and value.dtype != "f32":
+            return "sinks and slopes are not f32"
+    tokens, heads, dim = op.q.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    calls: list[Call] = []
+    computes: tuple[Op, ...] = ()
+    query: object = op.q
+    cache = op.cache
+    q = heads_of(op.q, context)
+    append = cache if isinstance(cache, KVAppend) and len(context.graph.users.get(cache, ())) == 1 else None
+    turned = Scratch("query", "f32", tokens * (heads * dim))
+    if append is not None and not _unfit(append):
+        k, v = heads_of(append.k, context), heads_of(append.v, context)
+        if v.norm is not None or v.rope is not None:
+            v = _rows(append.v, None, None)
+        if _same_turn(q, k) and q.base.shape[0] == k.base.shape[0]:
+            call = turn_call(context, q=q, q_shape=(heads, dim), q_out=turned, append=append, k=k, v=v)
+            calls, computes, query, cache = [call], (append,), turned, append.cache
+    if not calls and (q.rope is not None or q.offset or q.norm is not None):
+        calls = [turn_call(context, q=q, q_shape=(heads, dim), q_out=turned, append=None, k=None, v=None)]
+        query = turned
+    plan = attention_plan(
+        context.machine,
+        heads=heads,
+        kv_heads=kind.heads,
+        head_dim=dim,
+        value_dim=kind.value_dim,
+        scale=op.scale,
+        window=op.window,
+        softcap=op.softcap,
+        sinks=op.sinks is not None,
+        alibi=op.slopes is not None,
+        cache_dtype=CACHE_DTYPES[kind.dtype],
+    )
+    state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
+    partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
+    extras = tuple(value for value in (op.sinks, op.slopes) if value is not None)
+    tile_args = (
+        query, CachePart(cache, "keys"), CachePart(cache, "values"), op.tiles, op.block_table, *extras,
+        "result", state, partial, PAGES, SPLITS,
+    )  # fmt: skip
+    tiles = op.tiles.shape[0]
+    calls.append(Call(plan.tile, tile_args, plan.tile_units(tiles, SPLITS), 1))
+    merge = Call(
+        plan.combine,
+        (state, partial, "result", SPLITS),
+        plan.combine_units(tokens),
+        max(1, 2048 // kind.value_dim),
+        (Range("SPLITS", 2, None),),
+    )
+    calls.append(merge)
+    return Lowered(tuple(calls), computes=computes)
+
+
+@RULES.lower(RopeAngles, priority=10)
+def angles_of_tokens(op: Op, context: Context) -> Lowered | str:
+    """Cosines and sines of each token's position, once a step."""
+    assert isinstance(op, RopeAngles)
+    if op.frequencies.dtype != "f32" or op.positions.dtype != "i32":
+        return f"positions are {op.positions.dtype} and frequencies {op.frequencies.dtype}, not i32 and f32"
+    tokens, _, pairs = op.shape
+    assert isinstance(pairs, int)
+    made = kernel(rope_angles, context.machine.key, pairs=pairs, scale=op.scale)
+    return Lowered((Call(made, (op.positions, op.frequencies, "result"), tokens, 16),))
+
+
+@RULES.lower(Rope, priority=10, needs=VECTOR)
+def turn_heads(op: Op, context: Context) -> Lowered | str:
+    """A turn that no attention absorbs."""
+    assert isinstance(op, Rope)
+    if op.dtype != "f32" or op.angles.dtype != "f32":
+        return f"heads are {op.dtype} and angles {op.angles.dtype}, not f32"
+    _, heads, dim = op.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    q = _rows(op.x, None, op)
+    return Lowered((turn_call(context, q=q, q_shape=(heads, dim), q_out="result", append=None, k=None, v=None),))
