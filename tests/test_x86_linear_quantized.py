@@ -69,19 +69,17 @@ def variant_for(plan: LinearPlan, tokens: int) -> Variant:
 
 
 SCHEMES = [(4, True), (4, False), (8, True), (8, False)]
+SIZES = [
+    (4, True, 33, 33, 32),
+    (4, True, 129, 129, 64),
+    (4, False, 7, 300, 128),
+    (8, True, 31, 129, 64),
+    (8, False, 1, 31, 32),
+]
 
 
 @pytest.mark.parametrize("machine", each_machine())
-@pytest.mark.parametrize(
-    ("bits", "symmetric", "n", "k", "group"),
-    [
-        (4, True, 33, 33, 32),
-        (4, True, 129, 129, 64),
-        (4, False, 7, 300, 128),
-        (8, True, 31, 129, 64),
-        (8, False, 1, 31, 32),
-    ],
-)
+@pytest.mark.parametrize(("bits", "symmetric", "n", "k", "group"), SIZES)
 def test_every_variant_at_awkward_sizes(
     machine: Machine, bits: int, symmetric: bool, n: int, k: int, group: int
 ) -> None:
