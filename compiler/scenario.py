@@ -21,7 +21,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Gather
-from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array
+from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
 TILE = 16  # rows of a query tile at most
@@ -236,7 +236,8 @@ def _random_input(graph: Graph, value: Input, rng: np.random.Generator, binding:
     shape = tuple(concrete(dim, binding) for dim in value.shape)
     dtype = NUMPY_DTYPES[value.dtype]
     if value.dtype in FLOATS:
-        return np.asarray(rng.standard_normal(shape)).astype(dtype)
+        # Rounded as the type says, then as wide as evaluation is.
+        return np.asarray(rng.standard_normal(shape)).astype(dtype).astype(numpy_dtype(value.dtype))
     if value.name == "positions":
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
     high = min(vocabulary_of(graph, value.name), 100) if value.dtype in INTEGERS else 2

@@ -1,4 +1,4 @@
-"""Graphs: the verifier rejects what breaks a rule, rewriting keeps meaning, evaluation binds sizes and names mistakes."""
+"""Graphs: the verifier rejects what breaks a rule, rewriting keeps meaning, evaluation binds sizes, mistakes are named."""
 
 from __future__ import annotations
 
