@@ -1,7 +1,7 @@
 """torch's exported graphs to t-level graphs: one small function an aten op, found by the op's name.
 
 Only what the output needs is translated. Shapes come from the trace (its symbolic sizes become ours) and every
-translated value is checked against them. f64 becomes f32; where a model itself rounds to bf16 or f16, so does the graph.
+translated value is checked against them. f64 becomes f32; where a model rounds to bf16 or f16, so does the graph.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from llmc.compiler.ir.dims import Dim, known_at_most
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, Shape
-
 from llmc.errors import FrontendError, IRError
 
 Scalar = bool | int | float

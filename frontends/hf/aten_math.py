@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.llm import Attention, LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS
-
 from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, promoted, reshape
 
@@ -297,7 +297,7 @@ def _outer(t: Translation, node: Node, a: Value, b: Value) -> Value:
 
 @handles("einsum")
 def _einsum(t: Translation, node: Node, equation: str, operands: list[Value], path: object = None) -> Value:
-    """One or two operands, every letter at most once in each: a transpose, a matmul over the summed letters, another."""
+    """Two operands, every letter at most once in each: transposes, a matmul over the summed letters, a transpose."""
     sides, _, result = equation.replace(" ", "").partition("->")
     names = sides.split(",")
     if "." in equation or "->" not in equation or len(names) != 2 or any(len(set(n)) != len(n) for n in names):
@@ -378,10 +378,7 @@ def _sdpa(
         k, v = (_repeat_heads(x, q.shape[-3]) for x in (k, v))
     last = (*range(k.rank - 2), k.rank - 1, k.rank - 2)
     scores: Value = e.Mul(s.Matmul(q, s.Transpose(k, last)), e.constant(float(scale)))
-    if mask.dtype == "bool":
-        scores = e.Where(mask, scores, e.constant(-math.inf, "f32"))
-    else:
-        scores = e.Add(scores, mask)
+    scores = e.Where(mask, scores, e.constant(-math.inf, "f32")) if mask.dtype == "bool" else e.Add(scores, mask)
     return s.Matmul(s.Softmax(scores, scores.rank - 1), v)
 
 

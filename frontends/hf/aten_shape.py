@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Param, Value
-
 from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, reshape
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to a model's weights: renamed, prefixed, merged or split as transformers would on loading.
+"""From a checkpoint's tensors to a model's weights: renamed, merged or split as transformers does on loading.
 
 transformers says how: each model has a list of renamings and converters (regular expressions and operations on
 tensors). They are asked for names now, and run on tensors only when a weight is loaded.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.ir.types import FLOATS, Array
-
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
 from llmc.frontends.hf.weights import WeightSource, shortened, to_numpy, to_torch

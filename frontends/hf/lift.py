@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of
-
 from llmc.errors import FrontendError
 from llmc.frontends.hf import capture
 from llmc.frontends.hf.aten import Translation, cast, from_torch
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.model import MetaModel, build
+from llmc.frontends.hf.source import resolve
 from llmc.frontends.hf.tokenizer import Text, read_text
 from llmc.frontends.hf.weights import ArrayWeights, RandomWeights, WeightSource, open_checkpoint
 
@@ -61,13 +62,13 @@ class Lifted:
         return self.weights.load(name)
 
 
-def lift(model_dir: Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
-    """Read the model in `model_dir`. No weight is loaded; no code from the directory runs.
+def lift(source: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
+    """Read a model: a directory, or a name on the Hugging Face hub. No weight is loaded; none of its code runs.
 
     max_context: tokens a sequence may have (default: the model's own limit); rotary frequencies are settled for it.
     weights: "checkpoint", or "random" for `RandomWeights(seed)`.
     """
-    model_dir = Path(model_dir)
+    model_dir = resolve(source)
     config = load_config(model_dir)
     positions = _max_positions(config)
     context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
@@ -81,21 +82,21 @@ def lift(model_dir: Path, *, max_context: int | None = None, weights: str = "che
     traced = _trace(config, context, notes)
     model = traced.meta.model
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    source: WeightSource = (
-        RandomWeights(shapes, _checkpoint_dtype(config), seed)
-        if checkpoint is None
-        else ModelWeights(model, checkpoint)
-    )
+    if checkpoint is None:
+        values: WeightSource = RandomWeights(shapes, _checkpoint_dtype(config), seed)
+    else:
+        values = ModelWeights(model, checkpoint)
     if traced.longest < context:
         notes.append(f"{traced.longest} tokens at most: the model treats a full context of {context} differently")
         context = traced.longest
-    graph, large = _translate(traced, source, context)
+    graph, large = _translate(traced, values, context)
     if large:
-        source = _Layered(ArrayWeights(large), source)
+        values = _Layered(ArrayWeights(large), values)
+    text = read_text(model_dir, config)
     text_config = config.get_text_config(decoder=True)
     return Lifted(
         graph=graph,
-        weights=source,
+        weights=values,
         name=model_dir.resolve().name,
         architecture=str(config.model_type),
         parameters=sum(value.numel() for value in model.parameters()),
@@ -103,8 +104,8 @@ def lift(model_dir: Path, *, max_context: int | None = None, weights: str = "che
         layers=_layer_count(config),
         max_positions=positions or context,
         max_context=context,
-        text=read_text(model_dir, config),
-        notes=tuple(notes),
+        text=text,
+        notes=(*notes, *text.notes),
         config=config.to_diff_dict(),
     )
 

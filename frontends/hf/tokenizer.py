@@ -1,17 +1,149 @@
-"""Tokenizer files, special tokens, chat template and generation defaults of a model directory."""
+"""Tokenizer, special tokens, chat template and generation defaults of a model directory, as an artifact carries them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import quiet, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_MOST_TOKENIZER_BYTES = 512 << 20
+_MOST_TEMPLATE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Text:
-    """Everything that turns text into tokens and back."""
+    """files: `tokenizer.json`, if there is a tokenizer. facts, generation: the manifest's parts of those names."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    facts: dict[str, object] | None = None
+    generation: dict[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def read_text(directory: Path, config: object) -> Text:
-    return Text()
+def read_text(directory: Path, config: PreTrainedConfig) -> Text:
+    """Collect what turns text into tokens and back. A model without a tokenizer is served by token ids alone."""
+    settings = _optional_json(directory / "generation_config.json")
+    generation = _generation(settings)
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    stop_ids = _ids(settings.get("eos_token_id")) or _ids(getattr(config, "eos_token_id", None))
+    if not any((directory / name).exists() for name in _FILES):
+        return Text(generation=generation, notes=("no tokenizer: the artifact takes token ids only",))
+    try:
+        tokenizer = _load(directory)
+    except Exception as error:  # transformers and its converters raise many kinds
+        why = " ".join(str(error).split())[:200]
+        raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        note = f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only"
+        return Text(generation=generation, notes=(note,))
+    probe = [int(token) for token in tokenizer("a")["input_ids"]]
+    backend.no_truncation()
+    backend.no_padding()
+    bos = tokenizer.bos_token_id
+    if tokenizer.eos_token_id is not None:
+        stop_ids = [*stop_ids, int(tokenizer.eos_token_id)]
+    facts: dict[str, object] = {
+        "chat_template": _chat_template(directory),
+        "bos_id": bos if bos is not None and 0 <= bos < vocabulary else None,
+        "bos_token": tokenizer.bos_token or "",
+        "eos_token": tokenizer.eos_token or "",
+        "special_tokens": {
+            name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+        },
+        "add_bos": bos is not None and probe[:1] == [bos],
+        "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
+        "clean_up_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+    }
+    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation)
+
+
+def _load(directory: Path) -> Any:
+    """transformers' tokenizer of the directory (slow ones are converted); its own code never runs."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = directory / "tokenizer.json"
+    if path.exists() and path.stat().st_size > _MOST_TOKENIZER_BYTES:
+        raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TOKENIZER_BYTES} are read")
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        except Exception:
+            # A class that is unknown, or remote code: tokenizer.json says everything that matters by itself.
+            if not path.exists():
+                raise
+            known = ("bos_token", "eos_token", "unk_token", "pad_token")
+            named = _optional_json(directory / "tokenizer_config.json")
+            tokens = {name: _token(named[name]) for name in known if _token(named.get(name)) is not None}
+            return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens)
+
+
+def _token(value: object) -> str | None:
+    """A special token's text: a string, or an object that holds one."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The default chat template: a file of its own, or in tokenizer_config.json as a string or a named list."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        if path.stat().st_size > _MOST_TEMPLATE_BYTES:
+            raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise FrontendError(f"{path} cannot be read: {error}") from error
+    template = _optional_json(directory / "tokenizer_config.json").get("chat_template")
+    if template is None:
+        template = _optional_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default", next(iter(named.values()), None))
+    return template if isinstance(template, str) else None
+
+
+def _generation(settings: dict[str, object]) -> dict[str, object]:
+    """The checkpoint's sampling defaults; greedy unless it asks for sampling. Values out of range are left out."""
+
+    def number(name: str, default: float, low: float, high: float) -> float:
+        value = settings.get(name)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        return float(value) if good else default  # type: ignore[arg-type]
+
+    found: dict[str, object] = {"repetition_penalty": number("repetition_penalty", 1.0, 1e-3, 1e3)}
+    if settings.get("do_sample") is not True:
+        return {"temperature": 0.0, **found}
+    return {
+        "temperature": number("temperature", 1.0, 0.0, 100.0),
+        "top_k": int(number("top_k", 50, 0, 1 << 24)),
+        "top_p": number("top_p", 1.0, 0.0, 1.0),
+        "min_p": number("min_p", 0.0, 0.0, 1.0),
+        **found,
+    }
+
+
+def _ids(value: object) -> list[int]:
+    """Token ids from an id or a list of ids."""
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _optional_json(path: Path) -> dict[str, object]:
+    return read_json(path, most_bytes=16 << 20) if path.exists() else {}

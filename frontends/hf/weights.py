@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from llmc.compiler.ir.types import NUMPY_DTYPES, Array
 
+from llmc.compiler.ir.types import NUMPY_DTYPES, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
 

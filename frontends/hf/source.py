@@ -1,0 +1,72 @@
+"""Where a model is: a local directory, or a name on the Hugging Face hub that is downloaded into its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llmc.errors import FrontendError
+
+# What a model needs, and never code.
+_ALWAYS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_SAFETENSORS = ("*.safetensors",)
+_TORCH = ("pytorch_model*.bin",)
+# Other copies of the same weights, and whatever stands in folders.
+_NEVER = ("*/*", "consolidated*", "*.onnx*", "*.gguf", "*.py", "training_args*", "optimizer*", "trainer_state*")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
+_READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory of `source`: a path, or `organization/name[@revision]`; FrontendError in one line otherwise."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_links(path)
+        return path
+    if path.exists():
+        raise FrontendError(f"{source} is a file: give the directory that holds config.json and the weights")
+    name, _, revision = str(source).partition("@")
+    if isinstance(source, Path) or not _HUB_NAME.match(name):
+        raise FrontendError(f"there is no directory {source}")
+    return _download(name, revision or None)
+
+
+def _check_links(directory: Path) -> None:
+    """A model's files lie in its directory; the hub's cache alone may link to its own store beside it."""
+    root = directory.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _READ and path.is_symlink():
+            target = path.resolve()
+            if not any(target.is_relative_to(place) for place in allowed):
+                raise FrontendError(f"{path} links to {target}, outside the model's directory: copy the file instead")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER))
+        )
+
+    shown = f"{name}@{revision}" if revision else name
+    try:
+        directory = fetch(_ALWAYS + _SAFETENSORS)
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch(_ALWAYS + _TORCH)
+    except errors.GatedRepoError:
+        raise FrontendError(f"{shown} is gated: accept its terms on huggingface.co and run `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise FrontendError(f"{name} has no revision {revision!r} on the Hugging Face hub") from None
+    except errors.RepositoryNotFoundError:
+        raise FrontendError(f"there is no directory {shown}, and no such model on the Hugging Face hub") from None
+    except Exception as error:  # connection errors of several libraries
+        why = " ".join(str(error).split())[:160]
+        raise FrontendError(
+            f"there is no directory {shown}, and the Hugging Face hub cannot be asked ({type(error).__name__}: {why})"
+        ) from None
+    _check_links(directory)
+    return directory
