@@ -1,4 +1,4 @@
-"""The KV cache: whatever is shared, copied, rolled back or evicted, every sequence sees its own tokens and no others."""
+"""The KV cache: whatever is shared, copied, rolled back or evicted, a sequence sees its own tokens and no others."""
 
 from __future__ import annotations
 
@@ -150,6 +150,21 @@ def test_a_prefix_is_found_by_all_that_comes_before_it(runtime: Runtime) -> None
     with runtime.sequence() as third:
         assert third.adopt_prefix([*IDS[32:64], *same, 1]) == 64
         assert (third.append([1]) == last([*IDS[32:64], *same, 1])).all()
+
+
+def test_a_page_after_changed_tokens_is_not_a_child_of_the_old_ones(runtime: Runtime) -> None:
+    with runtime.sequence() as first:
+        first.append(IDS[:64])
+        second = first.fork()
+        second.rollback(10)
+        second.append([1] * 10 + IDS[64:96])
+        with runtime.sequence() as third:
+            assert third.adopt_prefix(IDS[:97]) == 64
+            assert (third.append(IDS[64:97]) == last(IDS[:97])).all()
+        with runtime.sequence() as fourth:
+            changed = [*IDS[:54], *[1] * 10, *IDS[64:97]]
+            assert fourth.adopt_prefix(changed) == 96
+            assert (fourth.append(changed[96:]) == last(changed)).all()
 
 
 def test_a_full_cache_is_a_clear_error_and_loses_nothing(path: Path) -> None:
