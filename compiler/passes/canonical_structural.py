@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llmc.compiler.ir.dims import Dim, known_at_most, product
 from llmc.compiler.ir.elementwise import Cast, Constant, constant
+from llmc.compiler.ir.llm import LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import (
     Argmax,
@@ -225,6 +226,14 @@ def concat_before_widening(op: Op) -> Value | None:
     return Cast(Concat(tuple(cast.x for cast in casts), op.axis), casts[0].to)
 
 
+def norm_before_transpose(op: Op) -> Value | None:
+    """norm(transpose(x)), last axis in place -> transpose(norm(x)), so that transposes meet and cancel"""
+    assert isinstance(op, (RMSNorm, LayerNorm))
+    if not isinstance(op.x, Transpose) or op.x.permutation[-1] != op.rank - 1:
+        return None
+    return Transpose(op.replace(x=op.x.x), op.x.permutation)
+
+
 def axis_from_the_front(op: Op) -> Value | None:
     """A negative axis counted from the front"""
     assert isinstance(op, (Slice, Concat, Gather, GatherElements, Cumsum, Softmax, Argmax))
@@ -254,5 +263,7 @@ STRUCTURAL_RULES: tuple[tuple[type[Op], Rule], ...] = (
     (Concat, concat_before_widening),
     (Gather, gather_of_one),
     (Pad, pad_by_nothing),
+    (RMSNorm, norm_before_transpose),
+    (LayerNorm, norm_before_transpose),
     *((kind, move_before_widening) for kind in (Reshape, Transpose, Slice, Gather)),
 )
