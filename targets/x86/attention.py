@@ -21,6 +21,7 @@ from llmc.targets.x86.vectors import for_pieces, load, maximum, permute, pin, ra
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
 
+    from llmc.compiler.ir.dims import Dim
     from llmc.targets.x86.isa import Expr
 
 
@@ -38,17 +39,17 @@ class AttentionPlan:
     kv_heads: int
     value_dim: int
 
-    def tile_units(self, tiles: object, splits: object) -> object:
+    def tile_units(self, tiles: int | Dim, splits: int | Dim) -> int | Dim:
         return tiles * splits * self.kv_heads
 
-    def combine_units(self, tokens: object) -> object:
+    def combine_units(self, tokens: int | Dim) -> int | Dim:
         return tokens * self.heads
 
-    def state_elements(self, tokens: object, splits: object) -> object:
+    def state_elements(self, tokens: int | Dim, splits: int | Dim) -> int | Dim:
         """f32 elements of the scratch `state` [T, heads, S, 2]; none is touched where S == 1."""
         return tokens * splits * (2 * self.heads)
 
-    def partial_elements(self, tokens: object, splits: object) -> object:
+    def partial_elements(self, tokens: int | Dim, splits: int | Dim) -> int | Dim:
         """f32 elements of the scratch `partial` [T, heads, S - 1, value_dim]."""
         return tokens * (splits - 1) * (self.heads * self.value_dim)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -126,7 +126,7 @@ class RowLayout:
         return parts | {name: array for name, array in arrays.items() if name != "data"}
 
 
-Layout = RowLayout | QuantizedLayout | FloatLayout
+Layout: TypeAlias = RowLayout | QuantizedLayout | FloatLayout
 
 
 def embedding_kernel(machine: Machine, layout: Layout | str, features: int, scale: float = 1.0) -> Kernel:
