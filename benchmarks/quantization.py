@@ -160,8 +160,8 @@ def accuracy(options: argparse.Namespace) -> None:
 CANDIDATE_SETS: dict[str, tuple[float, ...]] = {
     "1: extreme to 7": (7.0,),
     "2: and to -8": (7.0, -8.0),
-    "4: saturating a little": (7.0, -8.0, -8.4, -8.85),
-    "8: as shipped": search_module.CANDIDATES[4],
+    "4: as shipped": search_module.CANDIDATES[4],
+    "8: finer": (7.0, -8.0, -8.2, -8.4, -8.6, -8.85, -7.6, -7.0),
     "17": (7.0, *np.arange(-6.6, -9.0, -0.15).round(3).tolist()),
     "200: fine": (7.0, *np.linspace(-5.5, -9.5, 200).tolist()),
 }

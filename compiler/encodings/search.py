@@ -19,10 +19,10 @@ from llmc.errors import CompileError
 
 Floats = NDArray[np.float32]
 
-# What the extreme weight of a group is mapped to before clamping; the first is taken without a search. Chosen by
-# benchmarks/quantization.py: of the error that a fine search over 200 candidates removes, these remove 97%.
+# What the extreme weight of a group is mapped to before clamping. Chosen by benchmarks/quantization.py: 4-bit weights
+# in groups of 64 keep 0.70 of the squared error of the nearest scale, as they would with 200 candidates.
 CANDIDATES: dict[int, tuple[float, ...]] = {
-    4: (7.0, -8.0, -8.2, -8.4, -8.6, -8.85, -7.6, -7.0),
+    4: (7.0, -8.0, -8.4, -8.85),
     8: (127.0, 126.0, 124.5, 123.0),
 }
 # Asymmetric: the part of the range [min, max] that the integers cover, around its middle.
@@ -44,8 +44,7 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
     """w = scale * q. CompileError where a weight is not finite or a scale does not fit f16."""
     highest = (1 << (bits - 1)) - 1
     lowest = -8 if bits == 4 else -highest
-    top, bottom = w.max(axis=1), w.min(axis=1)
-    _require_finite(top, bottom)
+    top, bottom = _extremes(w)
     extreme = np.where(-bottom > top, bottom, top)
     work = np.empty_like(w)
     scales = _covering_scale(np.abs(extreme), highest)
@@ -57,9 +56,9 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
     for candidate in CANDIDATES[bits]:
         _quantized(w, _reciprocal(extreme / np.float32(candidate)), lowest, highest, work)
         _keep_better(w, work, best, chosen)
-    for _ in range(2):  # the fitted scale may round some weights differently: fit again
-        _quantized(w, _reciprocal(chosen), lowest, highest, work)
-        _keep_better(w, work, best, chosen)
+    # The fitted scale may round some weights differently: fit once more.
+    _quantized(w, _reciprocal(chosen), lowest, highest, work)
+    _keep_better(w, work, best, chosen)
 
     # The rounding to f16 is the only step whose error the comparison above did not see: settle it exactly.
     nearest = _integers(w, scales, lowest, highest, work).astype(np.int8)
@@ -74,8 +73,7 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
 def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
     """w = scale * q + minimum, q from 0. CompileError where a weight is not finite or a scale does not fit f16."""
     highest = (1 << bits) - 1
-    top, bottom = w.max(axis=1), w.min(axis=1)
-    _require_finite(top, bottom)
+    top, bottom = _extremes(w)
     minimums = _to_f16(bottom)
     above = minimums.astype(np.float32) > bottom
     minimums = np.where(above, np.nextafter(minimums, np.float16(-np.inf)), minimums)
@@ -92,7 +90,7 @@ def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
     total = centred.sum(axis=1)
     best = np.full(len(w), -1, np.float32)
     chosen, origin = np.zeros_like(best), np.zeros_like(best)
-    for shrink in (*SHRINKS, None, None):
+    for shrink in (*SHRINKS, None):
         if shrink is not None:
             step = half * np.float32(2 * shrink / highest)
             start = half * np.float32(-shrink)
@@ -109,12 +107,20 @@ def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
     return Rounding(found, np.where(worse, scales, found_scales), np.where(worse, minimums, found_minimums))
 
 
-def _require_finite(top: Floats, bottom: Floats) -> None:
-    finite = np.isfinite(top) & np.isfinite(bottom)
-    if not finite.all():
+def _extremes(w: Floats) -> tuple[Floats, Floats]:
+    """Largest and smallest weight of each group. CompileError where a weight is not finite."""
+    # Folding halves onto each other is several times faster than a reduction over so short an axis.
+    top, bottom = w, w
+    while top.shape[1] % 2 == 0 and top.shape[1] > 8:
+        half = top.shape[1] // 2
+        top = np.maximum(top[:, :half], top[:, half:])
+        bottom = np.minimum(bottom[:, :half], bottom[:, half:])
+    top, bottom = top.max(axis=1), bottom.min(axis=1)
+    if not (np.isfinite(top) & np.isfinite(bottom)).all():
         raise CompileError(
             "a weight is not finite (infinity or NaN): the checkpoint is damaged, or needs another dtype"
         )
+    return top, bottom
 
 
 def _to_f16(values: Floats) -> NDArray[np.float16]:
