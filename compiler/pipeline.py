@@ -57,7 +57,7 @@ def pipeline_text(options: CompileOptions) -> str:
             "select-rows",
             "merge-projections",
             quantize,
-            "fuse-epilogues,canonicalize,fold,cse,split-rounding,cse",
+            "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse",
         ]
     )
 
@@ -118,7 +118,7 @@ def largest_sizes(options: CompileOptions, max_context: int) -> dict[str, int]:
     """The greatest value of every symbol of a step, for planning memory."""
     step = min(options.max_step, max_context)
     return {
-        "T": step, "N": step, "R": step, "Q": step, "B": step,
+        "T": step, "S": step, "R": step, "Q": step, "B": step,
         "M": -(-max_context // PAGE), "SPLITS": MAX_SPLITS,
     }  # fmt: skip
 

@@ -16,10 +16,10 @@ from llmc.targets.kernel import CachePart, Call, Packed, Scratch
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan, needs_arena, scratch_key
 
-# Symbols of the step, as runtime/step.h has them; "N" is the length of a whole sequence in a stateless graph.
+# Symbols of the step, as runtime/step.h has them; "S" is the length of a whole sequence in a stateless graph.
 SIZES = {
     "T": "LLMC_TOKENS",
-    "N": "LLMC_TOKENS",
+    "S": "LLMC_TOKENS",
     "Q": "LLMC_TILES",
     "B": "LLMC_SEQUENCES",
     "M": "LLMC_PAGES",

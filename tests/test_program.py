@@ -80,7 +80,7 @@ def test_temporaries_alive_together_do_not_overlap() -> None:
     graph = small_graph("q4g32", "int8")
     compiled = CompiledGraph(graph, machine_named("native"), params_of(graph))
     plan = compiled.plan
-    blocks = _lifetimes(compiled.program, dict.fromkeys("TNQBMR", 256) | {"SPLITS": 16})
+    blocks = _lifetimes(compiled.program, dict.fromkeys("TSQBMR", 256) | {"SPLITS": 16})
     assert len(blocks) > 6
     for a in blocks:
         assert plan.offsets[a.key] % 64 == 0
