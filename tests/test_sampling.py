@@ -14,6 +14,7 @@ from llmc.runtime.sampling import (
     SamplingOptions,
     apply_repetition_penalty,
     candidates,
+    draw,
     largest,
     softmax,
 )
@@ -113,15 +114,28 @@ def test_repetition_penalty_lowers_what_was_seen_and_nothing_else(
 
 
 def test_draws_follow_the_probabilities() -> None:
-    """Counts of 20,000 draws are within five standard deviations of what the probabilities say."""
+    """Counts of 10,000 draws are within five standard deviations of what the probabilities say."""
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}):
+    for options in ({}, {"min_p": 1e-9}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.2}):
         sampler = Sampler(SamplingOptions(temperature=1.0, seed=3, **options), 4)  # type: ignore[arg-type]
-        counts = np.bincount([sampler.choose(logits) for _ in range(20_000)], minlength=4)
+        counts = np.bincount([sampler.choose(logits) for _ in range(10_000)], minlength=4)
         expected = reference(logits, SamplingOptions(temperature=1.0, **options))  # type: ignore[arg-type]
         for i in range(4):
             p = expected.get(i, 0.0)
-            assert abs(counts[i] - 20_000 * p) <= 5 * np.sqrt(20_000 * p * (1 - p))
+            assert abs(counts[i] - 10_000 * p) <= 5 * np.sqrt(10_000 * p * (1 - p))
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 0.5, 1.0, 7.0]), min_size=1, max_size=2000).filter(any),
+    st.floats(0, 1, exclude_max=True),
+)
+@settings(deadline=None)
+def test_a_draw_is_the_inverse_of_the_running_sum(weights: list[float], uniform: float) -> None:
+    array = np.array(weights)
+    chosen = draw(array, uniform)
+    assert array[chosen] > 0
+    low, high = array[:chosen].sum() / array.sum(), array[: chosen + 1].sum() / array.sum()
+    assert low - 1e-9 <= uniform <= high + 1e-9
 
 
 @given(LOGITS)
@@ -145,6 +159,15 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
 
     assert draw(5) == draw(5) != draw(6)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}])
+def test_broken_logits_are_an_error(value: float, options: dict[str, float]) -> None:
+    logits = np.full(9, value, np.float32)
+    logits[5:] = 0 if value > 0 or np.isnan(value) else value
+    with pytest.raises(RuntimeStateError, match="not finite"):
+        Sampler(SamplingOptions(**options), 9).choose(logits)  # type: ignore[arg-type]
 
 
 def test_very_hot_and_very_cold_stay_finite() -> None:
