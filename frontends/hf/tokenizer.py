@@ -1,4 +1,4 @@
-"""Tokenizer, special tokens, chat template and generation defaults of a model directory, as an artifact carries them."""
+"""Tokenizer, special tokens, chat template and generation defaults, as an artifact carries them."""
 
 from __future__ import annotations
 

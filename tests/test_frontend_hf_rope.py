@@ -1,0 +1,79 @@
+"""Rotary frequencies of every scaling that transformers has, settled for the compiled context."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hf_models import lifted_logits, load_reference, random_ids, reference_logits
+from tiny_models import make_tiny
+
+from llmc.frontends.hf import lift
+
+TOLERANCE = 1e-4  # two f32 evaluations of logits of size about 3
+PAIRS = 8  # heads of 16 channels
+TRAINED = 64  # the length before scaling; the models' own limit is 128
+SCALINGS: dict[str, dict[str, object]] = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": TRAINED},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": TRAINED,
+    },
+    "longrope": {
+        "short_factor": [1 + 0.1 * i for i in range(PAIRS)],
+        "long_factor": [2 + 0.5 * i for i in range(PAIRS)],
+        "original_max_position_embeddings": TRAINED,
+        "factor": 2.0,
+    },
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+def scaled_model(kind: str, directory: Path) -> Path:
+    return make_tiny("llama", directory, rope_parameters={"rope_type": kind, "rope_theta": 1e4, **SCALINGS[kind]})
+
+
+def test_no_scaling_of_transformers_is_left_out() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    assert set(ROPE_INIT_FUNCTIONS) | {"default"} == set(SCALINGS)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_logits_are_transformers(kind: str, tmp_path: Path) -> None:
+    """Within the trained length, between it and the model's limit, and beyond both."""
+    directory = scaled_model(kind, tmp_path)
+    for context, size in ((TRAINED, 33), (200, 200)) if kind != "longrope" else ((TRAINED, 33), (128, 100), (200, 200)):
+        lifted = lift(directory, max_context=context)
+        ids = random_ids(lifted.vocab_size, size)
+        # transformers keeps the frequencies of the longest sequence so far: each length wants a fresh model.
+        want = reference_logits(load_reference(directory), ids)
+        np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=TOLERANCE, err_msg=f"context {context}")
+
+
+@pytest.mark.parametrize(("kind", "short", "long"), [("longrope", TRAINED, TRAINED + 1), ("dynamic", 128, 129)])
+def test_frequencies_switch_right_after_the_trained_length(kind: str, short: int, long: int, tmp_path: Path) -> None:
+    directory = scaled_model(kind, tmp_path)
+    ids = random_ids(320, 20)
+    within, beyond = (lifted_logits(lift(directory, max_context=context), ids) for context in (short, long))
+    again = lifted_logits(lift(directory, max_context=short // 2), ids)
+    np.testing.assert_array_equal(within, again)
+    assert np.abs(within - beyond).max() > (1e-2 if kind == "longrope" else 1e-5)
+
+
+def test_each_layer_type_has_its_own_frequencies(tmp_path: Path) -> None:
+    parameters = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    directory = make_tiny("gemma3_text", tmp_path, rope_parameters=parameters)
+    lifted = lift(directory)
+    ids = random_ids(lifted.vocab_size, 12)
+    want = reference_logits(load_reference(directory), ids)
+    np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=TOLERANCE)
