@@ -27,7 +27,17 @@ from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, Linear, Rope, RopeAngles
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Max, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import (
+    Broadcast,
+    Concat,
+    Gather,
+    GatherElements,
+    Matmul,
+    Max,
+    Reshape,
+    Slice,
+    Transpose,
+)
 from llmc.compiler.ir.types import Tensor, precise
 from llmc.compiler.passes.canonicalize import Canonicalize
 from llmc.compiler.passes.flatten_tokens import FlattenTokens
@@ -255,14 +265,51 @@ def test_angles_that_depend_on_the_longest_position_stay_as_they_are() -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
-def test_frequencies_that_are_weights_are_refused_with_their_name() -> None:
+def test_frequencies_that_are_weights_hold_for_any_weights() -> None:
     def learned(x: Value, positions: Input) -> Value:
         column = Reshape(Cast(positions, "f32"), (1, S, 1))
         angles = Mul(column, Reshape(weight("inv_freq", DIM // 2), (1, 1, DIM // 2)))
         both = Concat((angles, angles), 2)
         return apply_half(x, Cos(both), Sin(both))
 
-    report = Report()
-    after = FuseRope().run(rotation(learned), report)
-    assert not any(isinstance(op, Rope) for op in after.ops)
-    assert "inv_freq" in report.refusals[0][1]
+    before = rotation(learned)
+    after = FuseRope().run(before, Report())
+    assert sum(isinstance(op, Rope) for op in after.ops) == 1
+    assert_same(before, after, [0, 5, 2])
+
+
+@pytest.mark.parametrize("elementwise", [False, True], ids=["gather", "gather_elements"])
+def test_a_table_may_be_a_weight(elementwise: bool) -> None:
+    def looked_up(x: Value, positions: Input) -> Value:
+        if elementwise:
+            index = Broadcast(Reshape(positions, (1, S, 1)), (1, S, ROTARY))
+            rows: Value = GatherElements(weight("table", 1, 40, ROTARY), index, 1)
+        else:
+            rows = Gather(weight("table", 40, ROTARY), positions, 0)
+        sin, cos = Slice(rows, 2, 0, ROTARY // 2), Slice(rows, 2, ROTARY // 2, ROTARY)
+        turned = apply_pairs(Slice(x, 3, 0, ROTARY), cos, sin)
+        return Concat((turned, Slice(x, 3, ROTARY, DIM)), 3)
+
+    before = rotation(looked_up)
+    after = FuseRope().run(before, Report())
+    assert_same(before, after, [3, 0, 39, 2])
+    kinds = [type(op) for op in after.ops]
+    assert kinds.count(Rope) == kinds.count(Embed) == 1 and Gather not in kinds and GatherElements not in kinds
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_channels_of_queries_and_keys_side_by_side(which: int) -> None:
+    """Slices merged into [q; k] of each head: the rotation has no x of its own shape."""
+
+    def fused(x: Value, positions: Input) -> Value:
+        cos, sin = (Reshape(v, (1, 1, S, ROTARY)) for v in half_cos_sin(positions, frequencies(ROTARY // 2)))
+        first = which * (DIM // 4)
+        low, high = (Slice(x, 3, first + i, first + i + ROTARY // 2) for i in (0, ROTARY // 2))
+        turned = Add(Mul(Slice(x, 3, first, first + ROTARY), cos), Mul(Concat((Neg(high), low), 3), sin))
+        return Concat((turned, Slice(x, 3, first + ROTARY, first + ROTARY + DIM // 4)), 3)
+
+    before = rotation(fused)
+    after = FuseRope().run(before, Report())
+    assert_same(before, after, [3, 0, 20])
+    (rope,) = (op for op in after.ops if isinstance(op, Rope))
+    assert rope.shape == (S, HEADS, ROTARY + DIM // 4)

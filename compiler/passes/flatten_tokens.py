@@ -236,12 +236,21 @@ class _Flattener:
         return gathered if axis == 0 else Transpose(gathered, order)
 
     def gather_elements(self, op: GatherElements) -> Value:
+        axis = op.axis % op.x.rank
+        if not self.has_tokens(op.x) and axis == self.layout(op.indices).token:
+            return self._rows_of_table(op, axis)
         if not (self.has_tokens(op.x) and self.has_tokens(op.indices)):
             raise _Mixes("it gathers from one place for every token")
-        if self.layout(op.x).token == op.axis % op.x.rank:
+        if self.layout(op.x).token != self.layout(op.indices).token or axis == self.layout(op.x).token:
             raise _Mixes(f"it gathers along the token axis of {op.x.type}")
         (x, axes), (indices, _) = self.full(op.x), self.full(op.indices)
-        return GatherElements(x, indices, 1 + axes.index(op.axis % op.x.rank))
+        return GatherElements(x, indices, 1 + axes.index(axis))
+
+    def _rows_of_table(self, op: GatherElements, axis: int) -> Value:
+        """Each token looks up rows of its own in a table: the axis of the rows becomes the token axis."""
+        order = (axis, *(i for i in range(op.x.rank) if i != axis))
+        table = op.x if axis == 0 else Transpose(op.x, order)
+        return GatherElements(table, self.full(op.indices)[0], 0)
 
     def matmul(self, op: Matmul) -> Value:
         """A token's rows times a matrix: each token is a stack of matrices of its own."""

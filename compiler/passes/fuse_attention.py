@@ -7,8 +7,8 @@ tracing is checked by following every element. The result is [1, S, heads, dim],
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,31 +30,43 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.llm import Attention, Rope
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Matmul, Max, Reshape, Slice, Softmax, Sum, Transpose
-from llmc.compiler.ir.types import FLOATS
+from llmc.compiler.ir.types import FLOATS, Array, Shape
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.masks import Scores, Unrecognised, describe_scores
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rewriting import number_of
 from llmc.errors import IRError
 
+ByHead = Callable[[Array], Array]
+
 
 @dataclass(frozen=True)
 class _Heads:
-    """[1, S, heads, dim] of a traced value: `source` transposed by `order`, reshaped; it lacks a `factor`."""
+    """[1, S, heads, dim] of a traced value: `source` transposed by `order`, reshaped, rotated; it lacks a `factor`."""
 
     source: Value
     order: tuple[int, ...]
     heads: int
     dim: int
     factor: float
+    rope: Rope | None = None
 
-    def build(self, source: Value, size: Dim) -> Value:
+    def build(self, new: dict[Value, Value], size: Dim) -> Value:
+        """The value in the new graph, where `new` maps the old graph's values."""
+        source = new.get(self.source, self.source)
         moved = source if self.order == tuple(range(source.rank)) else Transpose(source, self.order)
         shape = (1, size, self.heads, self.dim)
-        return moved if moved.shape == shape else Reshape(moved, shape)
+        if self.rope is not None:
+            angles = new.get(self.rope.angles, self.rope.angles)
+            moved = Rope(_shaped(moved, shape[1:]), angles, self.rope.interleaved)
+        return _shaped(moved, shape)
+
+
+def _shaped(value: Value, shape: Shape) -> Value:
+    return value if value.shape == shape else Reshape(value, shape)
 
 
 @dataclass(frozen=True)
@@ -102,15 +114,14 @@ class FuseAttention(Pass, name="fuse-attention"):
 
 
 def _build(found: _Found, new: dict[Value, Value], size: Dim) -> Value:
-    q, k, v = (part.build(new.get(part.source, part.source), size) for part in (found.q, found.k, found.v))
+    q, k, v = (part.build(new, size) for part in (found.q, found.k, found.v))
     mask = found.scores.mask
     result: Value = Attention(
         q, k, v, found.sinks, None if mask.slopes is None else constant(mask.slopes, "f32"),
         scale=found.scores.scale * found.q.factor * found.k.factor, causal=mask.causal, window=mask.window,
         softcap=found.scores.softcap,
     )  # fmt: skip
-    result = Transpose(result, (0, 2, 1, 3))
-    return result if result.shape == found.result.shape else Reshape(result, found.result.shape)
+    return _shaped(Transpose(result, (0, 2, 1, 3)), found.result.shape)
 
 
 def softmax_operand(op: Op) -> Value | None:
@@ -250,16 +261,35 @@ class _Finder:
         dim = value.shape[-2] if transposed else value.shape[-1]
         if not isinstance(dim, int) or value.shape[-1 if transposed else -2] != self.size:
             raise Unrecognised(f"an operand {value.type} of a product of its is no [..., S, dim]")
-        chain = list(_origins(value, scalable))
-        for source in reversed(chain):
-            found = self._as_heads(source, value, user, transposed, heads, dim)
+        leading = tuple(int(str(n)) for n in user.shape[:-2])
+
+        def by_head(traced: Array) -> Array:
+            """[heads, S, dim] of the operand, repeated as the product repeats it."""
+            traced = np.swapaxes(traced, -1, -2) if transposed else traced
+            return np.broadcast_to(traced, (*leading, *traced.shape[-2:])).reshape(heads, -1, dim)
+
+        found = self._search(value, by_head, heads, dim, scalable, shared)
+        if found is None:
+            raise Unrecognised(f"it is not clear which head of {value.type} is which")
+        if isinstance(found.source, Rope) and shared:
+            # Heads that are repeated and then rotated alike are rotated once.
+            rope = found.source
+            inner = self._search(rope.x, lambda x: np.swapaxes(x, 0, 1), heads, dim, scalable, shared)
+            if found.heads == heads and inner is not None and inner.heads < heads:
+                return replace(inner, factor=found.factor * inner.factor, rope=rope)
+        return found
+
+    def _search(
+        self, value: Value, by_head: ByHead, heads: int, dim: int, scalable: bool, shared: bool
+    ) -> _Heads | None:
+        """The earliest value that has every head of `value`; all `heads` of them unless they may be `shared`."""
+        for source in reversed(list(_origins(value, scalable))):
+            found = self._as_heads(source, value, by_head, heads, dim)
             if found is not None and (shared or found.heads == heads):
                 return found
-        raise Unrecognised(f"it is not clear which head of {value.type} is which")
+        return None
 
-    def _as_heads(
-        self, source: Value, value: Value, user: Matmul, transposed: bool, heads: int, dim: int
-    ) -> _Heads | None:
+    def _as_heads(self, source: Value, value: Value, by_head: ByHead, heads: int, dim: int) -> _Heads | None:
         """`source` as [1, S, heads, dim], if every head of `value` is one of its heads, in groups."""
         axes = [axis for axis, size in enumerate(source.shape) if size == self.size]
         total = product(source.shape)
@@ -271,12 +301,9 @@ class _Finder:
         shape = tuple(tokens if axis == axes[0] else int(str(size)) for axis, size in enumerate(source.shape))
         elements = np.arange(1.0, np.prod(shape) + 1).reshape(shape)
         try:
-            traced = self.probe.evaluate([value], tokens, None, {source: elements})[0]
+            traced = by_head(self.probe.evaluate([value], tokens, None, {source: elements})[0])
         except IRError:
             return None
-        traced = np.swapaxes(traced, -1, -2) if transposed else traced
-        leading = tuple(int(str(size)) for size in user.shape[:-2])
-        traced = np.broadcast_to(traced, (*leading, tokens, dim)).reshape(heads, tokens, dim)
         for channel in (axis for axis in reversed(range(source.rank)) if axis != axes[0] and shape[axis] == dim):
             others = tuple(axis for axis in range(source.rank) if axis not in (axes[0], channel))
             # Axes of size 1 stay in front, so that the order is the identity where it can be.

@@ -17,7 +17,7 @@ from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, Rope, RopeAngles
 from llmc.compiler.ir.op import Input, Op, Value
-from llmc.compiler.ir.structural import Concat, Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import WEIGHTS, Probe
@@ -32,11 +32,15 @@ _REACH = 48  # ops in a rotation, at most
 
 @dataclass(frozen=True)
 class _Map:
-    """y as `llm.rope` of x: where the tokens are, which channels pair, and how far they turn at probed positions."""
+    """y as `llm.rope` of x: where the tokens are, which channels pair, and how far they turn at probed positions.
+
+    x may be wider than y (queries, keys and values side by side): its channels from `start` are meant.
+    """
 
     x: Value
     y: Op
     token: int
+    start: int
     interleaved: bool
     cos: Array  # [positions, pairs]
     sin: Array
@@ -89,6 +93,8 @@ class FuseRope(Pass, name="fuse-rope"):
 
 def _rope(x: Value, angles: Value, found: _Map) -> Value:
     """`llm.rope` of x in whatever layout it has: tokens to the front, heads flat, and back."""
+    if x.shape != found.y.shape:
+        x = Slice(x, x.rank - 1, found.start, found.start + _static(found.y.shape[-1]))
     others = tuple(axis for axis in range(x.rank - 1) if axis != found.token)
     order = (found.token, *others, x.rank - 1)
     inverse = tuple(int(axis) for axis in np.argsort(order))
@@ -181,7 +187,10 @@ class _Finder:
         return sorted(nodes, key=lambda v: self.index[v] if isinstance(v, Op) else -1), leaf
 
     def _source(self, y: Op) -> tuple[Value, list[Value]] | None:
-        """The last value of y's shape through which all of y passes before it is turned; and the ops after it."""
+        """The last value through which all of y passes before it is turned; and the ops after it.
+
+        It has y's shape, or more channels: other slices of it need not be y's.
+        """
         cone = self._cone(y)
         if cone is None:
             return None
@@ -197,7 +206,7 @@ class _Finder:
         for i, value in enumerate(order):
             if isinstance(value, Op) and self.turns(value) and i > 0:
                 break
-            if reaches <= i and value.type == y.type and value is not y:
+            if reaches <= i and value is not y and _holds_channels(value, y):
                 found = value, order[i + 1 :]
             reaches = max(reaches, last_use[i])
         return found
@@ -213,8 +222,12 @@ class _Finder:
             return None
         muls = [v for v in nodes if isinstance(v, Mul) and self.turns(v)]
         factors = tuple(dict.fromkeys(v.b if self.acts(v.a) else v.a for v in muls))
+        channel_slices = [v.start for v in nodes if isinstance(v, Slice) and v.x is x and v.axis % x.rank == x.rank - 1]
+        start = 0 if x.shape == y.shape else min((n for n in channel_slices if isinstance(n, int)), default=-1)
+        if not 0 <= start <= _static(x.shape[-1]) - _static(y.shape[-1]):
+            return None
         try:
-            near = self._probe(x, y, axes[0], NEAR)
+            near = self._probe(x, y, axes[0], start, NEAR)
         except IRError as error:
             self.reason = f"its factors cannot be evaluated: {error}"
             return None
@@ -223,25 +236,28 @@ class _Finder:
         interleaved, cos, sin = near
         at = NEAR
         try:
-            far = self._probe(x, y, axes[0], FAR)
+            far = self._probe(x, y, axes[0], start, FAR)
             if far is None or far[0] != interleaved or far[1].shape[1] != cos.shape[1]:
                 self.reason = "it turns other channels at far positions"
                 return None
             at, cos, sin = (*NEAR, *FAR), np.concatenate([cos, far[1]]), np.concatenate([sin, far[2]])
         except IRError:
             pass  # a table of fewer positions than the farthest one probed
-        return _Map(x, y, axes[0], interleaved, cos, sin, at, factors, frozenset((*nodes, y)))
+        return _Map(x, y, axes[0], start, interleaved, cos, sin, at, factors, frozenset((*nodes, y)))
 
-    def _probe(self, x: Value, y: Op, token: int, at: tuple[int, ...]) -> tuple[bool, Array, Array] | None:
+    def _probe(self, x: Value, y: Op, token: int, start: int, at: tuple[int, ...]) -> tuple[bool, Array, Array] | None:
         """Whether channels pair up interleaved, and cosines and sines [positions, pairs]; None if y is no rotation."""
         count = len(at)
-        shape = tuple(count if isinstance(dim, Dim) else dim for dim in x.shape)
+        shape = tuple(count if isinstance(dim, Dim) else dim for dim in y.shape)
         channels = shape[-1]
+        wide = (*_without(shape, token)[:-1], _static(x.shape[-1]))
+        noise = np.random.default_rng(1).standard_normal((count, *wide))
 
         def apply(value: Array) -> Array:
             """y [positions, heads, channels] for an x that is `value` or broadcasts from it."""
-            full = np.moveaxis(np.broadcast_to(value, (count, *_without(shape, token))), 0, token)
-            result = self.probe.evaluate([y], count, at, {x: full})[0]
+            full = noise.copy()
+            full[..., start : start + channels] = value
+            result = self.probe.evaluate([y], count, at, {x: np.moveaxis(full, 0, token)}, stand_ins=True)[0]
             return np.moveaxis(result, token, 0).reshape(count, -1, channels)
 
         unit = apply(np.eye(channels)[0])
@@ -276,6 +292,19 @@ class _Finder:
         return interleaved, cos, sin
 
 
+def _holds_channels(x: Value, y: Value) -> bool:
+    """Whether x has y's type, or more channels."""
+    if x.type == y.type:
+        return True
+    a, b = x.shape[-1], y.shape[-1]
+    return x.dtype == y.dtype and x.shape[:-1] == y.shape[:-1] and isinstance(a, int) and isinstance(b, int) and a > b
+
+
+def _static(dim: int | Dim) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], *shape[axis + 1 :])
 
@@ -303,6 +332,8 @@ class _Angles:
 
     def _by_frequency(self, found: _Map) -> Value | None:
         """Position times frequency: the angle at position 1 is the frequency (below pi, as in every known scheme)."""
+        if any(WEIGHTS in self.probe.sources[factor] for factor in found.factors):
+            return None
         at = np.asarray(found.at, np.float64)[:, None]
         scale = float(np.hypot(found.cos[1, 0], found.sin[1, 0]))
         frequencies = np.arctan2(found.sin[1], found.cos[1])
@@ -320,32 +351,36 @@ class _Angles:
 
     def _from_table(self, found: _Map) -> Value | None:
         """Rows of a compile-time table by position: the table's columns put in order, looked up once a step."""
-        for gather in self._gathers(found.factors):
-            rows, index = self.probe.evaluate([gather, gather.indices], len(found.at), found.at)
-            if index.reshape(-1).tolist() != list(found.at):
+        for lookup in self._lookups(found.factors):
+            columns = lookup.x.shape[-1]
+            rows, table = self.probe.evaluate([lookup, lookup.x], len(found.at), found.at, stand_ins=True)
+            table = table.reshape(table.shape[-2:])
+            rows = rows.reshape(len(found.at), -1)
+            if rows.shape[1] != columns or not np.array_equal(rows, table[list(found.at)]):
                 continue
-            flat = rows.reshape(len(found.at), -1)
-            columns = [_columns(flat, wanted) for wanted in (found.cos, found.sin)]
-            cos, sin = columns
+            cos, sin = (_columns(rows, wanted) for wanted in (found.cos, found.sin))
             if cos is None or sin is None:
                 continue
-            table: Value = gather.x
-            parts = [Slice(table, 1, c.start, c.stop, c.step) for c in (cos, sin)]
+            flat = lookup.x if lookup.x.rank == 2 else Reshape(lookup.x, lookup.x.shape[-2:])
+            parts = [Slice(flat, 1, c.start, c.stop, c.step) for c in (cos, sin)]
             packed = Embed(Concat(tuple(parts), 1), self.positions, "f32")
             return self._keep(found, Reshape(packed, (self.size, 2, found.pairs)))
         return None
 
-    def _gathers(self, roots: tuple[Value, ...]) -> list[Gather]:
+    def _lookups(self, roots: tuple[Value, ...]) -> list[Gather | GatherElements]:
+        """Lookups in compile-time tables [..., rows, columns] among what the roots need."""
         seen: set[Value] = set()
         stack = list(roots)
-        found = []
+        found: list[Gather | GatherElements] = []
         while stack:
             value = stack.pop()
             if value in seen or not isinstance(value, Op):
                 continue
             seen.add(value)
             stack.extend(value.operands)
-            if isinstance(value, Gather) and value.x.rank == 2 and value.axis == 0 and self.probe.is_constant(value.x):
+            if not isinstance(value, (Gather, GatherElements)) or not self.probe.is_constant(value.x):
+                continue
+            if value.x.rank >= 2 and product(value.x.shape[:-2]) == 1 and value.axis % value.x.rank == value.x.rank - 2:
                 found.append(value)
         return found
 
@@ -365,7 +400,7 @@ class _Angles:
         before = product(factor.shape[: axes[0]]) if len(axes) == 1 else 0
         if before != 1 or not isinstance(channels, int) or product(factor.shape) != self.size * channels:
             return None
-        flat = self.probe.evaluate([factor], len(at), at)[0].reshape(len(at), channels)
+        flat = self.probe.evaluate([factor], len(at), at, stand_ins=True)[0].reshape(len(at), channels)
         for negate in (False, True):
             columns = _columns(flat, -wanted if negate else wanted)
             if columns is not None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, symbols_of
-from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.types import Array, Tensor, numpy_dtype, precise
 from llmc.errors import IRError
 
 WEIGHTS = "@"  # stands for all params among the sources of a value
@@ -67,10 +69,12 @@ class Probe:
         positions: Sequence[int] | None = None,
         known: Mapping[Value, Array] | None = None,
         exact: bool = True,
+        stand_ins: bool = False,
     ) -> list[Array]:
         """The roots for `size` tokens at `positions` (default 0, 1, ...), some values given; f64 when `exact`.
 
-        IRError when they need weights or token ids, or index beyond a table.
+        Weights are random (`stand_ins`) or read (see `reading`). IRError when the roots need weights that nobody reads,
+        or need token ids, or index beyond a table.
         """
         at = np.arange(size) if positions is None else np.asarray(positions)
         given: dict[Value, Array] = dict(known or {})
@@ -78,12 +82,29 @@ class Probe:
             given[self.positions] = at.reshape(1, size)
         names = [] if self.size is None else [symbol.name for symbol in self.size.symbols()]
         binding = dict.fromkeys(names, size)
-        if exact:
-            with precise():
-                found = evaluate_values(list(roots), given, _no_weights, binding)
-        else:
-            found = evaluate_values(list(roots), given, _no_weights, binding)
+        load = self._stand_in if stand_ins else (_reader.get() or _no_weights)
+        with precise() if exact else contextlib.nullcontext():
+            found = evaluate_values(list(roots), given, load, binding)
         return [np.asarray(found[str(i)]) for i in range(len(roots))]
+
+    def _stand_in(self, name: str) -> Array:
+        """Random values for a weight: what holds for them holds for any."""
+        kind = next(param.tensor for param in self.graph.params if param.name == name)
+        shape = tuple(int(str(dim)) for dim in kind.shape)
+        return np.random.default_rng(list(name.encode())).standard_normal(shape).astype(numpy_dtype(kind.dtype))
+
+
+_reader: contextvars.ContextVar[LoadParam | None] = contextvars.ContextVar("reader", default=None)
+
+
+@contextlib.contextmanager
+def reading(load: LoadParam) -> Iterator[None]:
+    """Inside this block recognisers may read weights that a mask is made of (a model's buffers, small and few)."""
+    token = _reader.set(load)
+    try:
+        yield
+    finally:
+        _reader.reset(token)
 
 
 def _no_weights(name: str) -> Array:
