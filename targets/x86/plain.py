@@ -513,6 +513,13 @@ def _attribute(value: object) -> Param:
     return value
 
 
+def used_symbols(op: Op) -> tuple[int | Dim, ...]:
+    """The symbols that a plain kernel of this op takes as sizes, in order."""
+    from llmc.compiler.ir.dims import symbol
+
+    return tuple(symbol(name) for name in _used_symbols(op))
+
+
 def _used_symbols(op: Op) -> list[str]:
     found = set()
     for value in (op, *op.operands):
@@ -542,13 +549,11 @@ def plain_kernel(op: Op, machine: Machine) -> Kernel:
 
 def plain_rule(op: Op, context: Context) -> Lowered | str:
     """One call of the op's plain kernel over all result elements."""
-    from llmc.compiler.ir.dims import symbol
-
     if any(value.tensor.encoding is not None for value in (op, *op.operands)):
         return "plain kernels read no encoded tensors"
     operands: tuple[Value, ...] = op.operands
-    sizes = tuple(symbol(name) for name in _used_symbols(op))
-    call = Call(plain_kernel(op, context.machine), (*operands, "result", *sizes), product(op.shape), grain=256)
+    arguments = (*operands, "result", *used_symbols(op))
+    call = Call(plain_kernel(op, context.machine), arguments, product(op.shape), grain=256)
     return Lowered((call,), reason="one element at a time")
 
 

@@ -7,7 +7,7 @@ from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivat
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Packed, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86 import attention_rules  # noqa: F401  (registers its rules)
+from llmc.targets.x86 import attention_rules, embedding_rules  # noqa: F401  (registers their rules)
 from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
