@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmc.compiler.ir.dims import concrete
+from llmc.compiler.ir.dims import Dim, concrete
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate
@@ -185,12 +185,13 @@ def vocabulary_of(graph: Graph, name: str = "ids") -> int:
     for op in graph.ops:
         if isinstance(op, Cast) and op.x in reached:
             reached.add(op)
-        table, ids = (op.table, op.ids) if isinstance(op, Embed) else (None, None)
-        if isinstance(op, Gather) and op.axis == 0:
-            table, ids = op.x, op.indices
-        if table is not None and ids in reached:
-            rows = table.shape[0]
-            bound = min(bound, rows) if isinstance(rows, int) else bound
+        rows: int | Dim | None = None
+        if isinstance(op, Embed) and op.ids in reached:
+            rows = op.table.shape[0]
+        elif isinstance(op, Gather) and op.indices in reached:
+            rows = op.x.shape[op.axis]
+        if isinstance(rows, int):
+            bound = min(bound, rows)
     return bound
 
 
@@ -245,5 +246,6 @@ def _random_input(graph: Graph, value: Input, rng: np.random.Generator, binding:
 
 
 def is_token_graph(graph: Graph) -> bool:
-    """Whether a graph takes token ids, so that a scenario can be rendered for it at any stage."""
-    return any(value.name == "ids" and not isinstance(value.type, KV) for value in graph.inputs)
+    """Whether a graph takes token ids and nothing that a scenario cannot render."""
+    names = {value.name for value in graph.inputs if not isinstance(value.type, KV)}
+    return "ids" in names and names <= set(_KNOWN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from llmc.compiler import passes as _registered  # noqa: F401
@@ -43,8 +44,9 @@ def graph_of(*outputs: Value) -> Graph:
     return Graph("g", ordered, tuple((f"out{i}", value) for i, value in enumerate(outputs)))
 
 
+@functools.cache
 def x(*shape: object, name: str = "x", dtype: str = "f32") -> Input:
-    """An input; [1, S, 6] unless a shape is given."""
+    """An input, the same one for the same arguments; [1, S, 6] unless a shape is given."""
     return Input(name, Tensor(tuple(shape) or (1, S, 6), dtype))  # type: ignore[arg-type]
 
 

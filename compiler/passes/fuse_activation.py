@@ -8,6 +8,7 @@ or erf as a polynomial in x.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmc.compiler.ir.elementwise import Activation, Add, Div, Erf, Mul, Neg, Pow, Relu, Sigmoid, Sub, Tanh
@@ -81,23 +82,33 @@ def _alike(a: Polynomial, b: Polynomial) -> bool:
     return all(abs(a.get(p, 0.0) - b.get(p, 0.0)) <= _TOLERANCE * max(abs(b.get(p, 0.0)), 1e-4) for p in {*a, *b})
 
 
-def factors(value: Value, depth: int = 4) -> tuple[float, list[Value]]:
-    """A product as a coefficient and the values that are multiplied."""
+def factors(value: Value, whole: Value | None = None, depth: int = 4) -> tuple[float, list[Value]]:
+    """A product as a coefficient and the values that are multiplied, `whole` not taken apart."""
+    if value is whole:
+        return 1.0, [value]
     constant = number_of(value)
     if constant is not None:
         return float(constant), []
     if depth and isinstance(value, Neg):
-        coefficient, leaves = factors(value.x, depth - 1)
+        coefficient, leaves = factors(value.x, whole, depth - 1)
         return -coefficient, leaves
     if depth and isinstance(value, Div):
         divisor = number_of(value.b)
         if divisor:
-            coefficient, leaves = factors(value.a, depth - 1)
+            coefficient, leaves = factors(value.a, whole, depth - 1)
             return coefficient / float(divisor), leaves
     if depth and isinstance(value, Mul):
-        (c, a), (d, b) = factors(value.a, depth - 1), factors(value.b, depth - 1)
+        (c, a), (d, b) = factors(value.a, whole, depth - 1), factors(value.b, whole, depth - 1)
         return c * d, a + b
     return 1.0, [value]
+
+
+def _partial_products(value: Value, depth: int = 4) -> Iterator[Value]:
+    """The values that a product is built from, whole parts before their own factors."""
+    if depth and isinstance(value, (Mul, Div, Neg)):
+        for operand in value.operands:
+            yield operand
+            yield from _partial_products(operand, depth - 1)
 
 
 def _gate(value: Value) -> tuple[Op, float] | None:
@@ -142,24 +153,32 @@ class FuseActivation(Pass, name="fuse-activation"):
 
     def _gated(self, op: Mul, report: Report) -> Value | None:
         coefficient, leaves = factors(op)
-        for index, leaf in enumerate(leaves):
-            found = _gate(leaf)
-            if found is None:
-                continue
-            inner, scale = found
-            others = leaves[:index] + leaves[index + 1 :]
-            if len(others) != 1 or others[0].shape != op.shape:
-                continue
-            x = others[0]
-            argument = polynomial(inner.operands[0], x)
-            if argument is None:
-                continue
-            for kind, gate, expected in _GATES:
-                if isinstance(inner, gate) and _alike(argument, expected):
-                    report.hit(kind)
-                    return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
-            report.refuse(op, f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation")
+        if len(leaves) == 1 and isinstance(leaves[0], Activation) and not isinstance(op.a, Activation):
+            # c * (d * activation(x)), of which one factor was the activation's own.
+            return _scaled(leaves[0], coefficient)
+        gates = [found for leaf in leaves if (found := _gate(leaf)) is not None]
+        if not gates:
             return None
+        near_miss = ""
+        # x may be a product itself, such as a scaled one: it is tried whole before its factors are.
+        for x in dict.fromkeys(_partial_products(op)):
+            if x.shape != op.shape or number_of(x) is not None:
+                continue
+            for inner, scale in gates:
+                coefficient, leaves = factors(op, x)
+                rest = [leaf for leaf in leaves if leaf is not x]
+                if len(leaves) != 2 or len(rest) != 1 or _gate(rest[0]) != (inner, scale):
+                    continue
+                argument = polynomial(inner.operands[0], x)
+                if argument is None:
+                    continue
+                for kind, gate, expected in _GATES:
+                    if isinstance(inner, gate) and _alike(argument, expected):
+                        report.hit(kind)
+                        return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
+                near_miss = f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation"
+        if near_miss:
+            report.refuse(op, near_miss)
         return None
 
 

@@ -100,5 +100,5 @@ class FuseLinear(Pass, name="fuse-linear"):
             report.refuse(op, "the product is also used without its bias")
             return None
         report.hit("bias")
-        biased = linear.replace(bias=uncast(vector))
+        biased = linear.replace(bias=vector)
         return Reshape(biased, op.shape) if reshaped else biased

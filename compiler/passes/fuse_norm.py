@@ -123,10 +123,10 @@ class FuseNorm(Pass, name="fuse-norm"):
             return None
         if isinstance(norm, LayerNorm):
             report.hit("weight")
-            return norm.replace(w=uncast(vector))
+            return norm.replace(w=vector)
         vector, offset = _split_offset(vector)
         report.hit("weight" if offset == 0 else "weight-with-offset")
-        return norm.replace(w=uncast(vector), offset=offset)
+        return norm.replace(w=vector, offset=offset)
 
     def _shifted(self, op: Add, norm: LayerNorm, bias: Value, uses: Uses, report: Report) -> Value | None:
         if norm.b is not None or norm.shape != op.shape:
@@ -135,7 +135,7 @@ class FuseNorm(Pass, name="fuse-norm"):
         if vector is None:
             return None
         report.hit("bias")
-        return norm.replace(b=uncast(vector))
+        return norm.replace(b=vector)
 
     def _cast_back(self, op: Cast, norm: RMSNorm | LayerNorm) -> Value | None:
         """A norm of widened rows, cast back: the norm is accumulated in f32 anyway."""
