@@ -1,0 +1,262 @@
+"""Checkpoints: every way of storing the same weights gives the same model; a damaged one gives one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_models import lifted_logits, lifted_tiny, load_reference, random_ids, reference_logits, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf import lift
+from llmc.frontends.hf.weights import RandomWeights, SafetensorsFile
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rewritten(family: str, directory: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a tiny model with other tensors in its checkpoint."""
+    shutil.copytree(tiny(family), directory)
+    tensors = change(load_file(directory / "model.safetensors"))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def same_as(family: str, directory: Path) -> bool:
+    lifted = lift(directory)
+    ids = random_ids(lifted.vocab_size, 5)
+    return np.array_equal(lifted_logits(lifted, ids), lifted_logits(lifted_tiny(family), ids))
+
+
+def refusal(directory: Path) -> str:
+    """The one line that lifting the directory fails with."""
+    with pytest.raises(FrontendError) as caught:
+        lift(directory)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 800
+    return message
+
+
+# The same weights, stored otherwise.
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    load_reference(tmp_path).save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert same_as("llama", tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torch_files_are_read_without_running_them(sharded: bool, tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if sharded:
+        names = list(tensors)
+        parts = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
+        index = {name: file for file, some in parts.items() for name in some}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+        for file, some in parts.items():
+            torch.save({name: tensors[name] for name in some}, tmp_path / file)
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert same_as("llama", tmp_path)
+
+
+class _Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_a_torch_file_with_code_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": _Exploit()}, tmp_path / "pytorch_model.bin")
+    assert "weights-only" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_kept_and_computed_in_f32(dtype: str, tmp_path: Path) -> None:
+    directory = make_tiny("llama", tmp_path, dtype=dtype)
+    lifted = lift(directory)
+    assert {param.dtype for param in lifted.graph.params} == {{"bfloat16": "bf16", "float16": "f16"}[dtype]}
+    ids = random_ids(lifted.vocab_size, 9)
+    want = reference_logits(load_reference(directory), ids)
+    np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=1e-4)
+
+
+def test_the_prefix_of_the_base_model_may_be_missing(tmp_path: Path) -> None:
+    directory = rewritten("gpt2", tmp_path / "m", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()})
+    assert same_as("gpt2", directory)
+
+
+def test_either_of_two_tied_weights_will_do(tmp_path: Path) -> None:
+    def moved(tensors: Tensors) -> Tensors:
+        return {k.replace("model.embed_tokens", "lm_head"): v for k, v in tensors.items()}
+
+    assert same_as("qwen2_tied", rewritten("qwen2_tied", tmp_path / "m", moved))
+
+
+def test_stored_constants_of_older_versions_are_no_weights(tmp_path: Path) -> None:
+    def older(tensors: Tensors) -> Tensors:
+        frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(2)}
+        return tensors | frequencies
+
+    assert same_as("llama", rewritten("llama", tmp_path / "m", older))
+
+
+def test_experts_stored_one_by_one_become_one_weight(tmp_path: Path) -> None:
+    """transformers saves them apart and holds them together; so must we."""
+    names = list(load_file(tiny("mixtral") / "model.safetensors"))
+    assert any("experts.4." in name for name in names)
+    lifted = lifted_tiny("mixtral")
+    assert lifted.weights.shape("model.layers.0.mlp.experts.down_proj") == (5, 64, 96)
+    ids = random_ids(lifted.vocab_size, 5)
+    want = reference_logits(load_reference(tiny("mixtral")), ids)
+    np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=1e-4)
+
+
+# Weights that do not fit.
+
+
+def _drop(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "missing": (_drop("model.norm.weight"), "missing: model.norm.weight"),
+    "shape": (lambda t: t | {"model.norm.weight": torch.ones(65)}, r"model.norm.weight is [65], the config wants [64]"),
+    "unexpected": (lambda t: t | {"model.norm.bias": torch.ones(64)}, "unexpected: model.norm.bias"),
+    "integers": (lambda t: t | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "holds i8, not floats"),
+    "many": (lambda t: {"model.norm.weight": torch.ones(64)}, "more"),
+}
+
+
+@pytest.mark.parametrize("fault", MISFITS)
+def test_weights_that_do_not_fit_are_listed(fault: str, tmp_path: Path) -> None:
+    change, expected = MISFITS[fault]
+    assert expected in refusal(rewritten("llama", tmp_path / "m", change))
+
+
+# Headers that lie.
+
+
+def header_file(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}}
+
+
+LIES: dict[str, tuple[object, str]] = {
+    "not json": (b"{not json", "not valid JSON"),
+    "not utf-8": (b"\xff\xfe", "not valid JSON"),
+    "a list": ([], "JSON object"),
+    "deep": (b"[" * 100_000, "not valid JSON"),
+    "twice": (b'{"w": {}, "w": {}}', "twice"),
+    "no entry": ({"w": 3}, "'w'"),
+    "dtype": (entry(dtype="F4"), "dtype 'F4'"),
+    "dtype of another kind": (entry(dtype=["F32"]), "'w'"),
+    "negative shape": (entry(shape=[-2, -3]), "shape"),
+    "shape of text": (entry(shape="23"), "shape"),
+    "shape of truths": (entry(shape=[True, 6]), "shape"),
+    "huge shape": (entry(shape=[1 << 40, 1 << 40]), "needs"),
+    "wrong product": (entry(shape=[2, 4]), "needs 32"),
+    "beyond the file": (entry(data_offsets=[8, 32]), "outside the file"),
+    "backwards": (entry(data_offsets=[24, 0]), "outside the file"),
+    "one offset": (entry(data_offsets=[0]), "data_offsets"),
+    "overlap": ({**entry(), "v": {"dtype": "F32", "shape": [1], "data_offsets": [20, 24]}}, "overlaps"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lying_headers_are_refused(lie: str, tmp_path: Path) -> None:
+    header, expected = LIES[lie]
+    path = header_file(tmp_path / "model.safetensors", header, bytes(24))
+    with pytest.raises(FrontendError, match=r"model\.safetensors") as caught:
+        SafetensorsFile(path)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, 1 << 40, (1 << 64) - 1])
+def test_a_header_of_the_wrong_length_is_refused(length: int, tmp_path: Path) -> None:
+    with pytest.raises(FrontendError):
+        SafetensorsFile(header_file(tmp_path / "model.safetensors", entry(), bytes(24), length))
+
+
+def test_any_truncation_is_refused(tmp_path: Path) -> None:
+    whole = (tiny("llama") / "model.safetensors").read_bytes()
+    path = tmp_path / "model.safetensors"
+    for size in (0, 7, 8, 9, 500, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(FrontendError):
+            SafetensorsFile(path)
+
+
+@given(position=st.integers(0, 3000), value=st.integers(0, 255))
+def test_a_changed_byte_never_crashes(position: int, value: int) -> None:
+    """A header with one byte changed reads as some header, or is refused: no other error, nothing outside the file."""
+    import tempfile
+
+    whole = bytearray((tiny("llama") / "model.safetensors").read_bytes())
+    whole[position % len(whole)] = value
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(whole)
+        file.flush()
+        try:
+            source = SafetensorsFile(Path(file.name))
+            for name in source.names:
+                assert source.load(name).shape == source.shape(name)
+        except FrontendError:
+            pass
+
+
+def test_an_index_cannot_reach_outside(tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    (tmp_path / "m/model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside its directory" in refusal(tmp_path / "m")
+
+
+def test_an_index_that_lists_too_much_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    names = [*load_file(tmp_path / "a.safetensors"), "model.ghost"]
+    index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.ghost" in refusal(tmp_path)
+
+
+# Random weights.
+
+
+def test_random_weights_need_no_checkpoint(tmp_path: Path) -> None:
+    shutil.copy(tiny("llama") / "config.json", tmp_path)
+    one, same, other = (lift(tmp_path, weights="random", seed=seed) for seed in (1, 1, 2))
+    ids = random_ids(one.vocab_size, 4)
+    np.testing.assert_array_equal(lifted_logits(one, ids), lifted_logits(same, ids))
+    assert np.abs(lifted_logits(one, ids) - lifted_logits(other, ids)).max() > 0
+
+
+def test_random_weights_are_normal_and_differ_by_name() -> None:
+    source = RandomWeights({"a": (2048, 1536), "b": (2048, 1536), "norm.weight": (7,), "x.bias": (7,)}, "bf16")
+    a, b = (source.load(name).astype(np.float32) for name in ("a", "b"))
+    assert abs(a.std() - 0.02) < 1e-4 and abs(a.mean()) < 1e-4
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.01
+    assert (source.load("norm.weight") == 1).all() and (source.load("x.bias") == 0).all()
