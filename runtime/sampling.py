@@ -115,7 +115,9 @@ def keep_min_p(logits: Logits, min_p: float) -> int:
 
 def exponentials(logits: Logits, out: Logits) -> Logits:
     """exp(logits - largest), in `out`."""
-    return np.exp(np.subtract(logits, logits.max(), out=out), out=out)
+    np.subtract(logits, logits.max(), out=out)
+    np.exp(out, out=out)
+    return out
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:

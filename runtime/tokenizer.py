@@ -73,9 +73,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, context: Ids[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window = list(context[-_CONTEXT:])
+        # A window that starts within a character decodes to something else: one of four starts does not.
+        for size in (_CONTEXT + 1, _CONTEXT + 2, _CONTEXT + 3, _CONTEXT):
+            self._window = list(context[-size:])
+            self._text = tokenizer.decode(self._window) if self._window else ""
+            if _REPLACEMENT not in self._text:
+                break
         self._known = len(self._window)  # tokens of the window whose text has come out
-        self._text = tokenizer.decode(self._window) if self._window else ""
 
     def add(self, token: int) -> str:
         """The text that is certain now: empty while a character is not complete."""

@@ -200,8 +200,19 @@ def byte_tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def write(path: Path, source: str = STEP, tokenizer: bytes | None = None, **changes: object) -> Path:
-    """Writes the fake artifact."""
+_DEFAULT = object()
+
+
+def write(
+    path: Path,
+    source: str = STEP,
+    tokenizer: bytes | None = None,
+    tokenizer_facts: object = _DEFAULT,
+    **changes: object,
+) -> Path:
+    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest."""
+    if tokenizer_facts is not _DEFAULT:
+        changes["tokenizer"] = tokenizer_facts
     with ArtifactWriter(path, library(source)) as writer:
         writer.begin_weights()
         writer.append(weights())
