@@ -16,7 +16,7 @@ from llmc.errors import CompileError, IRError
 
 # Recognisers replace constants that sources print with seven digits, such as sqrt(2 / pi), by the exact ones; anything
 # else differs by f64 rounding only. Relative to the largest value of an output.
-TOLERANCE = 1e-6
+TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True)
