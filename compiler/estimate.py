@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmc.compiler.encodings import storage_bytes
 from llmc.compiler.ir.dims import concrete, product
-from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.elementwise import Binary, Cast, Where
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import (
@@ -26,7 +26,7 @@ from llmc.compiler.ir.llm import (
     Rope,
 )
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import KV, Tensor, itemsize
 from llmc.compiler.passes.schemes import find_head
 from llmc.errors import IRError
@@ -36,9 +36,22 @@ LIBRARY_BYTES = 1 << 20  # kernels, driver, manifest and tokenizer: 0.3 to 3 MiB
 
 # Ops whose result lies in their operand's memory.
 _VIEWS = (Reshape, Slice, Broadcast)
-# Ops between a projection and the attention that it serves.
-_CARRIERS = (Reshape, Slice, Transpose, Broadcast, Concat, Cast, Rope, RMSNorm, LayerNorm, Gather)
-_ATTENTION = (Attention, PagedAttention, KVAppend)
+# Ops between a projection and the attention that it serves: norms of queries, rotations, clamps, masks.
+_CARRIERS = (
+    Reshape,
+    Slice,
+    Transpose,
+    Broadcast,
+    Concat,
+    Cast,
+    Rope,
+    RMSNorm,
+    LayerNorm,
+    Gather,
+    Binary,
+    Softmax,
+    Where,
+)
 
 
 @dataclass(frozen=True)
@@ -149,18 +162,34 @@ def _group(op: Op, value: Value, head: Linear | None, attention: frozenset[Op]) 
 
 
 def _attention_linears(graph: Graph) -> frozenset[Op]:
-    """Linears whose result attention reads, or which read attention's result."""
+    """Linears whose result attention reads, or which read attention's result.
+
+    Where no attention was recognised, a product of two values that are computed at run time stands for it.
+    """
     found: set[Op] = set()
     for op in graph.ops:
-        if isinstance(op, _ATTENTION):
+        if _is_attention(op, graph):
             found |= _linears_behind([operand for operand in op.operands if operand not in graph.constants])
         if isinstance(op, Linear):
             value: Value = op.x
             while isinstance(value, (Reshape, Transpose, Cast)):
                 value = value.x
-            if isinstance(value, (Attention, PagedAttention)):
+            if isinstance(value, Op) and _is_attention(value, graph):
                 found.add(op)
     return frozenset(found)
+
+
+def _is_attention(op: Op, graph: Graph) -> bool:
+    if isinstance(op, Matmul):
+        # A gathered operand is the weight of an expert.
+        return not any(operand in graph.constants or _is_gathered(operand) for operand in op.operands)
+    return isinstance(op, (Attention, PagedAttention, KVAppend))
+
+
+def _is_gathered(value: Value) -> bool:
+    while isinstance(value, (Reshape, Transpose, Cast)):
+        value = value.x
+    return isinstance(value, Gather)
 
 
 def _linears_behind(values: list[Value]) -> set[Op]:

@@ -130,6 +130,27 @@ def test_attention_without_a_cache_counts_as_f16() -> None:
     assert estimate(graph, context=64).cache_per_token == 2 * (16 + 16) * 2
 
 
+def test_attention_that_was_not_recognised_still_counts_as_attention() -> None:
+    graph = parse("""
+    graph @main {S in [2, 64]} (%x: tensor<[S, 16], f32>) {
+      @q: tensor<[16, 16], f32>
+      @o: tensor<[16, 16], f32>
+      @up: tensor<[48, 16], f32>
+      %0 = llm.linear(%x, @q, none, none) : tensor<[S, 16], f32>
+      %1 = t.transpose(%0) {permutation = [1, 0]} : tensor<[16, S], f32>
+      %2 = t.matmul(%0, %1) : tensor<[S, S], f32>
+      %3 = t.softmax(%2) {axis = 1} : tensor<[S, S], f32>
+      %4 = t.matmul(%3, %0) : tensor<[S, 16], f32>
+      %5 = llm.linear(%4, @o, none, none) : tensor<[S, 16], f32>
+      %6 = llm.linear(%5, @up, none, none) : tensor<[S, 48], f32>
+      return a = %6
+    }
+    """)
+    found = estimate(graph, context=64)
+    assert found.weights["attention"] == 2 * 4 * 16 * 16
+    assert found.weights["mlp"] == 4 * 16 * 48
+
+
 def test_a_symbolic_weight_is_an_error() -> None:
     graph = parse("""
     graph @main {S in [2, 64]} (%x: tensor<[S], f32>) {

@@ -231,8 +231,37 @@ def test_a_weight_computed_at_run_time_is_reported() -> None:
     assert after is graph
     assert {reason for _, reason in report.refusals} == {
         "its weight is computed at run time",
-        "not recognised as llm.linear: its weight stays f32",
+        "not read by llm.linear or llm.embed: its weight stays f32",
     }
+
+
+def test_tables_that_tokens_do_not_index_stay_as_they_are() -> None:
+    graph = parse("""
+    graph @main {T in [1, 64]} (%ids: tensor<[T], i32>, %positions: tensor<[T], i32>, %x: tensor<[T, 5], f32>) {
+      @tokens: tensor<[19, 33], f32>
+      @places: tensor<[64, 33], f32>
+      @experts: tensor<[5, 33], f32>
+      @big: tensor<[5, 7, 33], bf16>
+      %0 = t.cast(%ids) {to = "i64"} : tensor<[T], i64>
+      %1 = llm.embed(@tokens, %0) : tensor<[T, 33], f32>
+      %2 = llm.embed(@places, %positions) : tensor<[T, 33], f32>
+      %3 = t.argmax(%x) {axis = 1} : tensor<[T], i64>
+      %4 = llm.embed(@experts, %3) : tensor<[T, 33], f32>
+      %5 = t.gather(@big, %3) : tensor<[T, 7, 33], bf16>
+      return a = %1, b = %2, c = %4, d = %5
+    }
+    """)
+    after, report = quantize(graph, QuantizeWeights())
+    assert weights(after) == {
+        "embedding tokens": "q8g64",
+        "embedding places": "f32",
+        "embedding experts": "f32",
+    }
+    assert report.hits == {"embedding q8g64": 1, "table left as it is": 2}
+    [(what, reason)] = report.refusals
+    assert "big" in what and "stays bf16" in reason
+    overridden, _ = quantize(graph, QuantizeWeights(overrides="places=int8"))
+    assert weights(overridden)["embedding places"] == "q8g64"
 
 
 def test_quantizing_twice_is_reported() -> None:

@@ -91,22 +91,24 @@ def _obstacle(linear: Linear, uses: Uses) -> str:
 
 
 def _with_residual(op: Add, graph: Graph, uses: Uses, report: Report) -> Value | None:
+    refusals: list[tuple[Linear, str]] = []
     # The right operand first: in `x + f(x)` it is the younger one, and of two linears the one to carry the sum.
     for linear, other in ((op.b, op.a), (op.a, op.b)):
         if not isinstance(linear, Linear) or other in graph.constants:
             continue
+        chained = None
         if other.shape != linear.shape:
-            report.refuse(describe(linear, linear.w), f"residual not fused: it is {other.type} and broadcasts")
-            continue
-        if uses(linear) > 1 or linear is other:
-            report.refuse(describe(linear, linear.w), "residual not fused: the result without it is used too")
-            continue
-        chained = _chain(linear, other, uses)
-        if chained is None:
-            report.refuse(describe(linear, linear.w), "residual not fused: another is added already")
-            continue
-        report.hit("residual")
-        return chained
+            refusals.append((linear, f"it is {other.type} and broadcasts"))
+        elif uses(linear) > 1 or linear is other:
+            refusals.append((linear, "the result without it is used too"))
+        else:
+            chained = _chain(linear, other, uses)
+            refusals.append((linear, "another is added already"))
+        if chained is not None:
+            report.hit("residual")
+            return chained
+    for linear, reason in refusals:
+        report.refuse(describe(linear, linear.w), f"residual not fused: {reason}")
     return None
 
 

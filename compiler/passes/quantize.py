@@ -1,8 +1,9 @@
 """Round weights: each linear op and embedding table gets the precision that its scheme says.
 
 int4 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16 and f16
-cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights and
-biases stay as they are: they are few, and their errors are not averaged out over an input dimension.
+cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights, biases
+and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out over
+an input dimension.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.llm import ACTIVATION_ROUNDINGS, Embed, GatedLinear, Linear, Quantize
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Matmul
 from llmc.compiler.ir.types import FLOATS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import uncast
-from llmc.compiler.passes.schemes import Overrides, Scheme, describe, find_head, param_names, scheme_of, weight_ops
+from llmc.compiler.passes.schemes import (
+    Overrides,
+    Scheme,
+    describe,
+    find_head,
+    looks_up_tokens,
+    param_names,
+    scheme_of,
+    weight_ops,
+)
 from llmc.errors import CompileError
 
 
@@ -74,16 +83,35 @@ class _Run:
     def run(self) -> Graph:
         self._check_overrides()
         for op in self.graph.ops:
-            if isinstance(op, Embed) and not self._refused(op, op.table):
-                self.tables[uncast(op.table)] = self._override(op.table) or self.embedding
-        for op in weight_ops(self.graph):
-            self._refused(op, op.w, note=True)
-        for op in self.graph.ops:
+            if op in self.graph.constants:
+                continue
             if isinstance(op, Embed):
-                self._refused(op, op.table, note=True)
-            if isinstance(op, Matmul) and op not in self.graph.constants and op.b in self.graph.constants:
-                self.report.refuse(describe(op, op.b), "not recognised as llm.linear: its weight stays f32")
+                self._plan_table(op)
+            elif isinstance(op, (Linear, GatedLinear)):
+                self._refused(op, op.w, note=True)
+            else:
+                self._note_unrecognised(op)
         return rewrite(self.graph, self._rule)
+
+    def _plan_table(self, op: Embed) -> None:
+        if self._refused(op, op.table, note=True):
+            return
+        scheme = self._override(op.table)
+        if scheme is None and looks_up_tokens(op, self.graph):
+            scheme = self.embedding
+        if scheme is None:
+            self.report.hit("table left as it is")
+        else:
+            self.tables[uncast(op.table)] = scheme
+
+    def _note_unrecognised(self, op: Op) -> None:
+        """Weights that no linear op or embedding reads: experts in a gather, a matmul that was not recognised."""
+        for value in op.operands:
+            if value in self.graph.constants and isinstance(value.type, Tensor) and value.type.dtype in FLOATS:
+                matrix = sum(dim != 1 for dim in value.shape) >= 2
+                if matrix and param_names(value) and value.type.encoding is None:
+                    reason = f"not read by llm.linear or llm.embed: its weight stays {value.dtype}"
+                    self.report.refuse(describe(op, value), reason)
 
     def _check_overrides(self) -> None:
         if not self.overrides.items:

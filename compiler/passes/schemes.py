@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from llmc.compiler.encodings import GroupQuantized
 from llmc.compiler.ir.elementwise import Activation, Add, Cast, Div, Mul, Tanh
 from llmc.compiler.ir.graph import Graph, topological
-from llmc.compiler.ir.llm import GatedLinear, Linear
-from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
+from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.errors import CompileError, IRError
@@ -100,6 +100,22 @@ def find_head(graph: Graph) -> Linear | None:
             return None
         value = inner[0]
     return value
+
+
+def looks_up_tokens(op: Embed, graph: Graph) -> bool:
+    """Whether the ids are the model's input `ids`, not positions or the choices of a router.
+
+    In a graph without an input of that name, any integers that no floats decide will do.
+    """
+    named = any(value.name == "ids" for value in graph.inputs)
+    pending: list[Value] = [op.ids]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Input) and (value.name == "ids" or not named):
+            return True
+        if isinstance(value, Op) and not _is_float(value):
+            pending.extend(operand for operand in value.operands if not _is_float(operand))
+    return False
 
 
 def _is_float(value: Value) -> bool:
