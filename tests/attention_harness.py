@@ -16,7 +16,7 @@ from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Mean, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import KV, Array, Tensor, numpy_dtype, precise
 
-S = symbol("S", 2)
+S = symbol("S", 2, 64)
 VOCABULARY, HEADS, KV_HEADS, DIM = 29, 4, 2, 8
 HIDDEN = HEADS * DIM
 LoadParam = Callable[[str], Array]

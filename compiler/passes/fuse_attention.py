@@ -271,11 +271,11 @@ class _Finder:
         found = self._search(value, by_head, heads, dim, scalable, shared)
         if found is None:
             raise Unrecognised(f"it is not clear which head of {value.type} is which")
-        if isinstance(found.source, Rope) and shared:
+        if isinstance(found.source, Rope) and shared and found.heads == heads:
             # Heads that are repeated and then rotated alike are rotated once.
             rope = found.source
             inner = self._search(rope.x, lambda x: np.swapaxes(x, 0, 1), heads, dim, scalable, shared)
-            if found.heads == heads and inner is not None and inner.heads < heads:
+            if inner is not None and inner.heads < heads:
                 return replace(inner, factor=found.factor * inner.factor, rope=rope)
         return found
 

@@ -72,7 +72,7 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
     bias = apply(0.0)
     mask = describe_mask(bias, np.asarray(positions), exact_shift)
     seen = bias > HIDDEN
-    one, hundred, huge = ((apply(value) - bias)[seen] for value in (1.0, 100.0, 1e9))
+    one, hundred, huge = (apply(value)[seen] - bias[seen] for value in (1.0, 100.0, 1e9))
     if one.size == 0 or np.ptp(one) > _TOLERANCE * np.abs(one).max() or one[0] == 0:
         raise Unrecognised("its scale differs from place to place")
     softcap = 0.0
@@ -84,10 +84,11 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
     expected = scale * random
     if softcap:
         expected = softcap * np.tanh(expected / softcap)
-    found = apply(random) - bias
-    if not np.allclose(found[seen], expected[seen], rtol=1e-9, atol=_TOLERANCE * max(1.0, abs(softcap))):
+    found = apply(random)
+    limit = _TOLERANCE * max(1.0, abs(softcap))
+    if not np.allclose(found[seen] - bias[seen], expected[seen], rtol=_TOLERANCE, atol=limit):
         raise Unrecognised("its scores are neither scaled nor capped by softcap * tanh(score / softcap)")
-    if (apply(random)[~seen] > HIDDEN).any():
+    if (found[~seen] > HIDDEN).any():
         raise Unrecognised("what it hides depends on the scores")
     return Scores(_snapped(scale), _snapped(softcap), mask)
 
@@ -182,11 +183,11 @@ def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], 
             continue
         seen.add(value)
         stack.extend(value.operands)
-        if isinstance(value, Constant):
-            array = value.value.array
-            if array.size == 1 and (value.dtype in INTEGERS or float(array.reshape(-1)[0]).is_integer()):
-                number = abs(float(array.reshape(-1)[0]))
-                integers.add(int(min(number, 1 << 40)))
+        if isinstance(value, Constant) and value.value.array.size == 1:
+            number = abs(float(value.value.array.reshape(-1)[0]))
+            # Whole floats from 1e4 on are what sources fill hidden scores with.
+            if value.dtype in INTEGERS or (number.is_integer() and number < -HIDDEN):
+                integers.add(int(number))
         if probe.is_positional(value):
             found.append(value)
     return found, integers
