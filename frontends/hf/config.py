@@ -17,24 +17,17 @@ if TYPE_CHECKING:
 _MOST_BYTES = 4 << 20
 _MOST_DEPTH = 24
 # No model comes near these; beyond them building would take hours or all memory, which is what a hostile file wants.
+_MOST_LAYERS, _MOST_HEADS, _MOST_WIDTH, _MOST_EXPERTS = 512, 8192, 1 << 20, 1 << 14
 _LIMITS = {
-    "num_hidden_layers": 1024,
-    "num_attention_heads": 8192,
-    "num_key_value_heads": 8192,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 23,
-    "vocab_size": 1 << 24,
-    "head_dim": 1 << 16,
-    "max_position_embeddings": 1 << 28,
-    "num_experts": 1 << 14,
-    "num_local_experts": 1 << 14,
-    "n_routed_experts": 1 << 14,
-    "num_layers": 1024,
-    "n_layer": 1024,
-    "n_layers": 1024,
-    "decoder_layers": 1024,
-    "num_encoder_layers": 1024,
-    "encoder_layers": 1024,
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers"), (1, _MOST_LAYERS)),
+    **dict.fromkeys(("num_encoder_layers", "encoder_layers"), (0, _MOST_LAYERS)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head"), (1, _MOST_HEADS)),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), (1, _MOST_WIDTH)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, _MOST_EXPERTS)),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), (1, 1 << 28)),
+    "intermediate_size": (1, 1 << 23),
+    "head_dim": (1, 1 << 16),
+    "vocab_size": (1, 1 << 24),
 }
 _MOST_INTEGER = 1 << 53
 
@@ -77,7 +70,7 @@ def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None
         for item in value:
             _check_numbers(item, path, name, depth + 1)
     elif isinstance(value, int) and abs(value) > _MOST_INTEGER:
-        raise FrontendError(f"{path}: {name} is {value:.3g}, which no setting can be")
+        raise FrontendError(f"{path}: {name} has {len(str(abs(value)))} digits, which no setting has")
 
 
 def check_config(data: Mapping[str, object], path: Path) -> None:

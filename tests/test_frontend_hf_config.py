@@ -1,0 +1,146 @@
+"""Directories and configs that cannot be compiled: one clear line, quickly, and nothing of theirs runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from hf_models import lifted_tiny, tiny
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf import lift
+
+SECONDS = 10  # far beyond what a refusal takes, far below what a hostile value could cost
+
+
+def refusal(source: str | Path, **options: object) -> str:
+    """The one line that lifting fails with, soon."""
+    started = time.perf_counter()
+    with pytest.raises(FrontendError) as caught:
+        lift(source, **options)  # type: ignore[arg-type]
+    assert time.perf_counter() - started < SECONDS
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+def with_config(directory: Path, **changes: object) -> Path:
+    """A copy of the tiny llama with settings changed; None removes one."""
+    shutil.copytree(tiny("llama"), directory, dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text())
+    config.update(changes)
+    kept = {key: value for key, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def nested(depth: int) -> object:
+    value: object = 1
+    for _ in range(depth):
+        value = {"x": value}
+    return value
+
+
+HOSTILE: dict[str, tuple[dict[str, object], str]] = {
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    "negative": ({"hidden_size": -64}, "hidden_size"),
+    "text": ({"hidden_size": "64"}, "hidden_size"),
+    "a fraction": ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+    "truth": ({"num_attention_heads": True}, "num_attention_heads"),
+    "a list": ({"vocab_size": [320]}, "vocab_size"),
+    "vocabulary": ({"vocab_size": 10**12}, "vocab_size"),
+    "digits": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    "zero heads": ({"num_attention_heads": 0}, "num_attention_heads"),
+    "heads that do not split": ({"num_key_value_heads": 3, "head_dim": 16}, ""),
+    "activation": ({"hidden_act": "os.system"}, "os.system"),
+    "rope": ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "nonsense"),
+    "deep": ({"extra": nested(60)}, "deep"),
+    "many": ({"layer_types": ["full_attention"] * 100_000}, "entries"),
+    "other model type": ({"model_type": "nonsense"}, "nonsense"),
+    "remote code": ({"model_type": "nonsense", "auto_map": {"AutoConfig": "evil.Config"}}, "remote code"),
+    "no model type": ({"model_type": None}, "model_type"),
+    "an encoder": ({"model_type": "vit"}, "no causal language model"),
+    "model type of another kind": ({"model_type": 7}, "model_type"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_config_is_refused(case: str, tmp_path: Path) -> None:
+    changes, expected = HOSTILE[case]
+    assert expected in refusal(with_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"", "JSON"),
+        (b"[]", "JSON object"),
+        (b"{", "JSON"),
+        (b"\xff\xfe{}", "JSON"),
+        (b'{"a":' * 200_000, "JSON"),
+        (b"{" + b" " * (5 << 20) + b"}", "bytes"),
+    ],
+)
+def test_a_config_that_is_no_json_object_is_refused(text: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    message = refusal(tmp_path)
+    assert expected in message and "config.json" in message
+
+
+def test_a_remote_class_beside_a_native_type_never_runs(tmp_path: Path) -> None:
+    """`auto_map` on a type that transformers knows: its own class is used, the file is never read."""
+    directory = with_config(tmp_path, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
+    (directory / "evil.py").write_text("raise SystemExit('code ran')\n")
+    assert lift(directory).architecture == "llama"
+
+
+def test_sizes_that_the_weights_do_not_have_cost_nothing(tmp_path: Path) -> None:
+    """A config of a trillion parameters is built without memory, and then does not fit the checkpoint."""
+    directory = with_config(tmp_path, hidden_size=1 << 19, num_attention_heads=4096, intermediate_size=1 << 22)
+    assert "does not fit" in refusal(directory)
+
+
+def test_a_mask_buffer_of_a_terabyte_is_refused(tmp_path: Path) -> None:
+    """GPT-Neo keeps a causal mask of positions squared."""
+    shutil.copytree(tiny("gpt_neo"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 20}))
+    assert "max_position_embeddings" in refusal(tmp_path)
+
+
+def test_sources_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "no directory" in refusal(tmp_path / "nowhere")
+    assert "no directory" in refusal("../nowhere/at/all")
+    assert "config.json" in refusal(tmp_path)
+    assert "is a file" in refusal(tiny("llama") / "config.json")
+    shutil.copy(tiny("llama") / "config.json", tmp_path)
+    assert "no weights" in refusal(tmp_path)
+
+
+def test_options_that_make_no_sense() -> None:
+    assert "context" in refusal(tiny("llama"), max_context=1)
+    assert "weights" in refusal(tiny("llama"), weights="zeros")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_links_out_of_the_directory_are_refused(file: str, tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    (tmp_path / "m" / file).rename(tmp_path / file)
+    (tmp_path / "m" / file).symlink_to(tmp_path / file)
+    assert "outside the model's directory" in refusal(tmp_path / "m")
+
+
+def test_the_hub_cache_may_link_to_its_own_store(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    shutil.copytree(tiny("llama"), snapshot)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
+    assert lift(snapshot).parameters == lifted_tiny("llama").parameters
