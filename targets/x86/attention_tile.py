@@ -30,6 +30,7 @@ from llmc.targets.x86.vectors import (
     maximum,
     pieces,
     pin,
+    prefetch,
     range_kernel,
     reduce_lanes,
     remainder,
@@ -104,12 +105,13 @@ def multiply(
     right: Callable[[Expr | int, int, int], Expr],
     start: Callable[[int, int, int], Expr],
     finish: Callable[[int, int, int, Expr], None],
+    ahead: Callable[[Expr | int], None] | None = None,
 ) -> None:
     """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
 
     left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
     vectors of `width` columns from `offset` on. Few rows split the sum over k into several chains to hide latency; the
-    number of terms must then be known.
+    number of terms must then be known. ahead(k) is emitted once for every k, beside the k-th term: for prefetches.
     """
     columns_cut = pieces(columns, isa.lanes)
     step = block_vectors(isa, rows)
@@ -118,7 +120,7 @@ def multiply(
     for first in range(0, len(columns_cut), step):
         block = columns_cut[first : first + step]
         chains = max(1, 8 // (rows * len(block))) if isinstance(depth, int) else 1
-        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish)
+        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish, None if first else ahead)
 
 
 def _multiply_block(
@@ -131,6 +133,7 @@ def _multiply_block(
     right: Callable[[Expr | int, int, int], Expr],
     start: Callable[[int, int, int], Expr],
     finish: Callable[[int, int, int, Expr], None],
+    ahead: Callable[[Expr | int], None] | None,
 ) -> None:
     sums = [[[scratch(width, "float32") for _, width in block] for _ in range(rows)] for _ in range(chains)]
     for chain in range(chains):
@@ -139,6 +142,8 @@ def _multiply_block(
                 store(sums[chain][r][j], 0, start(r, offset, width) if chain == 0 else splat(0.0, width), width)
 
     def term(k: Expr | int, chain: int) -> None:
+        if ahead is not None:
+            ahead(k)
         vectors = [let(right(k, offset, width)) for offset, width in block]
         for r in range(rows):
             scalar = let(left(r, k))
@@ -214,7 +219,7 @@ class TileBody:
             pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
             query=scratch(self.chunk * self.head_dim, "float32"),
             acc=scratch(self.chunk * self.value_dim, "float32"),
-            peak=scratch(self.chunk, "float32"),
+            peak=scratch(self.chunk + self.lanes, "float32"),
             total=scratch(self.chunk * self.lanes, "float32"),
             where=scratch(self.chunk, "int32"),
             slope=scratch(self.chunk if self.alibi else 1, "float32"),
@@ -239,6 +244,8 @@ class TileBody:
         self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, block: int, convert: bool
     ) -> None:
         """`count` rows from row `first` of the tile on, over this split's pages, in register blocks of `block` rows."""
+        from tvm import tirx
+
         blocks = pin(divide(count + (block - 1), block))
         self.start_rows(a, t, first, count, blocks * block)
         keys_local = scratch(self.head_dim * PAGE if convert else 1, "float32")
@@ -250,12 +257,18 @@ class TileBody:
             keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
             values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
             key_buffer, value_buffer = a.keys, a.values
+            following: tuple[Expr, Expr] | None = None
             if convert:
                 copy(self.lanes, a.keys, keys, keys_local, self.head_dim * PAGE)
                 copy(self.lanes, a.values, values, values_local, PAGE * self.value_dim)
                 key_buffer, value_buffer, keys, values = keys_local, values_local, index(0), index(0)
+            else:
+                next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + 1, high - 1), 1))
+                next_head = pin(next_id * self.kv_heads + t.kv_head)
+                following = (next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim))
             with loop(blocks) as b:
-                self.page_block(t, pin(b * block), block, page, (key_buffer, keys), (value_buffer, values))
+                row = pin(b * block)
+                self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
         self.finish_rows(a, t, first, count)
 
     def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
@@ -322,12 +335,27 @@ class TileBody:
         page: Expr,
         keys: tuple[Buffer, Expr],
         values: tuple[Buffer, Expr],
+        following: tuple[Expr, Expr] | None,
     ) -> None:
-        """One page for rows [row, row + rows): scores, statistics, weighted values."""
+        """One page for rows [row, row + rows): scores, statistics, weighted values.
+
+        Each buffer comes with the page's first element. `following`: where the next page begins, if it comes from
+        memory; its lines are prefetched at the pace at which this page's are used.
+        """
         from tvm import tirx
 
         scores = scratch(rows * PAGE, "float32")
-        correction = scratch(rows * self.lanes, "float32")
+        shrink = scratch(-(-rows // self.lanes) * self.lanes, "float32")
+        fetch_key = fetch_value = None
+        if following is not None:
+            next_keys, next_values = following
+
+            def fetch_key(k: Expr | int) -> None:
+                prefetch(keys[0], next_keys + k * PAGE, PAGE)
+
+            def fetch_value(k: Expr | int) -> None:
+                prefetch(values[0], next_values + k * self.value_dim, self.value_dim)
+
         multiply(
             self.isa,
             rows,
@@ -337,9 +365,9 @@ class TileBody:
             right=lambda k, offset, width: load(keys[0], keys[1] + k * PAGE + offset, width),
             start=lambda r, offset, width: splat(0.0, width),
             finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value, width),
+            ahead=fetch_key,
         )
-        with loop(rows) as r:
-            self.softmax_row(t, pin(row + r), r, page, scores, correction)
+        self.softmax(t, row, rows, page, scores, shrink)
         # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
         visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
         multiply(
@@ -350,36 +378,62 @@ class TileBody:
             left=lambda r, k: load(scores, r * PAGE + k, 1),
             right=lambda k, offset, width: load(values[0], values[1] + k * self.value_dim + offset, width),
             start=lambda r, offset, width: (
-                load(t.acc, (row + r) * self.value_dim + offset, width) * load(correction, r * self.lanes, width)
+                load(t.acc, (row + r) * self.value_dim + offset, width) * splat(load(shrink, r, 1), width)
             ),
             finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value, width),
+            ahead=fetch_value,
         )
 
-    def softmax_row(
-        self, t: SimpleNamespace, row: Expr, r: Expr, page: Expr, scores: Buffer, correction: Buffer
-    ) -> None:
-        """Turn one row's scores into weights relative to its greatest score so far, and keep its statistics."""
-        lanes = self.lanes
-        where = load_raw(t.where, row, 1)
-        limit = let(where - (page * PAGE).astype("int32"))  # the last visible slot of the page
-        vectors = []
-        for offset, width in pieces(PAGE, lanes):
-            value = load(scores, r * PAGE + offset, width)
-            vectors.append(let(self.masked(self.biased(t, row, value, limit, offset), limit, offset)))
-        peak = vectors[0]
+    def softmax(self, t: SimpleNamespace, row: Expr, rows: int, page: Expr, scores: Buffer, shrink: Buffer) -> None:
+        """Scores to weights relative to each row's greatest score so far; shrink[r] is what older weights lose."""
+        from tvm import tirx
+
+        lanes, cut = self.lanes, pieces(PAGE, self.lanes)
+        peaks = scratch(-(-rows // lanes) * lanes, "float32")
+
+        def plain(r: Expr) -> None:
+            self.raise_peak(t, row + r, r, [load(scores, r * PAGE + offset, width) for offset, width in cut], peaks)
+
+        def edited(r: Expr) -> None:
+            where = load_raw(t.where, row + r, 1)
+            limit = let(where - (page * PAGE).astype("int32"))  # the last visible slot of the page
+            vectors = []
+            for offset, width in cut:
+                value = self.biased(t, row + r, load(scores, r * PAGE + offset, width), limit, offset)
+                vectors.append(let(self.masked(value, limit, offset)))
+                store(scores, r * PAGE + offset, vectors[-1], width)
+            self.raise_peak(t, row + r, r, vectors, peaks)
+
+        def each(work: Callable[[Expr], None]) -> None:
+            with loop(rows) as r:
+                work(r)
+
+        if self.softcap or self.alibi:
+            each(edited)
+        else:
+            edge = page * PAGE + (PAGE - 1) > t.position
+            if self.window:
+                edge = tirx.Or(edge, page * PAGE < t.end - self.window)
+            either(edge, lambda: each(edited), lambda: each(plain))
+        for i in range(0, rows, lanes):
+            # All rows at once; lanes past `rows` hold anything and are not used.
+            store(shrink, i, exp(self.isa, load(t.peak, row + i, lanes) - load(peaks, i, lanes)), lanes)
+        with loop(rows) as r:
+            after = let(load(peaks, r, 1))
+            total = load(t.total, (row + r) * lanes, lanes) * splat(load(shrink, r, 1), lanes)
+            for offset, width in cut:
+                weight = let(exp(self.isa, load(scores, r * PAGE + offset, width) - splat(after, width)))
+                store(scores, r * PAGE + offset, weight, width)
+                total = total + weight
+            store(t.total, (row + r) * lanes, total, lanes)
+            store(t.peak, row + r, after, 1)
+
+    def raise_peak(self, t: SimpleNamespace, row: Expr, r: Expr, vectors: Sequence[Expr], peaks: Buffer) -> None:
+        """peaks[r] = the greatest of the row's peak so far and these scores."""
+        greatest = vectors[0]
         for vector in vectors[1:]:
-            peak = maximum(peak, vector)
-        before = let(load(t.peak, row, 1))
-        after = let(maximum(before, reduce_lanes(peak, lanes, maximum)))
-        shrink = let(exp(self.isa, splat(before - after, lanes)))
-        total = load(t.total, row * lanes, lanes) * shrink
-        for i, vector in enumerate(vectors):
-            weight = let(exp(self.isa, vector - splat(after, lanes)))
-            store(scores, r * PAGE + i * lanes, weight, lanes)
-            total = total + weight
-        store(t.total, row * lanes, total, lanes)
-        store(t.peak, row, after, 1)
-        store(correction, r * lanes, shrink, lanes)
+            greatest = maximum(greatest, vector)
+        store(peaks, r, maximum(load(t.peak, row, 1), reduce_lanes(greatest, self.lanes, maximum)), 1)
 
     def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
         """Softcap and ALiBi on one vector of scores."""

@@ -176,3 +176,14 @@ def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | i
     from tvm.script.ir_builder import tirx as I
 
     I.buffer_store(target, load_raw(source, start, 1), [index(at)])
+
+
+def prefetch(buffer: Buffer, start: Expr | int, elements: int) -> None:
+    """Ask for the cache lines of `elements` elements from `start` on, to be read soon."""
+    from tvm import DataType
+    from tvm.script.ir_builder import tirx as I
+
+    line = 64 * 8 // DataType(str(buffer.dtype)).bits
+    for offset in range(0, elements, line):
+        address = I.address_of(buffer[index(start) + offset])
+        I.evaluate(I.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))  # to read, into every cache, data
