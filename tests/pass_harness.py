@@ -52,8 +52,13 @@ def x(*shape: object, name: str = "x", dtype: str = "f32") -> Input:
 
 def param(name: str, *shape: int, dtype: str = "bf16") -> Value:
     """A weight as frontends give it: in the checkpoint's dtype, widened to f32."""
-    weight = Param(name, Tensor(shape, dtype))
+    weight = _param(name, Tensor(shape, dtype))
     return weight if dtype == "f32" else Cast(weight, "f32")
+
+
+@functools.cache
+def _param(name: str, kind: Tensor) -> Param:
+    return Param(name, kind)
 
 
 def c(value: float) -> Constant:
