@@ -130,31 +130,53 @@ class Writer:
         return piece + self._matcher.finish()
 
 
-class TextStream(Iterator[str]):
-    """Pieces of text as the model writes them. Iterate over it; `close()` it, or drop it, to stop early.
+@dataclass
+class Progress:
+    """What a stream has done so far. Apart from the stream, so that nothing keeps a dropped stream alive."""
 
-    prompt_tokens, cached_tokens: length of the prompt, and how much of it the cache held already. tokens: what was
-    generated, a final stop token included. finish_reason: None until the end, then "stop" or "length".
-    prefill_seconds, decode_seconds: time to the first token, and from there on.
-    """
+    prompt_tokens: int
+    cached_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+class TextStream(Iterator[str]):
+    """Pieces of text as the model writes them. Iterate over it; `close()` it, or drop it, to stop early."""
 
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
-        self._runtime = runtime
-        self._prompt = prompt
         self._writer = Writer(runtime, prompt, options)
-        self.prompt_tokens = len(prompt)
-        self.cached_tokens = 0
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
-        self._pieces = self._run()
+        self._progress = Progress(len(prompt))
+        self._pieces = _write(runtime, prompt, self._writer, self._progress)
 
     @property
     def tokens(self) -> list[int]:
+        """What was generated so far, a final stop token included."""
         return self._writer.tokens
 
     @property
     def finish_reason(self) -> str | None:
+        """None until the end, then "stop" or "length"."""
         return self._writer.finish_reason
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return self._progress.prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many of the prompt's tokens the cache held already."""
+        return self._progress.cached_tokens
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Time to the first token."""
+        return self._progress.prefill_seconds
+
+    @property
+    def decode_seconds(self) -> float:
+        """Time from the first token to the latest."""
+        return self._progress.decode_seconds
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -167,23 +189,26 @@ class TextStream(Iterator[str]):
         """All that is left, as one string."""
         return "".join(self)
 
-    def _run(self) -> Generator[str, None, None]:
-        runtime, writer = self._runtime, self._writer
-        start = time.perf_counter()
-        with runtime.sequence() as sequence:
-            self.cached_tokens = sequence.adopt_prefix(self._prompt)
-            ids = self._prompt[self.cached_tokens :]
-            while True:
-                with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
-                    piece = writer.write(runtime.step_last([(sequence, ids)])[0])
-                if len(writer.tokens) == 1:
-                    self.prefill_seconds = time.perf_counter() - start
-                self.decode_seconds = time.perf_counter() - start - self.prefill_seconds
-                if piece:
-                    yield piece
-                if writer.finish_reason is not None:
-                    return
-                ids = np.array(writer.tokens[-1:], np.int32)
+
+def _write(
+    runtime: Runtime, prompt: NDArray[np.int32], writer: Writer, progress: Progress
+) -> Generator[str, None, None]:
+    start = time.perf_counter()
+    with runtime.sequence() as sequence:
+        progress.cached_tokens = sequence.adopt_prefix(prompt)
+        ids = prompt[progress.cached_tokens :]
+        while True:
+            with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
+                piece = writer.write(runtime.step_last([(sequence, ids)])[0])
+            elapsed = time.perf_counter() - start
+            if len(writer.tokens) == 1:
+                progress.prefill_seconds = elapsed
+            progress.decode_seconds = elapsed - progress.prefill_seconds
+            if piece:
+                yield piece
+            if writer.finish_reason is not None:
+                return
+            ids = np.array(writer.tokens[-1:], np.int32)
 
 
 def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: Options) -> list[str]:

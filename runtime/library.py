@@ -44,7 +44,7 @@ class Library:
     """
 
     _lock = threading.Lock()
-    _loaded: dict[tuple[int, int, int, int], Library] = {}  # noqa: RUF012  (guarded by _lock)
+    _loaded: dict[tuple[int, int], tuple[tuple[int, int], Library]] = {}  # noqa: RUF012  (guarded by _lock)
     _pool: int | None = None
 
     def __init__(self, path: Path, name: str) -> None:
@@ -78,18 +78,24 @@ class Library:
     def load(cls, artifact: Artifact) -> Library:
         """The code of a checked artifact; an artifact that is loaded already is not loaded twice."""
         status = os.fstat(artifact.descriptor)
-        identity = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+        file, version = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
         with cls._lock:
-            library = cls._loaded.get(identity)
-            if library is None:
-                kept = os.dup(artifact.descriptor)
-                name = f"/proc/self/fd/{kept}"
-                try:
-                    library = cls(artifact.path, name if Path(name).exists() else str(artifact.path.absolute()))
-                except BaseException:
-                    os.close(kept)
-                    raise
-                cls._loaded[identity] = library
+            known = cls._loaded.get(file)
+            if known is not None:
+                if known[0] != version:
+                    raise ArtifactError(
+                        f"{artifact.path} was overwritten while it was loaded. Restart this process; and replace the "
+                        "file of a loaded artifact with `mv` (as llmc itself does), not with `cp`"
+                    )
+                return known[1]
+            kept = os.dup(artifact.descriptor)
+            name = f"/proc/self/fd/{kept}"
+            try:
+                library = cls(artifact.path, name if Path(name).exists() else str(artifact.path.absolute()))
+            except BaseException:
+                os.close(kept)
+                raise
+            cls._loaded[file] = version, library
             return library
 
     def run(self, step: int, threads: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import threading
+from collections import deque
 from collections.abc import Sequence as Ids
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -55,6 +57,7 @@ class Runtime:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
+        self.orphans: deque[list[int]] = deque()
         self.buffers = CacheBuffers(self.manifest.layers, capacity, self.page)
         self._weights = weights
         self._runner = StepRunner(artifact, library, address(weights), self.buffers, threads)
@@ -94,6 +97,24 @@ class Runtime:
         finally:
             artifact.close()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the loaded artifact to a file, all or nothing. Raises `ArtifactError`."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        try:
+            try:
+                with temporary.open("xb") as file:
+                    file.write(self.artifact.mapping)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {target}: {error.strerror}. What was there before is unchanged."
+            ) from error
+
     def _page_capacity(self, kv_memory: int | None) -> int:
         per_page = max(1, self.manifest.bytes_per_page)
         context = -(-self.max_context // self.page)
@@ -109,6 +130,12 @@ class Runtime:
     def sequence(self) -> Sequence:
         """A new empty sequence."""
         return Sequence(self)
+
+    def collect_orphans(self) -> None:
+        """Gives back the pages of sequences that were dropped without being closed. Called under the lock."""
+        while self.orphans:
+            for page in reversed(self.orphans.popleft()):
+                self.pool.release(page)
 
     def step(self, requests: Ids[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]]) -> NDArray[np.float32]:
         """Appends tokens to sequences, and returns the logits asked for, float32 [rows, vocab], in order.
@@ -139,6 +166,7 @@ class Runtime:
         self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """Runs the requests; out None: one step is enough, and the logits lie in the runner's buffer."""
+        self.collect_orphans()
         if not requests:
             raise RuntimeStateError("a step needs at least one sequence")
         sequences = [sequence for sequence, _, _ in requests]

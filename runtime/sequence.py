@@ -33,6 +33,11 @@ class Sequence:
         self._pages: NDArray[np.int32] = np.zeros(8, np.int32)
         self._chain: list[int] = []  # serials of the full pages, as far as they are registered
 
+    def __del__(self) -> None:
+        # May run at any moment, in the middle of the pool's own work: so the pages are only noted down here.
+        if not self.closed and self.page_count:
+            self.runtime.orphans.append(self.pages.tolist())
+
     def __len__(self) -> int:
         return self.length
 
@@ -74,6 +79,7 @@ class Sequence:
         page_size = runtime.page
         parent = ROOT
         with runtime.lock:
+            runtime.collect_orphans()
             while self.length + page_size < len(tokens):
                 piece = tokens[self.length : self.length + page_size]
                 found = runtime.pool.find(parent, piece.tobytes())

@@ -457,6 +457,16 @@ def test_an_artifact_that_is_compiled_again_loads_as_the_new_one(tmp_path: Path)
     assert (new.forward([5]) != fake_artifact.reference_logits([5])).any()
 
 
+def test_a_loaded_artifact_that_is_overwritten_in_place_is_refused(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.so"
+    path.write_bytes(good.read_bytes())
+    Runtime.load(path, threads=1)
+    Runtime.load(path, threads=1)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ArtifactError, match="overwritten while it was loaded"):
+        Runtime.load(path, threads=1)
+
+
 def test_weights_can_lie_in_another_file(tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     digest = WeightHash()

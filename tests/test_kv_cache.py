@@ -213,6 +213,15 @@ def test_the_context_is_a_limit(runtime: Runtime) -> None:
             sequence.append([1])
 
 
+def test_a_dropped_sequence_gives_its_pages_back(runtime: Runtime) -> None:
+    runtime.sequence().append(IDS[:100])
+    with runtime.sequence() as sequence:
+        assert sequence.adopt_prefix(IDS) == 96
+        assert runtime.pool.available == runtime.pool.capacity - 3
+    assert runtime.pool.available == runtime.pool.capacity
+    runtime.pool.check()
+
+
 def test_closed_and_foreign_sequences_are_refused(runtime: Runtime, path: Path) -> None:
     sequence = runtime.sequence()
     sequence.append([1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 import threading
@@ -257,7 +256,6 @@ def test_a_stream_that_is_left_early_gives_its_pages_back(runtime: Runtime) -> N
         elif leave == "finish":
             stream.text()
         del stream
-        gc.collect()
         assert runtime.pool.available == runtime.pool.capacity
     runtime.pool.check()
 
