@@ -51,18 +51,13 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, object]:
 
 
 def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None:
+    """Refuse settings of absurd depth, length or size, and known ones outside their limits."""
     if depth > _MOST_DEPTH:
         raise FrontendError(f"{path}: {name} is nested more than {_MOST_DEPTH} deep")
     if isinstance(value, dict):
         for key, item in value.items():
-            limit = _LIMITS.get(key)
-            if limit is not None and item is not None:
-                items = item if isinstance(item, list) else [item]
-                for number in items:
-                    if isinstance(number, bool) or not isinstance(number, int):
-                        raise FrontendError(f"{path}: {key} must be an integer, not {number!r:.40}")
-                    if not 0 <= number <= limit:
-                        raise FrontendError(f"{path}: {key} is {number}; at most {limit} is supported, at least 0")
+            for number in item if isinstance(item, list) else [item]:
+                _check_limit(number, path, key)
             _check_numbers(item, path, key, depth + 1)
     elif isinstance(value, list):
         if len(value) > 1 << 16:
@@ -71,6 +66,16 @@ def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None
             _check_numbers(item, path, name, depth + 1)
     elif isinstance(value, int) and abs(value) > _MOST_INTEGER:
         raise FrontendError(f"{path}: {name} has {len(str(abs(value)))} digits, which no setting has")
+
+
+def _check_limit(number: object, path: Path, name: str) -> None:
+    if name not in _LIMITS or number is None:
+        return
+    low, high = _LIMITS[name]
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise FrontendError(f"{path}: {name} must be an integer, not {number!r:.40}")
+    if not low <= number <= high:
+        raise FrontendError(f"{path}: {name} is {number:.4g}, outside {low}..{high}")
 
 
 def check_config(data: Mapping[str, object], path: Path) -> None:
