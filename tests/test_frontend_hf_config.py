@@ -13,7 +13,7 @@ from hf_models import lifted_tiny, tiny
 from llmc.errors import FrontendError
 from llmc.frontends.hf import lift
 
-SECONDS = 10  # far beyond what a refusal takes, far below what a hostile value could cost
+SECONDS = 60  # far beyond what a refusal takes, far below what a hostile value could cost
 
 
 def refusal(source: str | Path, **options: object) -> str:
@@ -46,6 +46,7 @@ def nested(depth: int) -> object:
 
 HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    "digits of a known one": ({"hidden_size": 10**400}, "hidden_size"),
     "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
     "negative": ({"hidden_size": -64}, "hidden_size"),
     "text": ({"hidden_size": "64"}, "hidden_size"),

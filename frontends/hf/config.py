@@ -75,7 +75,7 @@ def _check_limit(number: object, path: Path, name: str) -> None:
     if isinstance(number, bool) or not isinstance(number, int):
         raise FrontendError(f"{path}: {name} must be an integer, not {number!r:.40}")
     if not low <= number <= high:
-        raise FrontendError(f"{path}: {name} is {number:.4g}, outside {low}..{high}")
+        raise FrontendError(f"{path}: {name} is {number!r:.40}, outside {low}..{high}")
 
 
 def check_config(data: Mapping[str, object], path: Path) -> None:
