@@ -1,0 +1,162 @@
+"""The Python front door: compile a model to a file, or into a cache folder and load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from llmc import artifact_cache
+from llmc.errors import ArtifactError, CompileError, LlmcError
+
+if TYPE_CHECKING:
+    from llmc.compiler.options import CompileOptions
+    from llmc.compiler.progress import Progress
+    from llmc.runtime.runtime import Runtime
+
+# The names that other libraries use for what -q calls them.
+_SCHEME_NAMES = {
+    "f32": "none", "fp32": "none", "float32": "none", "float16": "f16", "fp16": "f16", "bfloat16": "bf16",
+    "i8": "int8", "i4": "int4",
+}  # fmt: skip
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """A transformers model or tokenizer: all that is asked of it is to write itself to a folder."""
+
+    def save_pretrained(self, folder: str) -> object:
+        """Writes config and weights, or the tokenizer's files."""
+
+
+Source = str | os.PathLike[str] | Saves
+
+
+def make_options(dtype: str = "int4", **options: object) -> CompileOptions:
+    """`CompileOptions` by keyword; CompileError names an option that there is none of, or a value out of range."""
+    from llmc.compiler.options import CompileOptions
+
+    known = {f.name for f in dataclasses.fields(CompileOptions)} - {"quantization"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise CompileError(f"unknown option {', '.join(unknown)}; the options are dtype, {', '.join(sorted(known))}")
+    overrides = options.get("overrides")
+    if isinstance(overrides, Mapping):
+        options["overrides"] = tuple(overrides.items())
+    return CompileOptions(quantization=_SCHEME_NAMES.get(dtype, dtype), **options)  # type: ignore[arg-type]
+
+
+def compile(
+    model: Source,
+    output: str | os.PathLike[str],
+    dtype: str = "int4",
+    tokenizer: Source | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> dict[str, object]:
+    """Compiles a model into the artifact `output`, all or nothing, and returns the artifact's manifest.
+
+    model: a directory, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int8", "bf16", "f16"
+    or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of `CompileOptions`, such as
+    target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"}. Raises `LlmcError`.
+    """
+    from llmc.compiler.pipeline import compile_model
+
+    chosen = make_options(dtype, **options)
+    with tempfile.TemporaryDirectory(prefix="llmc-model-") as folder:
+        source = _as_source(model, tokenizer, Path(folder))
+        return compile_model(source, Path(output), chosen, progress)
+
+
+def from_hf(
+    model_or_dir: Source,
+    tokenizer: Source | None = None,
+    dtype: str = "int4",
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> Runtime:
+    """Compiles a model into the cache folder, unless it is there already, and loads it.
+
+    model_or_dir, tokenizer, dtype, options: as for `compile`. threads: as for `Runtime.load`. The artifact can be kept
+    with `.save(path)`. The cache is `$LLMC_CACHE_DIR/artifacts`, or `~/.cache/llmc/artifacts`.
+    """
+    from llmc.runtime.runtime import Runtime
+
+    chosen = make_options(dtype, **options)
+    path = cached_artifact(model_or_dir, tokenizer, chosen, progress)
+    try:
+        return Runtime.load(path, threads)
+    except ArtifactError:  # damaged where it lay: it can be made again
+        path.unlink(missing_ok=True)
+        return Runtime.load(cached_artifact(model_or_dir, tokenizer, chosen, progress), threads)
+
+
+def cached_artifact(
+    model: Source, tokenizer: Source | None, options: CompileOptions, progress: Progress | None = None
+) -> Path:
+    """The path of the model's artifact in the cache, compiled now if it is not there."""
+    with tempfile.TemporaryDirectory(prefix="llmc-model-") as folder:
+        source = _as_source(model, tokenizer, Path(folder))
+        directory = Path(source).expanduser()
+        if not directory.is_dir():
+            from llmc.frontends.hf.source import resolve
+
+            directory = resolve(source)
+        by_content = directory.is_relative_to(folder)  # files just written: their times say nothing
+        path = artifact_cache.path_for(directory, options, by_content)
+        if not path.exists():
+            from llmc.compiler.pipeline import compile_model
+
+            artifact_cache.make_folder(path.parent)
+            compile_model(str(source), path, options, progress)
+        return path
+
+
+def _as_source(model: Source, tokenizer: Source | None, folder: Path) -> str:
+    """A directory or hub name; models that are in memory, or have another tokenizer, are written to `folder`."""
+    if tokenizer is None and not isinstance(model, Saves):
+        return os.fspath(model)
+    target = folder / (_name_of(model) or "model")
+    target.mkdir()
+    if isinstance(model, Saves):
+        _save(model, target)
+    else:
+        _copy(_directory(model), target, lambda name: True)
+    if isinstance(tokenizer, Saves):
+        _save(tokenizer, target)
+    elif tokenizer is not None:
+        _copy(_directory(tokenizer), target, lambda name: "token" in name or name in _TEXT_FILES)
+    return str(target)
+
+
+_TEXT_FILES = ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model")
+
+
+def _name_of(model: Source) -> str:
+    if isinstance(model, Saves):
+        return type(model).__name__
+    return Path(os.fspath(model).rstrip("/")).name
+
+
+def _save(part: Saves, target: Path) -> None:
+    try:
+        part.save_pretrained(str(target))
+    except Exception as error:  # anything that the model's own library raises
+        raise LlmcError(f"{type(part).__name__}.save_pretrained failed: {error}") from error
+
+
+def _directory(source: str | os.PathLike[str]) -> Path:
+    from llmc.frontends.hf.source import resolve
+
+    return resolve(os.fspath(source))
+
+
+def _copy(source: Path, target: Path, wanted: artifact_cache.Wanted) -> None:
+    """Hard links where that is possible, so that weights are not written again."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and wanted(path.name):
+            artifact_cache.link_or_copy(path.resolve(), target / path.name)

@@ -1,0 +1,260 @@
+"""compile, ir, estimate: from a model to a file, or to what is known before there is one."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmc.cli import options as o
+from llmc.cli import output
+from llmc.errors import CompileError
+
+if TYPE_CHECKING:
+    from llmc.compiler.check import Checker
+    from llmc.compiler.ir.graph import Graph
+    from llmc.compiler.options import CompileOptions
+    from llmc.compiler.passes.manager import Observer, Pass, Report
+    from llmc.frontends.hf import Lifted
+
+
+def compile(
+    model: o.Model,
+    path: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; default: MODEL-Q.so here.")
+    ] = None,
+    target: o.Target = "native",
+    quantization: o.Quantization = "int4",
+    group_size: o.GroupSize = 64,
+    symmetric: o.Symmetric = True,
+    activations: o.Activations = None,
+    embedding: o.Embedding = None,
+    head: o.Head = None,
+    override: o.Overrides = None,
+    max_context: o.MaxContext = None,
+    max_step: o.MaxStep = 512,
+    weights: Annotated[
+        str,
+        typer.Option("--weights", metavar="embed|random|none|FILE", help="Into the artifact, noise, nowhere, a file."),
+    ] = "embed",
+    check: Annotated[
+        bool, typer.Option("--check", help="Prove every pass on this model: before equals after.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Kernels built at once.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of random weights and of --check.")] = 0,
+    json: o.Json = False,
+) -> None:
+    """Compile a model into one shared library."""
+    from llmc.compiler.pipeline import compile_model
+
+    options = o.compile_options(
+        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
+        weights=weights, jobs=jobs, seed=seed,
+    )  # fmt: skip
+    path = path or Path(f"{Path(model.rstrip('/')).name}-{quantization}.so")
+    checkers: list[Checker] = []
+
+    def observers(lifted: Lifted) -> list[Observer]:
+        from llmc.compiler.check import Checker
+
+        for note in lifted.notes:
+            output.line(note)
+        if check:
+            checkers.append(Checker(lifted.weights.load, seed))
+        return [*checkers]
+
+    with output.progress() as progress:
+        manifest = compile_model(model, path, options, progress, observers)
+    file_bytes = path.stat().st_size
+    for what, why in quantization_refusals(manifest):
+        output.line(f"not quantized as asked: {what}: {why}")
+    differences = [difference for checker in checkers for difference in checker.differences]
+    if json:
+        result: dict[str, object] = {
+            "path": str(path),
+            "file_bytes": file_bytes,
+            "model": manifest["model"],
+            "target": manifest["target"],
+            "compile_seconds": _at(manifest, "provenance", "compile_seconds"),
+            "not_quantized": [list(pair) for pair in quantization_refusals(manifest)],
+        }
+        if check:
+            result["check"] = [asdict(difference) for difference in differences]
+        output.print_json(result)
+        return
+    for difference in differences:
+        if not difference.exact:
+            print(difference)
+    if check:
+        print(f"checked: {len({d.pass_name for d in differences if d.exact})} passes keep the model's meaning")
+    bits = _at(manifest, "model", "bits_per_weight")
+    seconds = _at(manifest, "provenance", "compile_seconds")
+    print(f"{path}: {output.size(file_bytes)}, {bits} bits per weight, compiled in {seconds} s")
+
+
+def quantization_refusals(manifest: dict[str, object]) -> list[tuple[str, str]]:
+    """(layer, why) of what could not take its scheme."""
+    passes = _at(manifest, "explain", "passes")
+    found = []
+    for entry in passes if isinstance(passes, list) else []:
+        if str(entry.get("name", "")).startswith("quantize"):
+            found += [(str(what), str(why)) for what, why in entry.get("refusals", [])]
+    return found
+
+
+def _at(values: dict[str, object], section: str, key: str) -> object:
+    part = values.get(section)
+    return part.get(key) if isinstance(part, dict) else None
+
+
+def ir(
+    model: o.Model,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            "--after", metavar="PASS", help="The graph after a pass; PASS#2 its second run; `lift` the first graph."
+        ),
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="What the pass changed, as a unified diff.")] = False,
+    passes: Annotated[bool, typer.Option("--passes", help="List the passes and what they did instead.")] = False,
+    target: o.Target = "native",
+    quantization: o.Quantization = "int4",
+    group_size: o.GroupSize = 64,
+    symmetric: o.Symmetric = True,
+    activations: o.Activations = None,
+    embedding: o.Embedding = None,
+    head: o.Head = None,
+    override: o.Overrides = None,
+    max_context: o.MaxContext = None,
+    max_step: o.MaxStep = 512,
+    json: o.Json = False,
+) -> None:
+    """Print a model's graph as text, whole or as a pass left it."""
+    options = o.compile_options(
+        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
+    )  # fmt: skip
+    steps = run_steps(model, options)
+    if passes:
+        rows = [(name, report.ops_before, report.ops_after, _hits(report)) for name, _, _, report in steps[1:]]
+        if json:
+            keys = ("name", "ops_before", "ops_after", "hits")
+            output.print_json({"passes": [dict(zip(keys, row, strict=True)) for row in rows]})
+        else:
+            output.table(rows, ("pass", "ops before", "ops after", "rewrites"))
+        return
+    name, before, graph, _ = _find(steps, after)
+    from llmc.compiler.ir.text import print_graph
+
+    text = print_graph(graph)
+    if diff:
+        old, new = (print_graph(before).splitlines(keepends=True), text.splitlines(keepends=True))
+        text = "".join(difflib.unified_diff(old, new, f"before {name}", f"after {name}"))
+    if json:
+        output.print_json({"after": name, "diff" if diff else "text": text})
+    else:
+        sys.stdout.write(text if text.endswith("\n") or not text else text + "\n")
+
+
+Step = tuple[str, "Graph", "Graph", "Report"]  # name (with #n when it runs again), before, after, what it did
+
+
+def run_steps(model: str, options: CompileOptions) -> list[Step]:
+    """The lifted graph, and every pass's."""
+    from llmc.compiler.passes.manager import Report
+    from llmc.compiler.pipeline import run_pipeline
+    from llmc.frontends.hf import lift
+
+    with output.progress() as progress:
+        progress.start("lifting the model")
+        lifted = lift(model, max_context=options.max_context)
+        steps: list[Step] = [("lift", lifted.graph, lifted.graph, Report("lift"))]
+        seen: dict[str, int] = {}
+
+        def keep(item: Pass, before: Graph, after: Graph, report: Report) -> None:
+            seen[item.name] = seen.get(item.name, 0) + 1
+            number = seen[item.name]
+            steps.append((item.name if number == 1 else f"{item.name}#{number}", before, after, report))
+
+        run_pipeline(lifted.graph, options, [keep], progress)
+    return steps
+
+
+def _find(steps: list[Step], after: str | None) -> Step:
+    if after is None:
+        return steps[-1]
+    wanted = after.removesuffix("#1")
+    for step in steps:
+        if step[0] == wanted:
+            return step
+    raise CompileError(f"no pass {after!r} in this compile; there are: {', '.join(step[0] for step in steps)}")
+
+
+def _hits(report: Report) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in sorted(report.hits.items()))
+
+
+def estimate(
+    model: o.Model,
+    quantization: o.Quantization = "int4",
+    target: o.Target = "native",
+    group_size: o.GroupSize = 64,
+    symmetric: o.Symmetric = True,
+    activations: o.Activations = None,
+    embedding: o.Embedding = None,
+    head: o.Head = None,
+    override: o.Overrides = None,
+    max_context: o.MaxContext = None,
+    max_step: o.MaxStep = 512,
+    sequences: Annotated[int, typer.Option("--sequences", help="Texts at once.")] = 1,
+    json: o.Json = False,
+) -> None:
+    """Say how much memory a compiled model will need, by part, without compiling it."""
+    from llmc.compiler.estimate import estimate as estimate_graph
+    from llmc.compiler.pipeline import run_pipeline
+    from llmc.frontends.hf import lift
+
+    if sequences < 1:
+        raise CompileError(f"--sequences is at least 1, not {sequences}")
+    options = o.compile_options(
+        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
+    )  # fmt: skip
+    with output.progress() as progress:
+        progress.start("lifting the model")
+        lifted = lift(model, max_context=max_context)
+        graph = run_pipeline(lifted.graph, options, (), progress).graph
+    found = estimate_graph(graph, context=lifted.max_context, step=max_step, sequences=sequences)
+    derived = {
+        "weight_bytes": found.weight_bytes,
+        "bits_per_weight": round(found.bits_per_weight, 4),
+        "weight_bytes_per_token": found.read_per_token,
+        "file_bytes": found.file_bytes,
+        "memory_bytes": found.memory,
+    }
+    if json:
+        output.print_json(asdict(found) | {"weights": dict(found.weights)} | derived)
+        return
+    rows = [(f"weights: {part}", output.size(count)) for part, count in found.weights.items() if count]
+    rows += [
+        ("weights", output.size(found.weight_bytes)),
+        (f"KV cache, {sequences} x {found.context} tokens", output.size(found.cache)),
+        (f"activations, {found.step} tokens a step", output.size(found.arena)),
+        ("memory while running", output.size(found.memory)),
+        ("artifact's file, about", output.size(found.file_bytes)),
+    ]
+    output.table(rows)
+    print(f"{found.parameters:,} parameters, {found.bits_per_weight:.2f} bits per weight")
+
+
+COMMANDS = (
+    (compile, ("llmc compile examples/pycoder -q int4 -o pycoder.so",
+               "llmc compile examples/pycoder --target x86-64-v3 --override '*.down_proj*=int8' --check")),
+    (ir, ("llmc ir examples/pycoder --after fuse-norm --diff", "llmc ir examples/pycoder --passes")),
+    (estimate, ("llmc estimate examples/pycoder -q int8 --max-context 1024",)),
+)  # fmt: skip

@@ -1,0 +1,109 @@
+"""Options that several commands share, and their meaning as `CompileOptions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from llmc.compiler.options import CompileOptions
+
+_COMPILING = "Compiling"
+_SAMPLING = "Sampling"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's directory, or its name on the Hugging Face hub.")
+]
+Artifact = Annotated[Path, typer.Argument(metavar="SO", help="A compiled model.")]
+ModelOrArtifact = Annotated[
+    str,
+    typer.Argument(metavar="MODEL_OR_SO", help="A compiled model, or a model that is compiled into the cache first."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads at most; default: all that may be used.")]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="The weights' file, for a model compiled with --weights FILE.")
+]
+
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="The machine to compile for; `llmc doctor` lists them.",
+                      rich_help_panel=_COMPILING),
+]  # fmt: skip
+Quantization = Annotated[
+    str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|int4", help="How linear weights are stored.",
+                      rich_help_panel=_COMPILING),
+]  # fmt: skip
+GroupSize = Annotated[
+    int,
+    typer.Option("--group-size", metavar="32|64|128", help="Weights that share a scale.", rich_help_panel=_COMPILING),
+]
+Symmetric = Annotated[
+    bool, typer.Option("--symmetric/--asymmetric", help="Without or with a minimum in each group.",
+                       rich_help_panel=_COMPILING),
+]  # fmt: skip
+Activations = Annotated[
+    str | None, typer.Option("--activations", metavar="int8|bf16|f32", rich_help_panel=_COMPILING,
+                             help="What quantized layers round their inputs to; default: int8 for int4 and int8."),
+]  # fmt: skip
+Embedding = Annotated[
+    str | None, typer.Option("--embedding", metavar="SCHEME", rich_help_panel=_COMPILING,
+                             help="The token embedding's own scheme; default: int8 where -q is int4."),
+]  # fmt: skip
+Head = Annotated[
+    str | None, typer.Option("--head", metavar="SCHEME", rich_help_panel=_COMPILING,
+                             help="The output head's own scheme; default: int8 where -q is int4."),
+]  # fmt: skip
+Overrides = Annotated[
+    list[str] | None, typer.Option("--override", metavar="PATTERN=SCHEME", rich_help_panel=_COMPILING,
+                                   help="A scheme for the weights whose name matches; can be given several times."),
+]  # fmt: skip
+MaxContext = Annotated[
+    int | None, typer.Option("--max-context", help="The most tokens a text may have; default: what the model says.",
+                             rich_help_panel=_COMPILING),
+]  # fmt: skip
+MaxStep = Annotated[
+    int, typer.Option("--max-step", help="The most tokens of one step; more are split.", rich_help_panel=_COMPILING)
+]
+
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", "-n", help="Tokens to write at most.", rich_help_panel=_SAMPLING)
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", help="0 is greedy; default: the model's own.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Choose among the K likeliest tokens.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Choose among the likeliest that make up P.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="Drop tokens less likely than P times the likeliest.",
+                               rich_help_panel=_SAMPLING),
+]  # fmt: skip
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1: avoid what was there before.",
+                               rich_help_panel=_SAMPLING),
+]  # fmt: skip
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="The same seed gives the same text.", rich_help_panel=_SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", rich_help_panel=_SAMPLING,
+                                   help="End before this text; can be given several times."),
+]  # fmt: skip
+
+
+def compile_options(overrides: list[str] | None = None, **values: object) -> CompileOptions:
+    """`CompileOptions` from what the command line gave."""
+    from llmc.compiler.options import CompileOptions, parse_overrides
+
+    return CompileOptions(overrides=parse_overrides(overrides or []), **values)  # type: ignore[arg-type]
+
+
+def example(*lines: str) -> str:
+    """The epilogue of a command's help."""
+    return "**Example**\n\n" + "\n\n".join(f"`{text}`" for text in lines)

@@ -1,0 +1,174 @@
+"""inspect, explain, doctor: what is in an artifact, why it is so, and what this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmc.cli import options as o
+from llmc.cli import output
+from llmc.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from llmc.runtime.artifact import Artifact
+
+
+def inspect(
+    artifact: o.Artifact,
+    weights: Annotated[bool, typer.Option("--weights", help="List every weight.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Show what is in a compiled model, and check every hash. None of its code runs."""
+    from llmc.runtime.artifact import Artifact
+
+    opened = Artifact.open(artifact)
+    try:
+        checked = _check(opened)
+        manifest = opened.manifest
+        sizes = {part.name: part.bytes for part in opened.parts.values()}
+        if json:
+            output.print_json(
+                {"path": str(artifact), "file_bytes": len(opened.mapping), "sections": sizes, "checked": checked,
+                 "manifest": dict(manifest.raw)}
+            )  # fmt: skip
+            return
+        provenance = _object(manifest.raw.get("provenance"))
+        layers = manifest.layers
+        output.facts(
+            {
+                "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
+                f"{manifest.model.bits_per_weight:.2f} bits each), from {manifest.model.source}",
+                "made": f"by llmc {manifest.llmc_version}, {provenance.get('created', 'at an unknown time')}",
+                "options": ", ".join(f"{k}={v}" for k, v in _object(provenance.get("options")).items()),
+                "target": f"{manifest.target.name} ({manifest.target.arch})",
+                "needs": " ".join(sorted(manifest.target.features)),
+                "context": f"{manifest.max_context} tokens, {manifest.step.max_step} a step at most",
+                "KV cache": f"{len(layers)} layers, {output.size(manifest.bytes_per_page // manifest.step.page)} a token"
+                + (f", {layers[0].dtype}" if layers else ""),
+                "arena": output.size(manifest.step.arena_bytes),
+                "vocabulary": manifest.step.vocab_size,
+                "chat": "yes" if manifest.text and manifest.text.chat_template else "no chat template",
+                "file": f"{output.size(len(opened.mapping))}: "
+                + ", ".join(f"{name} {output.size(count)}" for name, count in sizes.items()),
+                "hashes": f"{len(checked)} of {len(sizes)} parts checked, all right",
+            }
+        )
+        if weights:
+            print()
+            raw = _object(manifest.raw.get("weights")).get("tensors")
+            kinds = [str(_object(entry).get("type", "")) for entry in raw] if isinstance(raw, list) else []
+            rows = [
+                (tensor.name, kind, tensor.offset, tensor.nbytes)
+                for tensor, kind in zip(manifest.tensors, kinds, strict=True)
+            ]
+            output.table(rows, ("weight", "type", "offset", "bytes"))
+    finally:
+        opened.close()
+
+
+def _check(artifact: Artifact) -> list[str]:
+    """The parts whose hash was computed here, without loading the library; ArtifactError at the first wrong one."""
+    import hashlib
+
+    from llmc.runtime.artifact import HASH_CHUNK, WEIGHTS, damaged
+    from llmc.runtime.hashing import hash_chunk
+
+    checked = []
+    for part in artifact.parts.values():
+        extent = memoryview(artifact.view[part.offset : part.offset + part.extent])
+        if part.name == WEIGHTS:
+            digest = hashlib.sha256()
+            for begin in range(0, part.extent, HASH_CHUNK):
+                digest.update(hash_chunk(extent[begin : begin + HASH_CHUNK]).to_bytes(8, "little"))
+        else:
+            digest = hashlib.sha256(extent)
+        if digest.hexdigest() != part.hash:
+            raise damaged(artifact.path, part.name)
+        checked.append(part.name)
+    return checked
+
+
+def explain(
+    artifact: o.Artifact,
+    all_entries: Annotated[bool, typer.Option("--all", help="Also passes that changed and refused nothing.")] = False,
+    json: o.Json = False,
+) -> None:
+    """Say which passes did what and refused what, and which kernels were chosen over which others, and why."""
+    from llmc.runtime.artifact import Artifact
+
+    opened = Artifact.open(artifact)
+    opened.close()
+    raw = _object(opened.manifest.raw.get("explain"))
+    if not raw:
+        raise ArtifactError(f"{artifact} says nothing about how it was made: compile it again")
+    if json:
+        output.print_json(raw)
+        return
+    print("Passes (ops before -> after)")
+    for entry in _objects(raw.get("passes")):
+        hits, refusals = _object(entry.get("hits")), _pairs(entry.get("refusals"))
+        if hits or refusals or all_entries:
+            done = ", ".join(f"{kind} {count}" for kind, count in hits.items()) or "nothing"
+            print(f"  {entry.get('name')} ({entry.get('ops_before')} -> {entry.get('ops_after')}): {done}")
+        for what, why in _counted(refusals):
+            print(f"    not: {what}: {why}")
+    print("\nKernels")
+    for entry in _objects(raw.get("kernels")):
+        print(f"  {entry.get('count')} x {entry.get('op')}: {entry.get('chosen')} ({entry.get('reason')})")
+        kernels = entry.get("kernels")
+        for kernel in kernels if isinstance(kernels, list) else []:
+            print(f"    {kernel}")
+        for what, why in _pairs(entry.get("rejected")):
+            print(f"    not {what}: {why}")
+
+
+def _object(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: object) -> list[Mapping[str, object]]:
+    return [_object(entry) for entry in value] if isinstance(value, list) else []
+
+
+def _pairs(value: object) -> list[tuple[str, str]]:
+    if not isinstance(value, list):
+        return []
+    return [(str(pair[0]), str(pair[1])) for pair in value if isinstance(pair, list) and len(pair) == 2]
+
+
+def _counted(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Equal refusals once, with their number."""
+    counts: dict[tuple[str, str], int] = {}
+    for pair in pairs:
+        counts[pair] = counts.get(pair, 0) + 1
+    return [(f"{count} x {what}" if count > 1 else what, why) for (what, why), count in counts.items()]
+
+
+def doctor(json: o.Json = False) -> None:
+    """Check this machine: what llmc needs, what there is, and how to mend what is missing."""
+    from llmc.cli.doctor import check_machine, targets
+
+    findings = check_machine()
+    problems = [finding for finding in findings if not finding.ok]
+    if json:
+        output.print_json(
+            {"ok": not problems, "findings": [finding.as_json() for finding in findings], "targets": targets()}
+        )
+    else:
+        for finding in findings:
+            print(f"{'ok ' if finding.ok else 'NO '} {finding.name:<14} {finding.value}")
+            if finding.fix:
+                print(f"{'':18} -> {finding.fix}")
+        print(f"\ntargets: {', '.join(targets())}")
+    if problems:
+        output.line(f"{len(problems)} to mend: {', '.join(finding.name for finding in problems)}")
+        raise typer.Exit(1)
+
+
+COMMANDS = (
+    (inspect, ("llmc inspect pycoder.so --weights",)),
+    (explain, ("llmc explain pycoder.so",)),
+    (doctor, ("llmc doctor",)),
+)

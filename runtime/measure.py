@@ -1,0 +1,136 @@
+"""How fast an artifact runs here, and how near that is to what the machine's memory allows: `llmc bench`."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.runtime.bandwidth import memory_bandwidth
+from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.runtime import Runtime
+from llmc.runtime.sequence import Sequence
+
+Tell = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Tokens a second are summed over the batch. gigabytes_per_second: weight bytes read a second while decoding.
+
+    bandwidth_percent: that, of the memory bandwidth measured in this run with as many threads. It can be above 100
+    where the weights fit into a cache. peak_memory_bytes: the process's, mapped weights included.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    weight_bytes_per_token: int
+    gigabytes_per_second: float
+    memory_gigabytes_per_second: float
+    bandwidth_percent: float
+    load_seconds: float
+    peak_memory_bytes: int
+    threads: int
+    batch: int
+    prompt_tokens: int
+    gen_tokens: int
+
+
+def bench(
+    path: str, prompt_tokens: int = 512, gen_tokens: int = 128, batch: int = 1, threads: int | None = None,
+    repeats: int = 3, weights: str | None = None, tell: Tell | None = None,
+) -> Bench:  # fmt: skip
+    """Loads an artifact and times it: the median of `repeats` prefills and of the decode steps of as many texts."""
+    for name, value in (("prompt tokens", prompt_tokens), ("generated tokens", gen_tokens), ("batch", batch)):
+        if value < 1:
+            raise RuntimeStateError(f"{name} must be 1 or more, not {value}")
+    say = tell or (lambda _phase, _total: None)
+    start = time.perf_counter()
+    runtime = Runtime.load(path, threads, weights=weights)
+    load_seconds = time.perf_counter() - start
+    total = prompt_tokens + gen_tokens
+    if total > runtime.max_context:
+        raise RuntimeStateError(
+            f"{prompt_tokens} + {gen_tokens} tokens are more than the artifact's context of {runtime.max_context}: "
+            "give smaller --prompt-tokens and --gen-tokens, or compile with a larger --max-context"
+        )
+    prefills: list[float] = []
+    steps: list[float] = []
+    for repeat in range(repeats):
+        say(f"run {repeat + 1} of {repeats}", gen_tokens)
+        prefill, decode = _run_once(runtime, prompt_tokens, gen_tokens, batch, repeat, say)
+        prefills.append(prefill)
+        steps += decode
+    peak = peak_memory()
+    say("measuring memory bandwidth", 0)
+    limit = memory_bandwidth(runtime.threads)
+    step = statistics.median(steps)
+    read = weight_bytes_per_token(runtime.manifest.raw, runtime.manifest.weights_bytes)
+    return Bench(
+        prefill_tokens_per_second=batch * prompt_tokens / statistics.median(prefills),
+        decode_tokens_per_second=batch / step,
+        weight_bytes_per_token=read,
+        gigabytes_per_second=read / step / 1e9,
+        memory_gigabytes_per_second=limit / 1e9,
+        bandwidth_percent=100 * read / step / limit,
+        load_seconds=load_seconds,
+        peak_memory_bytes=peak,
+        threads=runtime.threads,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        gen_tokens=gen_tokens,
+    )
+
+
+def _run_once(
+    runtime: Runtime, prompt_tokens: int, gen_tokens: int, batch: int, seed: int, say: Tell
+) -> tuple[float, list[float]]:
+    """Seconds of one prefill of the whole batch, and of each decode step."""
+    random = np.random.default_rng(seed)
+    prompts = random.integers(0, runtime.vocab_size, (batch, prompt_tokens), np.int32)
+    sequences = [runtime.sequence() for _ in range(batch)]
+    try:
+        start = time.perf_counter()
+        following = _step(runtime, sequences, list(prompts))
+        prefill = time.perf_counter() - start
+        decode = []
+        for _ in range(gen_tokens):
+            start = time.perf_counter()
+            following = _step(runtime, sequences, following)
+            decode.append(time.perf_counter() - start)
+            say("", 1)
+        return prefill, decode
+    finally:
+        for sequence in sequences:
+            sequence.close()
+
+
+def _step(runtime: Runtime, sequences: list[Sequence], ids: list[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+    """One step, and the most likely next token of each sequence."""
+    with runtime.lock:
+        logits = runtime.step_last(list(zip(sequences, ids, strict=True)))
+        best = logits.argmax(axis=-1).astype(np.int32)
+    return list(best.reshape(-1, 1))
+
+
+def weight_bytes_per_token(manifest: Mapping[str, object], all_bytes: int) -> int:
+    """Weight bytes that one decode step reads; all of them where the manifest does not say it more precisely."""
+    memory = manifest.get("memory")
+    read = memory.get("weight_bytes_per_token") if isinstance(memory, dict) else None
+    return read if isinstance(read, int) and 0 < read <= all_bytes else all_bytes
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had resident, in bytes; 0 where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0

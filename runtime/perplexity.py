@@ -1,0 +1,109 @@
+"""How well an artifact predicts a text, alone and beside a reference: `llmc eval`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.runtime import Runtime
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.int32]
+Reference = Callable[[Ids], Logits]
+
+_MOST_LOGITS = 1 << 26  # logits held at once, 256 MiB
+
+
+@dataclass(frozen=True)
+class Quality:
+    """perplexity: exp of the mean negative log-likelihood, in nats, of `tokens` predictions in `windows` windows.
+
+    With a reference: its perplexity on the same predictions, the mean Kullback-Leibler divergence of the artifact's
+    next-token distribution from the reference's (in nats), and the part of predictions whose most likely token is the
+    same.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    window: int
+    reference_perplexity: float | None = None
+    mean_kl_divergence: float | None = None
+    top1_agreement: float | None = None
+
+
+def windows_of(runtime: Runtime, text: str, size: int = 512, count: int | None = None) -> list[Ids]:
+    """Consecutive windows of `size` tokens: the first token is the model's beginning-of-text token, if it has one, and
+    the text's tokens go on from one window to the next. A last window that is not full is left out, unless it is the
+    only one."""
+    if size < 2:
+        raise RuntimeStateError(f"a window needs at least 2 tokens, not {size}")
+    if size > runtime.max_context:
+        raise RuntimeStateError(f"a window of {size} tokens is more than the context of {runtime.max_context}")
+    tokens = runtime.tokenizer.encode(text, add_special=False)
+    bos = runtime.manifest.text.bos_id if runtime.manifest.text else None
+    start = [] if bos is None else [bos]
+    step = size - len(start)
+    pieces = [tokens[at : at + step] for at in range(0, len(tokens), step)]
+    if len(pieces) > 1 and len(pieces[-1]) < step:
+        pieces.pop()
+    windows = [np.array([*start, *piece], np.int32) for piece in pieces[:count]]
+    if not windows or len(windows[0]) < 2:
+        raise RuntimeStateError("the text is too short: at least two tokens are needed")
+    return windows
+
+
+def evaluate(
+    runtime: Runtime, windows: list[Ids], reference: Reference | None = None, tell: Callable[[], None] | None = None
+) -> Quality:
+    """Predicts every token of each window but the first from those before it. reference(ids) gives float32 logits
+    [len(ids), vocab], of which the first `runtime.vocab_size` columns count."""
+    loss = reference_loss = divergence = 0.0
+    same = total = 0
+    for ids in windows:
+        expected = None if reference is None else reference(ids)[:, : runtime.vocab_size]
+        chunk = max(1, _MOST_LOGITS // runtime.vocab_size)
+        with runtime.sequence() as sequence:
+            for begin in range(0, len(ids) - 1, chunk):
+                end = min(begin + chunk, len(ids) - 1)
+                found = log_softmax(runtime.step([(sequence, ids[begin:end], "all")]))
+                targets = ids[begin + 1 : end + 1]
+                rows = np.arange(end - begin)
+                loss -= float(found[rows, targets].sum(dtype=np.float64))
+                if expected is not None:
+                    wanted = log_softmax(expected[begin:end])
+                    reference_loss -= float(wanted[rows, targets].sum(dtype=np.float64))
+                    divergence += float((np.exp(wanted) * (wanted - found)).sum(dtype=np.float64))
+                    same += int((wanted.argmax(axis=-1) == found.argmax(axis=-1)).sum())
+        total += len(ids) - 1
+        if tell is not None:
+            tell()
+    if not math.isfinite(loss):
+        raise RuntimeStateError("the model's logits are not finite on this text: it cannot be measured")
+    quality = Quality(_perplexity(loss, total), total, len(windows), len(windows[0]))
+    if reference is None:
+        return quality
+    return Quality(
+        quality.perplexity, total, quality.windows, quality.window,
+        reference_perplexity=_perplexity(reference_loss, total),
+        mean_kl_divergence=divergence / total,
+        top1_agreement=same / total,
+    )  # fmt: skip
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Log-probabilities of each row, float32 [rows, vocab]; the sum is in f64, as vocabularies are long."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    total: NDArray[np.float64] = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    result: Logits = (shifted - np.log(total)).astype(np.float32)
+    return result
+
+
+def _perplexity(loss: float, count: int) -> float:
+    mean = loss / count
+    return math.exp(mean) if mean < 700 else math.inf
