@@ -331,6 +331,8 @@ def _weights(
     """The weights' bytes, mapped: uint8 [weights_bytes]."""
     part = artifact.parts.get(WEIGHTS)
     wanted = artifact.manifest.weights_bytes
+    if part is not None and part.bytes == 0:
+        part = None
     if part is None and wanted and external is None:
         raise ArtifactError(
             f"{artifact.path} was compiled without weights: load it with weights=FILE, or compile with --weights embed"

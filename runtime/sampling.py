@@ -37,7 +37,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (off)")
+        _require(0 <= self.top_p <= 1, "top_p", self.top_p, "from 0 (the likeliest only) to 1 (off)")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (off) to 1")
         _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")

@@ -467,12 +467,15 @@ def test_a_loaded_artifact_that_is_overwritten_in_place_is_refused(good: Path, t
         Runtime.load(path, threads=1)
 
 
-def test_weights_can_lie_in_another_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("empty_section", [False, True])
+def test_weights_can_lie_in_another_file(tmp_path: Path, empty_section: bool) -> None:
     path = tmp_path / "model.so"
     digest = WeightHash()
     digest.update(fake_artifact.weights().data)
     entry = {"bytes": fake_artifact.VOCAB, "tensors": [], "hash": digest.hexdigest()}
     with ArtifactWriter(path, fake_artifact.library()) as writer:
+        if empty_section:
+            writer.begin_weights()
         writer.add_manifest(fake_artifact.manifest(weights=entry, tokenizer=None))
     with pytest.raises(ArtifactError, match="without weights"):
         Runtime.load(path)

@@ -186,7 +186,7 @@ def test_very_hot_and_very_cold_stay_finite() -> None:
         {"temperature": float("inf")},
         {"temperature": float("nan")},
         {"top_k": -1},
-        {"top_p": 0.0},
+        {"top_p": -0.01},
         {"top_p": 1.01},
         {"min_p": -0.1},
         {"min_p": 1.5},
