@@ -42,8 +42,8 @@ class Bench:
 
 
 def bench(
-    path: str, prompt_tokens: int = 512, gen_tokens: int = 128, batch: int = 1, threads: int | None = None,
-    repeats: int = 3, weights: str | None = None, tell: Tell | None = None,
+    path: Path, prompt_tokens: int = 512, gen_tokens: int = 128, batch: int = 1, threads: int | None = None,
+    repeats: int = 3, weights: Path | None = None, tell: Tell | None = None,
 ) -> Bench:  # fmt: skip
     """Loads an artifact and times it: the median of `repeats` prefills and of the decode steps of as many texts."""
     for name, value in (("prompt tokens", prompt_tokens), ("generated tokens", gen_tokens), ("batch", batch)):

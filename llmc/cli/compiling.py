@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,7 @@ def compile(
         weights=weights, jobs=jobs, seed=seed,
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name}-{quantization}.so")
+    check_writable(path)
     checkers: list[Checker] = []
 
     def observers(lifted: Lifted) -> list[Observer]:
@@ -95,6 +97,17 @@ def compile(
     bits = _at(manifest, "model", "bits_per_weight")
     seconds = _at(manifest, "provenance", "compile_seconds")
     print(f"{path}: {output.size(file_bytes)}, {bits} bits per weight, compiled in {seconds} s")
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a place where nothing can be written, before the work and not after it."""
+    folder = path.parent
+    if path.is_dir():
+        raise CompileError(f"cannot write {path}: it is a folder; give a file name with -o")
+    if not folder.is_dir():
+        raise CompileError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK):
+        raise CompileError(f"cannot write {path}: no permission to write in {folder}")
 
 
 def quantization_refusals(manifest: dict[str, object]) -> list[tuple[str, str]]:

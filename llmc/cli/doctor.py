@@ -59,15 +59,16 @@ def _python() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    findings = []
-    for needed_to, names, extra in (("run", _RUNTIME, "llmc"), ("compile", _COMPILING, "'llmc[compile]'")):
-        for name in names:
-            try:
-                findings.append(Finding(name, metadata.version(name)))
-            except metadata.PackageNotFoundError:
-                fix = f"pip install {extra}  (needed to {needed_to} models)"
-                findings.append(Finding(name, "not installed", False, fix))
-    return findings
+    found = [_package(name, "not installed", False, "pip install llmc") for name in _RUNTIME]
+    missing = "not installed: this machine runs models, and cannot compile them"
+    return found + [_package(name, missing, True, "pip install 'llmc[compile]'") for name in _COMPILING]
+
+
+def _package(name: str, missing: str, ok: bool, fix: str) -> Finding:
+    try:
+        return Finding(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding(name, missing, ok, fix)
 
 
 def _linker() -> list[Finding]:

@@ -40,12 +40,13 @@ def bench(
     if json:
         output.print_json({"artifact": str(artifact), **asdict(found)})
         return
+    read, limit = found.weight_bytes_per_token, found.memory_gigabytes_per_second
     output.facts(
         {
             "prefill": f"{found.prefill_tokens_per_second:,.1f} tokens/s ({batch} x {prompt_tokens} tokens)",
             "decode": f"{found.decode_tokens_per_second:,.1f} tokens/s ({batch} x {gen_tokens} tokens)",
-            "weights read": f"{output.size(found.weight_bytes_per_token)} a step, {found.gigabytes_per_second:.2f} GB/s",
-            "memory bandwidth": f"{found.memory_gigabytes_per_second:.2f} GB/s measured here with {found.threads} threads; "
+            "weights read": f"{output.size(read)} a step, {found.gigabytes_per_second:.2f} GB/s",
+            "memory bandwidth": f"{limit:.2f} GB/s measured now with {found.threads} threads; "
             f"decode uses {found.bandwidth_percent:.1f}% of it",
             "load": f"{found.load_seconds:.3f} s",
             "peak memory": output.size(found.peak_memory_bytes),

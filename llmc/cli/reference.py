@@ -24,12 +24,13 @@ def transformers_reference(directory: Path) -> Reference:
         from transformers.utils import logging
     except ImportError as error:
         raise LlmcError(f"--reference needs {error.name}: pip install 'llmc[compile]'") from error
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(directory), dtype=torch.float32, trust_remote_code=False, local_files_only=True
-        ).eval()
+        )
+        model.eval()  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers raises many kinds
         raise FrontendError(f"--reference {directory} cannot be loaded: {type(error).__name__}: {error}") from error
 

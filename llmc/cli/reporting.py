@@ -35,7 +35,7 @@ def inspect(
             )  # fmt: skip
             return
         provenance = _object(manifest.raw.get("provenance"))
-        layers = manifest.layers
+        layers, per_token = manifest.layers, manifest.bytes_per_page // manifest.step.page
         output.facts(
             {
                 "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
@@ -45,7 +45,7 @@ def inspect(
                 "target": f"{manifest.target.name} ({manifest.target.arch})",
                 "needs": " ".join(sorted(manifest.target.features)),
                 "context": f"{manifest.max_context} tokens, {manifest.step.max_step} a step at most",
-                "KV cache": f"{len(layers)} layers, {output.size(manifest.bytes_per_page // manifest.step.page)} a token"
+                "KV cache": f"{len(layers)} layers, {output.size(per_token)} a token"
                 + (f", {layers[0].dtype}" if layers else ""),
                 "arena": output.size(manifest.step.arena_bytes),
                 "vocabulary": manifest.step.vocab_size,
@@ -72,19 +72,19 @@ def _check(artifact: Artifact) -> list[str]:
     """The parts whose hash was computed here, without loading the library; ArtifactError at the first wrong one."""
     import hashlib
 
-    from llmc.runtime.artifact import HASH_CHUNK, WEIGHTS, damaged
-    from llmc.runtime.hashing import hash_chunk
+    from llmc.compiler.artifact import WeightHash
+    from llmc.runtime.artifact import WEIGHTS, damaged
 
     checked = []
     for part in artifact.parts.values():
-        extent = memoryview(artifact.view[part.offset : part.offset + part.extent])
+        extent = memoryview(artifact.mapping)[part.offset : part.offset + part.extent]
         if part.name == WEIGHTS:
-            digest = hashlib.sha256()
-            for begin in range(0, part.extent, HASH_CHUNK):
-                digest.update(hash_chunk(extent[begin : begin + HASH_CHUNK]).to_bytes(8, "little"))
+            stream = WeightHash()
+            stream.update(extent)
+            digest = stream.hexdigest()
         else:
-            digest = hashlib.sha256(extent)
-        if digest.hexdigest() != part.hash:
+            digest = hashlib.sha256(extent).hexdigest()
+        if digest != part.hash:
             raise damaged(artifact.path, part.name)
         checked.append(part.name)
     return checked
