@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
@@ -34,6 +35,7 @@ Prompt = str | Ids[int] | NDArray[np.integer]
 Turn = Message | tuple[str, str]
 
 _CONTEXTS_BY_DEFAULT = 16
+_MOST_SLOTS = 2**31 - 1  # slots are int32
 
 
 class Runtime:
@@ -100,14 +102,16 @@ class Runtime:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the loaded artifact to a file, all or nothing. Raises `ArtifactError`."""
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+        # Named and locked as compiles do it, so that what a killed process leaves is cleaned up by the next.
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
         try:
             try:
                 with temporary.open("xb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
                     file.write(self.artifact.mapping)
                     file.flush()
                     os.fsync(file.fileno())
-                temporary.replace(target)
+                    temporary.replace(target)
             finally:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
@@ -120,10 +124,10 @@ class Runtime:
         context = -(-self.max_context // self.page)
         if kv_memory is None:
             affordable = cpu.available_memory() // 2 // per_page
-            return max(context, min(_CONTEXTS_BY_DEFAULT * context, affordable))
+            return min(max(context, min(_CONTEXTS_BY_DEFAULT * context, affordable)), _MOST_SLOTS // self.page)
         if kv_memory < per_page:
             raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")
-        return kv_memory // per_page
+        return min(kv_memory // per_page, _MOST_SLOTS // self.page)
 
     # Tokens
 
@@ -233,6 +237,8 @@ class Runtime:
 
     def _check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         array = np.asarray(ids)
+        if array.shape == (1,) and array.dtype == np.int32 and 0 <= array[0] < self.vocab_size:
+            return array  # decoding, where every microsecond is paid per token
         if array.ndim != 1 or not len(array):
             raise RuntimeStateError(f"token ids must be a list of at least one id, not of shape {array.shape}")
         if array.dtype.kind not in "iu":

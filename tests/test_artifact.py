@@ -467,6 +467,22 @@ def test_a_loaded_artifact_that_is_overwritten_in_place_is_refused(good: Path, t
         Runtime.load(path, threads=1)
 
 
+def test_a_loaded_artifact_can_be_saved(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.load(good, threads=1)
+    runtime.save(tmp_path / "copy.so")
+    assert (tmp_path / "copy.so").read_bytes() == good.read_bytes()
+    with pytest.raises(ArtifactError, match="unchanged"):
+        runtime.save(tmp_path / "nowhere" / "copy.so")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ArtifactError, match=r"No space.*unchanged"):
+        runtime.save(tmp_path / "copy.so")
+    assert files(tmp_path) == {"copy.so"}
+
+
 @pytest.mark.parametrize("empty_section", [False, True])
 def test_weights_can_lie_in_another_file(tmp_path: Path, empty_section: bool) -> None:
     path = tmp_path / "model.so"

@@ -1,0 +1,160 @@
+"""The step's call: the struct is that of step.h, arrays say what docs/architecture.md says, splits are sensible."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmc.compiler import artifact as writing
+from llmc.runtime import artifact as reading
+from llmc.runtime import manifest
+from llmc.runtime.batch import Run, StepRunner, choose_splits
+from llmc.runtime.library import Library, Step
+from llmc.runtime.runtime import Runtime
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fake_artifact
+
+
+def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
+    lines = [f'printf("{name} %zu\\n", offsetof(LlmcStep, {name}));' for name, *_ in Step._fields_]
+    lines.append('printf("%zu %d %lld %d", sizeof(LlmcStep), LLMC_ABI, (long long)LLMC_HASH_CHUNK, LLMC_HASH_LANES);')
+    main = f"int main(void) {{ {' '.join(lines)} return 0; }}"
+    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "pool.h"\n{main}\n'
+    (tmp_path / "print.c").write_text(source)
+    binary = tmp_path / "print"
+    include = f"-I{resources.files('llmc.runtime')}"
+    subprocess.run(["gcc", "-Wall", "-Werror", include, str(tmp_path / "print.c"), "-o", str(binary)], check=True)
+    printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.split("\n")
+    assert printed[:-1] == [f"{name} {getattr(Step, name).offset}" for name, *_ in Step._fields_]
+    size, abi, chunk, lanes = map(int, printed[-1].split())
+    assert size == ctypes.sizeof(Step)
+    assert abi == manifest.ABI
+    assert chunk == writing.HASH_CHUNK == reading.HASH_CHUNK
+    assert lanes == writing.HASH_LANES
+
+
+def test_writer_and_reader_agree_on_the_format() -> None:
+    for name in ("MANIFEST", "TOKENIZER", "WEIGHTS", "SEAL_MAGIC", "SEAL_SCHEMA", "PAGE"):
+        assert getattr(writing, name) == getattr(reading, name)
+
+
+class Watched(Library):
+    """A library whose step only records what it is given."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def run(self, step: int, threads: int) -> None:
+        given = Step.from_address(step)
+        sizes = dict(zip("TQBMRS", given.sizes, strict=True))
+
+        def copy(name: str, *shape: int) -> np.ndarray:
+            pointer = ctypes.cast(getattr(given, name), ctypes.POINTER(ctypes.c_int32))
+            return np.ctypeslib.as_array(pointer, shape).copy()
+
+        for name in (
+            "ids",
+            "positions",
+            "slots",
+            "tiles",
+            "block_table",
+            "rows",
+            "logits",
+            "arena",
+            "weights",
+            "cache",
+        ):
+            assert getattr(given, name) % 64 == 0
+        self.arrays = {
+            "ids": copy("ids", sizes["T"]),
+            "positions": copy("positions", sizes["T"]),
+            "slots": copy("slots", sizes["T"]),
+            "tiles": copy("tiles", sizes["Q"], 4),
+            "block_table": copy("block_table", sizes["B"], sizes["M"]),
+            "rows": copy("rows", sizes["R"]) if sizes["R"] else np.zeros(0, np.int32),
+            "splits": np.array(sizes["S"]),
+        }
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    return Runtime.load(fake_artifact.write(tmp_path_factory.mktemp("step") / "model.so"), threads=2)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple[int, int, int]]) -> None:
+    """For any runs: each row is in one tile of at most 16 consecutive tokens of one sequence, at its own position; its
+    slot is on the page that the block table names for that position."""
+    shapes = [(start, min(count, 48 // len(shapes)), wanted) for start, count, wanted in shapes]
+    sequences = []
+    runs = []
+    for start, count, wanted in shapes:
+        sequence = runtime.sequence()
+        if start:
+            runtime.step([(sequence, np.arange(start) % 300, "none")])
+        ids = np.arange(count, dtype=np.int32)
+        sequence.prepare(ids)
+        sequences.append(sequence)
+        runs.append(Run(sequence, ids, start, count - min(wanted, count)))
+    watched = Watched()
+    runner = StepRunner(runtime.artifact, watched, 4096, runtime.buffers, 2)
+    rows = runner.run(runs)
+    given_ = watched.arrays
+    assert len(rows) == len(given_["rows"]) == sum(run.rows for run in runs)
+    assert given_["ids"].tolist() == [i for run in runs for i in range(len(run.ids))]
+    seen = []
+    for index, first, count, position in given_["tiles"].tolist():
+        assert 1 <= count <= 16
+        seen += range(first, first + count)
+        run = runs[index]
+        for row in range(first, first + count):
+            place = given_["positions"][row]
+            assert place == position + row - first == run.start + given_["ids"][row]
+            assert (
+                given_["slots"][row] // 32
+                == given_["block_table"][index][place // 32]
+                == run.sequence.pages[place // 32]
+            )
+            assert given_["slots"][row] % 32 == place % 32
+    assert seen == list(range(len(given_["ids"])))
+    assert len(set(given_["slots"].tolist())) == len(seen)
+    ends = np.cumsum([len(run.ids) for run in runs])
+    assert given_["rows"].tolist() == [
+        row for end, run in zip(ends.tolist(), runs, strict=True) for row in range(end - run.rows, end)
+    ]
+    for sequence in sequences:
+        sequence.abandon()
+        sequence.close()
+
+
+@given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 5000), st.integers(1, 128), st.integers(1, 16))
+def test_splits_give_every_thread_work_in_parts_that_are_worth_it(
+    tiles: int, kv_heads: int, pages: int, threads: int, most: int
+) -> None:
+    splits = choose_splits(tiles, kv_heads, pages, threads, most)
+    assert 1 <= splits <= most
+    if tiles * kv_heads >= 4 * threads:
+        assert splits == 1
+    if splits > 1:
+        assert pages // splits >= 4
+        assert (splits - 1) * tiles * kv_heads < 4 * threads  # no more than it takes
+
+
+def test_profiles_add_up(runtime: Runtime) -> None:
+    runtime.set_profiling(True)
+    for _ in range(3):
+        runtime.forward([1, 2, 3])
+    assert runtime.profile() == [("whole step", 3)]
+    runtime.set_profiling(False)
+    runtime.forward([1])
+    assert runtime.profile() == [("whole step", 0)]
