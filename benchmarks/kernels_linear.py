@@ -42,7 +42,7 @@ def read_all(machine: Machine):
 
     def body(p, s):
         x, out = b.view(p["x"], [b.MANY, 1024], "int32"), b.view(p["out"], [isa.lanes], "int32")
-        sums = b.Registers(isa, 4, isa.i32)
+        sums = b.Registers(4, isa.i32)
         for j in range(4):
             sums[j] = isa.splat(0, "int32")
         with b.loop(s["end"] - s["begin"]) as i, b.loop(1024 // isa.lanes // 4) as v:
@@ -59,9 +59,9 @@ def multiply_only(machine: Machine):
 
     def body(p, s):
         x, out = b.view(p["x"], [isa.vector_bytes * 2], "int8"), b.view(p["out"], [isa.lanes], "int32")
-        w, a = b.Registers(isa, 1, isa.i8), b.Registers(isa, 1, isa.i8)
+        w, a = b.Registers(1, isa.i8), b.Registers(1, isa.i8)
         w[0], a[0] = (isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes) for j in range(2))
-        sums = b.Registers(isa, 10, isa.i32)
+        sums = b.Registers(10, isa.i32)
         for j in range(10):
             sums[j] = isa.splat(0, "int32")
         with b.loop(s["end"] - s["begin"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+
 from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
 
 SIZES = [(1, 1), (7, 31), (33, 33), (129, 64), (64, 129), (31, 256)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from llmc.targets.machine import Machine
 
 _BASE = {"avx2", "fma", "f16c"}

@@ -51,7 +51,11 @@ def view(handle: Expr, shape: Sequence[int | Expr], dtype: str) -> Buffer:
 
 
 def scratch(shape: Sequence[int] | int, dtype: str) -> Buffer:
-    """Stack memory; constant indices everywhere make it registers."""
+    """Stack memory, of vectors; constant indices everywhere make it registers.
+
+    The elements are vectors because TVM aligns an array of vectors to a vector, and an array of scalars to 16 bytes
+    only; and because one aligned array makes LLVM align the whole frame, spilled registers included.
+    """
     from tvm.script.ir_builder import tirx as I
 
     return I.alloc_buffer((shape,) if isinstance(shape, int) else tuple(shape), dtype, scope="local")
@@ -101,7 +105,7 @@ def index(value: int | Expr) -> Expr:
 
 
 def store(buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
-    """buffer[indices] = value, a scalar."""
+    """buffer[indices] = value, one element."""
     from tvm.script.ir_builder import tirx as I
 
     I.buffer_store(buffer, value, [index(i) for i in indices])
@@ -129,12 +133,11 @@ def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:
 class Registers:
     """`count` vector variables that live in registers (or spill to the stack): r[i] reads, r[i] = v writes."""
 
-    def __init__(self, isa: VectorIsa, count: int, dtype: str) -> None:
-        self.isa, self.lanes = isa, int(dtype.rsplit("x", 1)[1])
-        self.slots = [scratch(self.lanes, dtype.rsplit("x", 1)[0]) for _ in range(count)]
+    def __init__(self, count: int, dtype: str) -> None:
+        self.slots = [scratch(1, dtype) for _ in range(count)]
 
     def __getitem__(self, position: int) -> Expr:
-        return self.isa.load(self.slots[position], 0, lanes=self.lanes)
+        return self.slots[position][index(0)]
 
     def __setitem__(self, position: int, value: Expr) -> None:
-        store_vector(self.isa, self.slots[position], [0], value)
+        store(self.slots[position], [0], value)

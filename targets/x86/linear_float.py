@@ -173,7 +173,7 @@ def _rows_kernel(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, rows: in
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
             column = b.let(sizes["begin"] + i)
             row = b.clamped_rows(block * rows, rows, sizes["T"])
-            totals = b.Registers(isa, tiles * rows * chains, isa.f32)
+            totals = b.Registers(tiles * rows * chains, isa.f32)
             for slot in range(len(totals.slots)):
                 totals[slot] = isa.splat(0.0)
             for part, terms in _parts(weights.terms, weights.part):
@@ -221,8 +221,8 @@ def _blocks_kernel(
         from tvm import tirx
 
         x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
-        panel = b.scratch([tiles, weights.part, isa.lanes], "int32" if weights.pairs else "float32")
-        totals = b.scratch([row_block, tiles * isa.lanes], "float32")
+        panel = b.scratch([tiles, weights.part], isa.i32 if weights.pairs else isa.f32)
+        totals = b.scratch([row_block, tiles], isa.f32)
         row_blocks = b.let((tokens + (row_block - 1)) // row_block)
         with b.loop(sizes["end"] - sizes["begin"]) as i:
             unit = b.let(sizes["begin"] + i)
@@ -234,7 +234,7 @@ def _blocks_kernel(
             blocks = b.let((here + (rows - 1)) // rows)
             with b.loop(blocks * rows) as m:
                 for t in range(tiles):
-                    b.store_vector(isa, totals, [m, t * isa.lanes], isa.splat(0.0))
+                    b.store(totals, [m, t], isa.splat(0.0))
 
             for part, terms in _parts(weights.terms, weights.part):
                 for t in range(tiles):
@@ -242,25 +242,24 @@ def _blocks_kernel(
                     for first, count in _steps(terms):
                         for term, _, size in _bundles(first, count, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
-                                b.store_vector(isa, panel, [t, term + j, 0], vector)
+                                b.store(panel, [t, term + j], vector)
                 with b.loop(blocks) as block:
                     row = b.clamped_rows(first_row + block * rows, rows, tokens)
-                    sums = b.Registers(isa, rows * tiles, isa.f32)
+                    sums = b.Registers(rows * tiles, isa.f32)
                     for slot in range(rows * tiles):
-                        sums[slot] = isa.load(totals, block * rows + slot % rows, slot // rows * isa.lanes)
+                        sums[slot] = totals[block * rows + slot % rows, slot // rows]
                     for first, count in _steps(terms):
                         for j in range(count):
                             for slot in range(rows * tiles):
-                                w = isa.load(panel, slot // rows, first + j, 0)
+                                w = panel[slot // rows, first + j]
                                 at = part * weights.part + first + j
                                 sums[slot] = x.multiply(sums[slot], w, row[slot % rows], at)
                     for slot in range(rows * tiles):
-                        at = [block * rows + slot % rows, slot // rows * isa.lanes]
-                        b.store_vector(isa, totals, at, sums[slot])
+                        b.store(totals, [block * rows + slot % rows, slot // rows], sums[slot])
             with b.loop(here) as m:
                 for t in range(0, tiles, epilogue.tiles):
                     with b.when(first_tile + t < all_tiles):
-                        done = [isa.load(totals, m, (t + j) * isa.lanes) for j in range(epilogue.tiles)]
+                        done = [totals[m, t + j] for j in range(epilogue.tiles)]
                         column = b.let((first_tile + t) // epilogue.tiles)
                         epilogue.emit(isa, handles, first_row + m, column, done)
 

@@ -74,10 +74,13 @@ class _Blocking:
 
 
 def _quantized_blocking(isa: VectorIsa) -> _Blocking:
-    """rows x tiles integer sums, `tiles` weight vectors and one activation have to fit the registers."""
+    """rows x tiles integer sums, a weight vector and a few activations have to fit the registers.
+
+    Measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so blocks are smaller.
+    """
     if isa.lanes == 16:
-        return _Blocking(6, 4, 96)
-    return _Blocking(4, 2, 64)
+        return _Blocking(6, 4, 96) if isa.vnni else _Blocking(4, 4, 64)
+    return _Blocking(3, 4, 96) if isa.vnni else _Blocking(4, 2, 64)
 
 
 def _float_blocking(isa: VectorIsa) -> _Blocking:

@@ -114,7 +114,7 @@ def _dot_group(
     isa, bits = ops.isa, ops.layout.bits
     narrow = isa.narrow_quads(bits) > 0
     with b.loop(ops.layout.group // 4 // UNROLLED) as chunk:
-        parts = b.Registers(isa, len(sums.slots), isa.i16) if narrow else None
+        parts = b.Registers(len(sums.slots), isa.i16) if narrow else None
         for step in range(UNROLLED):
             quad = chunk * UNROLLED + step
             for t, weight in enumerate(weights):
@@ -161,11 +161,11 @@ def quantized_linear_rows(
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
             column = b.let(sizes["begin"] + i)
             row = b.clamped_rows(block * rows, rows, sizes["T"])
-            totals = b.Registers(isa, tiles * rows, isa.f32)
+            totals = b.Registers(tiles * rows, isa.f32)
             for slot in range(tiles * rows):
                 totals[slot] = isa.splat(0.0)
             with b.loop(layout.groups(k)) as g:
-                sums = b.Registers(isa, tiles * rows * chains, isa.i32)
+                sums = b.Registers(tiles * rows * chains, isa.i32)
                 for slot in range(tiles * rows):
                     sums[slot * chains] = ops.correction(row[slot % rows], g)
                     for chain in range(1, chains):
@@ -222,8 +222,8 @@ def quantized_linear_blocks(
         from tvm import tirx
 
         ops, tokens = _Operands(isa, layout, k, handles), sizes["T"]
-        panel = b.scratch([tiles, step * quads, isa.vector_bytes], "int8") if bits == 4 else None
-        totals = b.scratch([row_block, tiles * isa.lanes], "float32")
+        panel = b.scratch([tiles, step * quads], isa.i8) if bits == 4 else None
+        totals = b.scratch([row_block, tiles], isa.f32)
         row_blocks = b.let((tokens + (row_block - 1)) // row_block)
         with b.loop(sizes["end"] - sizes["begin"]) as i:
             unit = b.let(sizes["begin"] + i)
@@ -235,7 +235,7 @@ def quantized_linear_blocks(
             blocks = b.let((here + (rows - 1)) // rows)
             with b.loop(blocks * rows) as m:
                 for t in range(tiles):
-                    b.store_vector(isa, totals, [m, t * isa.lanes], isa.splat(0.0))
+                    b.store(totals, [m, t], isa.splat(0.0))
 
             def groups_from(first: Expr, count: int) -> None:
                 if panel is not None:
@@ -243,29 +243,28 @@ def quantized_linear_blocks(
                         for t in range(tiles):
                             for odd in (0, 1):
                                 quad = vector * 2 + odd
-                                unpacked = ops.stored(tile[t], first + g, quad, odd)
-                                b.store_vector(isa, panel, [t, g * quads + quad, 0], unpacked)
+                                b.store(panel, [t, g * quads + quad], ops.stored(tile[t], first + g, quad, odd))
                 with b.loop(blocks) as block:
                     row = b.clamped_rows(first_row + block * rows, rows, tokens)
                     with b.loop(count) as g:
                         multiply(block, row, first + g, g)
 
             def multiply(block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
-                sums = b.Registers(isa, tiles * rows, isa.i32)
+                sums = b.Registers(tiles * rows, isa.i32)
                 for slot in range(tiles * rows):
                     sums[slot] = ops.correction(row[slot % rows], group)
 
                 def weight(t: int) -> Callable[[Expr, int], Expr]:
                     if panel is None:
                         return lambda quad, odd: ops.stored(tile[t], group, quad, odd)
-                    return lambda quad, _: isa.load(panel, t, position * quads + quad, 0, lanes=isa.vector_bytes)
+                    return lambda quad, _: panel[t, position * quads + quad]
 
                 _dot_group(ops, sums, row, group, [weight(t) for t in range(tiles)])
                 for slot in range(tiles * rows):
                     t, m = divmod(slot, rows)
-                    at = [block * rows + m, t * isa.lanes]
-                    whole = ops.accumulate(isa.load(totals, *at), sums[slot], row[m], tile[t], group)
-                    b.store_vector(isa, totals, at, whole)
+                    whole = totals[block * rows + m, t]
+                    whole = ops.accumulate(whole, sums[slot], row[m], tile[t], group)
+                    b.store(totals, [block * rows + m, t], whole)
 
             with b.loop(groups // step) as part:
                 groups_from(part * step, step)
@@ -274,7 +273,7 @@ def quantized_linear_blocks(
             with b.loop(here) as m:
                 for t in range(0, tiles, epilogue.tiles):
                     with b.when(first_tile + t < all_tiles):
-                        sums = [isa.load(totals, m, (t + j) * isa.lanes) for j in range(epilogue.tiles)]
+                        sums = [totals[m, t + j] for j in range(epilogue.tiles)]
                         column = (first_tile + t) // epilogue.tiles
                         epilogue.emit(isa, handles, first_row + m, column, sums)
 

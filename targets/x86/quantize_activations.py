@@ -56,7 +56,7 @@ def quantize_activations(
 
             def one_group(g: Expr, valid: int) -> None:
                 vectors = group // isa.lanes
-                values = b.Registers(isa, vectors, isa.f32)
+                values = b.Registers(vectors, isa.f32)
                 for v in range(vectors):
                     values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
                 scale, whole = _round(isa, values)
@@ -91,6 +91,7 @@ def round_activations(
     isa, width = isa_for(machine), -(-k // 2) * 2
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        from tvm import tirx
         from tvm.script.ir_builder import tirx as I
 
         x = b.view(handles["x"], [b.MANY, stride or k], "float32")
@@ -106,10 +107,9 @@ def round_activations(
                 b.store_vector(isa, xh, [row, v * isa.lanes], convert(v * isa.lanes, isa.lanes))
             if k % isa.lanes:
                 start = b.index(k // isa.lanes * isa.lanes)
-                last = b.scratch(isa.lanes, "uint16")
-                b.store_vector(isa, last, [0], convert(start, k % isa.lanes))
-                with b.loop(width % isa.lanes or isa.lanes) as j:
-                    I.buffer_store(xh, last[j], [row, start + j])
+                lane = tirx.Ramp(start, b.index(1), isa.lanes)
+                inside = isa.first(width % isa.lanes or isa.lanes)
+                I.evaluate(I.masked_store(xh, convert(start, k % isa.lanes), row, lane, inside))
 
     return b.plain_function([*_inputs(norm, norm_bias), ("xh", "uint16")], [], body)
 
@@ -142,7 +142,7 @@ def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
     zero = tirx.const(0.0, "float32")
     scale = b.let(tirx.Select(nothing, zero, peak / tirx.const(127.0, "float32")))
     inverse = b.let(tirx.Select(nothing, zero, tirx.const(127.0, "float32") / peak))
-    integers = b.Registers(isa, count, isa.i32)
+    integers = b.Registers(count, isa.i32)
     total = isa.splat(0, "int32")
     for v in range(count):
         integers[v] = tirx.nearbyint(values[v] * isa.splat(inverse)).astype(isa.i32)
@@ -203,7 +203,7 @@ def _squared(value: Expr) -> Expr:
 def _sum_over_row(isa: VectorIsa, k: int, term: Callable[[Expr, int], Expr]) -> Expr:
     """The sum of term(start, valid) over a row's k elements: four partial sums, to hide the adder's latency."""
     width = 4
-    sums = b.Registers(isa, width, isa.f32)
+    sums = b.Registers(width, isa.f32)
     for j in range(width):
         sums[j] = isa.splat(0.0)
     step = width * isa.lanes
