@@ -191,7 +191,7 @@ def _name(node: torch.fx.Node) -> str:
         packet, _, overload = str(target).partition(".")[2].partition(".")
         return f"{packet}.{overload}" if target.namespace == "aten" else f"{target.namespace}::{packet}"
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
+        return str(target.name())  # type: ignore[no-untyped-call]
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}".removeprefix("_operator.")
 
 

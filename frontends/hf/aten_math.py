@@ -10,7 +10,7 @@ import torch
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.llm import Attention, LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS
@@ -255,7 +255,7 @@ def _var(
     less = correction if correction is not None else float(unbiased)
     variance: Value = s.Mean(e.Mul(centred, centred), axes, keepdim)
     if less:
-        count = s.product(tuple(x.shape[i] for i in axes))
+        count = product(tuple(x.shape[i] for i in axes))
         if not isinstance(count, int):
             raise FrontendError(f"{node.name}: an unbiased variance over the tokens is not supported")
         variance = e.Mul(variance, e.constant(count / (count - less)))
@@ -313,9 +313,7 @@ def _einsum(t: Translation, node: Node, equation: str, operands: list[Value], pa
     def matrices(x: Value, name: str, *groups: list[str]) -> Value:
         order = [n for group in groups for n in group]
         x = s.Transpose(x, tuple(name.index(n) for n in order))
-        return reshape(
-            x, (*(sizes[n] for n in groups[0]), *(s.product(tuple(sizes[n] for n in g)) for g in groups[1:]))
-        )
+        return reshape(x, (*(sizes[n] for n in groups[0]), *(product(tuple(sizes[n] for n in g)) for g in groups[1:])))
 
     y: Value = s.Matmul(matrices(a, first, batch, left, summed), matrices(b, second, batch, summed, right))
     order = batch + left + right
@@ -372,8 +370,8 @@ def _sdpa(
     scale = width**-0.5 if scale is None else scale
     swap = (*range(q.rank - 3), q.rank - 2, q.rank - 3, q.rank - 1)
     if mask is None:
-        turned = (s.Transpose(x, swap) for x in (q, k, v))
-        return s.Transpose(Attention(*turned, scale=scale, causal=is_causal), swap)
+        q, k, v = (s.Transpose(x, swap) for x in (q, k, v))
+        return s.Transpose(Attention(q, k, v, scale=scale, causal=is_causal), swap)
     if enable_gqa and q.shape[-3] != k.shape[-3]:
         k, v = (_repeat_heads(x, q.shape[-3]) for x in (k, v))
     last = (*range(k.rank - 2), k.rank - 1, k.rank - 2)

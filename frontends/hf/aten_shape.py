@@ -8,7 +8,7 @@ import torch
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.op import Param, Value
 from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, reshape
@@ -73,7 +73,8 @@ def _slice(
     if length == size and step == 1:
         return x
     stop = first + length if step == 1 else first + (length - 1) * step + 1
-    return s.Slice(x, index, first, stop, step)
+    result: Value = s.Slice(x, index, first, stop, step)
+    return result
 
 
 @handles("narrow")
@@ -94,7 +95,8 @@ def _select(t: Translation, node: Node, x: Value, dim: int, index: Meaning) -> V
 
 
 def _pieces(x: Value, index: int, sizes: list[Size]) -> tuple[Value, ...]:
-    pieces, start = [], 0
+    pieces: list[Value] = []
+    start: Size = 0
     for size in sizes:
         pieces.append(s.Slice(x, index, start, start + size))
         start = start + size
@@ -143,7 +145,7 @@ def _repeat_interleave(
     t: Translation, node: Node, x: Value, repeats: int, dim: int | None = None, output_size: object = None
 ) -> Value:
     if dim is None:
-        x, dim = reshape(x, (s.product(x.shape),)), 0
+        x, dim = reshape(x, (product(x.shape),)), 0
     index = axis(x, dim)
     before, after = x.shape[: index + 1], x.shape[index + 1 :]
     return reshape(broadcast(reshape(x, (*before, 1, *after)), (*before, repeats, *after)), t.shape(node))
@@ -226,7 +228,7 @@ def _index(t: Translation, node: Node, x: Value, indices: list[Value | None]) ->
         at = e.Where(e.Less(at, e.constant(0)), e.Add(at, size), at)
         flat = at if flat is None else e.Add(e.Mul(flat, size), at)
     assert flat is not None
-    merged = s.product(x.shape[first : last + 1])
+    merged = product(x.shape[first : last + 1])
     x = reshape(x, (*x.shape[:first], merged, *x.shape[last + 1 :]))
     return reshape(s.Gather(x, flat, first), t.shape(node))
 

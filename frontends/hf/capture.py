@@ -12,6 +12,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -83,7 +84,7 @@ def _captured(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -106,7 +107,7 @@ def _captured(
         query,
         key,
         value,
-        mask,
+        attention_mask,
         s_aux,
         -1 if layer is None else layer,
         float(scale),
@@ -117,7 +118,7 @@ def _captured(
     return captured, None
 
 
-def meaning_of(mask_function: Callable[..., torch.Tensor]) -> tuple[bool, int]:
+def meaning_of(mask_function: Callable[..., Any]) -> tuple[bool, int]:
     """(causal, window) of a transformers mask function, from its values; `Refused` when it is neither.
 
     The window is the first query that no longer sees key 0, by bisection; the claim is then checked on a grid of
@@ -161,7 +162,7 @@ def _captured_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., torch.Tensor] = masking_utils.causal_mask_function,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "meta",
     **_: object,
@@ -209,7 +210,7 @@ def _is_numbers(value: object) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def _without_lists(index: object, device: torch.device) -> object:
+def _without_lists(index: Any, device: torch.device) -> Any:
     """An index with its lists of numbers as traced tensors, or as a slice where one list holds one number."""
     parts = index if isinstance(index, tuple) else (index,)
     lists = [part for part in parts if isinstance(part, list) and part and _is_numbers(part)]

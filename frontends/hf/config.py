@@ -121,7 +121,9 @@ def load_config(directory: Path) -> PreTrainedConfig:
     check_config(data, path)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # transformers raises many kinds for a bad value
         raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
     text = config.get_text_config(decoder=True)

@@ -78,12 +78,13 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
         raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     # The checkpoint's headers are checked before the slower export.
     checkpoint = open_checkpoint(model_dir) if weights == "checkpoint" else None
+    dtype = _checkpoint_dtype(config)  # building the model changes the config's
     notes: list[str] = []
     traced = _trace(config, context, notes)
     model = traced.meta.model
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if checkpoint is None:
-        values: WeightSource = RandomWeights(shapes, _checkpoint_dtype(config), seed)
+        values: WeightSource = RandomWeights(shapes, dtype, seed)
     else:
         values = ModelWeights(model, checkpoint)
     if traced.longest < context:
@@ -266,8 +267,7 @@ def _layer_count(config: PreTrainedConfig) -> int:
 
 
 def _checkpoint_dtype(config: PreTrainedConfig) -> str:
-    dtype = getattr(config, "dtype", None)
-    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
+    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(getattr(config, "dtype", None) or torch.float32, "f32")
 
 
 def _one_line(error: BaseException) -> str:

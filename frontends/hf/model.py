@@ -37,7 +37,7 @@ def build(config: PreTrainedConfig, implementation: str, context: int) -> MetaMo
     from transformers import AutoModelForCausalLM
 
     with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
         ).eval()
     if hasattr(model, "set_experts_implementation"):
@@ -67,11 +67,11 @@ def _compute_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
             raise FrontendError(f"buffer {name} of the model has {size} bytes: is max_position_embeddings right?")
         setattr(module, leaf, torch.zeros_like(buffer, device="cpu"))
     for module in model.modules():
-        module._is_hf_initialized = False  # building on meta marked them; the buffers' values are still to come
+        setattr(module, "_is_hf_initialized", False)  # noqa: B010  building on meta marked them; the buffers' values are still to come
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     with quiet():
-        model.initialize_weights()
+        model.initialize_weights()  # type: ignore[no-untyped-call]
     values = {}
     for name in names:
         module, leaf = _owner(model, name)

@@ -90,7 +90,7 @@ def _load(directory: Path) -> Any:
             known = ("bos_token", "eos_token", "unk_token", "pad_token")
             named = _optional_json(directory / "tokenizer_config.json")
             tokens = {name: _token(named[name]) for name in known if _token(named.get(name)) is not None}
-            return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens)
+            return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens)  # type: ignore[no-untyped-call]
 
 
 def _token(value: object) -> str | None:
