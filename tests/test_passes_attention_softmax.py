@@ -158,6 +158,14 @@ def triangle_table(s: Value) -> Value:
     return Where(Slice(Slice(table, 2, 0, S), 3, 0, S), s, constant(-1e4))
 
 
+def stored_band(s: Value) -> Value:
+    """A stored triangle of the last 40 keys: a window that the first few positions do not show."""
+    at = np.arange(64)
+    seen = (at[None] <= at[:, None]) & (at[None] > at[:, None] - 40)
+    table = constant(seen.reshape(1, 1, 64, 64), "bool")
+    return Where(Slice(Slice(table, 2, 0, S), 3, 0, S), s, constant(-1e9))
+
+
 def flat_heads(q: Value, k: Value, v: Value, positions: Input) -> Value:
     """[heads, S, dim] products, as Bloom's."""
     k, v = repeat_kv(k, GROUPS), repeat_kv(v, GROUPS)
@@ -205,6 +213,7 @@ FORMS: dict[str, Expected] = {
     "filled": (written(mask=lambda s: Where(causal(), s, constant(-np.inf))), PLAIN, 0.0),
     "by position input": (by_position_input, PLAIN, 0.0),
     "triangle table": (written(mask=triangle_table), PLAIN, 0.0),
+    "triangle table with a far window": (written(mask=stored_band), Mask(True, 40, None), 0.0),
     "raw exponentials": (written(softmax=raw_softmax), PLAIN, 0.0),
     "reciprocal": (written(softmax=reciprocal_softmax), PLAIN, 0.0),
     "window": (written(mask=lambda s: Add(s, additive(And(causal(), window(5))))), Mask(True, 5, None), 0.0),
@@ -228,7 +237,7 @@ FORMS: dict[str, Expected] = {
 
 def assert_same(before: Graph, after: Graph) -> None:
     load = random_weights(before)
-    for length in (2, 9, 33):
+    for length in (2, 9, 33, 57):
         tokens = np.random.default_rng(length).integers(0, 29, length).tolist()
         found, expected = (run_sequence(graph, load, tokens) for graph in (after, before))
         # f64 in another order; constants such as 1/sqrt(8) are f32 on both sides.
@@ -263,8 +272,8 @@ def test_the_paged_graph_of_every_form_means_the_same(name: str) -> None:
     after, _ = run_passes(before, passes)
     assert sum(isinstance(op, PagedAttention) for op in after.ops) == 2
     load = random_weights(before)
-    sequences = [np.random.default_rng(i).integers(0, 29, length).tolist() for i, length in enumerate((37, 7))]
-    found = run_steps(after, load, sequences, [[(1, 1), (0, 33)], [(0, 3), (1, 5)], [(1, 1), (0, 1)]])
+    sequences = [np.random.default_rng(i).integers(0, 29, length).tolist() for i, length in enumerate((57, 7))]
+    found = run_steps(after, load, sequences, [[(1, 1), (0, 33)], [(0, 23), (1, 5)], [(1, 1), (0, 1)]])
     for own, logits in zip(sequences, found, strict=True):
         np.testing.assert_allclose(logits, run_sequence(before, load, own), rtol=0, atol=1e-11)
 

@@ -59,7 +59,8 @@ class FlattenTokens(Pass, name="flatten-tokens"):
             return graph
         tokens = symbol("T", 1, self.max_step)
         inputs = tuple(Input(value.name, Tensor((tokens,), value.dtype)) for value in graph.inputs)
-        flattener = _Flattener(size, tokens, dict(zip(graph.inputs, inputs, strict=True)))
+        new_inputs: dict[Value, Value] = dict(zip(graph.inputs, inputs, strict=True))
+        flattener = _Flattener(size, tokens, new_inputs)
         try:
             for op in graph.ops:
                 flattener.add(op)
@@ -88,10 +89,10 @@ class _Layout:
 class _Flattener:
     """Builds the new graph's values; `new` maps old values to new ones."""
 
-    def __init__(self, size: Dim, tokens: int | Dim, inputs: dict[Input, Input]) -> None:
+    def __init__(self, size: Dim, tokens: int | Dim, inputs: dict[Value, Value]) -> None:
         self.size, self.tokens = size, tokens
         self.symbols = size.symbols()
-        self.new: dict[Value, Value] = dict(inputs)
+        self.new: dict[Value, Value] = inputs
 
     def add(self, op: Op) -> None:
         """Rebuild one op, whose operands are already rebuilt."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub, constant
@@ -29,6 +30,8 @@ TOLERANCE = 1e-9  # of cosines computed in f64 from positions up to 30011
 _NOT_TOKENS = frozenset(("positions", WEIGHTS))
 _REACH = 48  # ops in a rotation, at most
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class _Map:
@@ -42,8 +45,8 @@ class _Map:
     token: int
     start: int
     interleaved: bool
-    cos: Array  # [positions, pairs]
-    sin: Array
+    cos: Floats  # [positions, pairs]
+    sin: Floats
     at: tuple[int, ...]
     factors: tuple[Value, ...]  # the positional values that the rotation multiplies by
     region: frozenset[Value]
@@ -234,7 +237,7 @@ class _Finder:
         if near is None:
             return None
         interleaved, cos, sin = near
-        at = NEAR
+        at: tuple[int, ...] = NEAR
         try:
             far = self._probe(x, y, axes[0], start, FAR)
             if far is None or far[0] != interleaved or far[1].shape[1] != cos.shape[1]:
@@ -245,7 +248,9 @@ class _Finder:
             pass  # a table of fewer positions than the farthest one probed
         return _Map(x, y, axes[0], start, interleaved, cos, sin, at, factors, frozenset((*nodes, y)))
 
-    def _probe(self, x: Value, y: Op, token: int, start: int, at: tuple[int, ...]) -> tuple[bool, Array, Array] | None:
+    def _probe(
+        self, x: Value, y: Op, token: int, start: int, at: tuple[int, ...]
+    ) -> tuple[bool, Floats, Floats] | None:
         """Whether channels pair up interleaved, and cosines and sines [positions, pairs]; None if y is no rotation."""
         count = len(at)
         shape = tuple(count if isinstance(dim, Dim) else dim for dim in y.shape)
@@ -253,12 +258,12 @@ class _Finder:
         wide = (*_without(shape, token)[:-1], _static(x.shape[-1]))
         noise = np.random.default_rng(1).standard_normal((count, *wide))
 
-        def apply(value: Array) -> Array:
+        def apply(value: Floats) -> Floats:
             """y [positions, heads, channels] for an x that is `value` or broadcasts from it."""
             full = noise.copy()
             full[..., start : start + channels] = value
             result = self.probe.evaluate([y], count, at, {x: np.moveaxis(full, 0, token)}, stand_ins=True)[0]
-            return np.moveaxis(result, token, 0).reshape(count, -1, channels)
+            return np.asarray(np.moveaxis(result, token, 0), np.float64).reshape(count, -1, channels)
 
         unit = apply(np.eye(channels)[0])
         touched = np.flatnonzero(np.abs(unit).max(axis=(0, 1)) > 1e-12)
@@ -394,7 +399,7 @@ class _Angles:
             parts.append(Reshape(part, (self.size, 1, found.pairs)))
         return self._keep(found, Concat(tuple(parts), 1))
 
-    def _part(self, factor: Value, wanted: Array, at: tuple[int, ...]) -> Value | None:
+    def _part(self, factor: Value, wanted: Floats, at: tuple[int, ...]) -> Value | None:
         axes = [axis for axis, dim in enumerate(factor.shape) if dim == self.size]
         channels = factor.shape[-1]
         before = product(factor.shape[: axes[0]]) if len(axes) == 1 else 0
@@ -411,7 +416,7 @@ class _Angles:
         return None
 
 
-def _columns(rows: Array, wanted: Array) -> slice | None:
+def _columns(rows: Array, wanted: Floats) -> slice | None:
     """Where `wanted` [n, pairs] is among the columns of `rows` [n, columns]: together, or every other one."""
     pairs = wanted.shape[1]
     for step in (1, 2):

@@ -9,19 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Constant, Unary, Where
+from llmc.compiler.ir.dims import product
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
-from llmc.compiler.ir.types import INTEGERS, Array
-from llmc.compiler.passes.probe import Probe
+from llmc.compiler.ir.types import INTEGERS, Array, numpy_dtype
+from llmc.compiler.passes.probe import WEIGHTS, Probe
 from llmc.errors import IRError
 
 HIDDEN = -5e3  # a bias below this hides a key: sources write -1e4, the least float or -inf
 FEW = 7  # positions that are always probed: 0, 1, ..., FEW - 1
 _TOLERANCE = 1e-9
-_MOST_ELEMENTS = 1 << 24  # scores evaluated at once, at most
+_LONGEST = 4096  # positions that a mask with tables is evaluated for, at most
+_MOST_POSITIONS = 64  # of those, how many are looked at
+_NOT_TOKENS = frozenset(("positions", WEIGHTS))
+_IDS = frozenset(("ids",))
 _ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
+
+Floats = NDArray[np.float64]
 
 
 class Unrecognised(Exception):
@@ -54,11 +61,11 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
 
     exact_shift: a constant a row counts as well (attention with sinks). Unrecognised when it is something else.
     """
-    positions, known = _sample(probe, raw, scores, heads)
+    positions, known = _sample(probe, raw, scores)
     count = len(positions)
     shape = tuple(count if i >= raw.rank - 2 else int(str(dim)) for i, dim in enumerate(raw.shape))
 
-    def apply(values: Array | float) -> Array:
+    def apply(values: Floats | float) -> Floats:
         full = np.broadcast_to(np.asarray(values, np.float64), (heads, count, count)).reshape(shape)
         with np.errstate(all="ignore"):
             try:
@@ -67,7 +74,7 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
                 raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
         if np.isnan(found).any():
             raise Unrecognised("its mask makes scores that are not a number")
-        return found.reshape(heads, count, count)
+        return np.asarray(found, np.float64).reshape(heads, count, count)
 
     bias = apply(0.0)
     mask = describe_mask(bias, np.asarray(positions), exact_shift)
@@ -93,7 +100,7 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
     return Scores(_snapped(scale), _snapped(softcap), mask)
 
 
-def describe_mask(bias: Array, positions: Array, exact_shift: bool = False) -> Mask:
+def describe_mask(bias: Floats, positions: NDArray[np.int64], exact_shift: bool = False) -> Mask:
     """What an additive mask [heads, n, n] at sorted `positions` [n] means; Unrecognised with the first difference."""
     seen = bias > HIDDEN
     heads = seen.shape[0]
@@ -124,7 +131,7 @@ def describe_mask(bias: Array, positions: Array, exact_shift: bool = False) -> M
     return Mask(causal, window, tuple(_snapped(s) for s in slopes.tolist()) if slopes.any() else None)
 
 
-def _slope(bias: Array, seen: Array, positions: Array, exact_shift: bool, head: int) -> float:
+def _slope(bias: Floats, seen: NDArray[np.bool_], positions: NDArray[np.int64], exact_shift: bool, head: int) -> float:
     """The number that one head adds per position of the key."""
     columns = np.flatnonzero(seen[-1])
     last = bias[-1, columns]
@@ -149,32 +156,56 @@ def _snapped(value: float) -> float:
     return near if abs(near - value) <= 1e-12 * abs(value) else value
 
 
-def _sample(probe: Probe, raw: Value, scores: Value, heads: int) -> tuple[list[int], dict[Value, Array]]:
-    """Positions to probe, and values for what counts them.
+def _sample(probe: Probe, raw: Value, scores: Value) -> tuple[list[int], dict[Value, Array]]:
+    """Positions to probe, and values at those positions for what counts them.
 
     A mask that is computed element by element from 0, 1, ... is evaluated at far positions without those between; each
-    integer in it may be a window. Any other mask is evaluated at 0, 1, ... up to past the largest such integer.
+    integer in it may be a window. Any other mask (a stored triangle, a running sum) is evaluated at 0, 1, ... to the
+    end of its tables and past such integers, and looked at where what it hides changes.
     """
-    mask_ops, integers = _positional_ops(probe, raw, scores)
-    counters = [op for op in mask_ops if isinstance(op, Iota)]
-    constants = {op for op in mask_ops if probe.is_constant(op)}
-    windows = sorted(n for n in integers if FEW - 2 <= n <= 1 << 20)
-    layout = (Iota, Reshape, Broadcast, Transpose)
-    pointwise = all(isinstance(op, (*_ELEMENTWISE, *layout)) or op in constants for op in mask_ops)
-    if pointwise and all(op.size == probe.size for op in counters):
-        near = {*range(FEW), *(n + step for n in windows for step in (-2, -1, 0, 1, 2))}
-        positions = sorted(near)
-        return positions, {op: np.asarray(positions, op.dtype.replace("i", "int")) for op in counters}
-    size = max([FEW, *(n + 3 for n in windows)])
-    if heads * size * size > _MOST_ELEMENTS:
-        raise Unrecognised(f"its mask has a window of perhaps {size - 3}, too large to evaluate")
-    return list(range(size)), {}
+    mask_ops, frontier = _positional_ops(probe, raw, scores)
+    constants = [op for op in mask_ops if probe.is_constant(op)]
+    windows = sorted(n for n in _integers(probe, constants) if FEW - 2 <= n <= 1 << 20)
+    counters = [op for op in mask_ops if isinstance(op, Iota) and op not in constants]
+    layout = (Iota, Reshape, Broadcast, Transpose, *_ELEMENTWISE)
+    if all(isinstance(op, layout) or op in constants for op in mask_ops) and all(
+        c.size == probe.size for c in counters
+    ):
+        positions = sorted({*range(FEW), *(n + step for n in windows for step in (-2, -1, 0, 1, 2))})
+        return positions, {op: np.asarray(positions, numpy_dtype(op.dtype)) for op in counters}
+
+    tables = [dim for value in constants for dim in value.shape if isinstance(dim, int)]
+    longest = max([FEW, *tables, *(n + 3 for n in windows)])
+    size = min([longest, *(s.high for s in probe.graph.symbols if s.high is not None)])
+    if size > _LONGEST:
+        raise Unrecognised(f"its mask would have to be evaluated for {size} positions; {_LONGEST} are the most")
+    try:
+        values = probe.evaluate(frontier, size)
+    except IRError as error:
+        raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
+    changes: set[int] = set()
+    for value, array in zip(frontier, values, strict=True):
+        if value.shape and value.shape[-1] == probe.size:
+            row = array[..., -1, :] if value.rank > 1 else array
+            hidden = row if row.dtype == np.bool_ else np.asarray(row, np.float64) < HIDDEN
+            changes |= {int(i) for i in np.argwhere(np.diff(hidden, axis=-1))[:, -1]}
+    around = {p + step for p in changes for step in (-1, 0, 1, 2)}
+    positions = sorted(p for p in {*range(FEW), *range(size - 3, size), *around} if 0 <= p < size)
+    if len(positions) > _MOST_POSITIONS:
+        raise Unrecognised(f"what its mask hides from the last query changes at {len(changes)} places")
+    known = {}
+    for value, array in zip(frontier, values, strict=True):
+        for axis, dim in enumerate(value.shape):
+            if dim == probe.size:
+                array = np.take(array, positions, axis=axis)
+        known[value] = array
+    return positions, known
 
 
-def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], set[int]]:
-    """The ops that `scores` needs besides `raw` and that positions, sizes and constants decide; integers among them."""
+def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], list[Value]]:
+    """The ops that `scores` needs besides `raw` and that no token decides; and those that meet the raw scores."""
     found: list[Op] = []
-    integers: set[int] = set()
+    frontier: dict[Value, None] = {}
     seen: set[Value] = {raw}
     stack = [scores]
     while stack:
@@ -183,11 +214,23 @@ def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], 
             continue
         seen.add(value)
         stack.extend(value.operands)
-        if isinstance(value, Constant) and value.value.array.size == 1:
-            number = abs(float(value.value.array.reshape(-1)[0]))
-            # Whole floats from 1e4 on are what sources fill hidden scores with.
-            if value.dtype in INTEGERS or (number.is_integer() and number < -HIDDEN):
-                integers.add(int(number))
-        if probe.is_positional(value):
+        if not probe.sources[value] - _NOT_TOKENS:
             found.append(value)
-    return found, integers
+            continue
+        frontier.update(
+            dict.fromkeys(v for v in value.operands if v is not raw and not probe.sources.get(v, _IDS) - _NOT_TOKENS)
+        )
+    return found, list(frontier)
+
+
+def _integers(probe: Probe, constants: list[Op]) -> set[int]:
+    """Whole numbers among the scalars of a mask."""
+    found: set[int] = set()
+    for op in constants:
+        if product(op.shape) != 1 or probe.sources[op]:
+            continue
+        number = abs(float(probe.evaluate([op], 1)[0].reshape(-1)[0]))
+        # Whole floats beyond are what sources fill hidden scores with.
+        if number < 1 << 40 and (op.dtype in INTEGERS or (number.is_integer() and number < -HIDDEN)):
+            found.add(int(number))
+    return found
