@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.ir.evaluate import LoadParam, evaluate
+from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Quantize
+from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Array, precise
 from llmc.compiler.passes.manager import Pass, Report
-from llmc.compiler.scenario import Scenario, is_token_graph, random_inputs, random_params, vocabulary_of
+from llmc.compiler.scenario import Scenario, evaluate_with, is_token_graph, random_inputs, random_params, vocabulary_of
 from llmc.errors import CompileError, IRError
 
 # Recognisers replace constants that sources print with seven digits, such as sqrt(2 / pi), by the exact ones; anything
@@ -64,6 +66,7 @@ class Checker:
     _graph: Graph | None = None
     _outputs: dict[str, Array] = field(default_factory=dict)
     _scenario: Scenario | None = None
+    _quantized: dict[Value, Data] = field(default_factory=dict)
 
     def __call__(self, item: Pass, before: Graph, after: Graph, report: Report) -> None:
         """Compare; CompileError names the pass, the output and how far it is off."""
@@ -93,14 +96,25 @@ class Checker:
         assert self.load_param is not None
         try:
             with precise(), np.errstate(all="ignore"):
+                known = self._quantized_weights(graph)
                 if not is_token_graph(graph):
-                    found = evaluate(graph, random_inputs(graph, self.seed), self.load_param)
+                    found = evaluate_with(graph, random_inputs(graph, self.seed), self.load_param, known)
                     return {name: data for name, data in found.items() if isinstance(data, np.ndarray)}
                 if self._scenario is None:
                     self._scenario = Scenario.random(vocabulary_of(graph), self.seed, self.lengths)
-                return self._scenario.run(graph, self.load_param)
+                return self._scenario.run(graph, self.load_param, known)
         except IRError as error:
             raise CompileError(f"{what} does not evaluate: {error}") from error
+
+    def _quantized_weights(self, graph: Graph) -> dict[Value, Data]:
+        """The graph's quantized weights, each rounded once for all passes: searching for scales is slow."""
+        assert self.load_param is not None
+        wanted = [op for op in graph.ops if isinstance(op, Quantize) and op in graph.constants]
+        for op in wanted:
+            if op not in self._quantized:
+                self._quantized[op] = evaluate_values([op], {}, self.load_param, {})["0"]
+        self._quantized = {op: self._quantized[op] for op in wanted}
+        return self._quantized
 
     def _compare(self, item: Pass, name: str, expected: Array, found: Array, exact: bool) -> Difference:
         if expected.shape != found.shape:

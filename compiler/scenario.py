@@ -16,7 +16,7 @@ import numpy as np
 from llmc.compiler.ir.dims import Dim, concrete
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
-from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate
+from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Input, Param, Value
@@ -83,16 +83,19 @@ class Scenario:
             row -= len(sequence)
         raise CompileError(f"row {row} is beyond the scenario's tokens")
 
-    def run(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
-        """Every output [tokens, features] but the caches, whatever shape the graph has; rows as `row` says."""
+    def run(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data] | None = None) -> dict[str, Array]:
+        """Every output [tokens, features] but the caches, whatever shape the graph has; rows as `row` says.
+
+        `known`: values that were evaluated already, such as quantized weights.
+        """
         unknown = [v.name for v in graph.inputs if v.name not in _KNOWN and not isinstance(v.type, KV)]
         if unknown:
             raise CompileError(f"cannot check a graph with input {unknown[0]!r}; known: {', '.join(_KNOWN)}, caches")
         names = {value.name for value in graph.inputs}
         results = self._run_in_steps if "block_table" in names else self._run_by_sequence
-        return results(graph, load_param)
+        return results(graph, load_param, known or {})
 
-    def _run_by_sequence(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
+    def _run_by_sequence(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
         collected = _Collected(self.tokens)
         for index, ids in enumerate(self.sequences):
             # The one step over a whole sequence; the reshape drops or adds the batch axis.
@@ -101,10 +104,10 @@ class Scenario:
             for value in graph.inputs:
                 data = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
                 inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
-            collected.add(evaluate(graph, inputs, load_param), step.output_rows("rows" in inputs))
+            collected.add(evaluate_with(graph, inputs, load_param, known), step.output_rows("rows" in inputs))
         return collected.outputs
 
-    def _run_in_steps(self, graph: Graph, load_param: LoadParam) -> dict[str, Array]:
+    def _run_in_steps(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
         collected = _Collected(self.tokens)
         count = sum(len(pages) for pages in self.pages) + 1
         caches: dict[str, Data] = {
@@ -116,7 +119,7 @@ class Scenario:
             for value in graph.inputs:
                 if not isinstance(value.type, KV):
                     inputs[value.name] = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
-            outputs = evaluate(graph, inputs, load_param)
+            outputs = evaluate_with(graph, inputs, load_param, known)
             caches = {name: outputs.pop(f"{name}.next", cache) for name, cache in caches.items()}
             collected.add(outputs, step.output_rows("rows" in inputs))
         return collected.outputs
@@ -176,6 +179,17 @@ class _Collected:
             flat = data.reshape(len(rows), -1)
             target = self.outputs.setdefault(name, np.full((self.tokens, flat.shape[1]), np.nan, flat.dtype))
             target[rows] = flat
+
+
+def evaluate_with(
+    graph: Graph, inputs: Mapping[str, Data], load_param: LoadParam, known: Mapping[Value, Data]
+) -> dict[str, Data]:
+    """`evaluate`, given some of the graph's values besides its inputs."""
+    given: dict[Value, Data] = dict(known)
+    given.update({value: inputs[value.name] for value in graph.inputs})
+    outputs = [value for _, value in graph.outputs]
+    names = [name for name, _ in graph.outputs]
+    return evaluate_values(outputs, given, load_param, bind_symbols(graph, inputs), names)
 
 
 def vocabulary_of(graph: Graph, name: str = "ids") -> int:

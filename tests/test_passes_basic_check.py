@@ -105,6 +105,22 @@ def test_quantize_is_reported_and_becomes_the_reference() -> None:
     assert all(d.relative <= 1e-9 for d in checker.differences if d.exact)
 
 
+def test_each_weight_is_quantized_once_for_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounded: list[llm.Quantize] = []
+    evaluate_one = llm.Quantize.evaluate
+
+    def counting(self: llm.Quantize, w: np.ndarray) -> object:
+        rounded.append(self)
+        return evaluate_one(self, w)
+
+    monkeypatch.setattr(llm.Quantize, "evaluate", counting)
+    pipeline = f"{CACHED},quantize{{scheme=int8,group-size=8}},canonicalize,cse,fuse-epilogues,split-rounding,cse"
+    final, _ = run_passes(small_decoder(), parse_pipeline(pipeline), [Checker()])
+    weights = [op for op in final.ops if isinstance(op, llm.Quantize)]
+    assert len(weights) > 5
+    assert len(rounded) == len({id(op) for op in rounded})
+
+
 def test_results_are_reused_and_untouched_graphs_are_not_run() -> None:
     loads: list[str] = []
     graph = after(RECOGNISE)

@@ -293,7 +293,13 @@ class _Parser:
     def term(self) -> int | Dim:
         total = self.factor()
         while self.peek() in ("*", "//"):
-            total = total * self.factor() if self.next() == "*" else total // self.factor()
+            if self.next() == "*":
+                total = total * self.factor()
+                continue
+            divisor = self.factor()
+            if not isinstance(divisor, int) or divisor < 1:
+                raise self.error(f"a size can be divided by a positive number only, not by {divisor}")
+            total = total // divisor
         return total
 
     def factor(self) -> int | Dim:
