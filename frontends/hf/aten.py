@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ Scalar = bool | int | float
 # What a node of the traced graph stands for: a tensor, a size, a plain number, several of them, or nothing of ours.
 Meaning = Any
 Handler = Callable[..., Meaning]
+_H = TypeVar("_H", bound=Handler)
 
 HANDLERS: dict[str, Handler] = {}
 
@@ -44,13 +45,13 @@ _RANK = ("bool", "u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32")
 _WRAPPERS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1, "hints_wrapper": 0}
 
 
-def handles(*names: str) -> Callable[[Handler], Handler]:
+def handles(*names: str) -> Callable[[_H], _H]:
     """Register a function for aten ops: `add` for all overloads, `add.Tensor` for one.
 
     It is called with the translation, the node, and the op's arguments with nodes replaced by what they stand for.
     """
 
-    def register(function: Handler) -> Handler:
+    def register(function: _H) -> _H:
         for name in names:
             if name in HANDLERS:
                 raise ValueError(f"two functions handle aten.{name}")

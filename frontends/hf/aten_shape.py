@@ -73,8 +73,7 @@ def _slice(
     if length == size and step == 1:
         return x
     stop = first + length if step == 1 else first + (length - 1) * step + 1
-    result: Value = s.Slice(x, index, first, stop, step)
-    return result
+    return s.Slice(x, index, first, stop, step)
 
 
 @handles("narrow")
