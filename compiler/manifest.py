@@ -84,8 +84,8 @@ def build_manifest(
                 for item in placed
             ],
         },
-        "tokenizer": getattr(lifted.text,"facts",None),
-        "generation": getattr(lifted.text,"generation",{}),
+        "tokenizer": lifted.text.facts,
+        "generation": lifted.text.generation,
         "explain": explain(compiled, program),
         "memory": {
             "arena_bytes": plan.nbytes,

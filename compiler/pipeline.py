@@ -32,7 +32,7 @@ TILE = 16  # rows of a query tile at most
 MAX_SPLITS = 16  # context splits of attention at most
 
 RECOGNISE = (
-    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-linear,fuse-embed,"
+    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
     "canonicalize,fold,cse"
 )
 
@@ -52,7 +52,7 @@ def pipeline_text(options: CompileOptions) -> str:
         [
             RECOGNISE,
             f"flatten-tokens{{max-step={options.max_step}}}",
-            "canonicalize,fold,cse,fuse-rope,fuse-linear,canonicalize,cse",
+            "canonicalize,fold,cse,split-projections,canonicalize,cse",
             f"insert-kv-cache{{kv-dtype={kv_dtype}}}",
             "select-rows",
             "merge-projections",
@@ -103,7 +103,10 @@ def compile_model(
     started = time.perf_counter()
     machine = machine_named(options.target)
     told.start("lifting the model")
-    lifted = lift(source, max_context=options.max_context)
+    weights = "random" if options.weights == "random" else "checkpoint"
+    lifted = lift(source, max_context=options.max_context, weights=weights, seed=options.seed)
+    for note in (*lifted.notes, *lifted.text.notes):
+        told.note(note)
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:
         from llmc.compiler.check import Checker
