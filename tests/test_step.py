@@ -95,17 +95,23 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple[int, int, int]]) -> None:
     """For any runs: each row is in one tile of at most 16 consecutive tokens of one sequence, at its own position; its
     slot is on the page that the block table names for that position."""
-    shapes = [(start, min(count, 48 // len(shapes)), wanted) for start, count, wanted in shapes]
-    sequences = []
-    runs = []
-    for start, count, wanted in shapes:
-        sequence = runtime.sequence()
-        if start:
-            runtime.step([(sequence, np.arange(start) % 300, "none")])
-        ids = np.arange(count, dtype=np.int32)
-        sequence.prepare(ids)
-        sequences.append(sequence)
-        runs.append(Run(sequence, ids, start, count - min(wanted, count)))
+    sequences = [runtime.sequence() for _ in shapes]
+    try:
+        runs = []
+        for sequence, (start, most, wanted) in zip(sequences, shapes, strict=True):
+            count = min(most, 48 // len(shapes))
+            if start:
+                runtime.step([(sequence, np.arange(start) % 300, "none")])
+            ids = np.arange(count, dtype=np.int32)
+            sequence.prepare(ids)
+            runs.append(Run(sequence, ids, start, count - min(wanted, count)))
+        check_arrays(runtime, runs)
+    finally:
+        for sequence in sequences:
+            sequence.close()
+
+
+def check_arrays(runtime: Runtime, runs: list[Run]) -> None:
     watched = Watched()
     runner = StepRunner(runtime.artifact, watched, 4096, runtime.buffers, 2)
     rows = runner.run(runs)
@@ -132,9 +138,6 @@ def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple
     assert given_["rows"].tolist() == [
         row for end, run in zip(ends.tolist(), runs, strict=True) for row in range(end - run.rows, end)
     ]
-    for sequence in sequences:
-        sequence.abandon()
-        sequence.close()
 
 
 @given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 5000), st.integers(1, 128), st.integers(1, 16))
