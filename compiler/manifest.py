@@ -39,13 +39,13 @@ def build_manifest(
     placed: list[Placed],
     nbytes: int,
     library: Library,
+    max_step: int,
     seconds: float,
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
     from llmc.compiler.pipeline import MAX_SPLITS, TILE
 
     layers = _layers(program)
-    max_step = min(options.max_step, lifted.max_context)
     logits = dict(program.graph.outputs)["logits"]
     return {
         "schema": SCHEMA,

@@ -54,7 +54,7 @@ def pipeline_text(options: CompileOptions) -> str:
             f"flatten-tokens{{max-step={options.max_step}}}",
             "canonicalize,fold,cse,split-projections,canonicalize,cse",
             f"insert-kv-cache{{kv-dtype={kv_dtype}}}",
-            "select-rows",
+            "select-rows,whole-sequence",
             "merge-projections",
             quantize,
             "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse",
@@ -117,9 +117,14 @@ def compile_model(
     return assemble(source, output, options, lifted, compiled, program, told, started)
 
 
-def largest_sizes(options: CompileOptions, max_context: int) -> dict[str, int]:
-    """The greatest value of every symbol of a step, for planning memory."""
-    step = min(options.max_step, max_context)
+def step_limit(graph: Graph, options: CompileOptions, max_context: int) -> int:
+    """Tokens a step at most: whole sequences where there is no cache."""
+    cached = any(isinstance(value.type, KV) for value in graph.inputs)
+    return min(options.max_step, max_context) if cached else max_context
+
+
+def largest_sizes(step: int, max_context: int) -> dict[str, int]:
+    """The greatest value of every symbol of a step of at most `step` tokens, for planning memory."""
     return {
         "T": step, "S": step, "R": step, "Q": step, "B": step,
         "M": -(-max_context // PAGE), "SPLITS": MAX_SPLITS,
@@ -159,8 +164,8 @@ def assemble(
     from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
 
-    sizes = largest_sizes(options, lifted.max_context)
-    plan: Plan = plan_memory(program, sizes)
+    max_step = step_limit(program.graph, options, lifted.max_context)
+    plan: Plan = plan_memory(program, largest_sizes(max_step, lifted.max_context))
     placed, nbytes = place(stored_values(program))
     addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph))
     cache = options.kernel_cache or default_cache()
@@ -181,7 +186,7 @@ def assemble(
                 writer.add_section(TOKENIZER, tokenizer)
             progress.start("writing")
             manifest = build_manifest(
-                source, options, lifted, compiled, program, plan, placed, nbytes, library,
+                source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,
                 time.perf_counter() - started,
             )  # fmt: skip
             writer.add_manifest(manifest)
