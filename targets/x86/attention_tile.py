@@ -21,6 +21,7 @@ from llmc.targets.x86.linear_builder import either, index, let, loop, scratch
 from llmc.targets.x86.vector_math import exp, tanh
 from llmc.targets.x86.vectors import (
     add,
+    aligned_scratch,
     cast,
     divide,
     for_pieces,
@@ -217,10 +218,10 @@ class TileBody:
             end=pin(position + count),
             table=pin(sequence * a.M),
             pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
-            query=scratch(self.chunk * self.head_dim, "float32"),
-            acc=scratch(self.chunk * self.value_dim, "float32"),
-            peak=scratch(self.chunk + self.lanes, "float32"),
-            total=scratch(self.chunk * self.lanes, "float32"),
+            query=aligned_scratch(self.chunk * self.head_dim, self.lanes),
+            acc=aligned_scratch(self.chunk * self.value_dim, self.lanes),
+            peak=aligned_scratch(self.chunk + self.lanes, self.lanes),
+            total=aligned_scratch(self.chunk * self.lanes, self.lanes),
             where=scratch(self.chunk, "int32"),
             slope=scratch(self.chunk if self.alibi else 1, "float32"),
         )
@@ -248,8 +249,8 @@ class TileBody:
 
         blocks = pin(divide(count + (block - 1), block))
         self.start_rows(a, t, first, count, blocks * block)
-        keys_local = scratch(self.head_dim * PAGE if convert else 1, "float32")
-        values_local = scratch(PAGE * self.value_dim if convert else 1, "float32")
+        keys_local = aligned_scratch(self.head_dim * PAGE if convert else 1, self.lanes)
+        values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
         low, high = t.pages
         with loop(high - low) as number:
             page = pin(low + number)
@@ -344,7 +345,7 @@ class TileBody:
         """
         from tvm import tirx
 
-        scores = scratch(rows * PAGE, "float32")
+        scores = aligned_scratch(rows * PAGE, self.lanes)
         shrink = scratch(-(-rows // self.lanes) * self.lanes, "float32")
         fetch_key = fetch_value = None
         if following is not None:

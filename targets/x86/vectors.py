@@ -187,3 +187,15 @@ def prefetch(buffer: Buffer, start: Expr | int, elements: int) -> None:
     for offset in range(0, elements, line):
         address = I.address_of(buffer[index(start) + offset])
         I.evaluate(I.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))  # to read, into every cache, data
+
+
+def aligned_scratch(elements: int, lanes: int, dtype: str = "float32") -> Buffer:
+    """Stack memory for 32-bit numbers whose start is aligned to a vector, for arrays with computed indices.
+
+    TVM aligns an array of scalars to 16 bytes only, so that most vector accesses would straddle two cache lines; an
+    array of vectors is aligned to a vector. This is one, seen as scalars.
+    """
+    from tvm.script.ir_builder import tirx as I
+
+    vectors = scratch(-(-elements // lanes), typed(dtype, lanes))
+    return I.decl_buffer((index(elements),), dtype, data=vectors.data, scope="local")
