@@ -71,7 +71,6 @@ class Watched(Library):
             "logits",
             "arena",
             "weights",
-            "cache",
         ):
             assert getattr(given, name) % 64 == 0
         self.arrays = {
