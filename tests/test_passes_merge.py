@@ -257,6 +257,14 @@ def test_parallel_residuals_become_a_chain(sums: str) -> None:
     assert report.hits == {"residual": 2}
 
 
+def test_a_linear_that_is_used_elsewhere_is_not_computed_twice() -> None:
+    sums = "%s = t.add(%a, %b) : tensor<[T, 31], f32>\n%r = t.add(%s, %x) : tensor<[T, 31], f32>"
+    after, report = check(graph_of(PARALLEL + sums, "r = %r, a = %a"), FuseEpilogues())
+    assert len(linears(after)) == 2
+    assert report.hits == {"residual": 1}
+    assert "another is added already" in reasons(report)
+
+
 @pytest.mark.parametrize(
     ("tail", "outputs", "reason"),
     [

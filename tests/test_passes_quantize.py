@@ -237,7 +237,7 @@ def test_a_weight_computed_at_run_time_is_reported() -> None:
 
 def test_tables_that_tokens_do_not_index_stay_as_they_are() -> None:
     graph = parse("""
-    graph @main {T in [1, 64]} (%ids: tensor<[T], i32>, %positions: tensor<[T], i32>, %x: tensor<[T, 5], f32>) {
+    graph @main {T in [1, 64]} (%ids: tensor<[T], i32>, %positions: tensor<[T], i32>) {
       @tokens: tensor<[19, 33], f32>
       @places: tensor<[64, 33], f32>
       @experts: tensor<[5, 33], f32>
@@ -245,7 +245,7 @@ def test_tables_that_tokens_do_not_index_stay_as_they_are() -> None:
       %0 = t.cast(%ids) {to = "i64"} : tensor<[T], i64>
       %1 = llm.embed(@tokens, %0) : tensor<[T, 33], f32>
       %2 = llm.embed(@places, %positions) : tensor<[T, 33], f32>
-      %3 = t.argmax(%x) {axis = 1} : tensor<[T], i64>
+      %3 = t.argmax(%1) {axis = 1} : tensor<[T], i64>
       %4 = llm.embed(@experts, %3) : tensor<[T, 33], f32>
       %5 = t.gather(@big, %3) : tensor<[T, 7, 33], bf16>
       return a = %1, b = %2, c = %4, d = %5

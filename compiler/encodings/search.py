@@ -54,7 +54,8 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
     best = np.full(len(w), -1, np.float32)
     chosen = np.zeros(len(w), np.float32)
     for candidate in CANDIDATES[bits]:
-        _quantized(w, _reciprocal(extreme / np.float32(candidate)), lowest, highest, work)
+        step = np.divide(extreme, np.float32(candidate), dtype=np.float32)
+        _quantized(w, _reciprocal(step), lowest, highest, work)
         _keep_better(w, work, best, chosen)
     # The fitted scale may round some weights differently: fit once more.
     _quantized(w, _reciprocal(chosen), lowest, highest, work)
