@@ -81,11 +81,11 @@ def evaluate_values(
             continue
         assert isinstance(value, Op)
         arguments: list[Data | None] = []
-        for _, operand in value.named_operands():
-            if isinstance(operand, tuple):
-                arguments.extend(data[item] for item in operand)
+        for _, named in value.named_operands():
+            if isinstance(named, tuple):
+                arguments.extend(data[item] for item in named)
             else:
-                arguments.append(None if operand is None else data[operand])
+                arguments.append(None if named is None else data[named])
         try:
             data[value] = value.bind(binding).evaluate(*arguments)
         except IRError:

@@ -186,7 +186,7 @@ class Linear(Op, name="llm.linear"):
         return Tensor(shape, self.x.dtype)
 
     def evaluate(self, x: Array, w: Array | Encoded, bias: Array | None, residual: Array | None) -> Array:
-        wide = np.float64 if is_precise() else np.float32
+        wide = numpy_dtype("f32")
         rounded = round_activations(x, self.rounding, _group_of(self.w)).astype(wide)
         y = rounded @ decoded(w).astype(wide).T
         if bias is not None:
@@ -230,7 +230,7 @@ class GatedLinear(Op, name="llm.gated_linear"):
     def evaluate(self, x: Array, w: Array | Encoded, bias: Array | None) -> Array:
         from llmc.compiler.ir.elementwise import ACTIVATIONS
 
-        wide = np.float64 if is_precise() else np.float32
+        wide = numpy_dtype("f32")
         y = round_activations(x, self.rounding, _group_of(self.w)).astype(wide) @ decoded(w).astype(wide).T
         if bias is not None:
             y = y + bias.astype(wide)
@@ -259,7 +259,7 @@ class RMSNorm(Op, name="llm.rms_norm"):
         return Tensor(self.x.shape, self.x.dtype)
 
     def evaluate(self, x: Array, w: Array | None) -> Array:
-        wide = x.astype(np.float64 if is_precise() else np.float32)
+        wide = x.astype(numpy_dtype("f32"))
         y = wide / np.sqrt(np.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return np.asarray(y if w is None else y * (w.astype(wide.dtype) + self.offset), x.dtype)
 
@@ -288,7 +288,7 @@ class LayerNorm(Op, name="llm.layer_norm"):
         return Tensor(self.x.shape, self.x.dtype)
 
     def evaluate(self, x: Array, w: Array | None, b: Array | None) -> Array:
-        wide = x.astype(np.float64 if is_precise() else np.float32)
+        wide = x.astype(numpy_dtype("f32"))
         centred = wide - wide.mean(axis=-1, keepdims=True)
         y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         y = y if w is None else y * w.astype(wide.dtype)
@@ -321,7 +321,7 @@ class RopeAngles(Op, name="llm.rope_angles"):
     def evaluate(self, positions: Array, frequencies: Array) -> Array:
         wide = numpy_dtype("f32")
         angles = positions.astype(wide)[:, None] * frequencies.astype(wide)[None, :]
-        return np.stack([np.cos(angles), np.sin(angles)], axis=1) * wide.type(self.scale)
+        return np.asarray(np.stack([np.cos(angles), np.sin(angles)], axis=1) * wide.type(self.scale))
 
     def decompose(self) -> Value:
         tokens, pairs = self.positions.shape[0], self.frequencies.shape[0]
@@ -366,10 +366,13 @@ class Rope(Op, name="llm.rope"):
     def decompose(self) -> Value:
         tokens, heads, dim = self.x.shape
         pairs = static(self.angles.shape[2])
-        cos, sin = (Slice(self.angles, 1, i, i + 1) for i in (0, 1))  # [T, 1, pairs]: broadcast over heads
+        cos: Value = Slice(self.angles, 1, 0, 1)  # [T, 1, pairs]: broadcast over heads
+        sin: Value = Slice(self.angles, 1, 1, 2)
         if cos.dtype != self.x.dtype:
             cos, sin = Cast(cos, self.x.dtype), Cast(sin, self.x.dtype)
         turned = Slice(self.x, 2, 0, 2 * pairs)
+        a: Value
+        b: Value
         parts: tuple[Value, ...]
         if self.interleaved:
             split = Reshape(turned, (tokens, heads, pairs, 2))
@@ -401,11 +404,11 @@ def attend(
     slopes: Array | None,
 ) -> Array:
     """One sequence: queries [n, heads, dim] at positions first... over keys and values [S, kv_heads, dim]."""
-    wide = np.float64 if is_precise() else np.float32
+    wide = numpy_dtype("f32")
     group = q.shape[1] // k.shape[1]
     keys = np.repeat(k.astype(wide), group, axis=1)
     values = np.repeat(v.astype(wide), group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q.astype(wide), keys) * wide(scale)
+    scores = np.einsum("qhd,khd->hqk", q.astype(wide), keys) * wide.type(scale)
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     query_at = first + np.arange(q.shape[0])[:, None]
@@ -473,7 +476,7 @@ class Attention(Op, name="llm.attention"):
         if self.sinks is not None:
             return None
         rank = self.q.rank
-        queries, heads, dim = self.q.shape[-3:]
+        queries, heads = self.q.shape[-3:-1]
         keys, kv_heads = self.k.shape[-3:-1]
         group = exact_division(heads, kv_heads)
         assert group is not None

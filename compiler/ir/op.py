@@ -94,7 +94,7 @@ class Op(Value):
         if name in REGISTRY:
             raise IRError(f"two ops are called {name}")
         cls.name = name
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass since above
         cls._operand_fields = tuple(key for key, kind in kinds.items() if "Value" in kind)
         cls._attribute_fields = tuple(key for key, kind in kinds.items() if "Value" not in kind)
         REGISTRY[name] = cls
@@ -146,7 +146,7 @@ class Op(Value):
 
     def replace(self: _Self, **changes: object) -> _Self:
         """A copy with some fields changed, inferred anew."""
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]  # every op is a dataclass
 
     def map_operands(self: _Self, mapping: Callable[[Value], Value]) -> _Self:
         """The op over mapped operands; itself when nothing changed."""

@@ -8,10 +8,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, exact_division, known_at_most, product
+from llmc.compiler.ir.dims import Dim, concrete, exact_division, known_at_most, product
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype
 from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor, numpy_dtype
+
+
+def bound_shape(shape: Shape) -> tuple[int, ...]:
+    """A shape whose symbols have been bound; DimError names one that has not."""
+    return tuple(concrete(dim, {}) for dim in shape)
 
 
 class Iota(Op, name="t.iota"):
@@ -24,7 +29,7 @@ class Iota(Op, name="t.iota"):
         return Tensor((self.size,), self.dtype_name)
 
     def evaluate(self) -> Array:
-        return np.arange(self.size, dtype=numpy_dtype(self.dtype_name))
+        return np.arange(concrete(self.size, {}), dtype=numpy_dtype(self.dtype_name))
 
 
 class Reshape(Op, name="t.reshape"):
@@ -41,7 +46,7 @@ class Reshape(Op, name="t.reshape"):
         return Tensor(self.to, self.x.dtype)
 
     def evaluate(self, x: Array) -> Array:
-        return x.reshape(self.to)
+        return x.reshape(bound_shape(self.to))
 
 
 class Transpose(Op, name="t.transpose"):
@@ -72,7 +77,7 @@ class Broadcast(Op, name="t.broadcast"):
         return Tensor(self.to, self.x.dtype)
 
     def evaluate(self, x: Array) -> Array:
-        return np.broadcast_to(x, self.to)
+        return np.broadcast_to(x, bound_shape(self.to))
 
 
 class Slice(Op, name="t.slice"):
@@ -254,7 +259,7 @@ class Argmax(Op, name="t.argmax"):
         return Tensor((*self.x.shape[:axis], *self.x.shape[axis + 1 :]), "i64")
 
     def evaluate(self, x: Array) -> Array:
-        return np.argmax(x, axis=self.axis)
+        return np.asarray(np.argmax(x, axis=self.axis))
 
 
 class Softmax(Op, name="t.softmax"):
@@ -292,7 +297,7 @@ class Matmul(Op, name="t.matmul"):
 
     def evaluate(self, a: Array, b: Array) -> Array:
         if a.dtype.kind in "iu" or a.dtype == np.float64:
-            return np.matmul(a, b)
+            return np.asarray(np.matmul(a, b))
         return np.asarray(np.matmul(a.astype(np.float32), b.astype(np.float32)), a.dtype)
 
 

@@ -7,6 +7,7 @@ import contextvars
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,9 +17,9 @@ from llmc.compiler.ir.dims import Dim
 from llmc.errors import IRError
 
 Shape = tuple[int | Dim, ...]
-Array = NDArray[np.generic]
+Array = NDArray[Any]  # any dtype: operators are undefined on mypy's `np.generic`
 
-NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "f64": np.dtype(np.float64),
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
@@ -51,14 +52,14 @@ def is_precise() -> bool:
     return _precise.get()
 
 
-def numpy_dtype(dtype: str) -> np.dtype[np.generic]:
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
     """The numpy dtype that a value of IR dtype `dtype` has while evaluating."""
     if dtype in FLOATS and _precise.get():
         return NUMPY_DTYPES["f64"]
     return NUMPY_DTYPES[dtype]
 
 
-def dtype_of(dtype: np.dtype[np.generic]) -> str:
+def dtype_of(dtype: np.dtype[Any]) -> str:
     """The IR name of a numpy dtype."""
     for name, candidate in NUMPY_DTYPES.items():
         if candidate == dtype:
