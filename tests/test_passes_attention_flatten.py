@@ -202,6 +202,17 @@ def test_an_output_that_is_wanted_whole_is_computed_whole() -> None:
     assert str(after.output("hidden").shape[0]) == "T" and str(after.output("logits").shape[0]) == "R"
 
 
+def test_an_op_along_tokens_runs_before_rows_are_selected() -> None:
+    mixed = Softmax(FLAT.output("logits"), 0)
+    before = FLAT.replace_outputs([("logits", mixed)])
+    after, _ = run_passes(before, [SelectRows()])
+    inputs = {"ids": np.arange(9, dtype=np.int32), "positions": np.arange(9, dtype=np.int32)}
+    with precise():
+        expected = np.asarray(evaluate(before, inputs, LOAD)["logits"])[[4, 0]]
+        found = evaluate(after, {**inputs, "rows": np.asarray([4, 0], np.int32)}, LOAD)["logits"]
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("output", ["logits", "nothing"])
 def test_select_rows_refuses_what_has_no_rows(output: str) -> None:
     before = decoder()

@@ -288,6 +288,23 @@ def test_multi_query_products_broadcast_one_key_head() -> None:
     assert_same(before, after)
 
 
+def test_heads_that_are_shared_in_another_order_are_not_taken_for_groups() -> None:
+    def tiled(x: Value) -> Value:
+        """Key heads 0, 1, 0, 1 where groups are 0, 0, 1, 1."""
+        return Reshape(
+            Broadcast(Reshape(x, (1, 1, KV_HEADS, S, DIM)), (1, GROUPS, KV_HEADS, S, DIM)), (1, HEADS, S, DIM)
+        )
+
+    def attend(q: Value, k: Value, v: Value, positions: Input) -> Value:
+        scores = Mul(Matmul(q, keys(tiled(k))), constant(SCALE))
+        return finish(Softmax(Add(scores, additive(causal())), 3), tiled(v))
+
+    before = decoder(attend=attend)
+    after, _ = run_passes(before, [FuseAttention()])
+    assert [op.k.shape for op in after.ops if isinstance(op, Attention)] == [(1, S, HEADS, DIM)] * 2
+    assert_same(before, after)
+
+
 def refusal(attend: Attend) -> str:
     """The reason for leaving the attention of a decoder alone; the graph must be untouched."""
     before = decoder(attend=attend)
