@@ -138,11 +138,12 @@ class ModelWeights:
                    r"(^|\.)position_ids$", r"\.(masked_)?bias$"]  # fmt: skip
         left_over = [name for name in unexpected if not self._harmless(name, ignored)]
         wrong = []
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name, tensor in self._plain.items():
             shape = self._checkpoint.shape(tensor)
             if name in self._expected and shape != self._expected[name]:
                 wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
-            if self._checkpoint.dtype(tensor) not in FLOATS:
+            if name in parameters and self._checkpoint.dtype(tensor) not in FLOATS:
                 wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
         faults = []
         if missing:

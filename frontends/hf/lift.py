@@ -98,7 +98,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     return Lifted(
         graph=graph,
         weights=values,
-        name=model_dir.resolve().name,
+        name=_name(source, model_dir),
         architecture=str(config.model_type),
         parameters=sum(value.numel() for value in model.parameters()),
         vocab_size=int(text_config.vocab_size),
@@ -250,6 +250,11 @@ class _Layered:
 
     def load(self, name: str) -> Array:
         return self._of(name).load(name)
+
+
+def _name(source: str | Path, directory: Path) -> str:
+    """The hub's name of the model without its organization and revision, or the directory's."""
+    return directory.resolve().name if Path(source).expanduser().is_dir() else str(source).split("@")[0].split("/")[-1]
 
 
 def _max_positions(config: PreTrainedConfig) -> int | None:

@@ -82,6 +82,7 @@ class SafetensorsFile:
         except OSError as error:
             raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
         self._places = _read_header(path, header, 8 + length, size)
+        self._loaded: _Place | None = None
 
     @property
     def names(self) -> Iterable[str]:
@@ -96,10 +97,22 @@ class SafetensorsFile:
     def load(self, name: str) -> Array:
         """A read-only view of the file's bytes (a copy where the file has them unaligned)."""
         place = self._places[name]
+        self._release()
+        self._loaded = place
         dtype = NUMPY_DTYPES[place.dtype]
         count = (place.end - place.begin) // dtype.itemsize
         array = np.frombuffer(self._bytes, dtype, count, place.begin).reshape(place.shape)
         return array if place.begin % dtype.itemsize == 0 else array.copy()
+
+    def _release(self) -> None:
+        """Give back the pages of the weight before: a whole model passes through, one weight at a time.
+
+        An array that still views them stays valid, and is read from the file again when touched.
+        """
+        if self._loaded is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        begin = self._loaded.begin - self._loaded.begin % mmap.PAGESIZE
+        self._bytes.madvise(mmap.MADV_DONTNEED, begin, self._loaded.end - begin)
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
