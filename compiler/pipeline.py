@@ -55,7 +55,7 @@ def pipeline_text(options: CompileOptions) -> str:
             "canonicalize,fold,cse,split-projections,canonicalize,cse",
             f"insert-kv-cache{{kv-dtype={kv_dtype}}}",
             "select-rows,whole-sequence",
-            "merge-projections",
+            "merge-projections" + (f"{{overrides={overrides}}}" if overrides else ""),
             quantize,
             "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse",
         ]
