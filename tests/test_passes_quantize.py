@@ -192,6 +192,12 @@ def test_overrides_match_names_and_the_first_wins() -> None:
     }
 
 
+def test_a_merged_weight_whose_parts_have_different_overrides_is_reported() -> None:
+    after, report = quantize(UNTIED, QuantizeWeights(overrides="mlp.up.*=int8"))
+    assert weights(after)["linear mlp.gate.weight+mlp.up.weight"] == "q8g64"
+    assert "different schemes" in report.refusals[0][1]
+
+
 def test_an_override_of_a_tied_table_is_for_both_its_uses() -> None:
     after, _ = quantize(TIED, QuantizeWeights(overrides="embed*=f16"))
     assert {key: kind for key, kind in weights(after).items() if "embed" in key} == {

@@ -162,6 +162,9 @@ class _Run:
         kind = "tied head" if scheme is not None else "linear"
         if scheme is None:
             scheme = self._override(op.w)
+            if len({self.overrides.of([name]) for name in param_names(op.w)}) > 1:
+                why = "overrides give its parts different schemes: the first that matches any part is taken for all"
+                self.report.refuse(describe(op, op.w), why)
         if scheme is None:
             is_head = base is self.head_weight
             kind = "head" if is_head else kind
