@@ -124,6 +124,9 @@ PROMISED = (
     "falcon_alibi", "gptj", "bloom",
 )  # fmt: skip
 
+# Seeds with which greedy decoding wanders, for families where the first one repeats a token.
+_SEEDS = {"bloom": 2, "gemma2": 4, "gemma3_text": 4, "codegen": 2, "xglm": 1}
+
 _TEXT = (
     "def greet(name):\n    return 'hello, ' + name\n\nclass Point:\n    def __init__(self, x, y):\n"
     "        self.x = x\n        self.y = y\n\nfor index in range(10):\n    print(index, greet('world'))\n"
@@ -134,7 +137,9 @@ _TEMPLATE = (
 )
 
 
-def make_tiny(family: str, directory: Path, *, seed: int = 0, dtype: str = "float32", **config: object) -> Path:
+def make_tiny(
+    family: str, directory: Path, *, seed: int | None = None, dtype: str = "float32", **config: object
+) -> Path:
     """Write a model of `family` (a key of FAMILIES) into `directory` and return it; `config` overrides its settings.
 
     dtype: the checkpoint's: float32, float16 or bfloat16.
@@ -143,6 +148,7 @@ def make_tiny(family: str, directory: Path, *, seed: int = 0, dtype: str = "floa
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, settings = FAMILIES[family]
+    seed = _SEEDS.get(family, 0) if seed is None else seed
     merged = {key: value for key, value in {**settings, **config}.items() if value is not None}
     # Here None is a setting of its own: no window, no padding.
     merged |= {key: None for key in ("sliding_window", "pad_token_id") if {**settings, **config}.get(key, 0) is None}
