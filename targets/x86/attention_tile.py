@@ -94,7 +94,7 @@ def block_rows(isa: VectorIsa) -> int:
 
 def block_vectors(isa: VectorIsa, rows: int) -> int:
     """Vectors a row of a register block: at most 24 of 32, or 12 of 16, registers are accumulators."""
-    return max(1, (isa.registers * 3 // 4) // rows)
+    return int(max(1, (isa.registers * 3 // 4) // rows))
 
 
 def multiply(
@@ -193,7 +193,7 @@ class TileBody:
 
     @property
     def lanes(self) -> int:
-        return self.isa.lanes
+        return int(self.isa.lanes)
 
     def unit(self, a: SimpleNamespace, u: Expr) -> None:
         """One (tile, key-value head, split)."""
