@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from llmc.compiler.ir.dims import Dim, Symbol
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.graph import Graph, topological
@@ -87,7 +89,9 @@ def evaluate_values(
             else:
                 arguments.append(None if named is None else data[named])
         try:
-            data[value] = value.bind(binding).evaluate(*arguments)
+            # As in a kernel, a float that overflows is infinite and says nothing.
+            with np.errstate(all="ignore"):
+                data[value] = value.bind(binding).evaluate(*arguments)
         except IRError:
             raise
         except (ValueError, TypeError, IndexError) as error:
