@@ -148,8 +148,22 @@ def test_an_unbiased_variance_is_no_layer_norm() -> None:
 
 
 def test_a_scale_by_a_number_stays_outside() -> None:
-    op, _ = fused(e.Mul(CORES["rsqrt"](x()), c(3)), NORM)
+    op, report = fused(e.Mul(CORES["rsqrt"](x()), c(3)), NORM)
     assert isinstance(op, e.Mul) and isinstance(op.a, llm.RMSNorm) and op.a.w is None
+    assert not report.refusals
+
+
+def test_a_second_bias_stays_outside() -> None:
+    biased = e.Add(LAYERS["rsqrt"](x()), param("b", 6))
+    op, _ = fused(e.Add(biased, param("other", 6)), NORM)
+    assert isinstance(op, e.Add) and isinstance(op.a, llm.LayerNorm)
+
+
+def test_rows_rounded_in_front_of_a_norm_stay_rounded() -> None:
+    """f64 evaluation sees no rounding, so the graph itself must show it."""
+    rows = e.Cast(x(), "bf16")
+    op, _ = fused(e.Cast(llm.RMSNorm(rows, None, 1e-5), "f32"), "fuse-norm")
+    assert isinstance(op, e.Cast) and isinstance(op.x, llm.RMSNorm) and op.x.x is rows
 
 
 ROOT = math.sqrt(2 / math.pi)
