@@ -1,9 +1,9 @@
 """Linear kernels beside what this computer can do: memory bandwidth for one token, byte multipliers for prefill.
 
-    python benchmarks/kernels_linear.py [--isa avx512vnni] [--seconds 1] [--json]
+    python benchmarks/kernels_linear.py [--isa avx512vnni] [--rounds 5] [--json]
 
 The limits are measured in the same run, interleaved with the kernels, because a shared computer's speed wanders: read
-bandwidth by a kernel that only adds up an array, and the multipliers' peak by a kernel that never touches memory.
+bandwidth by a kernel that only adds up an array, the multipliers' peak by a kernel that stays in the first-level cache.
 Two threads are two Python threads (ctypes drops the interpreter's lock) on halves of the work units.
 """
 
@@ -35,6 +35,8 @@ from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantize
 SHAPES = [("gate_up", 2 * 4864, 896, True), ("down", 896, 4864, False)]
 WORKING_SET = 256 << 20  # bytes of weights gone through in a round, well past any cache but a server's third level
 
+MULTIPLY_BYTES = 8192
+
 
 def read_all(machine: Machine):
     """(x i32, out i32; begin, end): one unit is 4 KiB of x, added up."""
@@ -53,21 +55,27 @@ def read_all(machine: Machine):
     return b.plain_function([("x", "int32"), ("out", "int32")], [], body)
 
 
-def multiply_only(machine: Machine):
-    """(x i8, out i32; begin, end): one unit is 8 dots of 4-bit weights in each of 10 independent sums."""
+def multiply_peak(machine: Machine):
+    """(x i8, out i32; begin, end): one unit is 8 dots of 4-bit weights in each of 10 independent sums.
+
+    Each dot of a step has its own pair of operands, and they change from unit to unit: no product is shared.
+    """
     isa = isa_for(machine)
+    width = isa.vector_bytes
 
     def body(p, s):
-        x, out = b.view(p["x"], [isa.vector_bytes * 2], "int8"), b.view(p["out"], [isa.lanes], "int32")
-        w, a = b.Registers(1, isa.i8), b.Registers(1, isa.i8)
-        w[0], a[0] = (isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes) for j in range(2))
+        x, out = b.view(p["x"], [MULTIPLY_BYTES], "int8"), b.view(p["out"], [isa.lanes], "int32")
         sums = b.Registers(10, isa.i32)
         for j in range(10):
             sums[j] = isa.splat(0, "int32")
-        with b.loop(s["end"] - s["begin"]):
-            for _ in range(8):
-                for j in range(10):
-                    sums[j] = isa.dot(sums[j], w[0], a[0], 4)
+        with b.loop(s["end"] - s["begin"]) as i:
+            first = b.let((s["begin"] + i) % 32 * width)
+            w = [b.let(isa.load(x, first + j * width, lanes=width)) for j in range(2)]
+            for step in range(8):
+                for j in range(5):
+                    a = b.let(isa.load(x, first + (2 + step * 5 + j) * width, lanes=width))
+                    for t in range(2):
+                        sums[j * 2 + t] = isa.dot(sums[j * 2 + t], w[t], a, 4)
         total = sums[0]
         for j in range(1, 10):
             total = total ^ sums[j]
@@ -139,8 +147,8 @@ def limit_jobs(machine: Machine) -> list[Job]:
     isa = isa_for(machine)
     big, out = aligned(np.ones(WORKING_SET, np.uint8)), [aligned(np.zeros(16, np.int32)) for _ in range(2)]
     reader = Compiled(kernel(read_all, machine.key), machine)
-    multiplier = Compiled(kernel(multiply_only, machine.key), machine)
-    small = aligned(np.ones(256, np.int8))
+    multiplier = Compiled(kernel(multiply_peak, machine.key), machine)
+    small = aligned(np.ones(MULTIPLY_BYTES, np.int8))
     units = 100_000
     dots = units * 8 * 10 * isa.lanes * 4 * 2 / 1e12
     return [

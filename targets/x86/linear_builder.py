@@ -121,6 +121,16 @@ def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], 
     I.buffer_store(buffer, value, [*(index(i) for i in outer), tirx.Ramp(index(start), index(1), lanes)])
 
 
+def prefetch(buffer: Buffer, position: Expr) -> None:
+    """Start reading the cache line of a byte of a flat buffer. It may lie past the end: prefetches never fault."""
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    read, keep, data = (tirx.const(value, "int32") for value in (0, 3, 1))
+    line = tirx.address_of(buffer[position])
+    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, keep, data))
+
+
 def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:
     """Row indices first, first + 1, ..., none past the last row: a short block repeats it."""
     from tvm import tirx
