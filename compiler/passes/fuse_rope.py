@@ -117,6 +117,7 @@ class _Finder:
         self.graph, self.probe = graph, probe
         self.index = {op: i for i, op in enumerate(graph.ops)}
         self.reason = ""
+        self._factors: dict[tuple[Value, tuple[int, ...]], Array] = {}
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on what the tokens are."""
@@ -230,7 +231,7 @@ class _Finder:
         if not 0 <= start <= _static(x.shape[-1]) - _static(y.shape[-1]):
             return None
         try:
-            near = self._probe(x, y, axes[0], start, NEAR)
+            near = self._probe(x, y, axes[0], start, self._evaluated(factors, NEAR), NEAR)
         except IRError as error:
             self.reason = f"its factors cannot be evaluated: {error}"
             return None
@@ -239,7 +240,7 @@ class _Finder:
         interleaved, cos, sin = near
         at: tuple[int, ...] = NEAR
         try:
-            far = self._probe(x, y, axes[0], start, FAR)
+            far = self._probe(x, y, axes[0], start, self._evaluated(factors, FAR), FAR)
             if far is None or far[0] != interleaved or far[1].shape[1] != cos.shape[1]:
                 self.reason = "it turns other channels at far positions"
                 return None
@@ -248,8 +249,15 @@ class _Finder:
             pass  # a table of fewer positions than the farthest one probed
         return _Map(x, y, axes[0], start, interleaved, cos, sin, at, factors, frozenset((*nodes, y)))
 
+    def _evaluated(self, factors: tuple[Value, ...], at: tuple[int, ...]) -> dict[Value, Array]:
+        """The positional values at some positions; layers share them."""
+        missing = [factor for factor in factors if (factor, at) not in self._factors]
+        found = self.probe.evaluate(missing, len(at), at, stand_ins=True)
+        self._factors.update({(factor, at): value for factor, value in zip(missing, found, strict=True)})
+        return {factor: self._factors[factor, at] for factor in factors}
+
     def _probe(
-        self, x: Value, y: Op, token: int, start: int, at: tuple[int, ...]
+        self, x: Value, y: Op, token: int, start: int, known: dict[Value, Array], at: tuple[int, ...]
     ) -> tuple[bool, Floats, Floats] | None:
         """Whether channels pair up interleaved, and cosines and sines [positions, pairs]; None if y is no rotation."""
         count = len(at)
@@ -262,7 +270,7 @@ class _Finder:
             """y [positions, heads, channels] for an x that is `value` or broadcasts from it."""
             full = noise.copy()
             full[..., start : start + channels] = value
-            result = self.probe.evaluate([y], count, at, {x: np.moveaxis(full, 0, token)}, stand_ins=True)[0]
+            result = self.probe.evaluate([y], count, at, {**known, x: np.moveaxis(full, 0, token)})[0]
             return np.asarray(np.moveaxis(result, token, 0), np.float64).reshape(count, -1, channels)
 
         unit = apply(np.eye(channels)[0])

@@ -28,6 +28,7 @@ class Probe:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.positions: Input | None = next((v for v in graph.inputs if v.name == "positions"), None)
+        self._stand_ins: dict[str, Array] = {}
 
     @cached_property
     def size(self) -> Dim | None:
@@ -89,9 +90,13 @@ class Probe:
 
     def _stand_in(self, name: str) -> Array:
         """Random values for a weight: what holds for them holds for any."""
+        if name in self._stand_ins:
+            return self._stand_ins[name]
         kind = next(param.tensor for param in self.graph.params if param.name == name)
         shape = tuple(int(str(dim)) for dim in kind.shape)
-        return np.random.default_rng(list(name.encode())).standard_normal(shape).astype(numpy_dtype(kind.dtype))
+        values = np.random.default_rng(list(name.encode())).standard_normal(shape).astype(numpy_dtype(kind.dtype))
+        self._stand_ins[name] = values
+        return values
 
 
 _reader: contextvars.ContextVar[LoadParam | None] = contextvars.ContextVar("reader", default=None)
