@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tvm import tirx
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -55,31 +56,33 @@ def read_all(machine: Machine):
     return b.plain_function([("x", "int32"), ("out", "int32")], [], body)
 
 
-def multiply_peak(machine: Machine):
+def multiply_limit(machine: Machine):
     """(x i8, out i32; begin, end): one unit is 8 dots of 4-bit weights in each of 10 independent sums.
 
-    Each dot of a step has its own pair of operands, and they change from unit to unit: no product is shared.
+    Without VNNI a dot is a multiplication and an addition of i16, the least there is; there the operands change all the
+    time, because a compiler shares repeated products.
     """
     isa = isa_for(machine)
     width = isa.vector_bytes
 
     def body(p, s):
         x, out = b.view(p["x"], [MULTIPLY_BYTES], "int8"), b.view(p["out"], [isa.lanes], "int32")
-        sums = b.Registers(10, isa.i32)
+        sums = b.Registers(10, isa.i32 if isa.vnni else isa.i16)
         for j in range(10):
-            sums[j] = isa.splat(0, "int32")
+            sums[j] = isa.splat(0, "int32" if isa.vnni else "int16")
         with b.loop(s["end"] - s["begin"]) as i:
             first = b.let((s["begin"] + i) % 32 * width)
             w = [b.let(isa.load(x, first + j * width, lanes=width)) for j in range(2)]
             for step in range(8):
                 for j in range(5):
-                    a = b.let(isa.load(x, first + (2 + step * 5 + j) * width, lanes=width))
+                    a = b.let(isa.load(x, first + (2 + (0 if isa.vnni else step * 5) + j) * width, lanes=width))
                     for t in range(2):
-                        sums[j * 2 + t] = isa.dot(sums[j * 2 + t], w[t], a, 4)
+                        at = j * 2 + t
+                        sums[at] = isa.dot(sums[at], w[t], a, 4) if isa.vnni else sums[at] + isa.dot_narrow(w[t], a)
         total = sums[0]
         for j in range(1, 10):
             total = total ^ sums[j]
-        b.store_vector(isa, out, [0], total)
+        b.store_vector(isa, out, [0], tirx.reinterpret(isa.i32, total))
 
     return b.plain_function([("x", "int8"), ("out", "int32")], [], body)
 
@@ -147,7 +150,7 @@ def limit_jobs(machine: Machine) -> list[Job]:
     isa = isa_for(machine)
     big, out = aligned(np.ones(WORKING_SET, np.uint8)), [aligned(np.zeros(16, np.int32)) for _ in range(2)]
     reader = Compiled(kernel(read_all, machine.key), machine)
-    multiplier = Compiled(kernel(multiply_peak, machine.key), machine)
+    multiplier = Compiled(kernel(multiply_limit, machine.key), machine)
     small = aligned(np.ones(MULTIPLY_BYTES, np.int8))
     units = 100_000
     dots = units * 8 * 10 * isa.lanes * 4 * 2 / 1e12
