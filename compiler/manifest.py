@@ -9,6 +9,7 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.llm import PagedAttention
 from llmc.compiler.ir.op import Value
@@ -41,6 +42,7 @@ def build_manifest(
     library: Library,
     max_step: int,
     seconds: float,
+    weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
     from llmc.compiler.pipeline import MAX_SPLITS, TILE
@@ -77,7 +79,8 @@ def build_manifest(
         "kv": {"layers": layers},
         "weights": {
             "bytes": nbytes,
-            "embedded": options.weights != "none",
+            "source": options.weights if options.weights_file is None else "file",
+            **({"hash": weights_hash} if weights_hash else {}),
             "tensors": [
                 {"name": item.stored.name, "offset": min(item.offsets.values()), "nbytes": item.nbytes}
                 | {"type": str(item.stored.value.type)}
@@ -91,6 +94,8 @@ def build_manifest(
             "arena_bytes": plan.nbytes,
             "arena_bytes_without_reuse": plan.without_reuse,
             "weights_bytes": nbytes,
+            # Decoding one token reads all weights but tables in which it only looks up a row.
+            "weight_bytes_per_token": min(nbytes, estimate(program.graph, context=PAGE).read_per_token),
         },
         "provenance": {
             "options": options.as_json(),

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
+from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import KV
@@ -21,6 +23,7 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
+from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError
 
 if TYPE_CHECKING:
@@ -158,7 +161,6 @@ def assemble(
     started: float,
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing."""
-    from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
     from llmc.compiler.manifest import build_manifest
     from llmc.targets.driver import Addresses
     from llmc.targets.library import build_library
@@ -172,25 +174,46 @@ def assemble(
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
         library = build_library(program, addresses, cache, Path(folder), progress, options.jobs or os.cpu_count() or 1)
         with ArtifactWriter(output, library.path) as writer:
-            progress.start("packing weights", nbytes, "bytes")
-            writer.begin_weights()
-            if options.weights != "none":
-                source_of = lifted.weights.load
-                for offset, name, array in packed_arrays(placed, source_of):
-                    if writer.append(array) != offset:
-                        raise CompileError(f"{name} does not lie where it was planned: {offset}")
-                    progress.advance(array.nbytes)
-            writer.end_weights()
+            digest = write_weights(placed, nbytes, lifted.weights.load, options, writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_section(TOKENIZER, tokenizer)
             progress.start("writing")
             manifest = build_manifest(
                 source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,
-                time.perf_counter() - started,
+                time.perf_counter() - started, digest,
             )  # fmt: skip
             writer.add_manifest(manifest)
     return manifest
+
+
+def write_weights(
+    placed: list[Placed],
+    nbytes: int,
+    load: LoadParam,
+    options: CompileOptions,
+    writer: ArtifactWriter,
+    progress: Progress,
+) -> str:
+    """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash."""
+    if options.weights == "none":
+        return ""
+    progress.start("packing weights", nbytes, "bytes")
+
+    def write_to(target: ArtifactWriter | WeightsFile) -> None:
+        for offset, name, array in packed_arrays(placed, load):
+            if target.append(array) != offset:
+                raise CompileError(f"{name} does not lie where it was planned: {offset}")
+            progress.advance(array.nbytes)
+
+    if options.weights_file is None:
+        writer.begin_weights()
+        write_to(writer)
+        writer.end_weights()
+        return ""
+    with WeightsFile(options.weights_file) as file:
+        write_to(file)
+    return file.hash
 
 
 def weight_addresses(placed: list[Placed]) -> dict[object, int]:
