@@ -18,16 +18,18 @@ from llmc.compiler.passes.probe import reading
 from llmc.frontends.hf import lift
 
 PIPELINE = (
-    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
+    "canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
     "canonicalize,fold,cse,flatten-tokens,canonicalize,fold,cse,fuse-linear,split-projections,canonicalize,insert-kv-cache,"
     "select-rows,canonicalize,fold,cse"
 )
-NO_ROTATION = ("gpt2", "gpt_neo", "opt", "falcon_alibi", "bloom")
-FROM_A_TABLE = ("gptj",)
+# Beyond the promise: a stored local mask, a table of sines, ALiBi built by another exporter.
+FAMILIES = tuple(dict.fromkeys((*PROMISED, "gpt_neo", "codegen", "mpt")))
+NO_ROTATION = ("gpt2", "gpt_neo", "opt", "falcon_alibi", "bloom", "mpt")
+FROM_A_TABLE = ("gptj", "codegen")
 LAYERS = 2
 
 
-@pytest.mark.parametrize("family", PROMISED)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_recognised_and_means_the_same(family: str, tmp_path: Path) -> None:
     lifted = lift(make_tiny(family, tmp_path))
     with reading(lifted.load):

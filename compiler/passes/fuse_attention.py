@@ -30,7 +30,7 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Attention, Rope
+from llmc.compiler.ir.llm import Attention, Rope, static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Matmul, Max, Reshape, Slice, Softmax, Sum, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Shape
@@ -261,7 +261,7 @@ class _Finder:
         dim = value.shape[-2] if transposed else value.shape[-1]
         if not isinstance(dim, int) or value.shape[-1 if transposed else -2] != self.size:
             raise Unrecognised(f"an operand {value.type} of a product of its is no [..., S, dim]")
-        leading = tuple(int(str(n)) for n in user.shape[:-2])
+        leading = tuple(static(n) for n in user.shape[:-2])
 
         def by_head(traced: Array) -> Array:
             """[heads, S, dim] of the operand, repeated as the product repeats it."""
@@ -298,7 +298,7 @@ class _Finder:
             return None
         own = count // dim
         tokens = 3
-        shape = tuple(tokens if axis == axes[0] else int(str(size)) for axis, size in enumerate(source.shape))
+        shape = tuple(tokens if axis == axes[0] else static(size) for axis, size in enumerate(source.shape))
         elements = np.arange(1.0, np.prod(shape) + 1).reshape(shape)
         try:
             traced = by_head(self.probe.evaluate([value], tokens, None, {source: elements})[0])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub, constant
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Embed, Rope, RopeAngles
+from llmc.compiler.ir.llm import Embed, Rope, RopeAngles, static
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
@@ -97,7 +97,7 @@ class FuseRope(Pass, name="fuse-rope"):
 def _rope(x: Value, angles: Value, found: _Map) -> Value:
     """`llm.rope` of x in whatever layout it has: tokens to the front, heads flat, and back."""
     if x.shape != found.y.shape:
-        x = Slice(x, x.rank - 1, found.start, found.start + _static(found.y.shape[-1]))
+        x = Slice(x, x.rank - 1, found.start, found.start + static(found.y.shape[-1]))
     others = tuple(axis for axis in range(x.rank - 1) if axis != found.token)
     order = (found.token, *others, x.rank - 1)
     inverse = tuple(int(axis) for axis in np.argsort(order))
@@ -228,7 +228,7 @@ class _Finder:
         factors = tuple(dict.fromkeys(v.b if self.acts(v.a) else v.a for v in muls))
         channel_slices = [v.start for v in nodes if isinstance(v, Slice) and v.x is x and v.axis % x.rank == x.rank - 1]
         start = 0 if x.shape == y.shape else min((n for n in channel_slices if isinstance(n, int)), default=-1)
-        if not 0 <= start <= _static(x.shape[-1]) - _static(y.shape[-1]):
+        if not 0 <= start <= static(x.shape[-1]) - static(y.shape[-1]):
             return None
         try:
             near = self._probe(x, y, axes[0], start, self._evaluated(factors, NEAR), NEAR)
@@ -263,7 +263,7 @@ class _Finder:
         count = len(at)
         shape = tuple(count if isinstance(dim, Dim) else dim for dim in y.shape)
         channels = shape[-1]
-        wide = (*_without(shape, token)[:-1], _static(x.shape[-1]))
+        wide = (*_without(shape, token)[:-1], static(x.shape[-1]))
         noise = np.random.default_rng(1).standard_normal((count, *wide))
 
         def apply(value: Floats) -> Floats:
@@ -311,11 +311,6 @@ def _holds_channels(x: Value, y: Value) -> bool:
         return True
     a, b = x.shape[-1], y.shape[-1]
     return x.dtype == y.dtype and x.shape[:-1] == y.shape[:-1] and isinstance(a, int) and isinstance(b, int) and a > b
-
-
-def _static(dim: int | Dim) -> int:
-    assert isinstance(dim, int)
-    return dim
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

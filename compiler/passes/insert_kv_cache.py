@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.graph import Graph, substitute_values
-from llmc.compiler.ir.llm import Attention, KVAppend, PagedAttention
+from llmc.compiler.ir.llm import Attention, KVAppend, PagedAttention, static
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.passes.manager import Pass, Report
@@ -49,7 +49,7 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
             if not isinstance(op, Attention):
                 return None
             if (op.k, op.v) not in versions:
-                kind = KV(_static(op.k.shape[1]), _static(op.k.shape[2]), _static(op.v.shape[2]), self.kv_dtype)
+                kind = KV(static(op.k.shape[1]), static(op.k.shape[2]), static(op.v.shape[2]), self.kv_dtype)
                 caches.append(Input(f"cache.{len(caches)}", kind))
                 versions[op.k, op.v] = KVAppend(caches[-1], op.k, op.v, slots)
                 appended.append(versions[op.k, op.v])
@@ -76,9 +76,3 @@ def _refusal(op: Attention, graph: Graph) -> str:
     if any(symbol.name not in ("T",) for symbol in graph.symbols):
         return "the graph has sizes besides T: flatten-tokens comes first"
     return ""
-
-
-def _static(dim: int | Dim) -> int:
-    if isinstance(dim, Dim):
-        raise CompileError(f"a cache needs sizes known when compiling, not {dim}")
-    return dim

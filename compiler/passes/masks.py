@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
+from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
 from llmc.compiler.ir.types import INTEGERS, Array, numpy_dtype
@@ -63,7 +64,7 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
     """
     positions, known = _sample(probe, raw, scores)
     count = len(positions)
-    shape = tuple(count if i >= raw.rank - 2 else int(str(dim)) for i, dim in enumerate(raw.shape))
+    shape = tuple(count if i >= raw.rank - 2 else static(dim) for i, dim in enumerate(raw.shape))
 
     def apply(values: Floats | float) -> Floats:
         full = np.broadcast_to(np.asarray(values, np.float64), (heads, count, count)).reshape(shape)

@@ -12,6 +12,7 @@ import numpy as np
 from llmc.compiler.ir.dims import Dim, symbols_of
 from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, numpy_dtype, precise
 from llmc.errors import IRError
@@ -93,7 +94,7 @@ class Probe:
         if name in self._stand_ins:
             return self._stand_ins[name]
         kind = next(param.tensor for param in self.graph.params if param.name == name)
-        shape = tuple(int(str(dim)) for dim in kind.shape)
+        shape = tuple(static(dim) for dim in kind.shape)
         values = np.random.default_rng(list(name.encode())).standard_normal(shape).astype(numpy_dtype(kind.dtype))
         self._stand_ins[name] = values
         return values
