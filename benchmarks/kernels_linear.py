@@ -30,6 +30,7 @@ from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.layouts import FloatLayout
 from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantized_linear_plan
 
 # qwen2.5-0.5b: gate and up, then down. (name, n, k, gated)
@@ -119,16 +120,22 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
     rng = np.random.default_rng(0)
     nbytes = plan.layout.nbytes(n, k)
     copies = max(1, WORKING_SET // nbytes) if tokens <= 16 else 1
+    # As bits, 0x3F80 and up are bf16 numbers of ordinary size: denormals would be slow.
+    first = 0x3F80 if isinstance(plan.layout, FloatLayout) else 0
     arrays = {
-        part: [aligned(rng.integers(0, 100, shape).astype(dtype)) for _ in range(copies)]
+        part: [aligned(rng.integers(first, first + 100, shape).astype(dtype)) for _ in range(copies)]
         for part, (shape, dtype) in plan.layout.arrays(n, k).items()
     }
     group = getattr(plan.layout, "group", 32)
     padded = -(-k // group) * group
     inputs = {
-        "x": aligned(rng.standard_normal((tokens, k)).astype(np.float32)),
+        "x": aligned(
+            rng.integers(0x3F80, 0x3FFF, (tokens, k + k % 2)).astype(np.uint16)
+            if plan.activations == "bf16"
+            else rng.standard_normal((tokens, k)).astype(np.float32)
+        ),
         "xq": aligned(rng.integers(-127, 128, (tokens, padded)).astype(np.int8)),
-        "xscales": aligned(rng.random((tokens, padded // group)).astype(np.float32)),
+        "xscales": aligned((rng.random((tokens, padded // group)) * 1e-6).astype(np.float32)),  # results around 1
         "xsums": aligned(np.zeros((tokens, padded // group), np.int32)),
         "out": aligned(np.zeros((tokens, n // 2 if gated else n), np.float32)),
     }
