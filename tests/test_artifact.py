@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_artifact
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,9 +30,6 @@ from llmc.runtime import cpu, manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_artifact
 
 RNG = np.random.default_rng(7)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import fake_artifact
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -16,9 +16,6 @@ from llmc.runtime.kv_cache import ROOT, CacheBuffers, PagePool
 from llmc.runtime.manifest import LayerCache
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sequence import Sequence
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_artifact
 
 PAGE_BYTES = 32 * 4 * 4 * 2  # 32 tokens, two keys and two values in f32, two layers
 IDS = np.random.default_rng(11).integers(0, fake_artifact.VOCAB, 400).tolist()

@@ -11,14 +11,12 @@ import time
 from importlib import resources
 from pathlib import Path
 
+import fake_artifact
 import numpy as np
 import pytest
 
 from llmc.runtime import cpu
 from llmc.runtime.runtime import Runtime
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_artifact
 
 CHECK = Path(__file__).parent / "pool_check.c"
 SANITIZERS = {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from pathlib import Path
 
+import fake_artifact
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,9 +17,6 @@ from llmc.runtime.errors import ContextError, LlmcError, RuntimeStateError, Text
 from llmc.runtime.manifest import TextFacts
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher, Tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_artifact
 
 TEXTS = [
     "",

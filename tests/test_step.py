@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 
+import fake_artifact
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,9 +19,6 @@ from llmc.runtime import manifest
 from llmc.runtime.batch import Run, StepRunner, choose_splits
 from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_artifact
 
 
 def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
