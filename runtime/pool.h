@@ -6,14 +6,15 @@
 
 #include "step.h"
 
-/* A pool made by one artifact serves all others: its first member is the only thing another artifact touches, so
+/* A pool made by one artifact serves all others: they touch only its first members, three function pointers, so that
  * artifacts of different versions can share it. */
 typedef struct LlmcPool LlmcPool;
 
 typedef void (*LlmcBody)(void *context, int64_t begin, int64_t end);
 
 /* Calls body(context, begin, end) on disjoint ranges that cover [0, units), on this thread and on idle workers, and
- * returns when all are done. `grain`: the fewest units worth handing out. Calls made from inside a body run inline. */
+ * returns when all are done. `grain`: the fewest units worth handing out. Only a step that runs under llmc_run has
+ * workers: elsewhere, and inside of a body, everything runs on this thread. */
 void llmc_parallel(LlmcBody body, void *context, int64_t units, int64_t grain);
 
 /* Runs llmc_step on at most `threads` threads (this one included); calls from several threads take turns. */
