@@ -35,7 +35,7 @@ class WeightsFile:
         """Appends an array's bytes at a multiple of `align`; returns their offset."""
         self._write(bytes(-self._position % align))
         offset = self._position
-        self._write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+        self._write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))  # type: ignore[arg-type]
         return offset
 
     def _write(self, data: bytes | memoryview) -> None:

@@ -93,7 +93,7 @@ def compile_kernels(
     if not missing:
         return paths
     with ThreadPoolExecutor(max(1, jobs)) as pool:
-        for _ in pool.map(lambda job: _compile(*job, machine), missing):
+        for _ in pool.map(lambda job: _compile(job[0], job[1], machine), missing):
             done += 1
             if progress is not None:
                 progress(done, len(wanted))

@@ -67,9 +67,7 @@ def test_any_split_of_the_prompt_gives_the_same_logits(model: Model) -> None:
     whole = model.runtime.forward(PROMPT)
     for cuts in ((1,), (31, 33), (16, 17, 18, 44), tuple(range(1, len(PROMPT)))):
         sequence = model.runtime.sequence()
-        rows = [
-            model.runtime.step([(sequence, part, "all")]) for part in np.split(PROMPT, cuts) if len(part)
-        ]
+        rows = [model.runtime.step([(sequence, part, "all")]) for part in np.split(PROMPT, cuts) if len(part)]
         np.testing.assert_allclose(np.concatenate(rows), whole, rtol=0, atol=1e-4)
 
 

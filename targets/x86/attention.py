@@ -19,10 +19,9 @@ from llmc.targets.x86.vector_math import exp
 from llmc.targets.x86.vectors import for_pieces, load, maximum, permute, pin, range_kernel, splat, store
 
 if TYPE_CHECKING:
-    from tvm.tirx import PrimFunc
+    from tvm.tirx import Expr, PrimFunc
 
     from llmc.compiler.ir.dims import Dim
-    from llmc.targets.x86.isa import Expr
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ def _same_turn(q: Heads, k: Heads) -> bool:
     """Whether one kernel call can serve both: the same angles, style and kind of norm."""
     if (q.rope is None) != (k.rope is None) or (q.norm is None) != (k.norm is None):
         return False
-    if q.rope is not None and k.rope is not None:
-        if q.rope.angles is not k.rope.angles or q.rope.interleaved != k.rope.interleaved:
-            return False
+    turns = [(item.rope.angles, item.rope.interleaved) for item in (q, k) if item.rope is not None]
+    if len(turns) == 2 and turns[0] != turns[1]:
+        return False
     if q.norm is not None and k.norm is not None:
         return q.norm.eps == k.norm.eps and q.norm.offset == k.norm.offset
     return True

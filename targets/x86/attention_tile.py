@@ -40,9 +40,7 @@ from llmc.targets.x86.vectors import (
 )
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, PrimFunc
-
-    from llmc.targets.x86.isa import Expr
+    from tvm.tirx import Buffer, Expr, PrimFunc
 
 PAGE = 32  # tokens a cache page
 TILE = 16  # query rows a tile, at most

@@ -39,9 +39,7 @@ from llmc.targets.x86.vectors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tvm.tirx import Buffer, PrimFunc
-
-    from llmc.targets.x86.isa import Expr
+    from tvm.tirx import Buffer, Expr, PrimFunc
 
 _STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 

@@ -29,9 +29,7 @@ from llmc.targets.x86.vectors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tvm.tirx import PrimFunc
-
-    from llmc.targets.x86.isa import Expr
+    from tvm.tirx import Expr, PrimFunc
 
 CHAINS = 4  # independent sums: the latency of an addition is four cycles
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.dims import Dim, FloorDiv, product, symbols_of
+from llmc.compiler.ir.dims import Dim, FloorDiv, Symbol, product, symbols_of
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Kernel, Param, kernel
 from llmc.targets.lowering import Context, Lowered, Rules
@@ -61,17 +61,28 @@ def dim_expression(dim: Param, sizes: Mapping[str, Expr]) -> Expr:
     """The int64 expression of a size parameter."""
     if isinstance(dim, int):
         return b.index(dim)
-    assert isinstance(dim, tuple)
     total: Expr | None = None
-    for coefficient, monomial in dim:  # type: ignore[misc]
-        term: Expr = b.index(coefficient)  # type: ignore[arg-type]
-        for atom, power in monomial:  # type: ignore[misc,union-attr]
-            factor = sizes[atom] if isinstance(atom, str) else dim_expression(atom[1], sizes) // atom[2]  # type: ignore[index]
-            for _ in range(power):  # type: ignore[arg-type]
+    for coefficient, monomial in _pairs(dim):
+        assert isinstance(coefficient, int)
+        term: Expr = b.index(coefficient)
+        for atom, power in _pairs(monomial):
+            factor = sizes[atom] if isinstance(atom, str) else _quotient(atom, sizes)
+            assert isinstance(power, int)
+            for _ in range(power):
                 term = term * factor
         total = term if total is None else total + term
     assert total is not None
     return total
+
+
+def _pairs(value: Param) -> list[tuple[Param, Param]]:
+    assert isinstance(value, tuple)
+    return [(item[0], item[1]) for item in value if isinstance(item, tuple)]
+
+
+def _quotient(atom: Param, sizes: Mapping[str, Expr]) -> Expr:
+    assert isinstance(atom, tuple) and isinstance(atom[2], int)
+    return dim_expression(atom[1], sizes) // atom[2]
 
 
 def _libm(name: str) -> Callable[..., Expr]:
@@ -203,19 +214,46 @@ def _broadcast_index(index: Index, shape: Sequence[Param]) -> list[Expr]:
     return [b.index(0) if dim == 1 else i for i, dim in zip(tail, shape, strict=True)]
 
 
+Operand = tuple[str, tuple[Param, ...]]
+"""The IR dtype and shape of an operand or of the result."""
+
+
 class _Plain:
     """One plain kernel while its body is built."""
 
-    def __init__(self, params: Mapping[str, Param], handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        self.attributes = dict(params["attributes"])  # type: ignore[call-overload]
-        self.operands = list(params["operands"])  # type: ignore[call-overload]
-        self.dtype, self.shape = params["result"]  # type: ignore[misc]
+    def __init__(
+        self,
+        operands: Sequence[Operand],
+        result: Operand,
+        attributes: Sequence[tuple[str, Param]],
+        handles: Mapping[str, Expr],
+        sizes: Mapping[str, Expr],
+    ) -> None:
+        self.attributes = dict(attributes)
+        self.operands = list(operands)
+        self.dtype, self.shape = result
         self.sizes = sizes
         self.extents = [dim_expression(dim, sizes) for dim in self.shape]
         self.buffers = [
             b.view(handles[f"x{i}"], [b.MANY], TIR_DTYPES[dtype]) for i, (dtype, _) in enumerate(self.operands)
         ]
         self.out = b.view(handles["out"], [b.MANY], TIR_DTYPES[self.dtype])
+
+    def integer(self, name: str) -> int:
+        """An attribute that is an int."""
+        value = self.attributes[name]
+        assert isinstance(value, int)
+        return value
+
+    def integers(self, name: str) -> list[int]:
+        """An attribute that is a tuple of ints."""
+        values = self.attributes[name]
+        assert isinstance(values, tuple)
+        return [value for value in values if isinstance(value, int)]
+
+    def axis(self, rank: int) -> int:
+        """The attribute `axis`, not negative."""
+        return self.integer("axis") % rank
 
     def extent(self, operand: int, axis: int) -> Expr:
         return dim_expression(self.operands[operand][1][axis], self.sizes)
@@ -284,7 +322,7 @@ for _kind, _function in _ELEMENTWISE.items():
 
 @_body(e.Activation)
 def _activation(k: _Plain, unit: Expr) -> None:
-    k.store(unit, _ACTIVATIONS[k.attributes["kind"]](k.load_flat(0, unit)))  # type: ignore[index]
+    k.store(unit, _ACTIVATIONS[str(k.attributes["kind"])](k.load_flat(0, unit)))
 
 
 @_body(s.Iota)
@@ -296,7 +334,7 @@ def _iota(k: _Plain, unit: Expr) -> None:
 def _transpose(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
     source: list[Expr] = [b.index(0)] * len(index)
-    for position, axis in enumerate(k.attributes["permutation"]):  # type: ignore[arg-type]
+    for position, axis in enumerate(k.integers("permutation")):
         source[axis] = index[position]
     k.store(unit, k.load(0, source))
 
@@ -309,16 +347,16 @@ def _broadcast(k: _Plain, unit: Expr) -> None:
 @_body(s.Slice)
 def _slice(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
-    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
-    start = dim_expression(k.attributes["start"], k.sizes)  # type: ignore[arg-type]
-    index[axis] = start + index[axis] * k.attributes["step"]  # type: ignore[operator]
+    axis = k.axis(len(index))
+    start = dim_expression(k.attributes["start"], k.sizes)
+    index[axis] = start + index[axis] * k.integer("step")
     k.store(unit, k.load(0, index))
 
 
 @_body(s.Concat)
 def _concat(k: _Plain, unit: Expr) -> None:
     index = [b.let(i) for i in k.unravel(unit)]
-    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
+    axis = k.axis(len(index))
     start: Expr = b.index(0)
     for operand in range(len(k.operands)):
         size = k.extent(operand, axis)
@@ -333,8 +371,7 @@ def _pad(k: _Plain, unit: Expr) -> None:
     from tvm import tirx
 
     index = k.unravel(unit)
-    low = k.attributes["low"]
-    source = [b.let(i - before) for i, before in zip(index, low, strict=True)]  # type: ignore[arg-type]
+    source = [b.let(i - before) for i, before in zip(index, k.integers("low"), strict=True)]
     inside = tirx.const(True, "bool")
     for axis, i in enumerate(source):
         inside = tirx.And(inside, tirx.And(i >= 0, i < k.extent(0, axis)))
@@ -348,7 +385,7 @@ def _pad(k: _Plain, unit: Expr) -> None:
 @_body(s.Gather)
 def _gather(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
-    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    axis = k.axis(k.rank(0))
     chosen = b.let(k.load(1, index[axis : axis + k.rank(1)]).astype("int64"))
     wrapped = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
     k.store(unit, k.load(0, [*index[:axis], wrapped, *index[axis + k.rank(1) :]]))
@@ -357,7 +394,7 @@ def _gather(k: _Plain, unit: Expr) -> None:
 @_body(s.GatherElements)
 def _gather_elements(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
-    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    axis = k.axis(k.rank(0))
     chosen = b.let(k.load(1, index).astype("int64"))
     index[axis] = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
     k.store(unit, k.load(0, index))
@@ -390,7 +427,7 @@ def _wide(dtype: str) -> str:
 @_body(s.Cumsum)
 def _cumsum(k: _Plain, unit: Expr) -> None:
     index = [b.let(i) for i in k.unravel(unit)]
-    axis = k.attributes["axis"] % len(index)  # type: ignore[operator]
+    axis = k.axis(len(index))
 
     def step(total: Expr, at: Index) -> Expr:
         return total + k.load(0, [*index[:axis], at[0], *index[axis + 1 :]])
@@ -411,7 +448,7 @@ _FOLDS: dict[str, tuple[float, Callable[[Expr, Expr], Expr]]] = {
 def _reduce(name: str) -> Body:
     def body(k: _Plain, unit: Expr) -> None:
         rank = k.rank(0)
-        axes = sorted(axis % rank for axis in k.attributes["axes"])  # type: ignore[union-attr,operator]
+        axes = sorted(axis % rank for axis in k.integers("axes"))
         index = [b.let(i) for i in k.unravel(unit)]
         kept = iter(index)
         outer: list[Expr | None] = []
@@ -451,7 +488,7 @@ for _reduction in (s.Sum, s.Mean, s.Max, s.Min, s.Any, s.All):
 def _argmax(k: _Plain, unit: Expr) -> None:
     from tvm import tirx
 
-    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    axis = k.axis(k.rank(0))
     index = [b.let(i) for i in k.unravel(unit)]
 
     def at(i: Expr) -> Expr:
@@ -466,7 +503,7 @@ def _argmax(k: _Plain, unit: Expr) -> None:
 
 @_body(s.Softmax)
 def _softmax(k: _Plain, unit: Expr) -> None:
-    axis = k.attributes["axis"] % k.rank(0)  # type: ignore[operator]
+    axis = k.axis(k.rank(0))
     index = [b.let(i) for i in k.unravel(unit)]
 
     def at(i: Expr) -> Expr:
@@ -491,17 +528,24 @@ def _matmul(k: _Plain, unit: Expr) -> None:
     k.store(unit, _accumulate(k, 0, step, [k.extent(0, k.rank(0) - 1)], _wide(k.dtype)))
 
 
-def plain(machine: Machine, **params: Param) -> PrimFunc:
+def plain(
+    machine: Machine,
+    *,
+    op: str,
+    operands: tuple[Operand, ...],
+    result: Operand,
+    attributes: tuple[tuple[str, Param], ...],
+    symbols: tuple[str, ...],
+) -> PrimFunc:
     """(x0, x1, ..., out, symbols in name order, begin, end). One unit: one element of the result."""
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        emit = _BODIES[str(params["op"])]
+        emit = _BODIES[op]
         with b.loop(sizes["end"] - sizes["begin"]) as i:
-            emit(_Plain(params, handles, sizes), b.let(sizes["begin"] + i))
+            emit(_Plain(operands, result, attributes, handles, sizes), b.let(sizes["begin"] + i))
 
-    operands, (dtype, _) = list(params["operands"]), params["result"]  # type: ignore[call-overload,misc]
-    pointers = [(f"x{i}", TIR_DTYPES[d]) for i, (d, _) in enumerate(operands)]
-    return b.plain_function([*pointers, ("out", TIR_DTYPES[dtype])], list(params["symbols"]), body)  # type: ignore[call-overload]
+    pointers = [(f"x{i}", TIR_DTYPES[dtype]) for i, (dtype, _) in enumerate(operands)]
+    return b.plain_function([*pointers, ("out", TIR_DTYPES[result[0]])], list(symbols), body)
 
 
 def _attribute(value: object) -> Param:
@@ -521,7 +565,7 @@ def used_symbols(op: Op) -> tuple[int | Dim, ...]:
 
 
 def _used_symbols(op: Op) -> list[str]:
-    found = set()
+    found: set[Symbol] = set()
     for value in (op, *op.operands):
         for dim in value.shape:
             found |= symbols_of(dim)

@@ -34,9 +34,7 @@ from llmc.targets.x86.vectors import (
 )
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, PrimFunc
-
-    from llmc.targets.x86.isa import Expr
+    from tvm.tirx import Buffer, Expr, PrimFunc
 
 PAGE = 32  # tokens a cache page
 GRAIN = 16  # tokens worth handing to a thread together

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.x86.linear_builder import MANY, index, let, loop, plain_function, scratch, view
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, PrimFunc
-
-    from llmc.targets.x86.isa import Expr
+    from tvm.tirx import Buffer, Expr, PrimFunc
 
 
 def range_kernel(
