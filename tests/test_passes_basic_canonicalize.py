@@ -26,6 +26,8 @@ INTS = x(1, S, 6, name="n", dtype="i64")
 FLAG = e.Greater(X, Y)
 HALF = x(1, S, 6, name="h", dtype="bf16")
 E = e.Exp(X)
+SHIFTED = e.Exp(e.Sub(X, s.Max(X, (-1,))))
+ASKEW = e.Exp(e.Sub(X, s.Max(X, (1,))))  # the maximum is along another axis than the sum: it does not cancel
 LONG = x(64, name="long")
 QUERIES = x(1, S, 2, 6, name="q")
 
@@ -83,6 +85,8 @@ CASES: list[tuple[str, Value, str]] = [
     ("select_known", e.Where(e.Not(FLAG), X, Y), "t.where"),
     ("select_known", e.Where(FLAG, X, X), "x"),
     ("softmax_from_exponentials", e.Div(E, s.Sum(E, (-1,))), "t.softmax"),
+    ("softmax_from_exponentials", e.Div(SHIFTED, s.Sum(SHIFTED, (2,))), "t.softmax"),
+    ("softmax_from_exponentials", e.Div(ASKEW, s.Sum(ASKEW, (2,))), "t.softmax"),
     ("normalize_reduction", s.Sum(X, (-1, 1)), "t.sum"),
     ("normalize_reduction", s.Sum(X, ()), "x"),
     ("reshape_to_same", s.Reshape(X, (1, S, 6)), "x"),
@@ -94,6 +98,7 @@ CASES: list[tuple[str, Value, str]] = [
     ("transpose_of_nothing", s.Transpose(X, (0, 1, 2)), "x"),
     ("transpose_of_nothing", s.Transpose(X, (1, 0, 2)), "t.reshape"),
     ("transpose_of_transpose", s.Transpose(s.Transpose(X, (2, 0, 1)), (1, 2, 0)), "x"),
+    ("transpose_of_transpose", s.Transpose(s.Transpose(QUERIES, (0, 2, 3, 1)), (0, 1, 3, 2)), "t.transpose"),
     ("broadcast_of_nothing", s.Broadcast(X, (1, 1, S, 6)), "t.reshape"),
     ("broadcast_of_broadcast", s.Broadcast(s.Broadcast(X, (2, S, 6)), (3, 2, S, 6)), "t.broadcast"),
     ("broadcast_of_broadcast", s.Broadcast(s.Reshape(x(S, 6, name="m"), (1, S, 6)), (3, S, 6)), "t.broadcast"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +13,8 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Param, Value
-from llmc.compiler.ir.types import Tensor
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
+from llmc.compiler.passes.rewriting import holds
 
 X = x()
 
@@ -88,6 +90,28 @@ def test_random_graphs_mean_the_same(graph: Graph) -> None:
     assert len(merged.ops) <= len(graph.ops)
     keys = [(type(op), op.operands, str(op.attributes())) for op in merged.ops if not isinstance(op, e.Constant)]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("narrow", NUMPY_DTYPES)
+@pytest.mark.parametrize("wide", NUMPY_DTYPES)
+def test_a_cast_loses_nothing_where_it_is_said_to(wide: str, narrow: str) -> None:
+    """Extremes, neighbours of powers of two and small values survive a round trip exactly when `holds` says so."""
+    to, kind = NUMPY_DTYPES[wide], NUMPY_DTYPES[narrow]
+    if narrow in FLOATS:
+        info = ml_dtypes.finfo(kind)
+        values = np.array([info.max, -info.max, info.tiny, 1 + float(info.eps), 1 / 3, 0.0]).astype(kind)
+    elif narrow == "bool":
+        values = np.array([False, True])
+    else:
+        limits = np.iinfo(kind)
+        values = np.array([limits.min, limits.max, limits.max - 1, limits.max // 3], kind)
+    with np.errstate(all="ignore"):
+        again = values.astype(to).astype(kind)
+        kept = np.array_equal(again, values) and np.array_equal(values.astype(to) < 0, values < 0)
+    # A float that happens to hold an integer's extremes may still lack some of its other values.
+    assert holds(wide, narrow) <= kept
+    if narrow in FLOATS and wide in FLOATS:
+        assert holds(wide, narrow) == kept
 
 
 def test_equal_ops_become_one_through_several_levels() -> None:

@@ -91,6 +91,12 @@ def test_a_bias_is_left_where_the_bare_product_is_used_too() -> None:
     assert report.refusals[0][1] == "the product is also used without its bias"
 
 
+def test_a_second_bias_stays_outside() -> None:
+    y = e.Add(s.Matmul(x(), transposed(param("w", 6, 6))), param("b", 6))
+    op, report = linear_of(e.Add(y, param("other", 6)))
+    assert isinstance(op.bias, Param) and op.bias.name == "b" and report.hits["bias"] == 1
+
+
 def test_a_residual_and_a_number_are_no_bias() -> None:
     y = s.Matmul(x(), transposed(param("w", 6, 6)))
     assert linear_of(e.Add(y, x()))[0].bias is None

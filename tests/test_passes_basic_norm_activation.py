@@ -237,6 +237,9 @@ NOT_ACTIVATIONS: list[tuple[str, Callable[[Value], Value]]] = [
     ("another cube", lambda v: e.Mul(
         e.Mul(c(0.5), v), e.Add(c(1), e.Tanh(e.Mul(c(ROOT), e.Add(v, e.Mul(c(0.05), cube(v))))))
     )),
+    ("a minus", lambda v: e.Mul(
+        e.Mul(c(0.5), v), e.Add(c(1), e.Tanh(e.Mul(c(ROOT), e.Sub(v, e.Mul(c(0.044715), cube(v))))))
+    )),
     ("one less", lambda v: e.Mul(e.Mul(c(0.5), v), e.Add(c(1.01), e.Erf(e.Mul(v, c(math.sqrt(0.5))))))),
     ("another argument", lambda v: e.Mul(v, e.Sigmoid(x(name="y")))),
     ("capped scores", lambda v: e.Mul(e.Tanh(e.Div(v, c(30))), c(30))),
