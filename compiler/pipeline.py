@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
+from llmc.compiler.passes.probe import reading
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
@@ -35,7 +37,7 @@ TILE = 16  # rows of a query tile at most
 MAX_SPLITS = 16  # context splits of attention at most
 
 RECOGNISE = (
-    "canonicalize,fold,cse,fuse-activation,fuse-norm,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
+    "canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
     "canonicalize,fold,cse"
 )
 
@@ -74,9 +76,13 @@ class Compiled:
 
 
 def run_pipeline(
-    graph: Graph, options: CompileOptions, observers: Sequence[Observer] = (), progress: Progress | None = None
+    graph: Graph,
+    options: CompileOptions,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+    load: LoadParam | None = None,
 ) -> Compiled:
-    """Run the options' passes over a lifted graph."""
+    """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such."""
     passes = parse_pipeline(pipeline_text(options))
     told = progress or Silent()
     told.start("passes", len(passes), "passes")
@@ -84,7 +90,8 @@ def run_pipeline(
     def tick(_pass: Pass, _before: Graph, _after: Graph, _report: Report) -> None:
         told.advance()
 
-    final, reports = run_passes(graph, passes, [*observers, tick])
+    with reading(load) if load is not None else nullcontext():
+        final, reports = run_passes(graph, passes, [*observers, tick])
     return Compiled(final, reports)
 
 
@@ -115,7 +122,7 @@ def compile_model(
         from llmc.compiler.check import Checker
 
         watching.append(Checker(lifted.weights.load, options.seed))
-    compiled = run_pipeline(lifted.graph, options, watching, told)
+    compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
 

@@ -16,7 +16,6 @@ from typing import ClassVar
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.verify import verify
-
 from llmc.errors import CompileError, IRError
 
 PASSES: dict[str, type[Pass]] = {}
