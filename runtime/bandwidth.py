@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from llmc.runtime import cpu
 
-_LEAST_BYTES = 256 << 20
-_MOST_BYTES = 2 << 30
+_LEAST_BYTES = 128 << 20
+_MOST_BYTES = 1 << 30
 _SECONDS = 0.6  # how long to try: the best round counts, as others share the machine
 # Reductions that numpy vectorises; which one is fastest depends on the CPU.
 _READS: tuple[Callable[[NDArray[np.uint64]], object], ...] = (np.add.reduce, np.bitwise_or.reduce)
@@ -22,16 +22,16 @@ _READS: tuple[Callable[[NDArray[np.uint64]], object], ...] = (np.add.reduce, np.
 def memory_bandwidth(threads: int, nbytes: int | None = None) -> float:
     """Bytes a second that `threads` threads together read from a buffer of `nbytes` bytes, the best of some rounds.
 
-    By default the buffer is four times the last cache where memory allows, so that this is the speed of memory.
+    By default the buffer is twice the last cache where memory allows, so that this is the speed of memory.
     """
-    size = nbytes or min(max(_LEAST_BYTES, 4 * cache_bytes()), _MOST_BYTES, max(1 << 20, cpu.available_memory() // 4))
+    size = nbytes or min(max(_LEAST_BYTES, 2 * cache_bytes()), _MOST_BYTES, max(1 << 20, cpu.available_memory() // 4))
     # Written once, so that pages are really there: untouched ones all share one page of zeros.
     words: NDArray[np.uint64] = np.full(max(threads, size // 8), 1, np.uint64)
     parts = np.array_split(words, threads)
     best = 0.0
     end = time.perf_counter() + _SECONDS
     rounds = 0
-    while time.perf_counter() < end or rounds < 2 * len(_READS):
+    while time.perf_counter() < end or rounds < len(_READS):
         seconds = _read_once(parts, _READS[rounds % len(_READS)])
         best = max(best, words.nbytes / seconds)
         rounds += 1

@@ -16,6 +16,7 @@ Logits = NDArray[np.float32]
 Ids = NDArray[np.int32]
 Reference = Callable[[Ids], Logits]
 
+_MOST_LOSS = 700.0  # nats; e to that power is still a number
 _MOST_LOGITS = 1 << 26  # logits held at once, 256 MiB
 
 
@@ -83,8 +84,6 @@ def evaluate(
         total += len(ids) - 1
         if tell is not None:
             tell()
-    if not math.isfinite(loss):
-        raise RuntimeStateError("the model's logits are not finite on this text: it cannot be measured")
     quality = Quality(_perplexity(loss, total), total, len(windows), len(windows[0]))
     if reference is None:
         return quality
@@ -106,4 +105,6 @@ def log_softmax(logits: Logits) -> Logits:
 
 def _perplexity(loss: float, count: int) -> float:
     mean = loss / count
-    return math.exp(mean) if mean < 700 else math.inf
+    if not mean < _MOST_LOSS:
+        raise RuntimeStateError(f"a mean loss of {mean:g} nats a token has no perplexity: is the text in UTF-8?")
+    return math.exp(mean)

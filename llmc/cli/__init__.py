@@ -34,6 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         result = command().main(args=list(arguments), prog_name="llmc", standalone_mode=False)
         sys.stdout.flush()
+        if result == INTERRUPTED:
+            output.line("stopped")
         return result if isinstance(result, int) else 0
     except LlmcError as error:
         return _fail(str(error), 1, as_json, debug)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from dataclasses import asdict
@@ -13,6 +12,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.graph_diff import graph_diff
 from llmc.errors import CompileError
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ def ir(
 
     text = print_graph(graph)
     if diff:
-        old, new = (print_graph(before).splitlines(keepends=True), text.splitlines(keepends=True))
-        text = "".join(difflib.unified_diff(old, new, f"before {name}", f"after {name}"))
+        text = graph_diff(print_graph(before), text, f"before {name}", f"after {name}")
     if json:
         output.print_json({"after": name, "diff" if diff else "text": text})
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmc.compiler.progress import Progress
 
-_QUIET_SECONDS = 2.0  # a log hears of work that takes longer, and again after as long
+_QUIET_SECONDS = 2.0  # a log hears of work that takes longer, and then after twice as long each time
 
 
 def line(text: str) -> None:
@@ -71,24 +71,25 @@ def size(count: float) -> str:
 
 
 class LineProgress:
-    """Progress for a log: a line when a phase has taken two seconds, and every two seconds from then on."""
+    """Progress for a log: a line when a phase has taken two seconds, then after four, eight, sixteen and so on."""
 
     def __init__(self) -> None:
         self._phase = ""
         self._total: int | None = None
         self._done = 0
-        self._started = self._spoken = time.monotonic()
+        self._started = time.monotonic()
+        self._silence = _QUIET_SECONDS
 
     def start(self, phase: str, total: int | None = None, unit: str = "") -> None:
         self.finish()
         self._phase, self._total, self._done = phase, total, 0
-        self._started = self._spoken = time.monotonic()
+        self._started = time.monotonic()
+        self._silence = _QUIET_SECONDS
 
     def advance(self, count: int = 1) -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._spoken >= _QUIET_SECONDS:
-            self._spoken = now
+        if time.monotonic() - self._started >= self._silence:
+            self._silence *= 2
             part = f" {100 * self._done / self._total:.0f}%" if self._total else ""
             line(f"{self._phase}{part}")
 
