@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Quantize
@@ -99,7 +100,9 @@ class Checker:
                 known = self._quantized_weights(graph)
                 if not is_token_graph(graph):
                     found = evaluate_with(graph, random_inputs(graph, self.seed), self.load_param, known)
-                    return {name: data for name, data in found.items() if isinstance(data, np.ndarray)}
+                    return {
+                        name: np.asarray(data) for name, data in found.items() if not isinstance(data, (Encoded, Pages))
+                    }
                 if self._scenario is None:
                     self._scenario = Scenario.random(vocabulary_of(graph), self.seed, self.lengths)
                 return self._scenario.run(graph, self.load_param, known)

@@ -25,6 +25,7 @@ POSITIVE = e.Add(e.Mul(Y, Y), c(1))
 INTS = x(1, S, 6, name="n", dtype="i64")
 FLAG = e.Greater(X, Y)
 HALF = x(1, S, 6, name="h", dtype="bf16")
+HALF16 = x(1, S, 6, name="h16", dtype="f16")
 E = e.Exp(X)
 SHIFTED = e.Exp(e.Sub(X, s.Max(X, (-1,))))
 ASKEW = e.Exp(e.Sub(X, s.Max(X, (1,))))  # the maximum is along another axis than the sum: it does not cancel
@@ -149,6 +150,10 @@ KEPT: list[tuple[str, Value]] = [
     ("exp(x) / sum over two axes is no softmax", e.Div(E, s.Sum(E, (1, 2)))),
     ("the slice reaches into both pieces", s.Slice(s.Concat((X, Y), 2), 2, 5, 8)),
     ("the slices do not meet", s.Concat((s.Slice(X, 2, 0, 2), s.Slice(X, 2, 3, 6)), 2)),
+    ("the inner slice leaves some out", s.Slice(s.Slice(X, 2, 0, 6, 2), 2, 1, 3)),
+    ("the slices leave some out", s.Concat((s.Slice(X, 2, 0, 2, 2), s.Slice(X, 2, 2, 6, 2)), 2)),
+    ("two dtypes do not make one concat", s.Concat((e.Cast(HALF, "f32"), e.Cast(HALF16, "f32")), 1)),
+    ("indices from the end are no range", s.Gather(LONG, e.constant([-1, 0, 1], "i64"), 0)),
     ("the slices change places", s.Concat((s.Slice(X, 2, 2, 6), s.Slice(X, 2, 0, 2)), 2)),
     ("the transpose moves S", s.Transpose(X, (0, 2, 1))),
     ("the norm is over the axis that moved", llm.RMSNorm(s.Transpose(QUERIES, (0, 1, 3, 2)), None, 1e-6)),

@@ -1,4 +1,4 @@
-"""The checker passes sound passes at every stage of a decoder, and names pass, output and token of an unsound one."""
+"""The checker passes sound passes at every stage of a decoder, and names pass, output, token of an unsound one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from pass_harness import S, graph_of, param, x
+from pass_harness import S, c, graph_of, param, x
 from small_decoder import VOCABULARY, small_decoder
 
 from llmc.compiler import passes as _registered  # noqa: F401
@@ -142,6 +142,20 @@ def test_a_graph_without_tokens_is_checked_on_random_inputs() -> None:
     run_passes(graph, parse_pipeline("fuse-norm"), [Checker()])
     with pytest.raises(CompileError, match="changed what the graph computes: broken: out0"):
         run_passes(graph, [Broken("eps")], [Checker(tolerance=1e-9)])
+
+
+def test_a_single_number_is_compared_too() -> None:
+    graph = graph_of(s.Gather(x(7), e.constant(2, "i32"), 0))
+    with pytest.raises(CompileError, match="broken: out0 differs"):
+        run_passes(graph, [Broken("rows")], [Checker()])
+
+
+def test_one_checker_may_watch_several_runs() -> None:
+    checker = Checker()
+    for graph in (graph_of(e.Add(x(), c(0))), graph_of(e.Mul(x(), c(1)))):
+        run_passes(graph, parse_pipeline("canonicalize"), [checker])
+    with pytest.raises(CompileError, match="differs"):
+        run_passes(graph_of(llm.RMSNorm(x(), None, 1e-2)), [Broken("eps")], [checker])
 
 
 def test_a_graph_that_does_not_evaluate_is_named() -> None:
