@@ -29,7 +29,7 @@ ROOMS = ("compiler", "frontends", "targets", "runtime")
 ALLOWED = {
     "runtime": {"llmc.errors", "llmc.runtime", "numpy", "tvm_ffi", "tokenizers", "jinja2", "typing_extensions"},
     "compiler": {"llmc.errors", "llmc.compiler", "llmc.frontends", "llmc.targets", "numpy", "ml_dtypes"},
-    "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime.cpu", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
+    "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
     "frontends": {"llmc.errors", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
                   "safetensors", "huggingface_hub", "tokenizers"},
 }  # fmt: skip

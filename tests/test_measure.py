@@ -111,8 +111,16 @@ def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.peak_memory_bytes > 1 << 20
 
 
-@pytest.mark.parametrize(("said", "read"), [(None, 100), ({}, 100), ({"weight_bytes_per_token": 40}, 40),
-                                            ({"weight_bytes_per_token": 400}, 100), ({"weight_bytes_per_token": "x"}, 100)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (None, 100),
+        ({}, 100),
+        ({"weight_bytes_per_token": 40}, 40),
+        ({"weight_bytes_per_token": 400}, 100),
+        ({"weight_bytes_per_token": "x"}, 100),
+    ],
+)
 def test_bytes_per_token_are_the_manifests_or_all(said: object, read: int) -> None:
     assert weight_bytes_per_token({"memory": said}, 100) == read
 
