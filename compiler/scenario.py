@@ -8,7 +8,7 @@ pages in no particular order. Each way gives the same outputs for the same token
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,9 +17,9 @@ from llmc.compiler.ir.dims import Dim, concrete
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_values
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed
-from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import Gather
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
@@ -97,14 +97,16 @@ class Scenario:
 
     def _run_by_sequence(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
         collected = _Collected(self.tokens)
-        for index, ids in enumerate(self.sequences):
-            # The one step over a whole sequence; the reshape drops or adds the batch axis.
-            step = self._render((Span(index, 0, len(ids)),))
+        steps = [self._render((Span(index, 0, len(ids)),)) for index, ids in enumerate(self.sequences)]
+        runs: list[dict[str, Data]] = []
+        for step in steps:
             inputs: dict[str, Data] = {}
             for value in graph.inputs:
                 data = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
                 inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
-            collected.add(evaluate_with(graph, inputs, load_param, known), step.output_rows("rows" in inputs))
+            runs.append(inputs)
+        for step, inputs, outputs in zip(steps, runs, evaluate_together(graph, runs, load_param, known), strict=True):
+            collected.add(outputs, step.output_rows("rows" in inputs))
         return collected.outputs
 
     def _run_in_steps(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
@@ -190,6 +192,34 @@ def evaluate_with(
     outputs = [value for _, value in graph.outputs]
     names = [name for name, _ in graph.outputs]
     return evaluate_values(outputs, given, load_param, bind_symbols(graph, inputs), names)
+
+
+def evaluate_together(
+    graph: Graph, runs: Sequence[Mapping[str, Data]], load_param: LoadParam, known: Mapping[Value, Data]
+) -> list[dict[str, Data]]:
+    """The outputs for each of several inputs, op by op, so that a weight is loaded and widened once for all of them."""
+    bindings = [bind_symbols(graph, inputs) for inputs in runs]
+    given: list[dict[Value, Data]] = [{value: inputs[value.name] for value in graph.inputs} for inputs in runs]
+    outputs = [value for _, value in graph.outputs]
+    order = topological(outputs, {*known, *graph.inputs})
+    last_use = {operand: index for index, op in enumerate(order) if isinstance(op, Op) for operand in op.operands}
+    shared: dict[Value, Data] = dict(known)  # values of params and constants, the same for all runs
+    for index, value in enumerate(order):
+        operands = value.operands if isinstance(value, Op) else ()
+        # An op without sizes among its attributes gives itself when bound; others differ from run to run.
+        sized = isinstance(value, Op) and value.bind({}) is not value
+        if value in graph.constants and not sized and all(operand in shared for operand in operands):
+            shared[value] = evaluate_values([value], shared, load_param, {})["0"]
+        else:
+            for own, binding in zip(given, bindings, strict=True):
+                local = {operand: own[operand] if operand in own else shared[operand] for operand in operands}
+                own[value] = evaluate_values([value], local, load_param, binding)["0"]
+        for operand in operands:
+            if last_use[operand] == index and operand not in outputs and operand not in known:
+                shared.pop(operand, None)
+                for own in given:
+                    own.pop(operand, None)
+    return [{name: own[value] if value in own else shared[value] for name, value in graph.outputs} for own in given]
 
 
 def vocabulary_of(graph: Graph, name: str = "ids") -> int:

@@ -16,6 +16,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import llm
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import precise
@@ -132,8 +133,8 @@ def test_results_are_reused_and_untouched_graphs_are_not_run() -> None:
 
     checker = Checker(counting)
     run_passes(graph, parse_pipeline("canonicalize,cse,fold"), [checker])
-    # Nothing is left to do: one run of three sequences, each param loaded once in each.
-    assert len(loads) == 3 * len(graph.params)
+    # Nothing is left to do: one run over three sequences together, each param loaded once for all of them.
+    assert len(loads) == len(graph.params)
     assert [d.largest for d in checker.differences] == [0.0] * 3
 
 
@@ -174,6 +175,22 @@ def test_a_scenario_gives_the_same_outputs_at_every_stage(stage: str) -> None:
         expected, found = scenario.run(original, weights), scenario.run(graph, weights)
     assert found.keys() == {"logits"} and found["logits"].shape == (scenario.tokens, VOCABULARY)
     np.testing.assert_allclose(found["logits"], expected["logits"], rtol=1e-9, atol=1e-12)
+
+
+def test_sequences_run_together_are_sequences_run_alone() -> None:
+    """Compile-time values are shared between them, but for those whose size is the sequence's."""
+    ids = x(1, S, name="ids", dtype="i32")
+    places = e.Cast(s.Reshape(s.Iota(S), (1, S, 1)), "f32")
+    filled = e.Mul(s.Broadcast(param("w", 6), (1, S, 6)), e.Neg(param("w", 6)))
+    value = e.Add(e.Mul(s.Gather(param("t", 9, 6), ids, 0), places), filled)
+    graph, weights = graph_of(value, filled), random_params(graph_of(value))
+    scenario = Scenario.random(9, lengths=(3, 2, 7))
+    together = scenario.run(graph, weights)
+    for index, sequence in enumerate(scenario.sequences):
+        alone = evaluate(graph, {"ids": sequence[None]}, weights)
+        begin = scenario.row(index, 0)
+        for name, data in alone.items():
+            np.testing.assert_array_equal(together[name][begin : begin + len(sequence)], np.asarray(data)[0])
 
 
 def test_a_scenario_covers_each_token_once_and_no_page_twice() -> None:
