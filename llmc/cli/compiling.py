@@ -193,7 +193,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
             number = seen[item.name]
             steps.append((item.name if number == 1 else f"{item.name}#{number}", before, after, report))
 
-        run_pipeline(lifted.graph, options, [keep], progress)
+        run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load)
     return steps
 
 
@@ -240,7 +240,7 @@ def estimate(
     with output.progress() as progress:
         progress.start("lifting the model")
         lifted = lift(model, max_context=max_context)
-        graph = run_pipeline(lifted.graph, options, (), progress).graph
+        graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load).graph
     found = estimate_graph(graph, context=lifted.max_context, step=max_step, sequences=sequences)
     derived = {
         "weight_bytes": found.weight_bytes,
