@@ -127,7 +127,11 @@ def _as_source(model: Source, tokenizer: Source | None, folder: Path) -> str:
     else:
         _copy(_directory(model), target, lambda name: True)
     if isinstance(tokenizer, Saves):
-        _save(tokenizer, target)
+        # Not into `target`: files there may be links to the model's own, which writing would change.
+        own = folder / "own-tokenizer"
+        own.mkdir()
+        _save(tokenizer, own)
+        _copy(own, target, lambda name: True)
     elif tokenizer is not None:
         _copy(_directory(tokenizer), target, lambda name: "token" in name or name in _TEXT_FILES)
     return str(target)
