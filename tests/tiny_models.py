@@ -39,6 +39,17 @@ _GPT2 = {
 _WINDOW = {"sliding_window": 5}
 _ODD = {"hidden_size": 36, "intermediate_size": 93, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 14}
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 
 # Our name of a variant: the transformers model type, and what differs from BASE (None: the key is left out).
 FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
@@ -116,6 +127,15 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "olmoe": ("olmoe", BASE | {"num_experts": 5, "num_experts_per_tok": 2}),
     "gpt_oss": ("gpt_oss", BASE | _WINDOW | {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16,
                                              "layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2_moe": ("qwen2_moe", BASE | _EXPERTS | {"shared_expert_intermediate_size": 32, "sliding_window": None}),
+    "deepseek_v2": ("deepseek_v2", BASE | _LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1,
+                                                     "topk_group": 1, "n_shared_experts": 1}),
+    "deepseek_v3": ("deepseek_v3", BASE | _LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 2,
+                                                     "topk_group": 1, "n_shared_experts": 1}),
+    "minicpm3": ("minicpm3", BASE | _LATENT),
+    "glm4_moe": ("glm4_moe", BASE | _EXPERTS | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "head_dim": 16}),
+    "gemma4_text": ("gemma4_text", BASE | {"head_dim": 16, "global_head_dim": 16, "vocab_size_per_layer_input": VOCAB,
+                                           "hidden_size_per_layer_input": 8, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 # The families that the project promises; the others show how far the frontend reaches.

@@ -154,6 +154,8 @@ class Translation:
         return torch.fx.node.map_arg(arguments, lambda node: self.meanings[node])
 
     def _node(self, module: torch.fx.GraphModule, node: torch.fx.Node) -> Meaning:
+        from llmc.frontends.hf.aten_complex import Complex, on_complex
+
         found = node.meta.get("val")
         if isinstance(found, torch.SymInt):
             return self.size(found)
@@ -169,7 +171,10 @@ class Translation:
             return self.run(inner, dict(zip(holes, given, strict=True)))
         handler = HANDLERS.get(name) or HANDLERS[name.partition(".")[0]]
         try:
-            value = handler(self, node, *self._arguments(node.args), **self._arguments(node.kwargs))
+            arguments, options = self._arguments(node.args), self._arguments(node.kwargs)
+            if any(isinstance(argument, Complex) for argument in arguments):
+                return on_complex(name.partition(".")[0], self, node, arguments)
+            value = handler(self, node, *arguments, **options)
             self._check(node, value)
         except IRError as error:
             raise FrontendError(f"{node.name} (aten.{name}) cannot be translated: {error}") from error

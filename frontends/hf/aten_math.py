@@ -91,7 +91,7 @@ def _truth(t: Translation, value: Meaning) -> Value:
 
 handles("logical_and", "bitwise_and", "__and__")(_logical(e.And))
 handles("logical_or", "bitwise_or", "__or__")(_logical(e.Or))
-handles("logical_xor", "bitwise_xor")(_logical(e.NotEqual))
+handles("logical_xor", "bitwise_xor", "__xor__")(_logical(e.NotEqual))
 handles("logical_not", "bitwise_not")(lambda t, node, x: e.Not(_truth(t, x)))
 
 

@@ -232,6 +232,41 @@ def _index(t: Translation, node: Node, x: Value, indices: list[Value | None]) ->
     return reshape(s.Gather(x, flat, first), t.shape(node))
 
 
+@handles("slice_scatter")
+def _slice_scatter(
+    t: Translation, node: Node, x: Value, source: Value, dim: int = 0, start: Size | None = None,
+    end: Size | None = None, step: int = 1,
+) -> Value:  # fmt: skip
+    """x with a slice replaced."""
+    index = axis(x, dim)
+    size, length = x.shape[index], source.shape[index]
+    if step != 1:
+        raise FrontendError(f"{node.name}: replacing every {step}th element is not supported")
+    first = start or 0
+    if isinstance(first, int) and first < 0:
+        first = size + first
+    parts = [cast(source, x.dtype)]
+    if first != 0:
+        parts.insert(0, s.Slice(x, index, 0, first))
+    if first + length != size:
+        parts.append(s.Slice(x, index, first + length, size))
+    return parts[0] if len(parts) == 1 else s.Concat(tuple(parts), index)
+
+
+@handles("scatter.value")
+def _scatter_value(t: Translation, node: Node, x: Value, dim: int, indices: Value, value: Scalar) -> Value:
+    """x with one number written at the places that the indices name along an axis."""
+    index = axis(x, dim)
+    if any(indices.shape[i] != x.shape[i] for i in range(x.rank) if i != index):
+        raise FrontendError(f"{node.name}: scattering over a part of the other axes is not supported")
+    last = (*(i for i in range(x.rank) if i != index), index)
+    turned = s.Transpose(indices, last)
+    named = e.Equal(reshape(turned, (*turned.shape, 1)), cast(s.Iota(x.shape[index]), indices.dtype))
+    hit = s.Any(named, (x.rank - 1,), False)
+    back = tuple(last.index(i) for i in range(x.rank))
+    return e.Where(s.Transpose(hit, back), t.tensor(value, x.dtype), x)
+
+
 # Making tensors.
 
 

@@ -2,8 +2,8 @@
 
 A model that calls the attention interface gives one `llmc.attention` a call. Its mask arrives as an `llmc.mask` op that
 says what the mask means (causal, and perhaps a window), found by evaluating the model's own mask function on a grid of
-positions. A mask of any other meaning, or an argument with no place in the op, refuses: `Refused` says why, and the
-caller exports the model's plain attention instead.
+positions. An attention with a mask of any other meaning, or with an argument that has no place in the op, is not
+captured: the caller exports the model's own attention instead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 IMPLEMENTATION = "llmc"
+UNKNOWN = -1  # the window of a mask that is neither causal nor a causal window
 _FURTHEST = 1 << 24  # a window beyond this is no window
 # Arguments that transformers' own plain attention ignores as well.
 _IGNORED = frozenset(
@@ -168,7 +169,11 @@ def _captured_mask(
     **_: object,
 ) -> torch.Tensor:
     """The mask function that transformers calls: it states the mask's meaning as an op."""
-    causal, window = meaning_of(mask_function)
+    try:
+        causal, window = meaning_of(mask_function)
+    except Refused:
+        # Models make masks of every kind that they know, also those that no layer uses.
+        causal, window = False, UNKNOWN
     like = torch.empty((), device=device)
     mask: torch.Tensor = torch.ops.llmc.mask(like, q_length, kv_length, causal, window)
     return mask

@@ -29,7 +29,7 @@ from llmc.frontends.hf.weights import ArrayWeights, RandomWeights, WeightSource,
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-for _part in ("aten_math", "aten_shape"):
+for _part in ("aten_math", "aten_shape", "aten_complex"):
     importlib.import_module(f"llmc.frontends.hf.{_part}")  # registers its handlers
 
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
@@ -156,6 +156,10 @@ def _mutates(node: torch.fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def _is_mask(node: torch.fx.Node) -> bool:
+    return node.target is torch.ops.llmc.mask.default
+
+
 def _why_not_captured(program: torch.export.ExportedProgram, layers: int) -> str:
     """Empty when every layer's attention is one op and every mask goes to one; else what is amiss."""
     calls, strays = 0, set()
@@ -163,7 +167,9 @@ def _why_not_captured(program: torch.export.ExportedProgram, layers: int) -> str
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             if node.target is torch.ops.llmc.attention.default:
                 calls += 1
-            elif any(source.target is torch.ops.llmc.mask.default for source in node.all_input_nodes):
+                if any(_is_mask(source) and source.args[4] == capture.UNKNOWN for source in node.all_input_nodes):
+                    return "a layer's mask is neither causal nor a causal window"
+            elif any(_is_mask(source) for source in node.all_input_nodes):
                 strays.add(str(node.target))
     if strays:
         return f"the model itself works on its mask ({', '.join(sorted(strays))})"
