@@ -143,7 +143,7 @@ _TEXT_FILES = ("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "
 def _name_of(model: Source) -> str:
     if isinstance(model, Saves):
         return type(model).__name__
-    return Path(os.fspath(model).rstrip("/")).name
+    return Path(os.path.abspath(os.fspath(model))).name
 
 
 def _save(part: Saves, target: Path) -> None:

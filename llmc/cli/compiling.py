@@ -130,7 +130,7 @@ def ir(
     after: Annotated[
         str | None,
         typer.Option(
-            "--after", metavar="PASS", help="The graph after a pass; PASS#2 its second run; `lift` the first graph."
+            "--after", metavar="PASS", help="The graph after a pass; PASS#2 its second run; `lift` the first graph, `kernels` the last."
         ),
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="What the pass changed, as a unified diff.")] = False,
@@ -179,7 +179,7 @@ Step = tuple[str, "Graph", "Graph", "Report"]  # name (with #n when it runs agai
 def run_steps(model: str, options: CompileOptions) -> list[Step]:
     """The lifted graph, and every pass's."""
     from llmc.compiler.passes.manager import Report
-    from llmc.compiler.pipeline import run_pipeline
+    from llmc.compiler.pipeline import lower_to_kernels, run_pipeline
     from llmc.frontends.hf import lift
 
     with output.progress() as progress:
@@ -193,13 +193,15 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
             number = seen[item.name]
             steps.append((item.name if number == 1 else f"{item.name}#{number}", before, after, report))
 
-        run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load)
+        final = run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load).graph
+        kernels = lower_to_kernels(final, options, lifted.max_context)
+        steps.append(("kernels", final, kernels, Report("kernels", ops_before=len(final.ops), ops_after=len(kernels.ops))))
     return steps
 
 
 def _find(steps: list[Step], after: str | None) -> Step:
     if after is None:
-        return steps[-1]
+        return steps[-2]  # the last pass; the kernel level is long, and shown when asked for
     wanted = after.removesuffix("#1")
     for step in steps:
         if step[0] == wanted:
