@@ -95,6 +95,17 @@ def run_pipeline(
     return Compiled(final, reports)
 
 
+def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int) -> Graph:
+    """The k-level form of a graph after all passes: kernels chosen, buffers planned. For people and tests."""
+    from llmc.targets import lower, machine_named
+    from llmc.targets.kernel_graph import kernel_graph
+    from llmc.targets.memory import plan_memory
+
+    program = lower(graph, machine_named(options.target))
+    step = step_limit(program.graph, options, max_context)
+    return kernel_graph(program, plan_memory(program, largest_sizes(step, max_context)))
+
+
 def compile_model(
     source: str,
     output: Path,

@@ -42,12 +42,14 @@ class Graph:
 
     @cached_property
     def symbols(self) -> tuple[Symbol, ...]:
-        """Every symbol in the inputs' types, by name."""
+        """Every symbol in the inputs' types and in ops' attributes, by name."""
         found: set[Symbol] = set()
         for value in self.inputs:
             if isinstance(value.type, Tensor):
-                for dim in value.type.shape:
-                    found |= symbols_of(dim)
+                _collect_symbols(value.type.shape, found)
+        for op in self.ops:
+            for attribute in op.attributes().values():
+                _collect_symbols(attribute, found)
         return tuple(sorted(found, key=lambda s: s.name))
 
     @cached_property
@@ -79,6 +81,14 @@ class Graph:
 
 def _mentions_a_symbol(values: Iterable[object]) -> bool:
     return any(isinstance(v, Dim) or (isinstance(v, tuple) and _mentions_a_symbol(v)) for v in values)
+
+
+def _collect_symbols(attribute: object, found: set[Symbol]) -> None:
+    if isinstance(attribute, Dim):
+        found |= symbols_of(attribute)
+    elif isinstance(attribute, tuple):
+        for item in attribute:
+            _collect_symbols(item, found)
 
 
 def topological(roots: Iterable[Value], known: Iterable[Value] = ()) -> list[Value]:
