@@ -17,7 +17,7 @@ from llmc.cli.output import size
 from llmc.errors import LlmcError
 from llmc.runtime import cpu
 
-_RUNTIME = ("numpy", "apache-tvm-ffi", "tokenizers", "jinja2")
+_RUNTIME = ("numpy", "tokenizers", "jinja2")
 _COMPILING = ("apache-tvm", "torch", "transformers", "safetensors", "ml_dtypes", "huggingface-hub")
 _LEAST_FREE = 2 << 30
 
