@@ -1,4 +1,4 @@
-"""Graphs: the verifier rejects what breaks a rule, rewriting keeps meaning, evaluation binds sizes, errors have names."""
+"""Graphs: the verifier rejects what breaks a rule, rewriting keeps meaning, evaluation binds sizes, errors name it."""
 
 from __future__ import annotations
 

@@ -130,7 +130,9 @@ def ir(
     after: Annotated[
         str | None,
         typer.Option(
-            "--after", metavar="PASS", help="The graph after a pass; PASS#2 its second run; `lift` the first graph, `kernels` the last."
+            "--after",
+            metavar="PASS",
+            help="After a pass; PASS#2: its second run; lift: the first graph, kernels: the last.",
         ),
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="What the pass changed, as a unified diff.")] = False,
@@ -195,7 +197,8 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
 
         final = run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load).graph
         kernels = lower_to_kernels(final, options, lifted.max_context)
-        steps.append(("kernels", final, kernels, Report("kernels", ops_before=len(final.ops), ops_after=len(kernels.ops))))
+        report = Report("kernels", ops_before=len(final.ops), ops_after=len(kernels.ops))
+        steps.append(("kernels", final, kernels, report))
     return steps
 
 
