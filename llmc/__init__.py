@@ -4,7 +4,7 @@
     model = llmc.from_hf("path/to/model", dtype="int4")    # compiles once, then loads from a cache
     print(model.generate("def fibonacci("))
 
-    from llmc import Runtime                                # needs no compiler: numpy and apache-tvm-ffi are enough
+    from llmc import Runtime                                # needs no compiler, no torch and no TVM
     print(Runtime.load("model.so").generate("def fibonacci("))
 
 Names are loaded when they are first used, so that the runtime does not pull in the compiler.

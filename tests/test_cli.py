@@ -226,6 +226,20 @@ def test_an_unexpected_error_is_one_line_and_a_traceback_on_request(
     assert "Traceback" in err
 
 
+@pytest.mark.parametrize(("module", "advice"), [("torch._C", "llmc[compile]"), ("jinja2", "pip install llmc")])
+def test_a_missing_package_is_named_with_what_installs_it(
+    module: str, advice: str, artifact: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr("llmc.runtime.artifact.Artifact.open", missing)
+    status, out, err = run(capfd, "inspect", artifact)
+    assert (status, out) == (1, "")
+    assert module in err
+    assert advice in err
+
+
 def test_ctrl_c_ends_quietly(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

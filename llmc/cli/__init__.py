@@ -10,6 +10,8 @@ from llmc.errors import LlmcError
 
 __all__ = ["main", "run"]
 
+# What a machine that only runs models does not have: the packages of llmc[compile], as they are imported.
+COMPILING = frozenset({"ml_dtypes", "tvm", "torch", "transformers", "safetensors", "huggingface_hub"})
 INTERRUPTED = 130  # what shells expect of a program that Ctrl-C ended
 
 
@@ -48,6 +50,10 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1, as_json, debug)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in COMPILING:
+            return _fail(f"compiling a model needs {error.name}: pip install 'llmc[compile]'", 1, as_json, debug)
+        return _fail(f"{error.name} is not installed: pip install llmc", 1, as_json, debug)
     except MemoryError:
         return _fail("out of memory", 1, as_json, debug)
     except Exception as error:
