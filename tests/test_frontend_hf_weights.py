@@ -150,6 +150,12 @@ def test_weights_that_do_not_fit_are_listed(fault: str, tmp_path: Path) -> None:
     assert expected in refusal(rewritten("llama", tmp_path / "m", change))
 
 
+def test_tensors_of_parts_that_the_model_lacks_are_noted(tmp_path: Path) -> None:
+    directory = rewritten("llama", tmp_path / "m", lambda t: t | {"vision_tower.patch.weight": torch.ones(4)})
+    lifted = lift(directory)
+    assert any("vision_tower.patch.weight" in note for note in lifted.notes)
+
+
 # Headers that lie.
 
 

@@ -41,6 +41,7 @@ class ModelWeights:
         self._converted: dict[str, _Converted] = {}
         self._expected = _expected_shapes(model)
         self._last: tuple[_Converted, dict[str, Array]] | None = None
+        self.notes: list[str] = []
         unexpected = self._match()
         self._check(unexpected)
 
@@ -137,6 +138,12 @@ class ModelWeights:
         ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$",
                    r"(^|\.)position_ids$", r"\.(masked_)?bias$"]  # fmt: skip
         left_over = [name for name in unexpected if not self._harmless(name, ignored)]
+        # A tensor of a module that this model does not have (a vision tower, a draft head) changes nothing here; one
+        # of a module that it has would change what that module computes, so the config must be wrong.
+        foreign = [name for name in left_over if not self._has_module(name)]
+        left_over = [name for name in left_over if name not in foreign]
+        if foreign:
+            self.notes.append(f"tensors of parts that this model does not have are left out: {shortened(foreign)}")
         wrong = []
         parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name, tensor in self._plain.items():
@@ -154,6 +161,12 @@ class ModelWeights:
             faults.append(f"unexpected: {shortened(left_over)}")
         if faults:
             raise FrontendError(f"the checkpoint does not fit the model. {'; '.join(faults)}")
+
+    def _has_module(self, tensor: str) -> bool:
+        """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix."""
+        module = tensor.rpartition(".")[0]
+        modules = {name for name, _ in self._model.named_modules()}
+        return module in modules or f"{self._model.base_model_prefix}.{module}" in modules
 
     def _harmless(self, name: str, patterns: list[str]) -> bool:
         """Left-over tensors that say nothing: constants that older versions stored."""

@@ -87,6 +87,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
         values: WeightSource = RandomWeights(shapes, dtype, seed)
     else:
         values = ModelWeights(model, checkpoint)
+        notes += values.notes
     if traced.longest < context:
         notes.append(f"{traced.longest} tokens at most: the model treats a full context of {context} differently")
         context = traced.longest
