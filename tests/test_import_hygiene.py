@@ -17,6 +17,7 @@ HEAVY = (
     "transformers",
     "onnx",
     "tvm",
+    "tvm_ffi",
     "safetensors",
     "scipy",
     "sympy",
