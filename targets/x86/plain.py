@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.dims import Dim, FloorDiv, Symbol, product, symbols_of
+from llmc.compiler.ir.dims import Dim, Symbol, product, symbols_of
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Kernel, Param, kernel
 from llmc.targets.lowering import Context, Lowered, Rules
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86.plain_functions import ACTIVATIONS, ELEMENTWISE, libm, tir, truth
+from llmc.targets.x86.sizes import dim_expression, dim_param
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -39,173 +41,6 @@ TIR_DTYPES = {
 
 Index = Sequence["Expr"]
 Load = Callable[[int, Index], "Expr"]
-
-
-def dim_param(dim: int | Dim) -> Param:
-    """A size as a kernel parameter: an int, or nested tuples that `dim_expression` reads."""
-    if isinstance(dim, int):
-        return dim
-    return tuple(
-        (coefficient, tuple((_atom_param(atom), power) for atom, power in monomial))
-        for monomial, coefficient in dim.terms
-    )
-
-
-def _atom_param(atom: object) -> Param:
-    if isinstance(atom, FloorDiv):
-        return ("//", dim_param(atom.numerator), atom.divisor)
-    return str(atom)
-
-
-def dim_expression(dim: Param, sizes: Mapping[str, Expr]) -> Expr:
-    """The int64 expression of a size parameter."""
-    if isinstance(dim, int):
-        return b.index(dim)
-    total: Expr | None = None
-    for coefficient, monomial in _pairs(dim):
-        assert isinstance(coefficient, int)
-        term: Expr = b.index(coefficient)
-        for atom, power in _pairs(monomial):
-            factor = sizes[atom] if isinstance(atom, str) else _quotient(atom, sizes)
-            assert isinstance(power, int)
-            for _ in range(power):
-                term = term * factor
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _pairs(value: Param) -> list[tuple[Param, Param]]:
-    assert isinstance(value, tuple)
-    return [(item[0], item[1]) for item in value if isinstance(item, tuple)]
-
-
-def _quotient(atom: Param, sizes: Mapping[str, Expr]) -> Expr:
-    assert isinstance(atom, tuple) and isinstance(atom[2], int)
-    return dim_expression(atom[1], sizes) // atom[2]
-
-
-def _libm(name: str) -> Callable[..., Expr]:
-    def call(*x: Expr) -> Expr:
-        from tvm import tirx
-
-        dtype = str(x[0].ty.dtype) if hasattr(x[0], "ty") else str(x[0].dtype)
-        if dtype == "float64":
-            return tirx.call_pure_extern("float64", name, *x)
-        wide = [value.astype("float32") for value in x]
-        return tirx.call_pure_extern("float32", name + "f", *wide).astype(dtype)
-
-    return call
-
-
-def _one(x: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.const(1, str(x.ty.dtype))
-
-
-def _relu(x: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.Max(x, tirx.const(0, str(x.ty.dtype)))
-
-
-def _number(value: float, like: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.const(value, str(like.ty.dtype))
-
-
-def _sigmoid(x: Expr) -> Expr:
-    return _one(x) / (_one(x) + _libm("exp")(-x))
-
-
-_ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
-    "relu": _relu,
-    "relu2": lambda x: _relu(x) * _relu(x),
-    "silu": lambda x: x * _sigmoid(x),
-    "gelu": lambda x: _number(0.5, x) * x * (_one(x) + _libm("erf")(x * _number(0.7071067811865476, x))),
-    "gelu_tanh": lambda x: (
-        _number(0.5, x)
-        * x
-        * (_one(x) + _libm("tanh")(_number(0.7978845608028654, x) * (x + _number(0.044715, x) * x * x * x)))
-    ),
-    "quick_gelu": lambda x: x * _sigmoid(_number(1.702, x) * x),
-    "sigmoid": _sigmoid,
-    "tanh": _libm("tanh"),
-}
-
-
-def _truncated_divide(x: Expr, y: Expr) -> Expr:
-    from tvm import tirx
-
-    return x / y if str(x.ty.dtype).startswith("float") else tirx.truncdiv(x, y)
-
-
-def _floor_divide(x: Expr, y: Expr) -> Expr:
-    from tvm import tirx
-
-    return _libm("floor")(x / y) if str(x.ty.dtype).startswith("float") else tirx.floordiv(x, y)
-
-
-def _mod(x: Expr, y: Expr) -> Expr:
-    from tvm import tirx
-
-    return x - y * _libm("floor")(x / y) if str(x.ty.dtype).startswith("float") else tirx.floormod(x, y)
-
-
-def _truth(x: Expr) -> Expr:
-    from tvm import tirx
-
-    return tirx.NE(x, tirx.const(0, str(x.ty.dtype)))
-
-
-def _tir(name: str) -> Callable[..., Expr]:
-    def call(*x: Expr) -> Expr:
-        from tvm import tirx
-
-        return getattr(tirx, name)(*x)
-
-    return call
-
-
-_ELEMENTWISE: dict[type[Op], Callable[..., Expr]] = {
-    e.Neg: lambda x: -x,
-    e.Abs: lambda x: _tir("Max")(x, -x),
-    e.Exp: _libm("exp"),
-    e.Log: _libm("log"),
-    e.Sqrt: _libm("sqrt"),
-    e.Rsqrt: lambda x: _one(x) / _libm("sqrt")(x),
-    e.Reciprocal: lambda x: _one(x) / x,
-    e.Tanh: _libm("tanh"),
-    e.Sigmoid: _sigmoid,
-    e.Erf: _libm("erf"),
-    e.Sin: _libm("sin"),
-    e.Cos: _libm("cos"),
-    e.Floor: _libm("floor"),
-    e.Round: _libm("nearbyint"),
-    e.Relu: _relu,
-    e.Not: lambda x: _tir("Not")(_truth(x)),
-    e.Add: lambda x, y: x + y,
-    e.Sub: lambda x, y: x - y,
-    e.Mul: lambda x, y: x * y,
-    e.Div: _truncated_divide,
-    e.FloorDivide: _floor_divide,
-    e.Mod: _mod,
-    e.Pow: _libm("pow"),
-    e.Maximum: _tir("Max"),
-    e.Minimum: _tir("Min"),
-    e.Equal: _tir("EQ"),
-    e.NotEqual: _tir("NE"),
-    e.Less: lambda x, y: x < y,
-    e.LessEqual: lambda x, y: x <= y,
-    e.Greater: lambda x, y: x > y,
-    e.GreaterEqual: lambda x, y: x >= y,
-    e.And: lambda x, y: _tir("And")(_truth(x), _truth(y)),
-    e.Or: lambda x, y: _tir("Or")(_truth(x), _truth(y)),
-    e.Where: lambda c, x, y: _tir("Select")(_truth(c), x, y),
-    e.Cast: lambda x: x,  # the store converts
-}
 
 
 def _broadcast_index(index: Index, shape: Sequence[Param]) -> list[Expr]:
@@ -275,7 +110,7 @@ class _Plain:
 
     def store(self, unit: Expr, value: Expr) -> None:
         if self.dtype == "bool" and str(value.ty.dtype) != "bool":
-            value = _truth(value)
+            value = truth(value)
         b.store(self.out, [unit], value.astype(TIR_DTYPES[self.dtype]))
 
     def unravel(self, unit: Expr) -> list[Expr]:
@@ -316,13 +151,13 @@ def _elementwise(kind: type[Op], function: Callable[..., Expr]) -> Body:
     return body
 
 
-for _kind, _function in _ELEMENTWISE.items():
+for _kind, _function in ELEMENTWISE.items():
     _elementwise(_kind, _function)
 
 
 @_body(e.Activation)
 def _activation(k: _Plain, unit: Expr) -> None:
-    k.store(unit, _ACTIVATIONS[str(k.attributes["kind"])](k.load_flat(0, unit)))
+    k.store(unit, ACTIVATIONS[str(k.attributes["kind"])](k.load_flat(0, unit)))
 
 
 @_body(s.Iota)
@@ -361,7 +196,7 @@ def _concat(k: _Plain, unit: Expr) -> None:
     for operand in range(len(k.operands)):
         size = k.extent(operand, axis)
         source = [*index[:axis], index[axis] - start, *index[axis + 1 :]]
-        with b.when(_tir("And")(index[axis] >= start, index[axis] < start + size)):
+        with b.when(tir("And")(index[axis] >= start, index[axis] < start + size)):
             k.store(unit, k.load(operand, source))
         start = start + size
 
@@ -387,7 +222,7 @@ def _gather(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
     axis = k.axis(k.rank(0))
     chosen = b.let(k.load(1, index[axis : axis + k.rank(1)]).astype("int64"))
-    wrapped = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
+    wrapped = tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
     k.store(unit, k.load(0, [*index[:axis], wrapped, *index[axis + k.rank(1) :]]))
 
 
@@ -396,7 +231,7 @@ def _gather_elements(k: _Plain, unit: Expr) -> None:
     index = k.unravel(unit)
     axis = k.axis(k.rank(0))
     chosen = b.let(k.load(1, index).astype("int64"))
-    index[axis] = _tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
+    index[axis] = tir("Select")(chosen < 0, chosen + k.extent(0, axis), chosen)
     k.store(unit, k.load(0, index))
 
 
@@ -438,10 +273,10 @@ def _cumsum(k: _Plain, unit: Expr) -> None:
 _FOLDS: dict[str, tuple[float, Callable[[Expr, Expr], Expr]]] = {
     "t.sum": (0, lambda a, x: a + x),
     "t.mean": (0, lambda a, x: a + x),
-    "t.max": (float("-inf"), lambda a, x: _tir("Max")(a, x)),
-    "t.min": (float("inf"), lambda a, x: _tir("Min")(a, x)),
-    "t.any": (0, lambda a, x: _tir("Max")(a, x)),
-    "t.all": (1, lambda a, x: _tir("Min")(a, x)),
+    "t.max": (float("-inf"), lambda a, x: tir("Max")(a, x)),
+    "t.min": (float("inf"), lambda a, x: tir("Min")(a, x)),
+    "t.any": (0, lambda a, x: tir("Max")(a, x)),
+    "t.all": (1, lambda a, x: tir("Min")(a, x)),
 }
 
 
@@ -511,9 +346,9 @@ def _softmax(k: _Plain, unit: Expr) -> None:
 
     extent = k.extent(0, axis)
     dtype = _wide(k.operands[0][0])
-    top = b.let(_accumulate(k, float("-inf"), lambda a, i: _tir("Max")(a, at(i[0])), [extent], dtype))
-    total = _accumulate(k, 0, lambda a, i: a + _libm("exp")(at(i[0]) - top), [extent], dtype)
-    k.store(unit, _libm("exp")(at(index[axis]) - top) / total)
+    top = b.let(_accumulate(k, float("-inf"), lambda a, i: tir("Max")(a, at(i[0])), [extent], dtype))
+    total = _accumulate(k, 0, lambda a, i: a + libm("exp")(at(i[0]) - top), [extent], dtype)
+    k.store(unit, libm("exp")(at(index[axis]) - top) / total)
 
 
 @_body(s.Matmul)
@@ -601,7 +436,7 @@ def plain_rule(op: Op, context: Context) -> Lowered | str:
     return Lowered((call,), reason="one element at a time")
 
 
-RULES.lower(*_ELEMENTWISE, e.Activation, *(s.__dict__[name] for name in (
+RULES.lower(*ELEMENTWISE, e.Activation, *(s.__dict__[name] for name in (
     "Iota", "Transpose", "Broadcast", "Slice", "Concat", "Pad", "Gather", "GatherElements", "Cumsum", "Sum", "Mean",
     "Max", "Min", "Any", "All", "Argmax", "Softmax", "Matmul",
 )), priority=0)(plain_rule)  # fmt: skip
