@@ -119,10 +119,12 @@ def compile_model(
     """
     from llmc.frontends.hf import lift
     from llmc.targets import lower, machine_named
+    from llmc.targets.library import compiler_command
 
     told = progress or Silent()
     started = time.perf_counter()
     machine = machine_named(options.target)
+    compiler_command(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
     weights = "random" if options.weights == "random" else "checkpoint"
     lifted = lift(source, max_context=options.max_context, weights=weights, seed=options.seed)
