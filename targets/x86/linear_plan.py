@@ -172,12 +172,18 @@ def _params(n: int, k: int, gated: bool, activation: str, bias: bool, residual: 
 
 def _arguments(inputs: tuple[str, ...], layout: Layout, params: dict[str, Param]) -> tuple[str, ...]:
     fused = (name for name in ("bias", "residual") if params[name])
-    return (*inputs, *layout.arrays(int(params["n"]), int(params["k"])), *fused, "out")
+    return (*inputs, *layout.arrays(*_size_in(params)), *fused, "out")
 
 
 def _size(made: Kernel) -> tuple[int, int]:
-    params = dict(made.params)
-    return int(params["n"]), int(params["k"])
+    return _size_in(dict(made.params))
+
+
+def _size_in(params: dict[str, Param]) -> tuple[int, int]:
+    n, k = params["n"], params["k"]
+    assert isinstance(n, int)
+    assert isinstance(k, int)
+    return n, k
 
 
 def _rows_variant(made: Kernel, layout: Layout, low: int, high: int) -> Variant:
