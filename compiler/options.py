@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,12 @@ ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
 WEIGHT_SOURCES = ("embed", "random", "none")
 PAGE = 32  # tokens a page of the KV cache: no context is shorter
+MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
+MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
+
+
+# `fnmatch` patterns of weight names, without the characters that separate a pass's options.
+_PATTERN = re.compile(r"[\w.*?\[\]!-]+")
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,18 @@ class CompileOptions:
             _choice(f"--override {pattern}", scheme, SCHEMES)
             if not pattern:
                 raise CompileError("--override needs a name pattern before the '=': --override '*.down_proj*=int8'")
+            if not _PATTERN.fullmatch(pattern):
+                raise CompileError(
+                    f"--override {pattern!r}: a name pattern has letters, digits and ._-*?[], such as *.down_proj*"
+                )
         if not self.target:
             raise CompileError("--target needs a machine's name; `--target native` is this machine")
         if not self.weights:
             raise CompileError(f"--weights is {', '.join(WEIGHT_SOURCES)} or a file's path, not empty")
-        _at_least("--max-context", self.max_context, PAGE)
-        _at_least("--max-step", self.max_step, 16)
-        _at_least("--jobs", self.jobs, 1)
+        _in_range("--max-context", self.max_context, PAGE, MOST_CONTEXT)
+        _in_range("--max-step", self.max_step, 16, MOST_STEP)
+        _in_range("--jobs", self.jobs, 1, 1024)
+        _in_range("--seed", self.seed, 0, (1 << 63) - 1)
 
     @property
     def activation_dtype(self) -> str:
@@ -130,6 +142,10 @@ def _choice(what: str, value: object, choices: tuple[object, ...]) -> None:
         raise CompileError(f"{what} is one of {allowed}, not {value!r}")
 
 
-def _at_least(what: str, value: int | None, least: int) -> None:
+def _in_range(what: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise CompileError(f"{what} is a whole number, not {value!r:.40}")
     if value is not None and value < least:
         raise CompileError(f"{what} is at least {least}, not {value}")
+    if value is not None and value > most:
+        raise CompileError(f"{what} is at most {most}, not {value}")

@@ -55,7 +55,11 @@ class Artifact:
         self.mapping = mapping
         self.parts = parts
         self.view: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self.manifest: Manifest = manifest.parse(self._checked(MANIFEST))
+        data = self._checked(MANIFEST)
+        try:
+            self.manifest: Manifest = manifest.parse(data)
+        except ArtifactError as error:
+            raise ArtifactError(f"{path}: {error}") from error
 
     @classmethod
     def open(cls, path: Path | str) -> Artifact:

@@ -43,6 +43,10 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids. add_special: with the tokens that the tokenizer puts around a text, such as a first <s>; a chat
         template has put them already."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise TextError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         bos = self.facts.bos_id
         if add_special and self.facts.add_bos and bos is not None and ids[:1] != [bos]:

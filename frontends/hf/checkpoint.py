@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.ir.types import FLOATS, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
-from llmc.frontends.hf.weights import WeightSource, shortened, to_numpy, to_torch
+from llmc.frontends.hf.weights import WeightSource, is_finite, shortened, to_numpy, to_torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ class ModelWeights:
         self._plain: dict[str, str] = {}
         self._converted: dict[str, _Converted] = {}
         self._expected = _expected_shapes(model)
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._last: tuple[_Converted, dict[str, Array]] | None = None
         self.notes: list[str] = []
         unexpected = self._match()
@@ -57,6 +58,15 @@ class ModelWeights:
         return self._expected[name]
 
     def load(self, name: str) -> Array:
+        value = self._load(name)
+        # Masks that a checkpoint stores may hold infinities; its weights may not.
+        if name in self._parameters and not is_finite(value):
+            raise FrontendError(
+                f"weight {name} holds NaN or infinity: the checkpoint is damaged or was never whole; download it again"
+            )
+        return value
+
+    def _load(self, name: str) -> Array:
         if name in self._plain:
             return self._checkpoint.load(self._plain[name])
         group = self._converted[name]
@@ -145,12 +155,11 @@ class ModelWeights:
         if foreign:
             self.notes.append(f"tensors of parts that this model does not have are left out: {shortened(foreign)}")
         wrong = []
-        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         for name, tensor in self._plain.items():
             shape = self._checkpoint.shape(tensor)
             if name in self._expected and shape != self._expected[name]:
                 wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
-            if name in parameters and self._checkpoint.dtype(tensor) not in FLOATS:
+            if name in self._parameters and self._checkpoint.dtype(tensor) not in FLOATS:
                 wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
         faults = []
         if missing:

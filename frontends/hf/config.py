@@ -29,6 +29,12 @@ _LIMITS = {
     "head_dim": (1, 1 << 16),
     "vocab_size": (1, 1 << 24),
 }
+# Beyond these a model says nothing: roots of negative numbers, divisions by zero.
+_REAL_LIMITS = {
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps"), (0, 1)),
+    **dict.fromkeys(("rope_theta", "rotary_emb_base"), (1e-3, 1e15)),
+    "factor": (1e-3, 1e6),
+}
 _MOST_INTEGER = 1 << 53
 
 
@@ -43,7 +49,9 @@ def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, object]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise FrontendError(f"{path} is not valid JSON of a model: it is nested too deep") from None
+    except ValueError as error:
         raise FrontendError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise FrontendError(f"{path} must hold a JSON object, not {type(data).__name__}")
@@ -64,11 +72,17 @@ def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None
             raise FrontendError(f"{path}: {name} has {len(value)} entries")
         for item in value:
             _check_numbers(item, path, name, depth + 1)
+    elif isinstance(value, float) and value != value:
+        raise FrontendError(f"{path}: {name} is not a number (NaN)")
     elif isinstance(value, int) and abs(value) > _MOST_INTEGER:
         raise FrontendError(f"{path}: {name} has {len(str(abs(value)))} digits, which no setting has")
 
 
 def _check_limit(number: object, path: Path, name: str) -> None:
+    if name in _REAL_LIMITS and isinstance(number, (int, float)) and not isinstance(number, bool):
+        lowest, highest = _REAL_LIMITS[name]
+        if not lowest <= number <= highest:
+            raise FrontendError(f"{path}: {name} is {number!r:.40}, outside {lowest:g}..{highest:g}")
     if name not in _LIMITS or number is None:
         return
     low, high = _LIMITS[name]
@@ -91,7 +105,11 @@ def check_config(data: Mapping[str, object], path: Path) -> None:
         if "auto_map" in data:
             raise FrontendError(f"{path}: model type {model_type!r} needs remote code, which llmc never runs")
         known = model_type in CONFIG_MAPPING
-        what = "is no causal language model" if known else "is unknown to this version of transformers"
+        what = (
+            "is no causal language model: llmc compiles decoder-only ones"
+            if known
+            else "is unknown to this version of transformers: `pip install -U transformers` may know it"
+        )
         raise FrontendError(f"{path}: model type {model_type!r} {what}")
     quantization = data.get("quantization_config")
     if quantization:
@@ -126,6 +144,11 @@ def load_config(directory: Path) -> PreTrainedConfig:
             )
     except Exception as error:  # transformers raises many kinds for a bad value
         raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise FrontendError(
+            f"{path}: model type {config.model_type!r} has an encoder and a decoder, which is not supported: "
+            "llmc compiles decoder-only language models"
+        )
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "vocab_size", "hidden_size"):
         number = getattr(text, name, None)

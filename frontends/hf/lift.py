@@ -91,6 +91,10 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     if traced.longest < context:
         notes.append(f"{traced.longest} tokens at most: the model treats a full context of {context} differently")
         context = traced.longest
+    if positions is not None and context > positions:
+        notes.append(
+            f"the model was made for {positions} positions: of {context}, the later ones may make no sense to it"
+        )
     graph, large = _translate(traced, values, context)
     if large:
         values = _Layered(ArrayWeights(large), values)
@@ -141,7 +145,9 @@ def _trace(config: PreTrainedConfig, context: int, notes: list[str]) -> _Traced:
         if not reason:
             return traced
         reasons.append(reason)
-    raise FrontendError(f"model type {config.model_type!r} cannot be exported: {reasons[-1]}")
+    raise FrontendError(
+        f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
+    )
 
 
 def _export(config: PreTrainedConfig, implementation: str, context: int) -> _Traced:

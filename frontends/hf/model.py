@@ -45,6 +45,9 @@ def build(config: PreTrainedConfig, implementation: str, context: int) -> MetaMo
             _choose_experts(model)
     buffers = _compute_buffers(model)
     _fix_rope(model, buffers, context)
+    for name, value in buffers.items():
+        if name.endswith("inv_freq") and not value.isfinite().all():
+            raise FrontendError(f"rotary frequencies {name} are not finite: are rope_theta and its scaling right?")
     return MetaModel(model, {name: value.numpy() for name, value in buffers.items()})
 
 

@@ -19,6 +19,8 @@ _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin
 
 def resolve(source: str | Path) -> Path:
     """The directory of `source`: a path, or `organization/name[@revision]`; FrontendError in one line otherwise."""
+    if not str(source):
+        raise FrontendError("the model's name is empty: give its directory, or its name on the Hugging Face hub")
     path = Path(source).expanduser()
     if path.is_dir():
         _check_links(path)
@@ -27,7 +29,7 @@ def resolve(source: str | Path) -> Path:
         raise FrontendError(f"{source} is a file: give the directory that holds config.json and the weights")
     name, _, revision = str(source).partition("@")
     if isinstance(source, Path) or not _HUB_NAME.match(name):
-        raise FrontendError(f"there is no directory {source}")
+        raise FrontendError(f"there is no directory {source}: give the one that holds config.json and the weights")
     return _download(name, revision or None)
 
 

@@ -55,6 +55,13 @@ def read_text(directory: Path, config: PreTrainedConfig) -> Text:
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
     backend.no_truncation()
     backend.no_padding()
+    notes = []
+    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if highest >= vocabulary:
+        notes.append(
+            f"the tokenizer has ids up to {highest}, and the model a vocabulary of {vocabulary}: "
+            "text that needs the others will be refused"
+        )
     bos = tokenizer.bos_token_id
     if tokenizer.eos_token_id is not None:
         stop_ids = [*stop_ids, int(tokenizer.eos_token_id)]
@@ -70,7 +77,7 @@ def read_text(directory: Path, config: PreTrainedConfig) -> Text:
         "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
         "clean_up_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
     }
-    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation)
+    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, tuple(notes))
 
 
 def _load(directory: Path) -> Any:

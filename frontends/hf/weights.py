@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -205,12 +206,14 @@ class TorchFile:
         import torch
 
         self.path = path
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the old format cannot be mapped
-            loaded = self._load_old(path)
-        except Exception as error:
-            raise FrontendError(f"{path} is no weights-only torch file: {_one_line(error)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it refuses anyway
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the old format cannot be mapped
+                loaded = self._load_old(path)
+            except Exception as error:
+                raise self._refusal(path) from error
         if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
             raise FrontendError(f"{path} must hold tensors by name")
         self._tensors: dict[str, torch.Tensor] = loaded
@@ -224,7 +227,15 @@ class TorchFile:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise FrontendError(f"{path} is no weights-only torch file: {_one_line(error)}") from None
+            raise TorchFile._refusal(path) from error
+
+    @staticmethod
+    def _refusal(path: Path) -> FrontendError:
+        # torch's own message advises to load the file with the code that may be in it.
+        return FrontendError(
+            f"{path} is damaged, or holds more than plain tensors: objects in it could run code, so it is not read. "
+            "Use a safetensors version of the model"
+        )
 
     @property
     def names(self) -> Iterable[str]:
@@ -359,6 +370,8 @@ def _shards(index_path: Path, index: Mapping[str, str]) -> list[Path]:
     for file in sorted(set(index.values())):
         if file != Path(file).name or file in ("", ".", ".."):
             raise FrontendError(f"{index_path} names a file outside its directory: {file!r:.100}")
+        if not (index_path.parent / file).is_file():
+            raise FrontendError(f"{index_path} lists {file!r:.100}, which is missing: download the model again")
         shards.append(index_path.parent / file)
     return shards
 
@@ -370,5 +383,14 @@ def shortened(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def is_finite(array: Array) -> bool:
+    """Whether no number is infinite or NaN. Every weight passes here, so it is read block by block, as bits."""
+    dtype = array.dtype
+    if dtype.kind in "iub":
+        return True
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{dtype.itemsize}")
+    # The exponent of infinity and NaN is all ones: without its sign, such a number is at least infinity.
+    infinity = np.array([np.inf], dtype).view(bits.dtype)[0]
+    magnitude = bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
+    block = 1 << 18
+    return all(int((bits[start : start + block] & magnitude).max()) < infinity for start in range(0, len(bits), block))
