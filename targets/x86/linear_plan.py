@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
+FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,18 @@ def _quantized_blocking(isa: VectorIsa) -> _Blocking:
     return _Blocking(3, 4, 96) if isa.vnni else _Blocking(4, 2, 64)
 
 
+def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: int) -> _Blocking:
+    """For up to `high` rows: how many at once, and how many weight tiles side by side.
+
+    Two streams keep a core's memory pipeline busier than one (a fifth, at 4 and 8 rows) and halve the activations'
+    loads. A weight of few tiles keeps them apart, so that there is work for many threads.
+    """
+    rows = {1: 1, 4: 4}.get(high, 8)
+    sums = rows * (1 if isa.narrow_quads(layout.bits) == 0 else 2)
+    pairs = layout.gated or (2 * sums <= isa.registers // 2 and layout.tiles(n) >= FEW_TILES)
+    return _Blocking(rows, 2 if pairs else 1, high)
+
+
 def _float_blocking(isa: VectorIsa) -> _Blocking:
     return _Blocking(6, 4, 96) if isa.lanes == 16 else _Blocking(6, 2, 96)
 
@@ -116,13 +129,14 @@ def quantized_linear_plan(
     if activations != "i8":
         return _float_plan(machine, dequantized_linear, layout, params, "f32")
 
-    def rows(count: int, low: int, high: int) -> Variant:
-        made = kernel(quantized_linear_rows, machine.key, rows=count, **params)
-        return _rows_variant(made, layout, low, high)
+    def rows(low: int, high: int) -> Variant:
+        streamed = _streamed_blocking(isa, layout, n, high)
+        made = kernel(quantized_linear_rows, machine.key, **vars(streamed), **params)
+        return _rows_variant(made, layout, low, high, streamed.tiles)
 
     blocking = _quantized_blocking(isa)
     made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
-    variants = (rows(1, 1, 1), rows(4, 2, 4), rows(8, 5, 16), _blocks_variant(made, layout, blocking, 17))
+    variants = (rows(1, 1), rows(2, 4), rows(5, 8), rows(9, 16), _blocks_variant(made, layout, blocking, 17))
     return LinearPlan(layout, "i8", _arguments(("xq", "xscales", "xsums"), layout, params), variants)
 
 
@@ -186,11 +200,11 @@ def _size_in(params: dict[str, Param]) -> tuple[int, int]:
     return n, k
 
 
-def _rows_variant(made: Kernel, layout: Layout, low: int, high: int) -> Variant:
-    """A kernel whose every unit streams its share of the weight."""
+def _rows_variant(made: Kernel, layout: Layout, low: int, high: int, tiles: int = 0) -> Variant:
+    """A kernel whose every unit streams its share of the weight: `tiles` tiles, by default those of one result."""
     n, k = _size(made)
-    columns = layout.tiles(n) // (2 if layout.gated else 1)
-    return Variant(made, low, high, columns, 0, max(1, GRAIN_BYTES * columns // layout.nbytes(n, k)))
+    units = -(-layout.tiles(n) // (tiles or (2 if layout.gated else 1)))
+    return Variant(made, low, high, units, 0, max(1, GRAIN_BYTES * units // layout.nbytes(n, k)))
 
 
 def _blocks_variant(made: Kernel, layout: Layout, blocking: _Blocking, low: int) -> Variant:
