@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +23,8 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
 from llmc.compiler.progress import Progress, Silent
+from llmc.compiler.scratch import scratch_folder
+from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError
@@ -128,14 +129,15 @@ def compile_model(
     told.start("lifting the model")
     weights = "random" if options.weights == "random" else "checkpoint"
     lifted = lift(source, max_context=options.max_context, weights=weights, seed=options.seed)
-    for note in (*lifted.notes, *lifted.text.notes):
-        told.note(note)
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:
         from llmc.compiler.check import Checker
 
         watching.append(Checker(lifted.weights.load, options.seed))
     compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load)
+    check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
+    for note in lifted.notes:
+        told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
 
@@ -191,8 +193,8 @@ def assemble(
     placed, nbytes = place(stored_values(program))
     addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph))
     cache = options.kernel_cache or default_cache()
-    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
-        library = build_library(program, addresses, cache, Path(folder), progress, options.jobs or os.cpu_count() or 1)
+    with scratch_folder() as folder:
+        library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)
         with ArtifactWriter(output, library.path) as writer:
             digest = write_weights(placed, nbytes, lifted.weights.load, options, writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")

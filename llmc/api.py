@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -64,10 +63,11 @@ def compile(
     target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
+    from llmc.compiler.scratch import scratch_folder
 
     chosen = make_options(dtype, **options)
-    with tempfile.TemporaryDirectory(prefix="llmc-model-") as folder:
-        source = _as_source(model, tokenizer, Path(folder))
+    with scratch_folder() as folder:
+        source = _as_source(model, tokenizer, folder)
         return compile_model(source, Path(output), chosen, progress)
 
 
@@ -99,8 +99,10 @@ def cached_artifact(
     model: Source, tokenizer: Source | None, options: CompileOptions, progress: Progress | None = None
 ) -> Path:
     """The path of the model's artifact in the cache, compiled now if it is not there."""
-    with tempfile.TemporaryDirectory(prefix="llmc-model-") as folder:
-        source = _as_source(model, tokenizer, Path(folder))
+    from llmc.compiler.scratch import scratch_folder
+
+    with scratch_folder() as folder:
+        source = _as_source(model, tokenizer, folder)
         directory = Path(source).expanduser()
         if not directory.is_dir():
             from llmc.frontends.hf.source import resolve

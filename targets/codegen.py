@@ -7,21 +7,29 @@ before that: it lowers buffers, vectors and unrolled loops, and emits the functi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
+import struct
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmc.errors import CompileError
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
     import tvm
+
+
+_TEMPORARY = ".tmp.o"
+_STALE_SECONDS = 3600  # no kernel takes this long to compile
 
 
 @functools.cache
@@ -83,9 +91,9 @@ def compile_kernels(
     Files are written beside their place and renamed, so that several compiles may share a cache.
     """
     wanted = list(kernels)
-    cache.mkdir(parents=True, exist_ok=True)
+    _open_cache(cache)
     paths = [cache / f"{cache_key(item, machine)}.o" for item in wanted]
-    missing = [(item, path) for item, path in zip(wanted, paths, strict=True) if not path.exists()]
+    missing = [(item, path) for item, path in zip(wanted, paths, strict=True) if not _is_whole(path)]
     done = len(wanted) - len(missing)
     if progress is not None:
         for count in range(done):
@@ -102,10 +110,59 @@ def compile_kernels(
 
 def _compile(item: Kernel, path: Path, machine: Machine) -> None:
     module = build_module(item, machine)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp.o")
-    os.close(handle)
+    data = _object_code(module)
     try:
-        module.write_to_file(name, "o")
-        os.replace(name, path)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+            os.replace(name, path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as error:
+        raise _refuse_cache(path.parent, error) from error
+
+
+def _object_code(module: tvm.runtime.Module) -> bytes:
+    """The object file of a module, by way of memory: LLVM ends the process when a disk that it writes to is full."""
+    handle = os.memfd_create("llmc-object")
+    try:
+        module.write_to_file(f"/proc/self/fd/{handle}", "o")
+        return os.pread(handle, os.fstat(handle).st_size, 0)
     finally:
-        Path(name).unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _open_cache(cache: Path) -> None:
+    """Makes the cache folder, and removes what compiles that were killed long ago have left in it."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        for stale in cache.glob(f"*{_TEMPORARY}"):
+            with contextlib.suppress(FileNotFoundError):  # its writer, or another sweep, was faster
+                if time.time() - stale.stat().st_mtime > _STALE_SECONDS:
+                    stale.unlink()
+    except OSError as error:
+        raise _refuse_cache(cache, error) from error
+
+
+def _refuse_cache(cache: Path, error: OSError) -> CompileError:
+    return CompileError(
+        f"the kernel cache {cache} cannot be written ({error.strerror}): "
+        "free some space there, or set LLMC_CACHE_DIR to another folder"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an object file is there to its last byte: a crash of the machine may leave an empty or shorter one."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(64)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    # ELF64: the table of sections, which LLVM writes last.
+    (start,) = struct.unpack_from("<Q", header, 0x28)
+    entry, count = struct.unpack_from("<HH", header, 0x3A)
+    return start > 0 and start + entry * count <= size

@@ -37,9 +37,11 @@ def kernels_of(program: Program) -> list[Kernel]:
 
 def compiler_command(machine: Machine) -> list[str]:
     """The C compiler that links for this machine: $CC, or the system's."""
-    named = os.environ.get("CC")
+    named = os.environ.get("CC", "").split()
     if named:
-        return named.split()
+        if not shutil.which(named[0]):
+            raise CompileError(f"there is no C compiler {named[0]}, which the environment variable CC names: unset it")
+        return named
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
             return [name]
@@ -50,13 +52,14 @@ def build_library(
     program: Program, addresses: Addresses, cache: Path, folder: Path, progress: Progress, jobs: int = 1
 ) -> Library:
     """Compile what the cache does not have, generate the driver and link; `folder` holds the intermediate files."""
+    compiler_command(program.machine)  # a missing one is told before the work, not after it
     kernels = kernels_of(program)
     progress.start("compiling kernels", len(kernels), "kernels")
     objects = compile_kernels(kernels, program.machine, cache, lambda _done, _total: progress.advance(), jobs)
     progress.start("linking")
     source, calls = generate_step(program, addresses)
     driver = folder / "step.c"
-    driver.write_text(source)
+    _write(driver, source)
     output = folder / "library.so"
     runtime = Path(__file__).parent.parent / "runtime"
     if not (runtime / "pool.c").exists():  # installed as a package
@@ -71,10 +74,19 @@ def build_library(
         _run(program.machine, "-O3", "-c", str(part), "-o", str(compiled[-1]))
     # Object files go through a response file: a long command line may be refused.
     listing = folder / "objects.txt"
-    listing.write_text("\n".join(f'"{path}"' for path in compiled))
+    _write(listing, "\n".join(f'"{path}"' for path in compiled))
     linker = ("-Wl,--build-id=none", "-Wl,-z,noexecstack")
     _run(program.machine, "-shared", "-o", str(output), f"@{listing}", "-lm", *linker)
     return Library(output, calls, source)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise CompileError(
+            f"cannot write {path} ({error.strerror}): free some space there, or set TMPDIR to another folder"
+        ) from error
 
 
 def _run(machine: Machine, *arguments: str) -> None:
@@ -85,5 +97,15 @@ def _run(machine: Machine, *arguments: str) -> None:
     except OSError as error:
         raise CompileError(f"the C compiler {command[0]} cannot be run: {error.strerror}") from error
     if result.returncode:
-        reason = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[-300:])
-        raise CompileError(f"{command[0]} failed with exit code {result.returncode}: {reason}")
+        raise CompileError(
+            f"the C compiler {command[0]} failed with exit code {result.returncode}: {_reason(result.stderr)}; "
+            "`llmc doctor` tries it"
+        )
+
+
+def _reason(said: str) -> str:
+    """The line of a compiler's or linker's output that says most."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line or "cannot" in line or "not recognized" in line]
+    own = [line for line in telling if not line.startswith("collect2:")]  # gcc's word for "the linker failed"
+    return next(iter([*own, *telling, *lines[-1:]]), "it said nothing")[:300]

@@ -59,13 +59,15 @@ def compile(
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name}-{quantization}.so")
     check_writable(path)
+    if options.weights_file is not None:
+        check_writable(options.weights_file, "--weights")
+        if options.weights_file.absolute() == path.absolute():
+            raise CompileError(f"{path} cannot be both the artifact (-o) and the weights' file (--weights)")
     checkers: list[Checker] = []
 
     def observers(lifted: Lifted) -> list[Observer]:
         from llmc.compiler.check import Checker
 
-        for note in lifted.notes:
-            output.line(note)
         if check:
             checkers.append(Checker(lifted.weights.load, seed))
         return [*checkers]
@@ -99,11 +101,11 @@ def compile(
     print(f"{path}: {output.size(file_bytes)}, {bits} bits per weight, compiled in {seconds} s")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "-o") -> None:
     """Refuses a place where nothing can be written, before the work and not after it."""
     folder = path.parent
     if path.is_dir():
-        raise CompileError(f"cannot write {path}: it is a folder; give a file name with -o")
+        raise CompileError(f"cannot write {path}: it is a folder; give a file name with {option}")
     if not folder.is_dir():
         raise CompileError(f"cannot write {path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK):
