@@ -122,13 +122,16 @@ def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], 
 
 
 def prefetch(buffer: Buffer, position: Expr) -> None:
-    """Start reading the cache line of a byte of a flat buffer. It may lie past the end: prefetches never fault."""
+    """Start reading the cache line of a byte of a flat buffer. It may lie past the end: prefetches never fault.
+
+    Into the second-level cache: it has more reads from memory under way at a time than the first.
+    """
     from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    read, keep, data = (tirx.const(value, "int32") for value in (0, 3, 1))
+    read, second_level, data = (tirx.const(value, "int32") for value in (0, 2, 1))
     line = tirx.address_of(buffer[position])
-    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, keep, data))
+    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, second_level, data))
 
 
 def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:

@@ -177,14 +177,17 @@ def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | i
 
 
 def prefetch(buffer: Buffer, start: Expr | int, elements: int) -> None:
-    """Ask for the cache lines of `elements` elements from `start` on, to be read soon."""
+    """Ask for the cache lines of `elements` elements from `start` on, to be read soon.
+
+    Into the second-level cache: it has more reads from memory under way at a time than the first.
+    """
     from tvm import DataType
     from tvm.script.ir_builder import tirx as I
 
     line = 64 * 8 // DataType(str(buffer.dtype)).bits
     for offset in range(0, elements, line):
         address = I.address_of(buffer[index(start) + offset])
-        I.evaluate(I.call_intrin("void", "tirx.prefetch", address, 0, 3, 1))  # to read, into every cache, data
+        I.evaluate(I.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))  # to read, second level, data
 
 
 def aligned_scratch(elements: int, lanes: int, dtype: str = "float32") -> Buffer:
