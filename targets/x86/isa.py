@@ -112,10 +112,10 @@ class VectorIsa:
         return tirx.Select(mask, found, self.splat(0.0))  # TVM leaves the other lanes undefined
 
     def reduce(self, kind: str, vector: Expr) -> Expr:
-        """All lanes as one scalar: kind "fmax" or "fadd" (in order of lanes) of f32, "add" of i32."""
+        """All lanes as one scalar: kind "fadd" (in order of lanes) of f32, "add" or "umax" of i32 or u32."""
         from tvm import tirx
 
-        dtype = "int32" if kind == "add" else "float32"
+        dtype = "float32" if kind == "fadd" else "uint32" if kind == "umax" else "int32"
         start = [tirx.const(0.0, "float32")] if kind == "fadd" else []
         return _llvm(dtype, f"llvm.vector.reduce.{kind}", *start, vector)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NORMS = ("none", "rms", "layer")
 SMALLEST = 1e-30  # below this 127 / max|x| would come near overflow
+ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000  # 1.5 * 2^23: f32 around it are whole numbers
 
 
 def padded(k: int, group: int) -> int:
@@ -63,7 +64,7 @@ def quantize_activations(
                 b.store(xscales, [row, g], scale)
                 b.store(xsums, [row, g], whole.total)
                 for v in range(vectors):
-                    narrow = whole.values[v].astype(f"int8x{isa.lanes}")
+                    narrow = whole.low_bytes(v)
                     b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
 
             with b.loop(k // group) as g:
@@ -123,31 +124,46 @@ def _inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
 
 
 class _Rounded:
-    """A group's integers: `lanes` a vector, and their sum."""
+    """A group's integers, in the low bytes of u32 lanes, and their sum."""
 
-    def __init__(self, values: b.Registers, total: Expr) -> None:
-        self.values, self.total = values, total
+    def __init__(self, lanes: int, values: b.Registers, total: Expr) -> None:
+        self.lanes, self.values, self.total = lanes, values, total
+
+    def low_bytes(self, vector: int) -> Expr:
+        """`lanes` i8."""
+        from tvm import tirx
+
+        return tirx.reinterpret(f"int8x{self.lanes}", self.values[vector].astype(f"uint8x{self.lanes}"))
 
 
 def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
-    """(scale, integers) of one group."""
+    """(scale, integers) of one group.
+
+    Magnitudes order as their bits do, and integers have a maximum that takes no care of NaN: a reduction of floats
+    would go lane by lane. Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the low bits.
+    """
     from tvm import tirx
 
-    count = len(values.slots)
-    largest = isa.magnitude(values[0])
-    for v in range(1, count):
-        largest = tirx.Max(largest, isa.magnitude(values[v]))
-    peak = b.let(isa.reduce("fmax", largest))
+    u32, count = f"uint32x{isa.lanes}", len(values.slots)
+
+    def bits(value: Expr) -> Expr:
+        return tirx.reinterpret(u32, value)
+
+    magnitudes = [bits(isa.magnitude(values[v])) for v in range(count)]
+    largest = magnitudes[0]
+    for magnitude in magnitudes[1:]:
+        largest = tirx.Max(largest, magnitude)
+    peak = b.let(tirx.reinterpret("float32", isa.reduce("umax", largest)))
     nothing = peak < tirx.const(SMALLEST, "float32")
     zero = tirx.const(0.0, "float32")
     scale = b.let(tirx.Select(nothing, zero, peak / tirx.const(127.0, "float32")))
     inverse = b.let(tirx.Select(nothing, zero, tirx.const(127.0, "float32") / peak))
-    integers = b.Registers(count, isa.i32)
-    total = isa.splat(0, "int32")
+    integers = b.Registers(count, u32)
+    total = isa.splat(-count * ROUNDER_BITS % (1 << 32), "uint32")
     for v in range(count):
-        integers[v] = tirx.nearbyint(values[v] * isa.splat(inverse)).astype(isa.i32)
+        integers[v] = bits(values[v] * isa.splat(inverse) + isa.splat(ROUNDER))
         total = total + integers[v]
-    return scale, _Rounded(integers, isa.reduce("add", total))
+    return scale, _Rounded(isa.lanes, integers, isa.reduce("add", tirx.reinterpret(isa.i32, total)))
 
 
 def _normed(
