@@ -17,6 +17,7 @@ def kernel_graph(program: Program, plan: Plan) -> Graph:
     graph = program.graph
     new: dict[Value, Value] = {}
     by_op = {lowered.op: lowered for lowered in program.ops}
+
     def run(op: Op) -> Value:
         lowered = by_op[op]
         args = _arguments(lowered, program, new)
@@ -28,7 +29,14 @@ def kernel_graph(program: Program, plan: Plan) -> Graph:
         assert isinstance(op.type, Tensor)
         encoding = op.type.encoding.name if op.type.encoding is not None else ""
         return RunKernels(
-            args, op.name, lowered.choice.rule, calls, _buffer(op, program, plan), op.type.shape, op.type.dtype, encoding
+            args,
+            op.name,
+            lowered.choice.rule,
+            calls,
+            _buffer(op, program, plan),
+            op.type.shape,
+            op.type.dtype,
+            encoding,
         )
 
     for op in graph.ops:
@@ -65,9 +73,7 @@ def _arguments(lowered: LoweredOp, program: Program, new: dict[Value, Value]) ->
 
 
 def _call(call: Call) -> KernelCall:
-    guards = tuple(
-        f"{item.symbol} in [{item.low}, {'inf' if item.high is None else item.high}]" for item in call.when
-    )
+    guards = tuple(f"{item.symbol} in [{item.low}, {'inf' if item.high is None else item.high}]" for item in call.when)
     units = call.units
     return call.kernel.symbol, call.kernel.describe(), units, call.grain, guards  # type: ignore[return-value]
 

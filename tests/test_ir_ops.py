@@ -254,7 +254,9 @@ OTHERS = {"llm.kv_append", "llm.paged_attention", "llm.quantize", "llm.dequantiz
 
 
 def test_every_op_has_a_case() -> None:
-    assert {case.name.partition(" ")[0] for case in CASES} | OTHERS == {name for name in REGISTRY if not name.startswith("k.")}
+    # Kernel calls have no meaning in numpy: compiled programs are tested in test_program.py.
+    meaningful = {name for name in REGISTRY if not name.startswith("k.")}
+    assert {case.name.partition(" ")[0] for case in CASES} | OTHERS == meaningful
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
