@@ -165,4 +165,4 @@ def _is_whole(path: Path) -> bool:
     # ELF64: the table of sections, which LLVM writes last.
     (start,) = struct.unpack_from("<Q", header, 0x28)
     entry, count = struct.unpack_from("<HH", header, 0x3A)
-    return start > 0 and start + entry * count <= size
+    return bool(start > 0 and start + entry * count <= size)
