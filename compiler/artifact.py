@@ -150,8 +150,8 @@ class ArtifactWriter:
             _check_library(loadable, self.library)
             if self.path.is_dir():
                 raise ArtifactError(f"cannot write {self.path}: it is a folder; give a file name with -o")
-            _remove_stale(self.path)
-            self._descriptor, self._temporary = _create_locked(self.path)
+            remove_stale(self.path)
+            self._descriptor, self._temporary = create_locked(self.path)
         try:
             self._loadable = loadable
             self._write(loadable)
@@ -340,7 +340,7 @@ def _section_data(data: bytes, header: tuple[int, ...]) -> bytes:
     return data[header[4] : header[4] + header[5]]
 
 
-def _create_locked(path: Path) -> tuple[int, Path]:
+def create_locked(path: Path) -> tuple[int, Path]:
     """A new temporary file beside `path`, locked for as long as its writer lives."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -352,7 +352,7 @@ def _create_locked(path: Path) -> tuple[int, Path]:
         os.close(descriptor)
 
 
-def _remove_stale(path: Path) -> None:
+def remove_stale(path: Path) -> None:
     """Removes temporary files of this artifact whose writers are dead: nobody holds their lock."""
     for stale in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
         try:

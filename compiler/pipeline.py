@@ -195,8 +195,9 @@ def assemble(
     cache = options.kernel_cache or default_cache()
     with scratch_folder() as folder:
         library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)
-        with ArtifactWriter(output, library.path) as writer:
-            digest = write_weights(placed, nbytes, lifted.weights.load, options, writer, progress)
+        apart = nullcontext() if options.weights_file is None else WeightsFile(options.weights_file)
+        with apart as file, ArtifactWriter(output, library.path) as writer:
+            digest = write_weights(placed, nbytes, lifted.weights.load, options, file or writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_section(TOKENIZER, tokenizer)
@@ -214,28 +215,23 @@ def write_weights(
     nbytes: int,
     load: LoadParam,
     options: CompileOptions,
-    writer: ArtifactWriter,
+    target: ArtifactWriter | WeightsFile,
     progress: Progress,
 ) -> str:
     """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash."""
     if options.weights == "none":
         return ""
     progress.start("packing weights", nbytes, "bytes")
-
-    def write_to(target: ArtifactWriter | WeightsFile) -> None:
-        for offset, name, array in packed_arrays(placed, load):
-            if target.append(array) != offset:
-                raise CompileError(f"{name} does not lie where it was planned: {offset}")
-            progress.advance(array.nbytes)
-
-    if options.weights_file is None:
-        writer.begin_weights()
-        write_to(writer)
-        writer.end_weights()
-        return ""
-    with WeightsFile(options.weights_file) as file:
-        write_to(file)
-    return file.hash
+    if isinstance(target, ArtifactWriter):
+        target.begin_weights()
+    for offset, name, array in packed_arrays(placed, load):
+        if target.append(array) != offset:
+            raise CompileError(f"{name} does not lie where it was planned: {offset}")
+        progress.advance(array.nbytes)
+    if isinstance(target, WeightsFile):
+        return target.seal()
+    target.end_weights()
+    return ""
 
 
 def weight_addresses(placed: list[Placed]) -> dict[object, int]:

@@ -84,7 +84,10 @@ def packed_arrays(placed: list[Placed], load: LoadParam) -> Iterator[tuple[int, 
     """(offset, name, array) of every part, in storage order. A weight is evaluated, packed and then forgotten."""
     for item in placed:
         stored = item.stored
-        value = evaluate_values([stored.value], {}, load, {})["0"]
+        try:
+            value = evaluate_values([stored.value], {}, load, {})["0"]
+        except CompileError as error:  # an encoding that refuses numbers does not know whose they are
+            raise CompileError(f"{stored.name}: {error}") from error
         if stored.layout is None:
             if isinstance(value, Encoded):
                 raise CompileError(f"{stored.name}: an encoded weight needs a layout")

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from llmc.compiler.artifact import WeightHash
+from llmc.compiler.artifact import WeightHash, create_locked, remove_stale
 from llmc.compiler.ir.types import Array
 from llmc.errors import ArtifactError
 
 
 class WeightsFile:
-    """Writes the bytes of the weights section to a file, all or nothing; `hash` is known after the `with` block."""
+    """Writes the bytes of the weights section to a file, all or nothing.
+
+    What was at `path` stays until the `with` block ends without an error: a compile that fails later leaves the file
+    that an older artifact belongs to. `seal` brings all bytes to the disk before that and says their hash.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.hash = ""
         self._digest = WeightHash()
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         self._position = 0
 
     def __enter__(self) -> WeightsFile:
         try:
-            self._file = self._temporary.open("xb")
+            remove_stale(self.path)
+            descriptor, self._temporary = create_locked(self.path)
+            self._file = open(descriptor, "wb")
         except OSError as error:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
         return self
@@ -46,18 +50,24 @@ class WeightsFile:
         self._digest.update(memoryview(data))
         self._position += len(data)
 
+    def seal(self) -> str:
+        """Ends the file; returns its hash."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; free some space there") from error
+        return self._digest.hexdigest()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._file:
-                if kind is None:
-                    self._file.flush()
-                    os.fsync(self._file.fileno())
             if kind is None:
                 os.replace(self._temporary, self.path)
-                self.hash = self._digest.hexdigest()
         except OSError as problem:
             raise ArtifactError(f"cannot write {self.path}: {problem.strerror}; free some space there") from problem
         finally:
             self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what a full disk did not take is of no interest any more
+                self._file.close()
