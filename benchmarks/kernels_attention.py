@@ -28,7 +28,7 @@ from llmc.targets.machine import Machine
 from llmc.targets.x86.attention import attention_plan
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import loop, scratch
-from llmc.targets.x86.vectors import load, range_kernel, splat, store
+from llmc.targets.x86.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
@@ -36,27 +36,31 @@ if TYPE_CHECKING:
 
 PAGE, TILE = 32, 16
 SHAPES = [(32, 8, 128), (14, 2, 64), (16, 16, 64)]  # heads, kv_heads, head_dim
-BLOCK = 1 << 14  # floats that one unit of `read_memory` reads
 
 
 def read_memory(machine: Machine, *, block: int) -> PrimFunc:
-    """data f32[units, block], out f32[units, lanes]: reads and adds, nothing else."""
+    """data f32[units, block], order i32[units], out f32[units, lanes]: reads and adds, one block after another.
+
+    Blocks come in any order, as a cache's pages do; the following one is prefetched at the pace of reading.
+    """
     lanes, chains = isa_for(machine).lanes, 8
 
     def unit(a: SimpleNamespace, u: Expr) -> None:
         sums = [scratch(lanes, "float32") for _ in range(chains)]
         for chain in sums:
             store(chain, 0, splat(0.0, lanes), lanes)
+        here, following = (integer(load_raw(a.order, u + i, 1)) * block for i in (0, 1))
         with loop(block // (lanes * chains)) as i:
+            prefetch(a.data, following + i * (lanes * chains), lanes * chains)
             for number, chain in enumerate(sums):
-                at = u * block + i * (lanes * chains) + number * lanes
+                at = here + i * (lanes * chains) + number * lanes
                 store(chain, 0, load(chain, 0, lanes) + load(a.data, at, lanes), lanes)
         total = load(sums[0], 0, lanes)
         for chain in sums[1:]:
             total = total + load(chain, 0, lanes)
         store(a.out, u * lanes, total, lanes)
 
-    return range_kernel([("data", "float32"), ("out", "float32")], [], unit)
+    return range_kernel([("data", "float32"), ("order", "int32"), ("out", "float32")], [], unit)
 
 
 def multiply_add(machine: Machine, *, steps: int) -> PrimFunc:
@@ -129,11 +133,13 @@ def decode_line(machine: Machine, shape: tuple[int, int, int], rounds: int, tota
     sequences = max(1, total_bytes // (context * kv_heads * dim * 4))
     run, arrays = runner(machine, shape, sequences, context, 1)
     size = arrays[1].nbytes + arrays[2].nbytes
-    units = size // (4 * BLOCK)
-    data = aligned(np.zeros((units, BLOCK), np.float32))
+    block = dim * PAGE // 2  # a head's keys or values of a page
+    units = size // (4 * block)
+    data = aligned(np.zeros((units, block), np.float32))
+    order = aligned(np.append(np.random.default_rng(1).permutation(units), 0).astype(np.int32))
     sink = aligned(np.zeros((units, 16), np.float32))
-    read = Compiled(kernel(read_memory, machine.key, block=BLOCK), machine)
-    taken, limit = compare(run, lambda: read(data, sink, 0, units), rounds)
+    read = Compiled(kernel(read_memory, machine.key, block=block), machine)
+    taken, limit = compare(run, lambda: read(data, order, sink, 0, units), rounds)
     return f"decode  {shape!s:14} {size / taken / 1e9:7.1f} GB/s of {size / limit / 1e9:6.1f}: {limit / taken:6.1%}"
 
 
