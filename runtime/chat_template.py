@@ -37,6 +37,11 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: object) -> str:
         """The prompt for these messages ({"role", "content"}), ready for the assistant's turn."""
+        for message in messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise TextError(
+                    f'messages must be {{"role": "user", "content": "..."}} and the like, not {message!r:.60}'
+                )
         tokens = {"bos_token": self._facts.bos_token, "eos_token": self._facts.eos_token}
         values = {
             **self._facts.special_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -67,10 +67,17 @@ def resolve(
     if max_tokens < 1:
         raise RuntimeStateError(f"max_tokens must be 1 or more, not {max_tokens}")
     stop = options.get("stop") or ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if not all(isinstance(text, str) for text in stops):
+        raise RuntimeStateError(f"stop must be a string or a list of strings, not {stop!r:.40}")
+    ids = options.get("stop_token_ids")
+    wanted = () if ids is None else tuple(ids) if isinstance(ids, Iterable) else (None,)
+    if not all(isinstance(item, int | np.integer) for item in wanted):
+        raise RuntimeStateError(f"stop_token_ids must be a list of token ids, not {ids!r:.40}")
     return sampling, Limits(
         max_tokens=max_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        stop_ids=frozenset(stop_ids) | frozenset(options.get("stop_token_ids") or ()),
+        stop=stops,
+        stop_ids=frozenset(stop_ids) | frozenset(int(item) for item in wanted),
     )
 
 
