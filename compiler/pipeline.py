@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
-from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
@@ -257,18 +255,3 @@ def default_cache() -> Path:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "llmc"
     )
     return Path(root) / "kernels"
-
-
-def parameters_of(graph: Graph) -> int:
-    """Numbers in all params that the graph reads."""
-    total = 0
-    for param in graph.params:
-        count = product(param.shape)
-        assert isinstance(count, int)
-        total += count
-    return total
-
-
-def op_counts(ops: Sequence[Op | Input]) -> Counter[str]:
-    """Ops by name."""
-    return Counter(op.name for op in ops)

@@ -10,7 +10,6 @@ from random_graphs import SYMBOLS, Sized, bindings, sizes
 from llmc.compiler.ir.dims import (
     Dim,
     bounds,
-    ceil_div,
     concrete,
     exact_division,
     known_at_most,
@@ -79,11 +78,6 @@ def test_exact_division_of_a_product_by_its_factor(a: int, b: int) -> None:
 def test_substitution_in_steps_is_substitution_at_once(size: Sized, binding: dict[str, int]) -> None:
     partly = substitute(size.value, {"S": binding["S"]})
     assert concrete(partly, binding) == size.number(binding)
-
-
-@given(sizes, st.integers(1, 9), bindings)
-def test_ceil_div_rounds_up(size: Sized, divisor: int, binding: dict[str, int]) -> None:
-    assert concrete(ceil_div(size.value, divisor), binding) == -(-size.number(binding) // divisor)
 
 
 def test_bounds_of_products_of_factors_below_zero() -> None:

@@ -15,7 +15,7 @@ from llmc.compiler.ir.llm import KVAppend, Linear
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import Concat, Matmul, Reshape, Slice
 from llmc.compiler.ir.types import KV, Tensor, dtype_of, is_precise, parse_encoding, precise
-from llmc.compiler.ir.verify import values_by_level, verify
+from llmc.compiler.ir.verify import verify
 from llmc.errors import DimError, IRError
 
 S = symbol("S", 2, 40)
@@ -75,7 +75,6 @@ def test_an_op_of_another_level_is_rejected() -> None:
     verify(graph)
     with pytest.raises(IRError, match=r"llm\.linear is not legal here: only t ops are"):
         verify(graph, levels=("t",))
-    assert {level: len(ops) for level, ops in values_by_level(graph).items()} == {"llm": 1}
 
 
 def test_an_unregistered_op_is_rejected() -> None:

@@ -166,11 +166,6 @@ def exact_division(value: int | Dim, divisor: int | Dim) -> int | Dim | None:
     return _collect(quotient)
 
 
-def ceil_div(value: int | Dim, divisor: int) -> int | Dim:
-    """`value` divided by a positive constant, rounded up."""
-    return (value + (divisor - 1)) // divisor
-
-
 def bounds(value: int | Dim) -> tuple[int, int | None]:
     """Inclusive lower and upper bound from the symbols' ranges (upper None: unbounded)."""
     if isinstance(value, int):

@@ -16,7 +16,10 @@ import numpy as np
 
 from llmc.compiler.ir.elementwise import Binary, Cast, Constant
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Broadcast, Reshape
+from llmc.compiler.ir.types import NUMPY_DTYPES
 
+Number = int | float | bool
 Bindings = dict[str, Value]
 
 
@@ -45,16 +48,13 @@ class Var(Pattern):
 
 @dataclass(frozen=True)
 class Const(Pattern):
-    """A scalar constant, optionally a given one (to a relative 1e-5), seen through casts and broadcasts."""
+    """A constant that is one number everywhere (see `number_of`)."""
 
-    name: str = ""
-    equals: float | None = None
+    name: str
 
     def matches(self, value: Value, bound: Bindings) -> Iterator[Bindings]:
-        number = scalar_of(value)
-        if number is None or (self.equals is not None and not np.isclose(number, self.equals, rtol=1e-5, atol=0)):
-            return
-        yield {**bound, self.name: value} if self.name else bound
+        if number_of(value) is not None:
+            yield {**bound, self.name: value}
 
 
 class Node(Pattern):
@@ -84,17 +84,6 @@ class Node(Pattern):
 
 
 @dataclass(frozen=True)
-class Either(Pattern):
-    """Any of several patterns, the first that fits first."""
-
-    options: tuple[Pattern, ...]
-
-    def matches(self, value: Value, bound: Bindings) -> Iterator[Bindings]:
-        for option in self.options:
-            yield from option.matches(value, bound)
-
-
-@dataclass(frozen=True)
 class Through(Pattern):
     """A pattern seen through any number of ops of some kinds with one operand (casts, reshapes)."""
 
@@ -121,13 +110,21 @@ def match(value: Value, pattern: Pattern) -> Bindings | None:
     return next(pattern.matches(value, {}), None)
 
 
-def scalar_of(value: Value) -> float | None:
-    """The number that a constant holds everywhere, seen through casts, broadcasts and reshapes; None otherwise."""
-    from llmc.compiler.ir.structural import Broadcast, Reshape
-
+def number_of(value: Value) -> Number | None:
+    """The number that a constant holds everywhere, seen through casts (applied), broadcasts and reshapes."""
+    casts: list[str] = []
     while isinstance(value, (Cast, Broadcast, Reshape)):
+        if isinstance(value, Cast):
+            casts.append(value.to)
         value = value.x
     if not isinstance(value, Constant) or value.value.array.size == 0:
         return None
     flat = value.value.array.reshape(-1)
-    return float(flat[0]) if bool(np.all(flat == flat[0])) else None
+    if flat.size > 1 and not bool(np.all(flat == flat[0])):
+        return None
+    scalar = flat[0]
+    for dtype in reversed(casts):
+        scalar = scalar.astype(NUMPY_DTYPES[dtype])
+    if isinstance(scalar, (np.bool_, np.integer)):
+        return bool(scalar) if isinstance(scalar, np.bool_) else int(scalar)
+    return float(scalar)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import REGISTRY, Input, Op
+from llmc.compiler.ir.op import REGISTRY, Input
 from llmc.compiler.ir.types import KV
 from llmc.errors import IRError
 
@@ -40,11 +40,3 @@ def _verify_caches(graph: Graph) -> None:
             appends = [op for op in users if isinstance(op.type, KV)]
             if len(appends) > 1:
                 raise IRError(f"a cache version of type {value.type} is appended to {len(appends)} times: branches")
-
-
-def values_by_level(graph: Graph) -> dict[str, list[Op]]:
-    """Ops grouped by level, for reports."""
-    groups: dict[str, list[Op]] = {}
-    for op in graph.ops:
-        groups.setdefault(op.level, []).append(op)
-    return groups

@@ -12,9 +12,14 @@ from llmc.compiler.ir.elementwise import Add, Cast, Mul, Rsqrt, Sub
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.pattern import Const, Node, Through, Var, match
 from llmc.compiler.ir.structural import Broadcast, Mean, Reshape
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import Uses, number_of, rewrite_counting, uncast, vector_of
+
+# x * rsqrt(spread + epsilon), and its spread when that is the mean of the squares of one value.
+_SCALED = Node(Mul, Var("x"), Through((Broadcast,), Node(Rsqrt, Node(Add, Var("spread"), Const("epsilon")))))
+_MEAN_OF_SQUARES = Node(Mean, Node(Mul, Var("squared"), Var("squared")))
 
 
 def _plain_mean(value: Value) -> Mean | None:
@@ -62,8 +67,11 @@ class FuseNorm(Pass, name="fuse-norm"):
 
         def rule(op: Op, uses: Uses) -> Value | None:
             if isinstance(op, Mul):
+                core = self._core(op, report)
+                if core is not None:
+                    return core
                 for a, b in ((op.a, op.b), (op.b, op.a)):
-                    found = self._core(op, a, b, report) or self._weighted(op, a, b, known, uses, report)
+                    found = self._weighted(op, a, b, known, uses, report)
                     if found is not None:
                         return found
             if isinstance(op, Add):
@@ -76,21 +84,19 @@ class FuseNorm(Pass, name="fuse-norm"):
 
         return rewrite_counting(graph, rule)
 
-    def _core(self, op: Mul, x: Value, root: Value, report: Report) -> Value | None:
+    def _core(self, op: Mul, report: Report) -> Value | None:
         """x * rsqrt(mean(x * x) + eps), or the same of centred rows"""
-        if isinstance(root, Broadcast):
-            root = root.x
-        if not isinstance(root, Rsqrt) or not isinstance(root.x, Add):
+        found = match(op, _SCALED)
+        if found is None or found["x"].shape != op.shape:
             return None
-        spread, epsilon = root.x.a, number_of(root.x.b)
-        if epsilon is None or x.shape != op.shape:
-            return None
-        if isinstance(spread, Mean):
-            squared = _square_of(spread.x)
-            if squared is None:
-                return None
+        x, spread = found["x"], found["spread"]
+        epsilon = number_of(found["epsilon"])
+        assert epsilon is not None
+        squares = match(spread, _MEAN_OF_SQUARES)
+        if squares is not None:
+            assert isinstance(spread, Mean)
             # x may reach the mean of squares through a widening of its own.
-            if uncast(squared) is not uncast(x):
+            if uncast(squares["squared"]) is not uncast(x):
                 report.refuse(op, "the mean of squares is of another value than the one that is scaled")
                 return None
             if not _over_last_axis(spread):

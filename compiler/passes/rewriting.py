@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.elementwise import Cast, Constant, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.pattern import Number as Number
+from llmc.compiler.ir.pattern import number_of as number_of
 from llmc.compiler.ir.structural import Broadcast, Reshape, Transpose
-from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape, Tensor
-
-Number = int | float | bool
+from llmc.compiler.ir.types import FLOATS, Shape
 
 # For each dtype, those that hold every one of its values.
 _WIDER: dict[str, tuple[str, ...]] = {
@@ -45,26 +43,6 @@ def uncast(value: Value) -> Value:
     while isinstance(value, Cast) and widens(value):
         value = value.x
     return value
-
-
-def number_of(value: Value) -> Number | None:
-    """The number that a constant holds everywhere, seen through casts (applied), broadcasts and reshapes."""
-    casts: list[str] = []
-    while isinstance(value, (Cast, Broadcast, Reshape)):
-        if isinstance(value, Cast):
-            casts.append(value.to)
-        value = value.x
-    if not isinstance(value, Constant) or value.value.array.size == 0:
-        return None
-    flat = value.value.array.reshape(-1)
-    if flat.size > 1 and not bool(np.all(flat == flat[0])):
-        return None
-    scalar = flat[0]
-    for dtype in reversed(casts):
-        scalar = scalar.astype(NUMPY_DTYPES[dtype])
-    if isinstance(scalar, (np.bool_, np.integer)):
-        return bool(scalar) if isinstance(scalar, np.bool_) else int(scalar)
-    return float(scalar)
 
 
 def is_number(value: Value, expected: float, tolerance: float = 1e-6) -> bool:
@@ -104,16 +82,6 @@ def transposed(matrix: Value) -> Value:
     if isinstance(inner, Transpose) and inner.permutation == (1, 0):
         return uncast(inner.x)
     return Transpose(inner, (1, 0))
-
-
-def same_type(a: Value, b: Value) -> bool:
-    """Whether two values have equal types."""
-    return a.type == b.type
-
-
-def has_encoding(value: Value) -> bool:
-    """Whether a value is a tensor that lies in an encoding of its own."""
-    return isinstance(value.type, Tensor) and value.type.encoding is not None
 
 
 Uses = Callable[[Value], int]

@@ -13,7 +13,6 @@ import torch
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of
 from llmc.errors import FrontendError
@@ -291,8 +290,3 @@ def _checkpoint_dtype(config: PreTrainedConfig) -> str:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
-
-
-def captured_layers(graph: Graph) -> int:
-    """How many attentions the graph holds as one op."""
-    return sum(isinstance(op, Attention) for op in graph.ops)
