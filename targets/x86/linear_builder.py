@@ -121,17 +121,17 @@ def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], 
     I.buffer_store(buffer, value, [*(index(i) for i in outer), tirx.Ramp(index(start), index(1), lanes)])
 
 
-def prefetch(buffer: Buffer, position: Expr) -> None:
-    """Start reading the cache line of a byte of a flat buffer. It may lie past the end: prefetches never fault.
+def prefetch(buffer: Buffer, position: Expr, write: bool = False, near: bool = False) -> None:
+    """Start reading the cache line of an element of a flat buffer. It may lie past the end: prefetches never fault.
 
-    Into the second-level cache: it has more reads from memory under way at a time than the first.
+    Into the second-level cache, which has more reads from memory under way at a time than the first; near: into the
+    first. write: to be written, so that the line is ours by then.
     """
     from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    read, second_level, data = (tirx.const(value, "int32") for value in (0, 2, 1))
-    line = tirx.address_of(buffer[position])
-    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, second_level, data))
+    numbers = (tirx.const(value, "int32") for value in (int(write), 3 if near else 2, 1))
+    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[position]), *numbers))
 
 
 def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:

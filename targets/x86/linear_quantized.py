@@ -368,8 +368,29 @@ def quantized_linear_blocks(
                 known.fill(first_row, blocks * rows, tokens, first, count)
                 with b.loop(blocks) as block:
                     row = b.clamped_rows(first_row + block * rows, rows, tokens)
+                    with b.when(first + count >= groups):
+                        fetch_results(row)
                     with b.loop(count) as g:
+                        fetch_next(block, row, first + g)
                         multiply(block, row, first + g, g)
+
+            def fetch_results(row: Sequence[Expr]) -> None:
+                """The lines that the last groups' sums will go to, a little before they do."""
+                out = b.view(handles["out"], [b.MANY], "float32")
+                for m in range(rows):
+                    for column in range(tiles // epilogue.tiles):
+                        first_column = (first_tile // epilogue.tiles + column) * isa.lanes
+                        b.prefetch(out, row[m] * epilogue.features + first_column, write=True)
+
+            def fetch_next(block: Expr, row: Sequence[Expr], group: Expr) -> None:
+                """This group of the next rows, and by and by the weights that are unpacked next."""
+                activations = b.view(handles["xq"], [b.MANY], "int8")
+                for m in range(rows):
+                    b.prefetch(activations, ((row[m] + rows) * groups + group) * layout.group, near=True)
+                data = b.view(handles["data"], [b.MANY], "uint8")
+                for t in range(tiles):
+                    vector = (tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
+                    b.prefetch(data, vector * isa.vector_bytes)
 
             def multiply(block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
                 sums = b.Registers(tiles * rows, isa.i32)
