@@ -226,8 +226,8 @@ def test_a_failing_compile_keeps_the_weights_file_of_the_old_artifact(
     """Both files or none: an artifact whose weights lie elsewhere knows their hash."""
     weights = tmp_path / "weights.bin"
     weights.write_bytes(b"the old ones")
-    monkeypatch.setattr("llmc.compiler.artifact.ArtifactWriter.add_manifest", _full)
-    refused(capfd, "No space left", "compile", tools.model(), "-o", old, "--weights", weights)
+    monkeypatch.setattr("llmc.compiler.artifact.ArtifactWriter._finish", _full)
+    refused(capfd, "no space is left", "compile", tools.model(), "-o", old, "--weights", weights)
     assert weights.read_bytes() == b"the old ones"
     assert not list(tmp_path.glob(".*"))
     unchanged(old)
