@@ -158,10 +158,10 @@ def test_options_out_of_range_are_named(options: dict[str, object], said: str) -
 
 
 def test_options_survive_a_round_trip() -> None:
-    options = make_options("float32", overrides={"*.a": "int8", "b=c": "f16"}, max_context=64, weights="file")
+    options = make_options("float32", overrides={"*.a": "int8", "b.c": "f16"}, max_context=64, weights="file")
     assert options.quantization == "none"
     assert CompileOptions.from_json(options.as_json()) == options
-    assert options.overrides == parse_overrides(["*.a=int8", "b=c=f16"])
+    assert options.overrides == parse_overrides(["*.a=int8", "b.c=f16"])
     with pytest.raises(CompileError, match="nothing"):
         CompileOptions.from_json({"nothing": 1})
 

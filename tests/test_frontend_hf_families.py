@@ -49,7 +49,7 @@ def test_every_layer_is_captured_or_a_note_says_why(family: str) -> None:
         assert any("attention is not captured" in note for note in lifted.notes)
     else:
         assert len(captured) == lifted.layers
-        assert lifted.notes == ()
+        assert not any("attention" in note for note in lifted.notes)
 
 
 def test_windows_and_softcap_stand_on_the_captured_layers() -> None:

@@ -14,7 +14,7 @@ from llmc.targets.x86.isa import VectorIsa, bind
 if TYPE_CHECKING:
     from tvm.tirx import Expr
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
+ACTIVATIONS = ("none", "relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu", "sigmoid", "tanh")
 
 # (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2
 _EXP = (0.5, 0.1666666716337204, 0.04166646674275398, 0.0083332983776927, 0.0013933652080595493, 0.000198992871446535)
@@ -108,6 +108,12 @@ def activation(isa: VectorIsa, name: str, x: Expr) -> Expr:
         return x
     if name == "relu":
         return tirx.Max(x, isa.splat(0.0))
+    if name == "relu2":
+        return bind(tirx.Max(x, isa.splat(0.0)), lambda v: v * v)
+    if name == "sigmoid":
+        return bind(x, lambda v: sigmoid(isa, v))
+    if name == "tanh":
+        return bind(x, lambda v: tanh(isa, v))
     if name == "silu":
         return bind(x, lambda v: v * sigmoid(isa, v))
     if name == "quick_gelu":
