@@ -472,9 +472,7 @@ class Attention(Op, name="llm.attention"):
         ]  # fmt: skip
         return np.stack(rows).reshape(*q.shape[:-1], v.shape[-1])
 
-    def decompose(self) -> Value | None:
-        if self.sinks is not None:
-            return None
+    def decompose(self) -> Value:
         rank = self.q.rank
         queries, heads = self.q.shape[-3:-1]
         keys, kv_heads = self.k.shape[-3:-1]
@@ -508,7 +506,12 @@ class Attention(Op, name="llm.attention"):
             visible = near if visible is None else And(visible, near)
         if visible is not None:
             scores = Where(visible, scores, constant(-math.inf, q.dtype))
-        return Transpose(Matmul(Softmax(scores, rank - 1), v), swap)
+        if self.sinks is None:
+            return Transpose(Matmul(Softmax(scores, rank - 1), v), swap)
+        sinks: Value = self.sinks if self.sinks.dtype == q.dtype else Cast(self.sinks, q.dtype)
+        column = Broadcast(Reshape(sinks, (heads, 1, 1)), (*leading, heads, queries, 1))
+        shares = Slice(Softmax(Concat((scores, column), rank - 1), rank - 1), rank - 1, 0, keys)
+        return Transpose(Matmul(shares, v), swap)
 
 
 def _last_difference(keys: int | Dim, queries: int | Dim) -> Value:
