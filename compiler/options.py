@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,18 +110,6 @@ class CompileOptions:
         kept["overrides"] = [list(pair) for pair in self.overrides]
         json.dumps(kept)
         return kept
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, object]) -> CompileOptions:
-        """The inverse of `as_json`; CompileError names an option that this version does not have."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise CompileError(f"unknown compile options: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        plain = dict(values)
-        if isinstance(plain.get("overrides"), list):
-            plain["overrides"] = tuple((str(a), str(b)) for a, b in plain["overrides"])  # type: ignore[attr-defined]
-        return cls(**plain)  # type: ignore[arg-type]
 
 
 def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:

@@ -61,11 +61,6 @@ class Tokenizer:
                 text = text.replace(old, new)
         return text
 
-    def token_id(self, token: str) -> int | None:
-        """The id of a token given by its text."""
-        found: int | None = self._tokenizer.token_to_id(token)
-        return found
-
 
 class Detokenizer:
     """Text of a growing sequence, in pieces that never end within a character.

@@ -196,27 +196,24 @@ def decompose_unsupported(graph: Graph, rules: Rules, machine: Machine) -> tuple
                 refused[op] = result
         if not refused:
             return graph, choices
-        expanded: dict[int, Value] = {}
-        for op, choice in refused.items():
-            simpler = op.decompose()
+        graph = _expand(graph, refused, machine)
+        choices += refused.values()
+    raise CompileError("ops kept decomposing into ops without rules")
+
+
+def _expand(graph: Graph, refused: dict[Op, Choice], machine: Machine) -> Graph:
+    """The graph with refused ops in simpler ones; CompileError where an op has no simpler form."""
+    new: dict[Value, Value] = {}
+    for op in graph.ops:
+        rebuilt: Value = op.map_operands(lambda value: new.get(value, value))
+        choice = refused.get(op)
+        if choice is not None:
+            assert isinstance(rebuilt, Op)
+            simpler = rebuilt.decompose()
             if simpler is None:
                 reasons = "; ".join(f"{name}: {why}" for name, why in choice.rejected) or "no rule is for it"
                 raise CompileError(f"{op.name} : {op.type} cannot be compiled for {machine.name}: {reasons}")
             choice.reason = "decomposed into simpler ops"
-            expanded[id(op)] = simpler
-        choices += refused.values()
-        graph = _expand(graph, refused)
-    raise CompileError("ops kept decomposing into ops without rules")
-
-
-def _expand(graph: Graph, refused: dict[Op, Choice]) -> Graph:
-    new: dict[Value, Value] = {}
-    for op in graph.ops:
-        rebuilt: Value = op.map_operands(lambda value: new.get(value, value))
-        if op in refused:
-            assert isinstance(rebuilt, Op)
-            simpler = rebuilt.decompose()
-            assert simpler is not None
             rebuilt = simpler
         if rebuilt is not op:
             new[op] = rebuilt
@@ -246,6 +243,5 @@ def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
         for call in lowered.calls:
             needed.update(values_of(call))
         reverse.append(LoweredOp(op, lowered.calls, choice))
-    # An effect may be lowered with an op that comes later than other readers of its result: keep operands first.
     program.ops = reverse[::-1]
     return program

@@ -141,12 +141,6 @@ class VectorIsa:
         """`lanes` f16 to f32 (vcvtph2ps)."""
         return half.astype(self.f32)
 
-    def bf16_to_f32(self, bits: Expr) -> Expr:
-        """`lanes` bf16, given as u16, to f32: the upper half of the same bits."""
-        from tvm import tirx
-
-        return tirx.reinterpret(self.f32, bits.astype(f"uint32x{self.lanes}") << self.splat(16, "uint32"))
-
     def f32_to_bf16(self, value: Expr) -> Expr:
         """f32 to bf16 as u16, to nearest even; NaN stays NaN. `value` must be a variable."""
         from tvm import tirx
