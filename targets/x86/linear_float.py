@@ -16,6 +16,7 @@ from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.x86.linear_blocks import each_block
 from llmc.targets.x86.linear_epilogue import Epilogue
 from llmc.targets.x86.linear_quantized import quantized_layout
 
@@ -214,37 +215,24 @@ def _blocks_kernel(
     A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
     lasts. Loads per multiply: 1/rows + 1/tiles; the limit is the multipliers.
     """
-    if row_block % rows or tiles % epilogue.tiles:
-        raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
-
         x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
         panel = b.scratch([tiles, weights.part], isa.i32 if weights.pairs else isa.f32)
-        totals = b.scratch([row_block, tiles], isa.f32)
-        row_blocks = b.let((tokens + (row_block - 1)) // row_block)
-        with b.loop(sizes["end"] - sizes["begin"]) as i:
-            unit = b.let(sizes["begin"] + i)
-            first_tile = b.let(unit // row_blocks * tiles)
-            # The last panel may be short: it repeats the last tile and stores it once.
-            tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) for t in range(tiles)]
-            first_row = b.let(unit % row_blocks * row_block)
-            here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
-            blocks = b.let((here + (rows - 1)) // rows)
-            with b.loop(blocks * rows) as m:
-                for t in range(tiles):
-                    b.store(totals, [m, t], isa.splat(0.0))
-
+        walk = each_block(
+            isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
+        )
+        with walk as unit:
+            totals = unit.totals
             for part, terms in _parts(weights.terms, weights.part):
                 for t in range(tiles):
-                    source = weights.at(handles, tile[t], part)
+                    source = weights.at(handles, unit.tile[t], part)
                     for first, count in _steps(terms):
                         for term, _, size in _bundles(first, count, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
                                 b.store(panel, [t, term + j], vector)
-                with b.loop(blocks) as block:
-                    row = b.clamped_rows(first_row + block * rows, rows, tokens)
+                with b.loop(unit.blocks) as block:
+                    row = b.clamped_rows(unit.first_row + block * rows, rows, tokens)
                     sums = b.Registers(rows * tiles, isa.f32)
                     for slot in range(rows * tiles):
                         sums[slot] = totals[block * rows + slot % rows, slot // rows]
@@ -256,12 +244,6 @@ def _blocks_kernel(
                                 sums[slot] = x.multiply(sums[slot], w, row[slot % rows], at)
                     for slot in range(rows * tiles):
                         b.store(totals, [block * rows + slot % rows, slot // rows], sums[slot])
-            with b.loop(here) as m:
-                for t in range(0, tiles, epilogue.tiles):
-                    with b.when(first_tile + t < all_tiles):
-                        done = [totals[m, t + j] for j in range(epilogue.tiles)]
-                        column = b.let((first_tile + t) // epilogue.tiles)
-                        epilogue.emit(isa, handles, first_row + m, column, done)
 
     return _function(isa, weights, epilogue, body)
 

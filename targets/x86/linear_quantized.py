@@ -21,6 +21,7 @@ from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import QuantizedLayout
+from llmc.targets.x86.linear_blocks import each_block
 from llmc.targets.x86.linear_epilogue import Epilogue
 
 if TYPE_CHECKING:
@@ -333,30 +334,18 @@ def quantized_linear_blocks(
     isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
     layout = quantized_layout(machine, bits, group, symmetric, gated)
     groups, all_tiles = layout.groups(k), layout.tiles(n)
-    if row_block % rows or tiles % epilogue.tiles:
-        raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
     quads = group // 4
     step = min(groups, max(1, PANEL_BYTES // (tiles * group * isa.lanes)))  # groups that are unpacked at a time
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
-
         ops, tokens = _Operands(isa, layout, k, handles), sizes["T"]
         panel = b.scratch([tiles, step * quads], isa.i8) if bits == 4 else None
-        totals = b.scratch([row_block, tiles], isa.f32)
         known = _Rows(ops, row_block, step)
-        row_blocks = b.let((tokens + (row_block - 1)) // row_block)
-        with b.loop(sizes["end"] - sizes["begin"]) as i:
-            unit = b.let(sizes["begin"] + i)
-            first_tile = b.let(unit // row_blocks * tiles)
-            # The last panel may be short: it repeats the last tile and stores it once.
-            tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) for t in range(tiles)]
-            first_row = b.let(unit % row_blocks * row_block)
-            here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
-            blocks = b.let((here + (rows - 1)) // rows)
-            with b.loop(blocks * rows) as m:
-                for t in range(tiles):
-                    b.store(totals, [m, t], isa.splat(0.0))
+        walk = each_block(
+            isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
+        )
+        with walk as unit:
+            tile, totals = unit.tile, unit.totals
 
             def groups_from(first: Expr, count: int) -> None:
                 if panel is not None:
@@ -365,9 +354,9 @@ def quantized_linear_blocks(
                             for odd in (0, 1):
                                 quad = vector * 2 + odd
                                 b.store(panel, [t, g * quads + quad], ops.stored(tile[t], first + g, quad, odd))
-                known.fill(first_row, blocks * rows, tokens, first, count)
-                with b.loop(blocks) as block:
-                    row = b.clamped_rows(first_row + block * rows, rows, tokens)
+                known.fill(unit.first_row, unit.blocks * rows, tokens, first, count)
+                with b.loop(unit.blocks) as block:
+                    row = b.clamped_rows(unit.first_row + block * rows, rows, tokens)
                     with b.when(first + count >= groups):
                         fetch_results(row)
                     with b.loop(count) as g:
@@ -379,7 +368,7 @@ def quantized_linear_blocks(
                 out = b.view(handles["out"], [b.MANY], "float32")
                 for m in range(rows):
                     for column in range(tiles // epilogue.tiles):
-                        first_column = (first_tile // epilogue.tiles + column) * isa.lanes
+                        first_column = (unit.first_tile // epilogue.tiles + column) * isa.lanes
                         b.prefetch(out, row[m] * epilogue.features + first_column, write=True)
 
             def fetch_next(block: Expr, row: Sequence[Expr], group: Expr) -> None:
@@ -414,11 +403,5 @@ def quantized_linear_blocks(
                 groups_from(part * step, step)
             if groups % step:
                 groups_from(b.index(groups // step * step), groups % step)
-            with b.loop(here) as m:
-                for t in range(0, tiles, epilogue.tiles):
-                    with b.when(first_tile + t < all_tiles):
-                        sums = [totals[m, t + j] for j in range(epilogue.tiles)]
-                        column = (first_tile + t) // epilogue.tiles
-                        epilogue.emit(isa, handles, first_row + m, column, sums)
 
     return b.plain_function([*_Operands.pointers(layout), *epilogue.pointers()], ["T"], body)
