@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -69,10 +70,31 @@ def features() -> frozenset[str]:
             for line in lines:
                 key, _, value = line.partition(":")
                 if key.strip() == wanted:
-                    return llvm_features(set(value.split()), architecture())
+                    found = llvm_features(set(value.split()), architecture())
+                    return found if _tiles_allowed(found) else found - _TILE_FEATURES
     except OSError:
         pass
     return frozenset()
+
+
+_TILE_FEATURES = frozenset(_X86_SPELLING[flag] for flag in _X86_SPELLING if flag.startswith("amx_"))
+_ARCH_PRCTL = 158  # x86-64's number of the system call
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_XFEATURE_XTILEDATA = 18
+
+
+def _tiles_allowed(found: frozenset[str]) -> bool:
+    """Asks Linux to let this process use tile registers, whose 8 KiB a thread it gives out on request only.
+
+    The answer holds for all threads, and for children that are forked. Kernels before 5.16 and some sandboxes refuse.
+    """
+    if not found & _TILE_FEATURES:
+        return True
+    try:
+        libc = ctypes.CDLL(None)
+        return int(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def available_threads() -> int:
