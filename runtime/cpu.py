@@ -9,6 +9,8 @@ import os
 import platform
 from pathlib import Path
 
+from llmc.runtime import control_groups
+
 # The kernel's flag names whose LLVM feature has another spelling. The rest differ at most by "_" (see `_spell`).
 _X86_SPELLING = {
     "pni": "sse3",
@@ -100,59 +102,22 @@ def _tiles_allowed(found: frozenset[str]) -> bool:
 def available_threads() -> int:
     """How many threads can run at once: the CPUs this process may use, or fewer under a cgroup quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    quota = control_groups.cpu_quota()
     return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
-def cgroup_quota(mount: Path, membership: Path) -> float | None:
-    """CPUs that the control groups of this process allow; None when unlimited. Reads version 2 and version 1.
-
-    A group's limit holds for everything below it, so the smallest on the way to the root counts. Inside a container
-    the paths in /proc/self/cgroup may be those of the host: then only the mount's own root is looked at.
-    """
-    limits = []
-    for line in _text(membership).splitlines():
-        hierarchy, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if hierarchy == "0" and not controllers:
-            roots = [mount]
-        elif "cpu" in controllers.split(","):
-            roots = [mount / "cpu", mount / controllers]
-        else:
-            continue
-        for root in roots:
-            parts = [part for part in path.split("/") if part]
-            folder = root if ".." in parts else root.joinpath(*parts)
-            while folder == root or root in folder.parents:
-                limits.append(_quota_of(folder))
-                if folder == root:
-                    break
-                folder = folder.parent
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
-
-
-def _quota_of(folder: Path) -> float | None:
-    words = _text(folder / "cpu.max").split()
-    if not words:
-        words = [_text(folder / "cpu.cfs_quota_us").strip(), _text(folder / "cpu.cfs_period_us").strip()]
-    try:
-        quota, period = int(words[0]), int(words[1])
-    except (ValueError, IndexError):
-        return None  # "max", or no such file
-    return quota / period if quota > 0 and period > 0 else None
-
-
 def available_memory() -> int:
-    """Bytes that could be allocated now without swapping, as Linux estimates it."""
-    for line in _text(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 32
+    """Bytes that could be allocated now without swapping, as Linux estimates it, within the control groups' limits."""
+    free = _system_memory()
+    allowed = control_groups.free_memory()
+    return free if allowed is None else min(free, allowed)
 
 
-def _text(path: Path) -> str:
+def _system_memory() -> int:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
     except OSError:
-        return ""
+        pass
+    return 1 << 32

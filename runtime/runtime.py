@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import secrets
 import threading
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime import cpu
-from llmc.runtime.artifact import WEIGHTS, Artifact, damaged
+from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
@@ -26,6 +25,7 @@ from llmc.runtime.library import Library
 from llmc.runtime.memory import address
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.tokenizer import Tokenizer
+from llmc.runtime.weights import load_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,7 +94,7 @@ class Runtime:
             if verify:
                 artifact.check_tokenizer()
             library = Library.load(artifact)
-            data = _weights(artifact, library, None if weights is None else Path(weights), threads, verify)
+            data = load_weights(artifact, library, None if weights is None else Path(weights), threads, verify)
             return cls(artifact, library, data, threads, kv_memory)
         finally:
             artifact.close()
@@ -329,41 +329,3 @@ class Runtime:
     def profile(self) -> list[tuple[str, int]]:
         """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
         return list(zip(self.manifest.step.calls, self._runner.profile.tolist(), strict=True))
-
-
-def _weights(
-    artifact: Artifact, library: Library, external: Path | None, threads: int, verify: bool
-) -> NDArray[np.uint8]:
-    """The weights' bytes, mapped: uint8 [weights_bytes]."""
-    part = artifact.parts.get(WEIGHTS)
-    wanted = artifact.manifest.weights_bytes
-    if part is not None and part.bytes == 0:
-        part = None
-    if part is None and wanted and external is None:
-        raise ArtifactError(
-            f"{artifact.path} was compiled without weights: load it with weights=FILE, or compile with --weights embed"
-        )
-    if external is not None:
-        path = external
-        try:
-            extent = data = np.memmap(path, np.uint8, "r", shape=(wanted,)) if wanted else np.zeros(0, np.uint8)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} does not hold the {wanted} bytes of weights that {artifact.path} needs"
-            ) from error
-        expected = artifact.manifest.weights_hash
-    elif part is not None:
-        path = artifact.path
-        if part.bytes != wanted:
-            raise ArtifactError(
-                f"{path} has {part.bytes} bytes of weights; its manifest says {wanted}. Compile it again"
-            )
-        extent = artifact.view[part.offset : part.offset + part.extent]
-        data, expected = extent[: part.bytes], part.hash
-    else:
-        return np.zeros(1, np.uint8)
-    if verify and expected is not None:
-        hashes = library.hash(extent, threads)
-        if hashlib.sha256(hashes.astype("<u8").tobytes()).hexdigest() != expected:
-            raise damaged(path, WEIGHTS)
-    return data

@@ -130,33 +130,6 @@ def test_threads_follow_the_cpus_of_the_process() -> None:
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize(
-    ("files", "membership", "expected"),
-    [
-        ({}, "", None),
-        ({"cpu.max": "max 100000"}, "0::/", None),
-        ({"cpu.max": "150000 100000"}, "0::/", 1.5),
-        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 4.0),
-        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "800000 100000"}, "0::/a/b", 4.0),
-        ({"cpu.max": "200000 100000"}, "0::/path/of/the/host", 2.0),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/", None),
-        ({"cpu/x/cpu.cfs_quota_us": "50000", "cpu/x/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/x", 0.5),
-        ({"cpu,cpuacct/cpu.cfs_quota_us": "300000", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/", 3.0),
-        ({"cpu.max": "rubbish"}, "0::/\nrubbish\n::::", None),
-        ({"cpu.max": "100000 100000"}, "0::/../../escape", 1.0),
-    ],
-)
-def test_quota_of_control_groups(
-    tmp_path: Path, files: dict[str, str], membership: str, expected: float | None
-) -> None:
-    mount = tmp_path / "cgroup"
-    for name, text in files.items():
-        (mount / name).parent.mkdir(parents=True, exist_ok=True)
-        (mount / name).write_text(text + "\n")
-    (tmp_path / "self").write_text(membership + "\n")
-    assert cpu.cgroup_quota(mount, tmp_path / "self") == expected
-
-
 def test_features_have_llvm_names() -> None:
     flags = {"avx512_vnni", "avx512f", "avx_vnni", "sse4_1", "pni", "bmi1", "abm", "avx512_bf16", "amx_int8", "f16c"}
     assert cpu.llvm_features(flags, "x86_64") == {
