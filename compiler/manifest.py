@@ -74,6 +74,8 @@ def build_manifest(
             "vocab_size": logits.shape[-1],
             "state": "paged" if layers else "none",
             "calls": library.calls,
+            "costs": library.costs,
+            "limits": library.limits,
         },
         "max_context": lifted.max_context,
         "kv": {"layers": layers},

@@ -24,7 +24,7 @@ def memory_bandwidth(threads: int, nbytes: int | None = None) -> float:
 
     By default the buffer is twice the last cache where memory allows, so that this is the speed of memory.
     """
-    size = nbytes or min(max(_LEAST_BYTES, 2 * cache_bytes()), _MOST_BYTES, max(1 << 20, cpu.available_memory() // 4))
+    size = nbytes or buffer_bytes()
     # Written once, so that pages are really there: untouched ones all share one page of zeros.
     words: NDArray[np.uint64] = np.full(max(threads, size // 8), 1, np.uint64)
     parts = np.array_split(words, threads)
@@ -48,6 +48,11 @@ def _read_once(parts: list[NDArray[np.uint64]], read: Callable[[NDArray[np.uint6
     for helper in helpers:
         helper.join()
     return time.perf_counter() - start
+
+
+def buffer_bytes() -> int:
+    """How much to read so that it comes from memory: twice the last cache, where there is memory for it."""
+    return min(max(_LEAST_BYTES, 2 * cache_bytes()), _MOST_BYTES, max(1 << 20, cpu.available_memory() // 4))
 
 
 def cache_bytes() -> int:

@@ -12,6 +12,7 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.library import Library, Step
 from llmc.runtime.memory import address, reserve
+from llmc.runtime.profile import StepSizes
 from llmc.runtime.sequence import Sequence
 
 _MIN_PAGES_PER_SPLIT = 4
@@ -64,6 +65,7 @@ class StepRunner:
         self.arena = reserve((facts.arena_bytes,), np.uint8, huge_pages=True)
         self.logits: NDArray[np.float32] = reserve((1, facts.vocab_size), np.float32)  # type: ignore[assignment]
         self.profile = np.zeros(len(facts.calls), np.int64)
+        self.profiled: list[StepSizes] = []
         self._step = Step(
             ids=address(self.ids),
             positions=address(self.positions),
@@ -79,8 +81,10 @@ class StepRunner:
         self._address = ctypes.addressof(self._step)
 
     def set_profiling(self, on: bool) -> None:
-        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order)."""
+        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and their
+        sizes to `profiled`."""
         self.profile[:] = 0
+        self.profiled = []
         self._step.profile = address(self.profile) if on and len(self.profile) else None
 
     def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -95,6 +99,9 @@ class StepRunner:
         self._step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
         self._step.logits = address(buffer)
         self.library.run(self._address, self.threads)
+        if self._step.profile:
+            places = tuple((run.start, len(run.ids)) for run in runs)
+            self.profiled.append(StepSizes((tokens, tiles, len(runs), pages, rows, splits), places))
         if out is None:
             return buffer[:rows]
         if buffer is not out:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from llmc.runtime import manifest
 from llmc.runtime.artifact import HASH_CHUNK, Artifact
 from llmc.runtime.errors import ArtifactError, StepError
+from llmc.runtime.limits import LimitFunction, load_functions
 from llmc.runtime.memory import address
 
 
@@ -52,6 +54,7 @@ class Library:
             handle = ctypes.CDLL(name)
         except OSError as error:
             raise ArtifactError(f"{path} cannot be loaded: {error}. Compile it again on this system") from error
+        self._handle = handle
         try:
             self._run = handle.llmc_run
             self._hash = handle.llmc_hash
@@ -103,6 +106,10 @@ class Library:
         code = self._run(step, threads)
         if code:
             raise StepError(f"the artifact's step failed with code {code}")
+
+    def limits(self, facts: Sequence[manifest.LimitFacts]) -> list[LimitFunction]:
+        """The functions that measure the machine's limits."""
+        return load_functions(self._handle, facts)
 
     def hash(self, data: NDArray[np.uint8], threads: int) -> NDArray[np.uint64]:
         """The 64-bit hashes of the 4 MiB chunks of `data`."""

@@ -8,7 +8,10 @@ plan, provenance) are kept as they are.
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
      "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size", "state": "paged" | "none",
-              "calls": ["what the n-th profile entry measures", ...]},
+              "calls": ["what the n-th profile entry measures", ...],
+              "costs": [{"bytes", "operations": {"": number, "T": number, "T*KEYS": number, ...}, "arithmetic": "f32",
+                         "when": [[symbol, low, high | null], ...], "calls": [numbers of calls]}],
+              "limits": [{"name": "read" | "int8" | ..., "symbol", "amount", "input_bytes"}]},
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
      "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -32,6 +36,9 @@ ABI = 1
 _MOST = 1 << 62  # no size, offset or count is larger
 
 Json = Mapping[str, object]
+# Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
+Polynomial = tuple[tuple[tuple[str, ...], float], ...]
+_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,30 @@ class TargetFacts:
 
 
 @dataclass(frozen=True)
+class CallCost:
+    """What some calls of a step cost each: bytes from memory, and operations on numbers of the kind `arithmetic`.
+
+    when: (symbol, low, high) guards; all must hold for the calls to be made. calls: their numbers.
+    """
+
+    bytes: Polynomial
+    operations: Polynomial
+    arithmetic: str
+    when: tuple[tuple[str, int, int | None], ...]
+    calls: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LimitFacts:
+    """A function of the artifact that measures a limit of the machine; `runtime/limits.py` has what the fields say."""
+
+    name: str
+    symbol: str
+    amount: int
+    input_bytes: int
+
+
+@dataclass(frozen=True)
 class StepFacts:
     """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
     max_step tokens; state: "paged" (a KV cache) or "none" (every step sees whole sequences)."""
@@ -66,6 +97,8 @@ class StepFacts:
     vocab_size: int
     state: str
     calls: tuple[str, ...]
+    costs: tuple[CallCost, ...] = ()
+    limits: tuple[LimitFacts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,6 +223,10 @@ class _Reader:
             raise _refuse(self._name(key), "a list", value)
         return value
 
+    def children(self, key: str) -> list[_Reader]:
+        """The objects of a list, which may be missing."""
+        return [_Reader(value, f"{self._name(key)}[{index}]") for index, value in enumerate(self.array(key, []))]
+
     def strings(self, key: str, default: list[object] | None = None) -> tuple[str, ...]:
         values = self.array(key, default)
         for value in values:
@@ -259,6 +296,7 @@ def _target(reader: _Reader) -> TargetFacts:
 
 
 def _step(reader: _Reader) -> StepFacts:
+    calls = reader.strings("calls", default=[])
     return StepFacts(
         max_step=reader.integer("max_step", 1, 1 << 20),
         page=reader.integer("page", 1, 1 << 16),
@@ -267,7 +305,58 @@ def _step(reader: _Reader) -> StepFacts:
         arena_bytes=reader.integer("arena_bytes", 0, 1 << 44),
         vocab_size=reader.integer("vocab_size", 1, 1 << 26),
         state=reader.string("state", ("paged", "none")),
-        calls=reader.strings("calls", default=[]),
+        calls=calls,
+        costs=tuple(_cost(item, len(calls)) for item in reader.children("costs")),
+        limits=tuple(_limit(item) for item in reader.children("limits")),
+    )
+
+
+def _cost(reader: _Reader, calls: int) -> CallCost:
+    guards = []
+    for guard in reader.array("when", []):
+        if not (isinstance(guard, list) and len(guard) == 3 and _is_cost_symbol(guard[0])):
+            raise _refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
+        name, low, high = guard
+        if type(low) is not int or not (high is None or type(high) is int):
+            raise _refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
+        guards.append((str(name), low, high))
+    numbers: list[int] = []
+    for number in reader.array("calls"):
+        if type(number) is not int or not 0 <= number < calls:
+            raise _refuse(f"{reader.path}.calls", f"a list of numbers below {calls}", number)
+        numbers.append(number)
+    return CallCost(
+        bytes=_polynomial(reader.child("bytes")),
+        operations=_polynomial(reader.child("operations")),
+        arithmetic=reader.string("arithmetic"),
+        when=tuple(guards),
+        calls=tuple(numbers),
+    )
+
+
+def _polynomial(reader: _Reader) -> Polynomial:
+    terms = []
+    for monomial in reader.value:
+        names = tuple(monomial.split("*")) if monomial else ()
+        if not all(map(_is_cost_symbol, names)):
+            raise _refuse(reader.path, "a polynomial over the sizes of a step", monomial)
+        terms.append((names, reader.number(monomial, -1e18, 1e18)))
+    return tuple(terms)
+
+
+def _is_cost_symbol(name: object) -> bool:
+    return isinstance(name, str) and _COST_SYMBOL.fullmatch(name) is not None
+
+
+def _limit(reader: _Reader) -> LimitFacts:
+    symbol = reader.string("symbol")
+    if not symbol.startswith("llmc_limit_"):
+        raise _refuse(f"{reader.path}.symbol", "the name of a limit kernel", symbol)
+    return LimitFacts(
+        name=reader.string("name"),
+        symbol=symbol,
+        amount=reader.integer("amount", 1, 1 << 30),
+        input_bytes=reader.integer("input_bytes", 0, 1 << 30),
     )
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.runtime.bandwidth import memory_bandwidth
 from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.limits import Limits
+from llmc.runtime.profile import Profile, profile_phase
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sequence import Sequence
 
@@ -39,13 +40,17 @@ class Bench:
     batch: int
     prompt_tokens: int
     gen_tokens: int
+    profile: Profile | None = None
 
 
 def bench(
     path: Path, prompt_tokens: int = 512, gen_tokens: int = 128, batch: int = 1, threads: int | None = None,
-    repeats: int = 3, weights: Path | None = None, tell: Tell | None = None,
+    repeats: int = 3, weights: Path | None = None, tell: Tell | None = None, profile: bool = False,
 ) -> Bench:  # fmt: skip
-    """Loads an artifact and times it: the median of `repeats` prefills and of the decode steps of as many texts."""
+    """Loads an artifact and times it: the median of `repeats` prefills and of the decode steps of as many texts.
+
+    profile: runs as many more, with every kernel timed, and measures all limits of the machine.
+    """
     for name, value in (("prompt tokens", prompt_tokens), ("generated tokens", gen_tokens), ("batch", batch)):
         if value < 1:
             raise RuntimeStateError(f"{name} must be 1 or more, not {value}")
@@ -67,8 +72,10 @@ def bench(
         prefills.append(prefill)
         steps += decode
     peak = peak_memory()
-    say("measuring memory bandwidth", 0)
-    limit = memory_bandwidth(runtime.threads)
+    profiled = _profile(runtime, prompt_tokens, gen_tokens, batch, repeats, say) if profile else None
+    say("measuring the machine", 0)
+    limits = runtime.measure_limits(memory_only=not profile)
+    limit = limits.read_bytes_per_second
     step = statistics.median(steps)
     read = weight_bytes_per_token(runtime.manifest.raw, runtime.manifest.weights_bytes)
     return Bench(
@@ -84,11 +91,48 @@ def bench(
         batch=batch,
         prompt_tokens=prompt_tokens,
         gen_tokens=gen_tokens,
+        profile=profiled(limits) if profiled else None,
+    )
+
+
+def _profile(
+    runtime: Runtime, prompt_tokens: int, gen_tokens: int, batch: int, repeats: int, say: Tell
+) -> Callable[[Limits], Profile]:
+    """Times the kernels of `repeats` prefills and of one text's decode steps: a profile, once the limits are known."""
+    if not runtime.manifest.step.costs:
+        raise RuntimeStateError(
+            f"{runtime.artifact.path} does not say what its kernels cost: compile the model again with this llmc"
+        )
+    say("profiling", gen_tokens)
+
+    def count() -> None:
+        runtime.set_profiling(True)
+
+    try:
+        count()
+        prefills = [_run_once(runtime, prompt_tokens, 0, batch, seed, say)[0] for seed in range(repeats)]
+        prefill = runtime.profile_kernels()
+        _, steps = _run_once(runtime, prompt_tokens, gen_tokens, batch, 0, say, before_decoding=count)
+        decode = runtime.profile_kernels()
+    finally:
+        runtime.set_profiling(False)
+    return lambda limits: Profile(
+        limits,
+        {
+            "prefill": profile_phase(prefill, limits, sum(prefills), len(prefills), batch * prompt_tokens),
+            "decode": profile_phase(decode, limits, sum(steps), len(steps), batch),
+        },
     )
 
 
 def _run_once(
-    runtime: Runtime, prompt_tokens: int, gen_tokens: int, batch: int, seed: int, say: Tell
+    runtime: Runtime,
+    prompt_tokens: int,
+    gen_tokens: int,
+    batch: int,
+    seed: int,
+    say: Tell,
+    before_decoding: Callable[[], None] = lambda: None,
 ) -> tuple[float, list[float]]:
     """Seconds of one prefill of the whole batch, and of each decode step."""
     random = np.random.default_rng(seed)
@@ -98,6 +142,7 @@ def _run_once(
         start = time.perf_counter()
         following = _step(runtime, sequences, list(prompts))
         prefill = time.perf_counter() - start
+        before_decoding()
         decode = []
         for _ in range(gen_tokens):
             start = time.perf_counter()

@@ -22,7 +22,9 @@ from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
 from llmc.runtime.generation import Options, TextStream, generate_batch
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.library import Library
+from llmc.runtime.limits import Limits, measure_limits
 from llmc.runtime.memory import address
+from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.weights import load_weights
@@ -329,3 +331,15 @@ class Runtime:
     def profile(self) -> list[tuple[str, int]]:
         """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
         return list(zip(self.manifest.step.calls, self._runner.profile.tolist(), strict=True))
+
+    def profile_kernels(self) -> list[KernelTime]:
+        """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""
+        with self.lock:
+            facts, runner = self.manifest.step, self._runner
+            return kernel_times(facts.calls, runner.profile.tolist(), facts.costs, runner.profiled)
+
+    def measure_limits(self, memory_only: bool = False) -> Limits:
+        """What this computer can do at most with as many threads: memory and multipliers; a third of a second each."""
+        wanted = [fact for fact in self.manifest.step.limits if fact.name == "read" or not memory_only]
+        with self.lock:
+            return measure_limits(self._runner.library.limits(wanted), self.threads)

@@ -98,8 +98,11 @@ class Call:
     grain: int = 1
     when: tuple[Range, ...] = ()
     note: str = ""
-    bytes_moved: object = 0  # Dim: bytes read and written, for profiles and explain
-    operations: object = 0  # Dim: multiply-adds counted twice
+    # For profiles. bytes_moved: Dim, bytes that must come from memory: weights, and keys and values of the context;
+    # activations do not count. operations: Dim, multiply-adds counted twice; arithmetic: on "int8", "bf16" or "f32".
+    bytes_moved: object = 0
+    operations: object = 0
+    arithmetic: str = "f32"
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
+from llmc.targets.call_facts import call_costs
 from llmc.targets.codegen import compile_kernels
 from llmc.targets.driver import Addresses, generate_step
 from llmc.targets.kernel import Kernel
+from llmc.targets.limits import limit_kernels
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 
 
 @dataclass(frozen=True)
 class Library:
-    """A linked library: its path, what each profile slot measures, and the driver's source."""
+    """A linked library: its path, what each profile slot measures, and the driver's source.
+
+    costs, limits: what calls cost, and the functions that measure the machine's limits, as the manifest has them.
+    """
 
     path: Path
     calls: list[str]
     source: str
+    costs: list[dict[str, object]]
+    limits: list[dict[str, object]]
 
 
 def kernels_of(program: Program) -> list[Kernel]:
@@ -53,7 +60,8 @@ def build_library(
 ) -> Library:
     """Compile what the cache does not have, generate the driver and link; `folder` holds the intermediate files."""
     compiler_command(program.machine)  # a missing one is told before the work, not after it
-    kernels = kernels_of(program)
+    limits = limit_kernels(program.machine)
+    kernels = [*kernels_of(program), *(item.kernel for item in limits)]
     progress.start("compiling kernels", len(kernels), "kernels")
     objects = compile_kernels(kernels, program.machine, cache, lambda _done, _total: progress.advance(), jobs)
     progress.start("linking")
@@ -77,7 +85,7 @@ def build_library(
     _write(listing, "\n".join(f'"{path}"' for path in compiled))
     linker = ("-Wl,--build-id=none", "-Wl,-z,noexecstack")
     _run(program.machine, "-shared", "-o", str(output), f"@{listing}", "-lm", *linker)
-    return Library(output, calls, source)
+    return Library(output, calls, source, call_costs(program), [asdict(item.facts) for item in limits])
 
 
 def _write(path: Path, text: str) -> None:

@@ -163,7 +163,7 @@ def test_json_is_exactly_one_object_on_stdout(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("llmc.runtime.measure.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
     text = tmp_path / "text.txt"
     text.write_text("some words to predict " * 4)
     given = {"ARTIFACT": artifact, "TEXT": text}

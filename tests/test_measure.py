@@ -98,7 +98,7 @@ def test_divergence_is_its_definition(runtime: Runtime) -> None:
 
 
 def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmc.runtime.measure.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
     path = fake_artifact.write(tmp_path / "fake.so")
     steps = []
     found = bench(path, 70, 5, batch=3, threads=1, repeats=2, tell=lambda phase, count: steps.append((phase, count)))

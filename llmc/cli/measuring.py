@@ -10,6 +10,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.profile_table import print_profile
 from llmc.errors import LlmcError
 
 
@@ -21,6 +22,9 @@ def bench(
     threads: o.Threads = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs; medians are reported.")] = 3,
     weights: o.Weights = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also time every kernel, beside this machine's limits.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Measure tokens per second, and how near writing comes to this machine's memory bandwidth."""
@@ -35,8 +39,9 @@ def bench(
                 progress.advance(count)
 
         found = measure(
-            artifact, prompt_tokens, gen_tokens, batch, threads, repeats=repeats, weights=weights, tell=tell
-        )
+            artifact, prompt_tokens, gen_tokens, batch, threads, repeats=repeats, weights=weights, tell=tell,
+            profile=profile,
+        )  # fmt: skip
     if json:
         output.print_json({"artifact": str(artifact), **asdict(found)})
         return
@@ -52,6 +57,8 @@ def bench(
             "peak memory": output.size(found.peak_memory_bytes),
         }
     )
+    if profile and found.profile is not None:
+        print_profile(found.profile)
 
 
 def eval(

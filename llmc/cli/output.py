@@ -36,12 +36,13 @@ def _plain(value: object) -> object:
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str] = ()) -> None:
-    """Rows in aligned columns on stdout; numbers to the right."""
+    """Rows in aligned columns on stdout; numbers to the right. Cells may be blank."""
     cells = [[str(cell) for cell in row] for row in [*([header] if header else []), *rows]]
     if not cells:
         return
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    numeric = [all(_is_number(row[column]) for row in rows) for column in range(len(widths))]
+    shown = [[row[column] for row in rows if row[column] != ""] for column in range(len(widths))]
+    numeric = [bool(column) and all(map(_is_number, column)) for column in shown]
     for row in cells:
         padded = (
             cell.rjust(width) if right else cell.ljust(width)

@@ -8,6 +8,8 @@ from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.llm import KVAppend, PagedAttention, RMSNorm, Rope, RopeAngles
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape, Slice
+from llmc.compiler.ir.types import KV
+from llmc.targets.call_facts import keys, pairs
 from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86.attention import attention_plan
@@ -138,7 +140,13 @@ def turn_call(
     if append is not None:
         args += [CachePart(append.cache, "keys"), CachePart(append.cache, "values")]
     tokens = lead.base.shape[0]
-    return Call(made, tuple(args), tokens, GRAIN)
+    written = 0 if kind is None else tokens * _cache_bytes(kind)
+    return Call(made, tuple(args), tokens, GRAIN, note=f"[{heads}, {dim}]", bytes_moved=written)
+
+
+def _cache_bytes(kind: KV) -> int:
+    """Bytes of a token's keys and values in one layer's cache."""
+    return kind.heads * (kind.key_dim + kind.value_dim) * (2 if kind.dtype == "f16" else 4)
 
 
 def _pairs(rope: Rope) -> int:
@@ -221,13 +229,21 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         "result", state, partial, PAGES, SPLITS,
     )  # fmt: skip
     tiles = op.tiles.shape[0]
-    calls.append(Call(plan.tile, tile_args, plan.tile_units(tiles, SPLITS), 1))
+    note = f"[{heads}/{kind.heads}, {dim}]"
+    read = keys(op.window) * _cache_bytes(kind)
+    operations = pairs(op.window) * (2 * heads * (dim + kind.value_dim))
+    calls.append(
+        Call(
+            plan.tile, tile_args, plan.tile_units(tiles, SPLITS), 1, note=note, bytes_moved=read, operations=operations
+        )
+    )
     merge = Call(
         plan.combine,
         (state, partial, "result", SPLITS),
         plan.combine_units(tokens),
         max(1, 2048 // kind.value_dim),
         (Range("SPLITS", 2, None),),
+        note=note,
     )
     calls.append(merge)
     return Lowered(tuple(calls), computes=computes)

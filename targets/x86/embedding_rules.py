@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from llmc.compiler.encodings.grouped import storage_bytes
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.llm import Embed, Linear
 from llmc.compiler.ir.op import Op, Value
@@ -58,7 +61,9 @@ def embed_tokens(op: Op, context: Context) -> Lowered | str:
         n, k = op.table.shape
         assert isinstance(n, int) and isinstance(k, int)
         table = tuple(Packed(op.table, layout, part) for part in layout.arrays(n, k))
-    calls.append(Call(embedding_kernel(context.machine, layout, features), (ids, *table, "result"), tokens, 4))
+    made = embedding_kernel(context.machine, layout, features)
+    read = tokens * storage_bytes(replace(op.table.tensor, shape=(features,)))
+    calls.append(Call(made, (ids, *table, "result"), tokens, 4, note=f"[{features}]", bytes_moved=read))
     return Lowered(tuple(calls))
 
 

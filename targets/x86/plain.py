@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmc.compiler.encodings.grouped import storage_bytes
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, Symbol, product, symbols_of
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.types import itemsize
 from llmc.targets.kernel import Call, Kernel, Param, kernel
 from llmc.targets.lowering import Context, Lowered, Rules
 from llmc.targets.machine import Machine
@@ -426,13 +428,27 @@ def plain_kernel(op: Op, machine: Machine) -> Kernel:
     )
 
 
+def _weights_read(op: Op, context: Context) -> int | Dim:
+    """Bytes of weights that a plain kernel reads: of a table that it only looks into, as many as come out."""
+    if isinstance(op, (s.Gather, s.GatherElements, s.Slice)):
+        return product(op.shape) * itemsize(op.dtype) if context.known(op.operands[0]) else 0
+    return sum(storage_bytes(value.tensor) for value in op.operands if context.known(value))
+
+
+def _operations(op: Op) -> int | Dim:
+    """Multiply-adds of a plain kernel, counted twice."""
+    return product((*op.shape, op.operands[0].shape[-1])) * 2 if isinstance(op, s.Matmul) else 0
+
+
 def plain_rule(op: Op, context: Context) -> Lowered | str:
     """One call of the op's plain kernel over all result elements."""
     if any(value.tensor.encoding is not None for value in (op, *op.operands)):
         return "plain kernels read no encoded tensors"
     operands: tuple[Value, ...] = op.operands
     arguments = (*operands, "result", *used_symbols(op))
-    call = Call(plain_kernel(op, context.machine), arguments, product(op.shape), grain=256)
+    made = plain_kernel(op, context.machine)
+    read, operations = _weights_read(op, context), _operations(op)
+    call = Call(made, arguments, product(op.shape), grain=256, bytes_moved=read, operations=operations)
     return Lowered((call,), reason="one element at a time")
 
 

@@ -56,7 +56,7 @@ def norm_rows(op: Op, context: Context) -> Lowered | str:
         weight_offset=int(offset),
     )
     args = (op.x, *(v for v in (op.w, bias) if v is not None), "result")
-    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), bytes_moved=rows_of(op) * size * 8),))
+    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), note=f"[{size}]"),))
 
 
 ROUNDED = (("xq", "i8"), ("xscales", "f32"), ("xsums", "i32"))
@@ -95,7 +95,7 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
     made = kernel(quantize_activations, context.machine.key, k=size, group=op.group, **params)
     parts = rounded_parts(op, op.group, context)
     args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
-    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size)),))
+    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), note=f"[{size}]"),))
 
 
 def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str, object], context: Context) -> Lowered:
@@ -135,6 +135,7 @@ def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str
                 note=f"[{n}, {k}]",
                 bytes_moved=weight_bytes,
                 operations=rows * (2 * n * k),
+                arithmetic={"i8": "int8", "bf16": "bf16"}.get(plan.activations, "f32"),
             )
         )
     return Lowered(tuple(calls))
