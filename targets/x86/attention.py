@@ -1,7 +1,8 @@
 """Attention over the paged key-value cache: the plan (which kernels, on how many units) and the merge of splits.
 
-`attention_plan` gives the calls to make. `attention_tile` (attention_tile.py) does one query tile for one key-value
-head over one part of the context; `attention_combine` here merges the parts where there are several.
+`attention_plan` gives the calls to make. `attention_tile` (attention_tile.py) or, on tile registers, `attention_matrix`
+(attention_matrix.py) does one query tile for one key-value head over one part of the context; `attention_combine` here
+merges the parts where there are several.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
+from llmc.targets.x86.attention_matrix import attention_matrix, fits
 from llmc.targets.x86.attention_tile import attention_tile
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import let, loop, scratch
@@ -79,7 +81,7 @@ def attention_plan(
         raise ValueError(f"attention: cache_dtype must be float16 or float32, not {cache_dtype!r}")
     values = head_dim if value_dim is None else value_dim
     tile = kernel(
-        attention_tile,
+        attention_matrix if fits(machine, values, cache_dtype) else attention_tile,
         machine.key,
         heads=heads,
         kv_heads=kv_heads,

@@ -78,11 +78,7 @@ def attention_tile(
     rows = block_rows(isa)
     chunk = min(CHUNK, -(-TILE * group // rows) * rows)
     body = TileBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, chunk)
-    pointers = [("query", "float32"), ("keys", cache_dtype), ("values", cache_dtype)]
-    pointers += [("tiles", "int32"), ("block_table", "int32")]
-    pointers += [("sinks", "float32")] * sinks + [("slopes", "float32")] * alibi
-    pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
-    return range_kernel(pointers, ["M", "S"], body.unit)
+    return body.kernel()
 
 
 def block_rows(isa: VectorIsa) -> int:
@@ -193,8 +189,19 @@ class TileBody:
     def lanes(self) -> int:
         return int(self.isa.lanes)
 
+    def kernel(self, helpers: str = "") -> PrimFunc:
+        pointers = [("query", "float32"), ("keys", self.cache_dtype), ("values", self.cache_dtype)]
+        pointers += [("tiles", "int32"), ("block_table", "int32")]
+        pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
+        pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
+        return range_kernel(pointers, ["M", "S"], self.unit, helpers)
+
     def unit(self, a: SimpleNamespace, u: Expr) -> None:
         """One (tile, key-value head, split)."""
+        self.work(a, self.locate(a, u))
+
+    def locate(self, a: SimpleNamespace, u: Expr) -> SimpleNamespace:
+        """What unit u is: its head, split, rows, their positions, and its range of the sequence's pages."""
         from tvm import tirx
 
         split = pin(remainder(u, a.S))
@@ -208,36 +215,63 @@ class TileBody:
         if self.window:
             first_page = pin(divide(tirx.Max(position - (self.window - 1), index(0)), PAGE))
         pages = pin(last_page + 1 - first_page)
-        state = SimpleNamespace(
+        return SimpleNamespace(
             kv_head=kv_head,
             split=split,
             token=token,
+            count=count,
+            rows=pin(count * self.group),
             position=position,
             end=pin(position + count),
             table=pin(sequence * a.M),
             pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
-            query=aligned_scratch(self.chunk * self.head_dim, self.lanes),
-            acc=aligned_scratch(self.chunk * self.value_dim, self.lanes),
-            peak=aligned_scratch(self.chunk + self.lanes, self.lanes),
-            total=aligned_scratch(self.chunk * self.lanes, self.lanes),
-            where=scratch(self.chunk, "int32"),
-            slope=scratch(self.chunk if self.alibi else 1, "float32"),
         )
-        total_rows = pin(count * self.group)
+
+    def allocate(self, place: SimpleNamespace) -> SimpleNamespace:
+        """`place`, with the memory that a chunk of rows works in."""
+        return SimpleNamespace(
+            **vars(place),
+            query=aligned_scratch(self.chunk * self.head_dim, self.lanes),
+            **self.allocate_rows(self.value_dim),
+        )
+
+    def allocate_rows(self, width: int) -> dict[str, Buffer]:
+        """Accumulators of `width` numbers a row, and the rows' statistics."""
+        return {
+            "acc": aligned_scratch(self.chunk * width, self.lanes),
+            "peak": aligned_scratch(self.chunk + self.lanes, self.lanes),
+            "total": aligned_scratch(self.chunk * self.lanes, self.lanes),
+            "where": scratch(self.chunk, "int32"),
+            "slope": scratch(self.chunk if self.alibi else 1, "float32"),
+        }
+
+    def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        """All rows of the unit."""
+        t = self.allocate(place)
 
         def decode() -> None:
-            self.rows_chunk(a, state, index(0), index(self.group), self.group, convert=False)
+            self.rows_chunk(a, t, index(0), index(self.group), self.group, convert=False)
 
         def prefill() -> None:
-            with loop(divide(total_rows + (self.chunk - 1), self.chunk)) as number:
-                first = pin(number * self.chunk)
-                left = pin(tirx.Min(total_rows - first, index(self.chunk)))
-                self.rows_chunk(a, state, first, left, block_rows(self.isa), convert=self.cache_dtype != "float32")
+            self.each_chunk(
+                t,
+                lambda first, left: self.rows_chunk(
+                    a, t, first, left, block_rows(self.isa), convert=self.cache_dtype != "float32"
+                ),
+            )
 
         if self.group <= self.isa.registers * 3 // 4 and self.group <= self.chunk:
-            either(count == 1, decode, prefill)
+            either(t.count == 1, decode, prefill)
         else:
             prefill()
+
+    def each_chunk(self, t: SimpleNamespace, body: Callable[[Expr, Expr], None]) -> None:
+        """body(first row, number of rows) for every chunk of the unit's rows."""
+        from tvm import tirx
+
+        with loop(divide(t.rows + (self.chunk - 1), self.chunk)) as number:
+            first = pin(number * self.chunk)
+            body(first, pin(tirx.Min(t.rows - first, index(self.chunk))))
 
     def rows_chunk(
         self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, block: int, convert: bool
@@ -272,20 +306,10 @@ class TileBody:
 
     def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
         """Scaled queries, positions and empty statistics; rows from `count` to `padded` get a query of zeros."""
-        factor = self.scale / self.softcap if self.softcap else self.scale
         with loop(padded) as r:
-            for_pieces(
-                self.value_dim,
-                self.lanes,
-                lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width), width),
-            )
 
             def blank(r: Expr = r) -> None:
-                for_pieces(
-                    self.head_dim,
-                    self.lanes,
-                    lambda offset, width: store(t.query, r * self.head_dim + offset, splat(0.0, width), width),
-                )
+                self.start_query(t, r, None)
                 self.start_statistics(t, r, splat(MASKED, 1), 0.0)
                 store_int(t.where, r, t.end - 1)
                 if self.alibi:
@@ -296,31 +320,52 @@ class TileBody:
                 item = pin(remainder(row, self.group))
                 token = pin(divide(row, self.group))
                 head = pin(t.kv_head * self.group + item)
-                source = pin(((t.token + token) * self.heads + head) * self.head_dim)
-                for_pieces(
-                    self.head_dim,
-                    self.lanes,
-                    lambda offset, width: store(
-                        t.query,
-                        r * self.head_dim + offset,
-                        load(a.query, source + offset, width) * splat(factor, width),
-                        width,
-                    ),
-                )
+                self.start_query(t, r, (a.query, pin(((t.token + token) * self.heads + head) * self.head_dim)))
                 store_int(t.where, r, t.position + token)
                 if self.alibi:
-                    store(t.slope, r, load(a.slopes, head, 1), 1)
+                    store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)
                 if self.sinks:
                     # A sink is one more key without a value; split 0 counts it.
+                    sink = load(a.sinks, head, 1) * splat(self.score_unit, 1)
                     either(
                         t.split == 0,
-                        lambda: self.start_statistics(t, r, load(a.sinks, head, 1), 1.0 / self.lanes),
+                        lambda: self.start_statistics(t, r, sink, 1.0 / self.lanes),
                         lambda: self.start_statistics(t, r, splat(MASKED, 1), 0.0),
                     )
                 else:
                     self.start_statistics(t, r, splat(MASKED, 1), 0.0)
 
+            self.start_sums(t, r)
             either(r < count, fill, blank)
+
+    @property
+    def score_unit(self) -> float:
+        """Scores are held as multiples of this: 1, or log2(e) where weights are powers of two."""
+        return 1.0
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by: the scores' scale; a softcap first divides, its `biased` multiplies again."""
+        return self.scale / self.softcap if self.softcap else self.scale * self.score_unit
+
+    def start_sums(self, t: SimpleNamespace, r: Expr) -> None:
+        """Zeros in row r's accumulators."""
+        for_pieces(
+            self.value_dim,
+            self.lanes,
+            lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width), width),
+        )
+
+    def start_query(self, t: SimpleNamespace, r: Expr, source: tuple[Buffer, Expr] | None) -> None:
+        """Row r's scaled query from (buffer, first element); None: zeros."""
+
+        def piece(offset: Expr | int, width: int) -> None:
+            value = splat(0.0, width)
+            if source is not None:
+                value = load(source[0], source[1] + offset, width) * splat(self.query_factor, width)
+            store(t.query, r * self.head_dim + offset, value, width)
+
+        for_pieces(self.head_dim, self.lanes, piece)
 
     def start_statistics(self, t: SimpleNamespace, r: Expr, peak: Expr, total: float) -> None:
         store(t.peak, r, peak, 1)
@@ -437,7 +482,7 @@ class TileBody:
     def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
         """Softcap and ALiBi on one vector of scores."""
         if self.softcap:
-            value = tanh(self.isa, value) * splat(self.softcap, self.lanes)
+            value = tanh(self.isa, value) * splat(self.softcap * self.score_unit, self.lanes)
         if self.alibi:
             distance = cast(self.slots(offset) - splat(limit, self.lanes), "float32", self.lanes)
             value = value + splat(load(t.slope, row, 1), self.lanes) * distance
@@ -472,11 +517,10 @@ class TileBody:
             total = reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add)
 
             def write(target: Buffer, base: Expr, factor: Expr | None, r: Expr = r) -> None:
-                def piece(offset: Expr | int, width: int) -> None:
-                    value = load(t.acc, r * self.value_dim + offset, width)
+                def piece(offset: Expr | int, width: int, value: Expr) -> None:
                     store(target, base + offset, value if factor is None else value * splat(factor, width), width)
 
-                for_pieces(self.value_dim, self.lanes, piece)
+                self.sums(t, r, piece)
 
             out = unit * self.value_dim
 
@@ -491,7 +535,7 @@ class TileBody:
                 write: Callable[..., None] = write,
             ) -> None:
                 statistics = pin((unit * a.S + t.split) * 2)
-                store(a.state, statistics, load(t.peak, r, 1), 1)
+                store(a.state, statistics, load(t.peak, r, 1) * splat(1.0 / self.score_unit, 1), 1)
                 store(a.state, statistics + 1, total, 1)
                 either(
                     t.split == 0,
@@ -500,6 +544,14 @@ class TileBody:
                 )
 
             either(a.S == 1, whole, part)
+
+    def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
+        """body(first column, columns, sums) for row r's accumulators, piece by piece."""
+        for_pieces(
+            self.value_dim,
+            self.lanes,
+            lambda offset, width: body(offset, width, load(t.acc, r * self.value_dim + offset, width)),
+        )
 
 
 def copy(lanes: int, source: Buffer, base: Expr, target: Buffer, elements: int) -> None:

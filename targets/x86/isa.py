@@ -180,6 +180,44 @@ class VectorIsa:
             }}
         """
 
+    def pack_pairs(self, even: Expr, odd: Expr) -> Expr:
+        """Two f32 vectors as bf16 pairs in i32 lanes, rounded to nearest even. Needs `bf16_dot` and `pairs_helper`."""
+        from tvm import tirx
+
+        return tirx.call_pure_extern(self.i32, "llmc_pack_pairs", even, odd)
+
+    def pack_bf16(self, first: Expr, second: Expr) -> Expr:
+        """Two f32 vectors, one after the other, as bf16 in i32 lanes, rounded to nearest even. As `pack_pairs`."""
+        from tvm import tirx
+
+        return tirx.call_pure_extern(self.i32, "llmc_pack_bf16", first, second)
+
+    @property
+    def pairs_helper(self) -> str:
+        """LLVM code that a kernel with `pack_pairs` or `pack_bf16` imports."""
+        f32, i32, bf16 = (f"<{self.lanes * m} x {t}>" for m, t in ((1, "float"), (1, "i32"), (2, "bfloat")))
+        name = f"@llvm.x86.avx512bf16.cvtne2ps2bf16.{self.lanes * 32}"
+        order = ", ".join(f"i32 {lane}, i32 {lane + self.lanes}" for lane in range(self.lanes))
+        return f"""
+            declare {bf16} {name}({f32}, {f32})
+            define {i32} @llmc_pack_bf16({f32} %first, {f32} %second) alwaysinline {{
+              %both = call {bf16} {name}({f32} %second, {f32} %first)
+              %lanes = bitcast {bf16} %both to {i32}
+              ret {i32} %lanes
+            }}
+            define {i32} @llmc_pack_pairs({f32} %even, {f32} %odd) alwaysinline {{
+              %both = call {bf16} {name}({f32} %odd, {f32} %even)
+              %pairs = shufflevector {bf16} %both, {bf16} poison, <{self.lanes * 2} x i32> <{order}>
+              %lanes = bitcast {bf16} %pairs to {i32}
+              ret {i32} %lanes
+            }}
+        """
+
+    def look_up(self, table: Expr, places: Expr) -> Expr:
+        """table[places % lanes], f32, lane by lane (vpermps)."""
+        name = "llvm.x86.avx2.permps" if self.lanes == 8 else "llvm.x86.avx512.permvar.sf.512"
+        return _llvm(self.f32, name, table, places)
+
     # Bytes
 
     def low_nibbles(self, packed: Expr) -> Expr:

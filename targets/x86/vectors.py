@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 def range_kernel(
-    pointers: Sequence[tuple[str, str]], sizes: Sequence[str], unit: Callable[[SimpleNamespace, Expr], None]
+    pointers: Sequence[tuple[str, str]],
+    sizes: Sequence[str],
+    unit: Callable[[SimpleNamespace, Expr], None],
+    helpers: str = "",
 ) -> PrimFunc:
     """A kernel that does its units one after the other.
 
     unit(arguments, u) emits the work of unit u; `arguments` has the pointers as flat buffers and the sizes, by name.
+    helpers: LLVM code that the statements call.
     """
 
     def body(handles: dict[str, Expr], numbers: dict[str, Expr]) -> None:
@@ -30,7 +34,7 @@ def range_kernel(
         with loop(arguments.end - arguments.begin) as step:
             unit(arguments, pin(arguments.begin + step))
 
-    return plain_function(pointers, sizes, body)
+    return plain_function(pointers, sizes, body, helpers)
 
 
 def pieces(length: int, lanes: int) -> list[tuple[int, int]]:

@@ -1,0 +1,393 @@
+"""Attention on tile registers (AMX): products of bf16, sums in f32, for units of more than a few query rows.
+
+A step takes `STEP_PAGES` pages for every block of 16 rows: their keys and values become bf16 pairs once for all rows
+of the unit, then each block has scores = Q K in tiles, weights = 2^(scores - greatest) in vectors, sums += weights V
+in tiles. Scores carry a factor of log2(e), so that a weight is one power of two. Rows that one multiplication serves
+are the bound: 16 rows by 32 keys of 64 channels take 128 cycles of multipliers, about 160 of exponentials, and a page's
+conversion about 600 cycles once for all rows. Units of few rows (decode) take the f32 kernel instead.
+
+Rounding: queries, keys, values and weights to bf16, 2^-8 of each at most; keys and values of an f16 cache lose their
+last three bits. Weights of masked keys are exactly 0, and values of slots that hold no token are read as 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody, block_rows
+from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.x86.vectors import (
+    aligned_scratch,
+    divide,
+    integer,
+    load,
+    load_raw,
+    maximum,
+    permute,
+    pin,
+    reduce_lanes,
+    splat,
+    store,
+)
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+ROWS = amx.ROWS  # query rows of a tile
+DEPTH = 32  # bf16 in a row of a tile: what one multiplication sums over
+WORDS = 256  # 32-bit words of a tile
+COLUMNS = 16  # columns of a tile of f32
+STEP_PAGES = 4  # pages between two looks at the greatest score: rescaling is amortised, the step stays in L1 and L2
+CHUNK_BYTES = 192 << 10  # queries and sums of the rows that share a conversion; they stay in L2
+# 2^x on [0, 1), relative error 7.5e-5: 2% of the rounding of a weight to bf16.
+_EXP2 = (0.9999251961708069, 0.6958335638046265, 0.22606715559959412, 0.07802452147006989)
+
+
+def attention_matrix(
+    machine: Machine,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: bool,
+    alibi: bool,
+    cache_dtype: str,
+) -> PrimFunc:
+    """As `attention_tile`, same arguments and meaning, on a machine that `fits`."""
+    isa = isa_for(machine)
+    few = block_rows(isa)
+    body = MatrixBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, few)
+    return body.kernel(isa.pairs_helper)
+
+
+def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
+    """Whether this kernel can serve: f32 caches want f32 products; values shorter than a tile are not worth it."""
+    return amx.has_tiles(machine, "bf16") and machine.has("avx512bf16") and cache_dtype == "float16" and value_dim >= 16
+
+
+def chunk_rows(head_dim: int, value_dim: int) -> int:
+    """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16."""
+    row_bytes = 2 * round_up(head_dim, DEPTH) + 4 * round_up(value_dim, COLUMNS) + 4 * COLUMNS
+    return max(ROWS, CHUNK_BYTES // row_bytes // ROWS * ROWS)
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def exp2(isa: VectorIsa, x: Expr) -> Expr:
+    """2^x for x <= 0, relative error 7.5e-5; 0 for x far below. `x` must be a variable."""
+    from tvm import tirx
+    from tvm.script import tirx as T
+
+    every, current = tirx.const(-1, "int16"), tirx.const(4, "int32")
+
+    def intrinsic(name: str, *args: Expr) -> Expr:
+        name = f"llvm.x86.avx512.mask.{name}.ps.512"
+        return T.call_llvm_pure_intrin(isa.f32, name, *args, isa.splat(0.0), every, current)
+
+    part = let(intrinsic("reduce", x, tirx.const(9, "int32")))  # x - floor(x)
+    power = isa.splat(_EXP2[-1])
+    for coefficient in _EXP2[-2::-1]:
+        power = isa.fma(power, part, isa.splat(coefficient))
+    return intrinsic("scalef", power, x)  # times 2^floor(x)
+
+
+def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Lane r is all lanes of vectors[r] combined: as many vectors as lanes, halved pair by pair."""
+    lanes = width = len(vectors)
+    while len(vectors) > 1:
+        width //= 2
+        low = [lane * 2 * width + i for lane in range(lanes // width) for i in range(width)]
+        high = [lane + width for lane in low]
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        vectors = [let(combine(permute([a, b], low), permute([a, b], high))) for a, b in pairs]
+    return vectors[0]
+
+
+@dataclass(frozen=True)
+class MatrixBody(TileBody):
+    """Emits the work of one unit: on tiles where it has more than a few rows, as `TileBody` does otherwise."""
+
+    def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        tall = TallBody(**{**vars(self), "chunk": chunk_rows(self.head_dim, self.value_dim)})
+        few = block_rows(self.isa)
+        either(place.rows <= few, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
+
+
+class TallBody(TileBody):
+    """Units of many rows. Queries lie in tiles [block of 16 rows, head_dim / 32] of bf16 pairs; sums in rows of
+    `sums_width`, whose last 16 columns are the last 16 of the values.
+    """
+
+    @property
+    def depth_tiles(self) -> int:
+        return -(-self.head_dim // DEPTH)
+
+    @property
+    def value_tiles(self) -> int:
+        return -(-self.value_dim // COLUMNS)
+
+    @property
+    def score_unit(self) -> float:
+        return math.log2(math.e)
+
+    @property
+    def sums_width(self) -> int:
+        return self.value_tiles * COLUMNS
+
+    def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        t = SimpleNamespace(
+            **vars(place),
+            query=self.words(self.chunk // ROWS * self.depth_tiles),
+            keys=self.words(STEP_PAGES * 2 * self.depth_tiles),
+            values=self.words(STEP_PAGES * self.value_tiles),
+            scores=aligned_scratch(ROWS * STEP_PAGES * PAGE, self.lanes),
+            weights=self.words(STEP_PAGES),
+            greatest=aligned_scratch(ROWS * self.lanes, self.lanes),
+            peaks=aligned_scratch(ROWS, self.lanes),
+            shrink=aligned_scratch(ROWS, self.lanes),
+            **self.allocate_rows(self.sums_width),
+        )
+        with amx.configured():
+            self.clear_unused_depth(t)
+            self.each_chunk(t, lambda first, count: self.chunk_of_rows(a, t, first, count))
+
+    def words(self, tiles: int) -> Buffer:
+        """Memory for tiles of bf16 pairs."""
+        return aligned_scratch(tiles * WORDS, self.lanes, "int32")
+
+    # Queries, keys and values as tiles
+
+    def start_sums(self, t: SimpleNamespace, r: Expr) -> None:
+        for j in range(self.value_tiles):
+            store(t.acc, r * self.sums_width + j * COLUMNS, splat(0.0, COLUMNS), COLUMNS)
+
+    def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
+        for j in range(self.value_tiles):
+            body(self.value_column(j), COLUMNS, load(t.acc, r * self.sums_width + j * COLUMNS, COLUMNS))
+
+    def value_column(self, tile: int) -> int:
+        """The first channel of a tile of values: the last tile overlaps the one before where they do not divide."""
+        return min(tile * COLUMNS, self.value_dim - COLUMNS)
+
+    def start_query(self, t: SimpleNamespace, r: Expr, source: tuple[Buffer, Expr] | None) -> None:
+        start = pin(divide(r, ROWS) * (self.depth_tiles * WORDS) + (r - divide(r, ROWS) * ROWS) * self.lanes)
+        for j in range(self.depth_tiles):
+            halves = []
+            for offset in (j * DEPTH, j * DEPTH + self.lanes):
+                value = self.isa.splat(0.0)
+                if source is not None:
+                    found = self.isa.load_first(source[0], self.head_dim - offset, source[1] + offset)
+                    value = found * self.isa.splat(self.query_factor)
+                halves.append(value)
+            store_vector(self.isa, t.query, [start + j * WORDS], self.isa.pack_bf16(*halves))
+
+    def clear_unused_depth(self, t: SimpleNamespace) -> None:
+        """Zeros in those rows of the tiles of keys that no channel fills."""
+        used, rows = -(-self.head_dim // 2), self.depth_tiles * ROWS
+        if used == rows:
+            return
+        with loop(STEP_PAGES * 2) as half, loop(rows - used) as row:
+            at = (half * rows + used + row) * self.lanes
+            store_vector(self.isa, t.keys, [at], self.isa.splat(0, "int32"))
+
+    def convert(self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr) -> None:
+        """Page `page` of the sequence as tiles of pairs, to `place` of the step."""
+        from tvm import tirx
+
+        isa, lanes = self.isa, self.lanes
+        page_id = integer(load_raw(a.block_table, t.table + page, 1))
+        head = pin(page_id * self.kv_heads + t.kv_head)
+        keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
+
+        def key_pair(channel: Expr | int, both: bool) -> None:
+            for half in range(2):
+                start = keys + channel * PAGE + half * lanes
+                odd = load(a.keys, start + PAGE, lanes) if both else isa.splat(0.0)
+                at = (place * 2 + half) * (self.depth_tiles * WORDS) + divide(index(channel), 2) * lanes
+                store_vector(isa, t.keys, [at], isa.pack_pairs(load(a.keys, start, lanes), odd))
+
+        with loop(self.head_dim // 2) as pair:
+            key_pair(pair * 2, True)
+        if self.head_dim % 2:
+            key_pair(self.head_dim - 1, False)
+
+        def value_pair(pair: Expr, tokens: int) -> None:
+            for j in range(self.value_tiles):
+                start = values + pair * (2 * self.value_dim) + self.value_column(j)
+                even = load(a.values, start, lanes) if tokens else isa.splat(0.0)
+                odd = load(a.values, start + self.value_dim, lanes) if tokens > 1 else isa.splat(0.0)
+                at = (place * self.value_tiles + j) * WORDS + pair * lanes
+                store_vector(isa, t.values, [at], isa.pack_pairs(even, odd))
+
+        # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included.
+        held = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
+        full = pin(divide(held, 2))
+        with loop(full) as pair:
+            value_pair(pair, 2)
+        with loop(PAGE // 2 - full) as left:
+            pair = pin(full + left)
+            either(pair * 2 < held, lambda: value_pair(pair, 1), lambda: value_pair(pair, 0))
+
+    # The work
+
+    def chunk_of_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
+        """`count` rows from row `first` of the unit on, over those of this split's pages that they see."""
+        from tvm import tirx
+
+        blocks = pin(divide(count + (ROWS - 1), ROWS))
+        self.start_rows(a, t, first, count, blocks * ROWS)
+        low, high = t.pages
+        high = pin(tirx.Min(high, divide(self.position(t, first + count - 1), PAGE) + 1))
+        if self.window:
+            low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
+        with loop(divide(tirx.Max(high - low, index(0)) + (STEP_PAGES - 1), STEP_PAGES)) as number:
+            page = pin(low + number * STEP_PAGES)
+            pages = pin(tirx.Min(high - page, index(STEP_PAGES)))
+            with loop(pages) as place:
+                self.convert(a, t, pin(page + place), place)
+            with loop(blocks) as block:
+                row = pin(block * ROWS)
+                top = self.position(t, first + row)
+                bottom = self.position(t, tirx.Min(first + row + (ROWS - 1), first + count - 1))
+                begin: Expr = index(0)
+                if self.window:
+                    begin = pin(tirx.Max(self.first_page(top) - page, index(0)))
+                end = pin(tirx.Min(divide(bottom, PAGE) + 1 - page, pages))
+                with when(begin < end):
+                    self.block(t, row, page, begin, end, top)
+        self.finish_rows(a, t, first, count)
+
+    def position(self, t: SimpleNamespace, row: Expr) -> Expr:
+        """The position of a row of the unit."""
+        return pin(t.position + divide(row, self.group))
+
+    def first_page(self, position: Expr) -> Expr:
+        """The first page in the window of a row at `position`."""
+        from tvm import tirx
+
+        return divide(tirx.Max(position - (self.window - 1), index(0)), PAGE)
+
+    def block(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
+        """16 rows from `row` on, whose first is at position `top`, over places [begin, end) of a step from `page`."""
+        self.multiply_keys(t, row, begin, end)
+        self.weigh(t, row, page, begin, end, top)
+        self.multiply_values(t, row, begin, end)
+
+    def multiply_keys(self, t: SimpleNamespace, row: Expr, begin: Expr, end: Expr) -> None:
+        """scores[16, keys of the step] = queries times keys: tiles 0 and 1, a page at a time."""
+        start = pin(row * (self.depth_tiles * self.lanes))
+        resident = self.depth_tiles <= 2
+        if resident:
+            for j in range(self.depth_tiles):
+                amx.load(6 + j, t.query, start + j * WORDS)
+        with loop(end - begin) as number:
+            place = pin(begin + number)
+            amx.zero(0)
+            amx.zero(1)
+            for j in range(self.depth_tiles):
+                left = 6 + j % 2
+                if not resident:
+                    amx.load(left, t.query, start + j * WORDS)
+                for half in range(2):
+                    right = 2 + half + 2 * (j % 2)
+                    amx.load(right, t.keys, ((place * 2 + half) * self.depth_tiles + j) * WORDS)
+                    amx.dot_bf16(half, left, right)
+            for half in range(2):
+                amx.store(half, t.scores, place * PAGE + half * COLUMNS, STEP_PAGES * PAGE * 4)
+
+    def multiply_values(self, t: SimpleNamespace, row: Expr, begin: Expr, end: Expr) -> None:
+        """sums += weights times values: four tiles of sums at a time."""
+        stride = self.sums_width * 4
+        for group in range(0, self.value_tiles, 4):
+            tiles = range(group, min(group + 4, self.value_tiles))
+            for j in tiles:
+                amx.load(j - group, t.acc, row * self.sums_width + j * COLUMNS, stride)
+            with loop(end - begin) as number:
+                place = pin(begin + number)
+                amx.load(4, t.weights, place * WORDS)
+                for j in tiles:
+                    right = 5 + j % 3
+                    amx.load(right, t.values, (place * self.value_tiles + j) * WORDS)
+                    amx.dot_bf16(j - group, 4, right)
+            for j in tiles:
+                amx.store(j - group, t.acc, row * self.sums_width + j * COLUMNS, stride)
+
+    def weigh(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
+        """Scores to weights relative to each row's greatest score so far; older sums shrink where it has risen."""
+        from tvm import tirx
+
+        lanes = self.lanes
+        if self.softcap or self.alibi:
+            self.each_row(t, row, page, begin, end, True)
+        else:
+            edge = (page + end) * PAGE - 1 > top
+            if self.window:
+                # The last row of the block is less than 16 positions after the first.
+                edge = tirx.Or(edge, (page + begin) * PAGE <= top + (ROWS - 1) - self.window)
+            either(
+                edge,
+                lambda: self.each_row(t, row, page, begin, end, True),
+                lambda: self.each_row(t, row, page, begin, end, False),
+            )
+        rows = [let(load(t.greatest, r * lanes, lanes)) for r in range(ROWS)]
+        before = let(load(t.peak, row, lanes))
+        after = let(maximum(before, reduce_rows(rows, maximum)))
+        shrink = let(exp2(self.isa, let(before - after)))
+        store(t.peak, row, after, lanes)
+        store(t.peaks, 0, after, lanes)
+        store(t.shrink, 0, shrink, lanes)
+        with when(reduce_lanes(before - after, lanes, tirx.Min) < tirx.const(0.0, "float32")), loop(ROWS) as r:
+            factor = let(splat(load(t.shrink, r, 1), lanes))
+            for j in range(self.value_tiles):
+                at = (row + r) * self.sums_width + j * COLUMNS
+                store(t.acc, at, load(t.acc, at, lanes) * factor, lanes)
+            at = (row + r) * lanes
+            store(t.total, at, load(t.total, at, lanes) * factor, lanes)
+        with loop(ROWS) as r:
+            peak = let(splat(load(t.peaks, r, 1), lanes))
+            total = scratch(lanes, "float32")
+            store(total, 0, load(t.total, (row + r) * lanes, lanes), lanes)
+            with loop(end - begin) as number:
+                place = pin(begin + number)
+                start = r * (STEP_PAGES * PAGE) + place * PAGE
+                weights = [
+                    let(exp2(self.isa, let(load(t.scores, start + half * lanes, lanes) - peak))) for half in range(2)
+                ]
+                store(total, 0, load(total, 0, lanes) + (weights[0] + weights[1]), lanes)
+                packed = self.isa.pack_bf16(*weights)
+                store_vector(self.isa, t.weights, [place * WORDS + r * lanes], packed)
+            store(t.total, (row + r) * lanes, load(total, 0, lanes), lanes)
+
+    def each_row(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, edit: bool) -> None:
+        """Lane by lane the greatest score of each row, to t.greatest [16, lanes]; edit: masks and biases first."""
+        lanes = self.lanes
+        with loop(ROWS) as r:
+            greatest = [scratch(lanes, "float32") for _ in range(2)]
+            for half in greatest:
+                store(half, 0, splat(MASKED, lanes), lanes)
+            where = load_raw(t.where, row + r, 1) - (page * PAGE).astype("int32") if edit else None
+            with loop(end - begin) as number:
+                place = pin(begin + number)
+                for half in range(2):
+                    at = r * (STEP_PAGES * PAGE) + place * PAGE + half * lanes
+                    value = let(load(t.scores, at, lanes))
+                    if where is not None:
+                        limit = let(where - (place * PAGE).astype("int32"))  # the last visible slot of the page
+                        value = let(self.biased(t, row + r, value, limit, half * lanes))
+                        value = let(self.masked(value, limit, half * lanes))
+                        store(t.scores, at, value, lanes)
+                    store(greatest[half], 0, maximum(load(greatest[half], 0, lanes), value), lanes)
+            store(t.greatest, r * lanes, maximum(*(load(half, 0, lanes) for half in greatest)), lanes)

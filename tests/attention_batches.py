@@ -1,0 +1,168 @@
+"""Steps of random sequences over a paged cache: what attention kernels get, and the f64 answer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import ml_dtypes
+import numpy as np
+from kernel_harness import Compiled, aligned
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86.attention import AttentionPlan, attention_plan
+
+PAGE, TILE = 32, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel's parameters; head counts and sizes are awkward on purpose."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    alibi: bool = False
+    cache_dtype: str = "float16"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def plan(self, machine: Machine) -> AttentionPlan:
+        return attention_plan(machine, scale=self.scale, **vars(self))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences in a paged cache and the query rows of one step."""
+
+    case: Case
+    keys: list[np.ndarray]  # a sequence's [length, kv_heads, head_dim]
+    values: list[np.ndarray]
+    key_pages: np.ndarray
+    value_pages: np.ndarray
+    block_table: np.ndarray
+    tiles: np.ndarray
+    query: np.ndarray
+    sinks: np.ndarray
+    slopes: np.ndarray
+
+    def expected(self) -> np.ndarray:
+        """Softmax attention in f64, one row and head at a time."""
+        return self.reference()[0]
+
+    def reference(self, rounded_rows: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(result, magnitude, exponent), all f64. magnitude [T, heads, 1]: the greatest of the row's averages of
+        |values|, the error of a relative error in the weights. exponent [T, heads, 1]: the greatest sum of
+        |query * key| * scale, on which the error of a relative error in queries and keys depends.
+
+        rounded_rows: queries (scaled), keys and values are bf16 in tiles of more than so many rows of a head's group.
+        """
+        case = self.case
+        group = case.heads // case.kv_heads
+        out = np.zeros((len(self.query), case.heads, case.value_dim))
+        magnitude, exponent = np.zeros((2, len(self.query), case.heads, 1))
+        scaled = np.float32(case.scale / case.softcap if case.softcap else case.scale * math.log2(math.e))
+        for sequence, first, count, position in self.tiles:
+            rounds = rounded_rows is not None and count * group > rounded_rows
+            number, factor = (bfloat16, scaled) if rounds else (exact, np.float32(1))
+            for row in range(count):
+                last = position + row
+                seen = slice(max(0, last - case.window + 1) if case.window else 0, last + 1)
+                for head in range(case.heads):
+                    kv = head * case.kv_heads // case.heads
+                    keys = number(self.keys[sequence][seen, kv])
+                    values = number(self.values[sequence][seen, kv])
+                    query = number(self.query[first + row, head] * factor) * (case.scale / float(factor))
+                    scores = keys @ query
+                    if case.softcap:
+                        scores = case.softcap * np.tanh(scores / case.softcap)
+                    if case.alibi:
+                        scores += self.slopes[head] * (np.arange(seen.start, seen.stop) - last)
+                    top = max(scores.max(), self.sinks[head]) if case.sinks else scores.max()
+                    weights = np.exp(scores - top)
+                    total = weights.sum() + (np.exp(self.sinks[head] - top) if case.sinks else 0)
+                    out[first + row, head] = weights @ values / total
+                    magnitude[first + row, head] = (weights @ np.abs(values)).max() / total
+                    exponent[first + row, head] = (np.abs(keys) @ np.abs(query)).max()
+        return out, magnitude, exponent
+
+    def run(self, machine: Machine, splits: int = 1, cuts: tuple[float, ...] = ()) -> np.ndarray:
+        """The kernels' result, the work units cut into ranges at these fractions."""
+        case, plan = self.case, self.case.plan(machine)
+        tokens = len(self.query)
+        out = aligned(np.full((tokens, case.heads, case.value_dim), np.nan, np.float32))
+        state = aligned(np.full(plan.state_elements(tokens, splits), np.nan, np.float32))
+        partial = aligned(np.full(max(1, plan.partial_elements(tokens, splits)), np.nan, np.float32))
+        args = [self.query, self.key_pages, self.value_pages, self.tiles, self.block_table]
+        args += [self.sinks] * case.sinks + [self.slopes] * case.alibi
+        arrays = [*(aligned(a) for a in args), out, state, partial]
+        tile = Compiled(plan.tile, machine)
+        for begin, end in reversed(ranges(plan.tile_units(len(self.tiles), splits), cuts)):
+            tile(*arrays, self.block_table.shape[1], splits, begin, end)
+        if splits > 1:
+            combine = Compiled(plan.combine, machine)
+            for begin, end in reversed(ranges(plan.combine_units(tokens), cuts)):
+                combine(state, partial, out, splits, begin, end)
+        return out
+
+
+def ranges(units: int, cuts: tuple[float, ...]) -> list[tuple[int, int]]:
+    return list(pairwise([0, *(int(units * cut) for cut in cuts), units]))
+
+
+def tiles_of(new: list[int], lengths: list[int], most: int) -> np.ndarray:
+    """Tiles of at most `most` rows for the last `new[i]` tokens of each sequence."""
+    tiles, row = [], 0
+    for sequence, (count, length) in enumerate(zip(new, lengths, strict=True)):
+        for start in range(length - count, length, most):
+            rows = min(most, length - start)
+            tiles.append((sequence, row, rows, start))
+            row += rows
+    return np.array(tiles, np.int32)
+
+
+def make_batch(case: Case, lengths: list[int], new: list[int], *, seed: int = 0, most: int = TILE) -> Batch:
+    """Random sequences of which the last `new` tokens are queries. Slots that hold no token are NaN."""
+    rng = np.random.default_rng(seed)
+    needed = [-(-length // PAGE) for length in lengths]
+    pages = sum(needed) + 2
+    order = rng.permutation(pages)
+    table = np.full((len(lengths), max(needed) + 1), order[-1], np.int32)
+    key_pages = np.full((pages, case.kv_heads, case.head_dim, PAGE), np.nan, case.cache_dtype)
+    value_pages = np.full((pages, case.kv_heads, PAGE, case.value_dim), np.nan, case.cache_dtype)
+    keys, values = [], []
+    for sequence, length in enumerate(lengths):
+        keys.append(rng.standard_normal((length, case.kv_heads, case.head_dim)).astype(case.cache_dtype))
+        values.append(rng.standard_normal((length, case.kv_heads, case.value_dim)).astype(case.cache_dtype))
+        for number in range(needed[sequence]):
+            page, order = order[0], order[1:]
+            table[sequence, number] = page
+            block = slice(number * PAGE, (number + 1) * PAGE)
+            filled = len(keys[-1][block])
+            key_pages[page, :, :, :filled] = keys[-1][block].transpose(1, 2, 0)
+            value_pages[page, :, :filled] = values[-1][block].transpose(1, 0, 2)
+    query = (2 * rng.standard_normal((sum(new), case.heads, case.head_dim))).astype(np.float32)
+    sinks = rng.standard_normal(case.heads).astype(np.float32)
+    slopes = (0.5 ** np.arange(1, case.heads + 1)).astype(np.float32)
+    tiles = tiles_of(new, lengths, most)
+    return Batch(case, keys, values, key_pages, value_pages, table, tiles, query, sinks, slopes)
+
+
+# Prefills of 1, 7, 33 and 129 tokens, a chunk in the middle of a page, and decodes with contexts of 31 and 200.
+LENGTHS, NEW = [1, 7, 33, 129, 70, 31, 200, 32], [1, 7, 33, 129, 19, 1, 1, 1]
+
+
+def exact(array: np.ndarray) -> np.ndarray:
+    return array.astype(float)
+
+
+def bfloat16(array: np.ndarray) -> np.ndarray:
+    """Rounded to bf16, to nearest even, by way of f32."""
+    return array.astype(np.float32).astype(ml_dtypes.bfloat16).astype(float)

@@ -1,0 +1,167 @@
+"""Paged attention on tile registers: against f64 numpy with and without its roundings, and what holds whatever the
+numbers are.
+
+With the same bf16 queries, keys and values the kernel differs from f64 by the rounding of its weights, 2^-8 of each at
+most, by its exponential (7.5e-5, twice) and by sums in f32 (below 1e-5 here): 2^-8 + 2^-12 of the average of |values|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from attention_batches import LENGTHS, NEW, Batch, Case, make_batch
+from kernel_harness import Compiled, aligned
+from x86_machines import MACHINES
+
+from llmc.runtime import cpu
+from llmc.targets.kernel import kernel
+from llmc.targets.machine import Machine
+from llmc.targets.x86.attention import attention_plan
+from llmc.targets.x86.attention_matrix import exp2, fits, reduce_rows
+from llmc.targets.x86.detect import machine
+from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.linear_builder import let
+from llmc.targets.x86.vectors import load, maximum, range_kernel, store
+
+MACHINE = machine("sapphirerapids")
+FEW = 8  # rows of a unit that the kernel leaves to the f32 kernel
+ROUNDING = 2.0**-8  # of a number to bf16
+
+needs_tiles = pytest.mark.skipif(not cpu.features() >= MACHINE.features, reason="this computer has no tile registers")
+
+CASES = {
+    "grouped": Case(4, 2, 64, 64),
+    "one head each": Case(3, 3, 80, 80),
+    "group of seven, window": Case(7, 1, 96, 96, window=40),
+    "window of one page": Case(2, 1, 16, 16, window=32),
+    "softcap, odd heads": Case(4, 2, 11, 20, softcap=3.0),
+    "sinks and window": Case(8, 2, 128, 24, window=7, sinks=True),
+    "alibi": Case(5, 5, 20, 17, alibi=True),
+    "many heads share one": Case(40, 1, 16, 16, softcap=5.0, sinks=True, alibi=True),
+    "wide": Case(2, 1, 256, 144),
+}
+
+
+def errors(batch: Batch, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Error over bound against the rounded and against the exact operands; each is at most 1 where the kernel is right.
+
+    Against exact ones: a score moves by less than (2 u + u^2) sum |query * key|, u = 2^-8, weights by exp of twice that
+    (their sum moves as well), values and weights by u each.
+    """
+    expected, magnitude, _ = batch.reference(FEW)
+    rounded = np.abs(found - expected) / ((ROUNDING + 2.0**-12) * magnitude)
+    expected, magnitude, exponent = batch.reference()
+    moved = np.expm1(2 * (2 * ROUNDING + ROUNDING**2) * exponent)
+    loose = np.abs(found - expected) / ((moved + 2 * ROUNDING + 2.0**-12) * (1 + ROUNDING) * magnitude)
+    return rounded, loose
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_splits_gives_the_reference(name: str) -> None:
+    batch = make_batch(CASES[name], LENGTHS, NEW)
+    for splits in (1, 2, 5):
+        rounded, loose = errors(batch, batch.run(MACHINE, splits))
+        assert rounded.max() < 1, splits
+        assert loose.max() < 1, splits
+
+
+@needs_tiles
+@pytest.mark.parametrize("most", [1, 5, 64, 300])
+def test_any_cut_of_the_tokens_into_tiles_gives_the_reference(most: int) -> None:
+    """Tiles of more rows than are held at once included; the longest sequence spans several steps of pages."""
+    for name in ("group of seven, window", "grouped"):
+        batch = make_batch(CASES[name], [*LENGTHS, 301], [*NEW, 290], most=most)
+        assert errors(batch, batch.run(MACHINE, splits=2))[0].max() < 1, name
+
+
+@needs_tiles
+def test_the_cut_of_the_units_does_not_change_a_bit() -> None:
+    batch = make_batch(CASES["grouped"], LENGTHS, NEW)
+    for splits in (1, 3):
+        whole = batch.run(MACHINE, splits)
+        assert np.array_equal(whole, batch.run(MACHINE, splits, cuts=(0.1, 0.37, 0.9)))
+
+
+@needs_tiles
+def test_where_pages_lie_does_not_change_a_bit() -> None:
+    batch = make_batch(CASES["grouped"], LENGTHS, NEW)
+    order = np.random.default_rng(1).permutation(len(batch.key_pages))
+    place = np.argsort(order).astype(np.int32)
+    moved = replace(
+        batch,
+        key_pages=batch.key_pages[order],
+        value_pages=batch.value_pages[order],
+        block_table=place[batch.block_table],
+    )
+    assert np.array_equal(moved.run(MACHINE), batch.run(MACHINE))
+
+
+@needs_tiles
+def test_what_later_tokens_hold_does_not_change_a_bit() -> None:
+    """A row's result depends on nothing behind it: later keys and values may be anything."""
+    case = CASES["grouped"]
+    first = make_batch(case, [129], [129], seed=3)
+    later = make_batch(case, [129], [129], seed=4)
+    seen = 70
+    sequence_pages = first.block_table[0]
+    key_pages, value_pages = first.key_pages.copy(), first.value_pages.copy()
+    for position in range(seen, 129):
+        page, slot = sequence_pages[position // 32], position % 32
+        key_pages[page, :, :, slot] = 100 * later.keys[0][position]
+        value_pages[page, :, slot] = 100 * later.values[0][position]
+    changed = replace(first, key_pages=key_pages, value_pages=value_pages).run(MACHINE)
+    assert np.array_equal(changed[:seen], first.run(MACHINE)[:seen])
+    assert not np.array_equal(changed, first.run(MACHINE))
+
+
+@needs_tiles
+def test_extreme_scores_pick_one_value() -> None:
+    """Scores of thousands leave one key: no overflow, no NaN, whatever the order in which keys come."""
+    batch = make_batch(CASES["one head each"], LENGTHS, NEW)
+    batch = replace(batch, query=batch.query * 1000)
+    expected, _, _ = batch.reference(FEW)
+    greatest = max(float(np.abs(v).max()) for v in batch.values)
+    # Two keys may come within a rounding error of each other; such a row is a coin toss.
+    for splits in (1, 4):
+        error = np.abs(batch.run(MACHINE, splits) - expected).max(axis=2)
+        assert np.isfinite(error).all()
+        assert np.mean(error < 1e-4 * greatest) > 0.95
+
+
+@needs_tiles
+def test_exp2_and_the_reduction_of_rows() -> None:
+    def template(machine: Machine) -> object:
+        isa = isa_for(machine)
+
+        def unit(a: SimpleNamespace, u: object) -> None:
+            rows = [let(load(a.x, r * 16, 16)) for r in range(16)]
+            store(a.out, 0, reduce_rows(rows, maximum), 16)
+            for r, row in enumerate(rows):
+                store(a.out, 16 + r * 16, exp2(isa, row), 16)
+
+        return range_kernel([("x", "float32"), ("out", "float32")], [], unit)
+
+    x = -np.abs(np.random.default_rng(0).standard_normal((16, 16)) * 20).astype(np.float32)
+    x[3, :4] = 0, -1e30, -np.inf, -200
+    out = aligned(np.zeros((17, 16), np.float32))
+    Compiled(kernel(template, MACHINE.key), MACHINE)(aligned(x), out, 0, 1)
+    assert np.array_equal(out[0], x.max(axis=1))
+    exact = np.exp2(x.astype(float))
+    assert np.abs(out[1:] - exact).max() < 8e-5
+    assert (np.abs(out[1:] - exact) <= 8e-5 * exact + 1e-38).all()
+
+
+def test_tiles_serve_f16_caches_where_the_machine_has_them() -> None:
+    def chosen(machine: Machine, **sizes: object) -> str:
+        arguments = {"heads": 4, "kv_heads": 2, "head_dim": 64, "scale": 1.0, **sizes}
+        return attention_plan(machine, **arguments).tile.name  # type: ignore[arg-type]
+
+    assert fits(MACHINE, 64, "float16")
+    assert chosen(MACHINE) == "attention_matrix"
+    assert chosen(MACHINE, cache_dtype="float32") == "attention_tile"
+    assert chosen(MACHINE, value_dim=8) == "attention_tile"
+    assert chosen(MACHINES["avx512vnni"]) == "attention_tile"
