@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmc.compiler.ir.dims import Dim, FloorDiv
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.errors import CompileError
-from llmc.targets.kernel import CachePart, Call, Packed, Scratch
+from llmc.targets.kernel import CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan, needs_arena, scratch_key
 
@@ -70,15 +70,15 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     for lowered in program.ops:
         for call in lowered.calls:
             index = len(labels)
-            arguments = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
+            named = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
             symbol = call.kernel.symbol
-            if kernels.setdefault(symbol, len(arguments)) != len(arguments):
+            if kernels.setdefault(symbol, len(named)) != len(named):
                 raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
             bodies.append(
                 f"/* {lowered.op.name}: {call.kernel.name} {call.note} */\n"
                 f"static void body_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
                 f"    ENTER(context);\n"
-                f"    {symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
+                f"    {symbol}({', '.join([*named, 'begin', 'end'])});\n}}\n"
             )
             guard = " && ".join(_guards(call)) or "1"
             units = call.units
@@ -93,6 +93,11 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     symbols = "\n".join(
         f"    const int64_t {name} = step->sizes[{slot}]; (void){name};" for name, slot in SIZES.items()
     ).replace("\n", " \\\n")
+    nbytes = max(
+        (a.nbytes for o in program.ops for c in o.calls for a in c.args if isinstance(a, Workspace)), default=0
+    )
+    if nbytes:  # allocated when a thread first needs it
+        declarations.append(f"static _Thread_local _Alignas(64) unsigned char workspace[{nbytes}];")
     source = _TEMPLATE.format(
         declarations="\n".join(declarations), symbols=symbols, bodies="\n".join(bodies), steps="\n".join(steps)
     )
@@ -114,6 +119,8 @@ def _argument(argument: object, lowered: LoweredOp, call: Call, program: Program
         return c_expression(argument)
     if isinstance(argument, Scratch):
         return f"ARENA({addresses.plan.offsets[scratch_key(lowered.op, argument)]})"
+    if isinstance(argument, Workspace):
+        return "workspace"
     if isinstance(argument, Packed):
         return f"WEIGHT({addresses.weights[weight_key(argument)]})"
     if isinstance(argument, CachePart):

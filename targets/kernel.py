@@ -74,6 +74,13 @@ class Scratch:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """Memory that each thread has for itself, `nbytes` at least, 64-byte aligned; a call finds anything in it."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class CachePart:
     """The "keys" or "values" buffer of a KV cache value."""
 
@@ -86,9 +93,9 @@ class Call:
     """One kernel call in the step driver.
 
     args: in the kernel's parameter order. Each is a `compiler.ir` Value (an operand of the op being lowered: passed as
-    its buffer's address), the string "result" (the op's result buffer), a `CachePart`, a `Scratch`, a `Packed` weight,
-    or a Dim (passed as int64). A scratch whose name starts with "@" belongs to a value, not to this op alone, and lives
-    as long as that value's readers.
+    its buffer's address), the string "result" (the op's result buffer), a `CachePart`, a `Scratch`, a `Workspace`, a
+    `Packed` weight, or a Dim (passed as int64). A scratch whose name starts with "@" belongs to a value, not to this op
+    alone, and lives as long as that value's readers.
     units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
     """
 

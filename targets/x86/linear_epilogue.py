@@ -58,21 +58,29 @@ class Epilogue:
 
     def emit(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         """Finish vector `column` of the given row of the result; sums: f32 vectors, (gate, up) or one."""
-        from tvm import tirx
         from tvm.script.ir_builder import tirx as I
 
         out = b.view(handles["out"], [b.MANY, self.features], "float32")
-        start = b.let(column * isa.lanes)
-        lane = tirx.Ramp(start, b.index(1), isa.lanes)
-        ragged = self.features % isa.lanes != 0
-        inside = lane < tirx.Broadcast(b.index(self.features), isa.lanes)
+        lane, inside = self._lanes(isa, column)
+        value = self.value(isa, handles, row, column, sums)
+        if self.features % isa.lanes:
+            I.evaluate(I.masked_store(out, value, row, lane, inside))
+        else:
+            I.buffer_store(out, value, [row, lane])
+
+    def value(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> Expr:
+        """What `emit` stores. Lanes past the last feature hold anything."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as I
+
+        lane, inside = self._lanes(isa, column)
 
         def load(name: str, *outer: Expr, first: int = 0) -> Expr:
             shape = [b.MANY, self.features] if outer else [self.n]
             buffer, at = b.view(handles[name], shape, "float32"), lane + first if first else lane
-            return (
-                I.masked_load(isa.f32, buffer, *outer, at, inside) if ragged else tirx.BufferLoad(buffer, [*outer, at])
-            )
+            if self.features % isa.lanes:
+                return I.masked_load(isa.f32, buffer, *outer, at, inside)
+            return tirx.BufferLoad(buffer, [*outer, at])
 
         values = [v + load("bias", first=i * self.features) if self.bias else v for i, v in enumerate(sums)]
         value = activation(isa, self.activation, values[0])
@@ -80,7 +88,11 @@ class Epilogue:
             value = value * values[1]
         if self.residual:
             value = value + load("residual", row)
-        if ragged:
-            I.evaluate(I.masked_store(out, value, row, lane, inside))
-        else:
-            I.buffer_store(out, value, [row, lane])
+        return value
+
+    def _lanes(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr]:
+        """The features of a vector of the result, and which of them there are."""
+        from tvm import tirx
+
+        lane = tirx.Ramp(b.let(column * isa.lanes), b.index(1), isa.lanes)
+        return lane, lane < tirx.Broadcast(b.index(self.features), isa.lanes)

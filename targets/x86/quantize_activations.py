@@ -53,7 +53,7 @@ def quantize_activations(
         xscales, xsums = (b.view(handles[name], [b.MANY, groups], dtype) for name, dtype in results[1:])
         with b.loop(sizes["end"] - sizes["begin"]) as i:
             row = b.let(sizes["begin"] + i)
-            normed = _normed(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
+            normed = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
 
             def one_group(g: Expr, valid: int) -> None:
                 vectors = group // isa.lanes
@@ -72,7 +72,7 @@ def quantize_activations(
             if k % group:
                 one_group(b.index(groups - 1), k % group)
 
-    return b.plain_function([*_inputs(norm, norm_bias), *results], [], body)
+    return b.plain_function([*norm_inputs(norm, norm_bias), *results], [], body)
 
 
 def round_activations(
@@ -99,7 +99,7 @@ def round_activations(
         xh = b.view(handles["xh"], [b.MANY, width], "uint16")
         with b.loop(sizes["end"] - sizes["begin"]) as i:
             row = b.let(sizes["begin"] + i)
-            normed = _normed(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
+            normed = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
 
             def convert(start: Expr, valid: int) -> Expr:
                 return isa.f32_to_bf16(b.let(normed(start, valid)))
@@ -112,10 +112,10 @@ def round_activations(
                 inside = isa.first(width % isa.lanes or isa.lanes)
                 I.evaluate(I.masked_store(xh, convert(start, k % isa.lanes), row, lane, inside))
 
-    return b.plain_function([*_inputs(norm, norm_bias), ("xh", "uint16")], [], body)
+    return b.plain_function([*norm_inputs(norm, norm_bias), ("xh", "uint16")], [], body)
 
 
-def _inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
+def norm_inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
     """The pointers that a norm reads. ValueError for a norm that is not known."""
     if norm not in NORMS or (norm_bias and norm == "none"):
         raise ValueError(f"norm {norm!r} with norm_bias={norm_bias}; known: {', '.join(NORMS)}")
@@ -166,7 +166,7 @@ def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
     return scale, _Rounded(isa.lanes, integers, isa.reduce("add", tirx.reinterpret(isa.i32, total)))
 
 
-def _normed(
+def normalised(
     isa: VectorIsa,
     handles: Mapping[str, Expr],
     x: Buffer,

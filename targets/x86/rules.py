@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from llmc.compiler.ir.dims import Dim, Symbol, product
 from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivations, RMSNorm
 from llmc.compiler.ir.op import Op, Value
-from llmc.targets.kernel import Call, Packed, Range, Scratch, kernel
+from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86 import attention_rules, embedding_rules  # noqa: F401  (registers their rules)
-from llmc.targets.x86.linear_plan import LinearPlan, float_linear_plan, quantized_linear_plan
+from llmc.targets.x86 import attention_rules, embedding_rules, tile_plan  # noqa: F401  (registers their rules)
+from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
+from llmc.targets.x86.linear_plan import Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.quantize_activations import padded, quantize_activations
@@ -73,6 +77,11 @@ def rounded_parts(value: Value, group: int, context: Context) -> dict[str, Scrat
     return {part: Scratch(context.scratch_name(value, part), dtype, rows * columns[part]) for part, dtype in ROUNDED}
 
 
+def tiles_of(value: Value, inputs: int, context: Context) -> Scratch:
+    """The buffer of an activation as bf16 in tiles."""
+    return Scratch(context.scratch_name(value, "xtiles"), "uint16", tiles_elements(rows_of(value), inputs))
+
+
 @RULES.lower(QuantizeActivations, priority=10, needs=VECTOR)
 def round_rows(op: Op, context: Context) -> Lowered | str:
     """A row at a time; a norm in front that nobody else reads is computed on the way."""
@@ -92,53 +101,127 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
             params = {"norm": kind, "eps": norm.eps, "weight_offset": offset, "norm_bias": bias is not None}
             extra = (norm.w,) if bias is None else (norm.w, bias)
             x = norm.x
-    made = kernel(quantize_activations, context.machine.key, k=size, group=op.group, **params)
-    parts = rounded_parts(op, op.group, context)
-    args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
-    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), note=f"[{size}]"),))
+    rows, grain, note = rows_of(op), max(1, 4096 // size), f"[{size}]"
+    calls = []
+    few = guard(rows, 1, tile_plan.ROWS_FROM - 1 if tile_plan.usable(context.machine) else None)
+    if few is not None:
+        made = kernel(quantize_activations, context.machine.key, k=size, group=op.group, **params)
+        parts = rounded_parts(op, op.group, context)
+        args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
+        calls.append(Call(made, args, rows, grain, few, note=note))
+    many = guard(rows, tile_plan.ROWS_FROM, None) if tile_plan.usable(context.machine) else None
+    if many is not None and not writes_tiles(op.x, context):
+        inputs = padded(size, op.group)
+        made = kernel(activation_tiles, context.machine.key, k=size, inputs=inputs, **params)
+        calls.append(Call(made, (x, *extra, tiles_of(op, inputs, context)), rows, grain, many, note=note))
+    return Lowered(tuple(calls), reads=(x,))
+
+
+def writes_tiles(value: Value, context: Context) -> bool:
+    """Whether a linear op of many rows writes its result as bf16 in tiles: its one user rounds it, and sees no more."""
+    user = context.only_user(value)
+    if not isinstance(value, (Linear, GatedLinear)) or not isinstance(user, QuantizeActivations):
+        return False
+    served = isinstance(value.x, QuantizeActivations) and not isinstance(_integers(value, context), str)
+    return served and tile_plan.usable(context.machine) and features_of(value) % user.group == 0
+
+
+def guard(rows: int | Dim, low: int, high: int | None) -> tuple[Range, ...] | None:
+    """The condition low <= rows <= high (None: no limit) as guards of a call; None where it never holds.
+
+    Of a size that is no plain symbol nothing is known: only what has no upper limit serves it.
+    """
+    if isinstance(rows, int):
+        return () if low <= rows and (high is None or rows <= high) else None
+    name = plain_symbol(rows)
+    if name is None:
+        return () if high is None else None
+    return (Range(name, low, high),) if low > 1 or high is not None else ()
 
 
 def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str, object], context: Context) -> Lowered:
     """The calls of a linear plan: one a range of row counts."""
-    rows = rows_of(op)
+    rows, most = rows_of(op), None
+    calls = []
+    if "xtiles" in activations:
+        most = tile_plan.ROWS_FROM - 1
+        calls = _tile_calls(op, activations, context)
+    args = _arguments(op, plan.layout, plan.arguments, activations)
+    n, k = _shape(op)
+    weight_bytes = plan.layout.nbytes(n, k)
+    for variant in plan.variants:
+        high = variant.high if most is None else min(variant.high or most, most)
+        when = guard(rows, variant.low, high) if high is None or variant.low <= high else None
+        if when is not None:
+            calls.append(
+                Call(
+                    variant.kernel,
+                    (*args, rows),
+                    variant.units(rows),
+                    variant.grain,
+                    when,
+                    note=f"[{n}, {k}]",
+                    bytes_moved=weight_bytes,
+                    operations=rows * (2 * n * k),
+                    arithmetic={"i8": "int8", "bf16": "bf16"}.get(plan.activations, "f32"),
+                )
+            )
+    return Lowered(tuple(calls))
+
+
+def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], context: Context) -> list[Call]:
+    """The calls of a linear op for as many rows as tiles are for."""
+    rows, (n, k), packed = rows_of(op), _shape(op), writes_tiles(op, context)
+    epilogue, encoding = _epilogue(op, context), op.w.tensor.encoding
+    assert isinstance(epilogue, dict)
+    stored: dict[str, Any] = {"bits": 16}
+    if encoding is not None:
+        stored = {name: getattr(encoding, name) for name in ("bits", "group", "symmetric")}
+    plan = tile_plan.tile_plan(context.machine, n=n, k=k, packed=packed, **stored, **epilogue)
+    if packed:
+        user = context.only_user(op)
+        assert user is not None
+        activations = {**activations, "out": tiles_of(user, features_of(op), context)}
+    calls = []
+    for variant in plan.variants:
+        when = guard(rows, variant.low, variant.high)
+        if when is not None:
+            named = {**activations, "workspace": Workspace(variant.workspace)}
+            calls.append(
+                Call(
+                    variant.kernel,
+                    (*_arguments(op, plan.layout, plan.arguments, named), rows),
+                    variant.units(rows),
+                    1,
+                    when,
+                    note=f"[{n}, {k}]",
+                    bytes_moved=plan.layout.nbytes(n, k),
+                    operations=rows * (2 * n * k),
+                    arithmetic="bf16",
+                )
+            )
+    return calls
+
+
+def _arguments(
+    op: Linear | GatedLinear, layout: Layout, names: Sequence[str], given: dict[str, object]
+) -> list[object]:
+    """A kernel's pointers by name; `given` goes before the op's own."""
     named: dict[str, object] = {
-        **activations,
-        **{part: Packed(op.w, plan.layout, part) for part in ("data", "scales", "minimums")},
+        **{part: Packed(op.w, layout, part) for part in ("data", "scales", "minimums")},
         "bias": op.bias,
         "residual": op.residual if isinstance(op, Linear) else None,
         "out": "result",
+        **given,
     }
-    args = tuple(named[name] for name in plan.arguments)
-    n, k = (size for size in op.w.shape if isinstance(size, int))
-    weight_bytes = plan.layout.nbytes(n, k)
-    calls = []
-    for variant in plan.variants:
-        if isinstance(rows, int):
-            if not variant.low <= rows <= (variant.high or rows):
-                continue
-            when: tuple[Range, ...] = ()
-        else:
-            name = plain_symbol(rows)
-            if name is None:
-                if variant.high is not None:
-                    continue  # only the variant without an upper limit serves any count
-                when = ()
-            else:
-                when = (Range(name, variant.low, variant.high),)
-        calls.append(
-            Call(
-                variant.kernel,
-                (*args, rows),
-                variant.units(rows),
-                variant.grain,
-                when,
-                note=f"[{n}, {k}]",
-                bytes_moved=weight_bytes,
-                operations=rows * (2 * n * k),
-                arithmetic={"i8": "int8", "bf16": "bf16"}.get(plan.activations, "f32"),
-            )
-        )
-    return Lowered(tuple(calls))
+    return [named[name] for name in names]
+
+
+def _shape(op: Linear | GatedLinear) -> tuple[int, int]:
+    """[outputs, inputs] of the weight."""
+    n, k = op.w.shape
+    assert isinstance(n, int) and isinstance(k, int)
+    return n, k
 
 
 def plain_symbol(rows: Dim) -> str | None:
@@ -168,8 +251,20 @@ def _epilogue(op: Linear | GatedLinear, context: Context) -> dict[str, object] |
 
 @RULES.lower(Linear, GatedLinear, priority=20, needs=VECTOR)
 def linear_quantized(op: Op, context: Context) -> Lowered | str:
-    """Integer dot products of group-quantized weights and int8 activations."""
+    """Integer dot products of group-quantized weights and int8 activations; many rows on tiles, where there are any."""
     assert isinstance(op, (Linear, GatedLinear))
+    plan = _integers(op, context)
+    if isinstance(plan, str):
+        return plan
+    assert isinstance(op.x, QuantizeActivations)
+    given: dict[str, object] = {**rounded_parts(op.x, op.x.group, context)}
+    if tile_plan.usable(context.machine):
+        given["xtiles"] = tiles_of(op.x, padded(features_of(op.x), op.x.group), context)
+    return Lowered(plan_calls(op, plan, given, context).calls, reads=(op.x,))
+
+
+def _integers(op: Linear | GatedLinear, context: Context) -> LinearPlan | str:
+    """The plan of a linear op with integer weights and activations, or why there is none."""
     encoding = op.w.tensor.encoding
     bits, group = getattr(encoding, "bits", 0), getattr(encoding, "group", 0)
     if bits not in (4, 8):
@@ -181,21 +276,16 @@ def linear_quantized(op: Op, context: Context) -> Lowered | str:
     epilogue = _epilogue(op, context)
     if isinstance(epilogue, str):
         return epilogue
-    n, k = op.w.shape
-    assert isinstance(n, int) and isinstance(k, int)
-    symmetric = bool(getattr(encoding, "symmetric", True))
-    plan = quantized_linear_plan(
+    n, k = _shape(op)
+    return quantized_linear_plan(
         context.machine,
         n=n,
         k=k,
         bits=bits,
         group=group,
-        symmetric=symmetric,
+        symmetric=bool(getattr(encoding, "symmetric", True)),
         **epilogue,  # type: ignore[arg-type]
     )
-    parts = rounded_parts(op.x, group, context)
-    lowered = plan_calls(op, plan, dict(parts), context)
-    return Lowered(lowered.calls, reads=(op.x,))
 
 
 @RULES.lower(Linear, GatedLinear, priority=10, needs=VECTOR)

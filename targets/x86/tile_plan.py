@@ -1,0 +1,104 @@
+"""Where tile registers serve linear ops: which kernels, in which blocks, and from how many rows on.
+
+Few rows are limited by the memory that holds the weights, and are multiplied as integers (`linear_plan`). From
+`ROWS_FROM` rows on the multipliers are the limit, and tiles of bf16 have several times more of them. Both read the same
+packed weights. Activations that the graph rounds to int8 are rounded to bf16 there, which keeps more of them: a
+rounding in the graph says how coarse a kernel may be, not how coarse it must be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.machine import Machine
+from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.x86.linear_epilogue import Epilogue
+from llmc.targets.x86.linear_quantized import quantized_layout
+from llmc.targets.x86.linear_tiles import INPUTS, tile_linear, workspace_bytes
+from llmc.targets.x86.tiles import has_tiles
+
+ROWS_FROM = 17  # measured: below, integer kernels are as fast
+STEP = 384  # inputs at a time: a pair of row tiles and a pair of weight tiles fill the first-level cache
+
+
+@dataclass(frozen=True)
+class TileVariant:
+    """A kernel for low <= T <= high (None: no limit); see `linear_plan.Variant`."""
+
+    kernel: Kernel
+    low: int
+    high: int | None
+    panels: int
+    row_block: int
+    workspace: int
+
+    def units(self, tokens: object) -> object:
+        """Independent work units for `tokens` rows: an int, or a symbolic dim with +, * and //."""
+        return (tokens + (self.row_block - 1)) // self.row_block * self.panels  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """One linear op of many rows. arguments: names of the pointers, in order, "xtiles" first, "workspace" last.
+
+    inputs: columns of the activations' tiles.
+    """
+
+    layout: QuantizedLayout | FloatLayout
+    arguments: tuple[str, ...]
+    inputs: int
+    variants: tuple[TileVariant, ...]
+
+
+def usable(machine: Machine) -> bool:
+    """Whether linear ops run on tiles here."""
+    return has_tiles(machine, "bf16") and isa_for(machine).lanes == 16 and isa_for(machine).bf16_dot
+
+
+def tile_plan(
+    machine: Machine,
+    *,
+    n: int,
+    k: int,
+    bits: int,
+    group: int = INPUTS,
+    symmetric: bool = True,
+    gated: bool = False,
+    activation: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+    packed: bool = False,
+) -> TilePlan:
+    """y[T, features] for T >= ROWS_FROM from weights of 4, 8 or 16 (bf16) bits; packed: y is bf16 in tiles."""
+    isa = isa_for(machine)
+    layout: QuantizedLayout | FloatLayout = (
+        FloatLayout("bf16", isa.lanes, gated)
+        if bits == 16
+        else quantized_layout(machine, bits, group, symmetric, gated)
+    )
+    epilogue = Epilogue(n, gated, activation, bias, residual)
+    params: dict[str, Param] = {"n": n, "k": k, "bits": bits, "group": group, "symmetric": symmetric, "gated": gated}
+    params |= {"activation": activation, "bias": bias, "residual": residual, "packed": packed}
+    inputs = -(-k // group) * group
+    step = _even_step(inputs, group)
+    least = 2 * epilogue.tiles if packed else 2
+
+    def variant(low: int, high: int | None, tiles: int, row_block: int) -> TileVariant:
+        tiles = max(least, tiles)
+        made = kernel(tile_linear, machine.key, **params, step=step, tiles=tiles, row_block=row_block)
+        panels = -(-layout.tiles(n) // tiles)
+        return TileVariant(made, low, high, panels, row_block, workspace_bytes(step, tiles, row_block))
+
+    fused = tuple(name for name in ("bias", "residual") if params[name])
+    arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
+    wide = 16 if layout.tiles(n) >= 16 * 16 or k > 4 * n else 8
+    variants = (variant(ROWS_FROM, 128, 4, 128), variant(129, None, wide, 512))
+    return TilePlan(layout, arguments, inputs, variants)
+
+
+def _even_step(inputs: int, group: int) -> int:
+    """Inputs at a time: whole groups, near STEP, so that the steps are about as long as each other."""
+    steps = max(1, -(-inputs // max(STEP, group)))
+    return -(-inputs // (steps * group)) * group

@@ -1,0 +1,190 @@
+"""Linear ops on tile registers: against f64, at awkward sizes, where this computer has them; their code everywhere."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from kernel_harness import Compiled, aligned
+from x86_linear_cases import ACTIVATIONS, wide
+
+from llmc.runtime import cpu
+from llmc.targets.codegen import build_module
+from llmc.targets.kernel import kernel
+from llmc.targets.x86 import detect
+from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
+from llmc.targets.x86.linear_tiles import tile_linear
+from llmc.targets.x86.tile_plan import ROWS_FROM, TilePlan, tile_plan, usable
+
+MACHINE = detect.machine("sapphirerapids")
+needs_tiles = pytest.mark.skipif(not MACHINE.features <= cpu.features(), reason="this computer has no tile registers")
+
+# A product's factors are each rounded to bf16, by 2^-9 at most; f32 sums of thousands add little to that.
+ROUNDING = 2.0**-8 + 2.0**-12
+
+
+def in_tiles(x: np.ndarray, inputs: int) -> np.ndarray:
+    """[T, k] as the kernels want it; rows past the last hold NaN, which must not leak."""
+    tokens, k = x.shape
+    padded = np.full((-(-tokens // 32) * 32, inputs), np.nan, np.float32)
+    padded[:tokens] = 0
+    padded[:tokens, :k] = x
+    tiles = padded.astype(ml_dtypes.bfloat16).reshape(len(padded) // 16, 16, inputs // 32, 32).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(tiles).view(np.uint16)
+
+
+def from_tiles(bits: np.ndarray, tokens: int, features: int) -> np.ndarray:
+    """The inverse, f32."""
+    tiles = bits.view(ml_dtypes.bfloat16).reshape(-1, features // 32, 16, 32).transpose(0, 2, 1, 3)
+    return tiles.reshape(-1, features)[:tokens].astype(np.float32)
+
+
+class Case:
+    """One linear op: packed weights, and its exact value with the size of what is summed."""
+
+    def __init__(self, tokens: int, n: int, k: int, bits: int, group: int, symmetric: bool = True, **fused) -> None:
+        rng = np.random.default_rng(n * k + bits)
+        self.tokens, self.fused = tokens, fused
+        self.plan = tile_plan(MACHINE, n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        x = rng.standard_normal((tokens, k)).astype(np.float32)
+        if bits == 16:
+            weight = rng.standard_normal((n, k)).astype(ml_dtypes.bfloat16)
+            arrays, exact = self.plan.layout.pack(weight), weight.astype(np.float64)
+            magnitude = np.abs(exact)
+        else:
+            most = 2 ** (bits - 1) - 1
+            q = rng.integers(-most, most + 1, (n, k)).astype(np.int8)
+            if not symmetric:
+                q = (q + most).astype(np.uint8)
+            groups = -(-k // group)
+            scales = (0.01 * (0.5 + rng.random((n, groups)))).astype(np.float16)
+            minimums = None if symmetric else (-0.1 * rng.random((n, groups))).astype(np.float16)
+            arrays = self.plan.layout.pack(q, scales, *([] if symmetric else [minimums]))
+            exact = q * wide(scales, group, k)
+            magnitude = np.abs(exact)
+            if minimums is not None:
+                exact, magnitude = exact + wide(minimums, group, k), magnitude + np.abs(wide(minimums, group, k))
+        sums, self.terms = x.astype(np.float64) @ exact.T, np.abs(x) @ magnitude.T
+        if fused.get("bias"):
+            arrays["bias"] = rng.standard_normal(n).astype(np.float32)
+            sums = sums + arrays["bias"]
+        features = n // 2 if fused.get("gated") else n
+        act = ACTIVATIONS[fused.get("activation", "none")]
+        self.expected, terms = act(sums[:, :features]), self.terms
+        self.terms = 1.2 * terms[:, :features]  # no activation steepens an error by more
+        if fused.get("gated"):
+            up = sums[:, features:]
+            self.terms = self.terms * np.abs(up) + terms[:, features:] * np.abs(self.expected)
+            self.expected = self.expected * up
+        if fused.get("residual"):
+            arrays["residual"] = rng.standard_normal((tokens, features)).astype(np.float32)
+            self.expected = self.expected + arrays["residual"]
+        arrays["xtiles"] = in_tiles(x, self.plan.inputs)
+        self.arrays = {name: aligned(values) for name, values in arrays.items()}
+
+    def run(self, which: int, pieces: int = 1) -> np.ndarray:
+        """The result of a variant, in `pieces` ranges of units, last first."""
+        variant = self.plan.variants[which]
+        tokens, features = self.expected.shape
+        packed = self.fused.get("packed")
+        elements = int(tiles_elements(tokens, features)) if packed else tokens * features
+        guard = 64
+        out = aligned(np.full(elements + guard, 7, np.uint16 if packed else np.float32))
+        workspace = aligned(np.full(variant.workspace, 255, np.uint8))  # NaN in every dtype: what lies there is not read
+        given = {**self.arrays, "out": out, "workspace": workspace}
+        compiled, units = Compiled(variant.kernel, MACHINE), variant.units(tokens)
+        bounds = [units * i // pieces for i in range(pieces + 1)]
+        for i in reversed(range(pieces)):
+            compiled(*(given[name] for name in self.plan.arguments), tokens, bounds[i], bounds[i + 1])
+        assert (out[elements:] == 7).all(), "wrote past its result"
+        return from_tiles(out[:elements], tokens, features) if packed else out[:elements].reshape(tokens, features)
+
+    def check(self, which: int, pieces: int = 1) -> None:
+        tolerance = ROUNDING + (2.0**-8 if self.fused.get("packed") else 0)
+        allowed = tolerance * (self.terms + (np.abs(self.expected) if self.fused.get("packed") else 0)) + 1e-6
+        assert (np.abs(self.run(which, pieces) - self.expected) <= allowed).all()
+
+
+@needs_tiles
+@pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
+@pytest.mark.parametrize("shape", [(1, 7, 31), (17, 33, 129), (33, 129, 65), (129, 31, 700), (70, 600, 33)])
+@pytest.mark.parametrize("weights", [(4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True)])
+def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:
+    Case(*shape, *weights).check(which)
+
+
+@needs_tiles
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        {"bias": True, "residual": True, "activation": "gelu"},
+        {"gated": True, "activation": "silu", "bias": True},
+        {"gated": True, "activation": "gelu_tanh", "packed": True},
+        {"activation": "relu", "bias": True, "packed": True},
+    ],
+    ids=str,
+)
+def test_fused_tails(bits: int, fused: dict) -> None:
+    n = 192 if fused.get("gated") else 160
+    for which in (0, 1):
+        Case(37, n, 96, bits, 32, **fused).check(which)
+
+
+@needs_tiles
+def test_any_split_of_the_units_gives_the_same_bits() -> None:
+    case = Case(150, 300, 200, 4, 64)
+    for which in (0, 1):
+        assert case.run(which, 5).tobytes() == case.run(which).tobytes()
+
+
+@needs_tiles
+def test_more_rows_than_a_block() -> None:
+    Case(600, 48, 64, 4, 64).check(1)
+    Case(600, 48, 64, 4, 64).check(0)
+
+
+@needs_tiles
+@pytest.mark.parametrize("k", [1, 31, 33, 96, 129])
+@pytest.mark.parametrize("norm", ["none", "rms", "layer"])
+def test_activations_round_to_the_nearest_bf16(k: int, norm: str) -> None:
+    rng = np.random.default_rng(k)
+    tokens, inputs = 19, -(-k // 64) * 64
+    x = rng.standard_normal((tokens, k)).astype(np.float32)
+    weight = rng.standard_normal(k).astype(np.float32)
+    extra = [] if norm == "none" else [aligned(weight)]
+    made = kernel(activation_tiles, MACHINE.key, k=k, inputs=inputs, norm=norm, eps=1e-5)
+    out = aligned(np.full(int(tiles_elements(tokens, inputs)), 0x7FC0, np.uint16))
+    Compiled(made, MACHINE)(aligned(x), *extra, out, 0, tokens)
+    got = from_tiles(out, tokens, inputs)
+    exact = x.astype(np.float64)
+    if norm != "none":
+        centred = exact - (exact.mean(1, keepdims=True) if norm == "layer" else 0)
+        exact = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * weight
+    assert (got[:, k:] == 0).all()
+    if norm == "none":
+        assert (got[:, :k] == x.astype(ml_dtypes.bfloat16).astype(np.float32)).all()
+    else:
+        assert np.abs(got[:, :k] - exact).max() <= 2.0**-8 * np.abs(exact).max()
+
+
+def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
+    made = tile_plan(MACHINE, n=64, k=64, bits=4, group=64).variants[0].kernel
+    code = build_module(made, MACHINE).inspect_source("asm")
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert instruction in code
+    assert usable(MACHINE) and not any(usable(detect.machine(name)) for name in ("x86-64-v3", "x86-64-v4", "znver5"))
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        tile_linear(MACHINE, n=64, k=64, bits=4, group=64, step=64, tiles=3, row_block=32)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        tile_linear(MACHINE, n=48, k=64, bits=4, group=64, packed=True, step=64, tiles=2, row_block=32)
+
+
+def test_few_rows_are_left_to_the_integer_kernels() -> None:
+    plan: TilePlan = tile_plan(MACHINE, n=64, k=64, bits=4, group=64)
+    assert plan.variants[0].low == ROWS_FROM
+    assert plan.variants[0].high is not None and plan.variants[0].high + 1 == plan.variants[1].low
+    assert plan.variants[1].high is None
