@@ -1,0 +1,1 @@
+"""The engines that `benchmarks/compare.py` measures, one adapter each; an adapter is a script that runs on its own."""

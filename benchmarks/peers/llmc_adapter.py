@@ -1,0 +1,78 @@
+"""llmc itself, measured as the others are: `llmc compile`, then steps of the public runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+from protocol import Engine, Facts, Options, Task, Timing, main
+
+import llmc
+from llmc.runtime.measure import weight_bytes_per_token
+
+
+class LlmcEngine:
+    def __init__(self, task: Task) -> None:
+        self._runtime = llmc.Runtime.load(task.file, threads=task.threads)
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
+        runtime = self._runtime
+        sequences = [runtime.sequence() for _ in prompts]
+        following = [np.array(prompt, np.int32) for prompt in prompts]
+        times = [time.perf_counter()]
+        try:
+            for _ in range(new_tokens):
+                logits = runtime.step_last(list(zip(sequences, following, strict=True)))
+                following = list(logits.argmax(axis=-1).astype(np.int32).reshape(-1, 1))
+                times.append(time.perf_counter())
+        finally:
+            for sequence in sequences:
+                sequence.close()
+        return Timing(times[1] - times[0], times[-1] - times[1])
+
+    def uses(self) -> str:
+        return ""
+
+
+class LlmcAdapter:
+    def check(self) -> Facts:
+        return {"version": f"{llmc.__version__}, sources {source_hash()}", "machine": machine()}
+
+    def convert(self, model: Path, out: Path, options: Options) -> Facts:
+        artifact = out / "model.so"
+        llmc.compile(model, artifact, **options)
+        runtime = llmc.Runtime.load(artifact, threads=1)
+        manifest = runtime.manifest
+        return {
+            "file": str(artifact),
+            "file_bytes": artifact.stat().st_size,
+            "bytes_per_token": weight_bytes_per_token(manifest.raw, manifest.weights_bytes),
+        }
+
+    def load(self, task: Task) -> Engine:
+        return LlmcEngine(task)
+
+
+def machine() -> str:
+    """The machine that `native` means here."""
+    from llmc.targets import machine_named
+
+    found = machine_named("native")
+    return f"{found.mcpu}: {' '.join(sorted(found.features))}"
+
+
+def source_hash() -> str:
+    """Of all Python and C sources: an artifact of older sources is compiled again."""
+    digest = hashlib.sha256()
+    for name in ("llmc", "llmc.compiler", "llmc.frontends", "llmc.targets", "llmc.runtime"):
+        module = __import__(name, fromlist=["__path__"])
+        folder = Path(module.__path__[0])
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main(LlmcAdapter())

@@ -1,0 +1,64 @@
+"""The comparison as a picture: bars for each engine, whiskers from least to most, ticks at the machine's limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from .metrics import METRICS, SECONDS, limit_of  # noqa: E402
+from .variants import CLASSES, PEERS
+
+_COLOURS = dict(zip(PEERS, ("#0b6e4f", "#7a7a7a", "#3b6fb6", "#c77b30", "#8d5fa8", "#b5484a"), strict=True))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """One column of charts for each metric, one line of them for each model and class."""
+    shown = [metric for metric in METRICS if any(metric in row["metrics"] for row in report["rows"])]
+    groups = [
+        (model, precision, rows)
+        for model in report["models"]
+        for precision in CLASSES
+        if (rows := [row for row in report["rows"] if row["model"] == model and row["class"] == precision])
+    ]
+    if not shown or not groups:
+        return
+    heights = [len(rows) + 1.5 for *_, rows in groups]
+    figure, charts = pyplot.subplots(
+        len(groups), len(shown), squeeze=False, layout="constrained",
+        figsize=(3.4 * len(shown) + 2, 0.32 * sum(heights) + 1), gridspec_kw={"height_ratios": heights},
+    )  # fmt: skip
+    for line, (model, precision, rows) in zip(charts, groups, strict=True):
+        for chart, metric in zip(line, shown, strict=True):
+            _chart(chart, metric, rows, report, named=chart is line[0])
+        line[0].set_title(f"{model}, {precision}", loc="left", fontsize=9, fontweight="bold")
+    machine = report["machine"]
+    figure.suptitle(f"{machine['cpu']}, {machine['threads']} threads: medians, least to most; | is the limit", size=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _chart(chart: Axes, metric: str, rows: list[dict[str, Any]], report: dict[str, Any], named: bool) -> None:
+    for height, row in enumerate(rows):
+        found = row["metrics"].get(metric)
+        if found is None:
+            continue
+        median = found["median"]
+        spread = [[median - found["least"]], [found["most"] - median]]
+        chart.barh(height, median, 0.75, color=_COLOURS[row["peer"]], xerr=spread, error_kw={"lw": 0.8})
+        chart.text(median, height, f" {median:,.3g}" if median < 100 else f" {median:,.0f}", va="center", fontsize=6)
+        limit = limit_of(metric, row, report)
+        if limit is not None:
+            chart.plot([limit], [height], marker="|", color="black", markersize=9)
+    chart.set_yticks(range(len(rows)), [row["label"] for row in rows] if named else [""] * len(rows), fontsize=7)
+    chart.set_ylim(len(rows) - 0.4, -0.6)
+    chart.margins(x=0.18)
+    chart.tick_params(axis="x", labelsize=6)
+    chart.set_xlabel(f"{metric}, {'s (less is better)' if metric in SECONDS else 'tokens/s'}", fontsize=7)
+    chart.spines[["top", "right"]].set_visible(False)
