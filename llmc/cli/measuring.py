@@ -11,6 +11,7 @@ import typer
 from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.profile_table import print_profile
+from llmc.cli.roofline import check_roofline, draw_roofline
 from llmc.errors import LlmcError
 
 
@@ -25,11 +26,17 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also time every kernel, beside this machine's limits.")
     ] = False,
+    roofline: Annotated[
+        Path | None,
+        typer.Option("--roofline", metavar="FILE", help="Draw the kernels below those limits: a .png, .svg or .pdf."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Measure tokens per second, and how near writing comes to this machine's memory bandwidth."""
     from llmc.runtime.measure import bench as measure
 
+    if roofline is not None:
+        check_roofline(roofline)  # told before the work, not after it
     with output.progress() as progress:
 
         def tell(phase: str, count: int) -> None:
@@ -40,8 +47,10 @@ def bench(
 
         found = measure(
             artifact, prompt_tokens, gen_tokens, batch, threads, repeats=repeats, weights=weights, tell=tell,
-            profile=profile,
+            profile=profile or roofline is not None,
         )  # fmt: skip
+    if roofline is not None and found.profile is not None:
+        draw_roofline(found.profile, roofline, artifact.name)
     if json:
         output.print_json({"artifact": str(artifact), **asdict(found)})
         return
@@ -112,6 +121,12 @@ def eval(
 
 
 COMMANDS = (
-    (bench, ("llmc bench pycoder.so --prompt-tokens 512 --gen-tokens 128 --json",)),
+    (
+        bench,
+        (
+            "llmc bench pycoder.so --prompt-tokens 512 --gen-tokens 128 --json",
+            "llmc bench pycoder.so --batch 8 --profile",
+        ),
+    ),
     (eval, ("llmc eval pycoder.so --text examples/pycoder/heldout.txt --reference examples/pycoder --windows 48",)),
 )

@@ -62,6 +62,11 @@ def facts(values: Mapping[str, object]) -> None:
         print(f"{name:<{width}}  {value}")
 
 
+def count(number: int, what: str) -> str:
+    """`1 token`, `512 tokens`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def size(count: float) -> str:
     """Bytes for people: 4.2 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):

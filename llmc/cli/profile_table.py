@@ -15,9 +15,10 @@ HEADER = ("kernel", "shape", "calls", "ms", "share %", "MB", "GB/s", "GOPS", "li
 
 def print_profile(profile: Profile) -> None:
     """The limits, then a table for each phase: averages of a step, the longest kernels first."""
-    print(f"\nlimits, {profile.limits.threads} threads: {limits_line(profile.limits)}")
+    limits = profile.limits
+    print(f"\nlimits, {output.count(limits.threads, 'thread')}: {limits_line(limits)}")
     for name, phase in profile.phases.items():
-        print(f"\n{name}, {phase.tokens} tokens a step, average of {phase.steps}")
+        print(f"\n{name} of {output.count(phase.tokens, 'token')}, mean of {output.count(phase.steps, 'step')}")
         output.table([*map(_row, phase.kernels), *_totals(phase)], HEADER)
 
 
