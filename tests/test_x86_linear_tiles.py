@@ -90,7 +90,9 @@ class Case:
         elements = int(tiles_elements(tokens, features)) if packed else tokens * features
         guard = 64
         out = aligned(np.full(elements + guard, 7, np.uint16 if packed else np.float32))
-        workspace = aligned(np.full(variant.workspace, 255, np.uint8))  # NaN in every dtype: what lies there is not read
+        workspace = aligned(
+            np.full(variant.workspace, 255, np.uint8)
+        )  # NaN in every dtype: what lies there is not read
         given = {**self.arrays, "out": out, "workspace": workspace}
         compiled, units = Compiled(variant.kernel, MACHINE), variant.units(tokens)
         bounds = [units * i // pieces for i in range(pieces + 1)]
