@@ -1,9 +1,12 @@
 /* A fork-join thread pool for steps made of hundreds of short parallel loops.
  *
  * A loop is a job. Its owner opens it, works on it, closes it, and waits only for those workers that joined: a worker
- * that the system keeps off its core costs nothing. Ranges are handed out by one atomic counter, large ones first, so
- * that a busy core takes less and all finish together. Workers spin a short while for the next job, then give way to
- * other processes, then sleep on a futex.
+ * that the system keeps off its core costs nothing. Workers spin a short while for the next job, then give way to other
+ * processes, then sleep on a futex.
+ *
+ * Every thread starts with a slice of its own, so that what it reads is one stream, and takes it in pieces from the
+ * front. Who is done takes half of what another has left, from the end: a busy core does less, an absent one nothing,
+ * and all finish together.
  *
  * The job word `state` holds OPEN, the number of helpers wanted and the number inside. A worker joins by raising the
  * last with a compare-and-swap that fails once the job is closed; the fields of a job change only while it is closed
@@ -30,12 +33,17 @@ enum {
     MOST_WORKERS = 1023,
     SPIN_NANOSECONDS = 30000,  /* pause loops before giving way: about one futex wake-up */
     YIELD_NANOSECONDS = 60000, /* then sched_yield until this long after the last work, then sleep */
-    CHUNKS_PER_THREAD = 4,     /* each hand-out takes this part of a thread's share of what is left */
+    PIECES = 4,                /* a thread takes this part of what is left of its slice */
 };
 
 #define OPEN (UINT64_C(1) << 63)
 #define WANTED_SHIFT 32
 #define INSIDE_MASK UINT64_C(0xffffffff)
+
+/* What is left of a thread's part of the job, in blocks of `grain` units: begin << 32 | end. */
+typedef struct Slice {
+    _Alignas(CACHE_LINE) _Atomic uint64_t blocks;
+} Slice;
 
 struct LlmcPool {
     /* Stable across versions: how any artifact runs a job, and how it takes its turn. */
@@ -46,6 +54,7 @@ struct LlmcPool {
     pthread_mutex_t turn; /* held by the thread that owns the jobs */
     int64_t threads;      /* threads of the turn's owner, itself included */
     int64_t workers;      /* workers started so far */
+    _Atomic int64_t named; /* of these, the ones that know their number */
     LlmcPool *next;       /* all pools of this artifact, for the fork handler */
 
     LlmcBody body;
@@ -54,9 +63,10 @@ struct LlmcPool {
     int64_t grain;
 
     _Alignas(CACHE_LINE) _Atomic uint64_t state;
-    _Alignas(CACHE_LINE) _Atomic int64_t taken;
     _Alignas(CACHE_LINE) _Atomic uint32_t epoch; /* raised for every job: what workers watch and sleep on */
     _Atomic int32_t sleepers;
+
+    Slice slices[MOST_WORKERS + 1]; /* by thread: 0 is the owner's */
 };
 
 static _Atomic(LlmcPool *) current;
@@ -89,42 +99,81 @@ static void futex_wake(_Atomic uint32_t *word, int count) {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-/* Takes ranges until none is left. Guided: a range is a fraction of what remains, so the last ones are small. */
-static void work(LlmcPool *pool, LlmcBody body, void *context, int64_t units, int64_t grain, int64_t threads) {
-    int64_t begin = atomic_load_explicit(&pool->taken, memory_order_relaxed);
-    while (begin < units) {
-        int64_t count = (units - begin) / (threads * CHUNKS_PER_THREAD);
-        if (count < grain) count = grain;
-        if (count > units - begin) count = units - begin;
-        if (!atomic_compare_exchange_weak_explicit(&pool->taken, &begin, begin + count, memory_order_relaxed,
-                                                   memory_order_relaxed)) {
-            continue;
-        }
-        body(context, begin, begin + count);
-        begin = atomic_load_explicit(&pool->taken, memory_order_relaxed);
+static uint64_t range_of(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+
+static uint64_t begin_of(uint64_t range) { return range >> 32; }
+
+static uint64_t end_of(uint64_t range) { return range & UINT32_MAX; }
+
+static void run_blocks(const LlmcPool *pool, uint64_t begin, uint64_t end) {
+    int64_t last = (int64_t)end * pool->grain;
+    pool->body(pool->context, (int64_t)begin * pool->grain, last < pool->units ? last : pool->units);
+}
+
+static bool replace(Slice *slice, uint64_t *seen, uint64_t range) {
+    return atomic_compare_exchange_weak_explicit(&slice->blocks, seen, range, memory_order_relaxed,
+                                                 memory_order_relaxed);
+}
+
+/* Works on the thread's own slice until it is empty. The pieces are one after the other in memory, so that many cost
+ * little more than one; the smaller they are, the more is left for others to take when this thread is slow. */
+static void finish_slice(LlmcPool *pool, Slice *own) {
+    for (;;) {
+        uint64_t range = atomic_load_explicit(&own->blocks, memory_order_relaxed), middle;
+        do {
+            uint64_t left = end_of(range) - begin_of(range);
+            if (left == 0) return;
+            middle = begin_of(range) + (left + PIECES - 1) / PIECES;
+        } while (!replace(own, &range, range_of(middle, end_of(range))));
+        run_blocks(pool, begin_of(range), middle);
     }
 }
 
+/* Takes the second half of what some other thread has left. False when there is nothing left anywhere. */
+static bool take_over(LlmcPool *pool, int64_t threads, int64_t self) {
+    for (int64_t i = 1; i <= threads; i++) {
+        Slice *other = &pool->slices[(self + i) % threads];
+        uint64_t range = atomic_load_explicit(&other->blocks, memory_order_relaxed), middle;
+        do {
+            middle = (begin_of(range) + end_of(range)) / 2;
+        } while (middle < end_of(range) && !replace(other, &range, range_of(begin_of(range), middle)));
+        if (middle == end_of(range)) continue;
+        if (self >= threads) { /* a worker beyond those that were asked for, in place of one: it has no slice */
+            run_blocks(pool, middle, end_of(range));
+        } else {
+            atomic_store_explicit(&pool->slices[self].blocks, range_of(middle, end_of(range)), memory_order_relaxed);
+            finish_slice(pool, &pool->slices[self]);
+        }
+        return true;
+    }
+    return false;
+}
+
+static void work(LlmcPool *pool, int64_t threads, int64_t self) {
+    if (self < threads) finish_slice(pool, &pool->slices[self]);
+    while (take_over(pool, threads, self)) continue;
+}
+
 /* Joins the open job, if there is one that wants help, and works on it. */
-static bool join_job(LlmcPool *pool) {
+static bool join_job(LlmcPool *pool, int64_t self) {
     uint64_t state = atomic_load_explicit(&pool->state, memory_order_acquire);
     do {
         uint64_t wanted = (state & ~OPEN) >> WANTED_SHIFT;
         if (!(state & OPEN) || (state & INSIDE_MASK) >= wanted) return false;
     } while (!atomic_compare_exchange_weak_explicit(&pool->state, &state, state + 1, memory_order_acq_rel,
                                                     memory_order_acquire));
-    int64_t threads = (int64_t)((state & ~OPEN) >> WANTED_SHIFT) + 1;
-    work(pool, pool->body, pool->context, pool->units, pool->grain, threads);
+    work(pool, (int64_t)((state & ~OPEN) >> WANTED_SHIFT) + 1, self);
     atomic_fetch_sub_explicit(&pool->state, 1, memory_order_release);
     return true;
 }
 
 static void *worker(void *argument) {
     LlmcPool *pool = argument;
+    const int64_t self = atomic_fetch_add(&pool->named, 1) + 1;
     uint32_t seen = atomic_load_explicit(&pool->epoch, memory_order_acquire);
     int64_t last_work = now();
     inside_body = true;
-    join_job(pool);
+    join_job(pool, self);
     for (;;) {
         /* Look for a new job: spin, then give way, then sleep. A job that needs no more help does not count as work,
          * so that workers which a smaller run leaves idle go to sleep. */
@@ -146,7 +195,7 @@ static void *worker(void *argument) {
             }
         }
         seen = atomic_load_explicit(&pool->epoch, memory_order_acquire);
-        if (join_job(pool)) last_work = now();
+        if (join_job(pool, self)) last_work = now();
     }
     return NULL;
 }
@@ -170,6 +219,7 @@ static void start_workers(LlmcPool *pool, int64_t wanted) {
 static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units, int64_t grain) {
     if (units <= 0) return;
     if (grain < 1) grain = 1;
+    if (units / grain >= UINT32_MAX) grain = units / UINT32_MAX + 1; /* blocks are counted in 32 bits */
     int64_t helpers = units / grain - 1;
     if (helpers > pool->threads - 1) helpers = pool->threads - 1;
     if (helpers > pool->workers) helpers = pool->workers;
@@ -181,7 +231,11 @@ static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units,
     pool->context = context;
     pool->units = units;
     pool->grain = grain;
-    atomic_store_explicit(&pool->taken, 0, memory_order_relaxed);
+    uint64_t blocks = (uint64_t)((units + grain - 1) / grain), threads = (uint64_t)helpers + 1;
+    for (uint64_t i = 0; i < threads; i++) {
+        uint64_t slice = range_of(blocks * i / threads, blocks * (i + 1) / threads);
+        atomic_store_explicit(&pool->slices[i].blocks, slice, memory_order_relaxed);
+    }
     atomic_store(&pool->state, OPEN | (uint64_t)helpers << WANTED_SHIFT);
     /* Sequentially consistent against a worker's "count me as asleep, then look at the epoch". */
     atomic_fetch_add(&pool->epoch, 1);
@@ -189,7 +243,7 @@ static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units,
     if (missing > 0) futex_wake(&pool->epoch, (int)missing);
 
     inside_body = true;
-    work(pool, body, context, units, grain, helpers + 1);
+    work(pool, helpers + 1, 0);
     inside_body = false;
 
     atomic_fetch_and_explicit(&pool->state, ~OPEN, memory_order_acq_rel);
@@ -223,6 +277,7 @@ static void restart_in_child(void) {
     for (LlmcPool *pool = created; pool != NULL; pool = pool->next) {
         pthread_mutex_init(&pool->turn, NULL);
         pool->workers = 0;
+        atomic_store(&pool->named, 0);
         atomic_store(&pool->state, 0);
         atomic_store(&pool->sleepers, 0);
     }

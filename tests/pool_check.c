@@ -3,6 +3,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -67,11 +68,42 @@ static void run_loops(int rounds) {
     free(count);
 }
 
+typedef struct {
+    int64_t units;
+    _Atomic int64_t done;
+} Rest;
+
+/* The piece with the first unit ends only when all other pieces have: a thread that is held up holds up no more. */
+static void wait_for_rest(void *context, int64_t begin, int64_t end) {
+    Rest *rest = context;
+    if (begin == 0) {
+        while (atomic_load(&rest->done) < rest->units - end) sched_yield();
+    }
+    atomic_fetch_add(&rest->done, end - begin);
+}
+
+static void count_units(void *context, int64_t begin, int64_t end) {
+    atomic_fetch_add((_Atomic int64_t *)context, end - begin);
+}
+
 static _Atomic int steps_inside;
+
+enum { HELD_UP = 1000 }; /* llmc_step: as many tokens ask for the loop whose first piece waits for the others */
 
 int llmc_step(const LlmcStep *step) {
     CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
-    run_loops((int)step->sizes[LLMC_TOKENS]);
+    if (step->sizes[LLMC_TOKENS] == HELD_UP) {
+        for (int64_t units = 2; units < 100; units++) {
+            Rest rest = {.units = units};
+            llmc_parallel(wait_for_rest, &rest, units, 1);
+            CHECK(rest.done == units);
+        }
+        _Atomic int64_t counted = 0;
+        llmc_parallel(count_units, &counted, ((int64_t)1 << 40) + 7, 1); /* more than 32 bits hold */
+        CHECK(counted == ((int64_t)1 << 40) + 7);
+    } else {
+        run_loops((int)step->sizes[LLMC_TOKENS]);
+    }
     atomic_fetch_sub(&steps_inside, 1);
     return (int)step->sizes[LLMC_ROWS];
 }
@@ -93,6 +125,10 @@ int main(int argc, char **argv) {
     CHECK(pool != NULL);
     run_loops(1);                    /* outside of a run: on this thread */
     for (int64_t threads = 0; threads <= 6; threads++) CHECK(llmc_run(&step, threads) == 0);
+
+    for (int64_t threads = 2; threads <= 6; threads++) {
+        CHECK(llmc_run(&(LlmcStep){.sizes = {HELD_UP}}, threads) == 0);
+    }
 
     pthread_t callers[4];
     int64_t limits[4] = {1, 2, 3, 4};
