@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
 
-TILE = 16  # rows of a query tile at most
+TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
 MAX_SPLITS = 16  # context splits of attention at most
 
 RECOGNISE = (

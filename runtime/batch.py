@@ -17,6 +17,7 @@ from llmc.runtime.sequence import Sequence
 
 _MIN_PAGES_PER_SPLIT = 4
 _UNITS_PER_THREAD = 4
+_LEAST_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,17 @@ def choose_splits(tiles: int, kv_heads: int, pages: int, threads: int, most: int
     units = max(1, tiles * kv_heads)
     wanted = -(-_UNITS_PER_THREAD * threads // units)
     return max(1, min(wanted, pages // _MIN_PAGES_PER_SPLIT, most))
+
+
+def choose_tile(counts: list[int], kv_heads: int, threads: int, most: int) -> int:
+    """Tokens of a query tile, for runs of `counts` tokens: `most`, halved until every thread has a few units of work.
+
+    A larger tile reads and converts its keys and values less often; below 16 that costs more than idle threads.
+    """
+    tile = most
+    while tile > _LEAST_TILE and sum(-(-count // tile) for count in counts) * kv_heads < _UNITS_PER_THREAD * threads:
+        tile = max(_LEAST_TILE, tile // 2)
+    return tile
 
 
 class StepRunner:
@@ -110,7 +122,8 @@ class StepRunner:
 
     def _fill_tokens(self, runs: list[Run]) -> tuple[int, int, int]:
         """Fills ids, positions, slots, tiles and rows; returns the numbers of tokens, tiles and rows."""
-        page_size, tile_size = self.facts.page, self.facts.tile
+        page_size = self.facts.page
+        tile_size = choose_tile([len(run.ids) for run in runs], self.kv_heads, self.threads, self.facts.tile)
         ids, positions, slots, rows, tiles = self.ids, self.positions, self.slots, self.rows, self.tiles
         token = tile = row = 0
         for index, run in enumerate(runs):
@@ -131,7 +144,8 @@ class StepRunner:
                     slots[token:end] = pages[place // page_size] * page_size + place % page_size
                 else:
                     slots[token:end] = 0
-                firsts = np.arange(0, count, tile_size, dtype=np.int32)
+                # The last first: it sees the longest context, and the work ends with small units.
+                firsts = np.arange(0, count, tile_size, dtype=np.int32)[::-1]
                 part = tiles[tile : tile + len(firsts)]
                 part[:, 0] = index
                 part[:, 1] = firsts + token

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
 from llmc.runtime import manifest
-from llmc.runtime.batch import Run, StepRunner, choose_splits
+from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile
 from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
 
@@ -128,7 +128,7 @@ def check_arrays(runtime: Runtime, runs: list[Run]) -> None:
                 == run.sequence.pages[place // 32]
             )
             assert given_["slots"][row] % 32 == place % 32
-    assert seen == list(range(len(given_["ids"])))
+    assert sorted(seen) == list(range(len(given_["ids"])))
     assert len(set(given_["slots"].tolist())) == len(seen)
     ends = np.cumsum([len(run.ids) for run in runs])
     assert given_["rows"].tolist() == [
@@ -147,6 +147,25 @@ def test_splits_give_every_thread_work_in_parts_that_are_worth_it(
     if splits > 1:
         assert pages // splits >= 4
         assert (splits - 1) * tiles * kv_heads < 4 * threads  # no more than it takes
+
+
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=9),
+    st.integers(1, 64),
+    st.integers(1, 128),
+    st.sampled_from([8, 16, 64, 100]),
+)
+def test_tiles_are_as_large_as_leaves_every_thread_work(
+    counts: list[int], kv_heads: int, threads: int, most: int
+) -> None:
+    def units(tile: int) -> int:
+        return sum(-(-count // tile) for count in counts) * kv_heads
+
+    tile = choose_tile(counts, kv_heads, threads, most)
+    assert min(16, most) <= tile <= most
+    assert tile in (min(16, most), most) or units(tile) >= 4 * threads
+    if tile < most:
+        assert units(most) < 4 * threads
 
 
 def test_profiles_add_up(runtime: Runtime) -> None:

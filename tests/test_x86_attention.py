@@ -55,7 +55,7 @@ def test_the_cut_of_the_units_does_not_change_a_bit(machine: Machine) -> None:
 def test_any_cut_of_the_tokens_into_tiles_gives_the_same(machine: Machine) -> None:
     batch = make_batch(CASES["group of seven, window"], LENGTHS, NEW)
     whole = batch.run(machine)
-    for most in (1, 5):
+    for most in (1, 5, 100):
         other = replace(batch, tiles=tiles_of(NEW, LENGTHS, most))
         assert np.abs(other.run(machine) - whole).max() < tolerance(batch)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.linear_builder import either, index, let, loop, scratch
+from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, when
 from llmc.targets.x86.vector_math import exp, tanh
 from llmc.targets.x86.vectors import (
     add,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
 PAGE = 32  # tokens a cache page
-TILE = 16  # query rows a tile, at most
 MASKED = -1e30  # the score of a key that a row must not see: finite, so that no difference of scores is NaN
 CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
 
@@ -74,10 +73,7 @@ def attention_tile(
     numbers of weight zero. Cache slots that no row of the tile may see are read but never enter a result.
     """
     isa = isa_for(machine)
-    group = heads // kv_heads
-    rows = block_rows(isa)
-    chunk = min(CHUNK, -(-TILE * group // rows) * rows)
-    body = TileBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, chunk)
+    body = TileBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, CHUNK)
     return body.kernel()
 
 
@@ -202,8 +198,6 @@ class TileBody:
 
     def locate(self, a: SimpleNamespace, u: Expr) -> SimpleNamespace:
         """What unit u is: its head, split, rows, their positions, and its range of the sequence's pages."""
-        from tvm import tirx
-
         split = pin(remainder(u, a.S))
         outer = pin(divide(u, a.S))
         kv_head = pin(remainder(outer, self.kv_heads))
@@ -213,7 +207,7 @@ class TileBody:
         last_page = pin(divide(position + count - 1, PAGE))
         first_page: Expr = index(0)
         if self.window:
-            first_page = pin(divide(tirx.Max(position - (self.window - 1), index(0)), PAGE))
+            first_page = pin(self.first_page(position))
         pages = pin(last_page + 1 - first_page)
         return SimpleNamespace(
             kv_head=kv_head,
@@ -266,12 +260,15 @@ class TileBody:
             prefill()
 
     def each_chunk(self, t: SimpleNamespace, body: Callable[[Expr, Expr], None]) -> None:
-        """body(first row, number of rows) for every chunk of the unit's rows."""
+        """body(first row, number of rows) for every chunk of the unit's rows: as few and as even as can be."""
         from tvm import tirx
 
-        with loop(divide(t.rows + (self.chunk - 1), self.chunk)) as number:
-            first = pin(number * self.chunk)
-            body(first, pin(tirx.Min(t.rows - first, index(self.chunk))))
+        number = pin(divide(t.rows + (self.chunk - 1), self.chunk))
+        block = 16  # a multiple of every kernel's block of rows
+        size = pin(divide(divide(t.rows + (number - 1), number) + (block - 1), block) * block)
+        with loop(divide(t.rows + (size - 1), size)) as place:
+            first = pin(place * size)
+            body(first, pin(tirx.Min(t.rows - first, size)))
 
     def rows_chunk(
         self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, block: int, convert: bool
@@ -283,8 +280,8 @@ class TileBody:
         self.start_rows(a, t, first, count, blocks * block)
         keys_local = aligned_scratch(self.head_dim * PAGE if convert else 1, self.lanes)
         values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
-        low, high = t.pages
-        with loop(high - low) as number:
+        low, high = self.pages_of_rows(t, first, count)
+        with loop(tirx.Max(high - low, index(0))) as number:
             page = pin(low + number)
             page_id = integer(load_raw(a.block_table, t.table + page, 1))
             keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
@@ -301,8 +298,30 @@ class TileBody:
                 following = (next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim))
             with loop(blocks) as b:
                 row = pin(b * block)
-                self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
+                last = self.position(t, tirx.Min(first + row + (block - 1), first + count - 1))
+                with when(page * PAGE <= last):
+                    self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
         self.finish_rows(a, t, first, count)
+
+    def pages_of_rows(self, t: SimpleNamespace, first: Expr, count: Expr) -> tuple[Expr, Expr]:
+        """This split's pages [low, high) that some row of [first, first + count) sees; low may pass high."""
+        from tvm import tirx
+
+        low, high = t.pages
+        high = pin(tirx.Min(high, divide(self.position(t, first + count - 1), PAGE) + 1))
+        if self.window:
+            low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
+        return low, high
+
+    def position(self, t: SimpleNamespace, row: Expr) -> Expr:
+        """The position of a row of the unit."""
+        return pin(t.position + divide(row, self.group))
+
+    def first_page(self, position: Expr) -> Expr:
+        """The first page in the window of a row at `position`."""
+        from tvm import tirx
+
+        return divide(tirx.Max(position - (self.window - 1), index(0)), PAGE)
 
     def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
         """Scaled queries, positions and empty statistics; rows from `count` to `padded` get a query of zeros."""
