@@ -8,7 +8,7 @@ import shlex
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from peers import metrics, table, variants
@@ -40,6 +40,7 @@ class Comparison:
         self.files: dict[tuple[str, str], dict[str, object]] = {}
         self.skipped: dict[tuple[str, str, str], str] = {}
         self.limits: dict[str, list[float]] = {}
+        self.earlier: dict[str, Any] = {"models": {}, "rows": []}
 
     def prepare(self, describe: bool) -> None:
         """Asks the engines for their versions and converts the models. Whatever fails becomes a skipped row."""
@@ -69,15 +70,18 @@ class Comparison:
                 found = self.adapters.convert(row, folder, out)
                 facts.write_text(json.dumps(found), encoding="utf-8")
             found = json.loads(facts.read_text(encoding="utf-8"))
-            if describe:
-                found["uses"] = self.adapters.describe(row, folder, str(found["file"]), self.threads)
-            self.files[model, row.label] = found
+            said = found.pop("uses", {})
+            if describe and row.label not in said:
+                said[row.label] = self.adapters.describe(row, folder, str(found["file"]), self.threads)
+                facts.write_text(json.dumps({**found, "uses": said}), encoding="utf-8")
+            self.files[model, row.label] = {**found, "uses": said.get(row.label, "")}
         except AdapterError as error:
             self._skip(model, row, "", str(error))
 
     def run(self, workloads: list[Workload], rounds: int, save: Path | None) -> None:
         """Round-robin: in each round every row of every model once, one process each, and the machine's limits."""
-        for turn in range(rounds):
+        first = self.results.next_round()
+        for turn in range(first, first + rounds):
             self._measure_limits()
             for model, folder in self.models.items():
                 for workload in workloads:
@@ -116,6 +120,12 @@ class Comparison:
         console.print(f"skipped: {model}, {row.label} {workload}: {reason}", markup=False, highlight=False)
         self.skipped[model, row.label, workload] = reason
 
+    def restore(self, report: dict[str, Any]) -> None:
+        """Goes on from an earlier report: its rows and measurements stay, and what failed is tried again."""
+        self.earlier = report
+        self.results.restore(report["rows"])
+        self.limits = {name: found["values"] for name, found in report["limits"].items()}
+
     def report(self) -> dict[str, object]:
         """Everything, for JSON."""
         rows = []
@@ -127,13 +137,15 @@ class Comparison:
                 found = self.results.row(model, row.label, self._reference(row))
                 rows.append({"model": model, "class": row.precision, "peer": row.peer, "label": row.label,
                              "settings": {**row.convert, **row.measure}, **facts, "metrics": found})  # fmt: skip
+        present = {(row["model"], row["label"]) for row in rows}
+        rows += [row for row in self.earlier["rows"] if (row["model"], row["label"]) not in present]
+        weights = {model: {"matrix_weights": metrics.matrix_weights(folder)} for model, folder in self.models.items()}
         return {
             "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": {"cpu": cpu_name(), "system": platform.platform(), "threads": self.threads},
-            "limits": {name: vars(Summary.of(rates)) for name, rates in self.limits.items()},
-            "models": {model: {"matrix_weights": metrics.matrix_weights(folder)}
-                       for model, folder in self.models.items()},
-            "peers": self.versions,
+            "limits": {name: {**vars(Summary.of(rates)), "values": rates} for name, rates in self.limits.items()},
+            "models": {**self.earlier["models"], **weights},
+            "peers": {**self.earlier.get("peers", {}), **self.versions},
             "rows": rows,
             "skipped": [{"model": model, "label": label, "workload": workload, "reason": reason}
                         for (model, label, workload), reason in self.skipped.items()],
@@ -195,6 +207,7 @@ def compare(
     timeout: Annotated[float, typer.Option(help="Seconds that one process may take.")] = 600,
     describe: Annotated[bool, typer.Option(help="Also ask each engine which kernels it chose.")] = True,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
+    add: Annotated[bool, typer.Option(help="Add rounds to what the --json file has already.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw them here (PNG; needs matplotlib).")] = None,
 ) -> None:
     """Measure llmc beside other engines: the same models, prompts and threads, one process a number, in turns.
@@ -213,6 +226,8 @@ def compare(
         raise typer.BadParameter(f"no workload {', '.join(unknown)}: choose from {', '.join(known)}")
     adapters = Adapters(interpreters(python or []), shlex.split(wrap), timeout)
     comparison = Comparison(adapters, [model.resolve() for model in models], rows, threads, work.resolve())
+    if add and as_json is not None and as_json.exists():
+        comparison.restore(json.loads(as_json.read_text(encoding="utf-8")))
     comparison.prepare(describe)
     comparison.run([known[name] for name in split(workloads)], rounds, as_json)
     report = comparison.report()

@@ -87,13 +87,20 @@ class Bench:
             fake = type(peer)(name, str(script), f"pip install {name}")
             monkeypatch.setitem(peers, name, fake)
 
-    def run(self, rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]], rounds: int = 1) -> dict[str, Any]:
+    def run(
+        self,
+        rows: list[tuple[str, str, dict[str, Any], dict[str, Any]]],
+        rounds: int = 1,
+        before: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         variant = self.compare.variants.Variant
         found = [variant(peer, name, "int4", convert, measure) for peer, name, convert, measure in rows]
         pythons = dict.fromkeys(self.compare.PEERS, sys.executable)
         pythons["mnn"] = "/nowhere/python"
         adapters = self.compare.Adapters(pythons, (), 60)
         comparison = self.compare.Comparison(adapters, [self.model], found, 1, self.work)
+        if before is not None:
+            comparison.restore(before)
         comparison.prepare(describe=True)
         workloads = [workload for workload in self.compare.metrics.WORKLOADS if workload.name != "eight"]
         comparison._measure_limits = lambda: comparison.limits.update(read=[2e4], int8=[64e3])
@@ -148,6 +155,17 @@ def test_conversion_happens_once_and_again_when_model_or_settings_change(bench: 
     config.write_text(config.read_text() + "\n")
     bench.run(rows, rounds=0)
     assert log.read_text().count("converted") == 5
+
+
+def test_rounds_can_be_added_to_an_earlier_report(bench: Bench) -> None:
+    rows = [("llmc", "int4", {}, {"speed": 30}), ("torch", "x", {}, {"speed": 10})]
+    before = json.loads(json.dumps(bench.run(rows)))
+    slower = [("llmc", "int4", {}, {"speed": 30}), ("torch", "x", {}, {"speed": 5})]
+    found = bench.run(slower, rounds=2, before=before)["rows"][1]["metrics"]["decode"]
+    assert found["values"] == {"0": 10, "1": 5, "2": 5}
+    assert found["llmc_times_as_fast"] == {"median": 6, "least": 3, "most": 6, "runs": 3}
+    other = bench.run([rows[0], ("torch", "y", {}, {})], before=before)
+    assert [row["label"] for row in other["rows"]] == ["llmc int4", "torch y", "torch x"]
 
 
 def test_every_round_has_every_row_once_and_the_first_changes(compare: ModuleType) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,29 @@ class Results:
             assert isinstance(value, (int, float))
             self._values.setdefault((model, label), {}).setdefault(metric, {})[turn] = float(value)
 
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes back what `row` gave, of an earlier report."""
+        for row in rows:
+            kept = self._values.setdefault((row["model"], row["label"]), {})
+            for metric, found in row["metrics"].items():
+                kept[metric] = {int(turn): value for turn, value in found["values"].items()}
+
+    def next_round(self) -> int:
+        """The first round that nothing is known of."""
+        turns = [turn for row in self._values.values() for found in row.values() for turn in found]
+        return max(turns, default=-1) + 1
+
     def rounds(self, model: str, label: str, metric: str) -> dict[int, float]:
         return self._values.get((model, label), {}).get(metric, {})
 
     def row(self, model: str, label: str, reference: str) -> dict[str, dict[str, object]]:
-        """For each metric measured: median, spread, all runs, and how many times as fast the reference is."""
+        """For each metric measured: median, spread, the runs by round, and how many times as fast the reference is."""
         row: dict[str, dict[str, object]] = {}
         for metric in METRICS:
             found = self.rounds(model, label, metric)
             if not found:
                 continue
-            row[metric] = {**asdict(Summary.of(list(found.values()))), "values": list(found.values())}
+            row[metric] = {**asdict(Summary.of(list(found.values()))), "values": {str(t): v for t, v in found.items()}}
             ratio = speedups(metric, self.rounds(model, reference, metric), found)
             if label != reference and ratio is not None:
                 row[metric]["llmc_times_as_fast"] = asdict(ratio)

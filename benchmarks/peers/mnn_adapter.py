@@ -1,4 +1,8 @@
-"""MNN's own language-model runtime."""
+"""MNN: says why it is not measured.
+
+Its wheel runs language models, but what exports them lies only in MNN's source tree; and importing the wheel's
+converter sends usage to a log service and installs packages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from pathlib import Path
 
 from protocol import Engine, Facts, Options, PeerError, Task, main
 
-_REASON = "the MNN wheel's converter is not driven from here"
+_REASON = "the MNN wheel has no exporter for language models"
 
 
 class MnnAdapter:

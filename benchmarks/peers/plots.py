@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .metrics import METRICS, SECONDS, limit_of  # noqa: E402
+from .metrics import METRICS, SECONDS, limit_of
 from .variants import CLASSES, PEERS
 
 _COLOURS = dict(zip(PEERS, ("#0b6e4f", "#7a7a7a", "#3b6fb6", "#c77b30", "#8d5fa8", "#b5484a"), strict=True))

@@ -62,7 +62,7 @@ PEERS = {
         ),
         Peer("openvino", "openvino_adapter.py", "pip install openvino-genai optimum-intel nncf 'transformers<5'"),
         Peer("onnxruntime", "onnxruntime_adapter.py", "pip install onnxruntime-genai onnx onnx-ir torch transformers"),
-        Peer("mnn", "mnn_adapter.py", "pip install mnn torch transformers"),
+        Peer("mnn", "mnn_adapter.py", "build MNN from its sources: the exporter is not in the wheel"),
         Peer("torch", "torch_adapter.py", "pip install torch transformers"),
     )
 }
