@@ -30,7 +30,7 @@ class CompileOptions:
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
     quantization: the scheme of linear weights; "none" stores and computes f32.
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
-    activations: what the inputs of quantized matmuls are rounded to; None: int8 for int8 and int4, f32 otherwise.
+    activations: how coarsely inputs of matmuls may be rounded; None: int8 for int8 and int4, bf16 for bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: int8 where `quantization` is int4,
     else the same as `quantization`. A head tied to the embedding has the embedding's scheme.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
@@ -82,10 +82,10 @@ class CompileOptions:
 
     @property
     def activation_dtype(self) -> str:
-        """What quantized matmuls round their inputs to: "int8", "bf16" or "f32"."""
+        """How coarsely the inputs of matmuls may be rounded: "int8", "bf16" or "f32"."""
         if self.activations is not None:
             return self.activations
-        return "int8" if self.quantization in ("int8", "int4") else "f32"
+        return {"int8": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")
 
     @property
     def embedding_scheme(self) -> str:

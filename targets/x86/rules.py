@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmc.compiler.ir.dims import Dim, Symbol, product
+from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivations, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86 import attention_rules, embedding_rules, tile_plan  # noqa: F401  (registers their rules)
-from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
+from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
 from llmc.targets.x86.linear_plan import Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
@@ -110,20 +111,49 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
         args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
         calls.append(Call(made, args, rows, grain, few, note=note))
     many = guard(rows, tile_plan.ROWS_FROM, None) if tile_plan.usable(context.machine) else None
-    if many is not None and not writes_tiles(op.x, context):
+    if many is not None and writes_tiles(op.x, context) is None:
         inputs = padded(size, op.group)
         made = kernel(activation_tiles, context.machine.key, k=size, inputs=inputs, **params)
         calls.append(Call(made, (x, *extra, tiles_of(op, inputs, context)), rows, grain, many, note=note))
     return Lowered(tuple(calls), reads=(x,))
 
 
-def writes_tiles(value: Value, context: Context) -> bool:
-    """Whether a linear op of many rows writes its result as bf16 in tiles: its one user rounds it, and sees no more."""
+def writes_tiles(value: Value, context: Context) -> Scratch | None:
+    """Where a linear op of many rows writes its result as bf16 in tiles: its one user rounds it, and sees no more."""
+    if not isinstance(value, (Linear, GatedLinear)) or not _on_tiles(value, context):
+        return None
     user = context.only_user(value)
-    if not isinstance(value, (Linear, GatedLinear)) or not isinstance(user, QuantizeActivations):
+    if isinstance(user, QuantizeActivations):
+        return tiles_of(user, features_of(value), context) if features_of(value) % user.group == 0 else None
+    again = context.only_user(user) if isinstance(user, Cast) else None
+    reader = context.only_user(again) if isinstance(again, Cast) else None
+    if not isinstance(reader, (Linear, GatedLinear)) or reader.x is not again or not _on_tiles(reader, context):
+        return None
+    fits = unrounded(again) is value and features_of(value) == _tile_inputs(reader)
+    return tiles_of(value, features_of(value), context) if fits else None
+
+
+def unrounded(x: Value) -> Value:
+    """The f32 value that casts to bf16 and back round, or x itself: kernels may keep what a rounding would drop."""
+    if isinstance(x, Cast) and isinstance(x.x, Cast) and x.dtype == x.x.x.dtype == "f32" and x.x.dtype == "bf16":
+        return x.x.x
+    return x
+
+
+def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
+    """Whether tiles serve this op's many rows."""
+    if not tile_plan.usable(context.machine):
         return False
-    served = isinstance(value.x, QuantizeActivations) and not isinstance(_integers(value, context), str)
-    return served and tile_plan.usable(context.machine) and features_of(value) % user.group == 0
+    if isinstance(op.x, QuantizeActivations):
+        return not isinstance(_integers(op, context), str)
+    bits = getattr(op.w.tensor.encoding, "bits", 0) or (16 if op.w.dtype == "bf16" else 0)
+    rounded = unrounded(op.x) is not op.x
+    return rounded and bits in (4, 8, 16) and context.known(op.w) and not isinstance(_epilogue(op, context), str)
+
+
+def _tile_inputs(op: Linear | GatedLinear) -> int:
+    """Columns of the tiles that a linear op reads: whole groups of its weight."""
+    return padded(_shape(op)[1], getattr(op.w.tensor.encoding, "group", INPUTS))
 
 
 def guard(rows: int | Dim, low: int, high: int | None) -> tuple[Range, ...] | None:
@@ -174,14 +204,12 @@ def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], contex
     rows, (n, k), packed = rows_of(op), _shape(op), writes_tiles(op, context)
     epilogue, encoding = _epilogue(op, context), op.w.tensor.encoding
     assert isinstance(epilogue, dict)
-    stored: dict[str, Any] = {"bits": 16}
+    facts: dict[str, Any] = {**epilogue, "bits": 16, "packed": packed is not None}
     if encoding is not None:
-        stored = {name: getattr(encoding, name) for name in ("bits", "group", "symmetric")}
-    plan = tile_plan.tile_plan(context.machine, n=n, k=k, packed=packed, **stored, **epilogue)
-    if packed:
-        user = context.only_user(op)
-        assert user is not None
-        activations = {**activations, "out": tiles_of(user, features_of(op), context)}
+        facts |= {name: getattr(encoding, name) for name in ("bits", "group", "symmetric")}
+    plan = tile_plan.tile_plan(context.machine, n=n, k=k, **facts)
+    if packed is not None:
+        activations = {**activations, "out": packed}
     calls = []
     for variant in plan.variants:
         when = guard(rows, variant.low, variant.high)
@@ -290,7 +318,10 @@ def _integers(op: Linear | GatedLinear, context: Context) -> LinearPlan | str:
 
 @RULES.lower(Linear, GatedLinear, priority=10, needs=VECTOR)
 def linear_float(op: Op, context: Context) -> Lowered | str:
-    """f32 multiply-adds; weights in f32, f16 or bf16, or dequantized in registers."""
+    """f32 multiply-adds; weights in f32, f16 or bf16, or dequantized in registers.
+
+    Activations that the graph rounds to bf16 stay as they are for few rows, and are rounded for tiles.
+    """
     assert isinstance(op, (Linear, GatedLinear))
     if not context.known(op.w):
         return "the weight is not known when compiling"
@@ -322,4 +353,15 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
             activations="f32",
             **epilogue,  # type: ignore[arg-type]
         )
-    return plan_calls(op, plan, {"x": op.x}, context)
+    x = unrounded(op.x)
+    given: dict[str, object] = {"x": x}
+    if not _on_tiles(op, context):
+        return plan_calls(op, plan, given, context)
+    inputs, rows = _tile_inputs(op), rows_of(op)
+    given["xtiles"] = tiles_of(x, inputs, context)
+    calls = plan_calls(op, plan, given, context).calls
+    many = guard(rows, tile_plan.ROWS_FROM, None)
+    if many is not None and writes_tiles(x, context) is None:
+        made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs)
+        calls = (Call(made, (x, given["xtiles"]), rows, max(1, 4096 // k), many, note=f"[{k}]"), *calls)
+    return Lowered(calls, reads=(x,))
