@@ -66,7 +66,7 @@ class Comparison:
         facts = out / "facts.json"
         try:
             if not facts.exists():
-                console.print(f"converting {model} for {row.label}", highlight=False)
+                console.print(f"converting {model} for {row.label}", highlight=False, soft_wrap=True)
                 found = self.adapters.convert(row, folder, out)
                 facts.write_text(json.dumps(found), encoding="utf-8")
             found = json.loads(facts.read_text(encoding="utf-8"))
@@ -94,7 +94,9 @@ class Comparison:
         try:
             found = self.adapters.limits(self.threads)
         except AdapterError as error:
-            console.print(f"the machine's limits are not measured: {error}", markup=False, highlight=False)
+            console.print(
+                f"the machine's limits are not measured: {error}", markup=False, highlight=False, soft_wrap=True
+            )
             return
         for name, rate in found.items():
             self.limits.setdefault(name, []).append(rate)
@@ -114,10 +116,12 @@ class Comparison:
             return
         self.results.add(model, row.label, workload, turn, answer)
         shown = ", ".join(f"{metric} {float(str(answer[name])):,.3g}" for metric, name in workload.rates)
-        console.print(f"round {turn + 1}: {model}, {row.label}: {shown}", highlight=False)
+        console.print(f"round {turn + 1}: {model}, {row.label}: {shown}", highlight=False, soft_wrap=True)
 
     def _skip(self, model: str, row: Variant, workload: str, reason: str) -> None:
-        console.print(f"skipped: {model}, {row.label} {workload}: {reason}", markup=False, highlight=False)
+        console.print(
+            f"skipped: {model}, {row.label} {workload}: {reason}", markup=False, highlight=False, soft_wrap=True
+        )
         self.skipped[model, row.label, workload] = reason
 
     def restore(self, report: dict[str, Any]) -> None:
@@ -233,7 +237,7 @@ def compare(
     report = comparison.report()
     if as_json is not None:
         as_json.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    table.show(Console(), report)
+    table.show(Console(width=None if sys.stdout.isatty() else 160), report)
     if plot is not None:
         plots.draw(report, plot)
 

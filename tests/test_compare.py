@@ -245,6 +245,19 @@ def test_limits_are_where_the_arithmetic_says(bench: Bench, compare: ModuleType)
     assert compare.metrics.limit_of("eight", row, report) is None
 
 
+def test_the_best_peer_of_each_metric_may_be_of_two_rows(compare: ModuleType) -> None:
+    def row(peer: str, label: str, **metrics: float) -> dict[str, Any]:
+        return {"peer": peer, "label": label, "metrics": {name: {"median": value} for name, value in metrics.items()}}
+
+    rows = [
+        row("llmc", "ours", prefill=99, load=0.1),
+        row("a", "a x", prefill=5, load=3),
+        row("a", "a y", prefill=4, load=2),
+    ]
+    found = compare.metrics.best_peers(rows, "llmc")
+    assert {metric: label for metric, (label, _) in found.items()} == {"prefill": "a x", "load": "a y"}
+
+
 def test_tables_show_every_row_and_every_skip(bench: Bench, compare: ModuleType) -> None:
     from rich.console import Console
 

@@ -106,6 +106,21 @@ class Results:
         return row
 
 
+def best_peers(rows: Iterable[Mapping[str, Any]], us: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """For each metric, of the rows of one model and class: the peer's row with the best median, and what it measured.
+
+    An engine's settings are rows of their own, so the best prompt speed and the best decode speed may be of two rows.
+    """
+    best: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        for metric, found in row["metrics"].items():
+            sign = -1 if metric in SECONDS else 1
+            known = best.get(metric)
+            if row["peer"] != us and (known is None or sign * found["median"] > sign * known[1]["median"]):
+                best[metric] = row["label"], found
+    return best
+
+
 def order(count: int, turn: int) -> list[int]:
     """Round `turn`'s order of the rows: rotated, so that nobody always runs after the same neighbour."""
     shift = turn * max(1, count // 3) % count if count else 0

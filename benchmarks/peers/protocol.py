@@ -52,7 +52,7 @@ class Task:
     prompt_tokens: int
     new_tokens: int
     batch: int = 1
-    repeats: int = 2
+    repeats: int = 1
     options: Options = field(default_factory=dict)
 
     @property

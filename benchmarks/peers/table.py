@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .metrics import METRICS, SECONDS
+from .metrics import METRICS, SECONDS, best_peers
+from .variants import US
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
@@ -17,14 +19,18 @@ def show(console: Console, report: dict[str, Any]) -> None:
         rows = [row for row in report["rows"] if (row["model"], row["class"]) == (model, precision)]
         console.print(_table(f"{model}, {precision}, {report['machine']['threads']} threads", rows, report))
     limits = ", ".join(f"{name} {_span(found, 1e-9)} G/s" for name, found in report["limits"].items())
-    console.print(f"limits of this machine: {limits or 'not measured'}", highlight=False)
+    console.print(f"limits of this machine: {limits or 'not measured'}", highlight=False, soft_wrap=True)
     for skip in report["skipped"]:
-        console.print(f"skipped: {skip['model']}, {skip['label']} {skip['workload']}: {skip['reason']}", markup=False)
+        console.print(
+            f"skipped: {skip['model']}, {skip['label']} {skip['workload']}: {skip['reason']}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _table(title: str, rows: list[dict[str, Any]], report: dict[str, Any]) -> Table:
     found = Table(title=title, title_justify="left")
-    found.add_column("engine")
+    found.add_column("engine", min_width=24)
     measured = [metric for metric in METRICS if any(metric in row["metrics"] for row in rows)]
     for metric in measured:
         found.add_column(f"{metric}\n{'s' if metric in SECONDS else 'tokens/s'}", justify="right")
@@ -37,7 +43,15 @@ def _table(title: str, rows: list[dict[str, Any]], report: dict[str, Any]) -> Ta
         cells += [f"{row['file_bytes'] / 1e6:.0f}", f"{row['bytes_per_token'] / 1e6:.0f}"]
         cells.append("" if rate is None else f"{rate / 1e9:.1f}{share}")
         found.add_row(row["label"], *cells)
+    best = best_peers(rows, US)
+    if best:
+        found.add_section()
+        found.add_row("the best peer", *(_best(best.get(metric)) for metric in measured))
     return found
+
+
+def _best(found: tuple[str, Mapping[str, Any]] | None) -> str:
+    return "" if found is None else f"{found[0]}\n{_cell(found[1])}"
 
 
 def read_rate(row: dict[str, Any]) -> float | None:
@@ -51,7 +65,7 @@ def percent_of(report: dict[str, Any], limit: str, rate: float | None) -> str:
     return "" if found is None or rate is None else f" ({100 * rate / found['median']:.0f}%)"
 
 
-def _cell(found: dict[str, Any] | None) -> str:
+def _cell(found: Mapping[str, Any] | None) -> str:
     """Median, spread, and in the second line how many times as fast llmc is."""
     if found is None:
         return "-"
@@ -59,7 +73,7 @@ def _cell(found: dict[str, Any] | None) -> str:
     return _span(found) + ("" if ratio is None else f"\nllmc x{_span(ratio)}")
 
 
-def _span(found: dict[str, Any], scale: float = 1.0) -> str:
+def _span(found: Mapping[str, Any], scale: float = 1.0) -> str:
     median, least, most = (_number(found[name] * scale) for name in ("median", "least", "most"))
     return median if found["runs"] == 1 else f"{median} ({least}..{most})"
 

@@ -71,11 +71,14 @@ _BF16 = {"INFERENCE_PRECISION_HINT": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 
 _F32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
 _OV_INT4: Options = {"weights": "int4", "group_size": 128}
 _OV_INT8: Options = {"weights": "int8"}
+# On CPUs llama.cpp's flash attention, its default, is faster for prompts and slower for single tokens.
+_PLAIN: Options = {"flash_attention": 0}
 
 # Within a class llmc's first row is what the others are compared with.
 VARIANTS = (
     Variant(US, "int4", "int4", {"dtype": "int4"}),
     Variant("llama.cpp", "Q4_0", "int4", {"type": "Q4_0"}),
+    Variant("llama.cpp", "Q4_0, no flash attention", "int4", {"type": "Q4_0"}, _PLAIN),
     Variant("llama.cpp", "Q4_K_M", "int4", {"type": "Q4_K_M"}),
     Variant("openvino", "int4 g128", "int4", _OV_INT4),
     Variant("openvino", "int4 g128, bf16, groups of 128", "int4", _OV_INT4, {**_BF16}),
@@ -85,12 +88,14 @@ VARIANTS = (
     Variant("mnn", "int4 b64", "int4", {"bits": 4, "block_size": 64}),
     Variant(US, "int8", "int8", {"dtype": "int8"}),
     Variant("llama.cpp", "Q8_0", "int8", {"type": "Q8_0"}),
+    Variant("llama.cpp", "Q8_0, no flash attention", "int8", {"type": "Q8_0"}, _PLAIN),
     Variant("openvino", "int8", "int8", _OV_INT8),
     Variant("openvino", "int8, f32, groups of 128", "int8", _OV_INT8, {**_F32}),
     Variant("onnxruntime", "int8 b64", "int8", {"precision": "int8", "accuracy_level": 4, "block_size": 64}),
     Variant(US, "bf16", "float", {"dtype": "bf16"}),
     Variant(US, "f32", "float", {"dtype": "none"}),
     Variant("llama.cpp", "BF16", "float", {"type": "BF16"}),
+    Variant("llama.cpp", "BF16, no flash attention", "float", {"type": "BF16"}, _PLAIN),
     Variant("torch", "bf16", "float", {"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
     Variant("torch", "f32", "float", {"dtype": "float32"}, {"dtype": "float32"}),
 )
