@@ -258,6 +258,17 @@ def test_the_best_peer_of_each_metric_may_be_of_two_rows(compare: ModuleType) ->
     assert {metric: label for metric, (label, _) in found.items()} == {"prefill": "a x", "load": "a y"}
 
 
+def test_a_picture_of_everything_and_of_nothing(bench: Bench, compare: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from peers import plots
+
+    report = bench.run([("llmc", "int4", {}, {}), ("torch", "x", {}, {}), ("torch", "crash", {}, {"crash": True})])
+    plots.draw(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plots.draw({**report, "rows": []}, tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
+
+
 def test_tables_show_every_row_and_every_skip(bench: Bench, compare: ModuleType) -> None:
     from rich.console import Console
 

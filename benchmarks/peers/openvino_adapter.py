@@ -58,7 +58,7 @@ class OpenVinoEngine:
             request.reset_state()
             request.infer({name: value for name, value in feeds.items() if name in names})
             counts = collections.Counter(
-                step.exec_type for step in request.get_profiling_info() if step.node_type == "FullyConnected"
+                step.exec_type for step in request.get_profiling_info() if step.node_type.startswith("FullyConnected")
             )
             kernels.append(f"{tokens} rows: " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
         chosen = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "KV_CACHE_PRECISION")

@@ -17,6 +17,8 @@ from .variants import CLASSES, PEERS
 
 _COLOURS = dict(zip(PEERS, ("#0b6e4f", "#7a7a7a", "#3b6fb6", "#c77b30", "#8d5fa8", "#b5484a"), strict=True))
 
+_FARTHEST = 2.5  # a limit farther out than so many bars is written down instead, for it would flatten the bars
+
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """One column of charts for each metric, one line of them for each model and class."""
@@ -45,6 +47,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _chart(chart: Axes, metric: str, rows: list[dict[str, Any]], report: dict[str, Any], named: bool) -> None:
+    longest = max((row["metrics"][metric]["most"] for row in rows if metric in row["metrics"]), default=1.0)
+    unit = "s (less is better)" if metric in SECONDS else "tokens/s"
+    outside = set()
     for height, row in enumerate(rows):
         found = row["metrics"].get(metric)
         if found is None:
@@ -52,13 +57,18 @@ def _chart(chart: Axes, metric: str, rows: list[dict[str, Any]], report: dict[st
         median = found["median"]
         spread = [[median - found["least"]], [found["most"] - median]]
         chart.barh(height, median, 0.75, color=_COLOURS[row["peer"]], xerr=spread, error_kw={"lw": 0.8})
-        chart.text(median, height, f" {median:,.3g}" if median < 100 else f" {median:,.0f}", va="center", fontsize=6)
+        text = f" {median:,.3g}" if median < 100 else f" {median:,.0f}"
+        chart.text(found["most"], height, text, va="center", fontsize=6)
         limit = limit_of(metric, row, report)
-        if limit is not None:
+        if limit is not None and limit < _FARTHEST * longest:
             chart.plot([limit], [height], marker="|", color="black", markersize=9)
+        elif limit is not None:
+            outside.add(f"{limit:,.0f}")
+    if outside:
+        unit += f" (limit {', '.join(sorted(outside))})"
     chart.set_yticks(range(len(rows)), [row["label"] for row in rows] if named else [""] * len(rows), fontsize=7)
     chart.set_ylim(len(rows) - 0.4, -0.6)
     chart.margins(x=0.18)
     chart.tick_params(axis="x", labelsize=6)
-    chart.set_xlabel(f"{metric}, {'s (less is better)' if metric in SECONDS else 'tokens/s'}", fontsize=7)
+    chart.set_xlabel(f"{metric}, {unit}", fontsize=7)
     chart.spines[["top", "right"]].set_visible(False)
