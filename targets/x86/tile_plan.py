@@ -20,6 +20,9 @@ from llmc.targets.x86.linear_tiles import INPUTS, tile_linear, workspace_bytes
 from llmc.targets.x86.tiles import has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
+FEW, MANY = 128, 512  # rows of a block
+WIDEST = 20  # tiles of a panel: with 512 rows of sums it leaves half of a second-level cache to the activations
+THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
 STEP = 384  # inputs at a time: a pair of row tiles and a pair of weight tiles fill the first-level cache
 
 
@@ -93,9 +96,27 @@ def tile_plan(
 
     fused = tuple(name for name in ("bias", "residual") if params[name])
     arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
-    wide = 16 if layout.tiles(n) >= 16 * 16 or k > 4 * n else 8
-    variants = (variant(ROWS_FROM, 128, 4, 128), variant(129, None, wide, 512))
+    # Measured: activations that stay in the second-level cache cost little to read again. Of others wide panels of
+    # half as many rows are read, whose weights are unpacked twice as often.
+    near = 2 * inputs * MANY <= machine.l2_bytes // 2
+    rows, reading = (MANY, 0.3) if near else (MANY // 2, 3.0)
+    wide = _panel(layout.tiles(n), least, MANY // rows, reading)
+    variants = (variant(ROWS_FROM, FEW, 4, FEW), variant(FEW + 1, None, wide, rows))
     return TilePlan(layout, arguments, inputs, variants)
+
+
+def _panel(all_tiles: int, multiple: int, blocks: int, reading: float) -> int:
+    """Tiles of a panel. Narrow ones share out among threads, wide ones read the activations less often.
+
+    blocks: of rows. reading: what that costs a panel of one tile, as a part of multiplying it.
+    """
+
+    def cost(tiles: int) -> float:
+        units, work = -(-all_tiles // tiles) * blocks, all_tiles * blocks
+        idle = sum(-(-units // threads) * threads * tiles / work for threads in THREADS) / len(THREADS)
+        return idle + reading / tiles
+
+    return min(range(multiple, WIDEST + 1, multiple), key=cost)
 
 
 def _even_step(inputs: int, group: int) -> int:
