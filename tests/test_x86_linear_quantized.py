@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
 from x86_linear_cases import ACTIVATIONS, Case, wide
-from x86_machines import MACHINES, each_machine, runnable
+from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
+from llmc.runtime import cpu
 from llmc.targets.machine import Machine
+from llmc.targets.x86 import detect
 from llmc.targets.x86.linear_plan import LinearPlan, Variant, quantized_linear_plan
 
 
@@ -85,7 +87,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
 @pytest.mark.parametrize(("bits", "symmetric", "n", "k", "group"), SIZES)
 def test_every_variant_at_awkward_sizes(
     machine: Machine, bits: int, symmetric: bool, n: int, k: int, group: int
@@ -97,16 +99,16 @@ def test_every_variant_at_awkward_sizes(
             case.check(variant)
 
 
-@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
 @pytest.mark.parametrize("activation", ["gelu", *(slow(name) for name in ACTIVATIONS if name != "gelu")])
 def test_epilogues(machine: Machine, activation: str) -> None:
     fused = {"bits": 4, "symmetric": True, "group": 32, "activation": activation, "bias": True, "residual": True}
     case = quantized_case(machine, 17, 31, 64, **fused)
-    for variant in (case.plan.variants[0], case.plan.variants[-1]):
+    for variant in (case.plan.variants[0], case.plan.variants[-2], case.plan.variants[-1]):
         case.check(variant)
 
 
-@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
 @pytest.mark.parametrize(("half", "symmetric", "bits"), [(33, False, 4), (70, True, 8), slow(16, True, 4)])
 def test_gate_and_up_meet_in_one_unit(machine: Machine, half: int, symmetric: bool, bits: int) -> None:
     fused = {
@@ -123,12 +125,29 @@ def test_gate_and_up_meet_in_one_unit(machine: Machine, half: int, symmetric: bo
         case.check(variant)
 
 
-@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
 def test_any_split_of_the_units_gives_the_same_bits(machine: Machine) -> None:
     case = quantized_case(machine, 131, 200, 129, bits=4, symmetric=True, group=32)
     for variant in case.plan.variants:
         np.testing.assert_array_equal(case.run(variant, pieces=5), case.run(variant))
     case.check(variant_for(case.plan, 131), pieces=3)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group"), [(4, True, 96), (4, False, 128), (8, True, 32), (8, False, 64)]
+)
+def test_tiles_give_the_bits_of_the_vector_units(bits: int, symmetric: bool, group: int) -> None:
+    """Integer sums are exact, and scaled in the same order: where rows come as 3, 8 or 16 + 5 makes no difference."""
+    machine = detect.machine("sapphirerapids")
+    if not machine.features <= cpu.features():
+        pytest.skip("this computer has no tile registers, or the system does not lend them")
+    for tokens in (3, 8, 21):
+        case = quantized_case(machine, tokens, 200, 300, bits=bits, symmetric=symmetric, group=group)
+        expected = case.run(case.plan.variants[0])
+        tiled = [variant for variant in case.plan.variants if "tile" in variant.kernel.name]
+        assert [(variant.low, variant.high) for variant in tiled] == [(5, 8), (9, 16)]
+        for variant in tiled:
+            np.testing.assert_array_equal(case.run(variant, pieces=3), expected)
 
 
 @pytest.mark.parametrize("name", [name for name in MACHINES if runnable(name)])

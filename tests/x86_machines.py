@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from llmc.runtime import cpu
 from llmc.targets.machine import Machine
+from llmc.targets.x86 import detect
 
 _BASE = {"avx2", "fma", "f16c"}
 _WIDE = _BASE | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
@@ -30,3 +32,13 @@ def each_machine() -> list[object]:
     """pytest parameters: every machine, skipped where this computer lacks its features."""
     missing = pytest.mark.skip(reason="this computer lacks the instruction set")
     return [pytest.param(m, id=name, marks=[] if runnable(name) else missing) for name, m in MACHINES.items()]
+
+
+def each_machine_and_tiles() -> list[object]:
+    """The same, and one with tile registers."""
+    machine = detect.machine("sapphirerapids")
+    missing = pytest.mark.skip(reason="this computer has no tile registers, or the system does not lend them")
+    return [
+        *each_machine(),
+        pytest.param(machine, id="tiles", marks=[] if machine.features <= cpu.features() else missing),
+    ]

@@ -134,6 +134,25 @@ def prefetch(buffer: Buffer, position: Expr, write: bool = False, near: bool = F
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[position]), *numbers))
 
 
+# What a kernel with `keep_order` imports: nothing happens, but as far as LLVM knows all memory may have changed.
+ORDER_HELPER = """
+    define void @llmc_keep_order() alwaysinline {
+      call void asm sideeffect "", "~{memory}"()
+      ret void
+    }
+"""
+
+
+def keep_order() -> None:
+    """Loads and prefetches stay on their side of this statement. LLVM otherwise gathers a loop's prefetches in one
+    place, and the memory idles until it comes there again. Needs `ORDER_HELPER`.
+    """
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    I.evaluate(tirx.call_extern("void", "llmc_keep_order"))
+
+
 def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:
     """Row indices first, first + 1, ..., none past the last row: a short block repeats it."""
     from tvm import tirx

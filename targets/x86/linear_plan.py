@@ -17,6 +17,8 @@ from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
 from llmc.targets.x86.linear_float import dequantized_linear, float_linear
 from llmc.targets.x86.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
+from llmc.targets.x86.linear_tile_rows import TILES, quantized_linear_tile_rows
+from llmc.targets.x86.tiles import ROWS, has_tiles
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -134,9 +136,14 @@ def quantized_linear_plan(
         made = kernel(quantized_linear_rows, machine.key, **vars(streamed), **params)
         return _rows_variant(made, layout, low, high, streamed.tiles)
 
+    def tile_rows(low: int, high: int) -> Variant:
+        made = kernel(quantized_linear_tile_rows, machine.key, rows=high, **params)
+        return _rows_variant(made, layout, low, high, TILES)
+
+    several = tile_rows if has_tiles(machine, "int8") and isa.lanes == ROWS else rows
     blocking = _quantized_blocking(isa)
     made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
-    variants = (rows(1, 1), rows(2, 4), rows(5, 8), rows(9, 16), _blocks_variant(made, layout, blocking, 17))
+    variants = (rows(1, 1), rows(2, 4), several(5, 8), several(9, 16), _blocks_variant(made, layout, blocking, 17))
     return LinearPlan(layout, "i8", _arguments(("xq", "xscales", "xsums"), layout, params), variants)
 
 

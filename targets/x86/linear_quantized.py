@@ -3,7 +3,7 @@
 Two kernels share one inner product. `quantized_linear_rows` keeps a few rows' sums in registers while it streams each
 weight tile once: for one token and small batches, whose limit is the memory that holds the weights.
 `quantized_linear_blocks` unpacks a panel of weights into the first-level cache and runs a block of rows over it: for
-prefill, whose limit is the byte multipliers.
+prefill, whose limit is the byte multipliers. On tile registers `linear_tile_rows` and `linear_tiles` do the same.
 
 Both take (xq i8 [T, Kpad], xscales f32 [T, groups], xsums i32 [T, groups], data, scales, minimums if asymmetric,
 bias f32 [n] if any, residual f32 [T, features] if any, out f32 [T, features]; T, begin, end).
@@ -43,7 +43,7 @@ def quantized_layout(machine: Machine, bits: int, group: int, symmetric: bool, g
 
 
 @dataclass
-class _Operands:
+class Operands:
     """A kernel's quantized operands, as expressions over its pointers."""
 
     isa: VectorIsa
@@ -107,7 +107,7 @@ class _Operands:
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
     def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], tile: Expr, group: Expr) -> Expr:
-        """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `_Rows`."""
+        """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `KnownRows`."""
         isa, (scale, shift) = self.isa, row
         scale = isa.f16_to_f32(isa.load(self.scales, tile, group, 0)) * isa.splat(scale)
         total = isa.fma(sums.astype(isa.f32), scale, total)
@@ -116,10 +116,10 @@ class _Operands:
         return isa.fma(isa.f16_to_f32(isa.load(self.minimums, tile, group, 0)), isa.splat(shift), total)
 
 
-class _Rows:
+class KnownRows:
     """What depends on row and group only, computed once for all weights: on the stack, by row and group."""
 
-    def __init__(self, ops: _Operands, rows: int, groups: int) -> None:
+    def __init__(self, ops: Operands, rows: int, groups: int) -> None:
         self.ops = ops
         self.scales = self._scratch([rows, groups], "float32")
         # What integer sums start from, so that the stored weights' offset cancels; what minimums are multiplied by.
@@ -190,17 +190,18 @@ def _same(value: int, width: int) -> Expr:
 
 
 def _dot_group(
-    ops: _Operands,
+    ops: Operands,
     sums: b.Registers,
     rows: Sequence[Expr],
     group: Expr,
     weights: Sequence[Callable[[Expr, int], Expr]],
     chains: int = 1,
+    streamed: bool = False,
 ) -> None:
     """sums[(tile * rows + row) * chains + chain] += one group's products.
 
     weights[tile](quad, odd) are stored weights. Successive quads go to successive chains, so that with few rows the
-    multiplier's latency is hidden.
+    multiplier's latency is hidden. streamed: quads are loaded in order, each beside the prefetches of its weights.
     """
     isa, bits = ops.isa, ops.layout.bits
     narrow = isa.narrow_quads(bits) > 0
@@ -208,6 +209,8 @@ def _dot_group(
         parts = b.Registers(len(sums.slots), isa.i16) if narrow else None
         for step in range(UNROLLED):
             quad = chunk * UNROLLED + step
+            if streamed:
+                b.keep_order()
             # Shared by tiles; one tile multiplies straight from memory.
             shared = [b.let(ops.activations(row, group, quad)) for row in rows] if len(weights) > 1 else None
             for t, weight in enumerate(weights):
@@ -258,8 +261,8 @@ def quantized_linear_rows(
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         from tvm import tirx
 
-        ops, tokens = _Operands(isa, layout, k, handles), sizes["T"]
-        known = _Rows(ops, row_block, groups)
+        ops, tokens = Operands(isa, layout, k, handles), sizes["T"]
+        known = KnownRows(ops, row_block, groups)
         with b.loop((tokens + (row_block - 1)) // row_block) as part:
             first_row = b.let(part * row_block)
             blocks = b.let((tirx.Min(tokens - first_row, b.index(row_block)) + (rows - 1)) // rows)
@@ -267,7 +270,7 @@ def quantized_linear_rows(
             with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
                 unit(ops, known, first_row, block * rows, b.let((sizes["begin"] + i) * tiles), tokens)
 
-    def unit(ops: _Operands, known: _Rows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
+    def unit(ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
         from tvm import tirx
 
         # The last unit may be short: it repeats the last tile and stores it once.
@@ -293,7 +296,7 @@ def quantized_linear_rows(
 
                 return streamed
 
-            _dot_group(ops, sums, row, g, [weight(t) for t in range(tiles)], chains)
+            _dot_group(ops, sums, row, g, [weight(t) for t in range(tiles)], chains, streamed=True)
             for slot in range(tiles * rows):
                 whole = sums[slot * chains]
                 for chain in range(1, chains):
@@ -306,7 +309,7 @@ def quantized_linear_rows(
                     finished = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
                     epilogue.emit(isa, ops.handles, row[m], (first_tile + t) // epilogue.tiles, finished)
 
-    return b.plain_function([*_Operands.pointers(layout), *epilogue.pointers()], ["T"], body)
+    return b.plain_function([*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER)
 
 
 def quantized_linear_blocks(
@@ -338,9 +341,9 @@ def quantized_linear_blocks(
     step = min(groups, max(1, PANEL_BYTES // (tiles * group * isa.lanes)))  # groups that are unpacked at a time
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        ops, tokens = _Operands(isa, layout, k, handles), sizes["T"]
+        ops, tokens = Operands(isa, layout, k, handles), sizes["T"]
         panel = b.scratch([tiles, step * quads], isa.i8) if bits == 4 else None
-        known = _Rows(ops, row_block, step)
+        known = KnownRows(ops, row_block, step)
         walk = each_block(
             isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
         )
@@ -404,4 +407,4 @@ def quantized_linear_blocks(
             if groups % step:
                 groups_from(b.index(groups // step * step), groups % step)
 
-    return b.plain_function([*_Operands.pointers(layout), *epilogue.pointers()], ["T"], body)
+    return b.plain_function([*Operands.pointers(layout), *epilogue.pointers()], ["T"], body)

@@ -6,13 +6,13 @@ The multiplications are
     tile c (i32 [16, 16]) += tile a (i8 [16, 64]) @ b,     b: tile of quads [16, 16, 4]
 
 Tiles are chosen by number, as the instructions' immediate operands, so that LLVM allocates none: a kernel configures
-all eight to their full size once, and releases them at its end. A thread may use them only after the system was asked
+all eight, and releases them at its end. A thread may use them only after the system was asked
 for it, see `runtime/cpu.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -39,20 +39,26 @@ def has_tiles(machine: Machine, kind: str) -> bool:
 
 
 @contextmanager
-def configured() -> Iterator[None]:
-    """All tiles at full size while the body runs; their contents are undefined at first."""
+def configured(shapes: Mapping[int, tuple[Expr | int, int]] | None = None) -> Iterator[None]:
+    """All tiles at full size while the body runs, or as `shapes` says: (rows, bytes a row) of tiles by number.
+
+    Loads and stores take as many rows, and a multiplication as many cycles as tile a has rows. Contents are undefined
+    at first.
+    """
     from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    words = [0] * 16
+    words: list[Expr | int] = [0] * 16
     words[0] = _PALETTE
     for tile in range(TILES):
-        words[_BYTES_A_ROW_AT // 4 + tile // 2] |= ROW_BYTES << (16 * (tile % 2))
-        words[_ROWS_AT // 4 + tile // 4] |= ROWS << (8 * (tile % 4))
+        rows, row_bytes = (shapes or {}).get(tile, (ROWS, ROW_BYTES))
+        words[_BYTES_A_ROW_AT // 4 + tile // 2] += row_bytes << (16 * (tile % 2))
+        many = rows if isinstance(rows, int) else rows.astype("int32")
+        words[_ROWS_AT // 4 + tile // 4] += many * (1 << (8 * (tile % 4)))
     block = b.scratch(1, "int32x16")
     flat = b.view(block.data, [16], "int32")
     for place, word in enumerate(words):
-        b.store(flat, [place], tirx.const(word, "int32"))
+        b.store(flat, [place], tirx.const(word, "int32") if isinstance(word, int) else word)
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.ldtilecfg", tirx.address_of(flat[b.index(0)])))
     yield
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.tilerelease"))
