@@ -58,8 +58,8 @@ class Batch:
         return self.reference()[0]
 
     def reference(self, rounded_rows: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(result, magnitude, exponent), all f64. magnitude [T, heads, 1]: the greatest of the row's averages of
-        |values|, the error of a relative error in the weights. exponent [T, heads, 1]: the greatest sum of
+        """(result, spread, exponent), all f64. spread [T, heads, value_dim]: the average of |value - result|, which
+        relative errors of the weights are multiplied by. exponent [T, heads, 1]: the greatest sum of
         |query * key| * scale, on which the error of a relative error in queries and keys depends.
 
         rounded_rows: queries (scaled), keys and values are bf16 in tiles of more than so many rows of a head's group.
@@ -67,7 +67,7 @@ class Batch:
         case = self.case
         group = case.heads // case.kv_heads
         out = np.zeros((len(self.query), case.heads, case.value_dim))
-        magnitude, exponent = np.zeros((2, len(self.query), case.heads, 1))
+        spread, exponent = np.zeros_like(out), np.zeros((len(self.query), case.heads, 1))
         scaled = np.float32(case.scale / case.softcap if case.softcap else case.scale * math.log2(math.e))
         for sequence, first, count, position in self.tiles:
             rounds = rounded_rows is not None and count * group > rounded_rows
@@ -87,11 +87,13 @@ class Batch:
                         scores += self.slopes[head] * (np.arange(seen.start, seen.stop) - last)
                     top = max(scores.max(), self.sinks[head]) if case.sinks else scores.max()
                     weights = np.exp(scores - top)
-                    total = weights.sum() + (np.exp(self.sinks[head] - top) if case.sinks else 0)
-                    out[first + row, head] = weights @ values / total
-                    magnitude[first + row, head] = (weights @ np.abs(values)).max() / total
+                    sink = np.exp(self.sinks[head] - top) if case.sinks else 0.0
+                    total = weights.sum() + sink
+                    result = weights @ values / total
+                    out[first + row, head] = result
+                    spread[first + row, head] = (weights @ np.abs(values - result) + sink * np.abs(result)) / total
                     exponent[first + row, head] = (np.abs(keys) @ np.abs(query)).max()
-        return out, magnitude, exponent
+        return out, spread, exponent
 
     def run(self, machine: Machine, splits: int = 1, cuts: tuple[float, ...] = ()) -> np.ndarray:
         """The kernels' result, the work units cut into ranges at these fractions."""

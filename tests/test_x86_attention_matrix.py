@@ -1,14 +1,16 @@
 """Paged attention on tile registers: against f64 numpy with and without its roundings, and what holds whatever the
 numbers are.
 
-With the same bf16 queries, keys and values the kernel differs from f64 by the rounding of its weights, 2^-8 of each at
-most, by its exponential (7.5e-5, twice) and by sums in f32 (below 1e-5 here): 2^-8 + 2^-12 of the average of |values|.
+With the same bf16 queries, keys and values the kernel differs from f64 by relative errors of its weights of at most
+e = 2^-8 (1 + ln 2), and by sums in f32. A row's weights are summed as they were rounded, so that its error is at most
+e / (1 - e) times the average distance of its values from their average.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,11 +22,22 @@ from llmc.runtime import cpu
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention import attention_plan
-from llmc.targets.x86.attention_matrix import exp2, fits, reduce_rows
+from llmc.targets.x86.attention_matrix import (
+    BIAS,
+    FIXED,
+    excess,
+    fits,
+    load_bytes,
+    power_pairs,
+    reduce_rows,
+)
 from llmc.targets.x86.detect import machine
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import let
 from llmc.targets.x86.vectors import load, maximum, range_kernel, store
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr, PrimFunc
 
 MACHINE = machine("sapphirerapids")
 FEW = 8  # rows of a unit that the kernel leaves to the f32 kernel
@@ -48,15 +61,18 @@ CASES = {
 def errors(batch: Batch, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Error over bound against the rounded and against the exact operands; each is at most 1 where the kernel is right.
 
-    Against exact ones: a score moves by less than (2 u + u^2) sum |query * key|, u = 2^-8, weights by exp of twice that
-    (their sum moves as well), values and weights by u each.
+    Against exact ones: a score moves by less than (2 u + u^2) sum |query * key|, u = 2^-8, and values by u.
     """
-    expected, magnitude, _ = batch.reference(FEW)
-    rounded = np.abs(found - expected) / ((ROUNDING + 2.0**-12) * magnitude)
-    expected, magnitude, exponent = batch.reference()
-    moved = np.expm1(2 * (2 * ROUNDING + ROUNDING**2) * exponent)
-    loose = np.abs(found - expected) / ((moved + 2 * ROUNDING + 2.0**-12) * (1 + ROUNDING) * magnitude)
-    return rounded, loose
+    values = np.stack([np.abs(v).max() for v in batch.values]).max()
+    weights = ROUNDING * (1 + np.log(2))
+    expected, spread, _ = batch.reference(FEW)
+    sums = 1e-5 * values
+    rounded = np.abs(found - expected) / (weights / (1 - weights) * spread + sums)
+    expected, spread, exponent = batch.reference()
+    moved = (1 + weights) * np.exp((2 * ROUNDING + ROUNDING**2) * exponent) - 1
+    vague = moved < 0.5  # else the bound says nothing
+    bound = np.where(vague, moved / (1 - np.minimum(moved, 0.5)), np.inf) * spread + ROUNDING * values + sums
+    return rounded, np.abs(found - expected) / bound
 
 
 @needs_tiles
@@ -133,26 +149,34 @@ def test_extreme_scores_pick_one_value() -> None:
 
 
 @needs_tiles
-def test_exp2_and_the_reduction_of_rows() -> None:
-    def template(machine: Machine) -> object:
+def test_powers_are_as_near_as_they_say_and_rows_reduce() -> None:
+    def template(machine: Machine) -> PrimFunc:
         isa = isa_for(machine)
 
-        def unit(a: SimpleNamespace, u: object) -> None:
+        def unit(a: SimpleNamespace, u: Expr) -> None:
             rows = [let(load(a.x, r * 16, 16)) for r in range(16)]
             store(a.out, 0, reduce_rows(rows, maximum), 16)
-            for r, row in enumerate(rows):
-                store(a.out, 16 + r * 16, exp2(isa, row), 16)
+            table = [let(load_bytes(a.table, half * 16)) for half in range(2)]
+            for r in range(0, 16, 2):
+                low, high = (let(row + isa.splat(FIXED + BIAS)) for row in rows[r : r + 2])
+                pairs = let(power_pairs(isa, low, high, table))
+                for half in range(2):
+                    store(a.out, 16 + (r + half) * 16, isa.bf16_pair_to_f32(pairs, odd=half == 1), 16)
 
-        return range_kernel([("x", "float32"), ("out", "float32")], [], unit)
+        pointers = [("x", "float32"), ("table", "int32"), ("out", "float32")]
+        return range_kernel(pointers, [], unit, isa.bf16_helper)
 
     x = -np.abs(np.random.default_rng(0).standard_normal((16, 16)) * 20).astype(np.float32)
-    x[3, :4] = 0, -1e30, -np.inf, -200
+    x[3, :6] = 0, -1e30, -200, -127, -126, -1 / 256
+    x[4] = -np.arange(16) / 16
     out = aligned(np.zeros((17, 16), np.float32))
-    Compiled(kernel(template, MACHINE.key), MACHINE)(aligned(x), out, 0, 1)
+    table = aligned(np.array(excess(), np.uint8).view(np.int32))
+    Compiled(kernel(template, MACHINE.key), MACHINE)(aligned(x), table, out, 0, 1)
     assert np.array_equal(out[0], x.max(axis=1))
     exact = np.exp2(x.astype(float))
-    assert np.abs(out[1:] - exact).max() < 8e-5
-    assert (np.abs(out[1:] - exact) <= 8e-5 * exact + 1e-38).all()
+    assert out[1 + 3, 0] == 1
+    assert (out[1 + 3, 1:4] == 0).all()
+    assert (np.abs(out[1:] - exact) <= ROUNDING * (1 + np.log(2)) * exact + 2.0**-126).all()
 
 
 def test_tiles_serve_f16_caches_where_the_machine_has_them() -> None:

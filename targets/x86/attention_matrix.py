@@ -2,12 +2,14 @@
 
 A step takes `STEP_PAGES` pages for every block of 16 rows: their keys and values become bf16 pairs once for all rows
 of the unit, then each block has scores = Q K in tiles, weights = 2^(scores - greatest) in vectors, sums += weights V
-in tiles. Scores carry a factor of log2(e), so that a weight is one power of two. Rows that one multiplication serves
-are the bound: 16 rows by 32 keys of 64 channels take 128 cycles of multipliers, about 160 of exponentials, and a page's
-conversion about 600 cycles once for all rows. Units of few rows (decode) take the f32 kernel instead.
+in tiles. Scores carry a factor of log2(e), so that a weight is a power of two, and bf16 is built from integers: while
+tiles are in use, half of the units for floating point stand still. For 16 rows, 32 keys and 64 channels the tiles take
+128 cycles; a page's conversion about 600 once for all rows of a chunk; the rest goes to weights and to moving tiles.
+Units of few rows (decode) take the f32 kernel instead.
 
-Rounding: queries, keys, values and weights to bf16, 2^-8 of each at most; keys and values of an f16 cache lose their
-last three bits. Weights of masked keys are exactly 0, and values of slots that hold no token are read as 0.
+Rounding: queries, keys and values to bf16, 2^-8 of each at most (keys and values of an f16 cache lose their last three
+bits); weights by 2^-8 (1 + ln 2). A row's weights are summed as rounded. Weights of masked keys are exactly 0, and
+values of slots that hold no token are read as 0.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody, block_rows
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.x86.vector_math import exp
 from llmc.targets.x86.vectors import (
     aligned_scratch,
     divide,
@@ -44,10 +47,12 @@ ROWS = amx.ROWS  # query rows of a tile
 DEPTH = 32  # bf16 in a row of a tile: what one multiplication sums over
 WORDS = 256  # 32-bit words of a tile
 COLUMNS = 16  # columns of a tile of f32
-STEP_PAGES = 4  # pages between two looks at the greatest score: rescaling is amortised, the step stays in L1 and L2
+HALF = PAGE // 2
+BIAS = 127  # of the exponent of f32 and bf16
+FIXED = 65536.0  # f32 from here on are multiples of 1/128
+FIXED_BITS = 0x47800000  # its bits
+STEP_PAGES = 2  # pages between two looks at the greatest score: their pairs stay in L1, beside scores and weights
 CHUNK_BYTES = 256 << 10  # queries and sums of the rows that share a conversion; they stay in L2
-# 2^x on [0, 1), relative error 7.5e-5: 2% of the rounding of a weight to bf16.
-_EXP2 = (0.9999251961708069, 0.6958335638046265, 0.22606715559959412, 0.07802452147006989)
 
 
 def attention_matrix(
@@ -68,7 +73,7 @@ def attention_matrix(
     isa = isa_for(machine)
     few = block_rows(isa)
     body = MatrixBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, few)
-    return body.kernel(isa.pairs_helper)
+    return body.kernel(isa.pairs_helper + isa.bf16_helper)
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
@@ -86,22 +91,47 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def exp2(isa: VectorIsa, x: Expr) -> Expr:
-    """2^x for x <= 0, relative error 7.5e-5; 0 for x far below. `x` must be a variable."""
+def round_up_128th(isa: VectorIsa, x: Expr) -> Expr:
+    """The next multiple of 1/128: no score is above its row's peak, and peaks are exact in fixed point."""
     from tvm import tirx
     from tvm.script import tirx as T
 
+    how = tirx.const(7 << 4 | 2, "int32")  # 7 binary places, upwards
     every, current = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    return T.call_llvm_pure_intrin(
+        isa.f32, "llvm.x86.avx512.mask.rndscale.ps.512", x, how, isa.splat(0.0), every, current
+    )
 
-    def intrinsic(name: str, *args: Expr) -> Expr:
-        name = f"llvm.x86.avx512.mask.{name}.ps.512"
-        return T.call_llvm_pure_intrin(isa.f32, name, *args, isa.splat(0.0), every, current)
 
-    part = let(intrinsic("reduce", x, tirx.const(9, "int32")))  # x - floor(x)
-    power = isa.splat(_EXP2[-1])
-    for coefficient in _EXP2[-2::-1]:
-        power = isa.fma(power, part, isa.splat(coefficient))
-    return intrinsic("scalef", power, x)  # times 2^floor(x)
+def excess() -> list[int]:
+    """By how much a mantissa of 7 bits i / 128 exceeds that of 2^(i / 128)."""
+    return [i - round(128 * (2 ** (i / 128) - 1)) for i in range(128)]
+
+
+def load_bytes(buffer: Buffer, start: int) -> Expr:
+    """A vector of bytes from an i32 array."""
+    from tvm import tirx
+
+    return tirx.reinterpret("int8x64", load_raw(buffer, start, COLUMNS))
+
+
+def power_pairs(isa: VectorIsa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
+    """bf16 pairs of 2^x for low = x + BIAS + FIXED and high likewise, x <= 0; exactly 0 for x <= -BIAS.
+
+    The sum with FIXED has x + BIAS in its last bits, in units of 1/128: the exponent of 2^x, then a mantissa that grows
+    linearly, which `table` (`excess`) corrects. Relative error: x is rounded to 1/128 and the mantissa to 7 bits,
+    2^-8 (ln 2 + 1) in all.
+    """
+    from tvm import tirx
+    from tvm.script import tirx as T
+
+    least = isa.splat(FIXED_BITS, "int32")
+    bits = [let(tirx.Max(tirx.reinterpret(isa.i32, v), least)) for v in (low, high)]
+    words = let((bits[0] & isa.splat(0xFFFF, "int32")) | (bits[1] << isa.splat(16, "int32")))
+    places = tirx.reinterpret("int8x64", words)
+    name = "llvm.x86.avx512.vpermi2var.qi.512"
+    found = tirx.reinterpret(isa.i32, T.call_llvm_pure_intrin("int8x64", name, table[0], places, table[1]))
+    return words - (found & isa.splat(0x00FF00FF, "int32"))
 
 
 def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -158,11 +188,23 @@ class TallBody(TileBody):
             greatest=aligned_scratch(ROWS * self.lanes, self.lanes),
             peaks=aligned_scratch(ROWS, self.lanes),
             shrink=aligned_scratch(ROWS, self.lanes),
+            excess=aligned_scratch(2 * self.lanes, self.lanes, "int32"),
             **self.allocate_rows(self.sums_width),
         )
+        self.fill_table(t.excess)
         with amx.configured():
             self.clear_unused_depth(t)
             self.each_chunk(t, lambda first, count: self.chunk_of_rows(a, t, first, count))
+
+    def fill_table(self, table: Buffer) -> None:
+        """The bytes of `excess`."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as I
+
+        numbers = bytes(excess())
+        for place in range(0, len(numbers), 4):
+            four = int.from_bytes(numbers[place : place + 4], "little")
+            I.buffer_store(table, tirx.const(four, "int32"), [index(place // 4)])
 
     def words(self, tiles: int) -> Buffer:
         """Memory for tiles of bf16 pairs."""
@@ -226,20 +268,23 @@ class TallBody(TileBody):
 
         def value_pair(pair: Expr, tokens: int) -> None:
             for j in range(self.value_tiles):
-                start = values + pair * (2 * self.value_dim) + self.value_column(j)
+                start = values + pair * self.value_dim + self.value_column(j)
                 even = load(a.values, start, lanes) if tokens else isa.splat(0.0)
-                odd = load(a.values, start + self.value_dim, lanes) if tokens > 1 else isa.splat(0.0)
+                odd = load(a.values, start + HALF * self.value_dim, lanes) if tokens > 1 else isa.splat(0.0)
                 at = (place * self.value_tiles + j) * WORDS + pair * lanes
                 store_vector(isa, t.values, [at], isa.pack_pairs(even, odd))
 
-        # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included.
+        # Tokens pair with those half a page on. Slots of the last page that hold no token of this sequence yet may hold
+        # anything, NaN included.
         held = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
-        full = pin(divide(held, 2))
-        with loop(full) as pair:
+        both = pin(tirx.Max(held - HALF, index(0)))
+        some = pin(tirx.Min(held, index(HALF)))
+        with loop(both) as pair:
             value_pair(pair, 2)
-        with loop(PAGE // 2 - full) as left:
-            pair = pin(full + left)
-            either(pair * 2 < held, lambda: value_pair(pair, 1), lambda: value_pair(pair, 0))
+        with loop(some - both) as number:
+            value_pair(pin(both + number), 1)
+        with loop(HALF - some) as number:
+            value_pair(pin(some + number), 0)
 
     # The work
 
@@ -331,8 +376,8 @@ class TallBody(TileBody):
             )
         rows = [let(load(t.greatest, r * lanes, lanes)) for r in range(ROWS)]
         before = let(load(t.peak, row, lanes))
-        after = let(maximum(before, reduce_rows(rows, maximum)))
-        shrink = let(exp2(self.isa, let(before - after)))
+        after = let(round_up_128th(self.isa, maximum(before, reduce_rows(rows, maximum))))
+        shrink = let(exp(self.isa, (before - after) * splat(1.0 / self.score_unit, lanes)))
         store(t.peak, row, after, lanes)
         store(t.peaks, 0, after, lanes)
         store(t.shrink, 0, shrink, lanes)
@@ -343,19 +388,19 @@ class TallBody(TileBody):
                 store(t.acc, at, load(t.acc, at, lanes) * factor, lanes)
             at = (row + r) * lanes
             store(t.total, at, load(t.total, at, lanes) * factor, lanes)
+        table = [let(load_bytes(t.excess, half * lanes)) for half in range(2)]
         with loop(ROWS) as r:
-            peak = let(splat(load(t.peaks, r, 1), lanes))
+            shift = let(splat(splat(FIXED + BIAS, 1) - load(t.peaks, r, 1), lanes))
             total = scratch(lanes, "float32")
             store(total, 0, load(t.total, (row + r) * lanes, lanes), lanes)
             with loop(end - begin) as number:
                 place = pin(begin + number)
                 start = r * (STEP_PAGES * PAGE) + place * PAGE
-                weights = [
-                    let(exp2(self.isa, let(load(t.scores, start + half * lanes, lanes) - peak))) for half in range(2)
-                ]
-                store(total, 0, load(total, 0, lanes) + (weights[0] + weights[1]), lanes)
-                packed = self.isa.pack_bf16(*weights)
-                store_vector(self.isa, t.weights, [place * WORDS + r * lanes], packed)
+                low, high = (let(load(t.scores, start + half * lanes, lanes) + shift) for half in range(2))
+                pairs = let(power_pairs(self.isa, low, high, table))
+                ones = self.isa.splat(0x3F803F80, "int32")
+                store(total, 0, self.isa.dot_bf16(load(total, 0, lanes), pairs, ones), lanes)
+                store_vector(self.isa, t.weights, [place * WORDS + r * lanes], pairs)
             store(t.total, (row + r) * lanes, load(total, 0, lanes), lanes)
 
     def each_row(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, edit: bool) -> None:
