@@ -1,9 +1,9 @@
 """Choose the next token from logits. Pure functions on numpy arrays, in the order that transformers applies them:
 repetition penalty, temperature, top-k, top-p, min-p, then a draw from what is left.
 
-The filters work on *candidates*: token ids and their logits, the most likely first. With a vocabulary of 150,000 the
-full sort that this seems to need would cost more than the rest of the step, so candidates are taken from the top only
-as far as the filters can reach.
+The filters work on *candidates*: token ids and their logits, the most likely first. With a vocabulary of 150,000 a
+full sort would take as long as the model's step, so candidates are taken from the top only as far as the filters can
+reach, and the whole vocabulary is only ever passed over in a straight line.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from llmc.runtime.errors import RuntimeStateError
 Logits = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-_FIRST_CANDIDATES = 512
 _BLOCK = 512
-_BLOCK_OF_MAXIMA = 64
+_ROWS_OF_MAXIMA = 64
+# Weights, relative to the largest, down to which top-p looks for what it needs before it looks at (nearly) all.
+_TOP_P_DEPTHS = (2.0**-6, 2.0**-10, 2.0**-14)
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,14 @@ def apply_repetition_penalty(logits: Logits, seen: Ids, penalty: float, out: Log
 def largest(logits: Logits, count: int) -> Ids:
     """The ids of the `count` largest logits, largest first; equal ones by id.
 
-    The count-th largest maximum of blocks bounds the count-th largest logit from below, so only what is above that
-    needs to be sorted.
+    The count-th largest maximum of groups bounds the count-th largest logit from below, so only what is above that
+    needs to be sorted. A group is a column of the logits laid out in rows: so the maxima of all are taken at once.
     """
     count = min(count, len(logits))
-    maxima = np.maximum.reduceat(logits, np.arange(0, len(logits), _BLOCK_OF_MAXIMA))
-    if count < len(maxima):
-        bound = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
+    columns = len(logits) // _ROWS_OF_MAXIMA
+    if count < columns:
+        maxima = logits[: _ROWS_OF_MAXIMA * columns].reshape(_ROWS_OF_MAXIMA, columns).max(axis=0)
+        bound = np.partition(maxima, columns - count)[columns - count]
         ids = np.flatnonzero(logits >= bound)
     elif count < len(logits):
         ids = np.sort(np.argpartition(logits, len(logits) - count)[len(logits) - count :])
@@ -105,7 +107,7 @@ def keep_top_p(probabilities: NDArray[np.float64], p: float) -> int:
     return min(len(probabilities), int(np.searchsorted(np.cumsum(probabilities), p, side="left")) + 1)
 
 
-def keep_min_p(logits: Logits, min_p: float) -> int:
+def keep_min_p(logits: NDArray[np.floating], min_p: float) -> int:
     """How many of the sorted candidates min-p keeps: those at least `min_p` times as likely as the first."""
     if min_p == 0:
         return len(logits)
@@ -113,15 +115,25 @@ def keep_min_p(logits: Logits, min_p: float) -> int:
     return max(1, int(np.searchsorted(-logits.astype(np.float64), -threshold, side="right")))
 
 
-def exponentials(logits: Logits, out: Logits) -> Logits:
-    """exp(logits - largest), in `out`."""
+def exponentials(logits: Logits, temperature: float, out: Logits) -> Logits:
+    """exp((logits - largest) / temperature), in `out`."""
     np.subtract(logits, logits.max(), out=out)
+    if temperature != 1:
+        np.multiply(out, np.float32(1 / temperature), out=out)
     np.exp(out, out=out)
     return out
 
 
-def softmax(logits: Logits) -> NDArray[np.float64]:
-    """Probabilities. The exponential is f32, as numpy has it ten times as fast, and the sum f64."""
+def block_sums(weights: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Sums of _BLOCK weights each, the last of the rest; float64. Inside of a block they are summed pairwise in the
+    weights' own precision, which costs a fifth of converting them."""
+    whole = len(weights) // _BLOCK
+    sums = weights[: whole * _BLOCK].reshape(whole, _BLOCK).sum(axis=1).astype(np.float64)
+    return np.append(sums, weights[whole * _BLOCK :].sum(dtype=np.float64))
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Probabilities. The exponential is as precise as the logits: numpy has it in f32 ten times as fast."""
     weights = np.exp(logits - logits.max()).astype(np.float64)
     return np.asarray(weights / weights.sum())
 
@@ -131,44 +143,62 @@ def candidates(
 ) -> tuple[Ids, NDArray[np.float64]]:
     """The tokens that may come next, most likely first, and their probabilities.
 
-    logits: float32 [vocab], penalties applied. scratch: float32 [2, vocab] to work in. Without any filter: all tokens,
-    in the order of their ids.
+    logits: float32 [vocab], penalties applied. scratch: float32 [vocab] to work in. Without any filter: all tokens, in
+    the order of their ids.
     """
-    work = np.empty((2, len(logits)), np.float32) if scratch is None else scratch
-    scaled = np.multiply(logits, np.float32(1 / options.temperature), out=work[0])
+    best = logits.max()
     if not options.filters:
-        return np.arange(len(scaled)), softmax(scaled)
-    total = 0.0
-    if options.top_p < 1 and options.top_k == 0:
-        total = float(exponentials(scaled, work[1]).sum(dtype=np.float64))
-    count = _FIRST_CANDIDATES if options.top_k == 0 else options.top_k + 1
-    while True:
-        ids = largest(scaled, count)
-        ordered = scaled[ids]
-        kept, certain = _filter(ordered, len(ordered) == len(scaled), total, options)
-        if certain:
-            return ids[:kept], softmax(ordered[:kept])
-        count = 8 * len(ids)
-
-
-def _filter(ordered: Logits, complete: bool, total: float, options: SamplingOptions) -> tuple[int, bool]:
-    """How many candidates the filters keep, and whether more candidates could not change that.
-
-    It is certain once a filter stops before the last candidate: then the others, all smaller, would go as well.
-    complete: the candidates are all tokens. total: without top-k, the sum of exp(logit - largest) over all tokens.
-    """
-    kept = keep_top_k(ordered, options.top_k)
-    certain = complete or kept < len(ordered)
-    if options.top_k and not certain:
-        return kept, False  # more candidates may equal the k-th
+        return np.arange(len(logits)), softmax((logits - best) * np.float32(1 / options.temperature))
+    others = 0.0  # weight, with the likeliest token's as 1, of the tokens that top-p counts and that are no candidates
+    if options.top_k:
+        ids = _top_k(logits, options.top_k)
+    elif options.top_p < 1:
+        weights = exponentials(logits, options.temperature, np.empty_like(logits) if scratch is None else scratch)
+        ids = _top_p(logits, weights, options.top_p * float(block_sums(weights).sum()))
+        weights[ids] = 0  # a difference of sums would have the rounding of the large weights, larger than the small
+        others = float(block_sums(weights).sum())
+    else:
+        # With some slack: what is exact is decided below.
+        threshold = float(best) + options.temperature * (np.log(options.min_p) - 1e-3) - 1e-6 * abs(float(best))
+        ids = np.flatnonzero(logits >= np.float32(threshold))
+        ids = ids[np.argsort(-logits[ids], kind="stable")]
+    # Few from here on: in float64, so that the edges are where they should be.
+    scaled = (logits[ids].astype(np.float64) - float(best)) / options.temperature
     if options.top_p < 1:
-        # Top-p shares out the probability of what top-k left; without top-k that is every token.
-        weights = np.exp(ordered[:kept] - ordered[0]).astype(np.float64)
-        by_p = keep_top_p(weights / (weights.sum() if options.top_k else total), options.top_p)
-        certain = certain or by_p < kept
-        kept = by_p
-    by_min = keep_min_p(ordered[:kept], options.min_p)
-    return by_min, certain or by_min < kept
+        shares = np.exp(scaled)
+        scaled = scaled[: keep_top_p(shares / (others + shares.sum()), options.top_p)]
+    scaled = scaled[: keep_min_p(scaled, options.min_p)]
+    return ids[: len(scaled)], softmax(scaled)
+
+
+def _top_k(logits: Logits, k: int) -> Ids:
+    """The ids that top-k keeps, most likely first: k, and those equal to the last of them."""
+    count = k + 1
+    while True:
+        ids = largest(logits, count)
+        kept = keep_top_k(logits[ids], k)
+        if kept < len(ids) or len(ids) == len(logits):
+            return ids[:kept]
+        count = 8 * count  # more may equal the k-th
+
+
+def _top_p(logits: Logits, weights: Logits, wanted: float) -> Ids:
+    """Ids, most likely first, among which are the fewest whose weights add up to `wanted`, and hardly more.
+
+    Only values are sorted until it is known how far down they go: that is several times as fast as sorting ids.
+    weights: of the logits, float32 [vocab], the largest 1. Where they are equal the logits still tell.
+    """
+    for depth in _TOP_P_DEPTHS:
+        values = weights[weights >= np.float32(depth)]
+        if values.sum(dtype=np.float64) > wanted:
+            break
+    else:
+        values = weights
+    values = np.sort(values)[::-1]
+    # One more than the sum asks for: the caller decides the edge, on weights that may differ in their last digit.
+    last = min(int(np.searchsorted(np.cumsum(values, dtype=np.float64), wanted)) + 1, len(values) - 1)
+    ids = np.flatnonzero(weights >= values[last])
+    return ids[np.argsort(-logits[ids], kind="stable")]
 
 
 def draw(weights: NDArray[np.floating], uniform: float) -> int:
@@ -176,8 +206,7 @@ def draw(weights: NDArray[np.floating], uniform: float) -> int:
 
     In two levels, blocks and then one block, as a running sum over a whole vocabulary takes a millisecond.
     """
-    starts = np.arange(0, len(weights), _BLOCK)
-    blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+    blocks = np.cumsum(block_sums(weights))
     target = uniform * float(blocks[-1])
     block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
     inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
@@ -198,7 +227,7 @@ class Sampler:
         self._seen = np.zeros(vocab_size if self._penalty else 0, np.bool_)
         # Arrays of this size from the allocator would be fresh pages every time, at several times the cost of the sums.
         self._penalized = np.empty(vocab_size if self._penalty else 0, np.float32)
-        self._scratch = np.empty((2, 0 if options.greedy else vocab_size), np.float32)
+        self._scratch = np.empty(0 if options.greedy else vocab_size, np.float32)
 
     def observe(self, ids: NDArray[np.int32]) -> None:
         """These tokens are in the sequence: the repetition penalty holds for them."""
@@ -217,7 +246,6 @@ class Sampler:
             return best
         uniform = float(self._random.random())
         if not self.options.filters:
-            scaled = np.multiply(logits, np.float32(1 / self.options.temperature), out=self._scratch[0])
-            return draw(exponentials(scaled, self._scratch[1]), uniform)
+            return draw(exponentials(logits, self.options.temperature, self._scratch), uniform)
         ids, probabilities = candidates(logits, self.options, self._scratch)
         return int(ids[draw(probabilities, uniform)])
