@@ -31,9 +31,10 @@
 enum {
     CACHE_LINE = 64,
     MOST_WORKERS = 1023,
-    SPIN_NANOSECONDS = 30000,  /* pause loops before giving way: about one futex wake-up */
-    YIELD_NANOSECONDS = 60000, /* then sched_yield until this long after the last work, then sleep */
-    PIECES = 4,                /* a thread takes this part of what is left of its slice */
+    SPIN_NANOSECONDS = 30000,       /* pause loops before giving way: about one futex wake-up */
+    YIELD_NANOSECONDS = 60000,      /* then sched_yield until this long after the last work, then sleep */
+    GIVE_WAY_NANOSECONDS = 1000000, /* how often a worker gives way between jobs, while it holds nothing */
+    PIECES = 4,                     /* a thread takes this part of what is left of its slice */
 };
 
 #define OPEN (UINT64_C(1) << 63)
@@ -171,7 +172,7 @@ static void *worker(void *argument) {
     LlmcPool *pool = argument;
     const int64_t self = atomic_fetch_add(&pool->named, 1) + 1;
     uint32_t seen = atomic_load_explicit(&pool->epoch, memory_order_acquire);
-    int64_t last_work = now();
+    int64_t last_work = now(), gave_way = last_work;
     inside_body = true;
     join_job(pool, self);
     for (;;) {
@@ -196,6 +197,11 @@ static void *worker(void *argument) {
         }
         seen = atomic_load_explicit(&pool->epoch, memory_order_acquire);
         if (join_job(pool, self)) last_work = now();
+        /* Where another process wants this core, it gets it now and not in the middle of a piece that all wait for. */
+        if (last_work - gave_way > GIVE_WAY_NANOSECONDS) {
+            sched_yield();
+            gave_way = now();
+        }
     }
     return NULL;
 }
