@@ -40,6 +40,11 @@ class AttentionPlan:
     kv_heads: int
     value_dim: int
 
+    @property
+    def arithmetic(self) -> str:
+        """What `tile` multiplies for many rows: the limit that it is compared with."""
+        return "bf16" if self.tile.template is attention_matrix else "f32"
+
     def tile_units(self, tiles: int | Dim, splits: int | Dim) -> int | Dim:
         return tiles * splits * self.kv_heads
 

@@ -234,7 +234,14 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     operations = pairs(op.window) * (2 * heads * (dim + kind.value_dim))
     calls.append(
         Call(
-            plan.tile, tile_args, plan.tile_units(tiles, SPLITS), 1, note=note, bytes_moved=read, operations=operations
+            plan.tile,
+            tile_args,
+            plan.tile_units(tiles, SPLITS),
+            1,
+            note=note,
+            bytes_moved=read,
+            operations=operations,
+            arithmetic=plan.arithmetic,
         )
     )
     merge = Call(
