@@ -1,8 +1,8 @@
 """Where an artifact's weights lie in memory while it is used: in the mapped file, or copied into huge pages.
 
 Decoding reads every weight once a token, which is as fast as memory only if address translation keeps up. A mapped
-file mostly has pages of 4 KiB, whose translations no cache holds for weights of this size; pages of 2 MiB decode 12 to
-20% faster (docs/adr/0005). So weights are copied where memory is plentiful, and used in place elsewhere.
+file mostly has pages of 4 KiB, whose translations no cache holds for weights of this size; with pages of 2 MiB decoding
+is 5 to 20% faster (docs/adr/0005). So weights are copied where memory is plentiful, and used in place elsewhere.
 """
 
 from __future__ import annotations
