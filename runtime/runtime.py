@@ -76,13 +76,16 @@ class Runtime:
         verify: bool = True,
         kv_memory: int | None = None,
         weights: str | os.PathLike[str] | None = None,
+        share_weights: bool | None = None,
     ) -> Runtime:
         """Loads an artifact.
 
         threads: at most so many for a step; by default as many as this process may use. verify: check the hashes of
         the weights and the tokenizer now (the rest is always checked). kv_memory: bytes for the KV cache, which grows
         up to that as it is used; by default as much as some whole contexts need, within half of the free memory.
-        weights: the file with the weights of an artifact that was compiled without them. Raises `ArtifactError`.
+        weights: the file with the weights of an artifact that was compiled without them. share_weights: True to use
+        the mapped file, which processes share, False to copy it into huge pages, which are read faster; by default it
+        is copied where memory is plentiful. Raises `ArtifactError`.
         """
         if threads is not None and threads < 1:
             raise RuntimeStateError(f"threads must be 1 or more, not {threads}")
@@ -96,7 +99,8 @@ class Runtime:
             if verify:
                 artifact.check_tokenizer()
             library = Library.load(artifact)
-            data = load_weights(artifact, library, None if weights is None else Path(weights), threads, verify)
+            external = None if weights is None else Path(weights)
+            data = load_weights(artifact, library, external, threads, verify, share_weights)
             return cls(artifact, library, data, threads, kv_memory)
         finally:
             artifact.close()

@@ -29,12 +29,13 @@ _READ_BYTES = 32 << 20  # one read call
 
 
 def load_weights(
-    artifact: Artifact, library: Library, external: Path | None, threads: int, verify: bool
+    artifact: Artifact, library: Library, external: Path | None, threads: int, verify: bool, share: bool | None = None
 ) -> NDArray[np.uint8]:
     """The weights, uint8 [weights_bytes], page-aligned and not to be written to.
 
     external: the file that has them, for an artifact that was compiled without. verify: check their hash, on the
-    bytes that will be used. Raises `ArtifactError`.
+    bytes that will be used. share: True to use the mapped file, which all processes that load it share; False to
+    copy it; None: copy where that is worth it. Raises `ArtifactError`.
     """
     part = artifact.parts.get(WEIGHTS)
     wanted = artifact.manifest.weights_bytes
@@ -46,7 +47,7 @@ def load_weights(
         )
     if external is not None:
         path, expected = external, artifact.manifest.weights_hash
-        extent = _external(artifact, external, wanted, threads)
+        extent = _external(artifact, external, wanted, threads, share)
     elif part is not None:
         path, expected = artifact.path, part.hash
         if part.bytes != wanted:
@@ -54,7 +55,7 @@ def load_weights(
                 f"{path} has {part.bytes} bytes of weights; its manifest says {wanted}. Compile it again"
             )
         mapped: NDArray[np.uint8] = artifact.view[part.offset : part.offset + part.extent]
-        extent = _copied(path, artifact.descriptor, part.offset, mapped, threads)
+        extent = _copied(path, artifact.descriptor, part.offset, mapped, threads, share)
     else:
         return np.zeros(1, np.uint8)
     if verify and expected is not None:
@@ -64,13 +65,13 @@ def load_weights(
     return extent[:wanted]
 
 
-def _external(artifact: Artifact, path: Path, wanted: int, threads: int) -> NDArray[np.uint8]:
+def _external(artifact: Artifact, path: Path, wanted: int, threads: int, share: bool | None) -> NDArray[np.uint8]:
     if not wanted:
         return np.zeros(0, np.uint8)
     try:
         with path.open("rb") as file:
             mapped: NDArray[np.uint8] = np.memmap(file, np.uint8, "r", shape=(wanted,))
-            return _copied(path, file.fileno(), 0, mapped, threads)
+            return _copied(path, file.fileno(), 0, mapped, threads, share)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} does not hold the {wanted} bytes of weights that {artifact.path} needs") from error
 
@@ -87,10 +88,12 @@ def worth_copying(nbytes: int) -> bool:
     return cpu.available_memory() >= 2 * nbytes
 
 
-def _copied(path: Path, descriptor: int, offset: int, mapped: NDArray[np.uint8], threads: int) -> NDArray[np.uint8]:
+def _copied(
+    path: Path, descriptor: int, offset: int, mapped: NDArray[np.uint8], threads: int, share: bool | None
+) -> NDArray[np.uint8]:
     """What is mapped from `offset` of a file, copied if that is worth it. Read, not copied from the mapping: so its
     pages never count as this process's memory, and a file that got shorter is an error and no signal."""
-    if not worth_copying(len(mapped)):
+    if not len(mapped) or share is True or (share is None and not worth_copying(len(mapped))):
         return mapped
     try:
         copy: NDArray[np.uint8] = reserve((len(mapped),), np.uint8, huge_pages=True)  # type: ignore[assignment]

@@ -92,3 +92,10 @@ def test_a_copy_is_made_where_it_helps_and_harms_nobody(monkeypatch: pytest.Monk
         assert module.worth_copying(50 << 20)
         assert not module.worth_copying(51 << 20)  # less than as much again would be free
         assert not module.worth_copying(1 << 20)  # small enough for the TLB
+
+
+def test_the_caller_may_say_which(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for worth in (False, True):
+        monkeypatch.setattr(module, "worth_copying", lambda _nbytes, worth=worth: worth)
+        assert in_file(Runtime.load(path, share_weights=True)._weights)
+        assert not in_file(Runtime.load(path, share_weights=False)._weights)
