@@ -1,0 +1,134 @@
+"""The least time that a linear kernel can take on one core: by what it reads, and by what its vector units must do.
+
+Every vector instruction is one of two kinds, and the rates of both are measured:
+
+    heavy   multiplications, conversions, shifts: two ports take them on every x86 core of interest
+    any     additions and logic besides: as many ports as there are, heavy ones included
+
+    seconds >= max(bytes / bandwidth, heavy / rate(heavy), (heavy + light) / rate(any))
+
+What a kernel must do for one group of one tile (`lanes` result columns) and some rows, per quad of four inputs:
+
+    unpacking of 4-bit weights, per two quads: a shift, two masks; once for all rows that are multiplied at a time
+    dot     VNNI: one heavy (`vpdpbusd`)
+            else, 4 bits: `vpmaddubsw` and an i16 addition, and every 8 quads `vpmaddwd` and an i32 addition
+            else, 8 bits: a sign per row and, per weight, a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
+    scaling, per row: a conversion, two multiplications (one of them fused); per tile: the scale's conversion from f16
+
+Loads, stores, broadcasts from memory and loop control are not counted: they have ports of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm import tirx
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86.isa import VectorIsa, isa_for
+
+SUMS = 10  # independent chains: two ports, latencies of up to five cycles
+STEPS = 8
+READ_BYTES = 4096  # of one unit
+READ_AHEAD = 3072
+
+
+@dataclass(frozen=True)
+class Work:
+    """Vector instructions."""
+
+    heavy: float = 0.0
+    light: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.heavy + other.heavy, self.light + other.light)
+
+    def __mul__(self, times: float) -> Work:
+        return Work(self.heavy * times, self.light * times)
+
+    def seconds(self, heavy_rate: float, any_rate: float) -> float:
+        """The least time at these instructions a second."""
+        return max(self.heavy / heavy_rate, (self.heavy + self.light) / any_rate)
+
+
+def linear_work(isa: VectorIsa, *, tokens: int, tiles: int, groups: int, group: int, bits: int, reuse: int) -> Work:
+    """A linear op of `tokens` rows. reuse: rows that share one unpacking of the weights."""
+    quads = group // 4
+    passes = -(-tokens // reuse)
+    unpack = Work(heavy=quads / 2, light=quads) * passes if bits == 4 else Work()
+    if isa.vnni:
+        dot = Work(heavy=quads)
+    elif bits == 4:
+        narrow = isa.narrow_quads(4)
+        dot = Work(heavy=quads + quads / narrow, light=quads + quads / narrow)
+    else:
+        dot = Work(heavy=2 * quads, light=2 * quads)
+        unpack = Work(light=quads) * passes
+    scale = Work(heavy=3)
+    per_tile = unpack + Work(heavy=1) * passes + (dot + scale) * tokens
+    return per_tile * (tiles * groups)
+
+
+def read(machine: Machine):
+    """(x i32, out i32; begin, end): adds up x, READ_BYTES a unit, lines asked for ahead and in order."""
+    isa = isa_for(machine)
+    words = READ_BYTES // 4
+
+    def body(p, s):
+        x, out = b.view(p["x"], [b.MANY], "int32"), b.view(p["out"], [isa.lanes], "int32")
+        sums = b.Registers(4, isa.i32)
+        for j in range(4):
+            sums[j] = isa.splat(0, "int32")
+        with b.loop(s["end"] - s["begin"]) as i, b.loop(words // 64) as step:
+            start = b.let((s["begin"] + i) * words + step * 64)
+            for line in range(4):
+                b.keep_order()
+                b.prefetch(x, start + line * 16 + READ_AHEAD // 4)
+                for part in range(16 // isa.lanes):
+                    sums[line] = sums[line] + isa.load(x, start + line * 16 + part * isa.lanes)
+        b.store_vector(isa, out, [0], sums[0] + sums[1] + sums[2] + sums[3])
+
+    return b.plain_function([("x", "int32"), ("out", "int32")], [], body, b.ORDER_HELPER)
+
+
+def _chains(machine: Machine, dtype: str, step) -> object:
+    """(x i8, out i32; begin, end): a unit is STEPS times `step(isa, sum, a, b)` for each of SUMS sums."""
+    isa = isa_for(machine)
+
+    def body(p, s):
+        x, out = b.view(p["x"], [b.MANY], "int8"), b.view(p["out"], [isa.lanes], "int32")
+        sums = b.Registers(SUMS, dtype)
+        factors = [b.let(isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes)) for j in range(2)]
+        for j in range(SUMS):
+            sums[j] = tirx.reinterpret(dtype, isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes))
+        with b.loop(s["end"] - s["begin"]):
+            for _ in range(STEPS):
+                for j in range(SUMS):
+                    sums[j] = step(isa, sums[j], *factors)
+        total = tirx.reinterpret(isa.i32, sums[0])
+        for j in range(1, SUMS):
+            total = total ^ tirx.reinterpret(isa.i32, sums[j])
+        b.store_vector(isa, out, [0], total)
+
+    return b.plain_function([("x", "int8"), ("out", "int32")], [], body)
+
+
+def heavy(machine: Machine):
+    """One dot instruction a step."""
+    isa = isa_for(machine)
+    if isa.vnni:
+        return _chains(machine, isa.i32, lambda isa, total, a, c: isa.dot(total, a, c, 4))
+    return _chains(
+        machine, isa.i16, lambda isa, total, a, _: isa.dot_narrow(a, tirx.reinterpret(isa.i8, total))
+    )  # fmt: skip
+
+
+def light(machine: Machine):
+    """An addition and an exclusive or a step, which no compiler makes one."""
+    isa = isa_for(machine)
+    return _chains(
+        machine,
+        isa.i32,
+        lambda isa, total, a, c: (total + tirx.reinterpret(isa.i32, a)) ^ tirx.reinterpret(isa.i32, c),
+    )
