@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INPUTS = 32  # inputs that one multiplication sums over
 TILE = 512  # bf16 in a tile
+CACHE_LINE = 64
 PAIR = 2  # tiles side by side, of rows and of columns
 
 # (row of the tile, pairs of bf16 as i32 lanes): where a source of weights puts what it unpacks
@@ -41,6 +42,7 @@ class _Quantized:
     def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
         self.part, self.parts = layout.group, self.groups
+        self.part_bytes = layout.vectors * isa.vector_bytes
 
     def pointers(self) -> list[tuple[str, str]]:
         minimums = [] if self.layout.symmetric else [("minimums", "float16")]
@@ -89,6 +91,7 @@ class _Float:
     def __init__(self, isa: VectorIsa, k: int) -> None:
         self.isa, self.pairs = isa, -(-k // 2)
         self.part, self.parts = INPUTS, -(-k // INPUTS)
+        self.part_bytes = INPUTS * isa.lanes * 2
 
     def pointers(self) -> list[tuple[str, str]]:
         return [("data", "uint16")]
@@ -110,6 +113,12 @@ class _Float:
                 copy()
             else:
                 b.either(pair < self.pairs, copy, lambda row=row: put(row, isa.splat(0, "int32")))  # type: ignore[misc]
+
+
+def _prefetch(source: _Quantized | _Float, handles: Mapping[str, Expr], tile: Expr, part: Expr, line: Expr) -> None:
+    """Start reading a cache line of the weights: line `line` from part `part` of a tile on. None need be there."""
+    data = b.view(handles["data"], [b.MANY], "uint8")
+    b.prefetch(data, tile * (source.parts * source.part_bytes) + part * source.part_bytes + line * CACHE_LINE)
 
 
 def _numbers(isa: VectorIsa, offset: int) -> Expr:
@@ -197,7 +206,18 @@ def tile_linear(
 
                     source.unpack(handles, first_tile + t, b.let(first // source.part + part), put)
                 with b.loop((rows_here + 31) // 32) as row_pair, b.loop(pairs_here) as column_pair:
+                    fetch_next(b.let(first + count), row_pair, column_pair)
                     multiply(first, count, row_pair, column_pair)
+
+            def fetch_next(following: Expr, row_pair: Expr, column_pair: Expr) -> None:
+                """Ask for a share of the weights that are unpacked next: some lines of these tiles."""
+                ends = following >= inputs
+                part = b.let(tirx.Select(ends, b.index(0), following // source.part))
+                tile = b.let(first_tile + column_pair * PAIR + tirx.Select(ends, b.index(tiles), b.index(0)))
+                lines = -(-step // source.part * source.part_bytes // CACHE_LINE // (row_block // 32))
+                for c in range(PAIR):
+                    for line in range(lines):
+                        _prefetch(source, handles, tile + c, part, row_pair * lines + line)
 
             def multiply(first: Expr, count: int, row_pair: Expr, column_pair: Expr) -> None:
                 into = b.let(first_sum + row_pair * (32 * width) + column_pair * (PAIR * isa.lanes))
