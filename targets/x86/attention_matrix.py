@@ -35,6 +35,7 @@ from llmc.targets.x86.vectors import (
     maximum,
     permute,
     pin,
+    prefetch,
     reduce_lanes,
     splat,
     store,
@@ -245,14 +246,19 @@ class TallBody(TileBody):
             at = (half * rows + used + row) * self.lanes
             store_vector(self.isa, t.keys, [at], self.isa.splat(0, "int32"))
 
-    def convert(self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr) -> None:
-        """Page `page` of the sequence as tiles of pairs, to `place` of the step."""
+    def convert(self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr, last: Expr) -> None:
+        """Page `page` of the sequence as tiles of pairs, to `place` of the step. Meanwhile the page of the next step,
+        none after `last`, is on its way from memory.
+        """
         from tvm import tirx
 
         isa, lanes = self.isa, self.lanes
         page_id = integer(load_raw(a.block_table, t.table + page, 1))
         head = pin(page_id * self.kv_heads + t.kv_head)
         keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
+        next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + STEP_PAGES, last), 1))
+        next_head = pin(next_id * self.kv_heads + t.kv_head)
+        next_keys, next_values = pin(next_head * (self.head_dim * PAGE)), pin(next_head * (PAGE * self.value_dim))
 
         def key_pair(channel: Expr | int, both: bool) -> None:
             for half in range(2):
@@ -262,6 +268,7 @@ class TallBody(TileBody):
                 store_vector(isa, t.keys, [at], isa.pack_pairs(load(a.keys, start, lanes), odd))
 
         with loop(self.head_dim // 2) as pair:
+            prefetch(a.keys, next_keys + pair * (2 * PAGE), 2 * PAGE)
             key_pair(pair * 2, True)
         if self.head_dim % 2:
             key_pair(self.head_dim - 1, False)
@@ -280,6 +287,7 @@ class TallBody(TileBody):
         both = pin(tirx.Max(held - HALF, index(0)))
         some = pin(tirx.Min(held, index(HALF)))
         with loop(both) as pair:
+            prefetch(a.values, next_values + pair * (2 * self.value_dim), 2 * self.value_dim)
             value_pair(pair, 2)
         with loop(some - both) as number:
             value_pair(pin(both + number), 1)
@@ -299,7 +307,7 @@ class TallBody(TileBody):
             page = pin(low + number * STEP_PAGES)
             pages = pin(tirx.Min(high - page, index(STEP_PAGES)))
             with loop(pages) as place:
-                self.convert(a, t, pin(page + place), place)
+                self.convert(a, t, pin(page + place), place, pin(high - 1))
             with loop(blocks) as block:
                 row = pin(block * ROWS)
                 top = self.position(t, first + row)
