@@ -16,7 +16,7 @@ from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_el
 from llmc.targets.x86.linear_plan import Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
-from llmc.targets.x86.quantize_activations import padded, quantize_activations
+from llmc.targets.x86.quantize_activations import padded, quantize_activations, round_activations
 
 VECTOR = ("avx2", "fma", "f16c")
 
@@ -320,7 +320,8 @@ def _integers(op: Linear | GatedLinear, context: Context) -> LinearPlan | str:
 def linear_float(op: Op, context: Context) -> Lowered | str:
     """f32 multiply-adds; weights in f32, f16 or bf16, or dequantized in registers.
 
-    Activations that the graph rounds to bf16 stay as they are for few rows, and are rounded for tiles.
+    Activations that the graph rounds to bf16 are rounded where the machine multiplies pairs of bf16. With tiles those
+    of few rows stay as they are: the memory is their limit.
     """
     assert isinstance(op, (Linear, GatedLinear))
     if not context.known(op.w):
@@ -338,7 +339,15 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
     if encoding is None:
         if op.w.dtype not in ("f32", "f16", "bf16"):
             return f"no kernel reads {op.w.dtype} weights"
-        plan = float_linear_plan(context.machine, n=n, k=k, dtype=op.w.dtype, **epilogue)  # type: ignore[arg-type]
+        paired = unrounded(op.x) is not op.x and not _on_tiles(op, context)
+        plan = float_linear_plan(
+            context.machine,
+            n=n,
+            k=k,
+            dtype=op.w.dtype,
+            activations="bf16" if paired else "f32",
+            **epilogue,  # type: ignore[arg-type]
+        )
     else:
         bits, group = getattr(encoding, "bits", 0), getattr(encoding, "group", 0)
         if bits not in (4, 8):
@@ -353,11 +362,16 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
             activations="f32",
             **epilogue,  # type: ignore[arg-type]
         )
-    x = unrounded(op.x)
+    x, rows = unrounded(op.x), rows_of(op)
     given: dict[str, object] = {"x": x}
+    if plan.activations == "bf16":  # the machine multiplies pairs of bf16
+        given["x"] = pairs = Scratch(context.scratch_name(x, "pairs"), "uint16", rows * (-(-k // 2) * 2))
+        made = kernel(round_activations, context.machine.key, k=k)
+        rounding = Call(made, (x, pairs), rows, max(1, 4096 // k), note=f"[{k}]")
+        return Lowered((rounding, *plan_calls(op, plan, given, context).calls), reads=(x,))
     if not _on_tiles(op, context):
         return plan_calls(op, plan, given, context)
-    inputs, rows = _tile_inputs(op), rows_of(op)
+    inputs = _tile_inputs(op)
     given["xtiles"] = tiles_of(x, inputs, context)
     calls = plan_calls(op, plan, given, context).calls
     many = guard(rows, tile_plan.ROWS_FROM, None)
