@@ -31,6 +31,7 @@
 enum {
     CACHE_LINE = 64,
     MOST_WORKERS = 1023,
+    STACK_BYTES = 2 << 20, /* of a worker, at least */
     SPIN_NANOSECONDS = 30000,       /* pause loops before giving way: about one futex wake-up */
     YIELD_NANOSECONDS = 60000,      /* then sched_yield until this long after the last work, then sleep */
     GIVE_WAY_NANOSECONDS = 1000000, /* how often a worker gives way between jobs, while it holds nothing */
@@ -213,12 +214,19 @@ static void start_workers(LlmcPool *pool, int64_t wanted) {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before); /* workers leave signals to the program's own threads */
+    pthread_attr_t attributes;
+    size_t stack = 0;
+    pthread_attr_init(&attributes);
+    if (pthread_attr_getstacksize(&attributes, &stack) == 0 && stack < STACK_BYTES) {
+        pthread_attr_setstacksize(&attributes, STACK_BYTES); /* kernels keep up to some hundred KiB there */
+    }
     while (pool->workers < wanted) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, worker, pool) != 0) break;
+        if (pthread_create(&thread, &attributes, worker, pool) != 0) break;
         pthread_detach(thread);
         pool->workers++;
     }
+    pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
