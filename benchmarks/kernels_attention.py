@@ -1,4 +1,4 @@
-"""How near attention runs to the machine: decode against read bandwidth, prefill against FMA peak, on one thread.
+"""How near attention runs to the machine: decode against read bandwidth, prefill against FMA or tile peak, one thread.
 
     python benchmarks/kernels_attention.py [--quick]
 
@@ -23,18 +23,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, runnable
 
+from llmc.runtime import cpu
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
+from llmc.targets.x86 import detect
 from llmc.targets.x86.attention import attention_plan
 from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.limits import INPUT_BYTES, TILE_SUMS, limit_tiles
 from llmc.targets.x86.linear_builder import loop, scratch
+from llmc.targets.x86.tiles import has_tiles
 from llmc.targets.x86.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr
     from tvm.tirx import PrimFunc
 
-PAGE, TILE = 32, 16
+PAGE, TILE = 32, 64
 SHAPES = [(32, 8, 128), (14, 2, 64), (16, 16, 64)]  # heads, kv_heads, head_dim
 
 
@@ -149,12 +153,18 @@ def prefill_line(machine: Machine, shape: tuple[int, int, int], context: int, ne
     run, _ = runner(machine, shape, 1, context, new)
     keys = sum(range(context - new + 1, context + 1))
     operations = 4 * keys * heads * dim
-    steps, lanes = 1000, isa_for(machine).lanes
-    units = max(1, operations // (steps * 12 * lanes * 2))
-    data, sink = aligned(np.full((2, lanes), 0.5, np.float32)), aligned(np.zeros((units, lanes), np.float32))
-    peak = Compiled(kernel(multiply_add, machine.key, steps=steps), machine)
+    if has_tiles(machine, "bf16"):
+        unit_operations, shape_of = TILE_SUMS * 2 * 16 * 16 * 32, [INPUT_BYTES // 4]
+        peak = Compiled(kernel(limit_tiles, machine.key, dtype="bf16"), machine)
+    else:
+        steps, lanes = 1000, isa_for(machine).lanes
+        unit_operations, shape_of = steps * 12 * lanes * 2, [2, lanes]
+        peak = Compiled(kernel(multiply_add, machine.key, steps=steps), machine)
+    units = max(1, operations // unit_operations)
+    data = aligned(np.full(shape_of, 0.5, np.float32))
+    sink = aligned(np.zeros(max(units * 16, 256), np.float32))
     taken, limit = compare(run, lambda: peak(data, sink, 0, units), rounds)
-    limit *= operations / (units * steps * 12 * lanes * 2)
+    limit *= operations / (units * unit_operations)
     return (
         f"prefill {shape!s:14} {operations / taken / 1e9:7.1f} GFLOPS of {operations / limit / 1e9:6.1f}:"
         f" {limit / taken:6.1%}  ({new} tokens of {context})"
@@ -164,15 +174,17 @@ def prefill_line(machine: Machine, shape: tuple[int, int, int], context: int, ne
 def main() -> None:
     quick = "--quick" in sys.argv[1:]
     rounds, total_bytes = (3, 64 << 20) if quick else (9, 512 << 20)
-    for name in ("avx2", "avx512vnni"):
-        if not runnable(name):
-            continue
+    machines = {name: MACHINES[name] for name in ("avx2", "avx512vnni") if runnable(name)}
+    tiles = detect.machine("sapphirerapids")
+    if tiles.features <= cpu.features():
+        machines["amx"] = tiles
+    for name, machine in machines.items():
         print(name)
         for shape in SHAPES:
-            print(" ", decode_line(MACHINES[name], shape, rounds, total_bytes), flush=True)
+            print(" ", decode_line(machine, shape, rounds, total_bytes), flush=True)
         for shape in SHAPES:
             for context, new in ((512, 512), (2048, 128)):
-                print(" ", prefill_line(MACHINES[name], shape, context, new, rounds), flush=True)
+                print(" ", prefill_line(machine, shape, context, new, rounds), flush=True)
 
 
 if __name__ == "__main__":
