@@ -53,6 +53,7 @@ def limit_read(machine: Machine) -> PrimFunc:
             for stream in range(READ_STREAMS):
                 start = b.let((s["begin"] + i) * words + stream * part + v * step)
                 for line in range(0, step, 16):
+                    b.keep_order()
                     b.prefetch(x, start + READ_AHEAD // 4 + line)
                 for j in range(sums_each):
                     at = stream * sums_each + j
@@ -62,7 +63,7 @@ def limit_read(machine: Machine) -> PrimFunc:
             total = total + sums[j]
         b.store_vector(isa, out, [0], total)
 
-    return b.plain_function([("input", "int32"), ("output", "int32")], [], body)
+    return b.plain_function([("input", "int32"), ("output", "int32")], [], body, b.ORDER_HELPER)
 
 
 def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
