@@ -53,7 +53,9 @@ def copy_of(path: Path, to: Path) -> Path:
 
 def start(*arguments: object, before: str = "", **environment: str) -> subprocess.Popen[str]:
     """`llmc ARGUMENTS` as a process of its own. before: Python code that runs first, to stop it at a chosen moment."""
-    code = f"{before}\nfrom llmc.cli import main\nmain()"
+    # Tests may run in the background of a shell, where Ctrl-C is ignored, and that is handed down.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}\n{before}\nfrom llmc.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, **ENVIRONMENT, **environment},
