@@ -70,15 +70,15 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     for lowered in program.ops:
         for call in lowered.calls:
             index = len(labels)
-            named = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
+            arguments = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
             symbol = call.kernel.symbol
-            if kernels.setdefault(symbol, len(named)) != len(named):
+            if kernels.setdefault(symbol, len(arguments)) != len(arguments):
                 raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
             bodies.append(
                 f"/* {lowered.op.name}: {call.kernel.name} {call.note} */\n"
                 f"static void body_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
                 f"    ENTER(context);\n"
-                f"    {symbol}({', '.join([*named, 'begin', 'end'])});\n}}\n"
+                f"    {symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
             )
             guard = " && ".join(_guards(call)) or "1"
             units = call.units
