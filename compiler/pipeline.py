@@ -28,7 +28,7 @@ from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError
 
 if TYPE_CHECKING:
-    from llmc.frontends.hf import Lifted
+    from llmc.frontends.lifted import Lifted
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
 
@@ -116,7 +116,7 @@ def compile_model(
 
     `observers(lifted)` gives further observers of the passes, such as the checker of `--check`.
     """
-    from llmc.frontends.hf import lift
+    from llmc.frontends import lift
     from llmc.targets import lower, machine_named
     from llmc.targets.library import compiler_command
 

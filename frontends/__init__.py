@@ -1,0 +1,37 @@
+"""Outside formats to graphs. Nothing else in llmc reads those formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmc.frontends.lifted import Lifted
+
+__all__ = ["Lifted", "lift"]
+
+
+def lift(
+    source: str | Path,
+    *,
+    max_context: int | None = None,
+    weights: str = "checkpoint",
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    max_dims: Mapping[str, int] | None = None,
+) -> Lifted:
+    """Read a model: an ONNX file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code runs.
+
+    max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
+    noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
+    of each free size of an ONNX graph that is not text.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".onnx":
+        from llmc.frontends.onnx import lift as lift_onnx
+
+        return lift_onnx(
+            path, max_context=max_context, weights=weights, seed=seed, tokenizer=tokenizer, max_dims=max_dims or {}
+        )
+    from llmc.frontends.hf import lift as lift_hf
+
+    return lift_hf(source, max_context=max_context, weights=weights, seed=seed)

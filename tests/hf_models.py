@@ -14,7 +14,8 @@ import transformers
 from tiny_models import make_tiny
 
 from llmc.compiler.ir.evaluate import evaluate
-from llmc.frontends.hf import Lifted, lift
+from llmc.frontends.hf import lift
+from llmc.frontends.lifted import Lifted
 
 Array = np.ndarray
 transformers.logging.set_verbosity_error()

@@ -13,7 +13,8 @@ from hf_models import tiny
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import load_config
-from llmc.frontends.hf.tokenizer import Text, read_text
+from llmc.frontends.hf.tokenizer import read_text
+from llmc.frontends.lifted import Text
 
 
 def text_of(directory: Path, **files: object) -> Text:

@@ -1,5 +1,5 @@
 """Hugging Face model directories to graphs."""
 
-from llmc.frontends.hf.lift import Lifted, lift
+from llmc.frontends.hf.lift import lift
 
-__all__ = ["Lifted", "lift"]
+__all__ = ["lift"]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.ir.types import FLOATS, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
-from llmc.frontends.hf.weights import WeightSource, is_finite, shortened, to_numpy, to_torch
+from llmc.frontends.hf.weights import is_finite, shortened, to_numpy, to_torch
+from llmc.frontends.lifted import WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

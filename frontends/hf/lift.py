@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.model import MetaModel, build
 from llmc.frontends.hf.source import resolve
-from llmc.frontends.hf.tokenizer import Text, read_text
-from llmc.frontends.hf.weights import ArrayWeights, RandomWeights, WeightSource, open_checkpoint
+from llmc.frontends.hf.tokenizer import read_text
+from llmc.frontends.hf.weights import ArrayWeights, RandomWeights, open_checkpoint
+from llmc.frontends.lifted import Lifted, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,32 +34,6 @@ for _part in ("aten_math", "aten_shape", "aten_complex"):
 
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 _SMALL = 4096  # elements of a computed buffer that becomes a constant in the graph; larger ones are params
-
-
-@dataclass(frozen=True)
-class Lifted:
-    """What the frontend hands to the compiler.
-
-    graph: inputs `ids` and `positions` i32[1, S], output `logits` f32[1, S, vocab]; params by the model's names.
-    notes: what was not as good as it could be, for the user to read.
-    """
-
-    graph: Graph
-    weights: WeightSource
-    name: str
-    architecture: str
-    parameters: int
-    vocab_size: int
-    layers: int
-    max_positions: int
-    max_context: int
-    text: Text
-    notes: tuple[str, ...] = ()
-    config: dict[str, object] = field(default_factory=dict, repr=False)
-
-    def load(self, name: str) -> Array:
-        """A param's values, as `evaluate` wants them."""
-        return self.weights.load(name)
 
 
 def lift(source: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:

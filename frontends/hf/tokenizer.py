@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet, read_json
+from llmc.frontends.lifted import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,16 +23,6 @@ _FILES = (
 )
 _MOST_TOKENIZER_BYTES = 512 << 20
 _MOST_TEMPLATE_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Text:
-    """files: `tokenizer.json`, if there is a tokenizer. facts, generation: the manifest's parts of those names."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    facts: dict[str, object] | None = None
-    generation: dict[str, object] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 def read_text(directory: Path, config: PreTrainedConfig) -> Text:

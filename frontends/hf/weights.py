@@ -13,31 +13,14 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
-
-
-class WeightSource(Protocol):
-    """Named arrays that are read when asked for."""
-
-    @property
-    def names(self) -> Iterable[str]:
-        """Every name that `load` takes."""
-
-    def dtype(self, name: str) -> str:
-        """The IR dtype of a weight, without reading it."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a weight, without reading it."""
-
-    def load(self, name: str) -> Array:
-        """The weight's values; callers must not write to them."""
-
+from llmc.frontends.lifted import WeightSource
 
 _SAFETENSORS_DTYPES = {
     "F64": "f64",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmc.compiler.ir.graph import Graph
     from llmc.compiler.options import CompileOptions
     from llmc.compiler.passes.manager import Observer, Pass, Report
-    from llmc.frontends.hf import Lifted
+    from llmc.frontends.lifted import Lifted
 
 
 def compile(
@@ -184,7 +184,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
     """The lifted graph, and every pass's."""
     from llmc.compiler.passes.manager import Report
     from llmc.compiler.pipeline import lower_to_kernels, run_pipeline
-    from llmc.frontends.hf import lift
+    from llmc.frontends import lift
 
     with output.progress() as progress:
         progress.start("lifting the model")
@@ -236,7 +236,7 @@ def estimate(
     """Say how much memory a compiled model will need, by part, without compiling it."""
     from llmc.compiler.estimate import estimate as estimate_graph
     from llmc.compiler.pipeline import run_pipeline
-    from llmc.frontends.hf import lift
+    from llmc.frontends import lift
 
     if sequences < 1:
         raise CompileError(f"--sequences is at least 1, not {sequences}")

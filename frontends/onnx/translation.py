@@ -1,0 +1,283 @@
+"""ONNX nodes to t-level graphs: one small function an op, found by the op's domain, name and opset version.
+
+Only what the outputs need is translated. Shapes of exported graphs are computed by nodes of their own (Shape, Gather,
+Concat, ...): small integer tensors whose elements are known when compiling, as numbers or as sizes, are followed
+element by element beside the graph, so that a Reshape finds its target as `Dim`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.structural import Concat, Iota, Reshape, Slice
+from llmc.compiler.ir.types import FLOATS, Shape
+from llmc.errors import FrontendError, IRError, LlmcError
+
+SMALL = 4096  # elements of a tensor whose contents are followed, and of an initializer that becomes a constant
+
+Objects = NDArray[Any]  # of Python ints, floats, bools and Dims
+
+
+class Item:
+    """What a name of an ONNX graph stands for: a tensor, and its elements where they are known when compiling."""
+
+    def __init__(self, value: Value | None = None, known: Objects | None = None, dtype: str = "i64") -> None:
+        """Either may be missing, not both. known: an object array; dtype: its dtype, where value is missing."""
+        if value is None and known is None:
+            raise IRError("an item needs a value or known elements")
+        self._value = value
+        self.known = known
+        self._dtype = dtype if value is None else value.dtype
+
+    @property
+    def dtype(self) -> str:
+        return self._dtype
+
+    @property
+    def shape(self) -> Shape:
+        if self._value is not None:
+            return self._value.shape
+        assert self.known is not None
+        return tuple(self.known.shape)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def value(self) -> Value:
+        """The tensor in the graph; built from the known elements when first asked for."""
+        if self._value is None:
+            assert self.known is not None
+            self._value = _materialised(self.known, self._dtype)
+        return self._value
+
+    @property
+    def numbers(self) -> NDArray[Any] | None:
+        """The known elements as a numeric array; None where one is a symbolic size, or nothing is known."""
+        if self.known is None or any(isinstance(x, Dim) for x in self.known.flat):
+            return None
+        return np.asarray(self.known.tolist()).reshape(self.known.shape)
+
+
+def _materialised(known: Objects, dtype: str) -> Value:
+    if not any(isinstance(x, Dim) for x in known.flat):
+        return constant(np.asarray(known.tolist()).reshape(known.shape), dtype)
+    scalars = tuple(_scalar(x, dtype) for x in known.flat)
+    return Reshape(Concat(scalars, 0) if len(scalars) > 1 else scalars[0], known.shape)
+
+
+def _scalar(x: object, dtype: str) -> Value:
+    """One element as a tensor [1]."""
+    if not isinstance(x, Dim):
+        return constant([x], dtype)
+    last = Slice(Iota(x + 1), 0, x, x + 1)  # the last of 0..x
+    return last if dtype == "i64" else Cast(last, dtype)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: attributes decoded to Python values (ints, floats, strings, lists, numpy arrays; a graph as `Body`).
+
+    name: for messages; exporters leave it out at times, and then it is made from the op and its first output.
+    """
+
+    op: str
+    domain: str
+    version: int
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute, or the default."""
+        return self.attributes.get(name, default)
+
+    @property
+    def where(self) -> str:
+        """For messages: the op, its domain where that is not the standard one, and the node's name."""
+        return f"{self.domain + '.' if self.domain else ''}{self.op} ({self.name})"
+
+
+@dataclass(frozen=True)
+class Body:
+    """A graph without its surroundings: the model's own, a function's, or a branch's. Nodes are in order of use."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    initializers: Mapping[str, Item] = field(default_factory=dict)
+
+
+Result = Value | Item | Sequence[Value | Item | None]
+Handler = Callable[..., Result]
+_H = TypeVar("_H", bound=Handler)
+
+# (domain, op) -> (first version it is for, handler), newest first. The standard domain is "".
+HANDLERS: dict[tuple[str, str], list[tuple[int, Handler]]] = {}
+
+
+def handles(*ops: str, domain: str = "", since: int = 1) -> Callable[[_H], _H]:
+    """Register a function for ops of a domain, from an opset version on.
+
+    It is called with the translation, the node and one `Item | None` an input of the node (None: left out); missing
+    trailing inputs are left away, so give those defaults. It returns one value or item, or one for each output.
+    """
+
+    def register(function: _H) -> _H:
+        for op in ops:
+            known = HANDLERS.setdefault((domain, op), [])
+            if any(version == since for version, _ in known):
+                raise ValueError(f"two functions handle {domain}.{op} since {since}")
+            known.append((since, function))
+            known.sort(key=lambda pair: -pair[0])
+        return function
+
+    return register
+
+
+def handler_of(node: Node) -> Handler | None:
+    """The handler for a node's op at its version."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    for since, function in HANDLERS.get((domain, node.op), []):
+        if node.version >= since:
+            return function
+    return None
+
+
+class Unsupported(LlmcError):
+    """A form of a known op that has no translation; the text says which."""
+
+
+class Translation:
+    """The state of one translation: what each name stands for.
+
+    functions: the model's own, by (domain, name). wide_floats: f16, bf16 and f64 become f32 (text models, where
+    nothing but rounding depends on them). fold: given an op's items, what is known of its result (`symbolic.fold`).
+    """
+
+    def __init__(self, functions: Mapping[tuple[str, str], Body] | None = None, wide_floats: bool = False) -> None:
+        self.functions = dict(functions or {})
+        self.wide_floats = wide_floats
+
+    def dtype(self, dtype: str) -> str:
+        """The dtype that this translation gives to a tensor of the source's dtype."""
+        return "f32" if self.wide_floats and dtype in FLOATS else dtype
+
+    def run(self, body: Body, given: Mapping[str, Item]) -> list[Item]:
+        """Translate what a body's outputs need. given: its inputs, and the names around it that it may use."""
+        names: dict[str, Item] = {**given, **body.initializers}
+        producer = {output: node for node in body.nodes for output in node.outputs if output}
+        needed = _needed(body.outputs, producer, names)
+        self._require_supported(node for node in body.nodes if node.name in needed)
+        for node in body.nodes:
+            if node.name not in needed:
+                continue
+            items = self.node(node, [names[name] if name else None for name in node.inputs], names)
+            names.update({name: item for name, item in zip(node.outputs, items, strict=False) if name and item})
+        for name in body.outputs:
+            if name not in names:
+                raise FrontendError(f"nothing computes the output {name!r}")
+        return [names[name] for name in body.outputs]
+
+    def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item]) -> list[Item | None]:
+        """The items of one node's outputs. around: every name that a branch inside the node may use."""
+        from llmc.frontends.onnx.symbolic import fold, numbers_of
+
+        function = self.functions.get((node.domain, node.op))
+        handler = handler_of(node)
+        if handler is None and function is not None:
+            return list(self._call(node, function, items))
+        assert handler is not None
+        folded = fold(node, items)
+        if folded is not None:
+            return [folded]
+        self.around = around
+        try:
+            result = handler(self, node, *items)
+        except (IRError, Unsupported) as error:
+            raise FrontendError(f"{node.where} cannot be translated: {error}") from error
+        except (TypeError, ValueError, IndexError, KeyError, AssertionError, OverflowError) as error:
+            raise FrontendError(f"{node.where} is not valid: {type(error).__name__}: {error}") from error
+        results = [result] if isinstance(result, (Value, Item)) else list(result)
+        return [item if item is None or isinstance(item, Item) else numbers_of(item) for item in results]
+
+    def _call(self, node: Node, function: Body, items: Sequence[Item | None]) -> list[Item]:
+        given = {name: item for name, item in zip(function.inputs, items, strict=False) if item is not None}
+        return self.run(bound(function, node), given)
+
+    def _require_supported(self, nodes: Iterable[Node]) -> None:
+        """One FrontendError that lists every op without a handler, with the names of its nodes."""
+        missing: dict[str, list[str]] = {}
+        for node in nodes:
+            if handler_of(node) is None and (node.domain, node.op) not in self.functions:
+                missing.setdefault(f"{node.domain + '.' if node.domain else ''}{node.op}", []).append(node.name)
+        if missing:
+            listed = "; ".join(
+                f"{op} ({len(names)}x: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                for op, names in sorted(missing.items())
+            )
+            raise FrontendError(f"the model uses operations that are not supported: {listed}")
+
+
+def bound(function: Body, node: Node) -> Body:
+    """A function's body with its attribute references settled by the node that calls it."""
+    nodes = []
+    for inner in function.nodes:
+        settled = {}
+        for name, value in inner.attributes.items():
+            if not isinstance(value, Reference):
+                settled[name] = value
+            elif value.name in node.attributes:
+                settled[name] = node.attributes[value.name]
+            elif value.default is not None:
+                settled[name] = value.default
+        unique = f"{node.name}/{inner.name}"
+        nodes.append(Node(inner.op, inner.domain, inner.version, unique, inner.inputs, inner.outputs, settled))
+    return Body(function.inputs, function.outputs, tuple(nodes), function.initializers)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An attribute of a node in a function that stands for an attribute of the call."""
+
+    name: str
+    default: Any = None
+
+
+def _needed(outputs: Sequence[str], producer: Mapping[str, Node], known: Mapping[str, Item]) -> set[str]:
+    """The names of the nodes that outputs need, bodies of branches included."""
+    found: set[str] = set()
+    stack = [name for name in outputs if name not in known]
+    while stack:
+        node = producer.get(stack.pop())
+        if node is None or node.name in found:
+            continue
+        found.add(node.name)
+        used = [*node.inputs, *(name for body in bodies(node) for name in free_names(body))]
+        stack.extend(name for name in used if name and name not in known)
+    return found
+
+
+def bodies(node: Node) -> list[Body]:
+    """The graphs among a node's attributes."""
+    return [value for value in node.attributes.values() if isinstance(value, Body)]
+
+
+def free_names(body: Body) -> set[str]:
+    """The names that a body takes from around it."""
+    own = {*body.inputs, *body.initializers, *(name for node in body.nodes for name in node.outputs)}
+    used = {*body.outputs, *(name for node in body.nodes for name in node.inputs if name)}
+    for node in body.nodes:
+        for inner in bodies(node):
+            used |= free_names(inner)
+    return used - own
