@@ -1,0 +1,129 @@
+"""Normalisations, embeddings and activations that ONNX Runtime's optimiser fuses (domain com.microsoft)."""
+
+from __future__ import annotations
+
+from llmc.compiler.ir.elementwise import Activation, Add, Cast, Mul, Sigmoid, constant
+from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.structural import Broadcast, Gather, Iota, Reshape, Sum
+from llmc.frontends.onnx.contrib_parts import (
+    MICROSOFT,
+    given,
+    in_dtype,
+    layer_norm,
+    part,
+    refuse_attributes,
+    require,
+    rms_norm,
+    scaled,
+    split,
+    statistics,
+    sum_of,
+)
+from llmc.frontends.onnx.translation import Item, Node, Result, Translation, handles
+
+SKIP_EPSILON = 1e-12
+
+
+@handles("SimplifiedLayerNormalization")
+@handles("SimplifiedLayerNormalization", domain=MICROSOFT)
+def simplified_layer_normalization(t: Translation, node: Node, x: Item, scale: Item) -> Result:
+    """RMS norm over the last axis; outputs: the result, 1 / root mean square."""
+    require(node.get("axis", -1) in (-1, x.rank - 1), f"axis={node.get('axis')} of rank {x.rank}: only the last axis")
+    eps = float(node.get("epsilon", 1e-5))
+    return [rms_norm(x.value, scale.value, eps), statistics(x.value, eps, False)[1]]
+
+
+@handles("SkipLayerNormalization", domain=MICROSOFT)
+def skip_layer_normalization(
+    t: Translation, node: Node, x: Item, skip: Item, gamma: Item, beta: Item | None = None, bias: Item | None = None
+) -> Result:
+    """Layer norm of x + skip + bias; outputs: the result, mean, 1 / deviation, the sum."""
+    eps = float(node.get("epsilon", SKIP_EPSILON))
+    total = sum_of(x.value, skip.value, given(bias))
+    result = layer_norm(total, gamma.value, given(beta), eps)
+    return [result, *statistics(total, eps, True), total]
+
+
+@handles("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+def skip_simplified_layer_normalization(
+    t: Translation, node: Node, x: Item, skip: Item, gamma: Item, bias: Item | None = None
+) -> Result:
+    """RMS norm of x + skip + bias; outputs: the result, mean, 1 / root mean square, the sum."""
+    eps = float(node.get("epsilon", SKIP_EPSILON))
+    total = sum_of(x.value, skip.value, given(bias))
+    return [rms_norm(total, gamma.value, eps), *statistics(total, eps, False), total]
+
+
+@handles("EmbedLayerNormalization", domain=MICROSOFT)
+def embed_layer_normalization(
+    t: Translation,
+    node: Node,
+    ids: Item,
+    segments: Item | None,
+    words: Item,
+    positions: Item,
+    segment_table: Item | None,
+    gamma: Item,
+    beta: Item,
+    mask: Item | None = None,
+    position_ids: Item | None = None,
+) -> Result:
+    """Layer norm of the word, position and segment embeddings of ids [B, S].
+
+    Outputs: the result [B, S, features], i32 [B] ones in the mask (zeros without a mask), the embeddings' sum.
+    """
+    batch, tokens = ids.shape
+    if position_ids is None:
+        at: Value = Reshape(Iota(tokens), (1, tokens))
+        at = at if batch == 1 else Broadcast(at, (batch, tokens))
+    else:
+        at = position_ids.value
+    total: Value = Add(Gather(words.value, ids.value, 0), Gather(positions.value, at, 0))
+    require((segments is None) == (segment_table is None), "segment ids and their table come together or not at all")
+    if segments is not None and segment_table is not None:
+        total = Add(total, Gather(segment_table.value, segments.value, 0))
+    result = layer_norm(total, gamma.value, beta.value, float(node.get("epsilon", SKIP_EPSILON)))
+    refuse_attributes(node, mask_index_type=1 if mask is not None else node.get("mask_index_type", 0))
+    if mask is None:
+        ends: Value = Broadcast(constant(0, "i32"), (batch,))
+    else:
+        ends = Cast(Sum(in_dtype(mask.value, "i64"), (1,), False), "i32")
+    return [result, ends, total]
+
+
+@handles("Gelu", domain=MICROSOFT)
+def gelu(t: Translation, node: Node, x: Item) -> Result:
+    """x / 2 * (1 + erf(x / sqrt(2)))"""
+    return Activation(x.value, "gelu")
+
+
+@handles("BiasGelu", domain=MICROSOFT)
+def bias_gelu(t: Translation, node: Node, x: Item, bias: Item) -> Result:
+    """gelu(x + bias)"""
+    return Activation(sum_of(x.value, bias.value), "gelu")
+
+
+@handles("FastGelu", domain=MICROSOFT)
+def fast_gelu(t: Translation, node: Node, x: Item, bias: Item | None = None) -> Result:
+    """gelu of x + bias by tanh."""
+    return Activation(sum_of(x.value, given(bias)), "gelu_tanh")
+
+
+@handles("QuickGelu", domain=MICROSOFT)
+def quick_gelu(t: Translation, node: Node, x: Item) -> Result:
+    """x * sigmoid(alpha * x)"""
+    alpha = float(node.get("alpha", 1.702))
+    if alpha == 1:
+        return Activation(x.value, "silu")
+    if abs(alpha - 1.702) < 1e-6:
+        return Activation(x.value, "quick_gelu")
+    return Mul(x.value, Sigmoid(scaled(x.value, alpha)))
+
+
+@handles("BiasSplitGelu", domain=MICROSOFT)
+def bias_split_gelu(t: Translation, node: Node, x: Item, bias: Item) -> Result:
+    """left * gelu(right) for the halves of x + bias along the last axis."""
+    total = sum_of(x.value, bias.value)
+    half = split(total.shape[-1], 2, "the last axis")
+    left, right = part(total, -1, 0, half), part(total, -1, half, total.shape[-1])
+    return Mul(left, Activation(right, "gelu"))
