@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, exact_division
+from llmc.compiler.ir.attention import Attention as Attention
+from llmc.compiler.ir.attention import KVAppend as KVAppend
+from llmc.compiler.ir.attention import PagedAttention as PagedAttention
+from llmc.compiler.ir.attention import attend as attend
+from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import (
     Activation,
     Add,
-    And,
     Cast,
     Cos,
-    Div,
-    Greater,
-    LessEqual,
     Mul,
     Rsqrt,
     Sin,
     Sub,
-    Tanh,
-    Where,
     constant,
 )
-from llmc.compiler.ir.encoded import Encoded, Pages, decoded
+from llmc.compiler.ir.encoded import Encoded, decoded
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import require
 from llmc.compiler.ir.structural import (
-    Broadcast,
     Concat,
     Gather,
-    Iota,
     Matmul,
     Mean,
     Reshape,
     Slice,
-    Softmax,
     Transpose,
     split_exact,
 )
 from llmc.compiler.ir.types import (
-    KV,
     NUMPY_DTYPES,
     Array,
     Encoding,
@@ -388,193 +381,6 @@ class Rope(Op, name="llm.rope"):
         if dim != 2 * pairs:
             parts = (*parts, Slice(self.x, 2, 2 * pairs, dim))
         return Concat(parts, 2)
-
-
-def attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    first: int,
-    *,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    sinks: Array | None,
-    slopes: Array | None,
-) -> Array:
-    """One sequence: queries [n, heads, dim] at positions first... over keys and values [S, kv_heads, dim]."""
-    wide = numpy_dtype("f32")
-    group = q.shape[1] // k.shape[1]
-    keys = np.repeat(k.astype(wide), group, axis=1)
-    values = np.repeat(v.astype(wide), group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q.astype(wide), keys) * wide.type(scale)
-    if softcap:
-        scores = softcap * np.tanh(scores / softcap)
-    query_at = first + np.arange(q.shape[0])[:, None]
-    key_at = np.arange(k.shape[0])[None, :]
-    if slopes is not None:
-        scores = scores + slopes.astype(wide)[:, None, None] * (key_at - query_at)
-    visible = np.ones((q.shape[0], k.shape[0]), bool)
-    if causal:
-        visible &= key_at <= query_at
-    if window:
-        visible &= key_at > query_at - window
-    scores = np.where(visible, scores, -np.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    if sinks is not None:
-        top = np.maximum(top, sinks.astype(wide)[:, None, None])
-    top = np.where(np.isfinite(top), top, 0)
-    e = np.exp(scores - top)
-    total = e.sum(axis=-1, keepdims=True)
-    if sinks is not None:
-        total = total + np.exp(sinks.astype(wide)[:, None, None] - top)
-    return np.asarray(np.einsum("hqk,khd->qhd", e / np.where(total == 0, 1, total), values), q.dtype)
-
-
-class Attention(Op, name="llm.attention"):
-    """Softmax attention of q [..., T, heads, dim] over k and v [..., S, kv_heads, dim].
-
-    softmax(scale * q k (capped: softcap * tanh(s / softcap)) + slope * (key - query position)) v; heads share key
-    heads in groups. causal: a query sees keys up to its own position (the last query is at the last key). window: and
-    only the last `window` of them. sinks [heads]: logits that join the denominator only.
-    """
-
-    q: Value
-    k: Value
-    v: Value
-    sinks: Value | None = None
-    slopes: Value | None = None
-    scale: float = 1.0
-    causal: bool = True
-    window: int = 0
-    softcap: float = 0.0
-
-    def infer(self) -> Tensor:
-        require(self.q.rank == self.k.rank == self.v.rank >= 3, "needs q, k, v of one rank, at least 3")
-        require(self.q.shape[-1] == self.k.shape[-1], "queries and keys have different sizes")
-        require(self.k.shape[:-1] == self.v.shape[:-1], "keys and values have different shapes")
-        heads, kv_heads = self.q.shape[-2], self.k.shape[-2]
-        require(exact_division(heads, kv_heads) is not None, f"{heads} heads over {kv_heads} key heads")
-        return Tensor((*self.q.shape[:-1], self.v.shape[-1]), self.q.dtype)
-
-    def evaluate(self, q: Array, k: Array, v: Array, sinks: Array | None, slopes: Array | None) -> Array:
-        flat_q = q.reshape(-1, *q.shape[-3:])
-        flat_k = k.reshape(-1, *k.shape[-3:])
-        flat_v = v.reshape(-1, *v.shape[-3:])
-        rows = [
-            attend(
-                a, b, c, b.shape[0] - a.shape[0],
-                scale=self.scale, causal=self.causal, window=self.window, softcap=self.softcap,
-                sinks=sinks, slopes=slopes,
-            )
-            for a, b, c in zip(flat_q, flat_k, flat_v, strict=True)
-        ]  # fmt: skip
-        return np.stack(rows).reshape(*q.shape[:-1], v.shape[-1])
-
-    def decompose(self) -> Value:
-        rank = self.q.rank
-        queries, heads = self.q.shape[-3:-1]
-        keys, kv_heads = self.k.shape[-3:-1]
-        group = exact_division(heads, kv_heads)
-        assert group is not None
-        leading = self.q.shape[:-3]
-        swap = (*range(rank - 3), rank - 2, rank - 3, rank - 1)
-
-        def per_head(x: Value) -> Value:
-            """[..., S, kv_heads, d] -> [..., heads, S, d]"""
-            x = Transpose(x, swap)
-            size = x.shape[-1]
-            x = Reshape(x, (*leading, kv_heads, 1, keys, size))
-            return Reshape(Broadcast(x, (*leading, kv_heads, group, keys, size)), (*leading, heads, keys, size))
-
-        k, v = per_head(self.k), per_head(self.v)
-        q: Value = Transpose(self.q, swap)
-        turned = Transpose(k, (*range(rank - 2), rank - 1, rank - 2))
-        scores: Value = Mul(Matmul(q, turned), constant(self.scale, q.dtype))
-        if self.softcap:
-            cap = constant(self.softcap, q.dtype)
-            scores = Mul(Tanh(Div(scores, cap)), cap)
-        key_at = Reshape(Iota(keys), (1, keys))
-        query_at = Add(Reshape(Iota(queries), (queries, 1)), Reshape(_last_difference(keys, queries), (1, 1)))
-        if self.slopes is not None:
-            slopes = Reshape(Cast(self.slopes, q.dtype), (heads, 1, 1))
-            scores = Add(scores, Mul(slopes, Cast(Sub(key_at, query_at), q.dtype)))
-        visible: Value | None = LessEqual(key_at, query_at) if self.causal else None
-        if self.window:
-            near = Greater(key_at, Sub(query_at, constant(self.window, "i64")))
-            visible = near if visible is None else And(visible, near)
-        if visible is not None:
-            scores = Where(visible, scores, constant(-math.inf, q.dtype))
-        if self.sinks is None:
-            return Transpose(Matmul(Softmax(scores, rank - 1), v), swap)
-        sinks: Value = self.sinks if self.sinks.dtype == q.dtype else Cast(self.sinks, q.dtype)
-        column = Broadcast(Reshape(sinks, (heads, 1, 1)), (*leading, heads, queries, 1))
-        shares = Slice(Softmax(Concat((scores, column), rank - 1), rank - 1), rank - 1, 0, keys)
-        return Transpose(Matmul(shares, v), swap)
-
-
-def _last_difference(keys: int | Dim, queries: int | Dim) -> Value:
-    """keys - queries as an i64 tensor of one element: the first query's position."""
-    difference = keys - queries
-    if isinstance(difference, int):
-        return Reshape(constant(difference, "i64"), (1,))
-    return Slice(Iota(difference + 1), 0, difference, difference + 1)
-
-
-class KVAppend(Op, name="llm.kv_append"):
-    """The next version of a cache, with keys [T, heads, dim] and values [T, heads, dim] at slots [T]."""
-
-    cache: Value
-    k: Value
-    v: Value
-    slots: Value
-
-    def infer(self) -> KV:
-        kind = self.cache.kv
-        require(self.k.shape[1:] == (kind.heads, kind.key_dim), f"keys of {self.k.shape} for {kind}")
-        require(self.v.shape[1:] == (kind.heads, kind.value_dim), f"values of {self.v.shape} for {kind}")
-        require(self.slots.shape == self.k.shape[:1] == self.v.shape[:1], "one slot a token")
-        return kind
-
-    def evaluate(self, cache: Pages, k: Array, v: Array, slots: Array) -> Pages:
-        return cache.append(k, v, slots)
-
-
-class PagedAttention(Op, name="llm.paged_attention"):
-    """Causal attention of q [T, heads, dim] over a paged cache, each token over its own sequence.
-
-    tiles i32[Q, 4]: (sequence, first row, rows, position of the first row); block_table i32[B, M]: pages of each
-    sequence. The other parts are `llm.attention`'s.
-    """
-
-    q: Value
-    cache: Value
-    tiles: Value
-    block_table: Value
-    sinks: Value | None = None
-    slopes: Value | None = None
-    scale: float = 1.0
-    window: int = 0
-    softcap: float = 0.0
-
-    def infer(self) -> Tensor:
-        kind = self.cache.kv
-        require(self.q.rank == 3 and self.q.shape[2] == kind.key_dim, f"queries of {self.q.shape} for {kind}")
-        require(exact_division(self.q.shape[1], kind.heads) is not None, "heads do not split over key heads")
-        return Tensor((*self.q.shape[:2], kind.value_dim), self.q.dtype)
-
-    def evaluate(
-        self, q: Array, cache: Pages, tiles: Array, block_table: Array, sinks: Array | None, slopes: Array | None
-    ) -> Array:
-        out = np.zeros((*q.shape[:2], cache.values.shape[3]), q.dtype)
-        for sequence, row, count, position in tiles.tolist():
-            k, v = cache.sequence(block_table[sequence], position + count)
-            out[row : row + count] = attend(
-                q[row : row + count], k, v, position,
-                scale=self.scale, causal=True, window=self.window, softcap=self.softcap, sinks=sinks, slopes=slopes,
-            )  # fmt: skip
-        return out
 
 
 def static(dim: int | Dim) -> int:

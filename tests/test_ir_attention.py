@@ -1,0 +1,130 @@
+"""`llm.attention` with a bias and with windows on both sides: against one query, one key, one head at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.errors import IRError
+
+RNG = np.random.default_rng(11)
+HEADS, KV_HEADS, DIM, VALUE_DIM = 6, 2, 5, 3
+
+
+def operands(batch: tuple[int, ...], queries: int, keys: int) -> tuple[Array, Array, Array]:
+    sizes = ((queries, HEADS, DIM), (keys, KV_HEADS, DIM), (keys, KV_HEADS, VALUE_DIM))
+    q, k, v = (RNG.standard_normal((*batch, *size)) for size in sizes)
+    return q, k, v
+
+
+def by_hand(q: Array, k: Array, v: Array, bias: Array, causal: bool, window: int, scale: float) -> Array:
+    """[..., Q, heads, value_dim]; bias [..., heads, Q, K]. Sums over what a query sees, in plain loops."""
+    result = np.zeros((*q.shape[:-1], v.shape[-1]))
+    for place in np.ndindex(q.shape[:-1]):
+        *batch, query, head = place
+        at = k.shape[-3] - q.shape[-3] + query
+        total, row = 0.0, np.zeros(v.shape[-1])
+        for key in range(k.shape[-3]):
+            own = (*batch, key, head // (HEADS // KV_HEADS))
+            near = not window or abs(at - key) < window
+            if near and not (causal and key > at):
+                weight = math.exp(scale * float(q[place] @ k[own]) + bias[(*batch, head, query, key)])
+                total, row = total + weight, row + weight * v[own]
+        result[place] = row / total if total else row
+    return result
+
+
+def both_ways(op: Attention, inputs: dict[Value, Array]) -> list[Array]:
+    """The op evaluated, and its decomposition evaluated, in f64."""
+
+    def no_params(name: str) -> Array:
+        raise AssertionError(name)
+
+    decomposed = op.decompose()
+    assert decomposed.type == op.type
+    with precise(), np.errstate(invalid="raise"):
+        found = evaluate_values([op, decomposed], inputs, no_params, {})
+    return [np.asarray(found["0"]), np.asarray(found["1"])]
+
+
+def attention(arrays: tuple[Array, ...], bias: Array | None, **options: object) -> tuple[Attention, dict[Value, Array]]:
+    values = [Input(name, Tensor(a.shape, "f32")) for name, a in zip("qkv", arrays, strict=True)]
+    inputs: dict[Value, Array] = dict(zip(values, arrays, strict=True))
+    given: Value | None = None
+    if bias is not None:
+        given = Input("bias", Tensor(bias.shape, "f32"))
+        inputs[given] = bias
+    return Attention(*values, None, None, given, scale=0.4, **options), inputs  # type: ignore[arg-type]
+
+
+SIZES = [(1, 1), (1, 7), (7, 7), (7, 1), (31, 33), (33, 31)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), SIZES)
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (False, 1), (False, 4), (True, 4), (True, 0)])
+def test_windows_look_back_and_where_not_causal_ahead(queries: int, keys: int, causal: bool, window: int) -> None:
+    arrays = operands((), queries, keys)
+    none = np.zeros((HEADS, queries, keys))
+    expected = by_hand(*arrays, none, causal, window, 0.4)
+    for found in both_ways(*attention(arrays, None, causal=causal, window=window)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+BIASES = [(7, 9), (1, 9), (7, 1), (HEADS, 1, 9), (HEADS, 7, 9), (3, 1, 1, 9), (3, HEADS, 7, 9), (1, HEADS, 1, 1), ()]
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_bias_is_added_however_it_broadcasts(shape: tuple[int, ...], causal: bool) -> None:
+    arrays, bias = operands((3,), 7, 9), RNG.standard_normal(shape)
+    expected = by_hand(*arrays, np.broadcast_to(bias, (3, HEADS, 7, 9)), causal, 3 * causal, 0.4)
+    for found in both_ways(*attention(arrays, bias, causal=causal, window=3 * causal)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_that_hides_every_key_gives_zeros() -> None:
+    arrays, bias = operands((), 7, 9), np.zeros((7, 9))
+    bias[2, :4], bias[4] = -np.inf, -np.inf
+    expected = by_hand(*arrays, np.broadcast_to(bias, (HEADS, 7, 9)), False, 0, 0.4)
+    assert not expected[4].any() and expected[2].all()
+    for found in both_ways(*attention(arrays, bias, causal=False)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_capped_score_is_capped_before_the_bias() -> None:
+    arrays, bias = operands((), 7, 9), RNG.standard_normal((HEADS, 7, 9))
+    bias[:, :, 3] = -np.inf
+    op, inputs = attention(arrays, bias, causal=False, softcap=0.5)
+    first, second = both_ways(op, inputs)
+    np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12)
+    without = {**inputs, op.v: inputs[op.v].copy()}
+    without[op.v][3] += 100  # a hidden key's value does not matter
+    np.testing.assert_array_equal(both_ways(op, without)[0], first)
+
+
+def test_a_bias_of_a_symbolic_size_fits() -> None:
+    size = symbol("S", 2, 64)
+    q, k, v = (Input(n, Tensor((1, size, h, DIM), "f32")) for n, h in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
+    bias = Input("bias", Tensor((HEADS, size, size), "f32"))
+    op = Attention(q, k, v, None, None, bias, causal=False)
+    assert op.decompose().type == op.type == Tensor((1, size, HEADS, DIM), "f32")
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 9), (7, 8), (1, 3, HEADS, 7, 9), (2, HEADS, 7, 9)], ids=str)
+def test_a_bias_that_does_not_fit_is_an_error(shape: tuple[int, ...]) -> None:
+    with pytest.raises(IRError, match="broadcast"):
+        attention(operands((3,), 7, 9), np.zeros(shape))
+
+
+def test_a_bias_of_bools_is_an_error() -> None:
+    q, k, v = (Input(n, Tensor((7, HEADS, DIM), "f32")) for n in "qkv")
+    with pytest.raises(IRError, match="must be floats"):
+        Attention(q, k, v, None, None, constant(np.ones((7, 7), bool), "bool"))
