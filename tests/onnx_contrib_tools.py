@@ -17,7 +17,6 @@ from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.types import Tensor, dtype_of
-from llmc.frontends.onnx import contrib_attention, contrib_norms, contrib_rope  # noqa: F401
 from llmc.frontends.onnx.symbolic import numbers_of, objects
 from llmc.frontends.onnx.translation import Item, Node, Translation
 

@@ -13,7 +13,7 @@ from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Add, And, GreaterEqual, Less, Where, constant
 from llmc.compiler.ir.llm import RMSNorm
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Matmul, Reshape, Transpose
+from llmc.compiler.ir.structural import Concat, Iota, Matmul, Reshape, Transpose
 from llmc.frontends.onnx.contrib_parts import (
     MICROSOFT,
     all_ones,
@@ -290,7 +290,7 @@ def quantized_attention(t: Translation, node: Node, *items: Item | None) -> Resu
 
 @handles("FusedMatMul", domain=MICROSOFT)
 def fused_matmul(t: Translation, node: Node, a: Item, b: Item) -> Result:
-    """alpha * a' @ b', where transA, transB turn the last two axes, transBatchA, transBatchB rotate the leading ones."""
+    """alpha * a' @ b': transA, transB turn the last two axes; transBatchA, transBatchB rotate all but the last."""
     left, right = (
         _turned(item.value, bool(node.get(f"transBatch{name}", 0)), bool(node.get(f"trans{name}", 0)))
         for name, item in (("A", a), ("B", b))

@@ -1,0 +1,170 @@
+"""llm-level ops of weights that a source has rounded to integers, and of the products that it computes with them.
+
+All but `llm.round_to_integers` are evaluated when compiling: their operands come of params.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.elementwise import Add, Cast, Div, Maximum, Minimum, Mul, Round, Sub, constant
+from llmc.compiler.ir.encoded import Encoded
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.shapes import broadcast_shapes, require
+from llmc.compiler.ir.structural import Broadcast, Reshape, Slice
+from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, numpy_dtype, parse_encoding
+
+
+class UnpackNibbles(Op, name="llm.unpack_nibbles"):
+    """u8 [..., n] -> u8 [..., 2 n]: the low, then the high four bits of each byte."""
+
+    x: Value
+
+    def infer(self) -> Tensor:
+        require(self.x.dtype == "u8" and self.x.rank > 0, f"needs bytes, not {self.x.type}")
+        return Tensor((*self.x.shape[:-1], 2 * self.x.shape[-1]), "u8")
+
+    def evaluate(self, x: Array) -> Array:
+        return np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], -1)
+
+
+def _spread(values: Array, axis: int, block: int, size: int) -> Array:
+    """Each value of an axis over `block` elements, `size` in all."""
+    return values if not block else np.repeat(values, block, axis).take(np.arange(size), axis)
+
+
+class ScaleIntegers(Op, name="llm.scale_integers"):
+    """(q - zeros) * scales: what integers stand for, in the dtype of the scales.
+
+    block 0: scales and zeros broadcast to q. Else they have q's shape but for `axis`, where each one is for `block`
+    elements and the last one for what is left.
+    """
+
+    q: Value
+    scales: Value
+    zeros: Value | None = None
+    axis: int = 0
+    block: int = 0
+
+    def infer(self) -> Tensor:
+        require(self.q.dtype in INTEGERS, f"needs integers, not {self.q.dtype}")
+        require(self.scales.dtype in FLOATS, f"scales are {self.scales.dtype}, not floats")
+        expected = list(self.q.shape)
+        if self.block:
+            require(self.block > 0 and 0 <= self.axis < self.q.rank, "needs a positive block and an axis")
+            expected[self.axis] = (expected[self.axis] + (self.block - 1)) // self.block
+        for what, value in (("scales", self.scales), ("zeros", self.zeros)):
+            if value is not None:
+                fits = value.rank <= len(expected) and broadcast_shapes(value.shape, tuple(expected)) == tuple(expected)
+                require(fits, f"{what} of {list(value.shape)} for integers of {list(self.q.shape)}")
+        return Tensor(self.q.shape, self.scales.dtype)
+
+    def evaluate(self, q: Array, scales: Array, zeros: Array | None) -> Array:
+        wide = np.result_type(scales.dtype, np.float32)
+        size = q.shape[self.axis] if self.block else 0
+        y = q.astype(wide)
+        if zeros is not None:
+            y -= self._whole(zeros.astype(wide), size)
+        return np.asarray(y * self._whole(scales.astype(wide), size), scales.dtype)
+
+    def _whole(self, values: Array, size: int) -> Array:
+        narrow = values.ndim <= self.axis or values.shape[self.axis] == 1
+        return values if narrow else _spread(values, self.axis, self.block, size)
+
+    def decompose(self) -> Value:
+        q: Value = Cast(self.q, self.dtype)
+        if self.zeros is not None:
+            q = Sub(q, self.broadcast(Cast(self.zeros, self.dtype)))
+        return Mul(q, self.broadcast(self.scales))
+
+    def broadcast(self, values: Value) -> Value:
+        """Scales or zeros as they meet the integers."""
+        if not self.block or values.rank <= self.axis or values.shape[self.axis] == 1:
+            return values
+        return repeat_blocks(values, self.axis, self.block, self.q.shape[self.axis])
+
+
+def repeat_blocks(values: Value, axis: int, block: int, size: int | Dim) -> Value:
+    """Each element of an axis `block` times, `size` in all."""
+    if block == 1:
+        return values
+    shape = values.shape
+    apart = Reshape(values, (*shape[: axis + 1], 1, *shape[axis + 1 :]))
+    repeated = Broadcast(apart, (*shape[: axis + 1], block, *shape[axis + 1 :]))
+    whole: Value = Reshape(repeated, (*shape[:axis], shape[axis] * block, *shape[axis + 1 :]))
+    return whole if whole.shape[axis] == size else Slice(whole, axis, 0, size)
+
+
+class PackGroups(Op, name="llm.pack_groups"):
+    """An encoded weight of given integers: q [..., K], scales and minimums [..., ceil(K / group)], rounded to f16.
+
+    `encoding` is one of groups of integers: q in its range (u8 where it has minimums, else i8; 8-bit integers may be
+    -128). The logical dtype is f32.
+    """
+
+    q: Value
+    scales: Value
+    minimums: Value | None
+    encoding: str
+
+    def infer(self) -> Tensor:
+        from llmc.compiler.encodings.grouped import grouped
+
+        kind = grouped(parse_encoding(self.encoding))
+        require((self.minimums is None) == kind.symmetric, "minimums go with asymmetric encodings, and only with them")
+        expected = "i8" if kind.symmetric else "u8"
+        require(self.q.dtype == expected, f"integers are {self.q.dtype}, {kind} has {expected}")
+        size = self.q.shape[-1]
+        shape = (*self.q.shape[:-1], (size + (kind.group - 1)) // kind.group)
+        for value in (self.scales, self.minimums):
+            if value is not None:
+                require(value.shape == shape, f"a scale or minimum of {list(value.shape)}, groups are {list(shape)}")
+                require(value.dtype in FLOATS, f"scales are {value.dtype}, not floats")
+        return Tensor(self.q.shape, "f32", kind)
+
+    def evaluate(self, q: Array, scales: Array, minimums: Array | None) -> Encoded:
+        encoding = self.tensor.encoding
+        assert encoding is not None
+        parts = {"q": q, "scales": scales.astype(np.float16)}
+        if minimums is not None:
+            parts["minimums"] = minimums.astype(np.float16)
+        return Encoded(encoding, q.shape, parts)
+
+
+class RoundToIntegers(Op, name="llm.round_to_integers"):
+    """clip(round(x / scale) + zero) as integers of `dtype_name`; halves round to even. scale and zero broadcast to x."""
+
+    x: Value
+    scale: Value
+    zero: Value | None
+    dtype_name: str
+
+    def infer(self) -> Tensor:
+        require(self.x.dtype in FLOATS and self.scale.dtype in FLOATS, "needs floats and a float scale")
+        require(self.dtype_name in INTEGERS, f"rounds to integers, not {self.dtype_name}")
+        for value in (self.scale, self.zero):
+            if value is not None:
+                require(broadcast_shapes(value.shape, self.x.shape) == self.x.shape, "scale and zero broadcast to x")
+        return Tensor(self.x.shape, self.dtype_name)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The smallest and largest integer of the dtype."""
+        info = np.iinfo(NUMPY_DTYPES[self.dtype_name])
+        return int(info.min), int(info.max)
+
+    def evaluate(self, x: Array, scale: Array, zero: Array | None) -> Array:
+        wide = numpy_dtype("f32")
+        y = np.round(x.astype(wide) / scale.astype(wide))
+        if zero is not None:
+            y = y + zero.astype(wide)
+        return np.clip(y, *self.limits).astype(NUMPY_DTYPES[self.dtype_name])
+
+    def decompose(self) -> Value:
+        x, scale = (v if v.dtype == "f32" else Cast(v, "f32") for v in (self.x, self.scale))
+        y: Value = Round(Div(x, scale))
+        if self.zero is not None:
+            y = Add(y, Cast(self.zero, "f32"))
+        lowest, highest = (constant(float(limit), "f32") for limit in self.limits)
+        return Cast(Minimum(Maximum(y, lowest), highest), self.dtype_name)
