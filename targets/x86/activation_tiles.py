@@ -1,18 +1,19 @@
 """f32 activations to bf16 in tiles, after a norm if asked: what `linear_tiles` multiplies.
 
-Row r and input i are at [r // 16, i // 32, r % 16, i % 32], so that a tile is one kilobyte in a row. Inputs past `k`
-are zeros; rows past the last token, up to a multiple of 32, hold anything, and so do the results that come of them.
+Row r and input i of part p are at [r // 16, i // 32, p, r % 16, i % 32], so that a tile is one kilobyte in a row. One
+part rounds to bf16; three hold all of an f32, each what the ones before leave. Inputs past `k` are zeros; rows past the
+last token, up to a multiple of 32, hold anything, and so do the results that come of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.dims import Dim
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
-from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.quantize_activations import norm_inputs, normalised
 
 if TYPE_CHECKING:
@@ -20,11 +21,29 @@ if TYPE_CHECKING:
 
 INPUTS = 32
 ROWS = 16
+TILE = INPUTS * ROWS
 
 
-def tiles_elements(rows: int | Dim, inputs: int) -> int | Dim:
+def tiles_elements(rows: int | Dim, inputs: int, parts: int = 1) -> int | Dim:
     """bf16 in the tiles of `rows` rows of `inputs` (a multiple of 32) activations."""
-    return (rows + (2 * ROWS - 1)) // (2 * ROWS) * (2 * ROWS * inputs)
+    return (rows + (2 * ROWS - 1)) // (2 * ROWS) * (2 * ROWS * inputs * parts)
+
+
+def bf16_parts(isa: VectorIsa, first: Expr, second: Expr, parts: int, paired: bool = False) -> Iterator[Expr]:
+    """Two f32 vectors as `parts` pairs of vectors of bf16 in i32 lanes, whose sums they are but for rounding.
+
+    One after the other as `pack_bf16` has them; paired: as `pack_pairs` has them. Three parts of 8 digits are an f32's
+    24 (no exponent is lost above 2^-109).
+    """
+    from tvm import tirx
+
+    for part in range(parts):
+        pairs = b.let(isa.pack_pairs(first, second)) if paired or part + 1 < parts else None
+        yield pairs if paired else isa.pack_bf16(first, second)
+        if part + 1 < parts:
+            bits = tirx.reinterpret(f"uint32x{isa.lanes}", pairs)
+            first = b.let(first - tirx.reinterpret(isa.f32, bits << isa.splat(16, "uint32")))
+            second = b.let(second - tirx.reinterpret(isa.f32, bits & isa.splat(0xFFFF0000, "uint32")))
 
 
 def activation_tiles(
@@ -36,10 +55,11 @@ def activation_tiles(
     eps: float = 0.0,
     weight_offset: float = 0.0,
     norm_bias: bool = False,
+    parts: int = 1,
 ) -> PrimFunc:
     """(x f32 [T, k], weight f32 [k] if norm, norm_bias f32 [k] if any, xtiles u16; begin, end). One unit: one row.
 
-    norm: as in `quantize_activations`. Rounds to nearest, ties to even. The limit is the memory.
+    norm: as in `quantize_activations`. parts: 1 or 3. Rounds to nearest, ties to even. The limit is the memory.
     """
     isa = isa_for(machine)
 
@@ -51,11 +71,15 @@ def activation_tiles(
         with b.loop(sizes["end"] - sizes["begin"]) as i:
             row = b.let(sizes["begin"] + i)
             value = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
-            first = b.let(row // ROWS * (inputs * ROWS) + row % ROWS * INPUTS)
+            first = b.let(row // ROWS * (inputs * ROWS * parts) + row % ROWS * INPUTS)
 
             def block(start: Expr, valid: int) -> None:
-                both = isa.pack_bf16(value(start, valid), value(start + isa.lanes, valid - isa.lanes))
-                b.store_vector(isa, out, [first + start * ROWS], tirx.reinterpret("uint16x32", both))
+                halves = value(start, valid), value(start + isa.lanes, valid - isa.lanes)
+                if parts > 1:
+                    halves = b.let(halves[0]), b.let(halves[1])
+                for part, both in enumerate(bf16_parts(isa, *halves, parts)):
+                    at = first + start * (ROWS * parts) + part * TILE
+                    b.store_vector(isa, out, [at], tirx.reinterpret("uint16x32", both))
 
             with b.loop(k // INPUTS) as j:
                 block(j * INPUTS, INPUTS)

@@ -1,11 +1,14 @@
 """Linear ops of many rows on tile registers: products of bf16, sums in f32.
 
+f32 weights and activations are each split into three bf16 parts, and those six of the nine products that matter are
+summed: what is left out is 2^-25 of a product at most, about an f32's own rounding.
+
 Weights become bf16 in a panel of their own layout once for a block of rows, with their scales multiplied in, so that
 sums run over all inputs without a rescale; activations come as bf16 in tiles, see `activation_tiles`. One unit of work
 is `row_block` rows by a panel of weight tiles. Inputs are taken `step` at a time: what a step needs stays in the
 second-level cache.
 
-    bytes of a workspace = panel: 32 * step * tiles,  and sums: 64 * row_block * tiles
+    bytes of a workspace = panel: 32 * step * tiles * parts,  and sums: 64 * row_block * tiles
 
 A multiplication of 16 x 32 by 32 x 16 takes 16 cycles. Blocks of two by two load four tiles for four products, which
 two loads a cycle hide. The limit is the multipliers; unpacking costs about 1/6 cycle a weight and block of rows.
@@ -14,11 +17,12 @@ two loads a cycle hide. The limit is the multipliers; unpacking costs about 1/6 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
@@ -27,17 +31,39 @@ from llmc.targets.x86.linear_quantized import quantized_layout
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-INPUTS = 32  # inputs that one multiplication sums over
-TILE = 512  # bf16 in a tile
 CACHE_LINE = 64
 PAIR = 2  # tiles side by side, of rows and of columns
 
-# (row of the tile, pairs of bf16 as i32 lanes): where a source of weights puts what it unpacks
-Put = Callable[["Expr | int", "Expr"], None]
+# Which part of the activations meets which part of the weights, so ordered that few tiles are loaded anew.
+_PRODUCTS = {1: ((0, 0),), 3: ((0, 0), (0, 1), (0, 2), (1, 1), (1, 0), (2, 0))}
+
+
+class Put(Protocol):
+    """Where a source of weights puts what it unpacks: pairs of bf16 as i32 lanes, by row of the tile."""
+
+    def __call__(self, row: Expr | int, pairs: Expr, split: int = 0) -> None:
+        """split: which of the parts of an f32 weight."""
+
+
+class _Source(Protocol):
+    """Weights as the kernel's arguments have them. part: inputs that are unpacked at once; split: bf16 of a weight."""
+
+    part: int
+    parts: int
+    part_bytes: int
+    split: int
+
+    def pointers(self) -> list[tuple[str, str]]:
+        """The kernel's arguments for them."""
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
+        """One part of one tile, as part / 2 rows of pairs."""
 
 
 class _Quantized:
     """Weights of 4 or 8 bits: one part is a group."""
+
+    split = 1
 
     def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
@@ -88,6 +114,8 @@ class _Quantized:
 class _Float:
     """Weights in bf16, which lie in pairs already."""
 
+    split = 1
+
     def __init__(self, isa: VectorIsa, k: int) -> None:
         self.isa, self.pairs = isa, -(-k // 2)
         self.part, self.parts = INPUTS, -(-k // INPUTS)
@@ -115,7 +143,46 @@ class _Float:
                 b.either(pair < self.pairs, copy, lambda row=row: put(row, isa.splat(0, "int32")))  # type: ignore[misc]
 
 
-def _prefetch(source: _Quantized | _Float, handles: Mapping[str, Expr], tile: Expr, part: Expr, line: Expr) -> None:
+class _Single:
+    """Weights in f32, split into three bf16."""
+
+    split = 3
+
+    def __init__(self, isa: VectorIsa, k: int) -> None:
+        self.isa, self.k = isa, k
+        self.part, self.parts = INPUTS, -(-k // INPUTS)
+        self.part_bytes = INPUTS * isa.lanes * 4
+
+    def pointers(self) -> list[tuple[str, str]]:
+        return [("data", "float32")]
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
+        """16 pairs of rows of one tile, zeros after the last."""
+        isa = self.isa
+        data = b.view(handles["data"], [b.MANY, self.k, isa.lanes], "float32")
+        zero = isa.splat(0.0)
+        for row in range(INPUTS // 2):
+            first = b.let(part * INPUTS + 2 * row)
+
+            def pairs(count: int, row: int = row, first: Expr = first) -> None:
+                loaded = [b.let(isa.load(data, tile, first + i, 0)) for i in range(count)]
+                even, odd = [*loaded, *[zero] * (2 - count)]
+                for split, both in enumerate(bf16_parts(isa, even, odd, self.split, paired=True)):
+                    put(row, both, split)
+
+            if self.k % INPUTS == 0:
+                pairs(2)
+            else:
+                b.either(
+                    first + 1 < self.k,
+                    lambda pairs=pairs: pairs(2),  # type: ignore[misc]
+                    lambda pairs=pairs, first=first: b.either(  # type: ignore[misc]
+                        first < self.k, lambda: pairs(1), lambda: pairs(0)
+                    ),
+                )
+
+
+def _prefetch(source: _Source, handles: Mapping[str, Expr], tile: Expr, part: Expr, line: Expr) -> None:
     """Start reading a cache line of the weights: line `line` from part `part` of a tile on. None need be there."""
     data = b.view(handles["data"], [b.MANY], "uint8")
     b.prefetch(data, tile * (source.parts * source.part_bytes) + part * source.part_bytes + line * CACHE_LINE)
@@ -129,9 +196,9 @@ def _numbers(isa: VectorIsa, offset: int) -> Expr:
     return (lane - isa.splat(offset, "int32")).astype(isa.f32)
 
 
-def workspace_bytes(step: int, tiles: int, row_block: int) -> int:
-    """Bytes that each thread needs."""
-    return (32 * step + 64 * row_block) * tiles  # 16 columns of bf16 and of f32
+def workspace_bytes(step: int, tiles: int, row_block: int, split: int = 1) -> int:
+    """Bytes that each thread needs. split: bf16 that a weight becomes."""
+    return (32 * step * split + 64 * row_block) * tiles  # 16 columns of bf16 and of f32
 
 
 def tile_linear(
@@ -151,16 +218,19 @@ def tile_linear(
     tiles: int,
     row_block: int,
 ) -> PrimFunc:
-    """(x u16 [ceil(T / 32) * 2, inputs / 32, 16, 32] bf16 bits in tiles, data, scales and minimums as the weights have
-    them, bias f32 [n] if any, residual f32 [T, features] if any, out f32 [T, features], workspace u8; T, begin, end).
+    """(x u16 [ceil(T / 32) * 2, inputs / 32, split, 16, 32] bf16 bits in tiles, data, scales and minimums as the
+    weights have them, bias f32 [n] if any, residual f32 [T, features] if any, out f32 [T, features], workspace u8;
+    T, begin, end).
 
-    bits: 4, 8, or 16 for bf16 weights. packed: out is u16 [ceil(T / 32) * 2, features / 32, 16, 32], bf16 in tiles as x
-    is; features are a multiple of 32. One unit: `row_block` rows by `tiles` weight tiles; consecutive units share the
-    rows. step: inputs that are unpacked at a time, whole groups.
+    bits: 4, 8, 16 for bf16 weights, or 32 for f32 ones, which split into 3 as the activations do (else 1). packed: out
+    is in tiles as x is; features are a multiple of 32. One unit: `row_block` rows by `tiles` weight tiles; consecutive
+    units share the rows. step: inputs that are unpacked at a time, whole groups.
     """
     isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    source: _Quantized | _Float
-    if bits == 16:
+    source: _Source
+    if bits == 32:
+        all_tiles, source = FloatLayout("f32", isa.lanes, gated).tiles(n), _Single(isa, k)
+    elif bits == 16:
         all_tiles, source = FloatLayout("bf16", isa.lanes, gated).tiles(n), _Float(isa, k)
     else:
         layout = quantized_layout(machine, bits, group, symmetric, gated)
@@ -170,7 +240,7 @@ def tile_linear(
     if row_block % (PAIR * amx.ROWS) or tiles % PAIR or step % source.part or source.part % INPUTS:
         raise ValueError(f"blocks of {row_block} rows by {tiles} tiles in steps of {step} inputs do not fit")
     step = min(step, source.parts * source.part)
-    inputs = source.parts * source.part
+    inputs, split = source.parts * source.part, source.split
     width = tiles * isa.lanes  # columns of a panel, gate and up counted
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
@@ -179,7 +249,7 @@ def tile_linear(
         tokens = sizes["T"]
         panels = -(-all_tiles // tiles)
         panel = b.view(handles["workspace"], [b.MANY], "uint16")
-        first_sum = step * width // 2  # the sums follow the panel; in f32
+        first_sum = step * split * width // 2  # the sums follow the panel; in f32
         sums = b.view(handles["workspace"], [b.MANY], "float32")
         x = b.view(handles["x"], [b.MANY], "uint16")
         with amx.configured(), b.loop(sizes["end"] - sizes["begin"]) as i:
@@ -193,10 +263,10 @@ def tile_linear(
             def inputs_from(first: Expr, count: int) -> None:
                 """Multiply `count` inputs from `first` on."""
                 with b.loop(tiles_here) as t, b.loop(count // source.part) as part:
-                    start = b.let((t * step + part * source.part) * isa.lanes)
+                    start = b.let((t * step + part * source.part) * (isa.lanes * split))
 
-                    def put(row: Expr | int, pairs: Expr) -> None:
-                        at = start + row * (isa.lanes * 2)
+                    def put(row: Expr | int, pairs: Expr, split: int = 0) -> None:
+                        at = start + row * (isa.lanes * 2) + split * TILE
                         b.store_vector(isa, panel, [at], tirx.reinterpret("uint16x32", pairs))
 
                     source.unpack(handles, first_tile + t, b.let(first // source.part + part), put)
@@ -223,15 +293,20 @@ def tile_linear(
                     lambda: _each(range(4), lambda c: amx.load(c, sums, corner[c], 4 * width)),
                 )
                 row_tile = first_row // 16 + row_pair * PAIR
-                rows = [b.let((row_tile + r) * (inputs * 16) + first * 16) for r in range(PAIR)]
-                columns = [b.let((column_pair * PAIR + c) * (step * isa.lanes)) for c in range(PAIR)]
+                rows = [b.let(((row_tile + r) * inputs + first) * (16 * split)) for r in range(PAIR)]
+                columns = [b.let((column_pair * PAIR + c) * (step * isa.lanes * split)) for c in range(PAIR)]
                 with b.loop(count // INPUTS) as block:
-                    for c in range(PAIR):
-                        amx.load(6 + c, panel, columns[c] + block * TILE)
-                    for r in range(PAIR):
-                        amx.load(4 + r, x, rows[r] + block * TILE)
-                        for c in range(PAIR):
-                            amx.dot_bf16(2 * r + c, 4 + r, 6 + c)
+                    before: tuple[int | None, int | None] = (None, None)
+                    for of_x, of_w in _PRODUCTS[split]:
+                        if of_w != before[1]:
+                            for c in range(PAIR):
+                                amx.load(6 + c, panel, columns[c] + (block * split + of_w) * TILE)
+                        for r in range(PAIR):
+                            if of_x != before[0]:
+                                amx.load(4 + r, x, rows[r] + (block * split + of_x) * TILE)
+                            for c in range(PAIR):
+                                amx.dot_bf16(2 * r + c, 4 + r, 6 + c)
+                        before = of_x, of_w
                 for c in range(4):
                     amx.store(c, sums, corner[c], 4 * width)
 
@@ -256,8 +331,9 @@ def tile_linear(
                     columns = [b.let(pair * PAIR + half) for half in range(PAIR)]
                     halves = [b.let(epilogue.value(isa, handles, *finished(row, m, column))) for column in columns]
                     block = b.let(first_tile // (PAIR * epilogue.tiles) + pair)
-                    at = (row // 16 * (epilogue.features // INPUTS) + block) * TILE + row % 16 * INPUTS
-                    b.store_vector(isa, out, [at], tirx.reinterpret("uint16x32", isa.pack_bf16(*halves)))
+                    at = b.let((row // 16 * (epilogue.features // INPUTS) + block) * (TILE * split) + row % 16 * INPUTS)
+                    for part, both in enumerate(bf16_parts(isa, *halves, split)):
+                        b.store_vector(isa, out, [at + part * TILE], tirx.reinterpret("uint16x32", both))
 
             with b.loop(rows_here) as m:
                 (write_packed if packed else write)(b.let(first_row + m), m)

@@ -78,9 +78,10 @@ def rounded_parts(value: Value, group: int, context: Context) -> dict[str, Scrat
     return {part: Scratch(context.scratch_name(value, part), dtype, rows * columns[part]) for part, dtype in ROUNDED}
 
 
-def tiles_of(value: Value, inputs: int, context: Context) -> Scratch:
-    """The buffer of an activation as bf16 in tiles."""
-    return Scratch(context.scratch_name(value, "xtiles"), "uint16", tiles_elements(rows_of(value), inputs))
+def tiles_of(value: Value, inputs: int, context: Context, split: int = 1) -> Scratch:
+    """The buffer of an activation as bf16 in tiles; split: bf16 an activation."""
+    name = "xtiles" if split == 1 else f"xtiles{split}"
+    return Scratch(context.scratch_name(value, name), "uint16", tiles_elements(rows_of(value), inputs, split))
 
 
 @RULES.lower(QuantizeActivations, priority=10, needs=VECTOR)
@@ -119,18 +120,27 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
 
 
 def writes_tiles(value: Value, context: Context) -> Scratch | None:
-    """Where a linear op of many rows writes its result as bf16 in tiles: its one user rounds it, and sees no more."""
+    """Where a linear op of many rows writes its result as bf16 in tiles, for its one user that reads it so.
+
+    That user rounds it and sees no more, or multiplies it in three parts.
+    """
     if not isinstance(value, (Linear, GatedLinear)) or not _on_tiles(value, context):
         return None
-    user = context.only_user(value)
+    user, bits = context.only_user(value), _tile_bits(value)
     if isinstance(user, QuantizeActivations):
-        return tiles_of(user, features_of(value), context) if features_of(value) % user.group == 0 else None
-    again = context.only_user(user) if isinstance(user, Cast) else None
-    reader = context.only_user(again) if isinstance(again, Cast) else None
-    if not isinstance(reader, (Linear, GatedLinear)) or reader.x is not again or not _on_tiles(reader, context):
+        fits = features_of(value) % user.group == 0 and tile_plan.split_of(bits) == 1
+        return tiles_of(user, features_of(value), context) if fits else None
+    read, reader = value, user
+    if isinstance(user, Cast):
+        again = context.only_user(user)
+        reader = context.only_user(again) if isinstance(again, Cast) else None
+        read = again if isinstance(again, Cast) and unrounded(again) is value else read
+    if not isinstance(reader, (Linear, GatedLinear)) or reader.x is not read or not _on_tiles(reader, context):
         return None
-    fits = unrounded(again) is value and features_of(value) == _tile_inputs(reader)
-    return tiles_of(value, features_of(value), context) if fits else None
+    alike = tile_plan.split_of(bits) == tile_plan.split_of(_tile_bits(reader))
+    if not alike or features_of(value) != _tile_inputs(reader):
+        return None
+    return tiles_of(value, features_of(value), context, tile_plan.split_of(bits))
 
 
 def unrounded(x: Value) -> Value:
@@ -146,9 +156,16 @@ def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
         return False
     if isinstance(op.x, QuantizeActivations):
         return not isinstance(_integers(op, context), str)
-    bits = getattr(op.w.tensor.encoding, "bits", 0) or (16 if op.w.dtype == "bf16" else 0)
-    rounded = unrounded(op.x) is not op.x
-    return rounded and bits in (4, 8, 16) and context.known(op.w) and not isinstance(_epilogue(op, context), str)
+    bits = _tile_bits(op)
+    fits = bits == 32 or (bits in (4, 8, 16) and unrounded(op.x) is not op.x)
+    return fits and context.known(op.w) and not isinstance(_epilogue(op, context), str)
+
+
+def _tile_bits(op: Linear | GatedLinear) -> int:
+    """Bits of a weight as `tile_plan` counts them; 0 for one that no tiles are for."""
+    if op.w.tensor.encoding is not None:
+        return int(getattr(op.w.tensor.encoding, "bits", 0))
+    return {"bf16": 16, "f32": 32}.get(op.w.dtype, 0)
 
 
 def _tile_inputs(op: Linear | GatedLinear) -> int:
@@ -174,7 +191,7 @@ def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str
     rows, most = rows_of(op), None
     calls = []
     if "xtiles" in activations:
-        most = tile_plan.ROWS_FROM - 1
+        most = tile_plan.rows_from(_tile_bits(op)) - 1
         calls = _tile_calls(op, activations, context)
     args = _arguments(op, plan.layout, plan.arguments, activations)
     n, k = _shape(op)
@@ -204,9 +221,9 @@ def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], contex
     rows, (n, k), packed = rows_of(op), _shape(op), writes_tiles(op, context)
     epilogue, encoding = _epilogue(op, context), op.w.tensor.encoding
     assert isinstance(epilogue, dict)
-    facts: dict[str, Any] = {**epilogue, "bits": 16, "packed": packed is not None}
+    facts: dict[str, Any] = {**epilogue, "bits": _tile_bits(op), "packed": packed is not None}
     if encoding is not None:
-        facts |= {name: getattr(encoding, name) for name in ("bits", "group", "symmetric")}
+        facts |= {name: getattr(encoding, name) for name in ("group", "symmetric")}
     plan = tile_plan.tile_plan(context.machine, n=n, k=k, **facts)
     if packed is not None:
         activations = {**activations, "out": packed}
@@ -224,7 +241,7 @@ def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], contex
                     when,
                     note=f"[{n}, {k}]",
                     bytes_moved=plan.layout.nbytes(n, k),
-                    operations=rows * (2 * n * k),
+                    operations=rows * (2 * n * k * plan.products),
                     arithmetic="bf16",
                 )
             )
@@ -371,11 +388,12 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
         return Lowered((rounding, *plan_calls(op, plan, given, context).calls), reads=(x,))
     if not _on_tiles(op, context):
         return plan_calls(op, plan, given, context)
-    inputs = _tile_inputs(op)
-    given["xtiles"] = tiles_of(x, inputs, context)
+    inputs, bits = _tile_inputs(op), _tile_bits(op)
+    split = tile_plan.split_of(bits)
+    given["xtiles"] = tiles_of(x, inputs, context, split)
     calls = plan_calls(op, plan, given, context).calls
-    many = guard(rows, tile_plan.ROWS_FROM, None)
+    many = guard(rows, tile_plan.rows_from(bits), None)
     if many is not None and writes_tiles(x, context) is None:
-        made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs)
+        made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs, parts=split)
         calls = (Call(made, (x, given["xtiles"]), rows, max(1, 4096 // k), many, note=f"[{k}]"), *calls)
     return Lowered(calls, reads=(x,))
