@@ -61,8 +61,14 @@ def torch_case(op: type[Op], reference: Callable[..., torch.Tensor], *arrays: Ar
 X, Y, POSITIVE = normal(3, 1, 7), normal(5, 1), np.abs(normal(3, 7)) + 0.1
 X3 = 3 * X
 INTS, OTHER = RNG.integers(-9, 10, (5, 7)), RNG.integers(1, 6, (5, 7)) * RNG.choice([-1, 1], (5, 7))
+BYTES = RNG.integers(0, 256, (5, 7)).astype(np.uint8)
 FLAG, FLAG2 = RNG.random((5, 7)) < 0.5, RNG.random((5, 7)) < 0.5
 IDS = RNG.integers(-7, 7, (3, 2)).astype(np.int64)
+
+
+def naive_power(a: Array, b: Array) -> Array:
+    """Integers to integers: one Python number after another, fractions cut off (of zero to a negative power: 0)."""
+    return np.vectorize(lambda x, y: int(float(x) ** int(y)) if x or y >= 0 else 0, otypes=[np.int64])(a, b)
 
 
 def elementwise_cases() -> list[Case]:
@@ -73,6 +79,7 @@ def elementwise_cases() -> list[Case]:
         (e.Tanh, torch.tanh, X), (e.Sigmoid, torch.sigmoid, 40 * X), (e.Erf, torch.erf, X), (e.Sin, torch.sin, X),
         (e.Cos, torch.cos, X), (e.Floor, torch.floor, 5 * X), (e.Round, torch.round, np.arange(-4, 4) / 2),
         (e.Relu, torch.relu, X), (e.Not, torch.logical_not, FLAG), (e.Neg, torch.neg, INTS), (e.Relu, torch.relu, INTS),
+        (e.Atan, torch.atan, 9 * X),
     ]  # fmt: skip
     binary: list[tuple[type[Op], Callable[..., torch.Tensor], Array, Array]] = [
         (e.Add, torch.add, X, Y), (e.Sub, torch.sub, X, Y), (e.Mul, torch.mul, X, Y), (e.Div, torch.div, X, Y),
@@ -80,6 +87,10 @@ def elementwise_cases() -> list[Case]:
         (e.FloorDivide, torch.floor_divide, INTS, OTHER), (e.Mod, torch.remainder, INTS, OTHER),
         (e.Mod, torch.remainder, X, Y), (e.Pow, torch.pow, POSITIVE, normal(7)),
         (e.Maximum, torch.maximum, X, Y), (e.Minimum, torch.minimum, X, Y),
+        (e.Fmod, torch.fmod, 9 * X, Y), (e.Fmod, torch.fmod, INTS, OTHER), (e.BitAnd, torch.bitwise_and, INTS, OTHER),
+        (e.BitOr, torch.bitwise_or, INTS, OTHER), (e.BitXor, torch.bitwise_xor, INTS, OTHER),
+        (e.ShiftLeft, torch.bitwise_left_shift, BYTES, BYTES % 7),
+        (e.ShiftRight, torch.bitwise_right_shift, BYTES, BYTES % 7),
         (e.Equal, torch.eq, INTS, OTHER), (e.NotEqual, torch.ne, INTS, OTHER), (e.Less, torch.lt, X, Y),
         (e.LessEqual, torch.le, INTS, OTHER), (e.Greater, torch.gt, X, Y), (e.GreaterEqual, torch.ge, INTS, OTHER),
         (e.And, torch.logical_and, FLAG, FLAG2), (e.Or, torch.logical_or, FLAG, FLAG2),
@@ -106,8 +117,22 @@ def elementwise_cases() -> list[Case]:
         Case("t.constant", lambda: e.constant([1.5, -2], "f16"), (), np.array([1.5, -2], np.float16)),
         Case("t.cast", lambda x: e.Cast(x, "i32"), (5 * X,), torch.from_numpy(5 * X).to(torch.int32).numpy()),
         Case("t.cast f16", lambda x: e.Cast(x, "f16"), (X,), torch.from_numpy(X).half().numpy()),
+        Case("t.bitcast", lambda x: e.Bitcast(x, "i32"), (X,), X.view(np.int32)),
+        Case("t.shift_left out", lambda x: e.ShiftLeft(x, e.constant(8, "u8")), (BYTES,), np.zeros((5, 7), np.uint8)),
+        Case("t.pow ints", e.Pow, (INTS, OTHER // 2), naive_power(INTS, OTHER // 2)),
         Case("t.cast bool", lambda x: e.Cast(x, "bool"), (INTS,), INTS != 0),
     ]
+
+
+def scattered(a: Array, rows: Array, mode: str) -> Array:
+    """a[0] with the rows of a[1] put where `rows` says, one after another."""
+    combine: dict[str, Callable[[Array, Array], Array]] = {
+        "none": lambda old, new: new, "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum
+    }  # fmt: skip
+    result = a[0].copy()
+    for i, row in enumerate(rows):
+        result[row] = combine[mode](result[row], a[1][i])
+    return result
 
 
 def structural_cases() -> list[Case]:
@@ -117,6 +142,7 @@ def structural_cases() -> list[Case]:
     index = np.abs(IDS) % 7
     elements = RNG.integers(0, 3, (2, 1, 7)).astype(np.int64)
     pool = normal(3, 1, 7)
+    rows = np.array([2, 0, 2])
     reduced: list[tuple[type[s.Reduce], Callable[..., torch.Tensor]]] = [
         (s.Sum, torch.sum), (s.Mean, torch.mean), (s.Max, torch.amax), (s.Min, torch.amin)
     ]  # fmt: skip
@@ -138,6 +164,14 @@ def structural_cases() -> list[Case]:
         Case("t.argmax", lambda x: s.Argmax(x, 2), (a,), torch.argmax(t(a), 2).numpy()),
         Case("t.softmax", lambda x: s.Softmax(x, 1), (50 * a,), torch.softmax(t(50 * a), 1).numpy()),
         Case("t.matmul", s.Matmul, (a, b), torch.matmul(t(a), t(b)).numpy(), 1e-5),
+        Case("t.prod", lambda x: s.Prod(x, (1,)), (a,), torch.prod(t(a), 1, keepdim=True).numpy()),
+        Case("t.top_k", lambda x: s.TopK(x, 3, 2), (a,), torch.topk(t(a), 3, 2)[1].numpy()),
+        Case("t.top_k smallest", lambda x: s.TopK(x, 2, 1, False), (a,), torch.topk(t(a), 2, 1, False)[1].numpy()),
+        Case("t.top_k of equals", lambda x: s.TopK(x, 4, 0), (np.array([1, 7, 1, 7, 0]),), np.array([1, 3, 0, 2])),
+        *(
+            Case(f"t.scatter {mode}", partial(s.Scatter, reduction=mode), (a[0], rows, a[1]), scattered(a, rows, mode))
+            for mode in ("none", "add", "mul", "max", "min")
+        ),
         Case("t.any", lambda x: s.Any(x, (1,), False), (FLAG,), torch.any(t(FLAG), 1).numpy()),
         Case("t.all", lambda x: s.All(x, (0,)), (FLAG,), torch.all(t(FLAG), 0, keepdim=True).numpy()),
     ]  # fmt: skip

@@ -9,7 +9,17 @@ import numpy as np
 
 from llmc.compiler.ir.op import Dense, Op, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require, require_same_dtype
-from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of, numpy_dtype
+from llmc.compiler.ir.types import (
+    FLOATS,
+    INTEGERS,
+    NUMPY_DTYPES,
+    UNSIGNED,
+    Array,
+    Tensor,
+    dtype_of,
+    itemsize,
+    numpy_dtype,
+)
 
 
 class Constant(Op, name="t.constant"):
@@ -136,6 +146,12 @@ class Cos(Unary, name="t.cos"):
     function = staticmethod(np.cos)
 
 
+class Atan(Unary, name="t.atan"):
+    """Inverse tangent, in radians."""
+
+    function = staticmethod(np.arctan)
+
+
 class Floor(Unary, name="t.floor"):
     """The largest integer not above x."""
 
@@ -243,10 +259,18 @@ class Mul(Binary, name="t.mul"):
     commutative = True
 
 
-class Div(Binary, name="t.div"):
-    """a / b for floats; truncated towards zero for integers."""
+def _divide(a: Array, b: Array) -> Array:
+    if a.dtype.kind not in "iu":
+        return np.asarray(a / b)
+    floor = np.floor_divide(a, b)
+    # Rounded down is one too low where there is a rest and the signs differ.
+    return floor + ((floor * b != a) & (b != 0) & ((a < 0) != (b < 0)))
 
-    function = staticmethod(lambda a, b: a / b if a.dtype.kind not in "iu" else np.trunc(a / b))
+
+class Div(Binary, name="t.div"):
+    """a / b for floats; truncated towards zero for integers (by zero: any number)."""
+
+    function = staticmethod(_divide)
 
 
 class FloorDivide(Binary, name="t.floor_div"):
@@ -261,10 +285,24 @@ class Mod(Binary, name="t.mod"):
     function = staticmethod(np.mod)
 
 
-class Pow(Binary, name="t.pow"):
-    """a ** b"""
+class Fmod(Binary, name="t.fmod"):
+    """The rest of a / b truncated towards zero, exactly; it has the sign of a."""
 
-    function = staticmethod(np.power)
+    function = staticmethod(np.fmod)
+
+
+def _power(a: Array, b: Array) -> Array:
+    if a.dtype.kind not in "iu":
+        return np.asarray(np.power(a, b))
+    # An integer to a negative power is a fraction, truncated: only 1 and -1 leave anything.
+    fraction = np.where(np.abs(a) == 1, np.where(b % 2 == 0, np.ones_like(a), a), np.zeros_like(a))
+    return np.where(b < 0, fraction, np.power(a, np.maximum(b, 0)))
+
+
+class Pow(Binary, name="t.pow"):
+    """a ** b; of integers, truncated towards zero."""
+
+    function = staticmethod(_power)
 
 
 class Maximum(Binary, name="t.maximum"):
@@ -342,6 +380,75 @@ class Or(Compare, name="t.or"):
 
     function = staticmethod(np.logical_or)
     commutative = True
+
+
+class Bitwise(Binary):
+    """Base of operations on the bits of integers."""
+
+    def infer(self) -> Tensor:
+        require(self.a.dtype in INTEGERS, f"needs integers, not {self.a.dtype}")
+        return super().infer()
+
+
+class BitAnd(Bitwise, name="t.bit_and"):
+    """Bits that are set in both."""
+
+    function = staticmethod(np.bitwise_and)
+    commutative = True
+
+
+class BitOr(Bitwise, name="t.bit_or"):
+    """Bits that are set in either."""
+
+    function = staticmethod(np.bitwise_or)
+    commutative = True
+
+
+class BitXor(Bitwise, name="t.bit_xor"):
+    """Bits that are set in one only."""
+
+    function = staticmethod(np.bitwise_xor)
+    commutative = True
+
+
+def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    def shifted(a: Array, b: Array) -> Array:
+        bits = 8 * a.dtype.itemsize
+        return np.where(b < bits, function(a, np.minimum(b, b.dtype.type(bits - 1))), np.zeros_like(a))
+
+    return shifted
+
+
+class ShiftLeft(Bitwise, name="t.shift_left"):
+    """a with its bits moved up by b; 0 where b is its number of bits or more. Unsigned integers only."""
+
+    function = staticmethod(_shift(np.left_shift))
+
+    def infer(self) -> Tensor:
+        require(self.a.dtype in UNSIGNED, f"needs unsigned integers, not {self.a.dtype}")
+        return super().infer()
+
+
+class ShiftRight(ShiftLeft, name="t.shift_right"):
+    """a with its bits moved down by b; 0 where b is its number of bits or more. Unsigned integers only."""
+
+    function = staticmethod(_shift(np.right_shift))
+
+
+class Bitcast(Op, name="t.bitcast"):
+    """The same bytes as another dtype of the same width."""
+
+    x: Value
+    to: str
+
+    def infer(self) -> Tensor:
+        require(itemsize(self.x.dtype) == itemsize(self.to), f"{self.x.dtype} and {self.to} differ in width")
+        return Tensor(self.x.shape, self.to)
+
+    def evaluate(self, x: Array) -> Array:
+        # Where floats evaluate wider than they are, the bytes are those of the dtype itself.
+        own = np.ascontiguousarray(x.astype(NUMPY_DTYPES[self.x.dtype]))
+        return own.view(NUMPY_DTYPES[self.to]).reshape(x.shape).astype(numpy_dtype(self.to))
 
 
 class Where(Op, name="t.where"):

@@ -218,22 +218,44 @@ class Sum(Reduce, name="t.sum"):
     function = staticmethod(np.sum)
 
 
-class Mean(Reduce, name="t.mean"):
-    """Arithmetic mean."""
+class Prod(Reduce, name="t.prod"):
+    """Product; of nothing, 1."""
 
-    function = staticmethod(np.mean)
+    function = staticmethod(np.prod)
+
+
+def _mean(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
+    count = int(np.prod([x.shape[i] for i in axis], dtype=np.int64))
+    if count and x.dtype.kind not in "iub":
+        return np.asarray(np.mean(x, axis=axis, keepdims=keepdims))
+    return np.sum(x, axis=axis, keepdims=keepdims) / np.float64(count)
+
+
+class Mean(Reduce, name="t.mean"):
+    """Arithmetic mean (of nothing, not a number); of integers, truncated towards zero."""
+
+    function = staticmethod(_mean)
+
+
+def extreme(dtype: np.dtype[Anything], lowest: bool) -> Anything:
+    """The least (greatest) value of a dtype: minus (plus) infinity for floats."""
+    if dtype.kind == "b":
+        return not lowest
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min if lowest else np.iinfo(dtype).max
+    return -np.inf if lowest else np.inf
 
 
 class Max(Reduce, name="t.max"):
-    """Largest element."""
+    """Largest element; of nothing, the least value of the dtype (minus infinity for floats). NaN wins."""
 
-    function = staticmethod(np.max)
+    function = staticmethod(lambda x, axis, keepdims: np.max(x, axis, None, keepdims, extreme(x.dtype, True)))
 
 
 class Min(Reduce, name="t.min"):
-    """Smallest element."""
+    """Smallest element; of nothing, the greatest value of the dtype (infinity for floats). NaN wins."""
 
-    function = staticmethod(np.min)
+    function = staticmethod(lambda x, axis, keepdims: np.min(x, axis, None, keepdims, extreme(x.dtype, False)))
 
 
 class Any(Reduce, name="t.any"):
@@ -260,6 +282,75 @@ class Argmax(Op, name="t.argmax"):
 
     def evaluate(self, x: Array) -> Array:
         return np.asarray(np.argmax(x, axis=self.axis))
+
+
+class TopK(Op, name="t.top_k"):
+    """Indices (i64) of the k largest or smallest elements along an axis, in order; of equal ones the first comes first.
+
+    NaN counts as the largest.
+    """
+
+    x: Value
+    k: int | Dim
+    axis: int
+    largest: bool = True
+
+    def infer(self) -> Tensor:
+        axis = axis_of(self.axis, self.x.rank)
+        require(known_at_most(self.k, self.x.shape[axis]), f"k = {self.k} of an axis of {self.x.shape[axis]}")
+        return Tensor((*self.x.shape[:axis], self.k, *self.x.shape[axis + 1 :]), "i64")
+
+    def evaluate(self, x: Array) -> Array:
+        # Equal elements stay in order in a stable sort: for the largest first, of the reversed axis, read backwards.
+        wide = x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
+        if self.largest:
+            size = x.shape[self.axis]
+            backwards = np.argsort(np.flip(wide, self.axis), self.axis, kind="stable")
+            order = size - 1 - np.flip(backwards, self.axis)
+        else:
+            order = np.argsort(wide, self.axis, kind="stable")
+        return np.take(order, np.arange(concrete(self.k, {})), axis=self.axis)
+
+
+_REDUCTIONS: dict[str, np.ufunc] = {
+    "add": np.add,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+}
+
+
+class Scatter(Op, name="t.scatter"):
+    """x [R, ...] with updates [N, ...] put into rows `indices` [N], one after another.
+
+    reduction: "none" replaces the row (of several updates of one row, the last stays); "add", "mul", "max" and "min"
+    combine with what is there. Indices are in 0 .. R - 1.
+    """
+
+    x: Value
+    indices: Value
+    updates: Value
+    reduction: str = "none"
+
+    def infer(self) -> Tensor:
+        require(self.reduction in ("none", *_REDUCTIONS), f"unknown reduction {self.reduction!r}")
+        require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
+        require_same_dtype(self.x, self.updates)
+        require(self.x.rank >= 1 and self.indices.rank == 1, "needs rows and a vector of indices")
+        require(
+            self.updates.shape == (*self.indices.shape, *self.x.shape[1:]),
+            f"updates {list(self.updates.shape)} are not {list(self.indices.shape)} rows of {list(self.x.shape)}",
+        )
+        return self.x.tensor
+
+    def evaluate(self, x: Array, indices: Array, updates: Array) -> Array:
+        result = x.copy()
+        for row, update in zip(indices.tolist(), updates, strict=True):
+            if self.reduction == "none":
+                result[row] = update
+            else:
+                result[row] = _REDUCTIONS[self.reduction](result[row], update)
+        return result
 
 
 class Softmax(Op, name="t.softmax"):

@@ -28,11 +28,16 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "i32": np.dtype(np.int32),
     "i16": np.dtype(np.int16),
     "i8": np.dtype(np.int8),
+    "u64": np.dtype(np.uint64),
+    "u32": np.dtype(np.uint32),
+    "u16": np.dtype(np.uint16),
     "u8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
 FLOATS = ("f64", "f32", "f16", "bf16")
-INTEGERS = ("i64", "i32", "i16", "i8", "u8")
+SIGNED = ("i64", "i32", "i16", "i8")
+UNSIGNED = ("u64", "u32", "u16", "u8")
+INTEGERS = SIGNED + UNSIGNED
 
 _precise: contextvars.ContextVar[bool] = contextvars.ContextVar("precise", default=False)
 

@@ -7,6 +7,9 @@ element by element beside the graph, so that a Reshape finds its target as `Dim`
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,7 +21,7 @@ from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Concat, Iota, Reshape, Slice
-from llmc.compiler.ir.types import FLOATS, Shape
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape
 from llmc.errors import FrontendError, IRError, LlmcError
 
 SMALL = 4096  # elements of a tensor whose contents are followed, and of an initializer that becomes a constant
@@ -65,12 +68,12 @@ class Item:
         """The known elements as a numeric array; None where one is a symbolic size, or nothing is known."""
         if self.known is None or any(isinstance(x, Dim) for x in self.known.flat):
             return None
-        return np.asarray(self.known.tolist()).reshape(self.known.shape)
+        return np.asarray(self.known.tolist(), NUMPY_DTYPES[self.dtype]).reshape(self.known.shape)
 
 
 def _materialised(known: Objects, dtype: str) -> Value:
     if not any(isinstance(x, Dim) for x in known.flat):
-        return constant(np.asarray(known.tolist()).reshape(known.shape), dtype)
+        return constant(np.asarray(known.tolist(), NUMPY_DTYPES[dtype]).reshape(known.shape), dtype)
     scalars = tuple(_scalar(x, dtype) for x in known.flat)
     return Reshape(Concat(scalars, 0) if len(scalars) > 1 else scalars[0], known.shape)
 
@@ -145,8 +148,18 @@ def handles(*ops: str, domain: str = "", since: int = 1) -> Callable[[_H], _H]:
     return register
 
 
+@functools.cache
+def discover() -> None:
+    """Import the modules that register handlers: ops_* of the standard domain, contrib_* and quantized_* of others."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name.startswith(("ops_", "contrib_", "quantized_")):
+            importlib.import_module(f"{package}.{module.name}")
+
+
 def handler_of(node: Node) -> Handler | None:
     """The handler for a node's op at its version."""
+    discover()
     domain = "" if node.domain == "ai.onnx" else node.domain
     for since, function in HANDLERS.get((domain, node.op), []):
         if node.version >= since:
