@@ -28,7 +28,7 @@ class Difference:
 
     `largest` is the largest absolute difference, `relative` that over the largest absolute value before, `divergence`
     the mean Kullback-Leibler divergence, in nats, of the next-token distributions (for `logits` only, else 0).
-    `where` is (sequence, position) of the largest difference, empty for a graph without tokens.
+    `where` is (sequence, position) of the largest difference, or (sequence,), empty for a graph without tokens.
     """
 
     pass_name: str
@@ -45,8 +45,10 @@ class Difference:
         )
         if self.output == "logits" and not self.exact:
             text += f", KL divergence {self.divergence:.3g} nats"
-        if self.where:
+        if len(self.where) == 2:
             text += f", most at token {self.where[1]} of sequence {self.where[0]}"
+        elif self.where:
+            text += f", most in sequence {self.where[0]}"
         return text
 
 
@@ -131,7 +133,7 @@ class Checker:
         relative = largest / scale if scale else largest
         where: tuple[int, ...] = ()
         if largest and self._scenario is not None and a.ndim == 2:
-            where = self._scenario.token(worst // a.shape[1])
+            where = self._scenario.place(worst // a.shape[1], a.shape[0])
         divergence = kl_divergence(a, b) if name == "logits" else 0.0
         return Difference(item.name, name, largest, relative, divergence, where, exact)
 

@@ -2,7 +2,8 @@
 
 A lifted graph takes ids [1, S] and runs once a sequence; so does a flattened graph, ids [T], as long as its attention
 has no cache. A graph with a cache runs as the runtime would run it: in steps that mix prompts and continuations, over
-pages in no particular order. Each way gives the same outputs for the same tokens, which is what makes them comparable.
+pages in no particular order; where the cache is a scratch (an encoder), in one step of whole sequences. Each way gives
+the same outputs for the same tokens, which is what makes them comparable.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, concrete
+from llmc.compiler.ir.dims import Dim, concrete, symbols_of
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_values
@@ -25,8 +26,8 @@ from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, nu
 from llmc.errors import CompileError
 
 TILE = 16  # rows of a query tile at most
-_PER_TOKEN = ("ids", "positions")
-_KNOWN = (*_PER_TOKEN, "slots", "tiles", "block_table", "rows")
+_PER_TOKEN = ("ids", "positions", "token_types")
+_KNOWN = (*_PER_TOKEN, "starts", "slots", "tiles", "block_table", "rows")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Scenario:
     def tokens(self) -> int:
         return sum(len(sequence) for sequence in self.sequences)
 
+    def place(self, row: int, rows: int) -> tuple[int, ...]:
+        """Where a row of an output with `rows` rows is: (sequence, position), or (sequence,) where each has one row."""
+        return self.token(row) if rows == self.tokens else (row,)
+
     def row(self, sequence: int, position: int) -> int:
         """Where a token's outputs are among those of all tokens."""
         return sum(len(earlier) for earlier in self.sequences[:sequence]) + position
@@ -84,7 +89,8 @@ class Scenario:
         raise CompileError(f"row {row} is beyond the scenario's tokens")
 
     def run(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data] | None = None) -> dict[str, Array]:
-        """Every output [tokens, features] but the caches, whatever shape the graph has; rows as `row` says.
+        """Every output [tokens, features] but the caches, whatever shape the graph has; rows as `row` says. What has a
+        row a sequence is [sequences, features].
 
         `known`: values that were evaluated already, such as quantized weights.
         """
@@ -95,8 +101,14 @@ class Scenario:
         results = self._run_in_steps if "block_table" in names else self._run_by_sequence
         return results(graph, load_param, known or {})
 
+    def _steps_for(self, graph: Graph) -> tuple[tuple[Span, ...], ...]:
+        """The steps that show a graph all tokens: one of whole sequences, the last first, where no cache is kept."""
+        if any(isinstance(value.type, KV) for _, value in graph.outputs):
+            return self.steps
+        return (tuple(Span(i, 0, len(ids)) for i, ids in reversed(list(enumerate(self.sequences)))),)
+
     def _run_by_sequence(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
-        collected = _Collected(self.tokens)
+        collected = _Collected(graph, self.tokens, len(self.sequences))
         steps = [self._render((Span(index, 0, len(ids)),)) for index, ids in enumerate(self.sequences)]
         runs: list[dict[str, Data]] = []
         for step in steps:
@@ -106,16 +118,16 @@ class Scenario:
                 inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
             runs.append(inputs)
         for step, inputs, outputs in zip(steps, runs, evaluate_together(graph, runs, load_param, known), strict=True):
-            collected.add(outputs, step.output_rows("rows" in inputs))
+            collected.add(outputs, step.output_rows("rows" in inputs), step.sequences)
         return collected.outputs
 
     def _run_in_steps(self, graph: Graph, load_param: LoadParam, known: Mapping[Value, Data]) -> dict[str, Array]:
-        collected = _Collected(self.tokens)
+        collected = _Collected(graph, self.tokens, len(self.sequences))
         count = sum(len(pages) for pages in self.pages) + 1
         caches: dict[str, Data] = {
             value.name: Pages.empty(value.type, count) for value in graph.inputs if isinstance(value.type, KV)
         }
-        for spans in self.steps:
+        for spans in self._steps_for(graph):
             step = self._render(spans)
             inputs = dict(caches)
             for value in graph.inputs:
@@ -123,45 +135,52 @@ class Scenario:
                     inputs[value.name] = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
             outputs = evaluate_with(graph, inputs, load_param, known)
             caches = {name: outputs.pop(f"{name}.next", cache) for name, cache in caches.items()}
-            collected.add(outputs, step.output_rows("rows" in inputs))
+            collected.add(outputs, step.output_rows("rows" in inputs), step.sequences)
         return collected.outputs
 
     def _render(self, spans: tuple[Span, ...]) -> _Step:
         """The step's inputs, in the layout that docs/architecture.md gives."""
         ids: list[int] = []
         positions: list[int] = []
+        types: list[int] = []
+        starts: list[int] = [0]
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
         at: list[int] = []
+        order = [span.sequence for span in spans]
         for span in spans:
             row = len(ids)
             for begin in range(span.begin, span.end, TILE):
                 rows = min(TILE, span.end - begin)
-                tiles.append((span.sequence, row + begin - span.begin, rows, begin))
+                tiles.append((order.index(span.sequence), row + begin - span.begin, rows, begin))
             for position in range(span.begin, span.end):
                 ids.append(int(self.sequences[span.sequence][position]))
                 positions.append(position)
+                types.append(int(2 * position >= len(self.sequences[span.sequence])))
                 slots.append(self.pages[span.sequence][position // PAGE] * PAGE + position % PAGE)
                 at.append(self.row(span.sequence, position))
-        table = np.zeros((len(self.pages), max(len(pages) for pages in self.pages)), np.int32)
-        for index, pages in enumerate(self.pages):
-            table[index, : len(pages)] = pages
+            starts.append(len(ids))
+        table = np.zeros((len(spans), max(len(self.pages[index]) for index in order)), np.int32)
+        for row, index in enumerate(order):
+            table[row, : len(self.pages[index])] = self.pages[index]
         # All rows are wanted, in an order that shows whether a graph honours it.
-        order = np.random.default_rng(self.seed).permutation(len(ids))
+        chosen = np.random.default_rng(self.seed).permutation(len(ids))
         arrays: dict[str, Array] = {
-            "ids": np.array(ids), "positions": np.array(positions), "slots": np.array(slots),
-            "tiles": np.array(tiles), "block_table": table, "rows": order,
+            "ids": np.array(ids), "positions": np.array(positions), "token_types": np.array(types),
+            "starts": np.array(starts), "slots": np.array(slots), "tiles": np.array(tiles), "block_table": table,
+            "rows": chosen,
         }  # fmt: skip
-        return _Step(arrays, np.array(at), np.array(at)[order])
+        return _Step(arrays, np.array(at), np.array(at)[chosen], np.array(order))
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step's inputs, and the rows of all tokens that its own rows are."""
+    """One step's inputs, the rows of all tokens that its own rows are, and its sequences in order."""
 
     arrays: dict[str, Array]
     plain: Array
     chosen: Array
+    sequences: Array
 
     def output_rows(self, selected: bool) -> Array:
         return self.chosen if selected else self.plain
@@ -169,18 +188,31 @@ class _Step:
 
 @dataclass
 class _Collected:
-    """Outputs of all tokens, filled in step by step."""
+    """Outputs of all tokens and sequences, filled in step by step."""
 
+    graph: Graph
     tokens: int
+    sequences: int
     outputs: dict[str, Array] = field(default_factory=dict)
 
-    def add(self, outputs: Mapping[str, Data], rows: Array) -> None:
+    def add(self, outputs: Mapping[str, Data], rows: Array, sequences: Array) -> None:
+        """rows: where the step's rows, one a token, belong; sequences: where those belong that are one a sequence."""
         for name, data in outputs.items():
             if isinstance(data, (Pages, Encoded)):
                 continue
-            flat = data.reshape(len(rows), -1)
-            target = self.outputs.setdefault(name, np.full((self.tokens, flat.shape[1]), np.nan, flat.dtype))
-            target[rows] = flat
+            axis = _token_axis(self.graph.output(name))
+            where, count = (sequences, self.sequences) if axis is None else (rows, self.tokens)
+            flat = (data if axis is None else np.moveaxis(data, axis, 0)).reshape(len(where), -1)
+            target = self.outputs.setdefault(name, np.full((count, flat.shape[1]), np.nan, flat.dtype))
+            target[where] = flat
+
+
+def _token_axis(value: Value) -> int | None:
+    """The axis that counts tokens (S, T or R); None for what has a row a sequence."""
+    for axis, dim in enumerate(value.shape):
+        if any(symbol.name != "B" for symbol in symbols_of(dim)):
+            return axis
+    return None
 
 
 def evaluate_with(

@@ -28,21 +28,25 @@ def bind_symbols(graph: Graph, inputs: Mapping[str, Data]) -> dict[str, int]:
         if len(shape) != value.type.rank:
             raise IRError(f"input {value.name} has shape {list(shape)}, expected {value.type}")
         for dim, size in zip(value.type.shape, shape, strict=True):
-            name = _plain_symbol(dim)
+            name, more = _symbol_plus(dim)
             if name is None:
                 continue
-            if binding.setdefault(name, size) != size:
-                raise IRError(f"input {value.name}: {name} is {size} here and {binding[name]} elsewhere")
+            if binding.setdefault(name, size - more) != size - more:
+                raise IRError(f"input {value.name}: {name} is {size - more} here and {binding[name]} elsewhere")
     return binding
 
 
-def _plain_symbol(dim: int | Dim) -> str | None:
-    if isinstance(dim, int) or len(dim.terms) != 1:
-        return None
+def _symbol_plus(dim: int | Dim) -> tuple[str | None, int]:
+    """The symbol's name and the constant of a size such as T or B + 1; no name for any other size."""
+    if isinstance(dim, int) or len(dim.terms) > 2:
+        return None, 0
     monomial, coefficient = dim.terms[0]
+    if len(monomial) != 1 or coefficient != 1 or (len(dim.terms) == 2 and dim.terms[1][0]):
+        return None, 0
     atom, power = monomial[0]
-    plain = len(monomial) == 1 and coefficient == 1 and power == 1 and isinstance(atom, Symbol)
-    return atom.name if plain and isinstance(atom, Symbol) else None
+    if power != 1 or not isinstance(atom, Symbol):
+        return None, 0
+    return atom.name, dim.terms[1][1] if len(dim.terms) == 2 else 0
 
 
 def evaluate(graph: Graph, inputs: Mapping[str, Data], load_param: LoadParam) -> dict[str, Data]:

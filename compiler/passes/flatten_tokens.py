@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention, Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
 from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.structural import (
     Argmax,
     Broadcast,
@@ -32,20 +34,24 @@ from llmc.compiler.ir.structural import (
     Transpose,
 )
 from llmc.compiler.ir.types import Shape, Tensor
+from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
 from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.relative_bias import bias_table
 
-INPUTS = ("ids", "positions")
-
-
-class _Mixes(Exception):
-    """An op that mixes tokens, or that has no rule: its text is the reason for refusing."""
+INPUTS = ("ids", "positions", "token_types")
+SEQUENCES = symbol("B", 1)
 
 
 @dataclass(frozen=True)
 class FlattenTokens(Pass, name="flatten-tokens"):
-    """`max_step`: the most tokens that one step of the new graph may have (the range of T)."""
+    """`max_step`: the most tokens that one step of the new graph may have (the range of T).
+
+    `sequences`: values a sequence are welcome, and tables of what attention adds by relative position (an encoder).
+    """
 
     max_step: int = 512
+    sequences: bool = False
 
     def run(self, graph: Graph, report: Report) -> Graph:
         old_inputs = {value.name: value for value in graph.inputs}
@@ -57,26 +63,36 @@ class FlattenTokens(Pass, name="flatten-tokens"):
         if wrong:
             report.refuse(f"input {wrong[0]}", f"needs inputs {' and '.join(INPUTS)} of one shape [1, {size}]")
             return graph
-        tokens = symbol("T", 1, self.max_step)
+        tokens = symbol("T", 1, self._most_tokens(size))
         inputs = tuple(Input(value.name, Tensor((tokens,), value.dtype)) for value in graph.inputs)
         new_inputs: dict[Value, Value] = dict(zip(graph.inputs, inputs, strict=True))
-        flattener = _Flattener(size, tokens, new_inputs)
-        try:
-            for op in graph.ops:
-                flattener.add(op)
-        except _Mixes as reason:
-            report.refuse(op, f"{reason}; the graph stays one sequence at a time")
-            return graph
+        flattener = Flattener(graph, size, tokens, new_inputs, self.sequences)
+        for op in graph.ops:
+            flattener.add(op)
+        for _, value in graph.outputs:
+            if value in flattener.refused:
+                op, reason = flattener.refused[value]
+                report.refuse(op, f"{reason}; the graph stays one sequence at a time")
+                return graph
         report.hit("graph")
         outputs = tuple((name, flattener.new.get(value, value)) for name, value in graph.outputs)
-        return Graph(graph.name, inputs, outputs)
+        starts = () if flattener.starts is None else (flattener.starts,)
+        return Graph(graph.name, (*inputs, *starts), outputs)
+
+    def _most_tokens(self, size: Dim) -> int:
+        """A step's tokens at most; sequences of an encoder are not cut."""
+        longest = max((symbol.high or 0 for symbol in size.symbols()), default=0)
+        return max(self.max_step, longest) if self.sequences else self.max_step
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where a value's tokens are: `token` axis, the dropped `batch` axis of size 1 or None, and the `rest` in order."""
+class Layout:
+    """Where a value's tokens are: `token` axis, the dropped `batch` axis of size 1 or None, and the `rest` in order.
 
-    token: int
+    token None: it is a value a sequence.
+    """
+
+    token: int | None
     batch: int | None
     rest: tuple[int, ...]
 
@@ -86,44 +102,83 @@ class _Layout:
         return tuple(sorted({*self.rest, *(() if self.batch is None else (self.batch,))}))
 
 
-class _Flattener:
-    """Builds the new graph's values; `new` maps old values to new ones."""
+class Flattener:
+    """Builds the new graph's values; `new` maps old values to new ones, `refused` others to an op and its reason."""
 
-    def __init__(self, size: Dim, tokens: int | Dim, inputs: dict[Value, Value]) -> None:
-        self.size, self.tokens = size, tokens
+    def __init__(
+        self, graph: Graph, size: Dim, tokens: int | Dim, inputs: dict[Value, Value], sequences: bool = False
+    ) -> None:
+        self.graph, self.size, self.tokens, self.sequences = graph, size, tokens, sequences
         self.symbols = size.symbols()
         self.new: dict[Value, Value] = inputs
+        self.refused: dict[Value, tuple[Op, str]] = {}
+        self.decided: set[Value] = set(inputs)  # old values that differ from token to token or sequence to sequence
+        self.starts: Input | None = None
+
+    @cached_property
+    def probe(self) -> Probe:
+        """What positions decide in the old graph."""
+        return Probe(self.graph)
+
+    def need_starts(self) -> Input:
+        """The input that says where sequences begin, which the new graph has from now on."""
+        if self.starts is None:
+            self.starts = Input("starts", Tensor((SEQUENCES + 1,), "i32"))
+        return self.starts
 
     def add(self, op: Op) -> None:
-        """Rebuild one op, whose operands are already rebuilt."""
-        if not self.has_tokens(op) and not any(self.has_tokens(value) for value in op.operands):
+        """Rebuild one op, whose operands were rebuilt or refused."""
+        if not self.has_tokens(op) and not any(value in self.decided for value in op.operands):
             return
-        if not self.has_tokens(op):
-            raise _Mixes("it makes one value of all tokens")
+        self.decided.add(op)
+        try:
+            count = token_count(self, op) if self.sequences else None
+            if count is not None:
+                self.new[op] = count
+                return
+            for value in op.operands:
+                if value in self.refused and not (self.sequences and isinstance(op, Attention) and value is op.bias):
+                    self.refused[op] = self.refused[value]
+                    return
+            if not self.sequences and not self.has_tokens(op):
+                raise Mixes("it makes one value of all tokens")
+            leaves = not self.has_tokens(op) and any(self.has_tokens(value) for value in op.operands)
+            self.new[op] = self.finish(leave_tokens(self, op) if leaves else self.rebuilt(op), op)
+        except Mixes as reason:
+            self.refused[op] = op, str(reason)
+
+    def rebuilt(self, op: Op) -> Value:
+        """What the rule of this kind of op makes of it."""
         for kind, rule in _RULES:
             if isinstance(op, kind):
-                self.new[op] = self.finish(rule(self, op), op)
-                return
-        raise _Mixes(f"{op.name} has no token-wise rule")
+                return rule(self, op)
+        raise Mixes(f"{op.name} has no token-wise rule")
 
     def has_tokens(self, value: Value) -> bool:
         """Whether the sequence's length appears in the value's shape."""
         return isinstance(value.type, Tensor) and any(symbols_of(dim) & self.symbols for dim in value.type.shape)
 
-    def layout(self, value: Value) -> _Layout:
-        """The layout of an old value that has tokens."""
+    def layout(self, value: Value) -> Layout:
+        """The layout of an old value that tokens decide."""
         axes = [axis for axis, dim in enumerate(value.shape) if symbols_of(dim) & self.symbols]
+        if not axes and value in self.decided:
+            batch = 0 if value.rank and value.shape[0] == 1 else None
+            return Layout(None, batch, tuple(range(value.rank))[0 if batch is None else 1 :])
         if len(axes) != 1:
-            raise _Mixes(f"axes {axes} of {value.type} all count tokens")
+            raise Mixes(f"axes {axes} of {value.type} all count tokens")
         if value.shape[axes[0]] != self.size:
-            raise _Mixes(f"axis {axes[0]} of {value.type} is not one element a token")
+            raise Mixes(f"axis {axes[0]} of {value.type} is not one element a token")
         token = axes[0]
         batch = 0 if token != 0 and value.shape[0] == 1 else None
-        return _Layout(token, batch, tuple(i for i in range(value.rank) if i not in (token, batch)))
+        return Layout(token, batch, tuple(i for i in range(value.rank) if i not in (token, batch)))
+
+    def rows(self, value: Value) -> int | Dim:
+        """How many rows the new value has: one a token, or one a sequence."""
+        return self.tokens if self.has_tokens(value) else SEQUENCES
 
     def shape(self, value: Value, axes: tuple[int, ...]) -> Shape:
-        """The new shape of an old value: tokens first, then the sizes of some of its axes."""
-        return (self.tokens, *(value.shape[i] for i in axes))
+        """The new shape of an old value: its rows, then the sizes of some of its axes."""
+        return (self.rows(value), *(value.shape[i] for i in axes))
 
     def finish(self, built: Value, op: Op) -> Value:
         """The rebuilt value in the new shape of `op`: the two differ at most in axes of size 1."""
@@ -139,7 +194,7 @@ class _Flattener:
         layout = self.layout(value)
         axes = tuple(axis % value.rank for axis in axes)
         if layout.token in axes:
-            raise _Mixes(f"it {what} the token axis {layout.token} of {value.type}")
+            raise Mixes(f"it {what} the token axis {layout.token} of {value.type}")
         new, kept = (self.full(value)) if layout.batch in axes else (self.new[value], layout.rest)
         return new, tuple(1 + kept.index(axis) for axis in axes)
 
@@ -148,10 +203,9 @@ class _Flattener:
         layout = self.layout(result)
         offset = result.rank - value.rank
         sizes = tuple(value.shape[i - offset] if i >= offset else 1 for i in layout.rest)
-        if self.has_tokens(value):
-            if self.layout(value).token + offset != layout.token:
-                raise _Mixes(f"the token axis of {value.type} meets another axis of the result")
-            return reshaped(self.new[value], (self.tokens, *sizes))
+        if value in self.decided:
+            self.must_meet(value, result, offset)
+            return reshaped(self.new[value], (self.rows(result), *sizes))
         old: Shape = value.shape
         while old and old[0] == 1 and len(old) > len(sizes):
             old = old[1:]
@@ -160,21 +214,29 @@ class _Flattener:
             return value
         return reshaped(value, sizes)
 
+    def must_meet(self, value: Value, result: Value, offset: int) -> None:
+        """Refuse where rows of an operand, whose axes are `offset` behind the result's, are not those of the result."""
+        token, wanted = self.layout(value).token, self.layout(result).token
+        if token is None and wanted is not None:
+            raise Mixes("it gives each token one value of all tokens of its sequence")
+        if token is not None and token + offset != wanted:
+            raise Mixes(f"the token axis of {value.type} meets another axis of the result")
+
     def elementwise(self, op: Op) -> Value:
         return op.map_operands(lambda value: self.aligned(value, op))
 
     def mapped(self, op: Op) -> Value:
         """An op whose operands keep their meaning when the token axis moves to the front."""
         for value in op.operands:
-            if self.has_tokens(value) and self.layout(value).token == value.rank - 1:
-                raise _Mixes(f"it works along the token axis of {value.type}")
+            if value in self.decided and value.rank - 1 not in self.layout(value).rest:
+                raise Mixes(f"it works along the token axis of {value.type}")
         return op.map_operands(lambda value: self.new.get(value, value))
 
     def token_first(self, op: Op) -> Value:
         """An op defined over tokens on axis 0."""
         for value in op.operands:
-            if self.has_tokens(value) and self.layout(value).token != 0:
-                raise _Mixes(f"the tokens of {value.type} are not on axis 0")
+            if value in self.decided and self.layout(value).token != 0:
+                raise Mixes(f"the tokens of {value.type} are not on axis 0")
         return op.map_operands(lambda value: self.new.get(value, value))
 
     def transpose(self, op: Transpose) -> Value:
@@ -188,9 +250,9 @@ class _Flattener:
         return Transpose(x, (0, *(1 + kept.index(axis) for axis in order)))
 
     def reshape(self, op: Reshape) -> Value:
-        before = product(op.x.shape[: self.layout(op.x).token])
-        if before != product(op.shape[: self.layout(op).token]):
-            raise _Mixes("it moves elements between tokens")
+        before, after = self.layout(op.x).token, self.layout(op).token
+        if before is not None and product(op.x.shape[:before]) != product(op.shape[:after]):
+            raise Mixes("it moves elements between tokens")
         return self.new[op.x]
 
     def broadcast(self, op: Broadcast) -> Value:
@@ -199,7 +261,7 @@ class _Flattener:
     def slice(self, op: Slice) -> Value:
         x, (axis,) = self.along(op.x, (op.axis,), "slices")
         if isinstance(op.start, Dim) or isinstance(op.stop, Dim):
-            raise _Mixes("its bounds depend on the number of tokens")
+            raise Mixes("its bounds depend on the number of tokens")
         return Slice(x, axis, op.start, op.stop, op.step)
 
     def concat(self, op: Concat) -> Value:
@@ -210,9 +272,9 @@ class _Flattener:
         return Concat(tuple(x for x, _ in parts), parts[0][1][0])
 
     def pad(self, op: Pad) -> Value:
-        layout = self.layout(op.x)
-        if op.low[layout.token] or op.high[layout.token]:
-            raise _Mixes("it pads the token axis")
+        token = self.layout(op.x).token
+        if token is not None and (op.low[token] or op.high[token]):
+            raise Mixes("it pads the token axis")
         full, axes = self.full(op.x)
         return Pad(full, (0, *(op.low[i] for i in axes)), (0, *(op.high[i] for i in axes)), op.value)
 
@@ -225,9 +287,9 @@ class _Flattener:
         return op.replace(x=x, axis=axis)
 
     def gather(self, op: Gather) -> Value:
-        if self.has_tokens(op.x):
-            if self.has_tokens(op.indices):
-                raise _Mixes("it gathers tokens by token")
+        if op.x in self.decided:
+            if op.indices in self.decided:
+                raise Mixes("it gathers tokens by token")
             x, (axis,) = self.along(op.x, (op.axis,), "gathers along")
             return Gather(x, op.indices, axis)
         axis = op.axis % op.x.rank
@@ -238,12 +300,12 @@ class _Flattener:
 
     def gather_elements(self, op: GatherElements) -> Value:
         axis = op.axis % op.x.rank
-        if not self.has_tokens(op.x) and axis == self.layout(op.indices).token:
+        if op.x not in self.decided and axis == self.layout(op.indices).token:
             return self._rows_of_table(op, axis)
-        if not (self.has_tokens(op.x) and self.has_tokens(op.indices)):
-            raise _Mixes("it gathers from one place for every token")
+        if not (op.x in self.decided and op.indices in self.decided):
+            raise Mixes("it gathers from one place for every token")
         if self.layout(op.x).token != self.layout(op.indices).token or axis == self.layout(op.x).token:
-            raise _Mixes(f"it gathers along the token axis of {op.x.type}")
+            raise Mixes(f"it gathers along the token axis of {op.x.type}")
         (x, axes), (indices, _) = self.full(op.x), self.full(op.indices)
         return GatherElements(x, indices, 1 + axes.index(axis))
 
@@ -255,34 +317,32 @@ class _Flattener:
 
     def matmul(self, op: Matmul) -> Value:
         """A token's rows times a matrix: each token is a stack of matrices of its own."""
-        if self.has_tokens(op.a) and not self.has_tokens(op.b):
-            layout = self.layout(op.a)
-            if layout.token == op.a.rank - 1:
-                raise _Mixes("it sums over the token axis")
-            if layout.token == op.a.rank - 2:
+        if op.a in self.decided and op.b not in self.decided:
+            token = self.layout(op.a).token
+            if token == op.a.rank - 1:
+                raise Mixes("it sums over the token axis")
+            if token == op.a.rank - 2 or (token is None and product(op.a.shape[:-1]) == 1):
                 return self._rows_times_matrix(op)
-        leading = op.rank - 2
-        result = self.layout(op)
-        if result.token >= leading:
-            raise _Mixes("it multiplies tokens with tokens")
+        token = self.layout(op).token
+        if token is not None and token >= op.rank - 2:
+            raise Mixes("it multiplies tokens with tokens")
         operands = []
         for value in (op.a, op.b):
             offset = op.rank - value.rank
-            sizes = tuple(value.shape[i - offset] if i >= offset else 1 for i in range(op.rank) if i != result.token)
-            if not self.has_tokens(value):
-                operands.append(reshaped(value, sizes))
-            elif self.layout(value).token + offset != result.token:
-                raise _Mixes(f"the token axis of {value.type} meets another axis of the result")
+            sizes = tuple(value.shape[i - offset] if i >= offset else 1 for i in range(op.rank) if i != token)
+            if value in self.decided:
+                self.must_meet(value, op, offset)
+                operands.append(reshaped(self.new[value], (self.rows(op), *sizes)))
             else:
-                operands.append(reshaped(self.new[value], (self.tokens, *sizes)))
+                operands.append(reshaped(value, sizes))
         return Matmul(operands[0], operands[1])
 
     def _rows_times_matrix(self, op: Matmul) -> Value:
         leading = (*(1 for _ in range(op.rank - op.a.rank)), *op.a.shape[:-2])
         if all(dim == 1 for dim in (*leading, *op.b.shape[:-2])):
-            x = reshaped(self.new[op.a], (self.tokens, op.a.shape[-1]))
+            x = reshaped(self.new[op.a], (self.rows(op), op.a.shape[-1]))
             return Matmul(x, reshaped(op.b, op.b.shape[-2:]))
-        return Matmul(reshaped(self.new[op.a], (self.tokens, *leading, 1, op.a.shape[-1])), op.b)
+        return Matmul(reshaped(self.new[op.a], (self.rows(op), *leading, 1, op.a.shape[-1])), op.b)
 
     def embed(self, op: Embed) -> Value:
         return op.replace(ids=self.new[op.ids])
@@ -290,14 +350,19 @@ class _Flattener:
     def attention(self, op: Attention) -> Value:
         for value in (op.q, op.k, op.v):
             if not self.has_tokens(value) or self.layout(value).token != value.rank - 3:
-                raise _Mixes(f"the tokens of {value.type} are not on axis {value.rank - 3}")
+                raise Mixes(f"the tokens of {value.type} are not on axis {value.rank - 3}")
             if product(value.shape[:-3]) != 1:
-                raise _Mixes(f"{value.type} holds more than one sequence")
+                raise Mixes(f"{value.type} holds more than one sequence")
         q, k, v = (reshaped(self.new[x], (self.tokens, *x.shape[-2:])) for x in (op.q, op.k, op.v))
-        return op.replace(q=q, k=k, v=v)
+        if op.bias is None:
+            return op.replace(q=q, k=k, v=v)
+        if not self.sequences:
+            raise Mixes("it adds a bias to the scores of each pair of tokens")
+        table = bias_table(self.probe, op.bias, op.q.shape[-2])
+        return op.replace(q=q, k=k, v=v, bias=RelativeBias(table, self.tokens))
 
     def iota(self, op: Iota) -> Value:
-        raise _Mixes("it counts tokens from 0, which is not their position in a mixture of sequences")
+        raise Mixes("it counts tokens from 0, which is not their position in a mixture of sequences")
 
 
 def reshaped(value: Value, shape: Shape) -> Value:
@@ -311,21 +376,21 @@ def reshaped(value: Value, shape: Shape) -> Value:
 
 # The first class that an op is an instance of decides.
 _RULES: tuple[tuple[type[Op] | tuple[type[Op], ...], Callable[..., Value]], ...] = (
-    ((Unary, Cast, Activation, Binary, Compare, Where), _Flattener.elementwise),
-    ((Linear, GatedLinear, RMSNorm, LayerNorm), _Flattener.mapped),
-    ((RopeAngles, Rope), _Flattener.token_first),
-    (Transpose, _Flattener.transpose),
-    (Reshape, _Flattener.reshape),
-    (Broadcast, _Flattener.broadcast),
-    (Slice, _Flattener.slice),
-    (Concat, _Flattener.concat),
-    (Pad, _Flattener.pad),
-    (Reduce, _Flattener.reduce),
-    ((Softmax, Cumsum, Argmax), _Flattener.one_axis),
-    (Gather, _Flattener.gather),
-    (GatherElements, _Flattener.gather_elements),
-    (Matmul, _Flattener.matmul),
-    (Embed, _Flattener.embed),
-    (Attention, _Flattener.attention),
-    (Iota, _Flattener.iota),
+    ((Unary, Cast, Activation, Binary, Compare, Where), Flattener.elementwise),
+    ((Linear, GatedLinear, RMSNorm, LayerNorm), Flattener.mapped),
+    ((RopeAngles, Rope), Flattener.token_first),
+    (Transpose, Flattener.transpose),
+    (Reshape, Flattener.reshape),
+    (Broadcast, Flattener.broadcast),
+    (Slice, Flattener.slice),
+    (Concat, Flattener.concat),
+    (Pad, Flattener.pad),
+    (Reduce, Flattener.reduce),
+    ((Softmax, Cumsum, Argmax), Flattener.one_axis),
+    (Gather, Flattener.gather),
+    (GatherElements, Flattener.gather_elements),
+    (Matmul, Flattener.matmul),
+    (Embed, Flattener.embed),
+    (Attention, Flattener.attention),
+    (Iota, Flattener.iota),
 )

@@ -3,17 +3,25 @@
 Each `llm.attention` over [T, heads, dim] appends its keys and values to a cache and reads its own sequence back. New
 inputs: slots i32[T], tiles i32[Q, 4], block_table i32[B, M], and `cache.N: kv<...>` in the order of the layers; new
 outputs: `cache.N.next`. Two attentions over the same keys and values share one cache.
+
+An encoder (`scratch=true`) sees whole sequences in one step, so that its cache holds nothing between steps: there are
+no outputs `cache.N.next`, and a layer whose keys and values come of what the layer before has read takes over the
+cache of that layer. Attention that is not causal sees the whole sequence: a new input `starts` i32[B + 1] says how
+long that is, where the graph has none yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llmc.compiler.ir.attention import Attention, KVAppend, PagedAttention
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.graph import Graph, substitute_values
-from llmc.compiler.ir.llm import Attention, KVAppend, PagedAttention, static
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.llm import static
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import KV, Tensor
+from llmc.compiler.passes.flatten_tokens import SEQUENCES
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.errors import CompileError
 
@@ -22,15 +30,16 @@ KV_DTYPES = ("f16", "f32")
 
 @dataclass(frozen=True)
 class InsertKVCache(Pass, name="insert-kv-cache"):
-    """`kv_dtype`: what keys and values are stored in (f16 or f32)."""
+    """`kv_dtype`: what keys and values are stored in (f16 or f32). `scratch`: nothing is kept between steps."""
 
     kv_dtype: str = "f32"
+    scratch: bool = False
 
     def run(self, graph: Graph, report: Report) -> Graph:
         if self.kv_dtype not in KV_DTYPES:
             raise CompileError(f"kv-dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         attentions = [op for op in graph.ops if isinstance(op, Attention)]
-        reasons = [(op, _refusal(op, graph)) for op in attentions]
+        reasons = [(op, _refusal(op, graph, self.scratch)) for op in attentions]
         for op, reason in reasons:
             if reason:
                 report.refuse(op, f"{reason}; no attention of this graph gets a cache")
@@ -40,39 +49,96 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
         tokens = attentions[0].q.shape[0]
         slots = Input("slots", Tensor((tokens,), "i32"))
         tiles = Input("tiles", Tensor((symbol("Q", 1), 4), "i32"))
-        block_table = Input("block_table", Tensor((symbol("B", 1), symbol("M", 1)), "i32"))
-        caches: list[Input] = []
-        versions: dict[tuple[Value, Value], Value] = {}
-        appended: list[Value] = []
+        block_table = Input("block_table", Tensor((SEQUENCES, symbol("M", 1)), "i32"))
+        given = {value.name: value for value in graph.inputs}
+        starts = given.get("starts") or Input("starts", Tensor((SEQUENCES + 1,), "i32"))
+        caches: list[_Cache] = []
+        versions: dict[tuple[Value, Value], tuple[_Cache, _Version]] = {}
 
         def rule(op: Value) -> Value | None:
             if not isinstance(op, Attention):
                 return None
-            if (op.k, op.v) not in versions:
+            cache, version = versions.get((op.k, op.v), (None, None))
+            if cache is None or version is None or cache.versions[-1] is not version:
                 kind = KV(static(op.k.shape[1]), static(op.k.shape[2]), static(op.v.shape[2]), self.kv_dtype)
-                caches.append(Input(f"cache.{len(caches)}", kind))
-                versions[op.k, op.v] = KVAppend(caches[-1], op.k, op.v, slots)
-                appended.append(versions[op.k, op.v])
-                report.hit("cache")
+                cache = self._cache_for(op, kind, caches, report)
+                version = _Version(KVAppend(cache.latest, op.k, op.v, slots))
+                versions[op.k, op.v] = cache, version
+                cache.versions.append(version)
             report.hit("attention")
-            return PagedAttention(
-                op.q, versions[op.k, op.v], tiles, block_table, op.sinks, op.slopes,
-                scale=op.scale, window=op.window, softcap=op.softcap,
+            paged = PagedAttention(
+                op.q, version.append, tiles, block_table, op.sinks, op.slopes,
+                starts=None if op.causal else starts, bias=_table(op), scale=op.scale, causal=op.causal,
+                window=op.window, softcap=op.softcap,
             )  # fmt: skip
+            version.readers.append(paged)
+            return paged
 
         after = substitute_values(graph, {}, rule)
-        outputs = (*after.outputs, *((f"{cache.name}.next", v) for cache, v in zip(caches, appended, strict=True)))
-        return Graph(graph.name, (*after.inputs, slots, tiles, block_table, *caches), outputs)
+        wants_starts = "starts" not in given and not all(op.causal for op in attentions)
+        inputs = (*after.inputs, *((starts,) if wants_starts else ()), slots, tiles, block_table)
+        following = () if self.scratch else tuple((f"{c.input.name}.next", c.latest) for c in caches)
+        return Graph(graph.name, (*inputs, *(cache.input for cache in caches)), (*after.outputs, *following))
+
+    def _cache_for(self, op: Attention, kind: KV, caches: list[_Cache], report: Report) -> _Cache:
+        """A new cache, or, where nothing is kept, one that every attention so far has read before `op` appends."""
+        if self.scratch:
+            needed = _needed((op.k, op.v))
+            for cache in caches:
+                if cache.input.type == kind and all(reader in needed for reader in cache.versions[-1].readers):
+                    report.hit("shared cache")
+                    return cache
+        caches.append(_Cache(Input(f"cache.{len(caches)}", kind)))
+        report.hit("cache")
+        return caches[-1]
 
 
-def _refusal(op: Attention, graph: Graph) -> str:
+@dataclass
+class _Version:
+    """What a cache holds after an append, and who reads that."""
+
+    append: KVAppend
+    readers: list[Op] = field(default_factory=list)
+
+
+@dataclass
+class _Cache:
+    """A cache, and its versions in order."""
+
+    input: Input
+    versions: list[_Version] = field(default_factory=list)
+
+    @property
+    def latest(self) -> Value:
+        return self.versions[-1].append if self.versions else self.input
+
+
+def _needed(roots: tuple[Value, ...]) -> set[Value]:
+    """Every value that the roots are computed from."""
+    found: set[Value] = set()
+    stack = list(roots)
+    while stack:
+        value = stack.pop()
+        if value not in found:
+            found.add(value)
+            stack.extend(value.operands if isinstance(value, Op) else ())
+    return found
+
+
+def _table(op: Attention) -> Value | None:
+    return op.bias.table if isinstance(op.bias, RelativeBias) else None
+
+
+def _refusal(op: Attention, graph: Graph, scratch: bool) -> str:
     """Why this attention cannot read a cache; empty when it can."""
-    if not op.causal:
+    if not op.causal and not scratch:
         return "it is not causal, so that earlier results change with later tokens"
     if op.q.rank != 3 or op.q.shape[0] != op.k.shape[0]:
         return "it does not stand over tokens [T, heads, dim]: flatten-tokens comes first"
+    if op.bias is not None and not isinstance(op.bias, RelativeBias):
+        return "it adds a bias to the scores that distances of tokens do not decide"
     if not isinstance(op.q.shape[0], Dim):
         return f"the number of tokens, {op.q.shape[0]}, is fixed"
-    if any(symbol.name not in ("T",) for symbol in graph.symbols):
+    if any(symbol.name not in ("T", "B") for symbol in graph.symbols):
         return "the graph has sizes besides T: flatten-tokens comes first"
     return ""

@@ -3,6 +3,9 @@
 A new input rows i32[R] names tokens. An op is row-only when nothing but the selected logits comes of it and it treats
 each token alone: the head, the final norm, and the last layer from its attention's output on. Those run over R rows;
 every other value they use is gathered once.
+
+In an encoder (`sequences=true`) the rows are those that the graph picks itself, such as the first token of each
+sequence: there is no new input.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.llm import Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reduce, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import Tensor
+from llmc.compiler.passes.flatten_tokens import SEQUENCES
 from llmc.compiler.passes.manager import Pass, Report
 
 ELEMENTWISE = (Unary, Cast, Activation, Binary, Compare, Where)
@@ -23,11 +27,33 @@ ELEMENTWISE = (Unary, Cast, Activation, Binary, Compare, Where)
 
 @dataclass(frozen=True)
 class SelectRows(Pass, name="select-rows"):
-    """`output`: the output whose rows are selected."""
+    """`output`: the output whose rows are selected. `sequences`: none is, but what sequences pick is computed alone."""
 
     output: str = "logits"
+    sequences: bool = False
 
     def run(self, graph: Graph, report: Report) -> Graph:
+        return self._picked(graph, report) if self.sequences else self._wanted(graph, report)
+
+    def _picked(self, graph: Graph, report: Report) -> Graph:
+        """The graph with every gather of a row a sequence moved in front of what only that row needs."""
+        for index in range(len(graph.ops)):
+            picks = [op for op in graph.ops if _picks(op)]
+            if index >= len(picks):
+                return graph
+            pick = picks[index]
+            assert isinstance(pick, Gather)
+            if any(value is pick.x for _, value in graph.outputs) or len(graph.users[pick.x]) > 1:
+                continue
+            tokens = pick.x.shape[0]
+            assert isinstance(tokens, Dim)
+            row_only = _row_only(graph, pick.x, "", tokens, pick)
+            if row_only:
+                alone = _of_rows(graph, pick.x, pick.indices, tokens, row_only, report)
+                graph = substitute_values(graph, {pick: alone})
+        return graph
+
+    def _wanted(self, graph: Graph, report: Report) -> Graph:
         outputs = dict(graph.outputs)
         logits = outputs.get(self.output)
         if logits is None or not isinstance(logits.type, Tensor):
@@ -39,37 +65,53 @@ class SelectRows(Pass, name="select-rows"):
             return graph
         rows = Input("rows", Tensor((symbol("R", 1),), "i32"))
         row_only = _row_only(graph, logits, self.output, tokens)
-        selected: dict[Value, Value] = {}
-
-        def of_rows(value: Value) -> Value:
-            """The rows of a value that has tokens; any other value itself."""
-            if not isinstance(value.type, Tensor) or tokens not in value.shape:
-                return value
-            if value not in selected:
-                selected[value] = Gather(value, rows, 0)
-                report.hit("gather")
-            return selected[value]
-
-        for op in graph.ops:
-            if op in row_only:
-                if isinstance(op, Reshape):
-                    selected[op] = Reshape(of_rows(op.x), (rows.shape[0], *op.to[1:]))
-                else:
-                    selected[op] = op.map_operands(of_rows)
-                report.hit("row-only op")
-        new = of_rows(logits)
+        new = _of_rows(graph, logits, rows, tokens, row_only, report)
         kept = tuple((name, new if name == self.output else value) for name, value in graph.outputs)
         return Graph(graph.name, (*graph.inputs, rows), kept)
 
 
-def _row_only(graph: Graph, logits: Value, output: str, tokens: Dim) -> set[Op]:
-    """Ops that only the selected logits need and that treat each token (axis 0) alone."""
+def _picks(op: Op) -> bool:
+    """Whether this takes a row of some value [T, ...] for each sequence."""
+    if not isinstance(op, Gather) or op.axis % op.x.rank != 0 or op.indices.rank != 1:
+        return False
+    return str(op.x.shape[0]) == "T" and op.indices.shape[0] == SEQUENCES
+
+
+def _of_rows(graph: Graph, wanted: Value, rows: Value, tokens: Dim, row_only: set[Op], report: Report) -> Value:
+    """Rows of `wanted` [T, ...]: `row_only` ops run over the rows alone, what they read is gathered."""
+    selected: dict[Value, Value] = {}
+
+    def of_rows(value: Value) -> Value:
+        """The rows of a value that has tokens; any other value itself."""
+        if not isinstance(value.type, Tensor) or tokens not in value.shape:
+            return value
+        if value not in selected:
+            selected[value] = Gather(value, rows, 0)
+            report.hit("gather")
+        return selected[value]
+
+    for op in graph.ops:
+        if op in row_only:
+            if isinstance(op, Reshape):
+                selected[op] = Reshape(of_rows(op.x), (rows.shape[0], *op.to[1:]))
+            else:
+                selected[op] = op.map_operands(of_rows)
+            report.hit("row-only op")
+    return of_rows(wanted)
+
+
+def _row_only(graph: Graph, wanted: Value, output: str, tokens: Dim, reader: Op | None = None) -> set[Op]:
+    """Ops that only the selected rows of `wanted` need and that treat each token (axis 0) alone.
+
+    output: the name of what is `wanted`; reader: an op that reads those rows of it only.
+    """
     kept = {value for name, value in graph.outputs if name != output}
     found: set[Op] = set()
     for op in reversed(graph.ops):
         if op in kept or not _treats_tokens_alone(op, tokens):
             continue
-        if all(user in found for user in graph.users.get(op, ())) and (op is logits or graph.users.get(op)):
+        users = [user for user in graph.users.get(op, ()) if user is not reader]
+        if all(user in found for user in users) and (op is wanted or users):
             found.add(op)
     # A reshape of a gathered value is better gathered after it, in two axes.
     for op in graph.ops:
