@@ -10,11 +10,13 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
+from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import PagedAttention
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.text import text_hash
-from llmc.compiler.ir.types import KV
+from llmc.compiler.ir.types import KV, NUMPY_DTYPES
 from llmc.compiler.options import CompileOptions
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 1
+ABI = 2
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 
@@ -45,14 +47,16 @@ def build_manifest(
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
-    from llmc.compiler.pipeline import MAX_SPLITS, TILE
+    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, TILE, greatest
+    from llmc.targets.driver import output_values, size_names
 
     layers = _layers(program)
-    logits = dict(program.graph.outputs)["logits"]
+    largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
     return {
         "schema": SCHEMA,
         "abi": ABI,
         "llmc_version": _version("llmc"),
+        "task": lifted.task,
         "model": {
             "name": lifted.name,
             "source": source,
@@ -71,13 +75,19 @@ def build_manifest(
             "tile": TILE,
             "max_splits": MAX_SPLITS,
             "arena_bytes": max(plan.nbytes, 64),
-            "vocab_size": logits.shape[-1],
-            "state": "paged" if layers else "none",
+            "vocab_size": _vocabulary(program, lifted),
+            "state": state_of(program.graph, lifted.task),
             "calls": library.calls,
             "costs": library.costs,
             "limits": library.limits,
         },
-        "max_context": lifted.max_context,
+        "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
+        "outputs": [] if lifted.task == GENERATE else [_array(*pair) for pair in output_values(program.graph)],
+        "symbols": [
+            {"name": name, "low": min(s.low for s in program.graph.symbols if s.name == name), "high": largest[name]}
+            for name in (size_names(program.graph) if lifted.task == RUN else [])
+        ],
+        "max_context": max(1, lifted.max_context),
         "kv": {"layers": layers},
         "weights": {
             "bytes": nbytes,
@@ -89,6 +99,7 @@ def build_manifest(
                 for item in placed
             ],
         },
+        "encoder": lifted.encoder,
         "tokenizer": lifted.text.facts,
         "generation": lifted.text.generation,
         "explain": explain(compiled, program),
@@ -108,6 +119,32 @@ def build_manifest(
             "tvm": _version("apache-tvm"),
         },
     }
+
+
+def state_of(graph: Graph, task: str) -> str:
+    """What the steps of a graph see: "run" its own inputs, "ragged" whole sequences of tokens, side by side, "paged"
+    parts of sequences that go on from a cache, "none" one whole sequence."""
+    from llmc.compiler.pipeline import ENCODE, RUN
+
+    if task == RUN:
+        return "run"
+    if task == ENCODE:
+        return "ragged" if any(value.name == "starts" for value in graph.inputs) else "none"
+    return "paged" if any(isinstance(value.type, KV) for value in graph.inputs) else "none"
+
+
+def _vocabulary(program: Program, lifted: Lifted) -> int | Dim:
+    """Tokens that there are: as many as logits where the model generates; 1 where it knows no tokens."""
+    from llmc.compiler.pipeline import GENERATE
+
+    outputs = dict(program.graph.outputs)
+    return outputs["logits"].shape[-1] if lifted.task == GENERATE else max(1, lifted.vocab_size)
+
+
+def _array(name: str, value: Value) -> dict[str, object]:
+    """An input or output: numpy's name of the dtype, and sizes as ints or as the text of a polynomial."""
+    shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
+    return {"name": name, "dtype": NUMPY_DTYPES[value.dtype].name, "shape": shape}
 
 
 _ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}

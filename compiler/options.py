@@ -17,6 +17,7 @@ WEIGHT_SOURCES = ("embed", "random", "none")
 PAGE = 32  # tokens a page of the KV cache: no context is shorter
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
+MOST_DIM = 1 << 31  # of a size that a model names
 
 
 # `fnmatch` patterns of weight names, without the characters that separate a pass's options.
@@ -35,6 +36,7 @@ class CompileOptions:
     else the same as `quantization`. A head tied to the embedding has the embedding's scheme.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most.
+    max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
     weights: "embed" puts them into the artifact, "random" puts noise there, "none" leaves them out (they are given
     at load time), anything else is the path of a file that they are written to.
     check: evaluate the graph before and after every pass on random bindings, in f64.
@@ -51,6 +53,7 @@ class CompileOptions:
     overrides: tuple[tuple[str, str], ...] = ()
     max_context: int | None = None
     max_step: int = 512
+    max_dims: tuple[tuple[str, int], ...] = ()
     weights: str = "embed"
     check: bool = False
     kernel_cache: Path | None = None
@@ -77,6 +80,10 @@ class CompileOptions:
             raise CompileError(f"--weights is {', '.join(WEIGHT_SOURCES)} or a file's path, not empty")
         _in_range("--max-context", self.max_context, PAGE, MOST_CONTEXT)
         _in_range("--max-step", self.max_step, 16, MOST_STEP)
+        for name, most in self.max_dims:
+            if not name:
+                raise CompileError("--max-dim needs a size's name before the '=': --max-dim batch=8")
+            _in_range(f"--max-dim {name}", most, 1, MOST_DIM)
         _in_range("--jobs", self.jobs, 1, 1024)
         _in_range("--seed", self.seed, 0, (1 << 63) - 1)
 
@@ -108,6 +115,7 @@ class CompileOptions:
         for name in ("kernel_cache", "jobs", "check"):
             del kept[name]
         kept["overrides"] = [list(pair) for pair in self.overrides]
+        kept["max_dims"] = dict(self.max_dims)
         json.dumps(kept)
         return kept
 
@@ -120,6 +128,17 @@ def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
         if not equals:
             raise CompileError(f"--override is PATTERN=SCHEME, such as '*.down_proj*=int8', not {text!r}")
         pairs.append((pattern, scheme))
+    return tuple(pairs)
+
+
+def parse_max_dims(texts: list[str]) -> tuple[tuple[str, int], ...]:
+    """`NAME=N` texts, as the command line gives them, to pairs."""
+    pairs = []
+    for text in texts:
+        name, equals, most = text.rpartition("=")
+        if not equals or not most.strip().isdecimal():
+            raise CompileError(f"--max-dim is NAME=N, such as batch=8, not {text!r}")
+        pairs.append((name.strip(), int(most)))
     return tuple(pairs)
 
 

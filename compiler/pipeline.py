@@ -34,15 +34,16 @@ if TYPE_CHECKING:
 
 TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
 MAX_SPLITS = 16  # context splits of attention at most
+GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 
 RECOGNISE = (
-    "canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"
-    "canonicalize,fold,cse"
+    "integer-products,canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,"
+    "fuse-embed,keep-integers,canonicalize,fold,cse"
 )
 
 
-def pipeline_text(options: CompileOptions) -> str:
-    """The passes of a compile, as text."""
+def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
+    """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`)."""
     kv_dtype = "f32" if options.quantization == "none" else "f16"
     overrides = ";".join(f"{pattern}={scheme}" for pattern, scheme in options.overrides)
     quantize = (
@@ -52,16 +53,22 @@ def pipeline_text(options: CompileOptions) -> str:
         + (f",overrides={overrides}" if overrides else "")
         + "}"
     )
+    merge = "merge-projections" + (f"{{overrides={overrides}}}" if overrides else "")
+    finish = "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse"
+    if task == RUN:  # any graph, as it is: its inputs are not tokens
+        return ",".join([RECOGNISE, "split-projections,canonicalize,cse", merge, quantize, finish])
+    encodes = ",sequences=true" if task == ENCODE else ""
+    scratch = ",scratch=true" if task == ENCODE else ""
     return ",".join(
         [
             RECOGNISE,
-            f"flatten-tokens{{max-step={options.max_step}}}",
+            f"flatten-tokens{{max-step={options.max_step}{encodes}}}",
             "canonicalize,fold,cse,split-projections,canonicalize,cse",
-            f"insert-kv-cache{{kv-dtype={kv_dtype}}}",
-            "select-rows,whole-sequence",
-            "merge-projections" + (f"{{overrides={overrides}}}" if overrides else ""),
+            f"insert-kv-cache{{kv-dtype={kv_dtype}{scratch}}}",
+            "select-rows{sequences=true},whole-sequence{sequences=true}" if encodes else "select-rows,whole-sequence",
+            merge,
             quantize,
-            "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse",
+            finish,
         ]
     )
 
@@ -80,9 +87,10 @@ def run_pipeline(
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
     load: LoadParam | None = None,
+    task: str = GENERATE,
 ) -> Compiled:
     """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such."""
-    passes = parse_pipeline(pipeline_text(options))
+    passes = parse_pipeline(pipeline_text(options, task))
     told = progress or Silent()
     told.start("passes", len(passes), "passes")
 
@@ -94,15 +102,15 @@ def run_pipeline(
     return Compiled(final, reports)
 
 
-def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int) -> Graph:
+def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> Graph:
     """The k-level form of a graph after all passes: kernels chosen, buffers planned. For people and tests."""
     from llmc.targets import lower, machine_named
     from llmc.targets.kernel_graph import kernel_graph
     from llmc.targets.memory import plan_memory
 
     program = lower(graph, machine_named(options.target))
-    step = step_limit(program.graph, options, max_context)
-    return kernel_graph(program, plan_memory(program, largest_sizes(step, max_context)))
+    step = step_limit(program.graph, options, max_context, task)
+    return kernel_graph(program, plan_memory(program, greatest(program.graph, step, max_context, task)))
 
 
 def compile_model(
@@ -111,10 +119,12 @@ def compile_model(
     options: CompileOptions,
     progress: Progress | None = None,
     observers: Callable[[Lifted], Sequence[Observer]] | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, object]:
-    """Compile a model directory or hub name into the artifact `output`; returns the artifact's manifest.
+    """Compile a model directory, hub name or ONNX file into the artifact `output`; returns the artifact's manifest.
 
-    `observers(lifted)` gives further observers of the passes, such as the checker of `--check`.
+    `tokenizer`: the directory of one, where the model has none beside it. `observers(lifted)` gives further observers
+    of the passes, such as the checker of `--check`.
     """
     from llmc.frontends import lift
     from llmc.targets import lower, machine_named
@@ -126,22 +136,30 @@ def compile_model(
     compiler_command(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
     weights = "random" if options.weights == "random" else "checkpoint"
-    lifted = lift(source, max_context=options.max_context, weights=weights, seed=options.seed)
+    lifted = lift(
+        source, max_context=options.max_context, weights=weights, seed=options.seed, tokenizer=tokenizer,
+        max_dims=dict(options.max_dims),
+    )  # fmt: skip
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:
         from llmc.compiler.check import Checker
 
         watching.append(Checker(lifted.weights.load, options.seed))
-    compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load)
-    check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
+    compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load, lifted.task)
+    if lifted.task != RUN:
+        check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
     for note in lifted.notes:
         told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
 
 
-def step_limit(graph: Graph, options: CompileOptions, max_context: int) -> int:
-    """Tokens a step at most: whole sequences where there is no cache."""
+def step_limit(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> int:
+    """Tokens a step at most: whole sequences where there is no cache that is kept; 1 where there are no tokens."""
+    if task == RUN:
+        return 1
+    if task == ENCODE and any(value.name == "starts" for value in graph.inputs):
+        return max(options.max_step, max_context)
     cached = any(isinstance(value.type, KV) for value in graph.inputs)
     return min(options.max_step, max_context) if cached else max_context
 
@@ -154,8 +172,20 @@ def largest_sizes(step: int, max_context: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def greatest(graph: Graph, step: int, max_context: int, task: str) -> dict[str, int]:
+    """The greatest value of every symbol: of the step's own, or of the names in a graph of any kind."""
+    if task != RUN:
+        return largest_sizes(step, max_context)
+    found: dict[str, int] = {}
+    for symbol in graph.symbols:
+        if symbol.high is None:
+            raise CompileError(f"the size {symbol.name!r} has no greatest value: give --max-dim {symbol.name}=N")
+        found[symbol.name] = max(symbol.high, found.get(symbol.name, 0))
+    return found
+
+
 def stored_values(program: Program) -> list[Stored]:
-    """Every compile-time value that a kernel reads, in first-use order."""
+    """Every compile-time value that a kernel reads or that is an output, in first-use order."""
     from llmc.targets.kernel import Packed
 
     wanted: dict[Stored, None] = {}
@@ -167,6 +197,9 @@ def stored_values(program: Program) -> list[Stored]:
                     wanted[Stored(argument.weight, argument.layout)] = None  # type: ignore[arg-type]
                 elif isinstance(argument, Value) and argument in program.graph.constants:
                     wanted[Stored(argument, None)] = None
+    for _, value in program.graph.outputs:
+        if value in program.graph.constants:
+            wanted[Stored(value, None)] = None
     return list(wanted)
 
 
@@ -186,10 +219,10 @@ def assemble(
     from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
 
-    max_step = step_limit(program.graph, options, lifted.max_context)
-    plan: Plan = plan_memory(program, largest_sizes(max_step, lifted.max_context))
+    max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
+    plan: Plan = plan_memory(program, greatest(program.graph, max_step, lifted.max_context, lifted.task))
     placed, nbytes = place(stored_values(program))
-    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph))
+    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task)
     cache = options.kernel_cache or default_cache()
     with scratch_folder() as folder:
         library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)

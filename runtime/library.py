@@ -34,6 +34,11 @@ class Step(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("cache", ctypes.c_void_p),
         ("profile", ctypes.c_void_p),
+        ("token_types", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("dims", ctypes.c_void_p),
     )
 
 

@@ -4,14 +4,20 @@ Every field that the runtime acts upon is checked for type and range here, so th
 it: a damaged or hostile manifest is an `ArtifactError`, never a crash. Fields that only people read (kernels, memory
 plan, provenance) are kept as they are.
 
-    {"schema": 1, "abi": 1, "llmc_version": "0.1.0",
+    {"schema": 1, "abi": 2, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
-     "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size", "state": "paged" | "none",
+     "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size",
+              "state": "paged" | "none" | "ragged" | "run",
               "calls": ["what the n-th profile entry measures", ...],
               "costs": [{"bytes", "operations": {"": number, "T": number, "T*KEYS": number, ...}, "arithmetic": "f32",
                          "when": [[symbol, low, high | null], ...], "calls": [numbers of calls]}],
               "limits": [{"name": "read" | "int8" | ..., "symbol", "amount", "input_bytes"}]},
+     "inputs", "outputs": [{"name", "dtype": numpy's name, "shape": [4, "batch", "2*batch + 1", ...]}],
+     "symbols": [{"name", "low", "high"}], in the order of the step's `dims`,
+     "encoder": null | {"kind": "embedding" | "classification" | "tokens", "output": name, "labels": null | [...],
+                        "multi_label", "max_tokens", "pair_types", "prompts": {name: text},
+                        "default_prompt": null | name, "normalized"},
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
      "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
@@ -24,20 +30,27 @@ plan, provenance) are kept as they are.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmc.runtime.errors import ArtifactError
+from llmc.runtime.json_reader import MOST, Reader, refuse
+from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 1
-_MOST = 1 << 62  # no size, offset or count is larger
+ABI = 2
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
 Polynomial = tuple[tuple[tuple[str, ...], float], ...]
+_STATES = {"generate": ("paged", "none"), "encode": ("ragged", "none"), "run": ("run",)}
+_TOKEN_SIZES = frozenset("TSB")  # tokens (of one sequence: S) and sequences: what outputs of an encoder have rows of
+_DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16",
+    "uint8", "bool",
+)  # fmt: skip
+_MOST_AXES = 16
 _COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
 
 
@@ -87,7 +100,8 @@ class LimitFacts:
 @dataclass(frozen=True)
 class StepFacts:
     """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
-    max_step tokens; state: "paged" (a KV cache) or "none" (every step sees whole sequences)."""
+    max_step tokens; state: "paged" (a KV cache), "none" (every step sees one whole sequence), "ragged" (several whole
+    sequences) or "run" (arrays of any kind)."""
 
     max_step: int
     page: int
@@ -110,6 +124,36 @@ class LayerCache:
     value_dim: int
     dtype: str
     window: int | None
+
+
+@dataclass(frozen=True)
+class ArrayFacts:
+    """An input or an output. dtype: numpy's name, or "bfloat16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What an encoder's outputs mean, and how texts become its inputs.
+
+    kind: "embedding" (`output` is one vector a text), "classification" (one number a label and text) or "tokens" (one
+    row a token). multi_label: labels do not exclude each other. max_tokens: longer texts are cut. pair_types: the two
+    texts of a pair have token types 0 and 1. prompts: texts that go in front, by name. normalized: embeddings have
+    length 1.
+    """
+
+    kind: str
+    output: str
+    labels: tuple[str, ...] | None
+    multi_label: bool
+    max_tokens: int
+    pair_types: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    normalized: bool
 
 
 @dataclass(frozen=True)
@@ -151,9 +195,14 @@ class Manifest:
     """A manifest whose every used field has been checked."""
 
     llmc_version: str
+    task: str
     model: ModelFacts
     target: TargetFacts
     step: StepFacts
+    inputs: tuple[ArrayFacts, ...]
+    outputs: tuple[ArrayFacts, ...]
+    symbols: tuple[NamedSize, ...]
+    encoder: EncoderFacts | None
     max_context: int
     layers: tuple[LayerCache, ...]
     weights_bytes: int
@@ -175,80 +224,13 @@ class Manifest:
         )
 
 
-class _Reader:
-    """Typed access to a JSON object; every refusal names the field."""
-
-    def __init__(self, value: object, path: str) -> None:
-        if not isinstance(value, dict):
-            raise _refuse(path or "the manifest", "an object", value)
-        self.value: dict[str, object] = value
-        self.path = path
-
-    def _name(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def child(self, key: str) -> _Reader:
-        return _Reader(self.value.get(key), self._name(key))
-
-    def integer(self, key: str, low: int = 0, high: int = _MOST, default: int | None = None) -> int:
-        value = self.value.get(key, default)
-        if type(value) is not int or not low <= value <= high:
-            raise _refuse(self._name(key), f"an integer in {low}..{high}", value)
-        return value
-
-    def optional_integer(self, key: str, low: int, high: int) -> int | None:
-        return None if self.value.get(key) is None else self.integer(key, low, high)
-
-    def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
-        value = self.value.get(key, default)
-        if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
-            raise _refuse(self._name(key), f"a number in {low:g}..{high:g}", value)
-        return float(value)  # type: ignore[arg-type]
-
-    def string(self, key: str, choices: tuple[str, ...] = (), default: str | None = None) -> str:
-        value = self.value.get(key, default)
-        if not isinstance(value, str) or (choices and value not in choices):
-            raise _refuse(self._name(key), " or ".join(map(repr, choices)) or "a string", value)
-        return value
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.value.get(key, default)
-        if not isinstance(value, bool):
-            raise _refuse(self._name(key), "true or false", value)
-        return value
-
-    def array(self, key: str, default: list[object] | None = None) -> list[object]:
-        value = self.value.get(key, default)
-        if not isinstance(value, list):
-            raise _refuse(self._name(key), "a list", value)
-        return value
-
-    def children(self, key: str) -> list[_Reader]:
-        """The objects of a list, which may be missing."""
-        return [_Reader(value, f"{self._name(key)}[{index}]") for index, value in enumerate(self.array(key, []))]
-
-    def strings(self, key: str, default: list[object] | None = None) -> tuple[str, ...]:
-        values = self.array(key, default)
-        for value in values:
-            if not isinstance(value, str):
-                raise _refuse(self._name(key), "a list of strings", value)
-        return tuple(str(value) for value in values)
-
-
-def _refuse(name: str, wanted: str, value: object) -> ArtifactError:
-    shown = "missing" if value is None else f"{value!r:.60}"
-    return ArtifactError(
-        f"the manifest cannot be used: {name} must be {wanted}, and is {shown}. Compile the model again"
-    )
-
-
 def parse(data: bytes) -> Manifest:
     """The manifest in `data`, or an `ArtifactError` that names the first field which is wrong."""
     try:
         raw = json.loads(data.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"the manifest is not JSON ({error}). Compile the model again") from error
-    top = _Reader(raw, "")
+    top = Reader(raw, "")
     schema = top.integer("schema")
     if schema != SCHEMA:
         newer = "a newer" if schema > SCHEMA else "an older"
@@ -259,21 +241,30 @@ def parse(data: bytes) -> Manifest:
     abi = top.integer("abi")
     if abi != ABI:
         raise ArtifactError(f"the artifact's step has ABI {abi}, and this runtime calls ABI {ABI}: compile again")
-    step = _step(top.child("step"))
+    task = top.string("task", ("generate", "encode", "run"))
+    symbols = tuple(_symbol(item) for item in top.children("symbols"))
+    step = _step(top.child("step"), _STATES[task], frozenset(symbol.name for symbol in symbols))
+    known = frozenset(symbol.name for symbol in symbols) if task == "run" else _TOKEN_SIZES
+    outputs = _arrays(top, "outputs", known)
     weights = top.child("weights")
     weights_bytes = weights.integer("bytes")
     return Manifest(
         llmc_version=top.string("llmc_version"),
+        task=task,
         model=_model(top.child("model")),
         target=_target(top.child("target")),
         step=step,
+        inputs=_arrays(top, "inputs", known),
+        outputs=outputs,
+        symbols=symbols,
+        encoder=_encoder(top.child("encoder"), outputs, step) if top.value.get("encoder") is not None else None,
         max_context=top.integer("max_context", 1, 1 << 30),
         layers=_layers(top.child("kv"), step),
         weights_bytes=weights_bytes,
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
         tensors=_tensors(weights, weights_bytes),
         text=None if top.value.get("tokenizer") is None else _text(top.child("tokenizer"), step.vocab_size),
-        generation=_generation(_Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
+        generation=_generation(Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
         raw=top.value,
     )
 
@@ -282,7 +273,7 @@ def _no_constant(text: str) -> object:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _model(reader: _Reader) -> ModelFacts:
+def _model(reader: Reader) -> ModelFacts:
     return ModelFacts(
         name=reader.string("name"),
         source=reader.string("source"),
@@ -291,11 +282,70 @@ def _model(reader: _Reader) -> ModelFacts:
     )
 
 
-def _target(reader: _Reader) -> TargetFacts:
+def _target(reader: Reader) -> TargetFacts:
     return TargetFacts(reader.string("name"), reader.string("arch"), frozenset(reader.strings("features")))
 
 
-def _step(reader: _Reader) -> StepFacts:
+def _symbol(reader: Reader) -> NamedSize:
+    low = reader.integer("low", 0, 1 << 40)
+    return NamedSize(_name(reader, "name"), low, reader.integer("high", low, 1 << 40))
+
+
+def _name(reader: Reader, key: str) -> str:
+    name = reader.string(key)
+    if not NAME.match(name):
+        raise refuse(f"{reader.path}.{key}", "a name of letters, digits and _", name)
+    return name
+
+
+def _arrays(top: Reader, key: str, known: frozenset[str]) -> tuple[ArrayFacts, ...]:
+    """Inputs or outputs; their sizes are made of the sizes that are `known`."""
+    arrays = []
+    for reader in top.children(key):
+        shape = []
+        for item in reader.array("shape"):
+            try:
+                size = parse_size(item)
+            except SizeError as error:
+                raise refuse(f"{reader.path}.shape", f"a list of sizes ({error})", item) from error
+            if not names_of(size) <= known:
+                raise refuse(f"{reader.path}.shape", f"made of {', '.join(sorted(known)) or 'numbers'}", item)
+            shape.append(size)
+        if len(shape) > _MOST_AXES:
+            raise refuse(f"{reader.path}.shape", f"a list of at most {_MOST_AXES} sizes", reader.value["shape"])
+        arrays.append(ArrayFacts(reader.string("name"), reader.string("dtype", _DTYPES), tuple(shape)))
+    names = [array.name for array in arrays]
+    if len(set(names)) != len(names):
+        raise refuse(key, "of different names", names)
+    return tuple(arrays)
+
+
+def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], step: StepFacts) -> EncoderFacts:
+    labels = None if reader.value.get("labels") is None else reader.strings("labels")
+    prompts = Reader(reader.value.get("prompts", {}), "encoder.prompts")
+    facts = EncoderFacts(
+        kind=reader.string("kind", ("embedding", "classification", "tokens")),
+        output=reader.string("output", tuple(array.name for array in outputs)),
+        labels=labels,
+        multi_label=reader.boolean("multi_label", False),
+        max_tokens=reader.integer("max_tokens", 1, step.max_step),
+        pair_types=reader.boolean("pair_types", False),
+        prompts={key: prompts.string(key) for key in prompts.value},
+        default_prompt=None if reader.value.get("default_prompt") is None else reader.string("default_prompt"),
+        normalized=reader.boolean("normalized", False),
+    )
+    if facts.default_prompt is not None and facts.default_prompt not in facts.prompts:
+        raise refuse("encoder.default_prompt", "the name of a prompt", facts.default_prompt)
+    shape = next(array for array in outputs if array.name == facts.output).shape
+    width = shape[-1] if shape else None
+    if width is None or names_of(width):
+        raise refuse("encoder.output", "an output whose last size is a number", facts.output)
+    if labels is not None and facts.kind != "embedding" and width != (len(labels),):
+        raise refuse("encoder.labels", f"a list of {width[0]}, as {facts.output} has so many columns", len(labels))
+    return facts
+
+
+def _step(reader: Reader, states: tuple[str, ...], symbols: frozenset[str]) -> StepFacts:
     calls = reader.strings("calls", default=[])
     return StepFacts(
         max_step=reader.integer("max_step", 1, 1 << 20),
@@ -304,54 +354,55 @@ def _step(reader: _Reader) -> StepFacts:
         max_splits=reader.integer("max_splits", 1, 1 << 10, default=16),
         arena_bytes=reader.integer("arena_bytes", 0, 1 << 44),
         vocab_size=reader.integer("vocab_size", 1, 1 << 26),
-        state=reader.string("state", ("paged", "none")),
+        state=reader.string("state", states),
         calls=calls,
-        costs=tuple(_cost(item, len(calls)) for item in reader.children("costs")),
+        costs=tuple(_cost(item, len(calls), symbols) for item in reader.children("costs")),
         limits=tuple(_limit(item) for item in reader.children("limits")),
     )
 
 
-def _cost(reader: _Reader, calls: int) -> CallCost:
+def _cost(reader: Reader, calls: int, symbols: frozenset[str]) -> CallCost:
     guards = []
     for guard in reader.array("when", []):
-        if not (isinstance(guard, list) and len(guard) == 3 and _is_cost_symbol(guard[0])):
-            raise _refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
+        if not (isinstance(guard, list) and len(guard) == 3 and _is_cost_symbol(guard[0], symbols)):
+            raise refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
         name, low, high = guard
         if type(low) is not int or not (high is None or type(high) is int):
-            raise _refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
+            raise refuse(f"{reader.path}.when", "a list of [symbol, low, high]", guard)
         guards.append((str(name), low, high))
     numbers: list[int] = []
     for number in reader.array("calls"):
         if type(number) is not int or not 0 <= number < calls:
-            raise _refuse(f"{reader.path}.calls", f"a list of numbers below {calls}", number)
+            raise refuse(f"{reader.path}.calls", f"a list of numbers below {calls}", number)
         numbers.append(number)
     return CallCost(
-        bytes=_polynomial(reader.child("bytes")),
-        operations=_polynomial(reader.child("operations")),
+        bytes=_polynomial(reader.child("bytes"), symbols),
+        operations=_polynomial(reader.child("operations"), symbols),
         arithmetic=reader.string("arithmetic"),
         when=tuple(guards),
         calls=tuple(numbers),
     )
 
 
-def _polynomial(reader: _Reader) -> Polynomial:
+def _polynomial(reader: Reader, symbols: frozenset[str]) -> Polynomial:
     terms = []
     for monomial in reader.value:
         names = tuple(monomial.split("*")) if monomial else ()
-        if not all(map(_is_cost_symbol, names)):
-            raise _refuse(reader.path, "a polynomial over the sizes of a step", monomial)
+        if not all(_is_cost_symbol(name, symbols) for name in names):
+            raise refuse(reader.path, "a polynomial over the sizes of a step", monomial)
         terms.append((names, reader.number(monomial, -1e18, 1e18)))
     return tuple(terms)
 
 
-def _is_cost_symbol(name: object) -> bool:
-    return isinstance(name, str) and _COST_SYMBOL.fullmatch(name) is not None
+def _is_cost_symbol(name: object, symbols: frozenset[str]) -> bool:
+    """Whether a step has such a size: one with a name of the model's own, or else one that every step has."""
+    return isinstance(name, str) and (name in symbols if symbols else _COST_SYMBOL.fullmatch(name) is not None)
 
 
-def _limit(reader: _Reader) -> LimitFacts:
+def _limit(reader: Reader) -> LimitFacts:
     symbol = reader.string("symbol")
     if not symbol.startswith("llmc_limit_"):
-        raise _refuse(f"{reader.path}.symbol", "the name of a limit kernel", symbol)
+        raise refuse(f"{reader.path}.symbol", "the name of a limit kernel", symbol)
     return LimitFacts(
         name=reader.string("name"),
         symbol=symbol,
@@ -360,40 +411,40 @@ def _limit(reader: _Reader) -> LimitFacts:
     )
 
 
-def _layers(reader: _Reader, step: StepFacts) -> tuple[LayerCache, ...]:
+def _layers(reader: Reader, step: StepFacts) -> tuple[LayerCache, ...]:
     layers = []
     for index, value in enumerate(reader.array("layers")):
-        layer = _Reader(value, f"kv.layers[{index}]")
+        layer = Reader(value, f"kv.layers[{index}]")
         layers.append(
             LayerCache(
                 kv_heads=layer.integer("kv_heads", 1, 1 << 16),
                 head_dim=layer.integer("head_dim", 1, 1 << 16),
                 value_dim=layer.integer("value_dim", 1, 1 << 16),
                 dtype=layer.string("dtype", ("float16", "float32")),
-                window=layer.optional_integer("window", 1, _MOST),
+                window=layer.optional_integer("window", 1, MOST),
             )
         )
-    if layers and step.state == "none":
+    if layers and step.state in ("none", "run"):
         raise ArtifactError("the manifest cannot be used: kv.layers without a paged state. Compile the model again")
     return tuple(layers)
 
 
-def _tensors(reader: _Reader, total: int) -> tuple[Tensor, ...]:
+def _tensors(reader: Reader, total: int) -> tuple[Tensor, ...]:
     tensors = []
     for index, value in enumerate(reader.array("tensors")):
-        entry = _Reader(value, f"weights.tensors[{index}]")
+        entry = Reader(value, f"weights.tensors[{index}]")
         offset = entry.integer("offset", 0, total)
         tensors.append(Tensor(entry.string("name"), offset, entry.integer("nbytes", 0, total - offset)))
     return tuple(tensors)
 
 
-def _text(reader: _Reader, vocab_size: int) -> TextFacts:
+def _text(reader: Reader, vocab_size: int) -> TextFacts:
     stop_ids = []
     for value in reader.array("stop_ids"):
         if type(value) is not int or not 0 <= value < 1 << 31:
-            raise _refuse("tokenizer.stop_ids", "a list of token ids", value)
+            raise refuse("tokenizer.stop_ids", "a list of token ids", value)
         stop_ids.append(value)
-    special = _Reader(reader.value.get("special_tokens", {}), "tokenizer.special_tokens")
+    special = Reader(reader.value.get("special_tokens", {}), "tokenizer.special_tokens")
     return TextFacts(
         chat_template=None if reader.value.get("chat_template") is None else reader.string("chat_template"),
         bos_id=reader.optional_integer("bos_id", 0, vocab_size - 1),
@@ -406,11 +457,11 @@ def _text(reader: _Reader, vocab_size: int) -> TextFacts:
     )
 
 
-def _string_or_empty(reader: _Reader, key: str) -> str:
+def _string_or_empty(reader: Reader, key: str) -> str:
     return "" if reader.value.get(key) is None else reader.string(key)
 
 
-def _generation(reader: _Reader, vocab_size: int) -> GenerationDefaults:
+def _generation(reader: Reader, vocab_size: int) -> GenerationDefaults:
     return GenerationDefaults(
         temperature=reader.number("temperature", 0, 1e6, default=0.0),
         top_k=reader.integer("top_k", 0, 1 << 31, default=0),

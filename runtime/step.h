@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 1
+#define LLMC_ABI 2
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
@@ -27,11 +27,19 @@ typedef struct LlmcStep {
     const int32_t *tiles;       /* [Q, 4]: sequence, first row, rows, position of the first row */
     const int32_t *block_table; /* [B, M] */
     const int32_t *rows;        /* [R] */
-    float *logits;              /* [R, vocabulary] */
+    float *logits;              /* [R, vocabulary]; only where the task is "generate" */
     void *arena;                /* 4096-byte aligned, at least the manifest's step.arena_bytes */
     const void *weights;        /* 4096-byte aligned, read only: the artifact's weights section */
     void *const *cache;         /* keys of layer 0, values of layer 0, keys of layer 1, ...; 4096-byte aligned */
     int64_t *profile;           /* NULL, or int64[calls]: nanoseconds of each call, added to what is there */
+    /* Encoders: */
+    const int32_t *token_types; /* [T] */
+    const int32_t *starts;      /* [B + 1]: the first row of each sequence, then T */
+    /* Encoders, and graphs of any kind. Buffers are 64-byte aligned, also where they hold no element. */
+    void *const *outputs;       /* the graph's outputs, in order */
+    /* Graphs of any kind, whose sizes have names of their own: */
+    const void *const *inputs;  /* the graph's inputs, in order */
+    const int64_t *dims;        /* the sizes, sorted by name */
 } LlmcStep;
 
 /* Runs the model once over T tokens. Returns 0, or a nonzero code when it could not run. */

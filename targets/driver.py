@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmc.compiler.ir.dims import Dim, FloorDiv
+from llmc.compiler.ir.dims import Dim, FloorDiv, product
+from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.types import KV, itemsize
 from llmc.errors import CompileError
 from llmc.targets.kernel import CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
@@ -26,11 +28,12 @@ SIZES = {
     "R": "LLMC_ROWS",
     "SPLITS": "LLMC_SPLITS",
 }
-INPUTS = ("ids", "positions", "slots", "tiles", "block_table", "rows")
+INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts")
 
 
-def c_expression(size: int | Dim) -> str:
-    """A size as a C expression over the symbols, all int64."""
+def c_expression(size: int | Dim, names: Mapping[str, str] | None = None) -> str:
+    """A size as a C expression over the symbols, all int64. names: what a symbol is called in C, if not as it is."""
+    known = names or {}
     if isinstance(size, int):
         return f"INT64_C({size})"
     parts = []
@@ -38,9 +41,9 @@ def c_expression(size: int | Dim) -> str:
         factors = [] if coefficient == 1 and monomial else [f"INT64_C({coefficient})"]
         for atom, power in monomial:
             text = (
-                f"(({c_expression(atom.numerator)}) / INT64_C({atom.divisor}))"
+                f"floor_division({c_expression(atom.numerator, known)}, INT64_C({atom.divisor}))"
                 if isinstance(atom, FloorDiv)
-                else atom.name
+                else known.get(atom.name, atom.name)
             )
             factors += [text] * power
         parts.append(" * ".join(factors))
@@ -49,11 +52,60 @@ def c_expression(size: int | Dim) -> str:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where everything lies: the arena plan, weights by key, caches by graph input, outputs by value."""
+    """Where everything lies: the arena plan, weights by key, caches by graph input.
+
+    task: what kind of graph it is (`frontends/lifted.py`), which decides what its inputs, outputs and sizes are in
+    runtime/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`.
+    """
 
     plan: Plan
     weights: Mapping[object, int]
     caches: Mapping[Value, int]
+    task: str = "generate"
+
+
+def size_names(graph: Graph) -> list[str]:
+    """The symbols of a graph whose sizes have names of their own, in the order of the step's `dims`."""
+    return sorted({symbol.name for symbol in graph.symbols})
+
+
+def output_values(graph: Graph) -> list[tuple[str, Value]]:
+    """The outputs that the step writes, in the order of its `outputs`: all but the caches, which change in place."""
+    return [(name, value) for name, value in graph.outputs if not isinstance(value.type, KV)]
+
+
+@dataclass(frozen=True)
+class _Interface:
+    """What the step's struct is called in C for this program.
+
+    symbols: (C name, expression) of every size; names: what a symbol is called in C. owned: where the values lie that
+    are computed right into an output; copies: (output, source) of outputs that share their buffer with something else.
+    """
+
+    symbols: tuple[tuple[str, str], ...]
+    names: Mapping[str, str]
+    owned: Mapping[Value, str]
+    copies: tuple[tuple[int, Value], ...]
+
+
+def _interface(program: Program, task: str) -> _Interface:
+    symbols = tuple((name, f"step->sizes[{slot}]") for name, slot in SIZES.items())
+    if task == "generate":
+        logits = [program.buffer_of(value) for name, value in program.graph.outputs if name == "logits"]
+        return _Interface(symbols, {}, dict.fromkeys(logits, "step->logits"), ())
+    names: dict[str, str] = {}
+    if task == "run":  # names of a model's own may be anything, so the C code has numbers
+        names = {name: f"size_{index}" for index, name in enumerate(size_names(program.graph))}
+        symbols = tuple((short, f"step->dims[{index}]") for index, short in enumerate(names.values()))
+    owned: dict[Value, str] = {}
+    copies: list[tuple[int, Value]] = []
+    for index, (_, value) in enumerate(output_values(program.graph)):
+        owner = program.buffer_of(value)
+        if isinstance(owner, Input) or value in program.graph.constants or owner in owned:
+            copies.append((index, value))
+        else:
+            owned[owner] = f"step->outputs[{index}]"
+    return _Interface(symbols, names, owned, tuple(copies))
 
 
 def weight_key(argument: object) -> object:
@@ -63,6 +115,7 @@ def weight_key(argument: object) -> object:
 
 def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str]]:
     """The C source of `llmc_step`, and for each profile slot what it measures."""
+    interface = _interface(program, addresses.task)
     kernels: dict[str, int] = {}
     bodies: list[str] = []
     steps: list[str] = []
@@ -70,7 +123,7 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     for lowered in program.ops:
         for call in lowered.calls:
             index = len(labels)
-            arguments = [_argument(argument, lowered, call, program, addresses) for argument in call.args]
+            arguments = [_argument(argument, lowered, call, program, addresses, interface) for argument in call.args]
             symbol = call.kernel.symbol
             if kernels.setdefault(symbol, len(arguments)) != len(arguments):
                 raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
@@ -80,43 +133,50 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
                 f"    ENTER(context);\n"
                 f"    {symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
             )
-            guard = " && ".join(_guards(call)) or "1"
+            guard = " && ".join(_guards(call, interface)) or "1"
             units = call.units
             assert isinstance(units, (int, Dim))
-            steps.append(f"    RUN({index}, {guard}, {c_expression(units)}, {max(1, call.grain)});")
+            steps.append(f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});")
             labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
     declarations = []
     for symbol in kernels:
         call = next(c for o in program.ops for c in o.calls if c.kernel.symbol == symbol)
         kinds = ["int64_t" if isinstance(a, (int, Dim)) else "void *" for a in call.args]
         declarations.append(f"void {symbol}({', '.join([*kinds, 'int64_t', 'int64_t'])});")
-    symbols = "\n".join(
-        f"    const int64_t {name} = step->sizes[{slot}]; (void){name};" for name, slot in SIZES.items()
-    ).replace("\n", " \\\n")
-    nbytes = max(
+    for index, value in interface.copies:
+        nbytes = c_expression(product(value.shape) * itemsize(value.dtype), interface.names)
+        source = _address(value, program, addresses, interface)
+        steps.append(f"    memcpy(step->outputs[{index}], {source}, (size_t){nbytes});")
+    symbols = " \\\n".join(
+        f"    const int64_t {name} = {expression}; (void){name};" for name, expression in interface.symbols
+    )
+    workspace = max(
         (a.nbytes for o in program.ops for c in o.calls for a in c.args if isinstance(a, Workspace)), default=0
     )
-    if nbytes:  # allocated when a thread first needs it
-        declarations.append(f"static _Thread_local _Alignas(64) unsigned char workspace[{nbytes}];")
-    source = _TEMPLATE.format(
+    if workspace:  # allocated when a thread first needs it
+        declarations.append(f"static _Thread_local _Alignas(64) unsigned char workspace[{workspace}];")
+    text = _TEMPLATE.format(
         declarations="\n".join(declarations), symbols=symbols, bodies="\n".join(bodies), steps="\n".join(steps)
     )
-    return source, labels
+    return text, labels
 
 
-def _guards(call: Call) -> list[str]:
+def _guards(call: Call, interface: _Interface) -> list[str]:
     guards = []
     for item in call.when:
+        name = interface.names.get(item.symbol, item.symbol)
         if item.low > 0:
-            guards.append(f"{item.symbol} >= {item.low}")
+            guards.append(f"{name} >= {item.low}")
         if item.high is not None:
-            guards.append(f"{item.symbol} <= {item.high}")
+            guards.append(f"{name} <= {item.high}")
     return guards
 
 
-def _argument(argument: object, lowered: LoweredOp, call: Call, program: Program, addresses: Addresses) -> str:
+def _argument(
+    argument: object, lowered: LoweredOp, call: Call, program: Program, addresses: Addresses, interface: _Interface
+) -> str:
     if isinstance(argument, (int, Dim)):
-        return c_expression(argument)
+        return c_expression(argument, interface.names)
     if isinstance(argument, Scratch):
         return f"ARENA({addresses.plan.offsets[scratch_key(lowered.op, argument)]})"
     if isinstance(argument, Workspace):
@@ -130,7 +190,7 @@ def _argument(argument: object, lowered: LoweredOp, call: Call, program: Program
     value = lowered.op if argument == "result" else argument
     if not isinstance(value, Value):
         raise CompileError(f"kernel {call.kernel.describe()}: {argument!r} is no argument")
-    return _address(value, program, addresses)
+    return _address(value, program, addresses, interface)
 
 
 def _cache_input(value: Value) -> Value:
@@ -140,16 +200,18 @@ def _cache_input(value: Value) -> Value:
     return value
 
 
-def _address(value: Value, program: Program, addresses: Addresses) -> str:
+def _address(value: Value, program: Program, addresses: Addresses, interface: _Interface) -> str:
     if value in program.graph.constants:
         return f"WEIGHT({addresses.weights[value]})"
     owner = program.buffer_of(value)
     if isinstance(owner, Input):
+        if addresses.task == "run":
+            return f"(void *)(uintptr_t)step->inputs[{program.graph.inputs.index(owner)}]"
         if owner.name not in INPUTS:
             raise CompileError(f"the graph has an input {owner.name!r} that the step does not give")
-        return f"(void *)step->{owner.name}"
-    if any(program.buffer_of(output) is owner for name, output in program.graph.outputs if name == "logits"):
-        return "step->logits"
+        return f"(void *)(uintptr_t)step->{owner.name}"
+    if owner in interface.owned:
+        return interface.owned[owner]
     assert needs_arena(owner, program)
     return f"ARENA({addresses.plan.offsets[owner]})"
 
@@ -157,12 +219,18 @@ def _address(value: Value, program: Program, addresses: Addresses) -> str:
 _TEMPLATE = """/* Generated by llmc: one step of the model. Kernels are plain C functions over a range of work units. */
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <time.h>
 
 #include "pool.h"
 #include "step.h"
 
 {declarations}
+
+static inline int64_t floor_division(int64_t value, int64_t divisor)
+{{
+    return value / divisor - (value % divisor < 0);
+}}
 
 #define ARENA(offset) ((void *)((char *)step->arena + INT64_C(offset)))
 #define WEIGHT(offset) ((void *)((char *)(uintptr_t)step->weights + INT64_C(offset)))

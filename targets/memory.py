@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmc.compiler.ir.dims import Dim, concrete, product
+from llmc.compiler.ir.dims import Dim, bounds, concrete, product, substitute, symbol, symbols_of
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor, itemsize
+from llmc.errors import CompileError
 from llmc.targets.kernel import Scratch
 from llmc.targets.lowering import Program, values_of
 
@@ -40,7 +41,23 @@ def scratch_bytes(scratch: Scratch, largest: Mapping[str, int]) -> int:
     dtype = NUMPY_DTYPES.get(scratch.dtype) or np.dtype(scratch.dtype)
     size = scratch.size
     assert isinstance(size, (int, Dim))
-    return concrete(size, largest) * dtype.itemsize
+    return most(size, largest) * dtype.itemsize
+
+
+def most(size: int | Dim, largest: Mapping[str, int]) -> int:
+    """An upper bound of a size whose symbols are at most `largest`: exact where it never falls as one of them grows."""
+    ranged: dict[str, int | Dim] = {}
+    for item in symbols_of(size):
+        if item.name not in largest:
+            raise CompileError(f"the size {size} needs a greatest value of {item.name}")
+        ranged[item.name] = symbol(item.name, min(item.low, largest[item.name]), largest[item.name])
+    bounded = substitute(size, ranged)
+    growth = [substitute(bounded, {name: dim + 1}) - bounded for name, dim in ranged.items()]
+    if all(bounds(change)[0] >= 0 for change in growth):
+        return concrete(size, largest)
+    high = bounds(bounded)[1]
+    assert high is not None  # every symbol has a greatest value
+    return high
 
 
 def scratch_key(op: Op, scratch: Scratch) -> object:
@@ -86,7 +103,7 @@ def _lifetimes(program: Program, largest: Mapping[str, int]) -> list[Block]:
                 owner = program.buffer_of(value)
                 if needs_arena(owner, program) and owner not in external:
                     assert isinstance(owner.type, Tensor)
-                    touch(owner, time, concrete(product(owner.shape), largest) * itemsize(owner.dtype))
+                    touch(owner, time, most(product(owner.shape), largest) * itemsize(owner.dtype))
             for argument in call.args:
                 if isinstance(argument, Scratch):
                     touch(scratch_key(lowered.op, argument), time, scratch_bytes(argument, largest))

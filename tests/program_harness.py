@@ -13,13 +13,13 @@ from kernel_harness import CACHE, aligned
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import bind_symbols
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.types import KV, Tensor
+from llmc.compiler.ir.types import KV, NUMPY_DTYPES, Tensor, itemsize
 from llmc.compiler.pipeline import cache_indices, stored_values, weight_addresses
 from llmc.compiler.progress import Silent
 from llmc.compiler.weights import packed_arrays, place
 from llmc.runtime.library import Step
 from llmc.targets import lower
-from llmc.targets.driver import SIZES, Addresses
+from llmc.targets.driver import SIZES, Addresses, output_values, size_names
 from llmc.targets.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
@@ -29,18 +29,32 @@ _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 
 
 
 class CompiledGraph:
-    """A graph compiled for a machine, with its weights in memory. `run` gives the logits and the caches after."""
+    """A graph compiled for a machine, with its weights in memory.
 
-    def __init__(self, graph: Graph, machine: Machine, params: Mapping[str, np.ndarray], largest: int = 256) -> None:
+    task "generate": `run` gives the logits and the caches after. "encode" and "run": `run_arrays` gives all outputs.
+    largest: the greatest value of sizes that have none of their own.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        machine: Machine,
+        params: Mapping[str, np.ndarray],
+        largest: int = 256,
+        task: str = "generate",
+    ) -> None:
         self.graph = graph
+        self.task = task
         self.program: Program = lower(graph, machine)
         sizes = dict.fromkeys(SIZES, largest) | {"SPLITS": 16}
+        if task == "run":
+            sizes = {symbol.name: symbol.high or largest for symbol in self.program.graph.symbols}
         self.plan = plan_memory(self.program, sizes)
         placed, nbytes = place(stored_values(self.program))
         self.weights = aligned(np.zeros(nbytes + 64, np.uint8))
         for offset, _, array in packed_arrays(placed, lambda name: params[name]):
             self.weights[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-        addresses = Addresses(self.plan, weight_addresses(placed), cache_indices(self.program.graph))
+        addresses = Addresses(self.plan, weight_addresses(placed), cache_indices(self.program.graph), task)
         with tempfile.TemporaryDirectory() as folder:
             self.library = build_library(self.program, addresses, CACHE, Path(folder), Silent(), 2)
             self.handle = ctypes.CDLL(str(self.library.path))
@@ -57,7 +71,38 @@ class CompiledGraph:
         from llmc.compiler.ir.dims import concrete
 
         logits = aligned(np.full([concrete(d, binding) for d in output.shape], np.nan, np.float32))
-        step, kept, caches, tables = Step(), [], [], []
+        step = Step()
+        step.logits = logits.ctypes.data
+        return logits, self._call(step, inputs, binding, threads)
+
+    def run_arrays(
+        self, inputs: Mapping[str, np.ndarray | Encoded | Pages], splits: int = 1, threads: int = 2
+    ) -> dict[str, np.ndarray]:
+        """Every output by name, caches left out; for tasks "encode" and "run". Untouched elements are 0xFF bytes."""
+        from llmc.compiler.ir.dims import concrete
+
+        binding = bind_symbols(self.graph, inputs)
+        results = {}
+        for name, value in output_values(self.program.graph):
+            shape = [concrete(d, binding) for d in value.shape]
+            results[name] = aligned(np.full([*shape, itemsize(value.dtype)], 0xFF, np.uint8))
+            results[name] = results[name].reshape(-1).view(NUMPY_DTYPES[value.dtype]).reshape(shape)
+        # The same output may have two names, but each has memory of its own; a pointer to nothing is never read.
+        outputs = (ctypes.c_void_p * max(1, len(results)))(*(array.ctypes.data for array in results.values()))
+        step = Step()
+        step.outputs = ctypes.addressof(outputs)
+        self._call(step, inputs, binding | {"SPLITS": splits}, threads)
+        return results
+
+    def _call(
+        self,
+        step: Step,
+        inputs: Mapping[str, np.ndarray | Encoded | Pages],
+        binding: Mapping[str, int],
+        threads: int,
+    ) -> list[Pages]:
+        """Fills in what every task needs, and runs the step; returns the caches after."""
+        kept, caches, tables = [], [], []
         for symbol, slot in SIZES.items():
             if symbol in binding:
                 step.sizes[_SLOTS[slot]] = binding[symbol]
@@ -71,9 +116,14 @@ class CompiledGraph:
                 continue
             array = aligned(np.asarray(data))
             kept.append(array)
-            setattr(step, value.name, array.ctypes.data)
+            if self.task != "run":
+                setattr(step, value.name, array.ctypes.data)
+        given = (ctypes.c_void_p * max(1, len(kept)))(*(array.ctypes.data for array in kept))
+        names = size_names(self.program.graph) if self.task == "run" else []
+        dims = (ctypes.c_int64 * max(1, len(names)))(*(binding[name] for name in names))
+        step.inputs, step.dims = ctypes.addressof(given), ctypes.addressof(dims)
         table = (ctypes.c_void_p * max(1, len(tables)))(*tables)
         step.cache = ctypes.addressof(table)
-        step.logits, step.arena, step.weights = logits.ctypes.data, self.arena.ctypes.data, self.weights.ctypes.data
+        step.arena, step.weights = self.arena.ctypes.data, self.weights.ctypes.data
         assert self.handle.llmc_run(ctypes.byref(step), ctypes.c_int64(threads)) == 0
-        return logits, caches
+        return caches
