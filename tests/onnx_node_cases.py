@@ -19,8 +19,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.errors import LlmcError
-from llmc.frontends.onnx.symbolic import objects
-from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation
+from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation, objects
 
 
 @dataclass(frozen=True)

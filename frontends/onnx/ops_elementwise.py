@@ -12,8 +12,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import FLOATS
 from llmc.frontends.onnx.forms import broadcast, broadcast_of, cast, dtype_named, highest, like, lowest
-from llmc.frontends.onnx.symbolic import objects
-from llmc.frontends.onnx.translation import Handler, Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Handler, Item, Node, Translation, Unsupported, handles, objects
 
 
 @handles("Constant")

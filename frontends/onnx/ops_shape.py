@@ -32,8 +32,7 @@ from llmc.frontends.onnx.forms import (
     transpose,
     unsqueeze,
 )
-from llmc.frontends.onnx.symbolic import objects
-from llmc.frontends.onnx.translation import SMALL, Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import SMALL, Item, Node, Translation, Unsupported, handles, objects
 
 
 @handles("Shape")

@@ -1,24 +1,40 @@
-"""What is known of small tensors when compiling: numbers are folded, sizes are followed through shape arithmetic."""
+"""What is known of small tensors when compiling: numbers are folded, sizes are followed through shape arithmetic.
+
+A folder does to arrays of Python numbers and `Dim`s what an op does to tensors. Where a result depends on how large a
+size is (the smaller of two, whether they are equal) and the sizes' ranges do not settle it, the folder raises, nothing
+is known of the result, and the op is translated as any other.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, bounds, exact_division
 from llmc.compiler.ir.elementwise import Constant, constant
+from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.op import Op, Value
-from llmc.errors import LlmcError
-from llmc.frontends.onnx.translation import SMALL, Item, Node, Objects
+from llmc.errors import DimError, LlmcError
+from llmc.frontends.onnx.forms import at_most, axes_of, dtype_named, integers, larger, smaller
+from llmc.frontends.onnx.translation import SMALL, Item, Node, Objects, Translation, objects
 
-Folder = Callable[..., Objects]
+Folder = Callable[..., Any]
 FOLDERS: dict[str, Folder] = {}
+_STEPS = 64  # ops of constants that are evaluated at once, at most
+_LARGEST = 1 << 20  # elements of a value on the way
 
 
 def folds(*ops: str) -> Callable[[Folder], Folder]:
-    """Register what an op of the standard domain does to known elements: (node, one object array or None an input)."""
+    """Register what an op of the standard domain does to known elements.
+
+    Called with the node and one `Item | None` an input, all of them known; gives an item, an object array of the first
+    input's dtype, or a list of these, one an output.
+    """
 
     def register(function: Folder) -> Folder:
         FOLDERS.update(dict.fromkeys(ops, function))
@@ -27,59 +43,397 @@ def folds(*ops: str) -> Callable[[Folder], Folder]:
     return register
 
 
-def fold(node: Node, items: Sequence[Item | None]) -> Item | None:
-    """The result of shape arithmetic on known integers, sizes among them; None where the op or an input is no such."""
-    if node.domain not in ("", "ai.onnx"):
-        return None
-    if node.op == "Shape" and items and items[0] is not None:
-        shape = items[0].shape
-        rank = len(shape)
-        start, end = (
-            int(np.clip(v + rank if v < 0 else v, 0, rank)) for v in (node.get("start", 0), node.get("end", rank))
-        )
-        return Item(known=objects(shape[start:end]))
-    folder = FOLDERS.get(node.op)
+def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> list[Item | None] | None:
+    """The results of arithmetic on known sizes; None where the op or an input is no such. Numbers alone are not folded
+    here: they take the op's own handler, and then `numbers_of`.
+    """
+    folder = FOLDERS.get(node.op) if node.domain in ("", "ai.onnx") else None
     given = [item for item in items if item is not None]
-    if (
-        folder is None
-        or not given
-        or any(item.known is None or item.dtype not in ("i64", "i32", "bool") for item in given)
-    ):
+    if folder is None or not given or any(item.known is None for item in given):
         return None
     if not any(isinstance(x, Dim) for item in given for x in item.known.flat):  # type: ignore[union-attr]
-        return None  # plain numbers: the op's own handler, and then `numbers_of`
-    try:
-        known = folder(node, *(None if item is None else item.known for item in items))
-    except (LlmcError, ValueError, IndexError, TypeError, ZeroDivisionError):
         return None
-    return Item(known=known, dtype=given[0].dtype) if known.size <= SMALL else None
+    try:
+        found = folder(translation, node, *items)
+    except (LlmcError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
+        return None
+    results = found if isinstance(found, list) else [found]
+    made: list[Item | None] = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
+    return made if all(item is not None and item.known.size <= SMALL for item in made) else None  # type: ignore[union-attr]
 
 
 def numbers_of(value: Value) -> Item:
-    """An item for a value; where it comes of small constants alone it is evaluated, and its elements are known."""
-    if (
-        isinstance(value, Op)
-        and not isinstance(value, Constant)
-        and all(isinstance(x, Constant) for x in value.operands)
-    ):
-        shape = value.shape
-        if all(isinstance(dim, int) for dim in shape) and int(np.prod(shape, dtype=object)) <= SMALL:
-            try:
-                with np.errstate(all="ignore"):
-                    value = constant(value.evaluate(*(x.evaluate() for x in value.operands)), value.dtype)  # type: ignore[attr-defined]
-            except (LlmcError, ValueError, IndexError):
-                return Item(value)
+    """An item for a value; where it comes of constants alone and is small, it is evaluated and its elements known."""
+    if isinstance(value, Op) and not isinstance(value, Constant) and _small(value, SMALL) and _is_constant(value):
+        try:
+            value = constant(evaluate_values([value], {}, _no_params, {})["0"], value.dtype)
+        except LlmcError:
+            return Item(value)
     if isinstance(value, Constant) and value.value.array.size <= SMALL:
         return Item(value, objects(value.evaluate().tolist(), value.value.array.shape))
     return Item(value)
 
 
-def objects(elements: Any, shape: tuple[int, ...] | None = None) -> Objects:
-    """An object array of Python numbers and sizes. shape: needed where `elements` is nested or a scalar."""
-    if shape is None:
-        array = np.empty(len(elements), object)
-        array[:] = list(elements)
-        return array
-    flat = np.empty(int(np.prod(shape)), object)
-    flat[:] = np.asarray(elements, object).reshape(-1)
-    return flat.reshape(shape)
+def _small(value: Value, limit: int) -> bool:
+    return all(isinstance(dim, int) for dim in value.shape) and math.prod(value.shape) <= limit  # type: ignore[arg-type]
+
+
+def _is_constant(root: Value) -> bool:
+    """Whether a value comes of a few ops on small constants."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if not isinstance(value, Op) or not _small(value, _LARGEST) or len(seen) > _STEPS:
+            return False
+        stack.extend(value.operands)
+    return True
+
+
+def _no_params(name: str) -> Any:
+    raise AssertionError(name)
+
+
+def _elements(item: Item) -> Objects:
+    assert item.known is not None
+    return item.known
+
+
+def _each(function: Callable[..., Any], *arrays: Objects) -> Objects:
+    """A function of elements over arrays that broadcast."""
+    spread = np.broadcast_arrays(*arrays)
+    return objects([function(*row) for row in zip(*(a.flat for a in spread), strict=True)]).reshape(spread[0].shape)
+
+
+def _whole(x: Any) -> Any:
+    """A number as an int, where sizes are counted with it; ValueError for a fraction."""
+    if isinstance(x, float):
+        if not x.is_integer():
+            raise ValueError(f"{x} is no whole number")
+        return int(x)
+    return x
+
+
+def _arithmetic(function: Callable[[Any, Any], Any]) -> Folder:
+    def folder(t: Translation, node: Node, a: Item, b: Item) -> Objects:
+        return _each(lambda x, y: function(_whole(x), _whole(y)), _elements(a), _elements(b))
+
+    return folder
+
+
+def _quotient(a: Any, b: Any) -> Any:
+    """a / b truncated towards zero."""
+    if not isinstance(a, Dim) and not isinstance(b, Dim):
+        return int(math.copysign(abs(a) // abs(b), a * b)) if a else 0
+    exact = exact_division(a, b)
+    if exact is not None:
+        return exact
+    if at_most(0, a) and at_most(1, b):
+        return a // b
+    raise DimError(f"the sign of {a} / {b} depends on the sizes")
+
+
+def _division(t: Translation, node: Node, a: Item, b: Item) -> Objects:
+    def exact(x: Any, y: Any) -> Any:
+        found = exact_division(_whole(x), _whole(y))
+        if found is None:
+            raise DimError(f"{x} / {y} is a fraction")
+        return found
+
+    whole = a.dtype[0] in "iu"
+    return _each(lambda x, y: _quotient(x, y) if whole else exact(x, y), _elements(a), _elements(b))
+
+
+def _rest(a: Any, b: Any) -> Any:
+    return a - b * (a // b)
+
+
+folds("Add")(_arithmetic(operator.add))
+folds("Sub")(_arithmetic(operator.sub))
+folds("Mul")(_arithmetic(operator.mul))
+folds("Div")(_division)
+folds("Mod")(_arithmetic(_rest))
+
+
+def _extreme(choose: Callable[[Any, Any], Any]) -> Folder:
+    def folder(t: Translation, node: Node, *items: Item) -> Objects:
+        return functools.reduce(functools.partial(_each, choose), (_elements(item) for item in items))
+
+    return folder
+
+
+folds("Max")(_extreme(larger))
+folds("Min")(_extreme(smaller))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a == b:
+        return True
+    low, high = bounds(_whole(a) - _whole(b))
+    if low > 0 or (high is not None and high < 0):
+        return False
+    raise DimError(f"whether {a} is {b} depends on the sizes")
+
+
+def _ordered(a: Any, b: Any) -> bool:
+    """a <= b"""
+    found = at_most(_whole(a), _whole(b))
+    if found is None:
+        raise DimError(f"whether {a} is at most {b} depends on the sizes")
+    return found
+
+
+def _comparison(function: Callable[[Any, Any], bool]) -> Folder:
+    def folder(t: Translation, node: Node, a: Item, b: Item) -> Item:
+        return Item(known=_each(function, _elements(a), _elements(b)), dtype="bool")
+
+    return folder
+
+
+folds("Equal")(_comparison(_equal))
+folds("LessOrEqual")(_comparison(_ordered))
+folds("GreaterOrEqual")(_comparison(lambda a, b: _ordered(b, a)))
+folds("Less")(_comparison(lambda a, b: not _ordered(b, a)))
+folds("Greater")(_comparison(lambda a, b: not _ordered(a, b)))
+
+
+@folds("Neg")
+def _neg(t: Translation, node: Node, x: Item) -> Objects:
+    return _each(operator.neg, _elements(x))
+
+
+@folds("Abs", "Relu")
+def _abs(t: Translation, node: Node, x: Item) -> Objects:
+    """Sizes are not negative, unless they are differences."""
+    if all(at_most(0, _whole(size)) for size in _elements(x).flat):
+        return _elements(x)
+    raise DimError("a sign depends on the sizes")
+
+
+@folds("Identity", "Floor", "Ceil", "Round")
+def _same(t: Translation, node: Node, x: Item) -> Objects:
+    return _elements(x)
+
+
+@folds("Sqrt")
+def _sqrt(t: Translation, node: Node, x: Item) -> Objects:
+    """The root of a square: of n * n, and of a number that is one."""
+
+    def root(size: Any) -> Any:
+        if not isinstance(size, Dim):
+            found = math.isqrt(_whole(size))
+            if found * found != size:
+                raise ValueError(f"{size} is no square")
+            return found
+        if len(size.terms) != 1 or any(power % 2 for _, power in size.terms[0][0]):
+            raise DimError(f"{size} is no square")
+        monomial, coefficient = size.terms[0]
+        half: Any = Dim(((tuple((atom, power // 2) for atom, power in monomial), 1),))
+        return half * root(coefficient)
+
+    return _each(root, _elements(x))
+
+
+@folds("Cast")
+def _cast(t: Translation, node: Node, x: Item) -> Item:
+    dtype = t.dtype(dtype_named(node.attributes["to"]))
+    return Item(known=_as(_elements(x), dtype), dtype=dtype)
+
+
+@folds("CastLike")
+def _cast_like(t: Translation, node: Node, x: Item, other: Item) -> Item:
+    return Item(known=_as(_elements(x), other.dtype), dtype=other.dtype)
+
+
+def _as(elements: Objects, dtype: str) -> Objects:
+    """Elements in a dtype; a size stays one as a float, and as a bool is true where it is never zero."""
+    if dtype == "bool":
+        return _each(lambda x: not _equal(x, 0), elements)
+    # Smaller integers might not hold a size.
+    if dtype not in ("i64", "i32", "f32", "f64"):
+        raise ValueError(f"sizes are not followed in {dtype}")
+    number: type = float if dtype.startswith("f") else int
+    return _each(lambda x: x if isinstance(x, Dim) else number(x), elements)
+
+
+@folds("Where")
+def _where(t: Translation, node: Node, condition: Item, a: Item, b: Item) -> Item:
+    known = _each(lambda c, x, y: x if c else y, _elements(condition), _elements(a), _elements(b))
+    return Item(known=known, dtype=a.dtype)
+
+
+@folds("Gather")
+def _gather(t: Translation, node: Node, x: Item, indices: Item) -> Objects:
+    at = np.asarray(_elements(indices).tolist(), np.int64)
+    return _nested(np.take(_elements(x), at, axis=node.get("axis", 0)))
+
+
+@folds("GatherElements")
+def _gather_elements(t: Translation, node: Node, x: Item, indices: Item) -> Objects:
+    return np.take_along_axis(_elements(x), np.asarray(_elements(indices).tolist(), np.int64), node.get("axis", 0))
+
+
+@folds("ScatterND")
+def _scatter_nd(t: Translation, node: Node, x: Item, indices: Item, updates: Item) -> Objects:
+    if node.get("reduction", "none") != "none":
+        raise ValueError("only replacing is followed")
+    result, at = _elements(x).copy(), np.asarray(_elements(indices).tolist(), np.int64)
+    for place in np.ndindex(at.shape[:-1]):
+        result[tuple(at[place])] = _elements(updates)[place]
+    return result
+
+
+@folds("ScatterElements")
+def _scatter_elements(t: Translation, node: Node, x: Item, indices: Item, updates: Item) -> Objects:
+    if node.get("reduction", "none") != "none":
+        raise ValueError("only replacing is followed")
+    result, at = _elements(x).copy(), np.asarray(_elements(indices).tolist(), np.int64)
+    axis = range(x.rank)[node.get("axis", 0)]
+    for place in np.ndindex(at.shape):
+        result[(*place[:axis], at[place], *place[axis + 1 :])] = _elements(updates)[place]
+    return result
+
+
+def _nested(result: Any) -> Objects:
+    """What numpy gives for a choice of one element is that element: an array of rank 0 again."""
+    return result if isinstance(result, np.ndarray) else objects([result]).reshape(())
+
+
+@folds("Concat")
+def _concat(t: Translation, node: Node, *items: Item) -> Objects:
+    return np.concatenate([_elements(item) for item in items], node.get("axis", 0))
+
+
+@folds("Slice")
+def _slice(t: Translation, node: Node, x: Item, *bounds_items: Item | None) -> Objects:
+    if bounds_items:
+        given = [None if item is None else integers(item, "a bound") for item in bounds_items]
+    else:
+        given = [node.attributes["starts"], node.attributes["ends"], node.get("axes")]
+    starts, ends, axes, steps = [*given, None, None][:4]
+    assert starts is not None and ends is not None
+    index = [slice(None)] * x.rank
+    for i, axis in enumerate(axes or range(len(starts))):
+        step = 1 if steps is None else steps[i]
+        # An end before the first element is no index of numpy's: it would count from the end once more.
+        end = None if step < 0 and ends[i] < -x.shape[axis] else ends[i]
+        index[axis] = slice(starts[i], end, step)
+    return _elements(x)[tuple(index)]
+
+
+@folds("Split")
+def _split(t: Translation, node: Node, x: Item, sizes: Item | None = None) -> list[Objects]:
+    axis, size = node.get("axis", 0), x.shape[node.get("axis", 0)]
+    assert isinstance(size, int)
+    lengths = integers(sizes, "the parts") if sizes is not None else node.get("split")
+    if lengths is None:
+        parts = node.get("num_outputs") or len(node.outputs)
+        return np.array_split(_elements(x), range(-(-size // parts), size, -(-size // parts)), axis)
+    return np.split(_elements(x), np.cumsum(lengths)[:-1], axis)
+
+
+@folds("Squeeze")
+def _squeeze(t: Translation, node: Node, x: Item, axes: Item | None = None) -> Objects:
+    return _nested(np.squeeze(_elements(x), axes_of(node, x.rank, axes)))
+
+
+@folds("Unsqueeze")
+def _unsqueeze(t: Translation, node: Node, x: Item, axes: Item | None = None) -> Objects:
+    given = integers(axes, "the axes") if axes is not None else node.attributes["axes"]
+    return np.expand_dims(_elements(x), tuple(given))
+
+
+@folds("Reshape")
+def _reshape(t: Translation, node: Node, x: Item, shape: Item) -> Objects:
+    target = integers(shape, "the shape")
+    return _elements(x).reshape([x.shape[i] if dim == 0 else dim for i, dim in enumerate(target)])  # type: ignore[arg-type, misc]
+
+
+@folds("Flatten")
+def _flatten(t: Translation, node: Node, x: Item) -> Objects:
+    axis = node.get("axis", 1) % (x.rank + 1)
+    return _elements(x).reshape((math.prod(x.shape[:axis]), -1))  # type: ignore[arg-type]
+
+
+@folds("Transpose")
+def _transpose(t: Translation, node: Node, x: Item) -> Objects:
+    return np.transpose(_elements(x), node.get("perm"))
+
+
+@folds("Expand")
+def _expand(t: Translation, node: Node, x: Item, shape: Item) -> Objects:
+    target = integers(shape, "the shape")
+    if math.prod(target) > SMALL:
+        raise ValueError("too large to follow")
+    return _elements(x) * np.ones(target, object)
+
+
+@folds("Tile")
+def _tile(t: Translation, node: Node, x: Item, repeats: Item) -> Objects:
+    counts = integers(repeats, "the repeats")
+    if math.prod(counts) * _elements(x).size > SMALL:
+        raise ValueError("too large to follow")
+    return np.tile(_elements(x), counts)
+
+
+@folds("Size")
+def _size(t: Translation, node: Node, x: Item) -> Item:
+    return Item(known=objects([_elements(x).size], ()))
+
+
+def _reduction(function: Callable[[Any, Any], Any], start: Any) -> Folder:
+    def folder(t: Translation, node: Node, x: Item, axes: Item | None = None) -> Objects:
+        along = axes_of(node, x.rank, axes)
+        if not along:
+            along = () if node.get("noop_with_empty_axes", 0) else tuple(range(x.rank))
+        result = _elements(x)
+        for axis in along:
+            lines = np.moveaxis(result, axis, -1)
+            reduced = [functools.reduce(function, lines[place], start) for place in np.ndindex(lines.shape[:-1])]
+            shape = [1 if i == axis else dim for i, dim in enumerate(result.shape)]
+            result = objects(reduced).reshape(shape)
+        return result if node.get("keepdims", 1) else _nested(np.squeeze(result, along))
+
+    return folder
+
+
+folds("ReduceProd")(_reduction(lambda a, b: _whole(a) * _whole(b), 1))
+folds("ReduceSum")(_reduction(lambda a, b: _whole(a) + _whole(b), 0))
+folds("ReduceMax")(_reduction(lambda a, b: b if a is None else larger(_whole(a), _whole(b)), None))
+folds("ReduceMin")(_reduction(lambda a, b: b if a is None else smaller(_whole(a), _whole(b)), None))
+
+
+@folds("CumSum")
+def _cumsum(t: Translation, node: Node, x: Item, axis: Item) -> Objects:
+    if node.get("exclusive", 0) or node.get("reverse", 0):
+        raise ValueError("only plain running sums are followed")
+    return np.cumsum(_elements(x), integers(axis, "the axis")[0])
+
+
+@folds("NonZero")
+def _non_zero(t: Translation, node: Node, x: Item) -> Item:
+    there = np.asarray(_each(lambda size: not _equal(size, 0), _elements(x)).tolist(), bool)
+    places = np.array(np.nonzero(np.atleast_1d(there)))
+    return Item(known=objects(places.tolist(), places.shape))
+
+
+@folds("Range")
+def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) -> Objects:
+    """Sizes in steps: from S to S + 4."""
+    first, last = _elements(start).reshape(-1)[0], _elements(limit).reshape(-1)[0]
+    step = integers(delta, "the step")[0]
+    count = last - first
+    if isinstance(count, Dim) or (count := -(-count // step)) > SMALL:
+        raise DimError("how many depends on the sizes")
+    return objects([first + step * i for i in range(count)])
+
+
+@folds("Clip")
+def _clip(t: Translation, node: Node, x: Item, low: Item | None = None, high: Item | None = None) -> Objects:
+    result = _elements(x)
+    if low is not None:
+        result = _each(larger, result, _elements(low))
+    return result if high is None else _each(smaller, result, _elements(high))

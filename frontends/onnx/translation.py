@@ -71,6 +71,17 @@ class Item:
         return np.asarray(self.known.tolist(), NUMPY_DTYPES[self.dtype]).reshape(self.known.shape)
 
 
+def objects(elements: Any, shape: tuple[int, ...] | None = None) -> Objects:
+    """An object array of Python numbers and sizes. shape: needed where `elements` is nested or a scalar."""
+    if shape is None:
+        array = np.empty(len(elements), object)
+        array[:] = list(elements)
+        return array
+    flat = np.empty(int(np.prod(shape)), object)
+    flat[:] = np.asarray(elements, object).reshape(-1)
+    return flat.reshape(shape)
+
+
 def _materialised(known: Objects, dtype: str) -> Value:
     if not any(isinstance(x, Dim) for x in known.flat):
         return constant(np.asarray(known.tolist(), NUMPY_DTYPES[dtype]).reshape(known.shape), dtype)
@@ -211,9 +222,9 @@ class Translation:
         if handler is None and function is not None:
             return list(self._call(node, function, items))
         assert handler is not None
-        folded = fold(node, items)
+        folded = fold(node, items, self)
         if folded is not None:
-            return [folded]
+            return folded
         self.around = around
         try:
             result = handler(self, node, *items)
