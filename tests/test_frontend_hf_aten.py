@@ -14,9 +14,10 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
-from llmc.frontends.hf import lift  # noqa: F401  (registers the handlers)
+from llmc.frontends.hf import graph  # noqa: F401  (registers the handlers)
 from llmc.frontends.hf.aten import Translation, dtype_name
-from llmc.frontends.hf.capture import Refused, meaning_of, quietly
+from llmc.frontends.hf.capture import Refused, meaning_of
+from llmc.frontends.hf.export import quietly
 
 Function = Callable[..., torch.Tensor]
 
@@ -180,6 +181,12 @@ def test_a_window_is_read_off_its_mask(window: int) -> None:
     assert meaning_of(lambda b, h, q, k: causal(b, h, q, k) & (k > q - window)) == (True, window)
 
 
+@pytest.mark.parametrize("distance", [1, 4, 64, 1000])
+def test_a_window_to_both_sides_is_read_off_its_mask(distance: int) -> None:
+    """Tokens at most `distance` away, the farthest one included; a window counts the token itself as the first."""
+    assert meaning_of(lambda b, h, q, k: (q - k).abs() <= distance) == (False, distance + 1)
+
+
 def test_causal_and_full_masks_have_no_window() -> None:
     assert meaning_of(causal) == (True, 0)
     assert meaning_of(lambda b, h, q, k: torch.ones_like(q + k, dtype=torch.bool)) == (False, 0)
@@ -187,7 +194,8 @@ def test_causal_and_full_masks_have_no_window() -> None:
 
 OTHERS: dict[str, Callable[..., torch.Tensor]] = {
     "chunks": lambda b, h, q, k: (k <= q) & (k // 8 == q // 8),
-    "two-sided window": lambda b, h, q, k: (q - k).abs() <= 4,
+    "more behind than ahead": lambda b, h, q, k: (q - k < 5) & (k - q < 3),
+    "chunks, both sides": lambda b, h, q, k: k // 8 == q // 8,
     "strictly before": lambda b, h, q, k: k < q,
     "first tokens stay": lambda b, h, q, k: (k <= q) & ((k > q - 16) | (k < 4)),
     "every other": lambda b, h, q, k: (k <= q) & ((q - k) % 2 == 0),

@@ -64,7 +64,11 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "other model type": ({"model_type": "nonsense"}, "nonsense"),
     "remote code": ({"model_type": "nonsense", "auto_map": {"AutoConfig": "evil.Config"}}, "remote code"),
     "no model type": ({"model_type": None}, "model_type"),
-    "an encoder": ({"model_type": "vit"}, "no causal language model"),
+    "pictures": ({"model_type": "vit"}, "takes pixel_values, not text"),
+    "sound": ({"model_type": "wav2vec2"}, "takes input_values, not text"),
+    "pictures and text": ({"model_type": "clip"}, "takes pixel_values, not text"),
+    "an encoder and a decoder": ({"model_type": "t5"}, "not supported yet"),
+    "sound to text": ({"model_type": "whisper"}, "not supported yet"),
     "model type of another kind": ({"model_type": 7}, "model_type"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
 }

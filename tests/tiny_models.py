@@ -187,7 +187,8 @@ def randomize(model: object, seed: int = 0) -> None:
     import torch
 
     # A tied head gives every token a logit for itself; a small table lets the blocks' output decide instead.
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # type: ignore[attr-defined]
+    head = model.get_output_embeddings()  # type: ignore[attr-defined]
+    tied = head is not None and head.weight is model.get_input_embeddings().weight  # type: ignore[attr-defined]
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # type: ignore[attr-defined]
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -95,18 +95,18 @@ def _check_limit(number: object, path: Path, name: str) -> None:
 def check_config(data: Mapping[str, object], path: Path) -> None:
     """Refuse what cannot be compiled or must not be run, before transformers sees it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
     _check_numbers(data, path, "config")
     model_type = data.get("model_type")
     if not isinstance(model_type, str):
         raise FrontendError(f"{path} has no model_type: it does not say which architecture it is")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_MAPPING_NAMES:
         if "auto_map" in data:
             raise FrontendError(f"{path}: model type {model_type!r} needs remote code, which llmc never runs")
         known = model_type in CONFIG_MAPPING
         what = (
-            "is no causal language model: llmc compiles decoder-only ones"
+            "is no model of text: llmc compiles decoders and encoders of text"
             if known
             else "is unknown to this version of transformers: `pip install -U transformers` may know it"
         )
@@ -131,7 +131,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
-    """The transformers config of a model directory, of a native causal language model."""
+    """The transformers config of a model directory, of a native model type."""
     from transformers import AutoConfig
 
     path = directory / "config.json"
@@ -144,11 +144,6 @@ def load_config(directory: Path) -> PreTrainedConfig:
             )
     except Exception as error:  # transformers raises many kinds for a bad value
         raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise FrontendError(
-            f"{path}: model type {config.model_type!r} has an encoder and a decoder, which is not supported: "
-            "llmc compiles decoder-only language models"
-        )
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "vocab_size", "hidden_size"):
         number = getattr(text, name, None)

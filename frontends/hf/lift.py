@@ -16,7 +16,7 @@ from llmc.frontends.hf.source import resolve
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
-from llmc.frontends.lifted import Lifted, WeightSource
+from llmc.frontends.lifted import ENCODE, Lifted, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,7 +42,8 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     # The checkpoint's headers are checked before the slower export.
     checkpoint = open_checkpoint(model_dir) if weights == "checkpoint" else None
     dtype = _checkpoint_dtype(config)  # building the model changes the config's
-    traced = trace(kind, config, context, token_types=True)
+    token_types = kind.task == ENCODE and getattr(config, "type_vocab_size", 0) > 1
+    traced = trace(kind, config, context, token_types)
     notes = list(traced.notes)
     model = traced.meta.model
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

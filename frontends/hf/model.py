@@ -16,6 +16,8 @@ from llmc.frontends.hf.config import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from llmc.frontends.hf.classes import ModelClass
+
 _MOST_BUFFER_BYTES = 1 << 30
 
 
@@ -26,20 +28,16 @@ class MetaModel:
     model: PreTrainedModel
     buffers: dict[str, NDArray[np.generic]]
 
-    @property
-    def takes_positions(self) -> bool:
-        """Whether the model can be told its tokens' positions."""
-        return "position_ids" in inspect.signature(self.model.forward).parameters
+    def takes(self, argument: str) -> bool:
+        """Whether the model's forward has an argument of that name, such as `position_ids`."""
+        return argument in inspect.signature(self.model.forward).parameters
 
 
-def build(config: PreTrainedConfig, implementation: str, context: int) -> MetaModel:
+def build(kind: ModelClass, config: PreTrainedConfig, implementation: str, context: int) -> MetaModel:
     """Build the model for `context` tokens. implementation: of attention, as transformers names it."""
-    from transformers import AutoModelForCausalLM
-
     with quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation=implementation, dtype=torch.float32, trust_remote_code=False
-        ).eval()
+        model = kind.build(config, implementation)
+        model.eval()  # type: ignore[no-untyped-call]
     if hasattr(model, "set_experts_implementation"):
         with quiet():
             _choose_experts(model)

@@ -1,0 +1,114 @@
+"""A config to an exported program: with attention captured where the model lets it be, else written out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf import capture
+from llmc.frontends.hf.classes import ModelClass
+from llmc.frontends.hf.export import Call, Exported, export, first_position, quietly
+from llmc.frontends.hf.model import MetaModel, build
+from llmc.frontends.lifted import GENERATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model without weights, and the program that it runs. notes: for the user to read."""
+
+    meta: MetaModel
+    exported: Exported
+    notes: tuple[str, ...]
+
+
+def trace(
+    kind: ModelClass,
+    config: PreTrainedConfig,
+    context: int,
+    token_types: bool = False,
+    outputs: tuple[str, ...] | None = None,
+) -> Traced:
+    """The program for up to `context` tokens, or fewer where the model has no more positions (see `Exported.longest`).
+
+    token_types: give the model token types where it takes them. outputs: those to keep (default: all; a decoder has
+    logits). transformers' default attention (sdpa) is tried before its plain one (eager): where they differ, the
+    default is what users of the model have seen.
+    """
+    reasons = []
+    for implementation in (capture.IMPLEMENTATION, "sdpa", "eager"):
+        try:
+            meta = build(kind, config, implementation, context)
+            exported = _export(kind, meta, context, token_types, outputs)
+        except FrontendError:
+            raise
+        except Exception as error:  # a model may fail anywhere when it meets an attention that it does not know
+            reasons.append(_one_line(error))
+            continue
+        if implementation != capture.IMPLEMENTATION:
+            return Traced(meta, exported, (f"attention is not captured but recognised from its parts: {reasons[0]}",))
+        reason = _why_not_captured(exported.program, int(config.get_text_config(decoder=True).num_hidden_layers))
+        if not reason:
+            return Traced(meta, exported, ())
+        reasons.append(reason)
+    raise FrontendError(
+        f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
+    )
+
+
+def _export(
+    kind: ModelClass, meta: MetaModel, context: int, token_types: bool, outputs: tuple[str, ...] | None
+) -> Exported:
+    arguments = {"input_ids": "ids"}
+    first, room = (0, None) if kind.task == GENERATE else first_position(meta.model)
+    if meta.takes("position_ids"):
+        arguments["position_ids"] = "positions"
+    if token_types and meta.takes("token_type_ids"):
+        arguments["token_type_ids"] = "token_types"
+    fixed = {"use_cache": False} if kind.task == GENERATE or meta.takes("use_cache") else {}
+    kept = ("logits",) if kind.task == GENERATE else outputs
+    longest = context if room is None else min(context, room)
+    exported = export(meta.model, Call(arguments, first, fixed, kept), longest)
+    if not exported.outputs:
+        raise FrontendError(f"{type(meta.model).__name__} returns no {' or '.join(kept or ('tensor',))}")
+    if any(_mutates(node) for node in exported.program.graph.nodes):
+        with quietly():
+            program = exported.program.run_decompositions({})
+        return Exported(program, exported.longest, exported.inputs, exported.outputs)
+    return exported
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_mask(node: torch.fx.Node) -> bool:
+    return node.target is torch.ops.llmc.mask.default
+
+
+def _why_not_captured(program: torch.export.ExportedProgram, layers: int) -> str:
+    """Empty when every layer's attention is one op and every mask goes to one; else what is amiss."""
+    calls, strays = 0, set()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            if node.target is torch.ops.llmc.attention.default:
+                calls += 1
+                if any(_is_mask(source) and source.args[4] == capture.UNKNOWN for source in node.all_input_nodes):
+                    return "a layer's mask is none of those that are known"
+            elif any(_is_mask(source) for source in node.all_input_nodes):
+                strays.add(str(node.target))
+    if strays:
+        return f"the model itself works on its mask ({', '.join(sorted(strays))})"
+    if calls != layers:
+        return f"{calls} of {layers} layers use the attention interface"
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
