@@ -5,20 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import ml_dtypes  # noqa: F401
 import numpy as np
 import onnx
 import onnxruntime
 from onnx import helper
 
+from llmc.compiler import passes as _registered  # noqa: F401
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import Tensor, dtype_of
+from llmc.compiler.passes.manager import Report, parse_pipeline, run_passes
+from llmc.compiler.passes.probe import reading
 from llmc.frontends.onnx.symbolic import numbers_of, objects
-from llmc.frontends.onnx.translation import Item, Node, Translation
+from llmc.frontends.onnx.translation import Body, Item, Node, Translation
 
 MICROSOFT = "com.microsoft"
 _names = (f"x{i}" for i in itertools.count())
@@ -133,3 +135,78 @@ def compare(case: Case, tolerance: float = 2e-5, outputs: Sequence[int] | None =
 def normal(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
     """Random numbers."""
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+class Model:
+    """A small ONNX model as a graph with params, without reading it from a file."""
+
+    def __init__(self, model: onnx.ModelProto, symbols: Mapping[str, Dim] | None = None) -> None:
+        """symbols: what the named sizes of inputs become (default: up to 64 each)."""
+        self.model = model
+        versions = {entry.domain: entry.version for entry in model.opset_import}
+        body = model.graph
+        self.params = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in body.initializer}
+        initializers = {name: self._stored(name, array) for name, array in self.params.items()}
+        nodes = tuple(
+            Node(
+                node.op_type,
+                node.domain,
+                versions.get(node.domain, 1),
+                node.name or node.output[0],
+                tuple(node.input),
+                tuple(node.output),
+                {a.name: _attribute(a) for a in node.attribute},
+            )
+            for node in body.node
+        )
+        sizes = dict(symbols or {})
+        self.inputs = []
+        for value in body.input:
+            if value.name in self.params:
+                continue
+            kind = value.type.tensor_type
+            dims = [
+                sizes.setdefault(d.dim_param, symbol(d.dim_param, 1, 64)) if d.dim_param else d.dim_value
+                for d in kind.shape.dim
+            ]
+            dtype = dtype_of(helper.tensor_dtype_to_np_dtype(kind.elem_type))
+            self.inputs.append(Input(value.name, Tensor(tuple(dims), dtype)))
+        names = tuple(value.name for value in body.output)
+        whole = Body(tuple(value.name for value in self.inputs), names, nodes, initializers)
+        found = Translation().run(whole, {value.name: Item(value) for value in self.inputs})
+        outputs = tuple((name, item.value) for name, item in zip(names, found, strict=True))
+        self.graph = Graph("model", tuple(self.inputs), outputs)
+
+    @staticmethod
+    def _stored(name: str, array: np.ndarray) -> Item:
+        if array.size <= 16:
+            return numbers_of(constant(array, dtype_of(array.dtype)))
+        return Item(Param(name, Tensor(array.shape, dtype_of(array.dtype))))
+
+    def load(self, name: str) -> np.ndarray:
+        return self.params[name]
+
+    def passed(self, pipeline: str) -> tuple[Graph, list[Report]]:
+        """The graph after some passes, which may read weights."""
+        with reading(self.load):
+            return run_passes(self.graph, parse_pipeline(pipeline), [])
+
+    def evaluated(self, graph: Graph, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(x) for name, x in evaluate(graph, given, self.load).items()}
+
+    def onnxruntime(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs by ONNX Runtime, its own optimisations off."""
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        data = self.model.SerializeToString()
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        names = [value.name for value in self.model.graph.output]
+        return dict(zip(names, session.run(names, dict(given)), strict=True))
+
+
+def _attribute(attribute: onnx.AttributeProto) -> object:
+    value = helper.get_attribute_value(attribute)
+    if isinstance(value, bytes):
+        return value.decode()
+    return onnx.numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value

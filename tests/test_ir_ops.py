@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmc.compiler.ir import elementwise as e
-from llmc.compiler.ir import llm
+from llmc.compiler.ir import integers, llm
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import evaluate_values
@@ -282,9 +282,36 @@ def rounded_by_group(x: Array, group: int) -> Array:
     return result
 
 
-CASES = [*elementwise_cases(), *structural_cases(), *llm_cases()]
+def integer_cases() -> list[Case]:
+    """The ops of weights that a source has rounded, and of activations that it rounds."""
+    q, scales, zeros = INTS.astype(np.int8), POSITIVE[0, :7].copy(), RNG.integers(-4, 5, (7,)).astype(np.int8)
+    blocks = np.abs(normal(2, 7)) + np.float32(0.1)  # of three rows, the last one of two
+    points = RNG.integers(-4, 5, (2, 7)).astype(np.int8)
+    wide = [np.concatenate([np.repeat(x[:1], 3, 0), np.repeat(x[1:], 2, 0)]) for x in (blocks, points)]
+    low_first = np.stack([BYTES % 16, BYTES // 16], axis=2).reshape(5, 14)
+    x = np.concatenate([30 * normal(5, 7), np.array([[0.5, 1.5, -0.5, 2.5, 400, -400, 0]], np.float32)])
+    half = np.float32(1)
+    return [
+        Case("llm.unpack_nibbles", integers.UnpackNibbles, (BYTES,), low_first),
+        Case("llm.scale_integers", integers.ScaleIntegers, (q, scales, zeros), (q - zeros.astype(np.float32)) * scales),
+        Case(
+            "llm.scale_integers in blocks",
+            lambda *operands: integers.ScaleIntegers(*operands, axis=0, block=3),
+            (q, blocks, points),
+            (q - wide[1].astype(np.float32)) * wide[0],
+        ),
+        Case(
+            "llm.round_to_integers",
+            lambda *operands: integers.RoundToIntegers(*operands, "u8"),
+            (x, half, np.asarray(3, np.uint8)),
+            np.clip(np.rint(x) + 3, 0, 255).astype(np.uint8),
+        ),
+    ]
+
+
+CASES = [*elementwise_cases(), *structural_cases(), *llm_cases(), *integer_cases()]
 # Ops over caches and encodings, which no plain array stands for: tested by name below.
-OTHERS = {"llm.kv_append", "llm.paged_attention", "llm.quantize", "llm.dequantize"}
+OTHERS = {"llm.kv_append", "llm.paged_attention", "llm.quantize", "llm.dequantize", "llm.pack_groups"}
 
 
 def test_every_op_has_a_case() -> None:
@@ -307,7 +334,7 @@ def test_decompose_means_the_same(case: Case) -> None:
     op, inputs = built(case)
     simpler = op.decompose()
     if simpler is None:
-        primitive = isinstance(op, llm.QuantizeActivations)
+        primitive = isinstance(op, (llm.QuantizeActivations, integers.UnpackNibbles))
         assert primitive, f"{case} has no decomposition"
         return
     assert simpler.type == op.type

@@ -45,7 +45,7 @@ def quantized_case(
         machine, n=n, k=k, bits=bits, group=group, symmetric=symmetric, activations=activations, **fused
     )
     rng = np.random.default_rng(n * 7 + k)
-    low, high = (-(1 << bits - 1) + (bits == 8), 1 << bits - 1) if symmetric else (0, 1 << bits)
+    low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
     q = rng.integers(low, high, (n, k)).astype(np.int8 if symmetric else np.uint8)
     spread = 1 / (high * math.sqrt(k))
     parts = {"q": q, "scales": ((rng.random((n, -(-k // group))) + 0.5) * spread).astype(np.float16)}

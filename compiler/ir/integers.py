@@ -5,6 +5,8 @@ All but `llm.round_to_integers` are evaluated when compiling: their operands com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim
@@ -12,7 +14,7 @@ from llmc.compiler.ir.elementwise import Add, Cast, Div, Maximum, Minimum, Mul, 
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require
-from llmc.compiler.ir.structural import Broadcast, Reshape, Slice
+from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, numpy_dtype, parse_encoding
 
 
@@ -123,6 +125,22 @@ class PackGroups(Op, name="llm.pack_groups"):
                 require(value.dtype in FLOATS, f"scales are {value.dtype}, not floats")
         return Tensor(self.q.shape, "f32", kind)
 
+    @staticmethod
+    def of_rows(weight: Value, function: Callable[[Value], Value]) -> Value:
+        """A function that takes rows of [outputs, ...] to rows, of an encoded weight's parts, or of a plain weight."""
+        if not isinstance(weight, PackGroups):
+            return function(weight)
+        minimums = None if weight.minimums is None else function(weight.minimums)
+        return PackGroups(function(weight.q), function(weight.scales), minimums, weight.encoding)
+
+    @staticmethod
+    def stacked(weights: Sequence[PackGroups]) -> PackGroups:
+        """Rows of weights of one encoding, one below the other."""
+        minimums = tuple(weight.minimums for weight in weights if weight.minimums is not None)
+        scales = tuple(weight.scales for weight in weights)
+        q = Concat(tuple(weight.q for weight in weights), 0)
+        return PackGroups(q, Concat(scales, 0), Concat(minimums, 0) if minimums else None, weights[0].encoding)
+
     def evaluate(self, q: Array, scales: Array, minimums: Array | None) -> Encoded:
         encoding = self.tensor.encoding
         assert encoding is not None
@@ -133,7 +151,7 @@ class PackGroups(Op, name="llm.pack_groups"):
 
 
 class RoundToIntegers(Op, name="llm.round_to_integers"):
-    """clip(round(x / scale) + zero) as integers of `dtype_name`; halves round to even. scale and zero broadcast to x."""
+    """clip(round(x / scale) + zero) as `dtype_name`; halves round to even. scale and zero broadcast to x."""
 
     x: Value
     scale: Value
@@ -159,7 +177,7 @@ class RoundToIntegers(Op, name="llm.round_to_integers"):
         y = np.round(x.astype(wide) / scale.astype(wide))
         if zero is not None:
             y = y + zero.astype(wide)
-        return np.clip(y, *self.limits).astype(NUMPY_DTYPES[self.dtype_name])
+        return np.asarray(np.clip(y, *self.limits), NUMPY_DTYPES[self.dtype_name])
 
     def decompose(self) -> Value:
         x, scale = (v if v.dtype == "f32" else Cast(v, "f32") for v in (self.x, self.scale))

@@ -13,6 +13,7 @@ import numpy as np
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Activation, Cast, Mul, constant
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import GatedLinear, Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Slice
@@ -67,13 +68,16 @@ def _obstacle(graph: Graph, linear: Linear) -> str:
     """Why this linear cannot share a weight with others of its x; empty when it can."""
     if linear.w not in graph.constants or (linear.bias is not None and linear.bias not in graph.constants):
         return "its weight or bias is computed at run time"
-    if linear.w.tensor.encoding is not None:
+    if linear.w.tensor.encoding is not None and not isinstance(linear.w, PackGroups):
         return "its weight is encoded already: merge before quantizing"
     return "" if linear.residual is None else "a residual is added to it"
 
 
 def _merged_weight(weights: list[Value]) -> Value:
-    """Rows of all weights, one below the other; in their common dtype, or f32 where they differ."""
+    """Rows of all weights, one below the other; in their common dtype, or f32 where they differ, or in one encoding."""
+    packed = [weight for weight in weights if isinstance(weight, PackGroups)]
+    if packed:
+        return PackGroups.stacked(packed)
     bases = [uncast(weight) for weight in weights]
     if len({base.dtype for base in bases}) > 1:
         bases = [base if base.dtype == "f32" else Cast(base, "f32") for base in bases]
@@ -173,6 +177,8 @@ class _GateUp:
             return f"gate of {pair.gate.type} and up of {pair.up.type} differ"
         if pair.gate.rounding != pair.up.rounding:
             return "the parts round their activations differently"
+        if pair.gate.w.tensor.encoding != pair.up.w.tensor.encoding:
+            return "the parts are encoded differently already"
         if self.overrides.of(param_names(pair.gate.w)) != self.overrides.of(param_names(pair.up.w)):
             return "overrides give the parts different schemes"
         return _obstacle(self.graph, pair.gate) or _obstacle(self.graph, pair.up)
@@ -186,7 +192,7 @@ class _GateUp:
         if gate.start == 0:
             return weight, bias
         halves = ((gate.start, gate.stop), (up.start, up.stop))
-        weight = Concat(tuple(Slice(weight, 0, start, stop) for start, stop in halves), 0)
+        weight = PackGroups.of_rows(weight, lambda x: Concat(tuple(Slice(x, 0, a, b) for a, b in halves), 0))
         return weight, None if bias is None else Concat(tuple(Slice(bias, 0, a, b) for a, b in halves), 0)
 
 
@@ -229,16 +235,19 @@ class _Siblings:
         return found
 
     def _mergeable(self, linears: list[Linear]) -> list[list[Linear]]:
-        alike: dict[tuple[str, str], list[Linear]] = {}
+        alike: dict[tuple[str, str, str], list[Linear]] = {}
         for linear in linears:
             obstacle = _obstacle(self.graph, linear)
             if obstacle:
                 self.report.refuse(describe(linear, linear.w), f"not merged with its siblings: {obstacle}")
             else:
-                alike.setdefault((linear.rounding, self.overrides.of(param_names(linear.w))), []).append(linear)
+                key = (linear.rounding, self.overrides.of(param_names(linear.w)), str(linear.w.tensor.encoding or ""))
+                alike.setdefault(key, []).append(linear)
         if len(alike) > 1:
             names = " and ".join(describe(part[0], part[0].w) for part in alike.values())
-            self.report.refuse(names, "not merged: their roundings or the schemes that overrides give them differ")
+            self.report.refuse(
+                names, "not merged: their roundings, encodings or the schemes that overrides give them differ"
+            )
         return [part for part in alike.values() if len(part) > 1]
 
     def _activation(self, linear: Linear) -> str:

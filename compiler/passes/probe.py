@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, symbols_of
+from llmc.compiler.ir.dims import Dim, concrete, symbols_of
 from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import static
@@ -17,6 +17,7 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, numpy_dtype, precise
 from llmc.errors import IRError
 
+OTHER = 2  # what sizes other than the number of tokens are while evaluating, where they may be
 WEIGHTS = "@"  # stands for all params among the sources of a value
 
 
@@ -82,12 +83,21 @@ class Probe:
         given: dict[Value, Array] = dict(known or {})
         if self.positions is not None:
             given[self.positions] = at.reshape(1, size)
-        names = [] if self.size is None else [symbol.name for symbol in self.size.symbols()]
-        binding = dict.fromkeys(names, size)
-        load = self._stand_in if stand_ins else (_reader.get() or _no_weights)
+        binding = self.binding(size)
+        load = self._stand_in if stand_ins else read_weight
         with precise() if exact else contextlib.nullcontext():
             found = evaluate_values(list(roots), given, load, binding)
         return [np.asarray(found[str(i)]) for i in range(len(roots))]
+
+    def binding(self, size: int) -> dict[str, int]:
+        """A value for every symbol: `size` for the number of tokens, a small one for others (such as a batch)."""
+        tokens = frozenset() if self.size is None else self.size.symbols()
+        return {s.name: size if s in tokens else min(max(s.low, OTHER), s.high or OTHER) for s in self.graph.symbols}
+
+    def shape(self, value: Value, size: int) -> tuple[int, ...]:
+        """The value's shape for `size` tokens."""
+        binding = self.binding(size)
+        return tuple(concrete(dim, binding) for dim in value.shape)
 
     def _stand_in(self, name: str) -> Array:
         """Random values for a weight: what holds for them holds for any."""
@@ -113,5 +123,9 @@ def reading(load: LoadParam) -> Iterator[None]:
         _reader.reset(token)
 
 
-def _no_weights(name: str) -> Array:
-    raise IRError(f"it depends on the weight {name}")
+def read_weight(name: str) -> Array:
+    """A weight's values, where they can be read (see `reading`); IRError elsewhere."""
+    load = _reader.get()
+    if load is None:
+        raise IRError(f"it depends on the weight {name}")
+    return load(name)

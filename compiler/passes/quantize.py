@@ -3,7 +3,7 @@
 int4 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16 and f16
 cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights, biases
 and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out over
-an input dimension.
+an input dimension. Weights that are encoded already, as the source had them, stay so.
 """
 
 from __future__ import annotations
@@ -87,13 +87,19 @@ class _Run:
                 continue
             if isinstance(op, Embed):
                 self._plan_table(op)
-            elif isinstance(op, (Linear, GatedLinear)):
+            elif isinstance(op, (Linear, GatedLinear)) and not self._is_encoded(op.w):
                 self._refused(op, op.w, note=True)
             else:
                 self._note_unrecognised(op)
         return rewrite(self.graph, self._rule)
 
+    def _is_encoded(self, weight: Value) -> bool:
+        return weight in self.graph.constants and weight.tensor.encoding is not None
+
     def _plan_table(self, op: Embed) -> None:
+        if self._is_encoded(op.table):
+            self.report.hit(f"embedding already {op.table.tensor.encoding}")
+            return
         if self._refused(op, op.table, note=True):
             return
         scheme = self._override(op.table)
@@ -146,6 +152,8 @@ class _Run:
             return None
         if isinstance(op, Embed) and uncast(op.table) in self.tables:
             return self._with_table(op)
+        if isinstance(op, (Linear, GatedLinear)) and self._is_encoded(op.w):
+            return self._with_encoded(op)
         if isinstance(op, (Linear, GatedLinear)) and not self._refused(op, op.w):
             return self._with_weight(op)
         return None
@@ -174,6 +182,13 @@ class _Run:
         rounding = activations if scheme.encoding or activations == "bf16" else "f32"
         weight = self._round(op.w, scheme)
         return None if weight is op.w and rounding == op.rounding else op.replace(w=weight, rounding=rounding)
+
+    def _with_encoded(self, op: Linear | GatedLinear) -> Value | None:
+        """A weight of the source's own integers. Its activations are rounded as asked for, or as the source does."""
+        kind = "head" if op is self.head_op else "linear"
+        self.report.hit(f"{kind} already {op.w.tensor.encoding}")
+        activations = self.options.activations
+        return None if activations in ("f32", op.rounding) else op.replace(rounding=activations)
 
     def _round(self, weight: Value, scheme: Scheme) -> Value:
         base = uncast(weight)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape, Slice
@@ -85,4 +86,4 @@ def _part(part: Slice, linear: Linear, new: dict[Value, Value]) -> Value:
 
     bias = None if linear.bias is None else rows(linear.bias)
     x = new.get(linear.x, linear.x)
-    return Reshape(linear.replace(x=x, w=rows(linear.w), bias=bias), part.shape)
+    return Reshape(linear.replace(x=x, w=PackGroups.of_rows(linear.w, rows), bias=bias), part.shape)

@@ -26,6 +26,8 @@ def rotate(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
     pairs, dim = known(cos.shape[-1], "the number of rotated pairs"), known(x.shape[-1], "the heads' size")
     require(2 * pairs <= dim, f"a cache of {pairs} pairs for heads of {dim}")
     turned, last = part(x, -1, 0, 2 * pairs), x.rank - 1
+    a: Value
+    b: Value
     if interleaved:
         apart = Reshape(turned, (*x.shape[:-1], pairs, 2))
         a, b = (Reshape(part(apart, -1, i, i + 1), (*x.shape[:-1], pairs)) for i in (0, 1))

@@ -1,0 +1,181 @@
+"""Weights that the source has rounded keep their integers: llm.scale_integers under a linear op or an embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from llmc.compiler.ir.elementwise import Add, Cast, Constant, Mul, Neg, Sub, constant
+from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
+from llmc.compiler.ir.types import FLOATS, INTEGERS, Array
+from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.probe import read_weight
+from llmc.compiler.passes.rewriting import uncast
+from llmc.compiler.passes.schemes import describe
+from llmc.errors import IRError
+
+ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
+# Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
+SMALL = 2.0**-14
+FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
+
+
+@dataclass(frozen=True)
+class KeepIntegers(Pass, name="keep-integers"):
+    """A weight that is llm.scale_integers -> llm.pack_groups of the same integers.
+
+    group: inputs that share a scale where the source's blocks are multiples of it, or rows have one scale; blocks of
+    other multiples of 32 are cut into groups of 32, and weights in smaller blocks are rounded anew, finely. Scales and
+    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group,
+    -zero * scale. What does not fit stays as the floats that it stands for, to be rounded like any weight.
+    """
+
+    exact: ClassVar[bool] = False
+
+    group: int = 64
+
+    def run(self, graph: Graph, report: Report) -> Graph:
+        kept: dict[Value, Value | str] = {}
+
+        def packed(op: Op, weight: Value) -> Value | None:
+            base = uncast(weight)
+            turned = isinstance(base, Transpose) and base.permutation == (1, 0)
+            source = uncast(base.x) if isinstance(base, Transpose) and turned else base
+            if weight not in graph.constants or not isinstance(source, ScaleIntegers):
+                return None
+            if base not in kept:
+                try:
+                    kept[base] = self._pack(source, turned)
+                except IRError as error:
+                    kept[base] = str(error)
+                found = kept[base]
+                if isinstance(found, PackGroups):
+                    report.hit(f"kept as {found.encoding}")
+                elif isinstance(found, Quantize):
+                    report.refuse(describe(op, weight), f"blocks of {source.block} inputs: rounded anew, {FINE}")
+                else:
+                    report.refuse(describe(op, weight), f"its integers are not kept: {found}")
+            found = kept[base]
+            return None if isinstance(found, str) else found
+
+        def rule(op: Op) -> Value | None:
+            if isinstance(op, (Linear, GatedLinear)):
+                found = packed(op, op.w)
+                return None if found is None else op.replace(w=found)
+            if isinstance(op, Embed):
+                found = packed(op, op.table)
+                return None if found is None else op.replace(table=found)
+            return None
+
+        return rewrite(graph, rule)
+
+    def _pack(self, source: ScaleIntegers, turned: bool) -> Value | str:
+        """The encoded weight [outputs, inputs], or why there is none."""
+        if source.q.rank != 2:
+            return f"its integers are {source.q.type}, no matrix"
+        if source.q.dtype not in ("i8", "u8"):
+            return f"its integers are {source.q.dtype}, not 8 bits or less"
+        q, axis = source.q, source.axis
+        if turned:
+            q, axis = Transpose(q, (1, 0)), 1 - axis
+        rows, inputs = q.shape
+        if not isinstance(inputs, int) or not isinstance(rows, int):
+            return f"its size {q.type} is not known"
+        block = source.block if source.block and axis == 1 else 0
+        group = self.group if block % self.group == 0 else 32
+        if block % group:
+            floats: Value = Transpose(source, (1, 0)) if turned else source
+            return Quantize(floats if floats.dtype == "f32" else Cast(floats, "f32"), FINE)
+
+        def per_group(values: Value) -> Value | None:
+            """[rows, groups]; None where values differ inside of a group."""
+            if source.block and not block:
+                values = source.broadcast(values)
+            values = Reshape(values, (*(1,) * (2 - values.rank), *values.shape)) if values.rank < 2 else values
+            if turned:
+                values = Transpose(values, (1, 0))
+            groups = -(-inputs // group)
+            if values.shape[1] == 1:
+                return Broadcast(values, (rows, groups))
+            if not block:
+                return None
+            values = repeat_blocks(values, 1, block // group, groups)
+            return Broadcast(values, (rows, groups)) if values.shape[0] != rows else values
+
+        scales = per_group(source.scales)
+        zeros = None if source.zeros is None else per_group(source.zeros)
+        if scales is None or (source.zeros is not None and zeros is None):
+            return "its scales differ from input to input"
+        lost = _rounding_of(source.scales)
+        if lost:
+            return lost
+        bits = 4 if _is_nibbles(source.q) else 8
+        middle = {"i8": 0, "u8": 1 << (bits - 1)}[q.dtype]
+        halves = Cast(scales, "f16")
+        if _is_everywhere(source.zeros, middle):
+            if middle:
+                q = Cast(Sub(Cast(q, "i16"), constant(middle, "i16")), "i8")
+            return PackGroups(q, halves, None, f"q{bits}g{group}")
+        points: Value = constant(0.0, "f32") if zeros is None else Cast(zeros, "f32")
+        if q.dtype == "i8":
+            shift = 1 << (bits - 1)
+            q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
+            points = Add(points, constant(float(shift), "f32"))
+        minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
+        return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
+
+
+def _is_nibbles(q: Value) -> bool:
+    """Whether integers are of 4 bits: they come out of half bytes, or all have such values."""
+    inner = q
+    while isinstance(inner, (Reshape, Slice, Transpose)):
+        inner = inner.x
+    if isinstance(inner, UnpackNibbles):
+        return True
+    found = _read(q)
+    if found is None or not found.size:
+        return False
+    lowest, highest = (-8, 7) if q.dtype == "i8" else (0, 15)
+    # A row tells as a rule.
+    return all(bool(part.min() >= lowest and part.max() <= highest) for part in (found[:1], found))
+
+
+def _read(value: Value) -> Array | None:
+    """A value that is known when compiling; None where its weights cannot be read now."""
+    try:
+        return np.asarray(evaluate_values([value], {}, read_weight, {})["0"])
+    except IRError:
+        return None
+
+
+def _is_everywhere(zeros: Value | None, middle: int) -> bool:
+    """Whether all zero points are `middle`; no zero points are 0."""
+    if zeros is None:
+        return middle == 0
+    if zeros.dtype not in (*INTEGERS, *FLOATS):
+        return False
+    found = zeros.evaluate() if isinstance(zeros, Constant) else _read(zeros)
+    return found is not None and bool(np.all(found == middle))
+
+
+def _rounding_of(scales: Value) -> str:
+    """Why f16 does not hold the scales; empty where it does, or where they cannot be read now."""
+    found = _read(scales)
+    if found is None or not found.size:
+        return ""
+    exact = found.astype(np.float64)
+    largest = float(np.abs(exact).max())
+    with np.errstate(over="ignore"):
+        error = np.abs(exact.astype(np.float16).astype(np.float64) - exact)
+    allowed = np.maximum(np.abs(exact) * ROUNDING, largest * SMALL)
+    if np.all(error <= allowed):
+        return ""
+    worst = float(np.nanmax(error)) / largest if largest else 0.0
+    return f"f16 does not hold its scales (up to {largest:.3g}): they would change by {worst:.1e} of the largest"
