@@ -1,0 +1,250 @@
+"""An ONNX file to a graph, its weights and what else an artifact needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.ir.dims import Dim, symbol, symbols_of
+from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.structural import Broadcast, Reshape, Softmax
+from llmc.compiler.ir.types import FLOATS, Tensor
+from llmc.errors import FrontendError
+from llmc.frontends.lifted import ENCODE, GENERATE, RUN, Lifted, Text, WeightSource
+from llmc.frontends.onnx.conventions import (
+    Role,
+    TextInputs,
+    empty_past,
+    is_present,
+    refuse_other_kinds,
+    text_inputs,
+)
+from llmc.frontends.onnx.encoder import as_encoder
+from llmc.frontends.onnx.free_sizes import plain_inputs
+from llmc.frontends.onnx.initializers import NoiseWeights
+from llmc.frontends.onnx.model import OnnxModel, Signature, signature_dtype
+from llmc.frontends.onnx.position_tables import longest_sequence
+from llmc.frontends.onnx.recognition import (
+    attends_causally,
+    parameter_count,
+    replaceable,
+    token_rows,
+    without_token_types,
+)
+from llmc.frontends.onnx.text import Companions, model_name
+from llmc.frontends.onnx.translation import Body, Item, Translation, objects
+
+_DEFAULT_CONTEXT = 2048  # for a model that names no limit
+_SHORT = 8  # tokens of the graph in which tables of positions are looked for
+
+
+def lift(
+    path: str | Path,
+    *,
+    max_context: int | None = None,
+    weights: str = "checkpoint",
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    max_dims: Mapping[str, int] | None = None,
+) -> Lifted:
+    """Read a model's file. No weight is loaded; nothing of it runs.
+
+    max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
+    noise from `seed`. tokenizer: the directory of one, where none lies beside the model. max_dims: the greatest value
+    of each free size of a graph that is not text.
+    """
+    if weights not in ("checkpoint", "random"):
+        raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
+    if max_context is not None and max_context < 2:
+        raise FrontendError(f"max context is {max_context}: at least 2 tokens are needed")
+    model = OnnxModel(Path(path))
+    refuse_other_kinds(model.inputs)
+    text, why_not = text_inputs(model.inputs)
+    if text is None:
+        return _run_graph(model, max_dims or {}, why_not)
+    if max_dims:
+        raise FrontendError(f"{sorted(max_dims)[0]!r:.60} is no size of a text model: --max-context bounds it")
+    return _Text(model, text, Companions(model.path, tokenizer)).lifted(max_context, weights, seed)
+
+
+def _run_graph(model: OnnxModel, max_dims: Mapping[str, int], why_not_text: str) -> Lifted:
+    """A graph of any kind, with the inputs and outputs that the file gives it."""
+    inputs = plain_inputs(model.inputs, max_dims)
+    bodies = model.bodies(wide_floats=False)
+    given = {value.name: Item(value) for value in inputs}
+    items = Translation(bodies.functions).run(bodies.main, given)
+    graph = Graph("model", inputs, tuple(zip(bodies.main.outputs, (item.value for item in items), strict=True)))
+    return Lifted(
+        graph=graph,
+        weights=bodies.weights,
+        name=model_name(model.path),
+        architecture="onnx",
+        parameters=parameter_count(graph),
+        vocab_size=0,
+        layers=0,
+        max_positions=0,
+        max_context=0,
+        text=Text(),
+        notes=(f"compiled as a graph of plain tensors, not as text: {why_not_text}",) if why_not_text else (),
+        task=RUN,
+    )
+
+
+@dataclass(frozen=True)
+class _Translated:
+    """One translation: the outputs that are kept, and the inputs of the graph."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[tuple[str, Value], ...]
+
+
+class _Text:
+    """A text model on its way to a graph of one sequence."""
+
+    def __init__(self, model: OnnxModel, inputs: TextInputs, companions: Companions) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.companions = companions
+        self.bodies = model.bodies(wide_floats=True)
+        self.has_past = bool(inputs.having(Role.PAST))
+        self.kept = [output for output in model.outputs if not is_present(output)]
+        if not self.kept:
+            raise FrontendError(f"{model.path} has no output but keys and values: nothing to compute")
+        self.main = self._trimmed()
+
+    def _trimmed(self) -> Body:
+        """The model's graph without the outputs that are not kept."""
+        main = self.bodies.main
+        return Body(main.inputs, tuple(output.name for output in self.kept), main.nodes, main.initializers)
+
+    def translate(self, longest: int) -> _Translated:
+        """The graph for sequences of 2 to `longest` tokens."""
+        size = symbol("S", 2, longest)
+        ids, positions, types = (Input(name, Tensor((1, size), "i32")) for name in ("ids", "positions", "token_types"))
+        given = {}
+        for signature in self.model.inputs:
+            given[signature.name] = self._given(signature, size, ids, positions, types)
+        items = Translation(self.bodies.functions, wide_floats=True).run(self.main, given)
+        values = tuple((name, item.value) for name, item in zip(self.main.outputs, items, strict=True))
+        inputs = (ids, positions, types) if self.inputs.having(Role.TOKEN_TYPES) else (ids, positions)
+        return _Translated(inputs, values)
+
+    def _given(self, signature: Signature, size: Dim, ids: Input, positions: Input, types: Input) -> Item:
+        """What an input of the model is for one sequence of S tokens, without padding or a past."""
+        role = self.inputs.roles[signature.name]
+        dtype = signature_dtype(signature, "input")
+        dtype = "f32" if dtype in FLOATS else dtype
+        dims = signature.dims or ()
+        if role is Role.PAST:
+            shape = empty_past(signature, self._ids())
+            return Item(constant(np.zeros(shape), dtype), objects([], shape))
+        if role is Role.MASK:
+            return Item(Broadcast(constant(np.ones((1, 1)), dtype), (1, size)))
+        if role in (Role.IDS, Role.POSITIONS, Role.TOKEN_TYPES):
+            source = {Role.IDS: ids, Role.POSITIONS: positions}.get(role, types)
+            value: Value = source if dtype == "i32" else Cast(source, dtype)
+            return Item(value if len(dims) == 2 else Reshape(value, (size,) if len(dims) == 1 else (1, 1, size)))
+        number = {Role.LENGTH: size, Role.LAST: size - 1, Role.BRANCH: False}.get(role, 0)
+        return Item(known=objects([number], (1,) * len(dims)), dtype=dtype)
+
+    def _ids(self) -> Signature:
+        name = self.inputs.having(Role.IDS)[0]
+        return next(signature for signature in self.model.inputs if signature.name == name)
+
+    def lifted(self, max_context: int | None, weights: str, seed: int) -> Lifted:
+        """The model as a decoder or an encoder."""
+        context, notes = self._context(max_context)
+        translated = self.translate(context)
+        outputs = tuple((name, cast(value, "f32")) for name, value in translated.outputs)
+        graph = Graph("model", translated.inputs, outputs)
+        vocabulary = token_rows(graph)
+        logits = self._causal_logits(graph, vocabulary)
+        encoder = None
+        if logits is not None:
+            graph = Graph("model", tuple(i for i in graph.inputs if i.name != "token_types"), (("logits", logits),))
+            if any(value.name == "token_types" for value in translated.inputs):
+                graph = without_token_types(graph, translated.inputs[2])
+            vocabulary = int(logits.shape[2])
+        else:
+            graph, encoder = as_encoder(graph, self.companions, context)
+        text = self.companions.text(vocabulary)
+        return Lifted(
+            graph=graph,
+            weights=self._weights(graph, weights, seed),
+            name=model_name(self.model.path),
+            architecture=self.companions.architecture or "onnx",
+            parameters=parameter_count(graph),
+            vocab_size=vocabulary,
+            layers=self.companions.layers or self._layer_count(graph),
+            max_positions=self.companions.max_positions or context,
+            max_context=context,
+            text=text,
+            notes=(*notes, *text.notes),
+            config=self.companions.config,
+            task=ENCODE if logits is None else GENERATE,
+            encoder=encoder,
+        )
+
+    def _context(self, max_context: int | None) -> tuple[int, list[str]]:
+        """Tokens a sequence may have: as asked, unless the model's own tables end before."""
+        first = self.translate(_SHORT)
+        graph = Graph("model", first.inputs, first.outputs)
+        size = next(iter(symbols_of(first.inputs[0].shape[1])))
+        room = longest_sequence(graph, size, self.bodies.weights)
+        if room is not None and room < 2:
+            raise FrontendError(f"{self.model.path} has room for {room} positions: its tables of positions are damaged")
+        declared = self.companions.max_positions
+        context = max_context or min((n for n in (declared, room) if n is not None), default=_DEFAULT_CONTEXT)
+        if room is not None and context > room:
+            return room, [f"{room} tokens at most: the model's tables of positions end there"]
+        if declared is not None and context > declared:
+            note = f"the model was made for {declared} positions: of {context}, the later ones may make no sense to it"
+            return context, [note]
+        return context, []
+
+    def _causal_logits(self, graph: Graph, vocabulary: int) -> Value | None:
+        """The logits over the vocabulary of each token that sees only those before; None: the model is no decoder."""
+        found = self._vocabulary_logits(graph, vocabulary)
+        if found is None or self.has_past:
+            return found
+        classes = self.companions.class_names
+        if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+            return found
+        if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
+            return None
+        return found if attends_causally(graph, self.bodies.weights) else None
+
+    def _vocabulary_logits(self, graph: Graph, vocabulary: int) -> Value | None:
+        size = graph.inputs[0].shape[1]
+        named = dict(graph.outputs).get("logits")
+        for value in [named] if named is not None else [value for _, value in graph.outputs]:
+            *rows, width = value.shape or (0,)
+            wide = isinstance(width, int) and width >= max(vocabulary, 1)
+            if wide and rows == [1, size]:
+                return value
+            if wide and self.has_past and len(rows) == 2 and named is not None:
+                raise FrontendError(
+                    f"{self.model.path} gives logits {list(value.shape)} of some tokens only: "
+                    "export the model with logits of all tokens"
+                )
+        return None
+
+    def _layer_count(self, graph: Graph) -> int:
+        """Layers, as far as a graph shows them: a softmax or an attention each."""
+        return sum(isinstance(op, (Softmax, Attention)) for op in graph.ops) or len(self.inputs.having(Role.PAST)) // 2
+
+    def _weights(self, graph: Graph, weights: str, seed: int) -> WeightSource:
+        if weights == "checkpoint":
+            return self.bodies.weights
+        return NoiseWeights(self.bodies.weights, replaceable(graph), seed)
+
+
+def cast(value: Value, dtype: str) -> Value:
+    """The value in another dtype."""
+    return value if value.dtype == dtype else Cast(value, dtype)

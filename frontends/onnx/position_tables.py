@@ -1,0 +1,62 @@
+"""How many positions a graph of one sequence has room for: the ends of its tables of positions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.compiler.ir.dims import Symbol, symbol
+from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.structural import Gather, Slice
+from llmc.compiler.ir.types import Array
+from llmc.errors import LlmcError
+from llmc.frontends.lifted import WeightSource
+
+_TOKENS = 3  # of the sequence that is tried
+
+
+def longest_sequence(graph: Graph, size: Symbol, weights: WeightSource) -> int | None:
+    """The most tokens that every table of positions and every stored mask has rows for; None: no limit is found.
+
+    Tables may be read from a later row on (OPT and RoBERTa leave two rows out): the rows that a short sequence reads
+    are evaluated.
+    """
+    words = _depending(graph, [value for value in graph.inputs if value.name != "positions"])
+    found = []
+    for op in graph.ops:
+        if isinstance(op, Gather) and op.x in graph.constants and op.indices not in graph.constants:
+            rows = op.x.shape[op.axis]
+            if op.indices in words or not isinstance(rows, int):
+                continue
+            last = _last_index(graph, op.indices, size, weights)
+            if last is not None and 0 <= last < rows:
+                found.append(rows - (last + 1 - _TOKENS))
+        elif isinstance(op, Slice) and op.x in graph.constants and not isinstance(op.stop, int):
+            rows, extra = op.x.shape[op.axis], op.stop - symbol(size.name, size.low, size.high)
+            if isinstance(rows, int) and isinstance(extra, int):
+                found.append(rows - extra)
+    return min(found, default=None)
+
+
+def _depending(graph: Graph, roots: list[Input]) -> set[Value]:
+    """Everything that is computed from some inputs."""
+    found: set[Value] = set(roots)
+    for op in graph.ops:
+        if any(operand in found for operand in op.operands):
+            found.add(op)
+    return found
+
+
+def _last_index(graph: Graph, indices: Value, size: Symbol, weights: WeightSource) -> int | None:
+    """The greatest row that a sequence of `_TOKENS` tokens reads."""
+    given: dict[Value, Array] = {
+        value: np.arange(_TOKENS, dtype=np.int32).reshape(1, _TOKENS)
+        for value in graph.inputs
+        if value.name == "positions"
+    }
+    try:
+        found = evaluate_values([indices], given, weights.load, {size.name: _TOKENS})["0"]
+    except LlmcError:
+        return None
+    return int(np.max(found)) if isinstance(found, np.ndarray) and found.size else None

@@ -1,0 +1,67 @@
+"""What a lifted graph shows of the model that it came from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.graph import Graph, substitute_values
+from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.structural import Broadcast, Gather, Matmul, Transpose
+from llmc.compiler.ir.types import FLOATS
+from llmc.frontends.lifted import WeightSource
+
+
+def token_rows(graph: Graph) -> int:
+    """The rows of the table that token ids index: the vocabulary; 0 where there is none."""
+    for op in graph.ops:
+        if isinstance(op, Gather) and op.x in graph.constants and op.axis == 0:
+            indices = op.indices
+            while isinstance(indices, Cast):
+                indices = indices.x
+            if isinstance(indices, Input) and indices.name == "ids" and isinstance(op.x.shape[0], int):
+                return op.x.shape[0]
+    return 0
+
+
+def attends_causally(graph: Graph, weights: WeightSource) -> bool:
+    """Whether every attention that the passes recognise sees only tokens before; False where they recognise none."""
+    from llmc.compiler.passes.manager import parse_pipeline, run_passes
+    from llmc.compiler.passes.probe import reading
+    from llmc.compiler.pipeline import RECOGNISE
+
+    with reading(weights.load):
+        recognised, _ = run_passes(graph, parse_pipeline(RECOGNISE))
+    found = [op.causal for op in recognised.ops if isinstance(op, Attention)]
+    return bool(found) and all(found)
+
+
+def parameter_count(graph: Graph) -> int:
+    """Numbers in the weights that the graph reads."""
+    return sum(int(np.prod(param.tensor.shape, dtype=object)) for param in graph.params)
+
+
+def without_token_types(graph: Graph, types: Input) -> Graph:
+    """The graph for texts that are one piece: all types 0."""
+    return substitute_values(graph, {types: Broadcast(constant(np.zeros((1, 1)), types.dtype), types.shape)})
+
+
+def replaceable(graph: Graph) -> dict[str, str]:
+    """The weights that noise may stand for, with their dtypes: factors of products and tables of floats."""
+    found: dict[str, str] = {}
+
+    def mark(value: Value) -> None:
+        while isinstance(value, (Cast, Transpose)):
+            value = value.x
+        if value in params and value.dtype in FLOATS and value.rank > 1:
+            found[value.name] = value.dtype  # type: ignore[attr-defined]
+
+    params = set(graph.params)
+    for op in graph.ops:
+        if isinstance(op, Matmul):
+            for operand in op.operands:
+                mark(operand)
+        elif isinstance(op, Gather):
+            mark(op.x)
+    return found

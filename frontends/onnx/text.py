@@ -1,0 +1,132 @@
+"""What lies beside an ONNX model: its config, its labels, its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json
+from llmc.frontends.hf.tokenizer import read_text
+from llmc.frontends.lifted import Text
+
+_MOST_POSITIONS = 1 << 28
+_MOST_LABELS = 1 << 20
+# Optimum puts the model into a folder of its own below config.json.
+_FOLDERS = ("onnx", "openvino", "model")
+
+
+class Companions:
+    """The files around one model. config: config.json, or nothing; tokenizer: the user's own choice of a folder."""
+
+    def __init__(self, model: Path, tokenizer: str | Path | None = None) -> None:
+        folders = [model.parent]
+        if model.parent.resolve().name in _FOLDERS:
+            folders.append(model.parent.parent)
+        self.folders = tuple(folders)
+        self._tokenizer = Path(tokenizer).expanduser() if tokenizer is not None else None
+        if self._tokenizer is not None and not self._tokenizer.is_dir():
+            raise FrontendError(
+                f"there is no directory {self._tokenizer}: --tokenizer takes one that holds a tokenizer"
+            )
+        self.config: dict[str, object] = self._json("config.json")
+        self._genai = _object(self._json("genai_config.json").get("model"))
+
+    def _json(self, name: str) -> dict[str, object]:
+        for folder in self.folders:
+            if (folder / name).exists():
+                return read_json(folder / name)
+        return {}
+
+    def find(self, name: str) -> Path | None:
+        """A file beside the model, or in the folder above where exporters put models into one of their own."""
+        return next((folder / name for folder in self.folders if (folder / name).exists()), None)
+
+    @property
+    def architecture(self) -> str | None:
+        """The model type that the config names."""
+        found = self.config.get("model_type", self._genai.get("type"))
+        return found if isinstance(found, str) and 0 < len(found) <= 64 else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that the model was made of, such as BertForSequenceClassification."""
+        found = self.config.get("architectures")
+        return tuple(name for name in found if isinstance(name, str)) if isinstance(found, list) else ()
+
+    @property
+    def max_positions(self) -> int | None:
+        """The model's own limit on positions, whatever it calls it."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            value = self.config.get(name)
+            if _is_count(value):
+                # RoBERTa's table counts two positions that no token has.
+                return int(value)  # type: ignore[call-overload, no-any-return]
+        value = self._genai.get("context_length")
+        return int(value) if _is_count(value) else None  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def layers(self) -> int | None:
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+            value = self.config.get(name)
+            if _is_count(value):
+                return int(value)  # type: ignore[call-overload, no-any-return]
+        return None
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The names of a classifier's classes, by index."""
+        found = self.config.get("id2label")
+        if not isinstance(found, dict) or not 0 < len(found) <= _MOST_LABELS:
+            return None
+        labels = [found.get(str(index)) for index in range(len(found))]
+        return [str(label) for label in labels] if all(isinstance(label, str) for label in labels) else None
+
+    @property
+    def multi_label(self) -> bool:
+        return self.config.get("problem_type") == "multi_label_classification"
+
+    @property
+    def pad_id(self) -> int | None:
+        value = self.config.get("pad_token_id")
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def text(self, vocab_size: int) -> Text:
+        """The tokenizer: of --tokenizer, or beside the model."""
+        stop = self.config.get("eos_token_id", self._genai.get("eos_token_id"))
+        settings = _Settings(vocab_size, stop)
+        if self._tokenizer is not None:
+            text = read_text(self._tokenizer, settings)  # type: ignore[arg-type]
+            if text.facts is None:
+                raise FrontendError(f"{self._tokenizer} holds no tokenizer: expected tokenizer.json or the like")
+            return text
+        found = [read_text(folder, settings) for folder in self.folders]  # type: ignore[arg-type]
+        return next((text for text in found if text.facts is not None), found[0])
+
+
+class _Settings:
+    """What `read_text` asks of a transformers config."""
+
+    def __init__(self, vocab_size: int, eos_token_id: object) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_id = eos_token_id
+
+    def get_text_config(self, decoder: bool = True) -> Any:
+        return self
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 < value <= _MOST_POSITIONS
+
+
+def model_name(path: Path) -> str:
+    """A model's name: of its file, or of the folder where the file has a name that all models share."""
+    generic = path.stem.split("_")[0] in ("model", "decoder", "encoder")
+    folder = path.absolute().parent
+    if folder.name in _FOLDERS:
+        folder = folder.parent
+    return folder.name if generic and folder.name else path.stem
