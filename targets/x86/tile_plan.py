@@ -21,7 +21,7 @@ from llmc.targets.x86.linear_tiles import INPUTS, tile_linear, workspace_bytes
 from llmc.targets.x86.tiles import has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
-SPLIT_FROM = 33  # the same for f32 weights
+SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products
 FEW, MANY = 128, 512  # rows of a block
 WIDEST = 20  # tiles of a panel: with 512 rows of sums it leaves half of a second-level cache to the activations
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
