@@ -34,10 +34,10 @@ from llmc.compiler.ir.structural import (
     Transpose,
 )
 from llmc.compiler.ir.types import Shape, Tensor
+from llmc.compiler.passes.bias_tables import bias_table
 from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import Probe
-from llmc.compiler.passes.relative_bias import bias_table
 
 INPUTS = ("ids", "positions", "token_types")
 SEQUENCES = symbol("B", 1)
