@@ -29,6 +29,8 @@ class Case:
     sinks: bool = False
     alibi: bool = False
     cache_dtype: str = "float16"
+    causal: bool = True
+    span: int = 0
 
     @property
     def scale(self) -> float:
@@ -52,6 +54,19 @@ class Batch:
     query: np.ndarray
     sinks: np.ndarray
     slopes: np.ndarray
+    bias: np.ndarray  # [heads, 2 * span - 1]
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([len(keys) for keys in self.keys])]).astype(np.int32)
+
+    def seen(self, sequence: int, position: int) -> slice:
+        """The keys that a row at `position` of a sequence sees."""
+        window, end = self.case.window, position + 1
+        if not self.case.causal:
+            end = len(self.keys[sequence])
+            end = min(end, position + window) if window else end
+        return slice(max(0, position - window + 1) if window else 0, end)
 
     def expected(self) -> np.ndarray:
         """Softmax attention in f64, one row and head at a time."""
@@ -74,7 +89,7 @@ class Batch:
             number, factor = (bfloat16, scaled) if rounds else (exact, np.float32(1))
             for row in range(count):
                 last = position + row
-                seen = slice(max(0, last - case.window + 1) if case.window else 0, last + 1)
+                seen = self.seen(sequence, last)
                 for head in range(case.heads):
                     kv = head * case.kv_heads // case.heads
                     keys = number(self.keys[sequence][seen, kv])
@@ -85,6 +100,8 @@ class Batch:
                         scores = case.softcap * np.tanh(scores / case.softcap)
                     if case.alibi:
                         scores += self.slopes[head] * (np.arange(seen.start, seen.stop) - last)
+                    if case.span:
+                        scores += self.bias[head, np.arange(seen.start, seen.stop) - last + case.span - 1]
                     top = max(scores.max(), self.sinks[head]) if case.sinks else scores.max()
                     weights = np.exp(scores - top)
                     sink = np.exp(self.sinks[head] - top) if case.sinks else 0.0
@@ -104,6 +121,7 @@ class Batch:
         partial = aligned(np.full(max(1, plan.partial_elements(tokens, splits)), np.nan, np.float32))
         args = [self.query, self.key_pages, self.value_pages, self.tiles, self.block_table]
         args += [self.sinks] * case.sinks + [self.slopes] * case.alibi
+        args += [self.starts] * (not case.causal) + [self.bias] * bool(case.span)
         arrays = [*(aligned(a) for a in args), out, state, partial]
         tile = Compiled(plan.tile, machine)
         for begin, end in reversed(ranges(plan.tile_units(len(self.tiles), splits), cuts)):
@@ -154,7 +172,8 @@ def make_batch(case: Case, lengths: list[int], new: list[int], *, seed: int = 0,
     sinks = rng.standard_normal(case.heads).astype(np.float32)
     slopes = (0.5 ** np.arange(1, case.heads + 1)).astype(np.float32)
     tiles = tiles_of(new, lengths, most)
-    return Batch(case, keys, values, key_pages, value_pages, table, tiles, query, sinks, slopes)
+    bias = (2 * rng.standard_normal((case.heads, max(0, 2 * case.span - 1)))).astype(np.float32)
+    return Batch(case, keys, values, key_pages, value_pages, table, tiles, query, sinks, slopes, bias)
 
 
 # Prefills of 1, 7, 33 and 129 tokens, a chunk in the middle of a page, and decodes with contexts of 31 and 200.

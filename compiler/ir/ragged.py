@@ -34,9 +34,9 @@ class PoolTokens(Op, name="llm.pool_tokens"):
 
     def evaluate(self, x: Array, starts: Array) -> Array:
         wide = x.astype(np.promote_types(x.dtype, numpy_dtype("f32")), copy=False)
-        function: Callable[..., Array] = {"mean": np.mean, "max": np.max, "sum": np.sum}[self.kind]
+        functions: dict[str, Callable[..., Array]] = {"mean": np.mean, "max": np.max, "sum": np.sum}
         spans = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
-        return np.stack([function(wide[low:high], axis=0) for low, high in spans]).astype(x.dtype)
+        return np.stack([functions[self.kind](wide[low:high], axis=0) for low, high in spans]).astype(x.dtype)
 
 
 class RelativeBias(Op, name="llm.relative_bias"):

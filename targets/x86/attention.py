@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.targets.kernel import Kernel, kernel
+from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_matrix import attention_matrix, fits
-from llmc.targets.x86.attention_tile import attention_tile
+from llmc.targets.x86.attention_tile import PAGE, attention_tile
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import let, loop, scratch
 from llmc.targets.x86.vector_math import exp
@@ -73,18 +73,26 @@ def attention_plan(
     sinks: bool = False,
     alibi: bool = False,
     cache_dtype: str = "float16",
+    causal: bool = True,
+    span: int = 0,
 ) -> AttentionPlan:
-    """Kernels for causal attention with `heads` query heads over `kv_heads` key-value heads.
+    """Kernels for attention with `heads` query heads over `kv_heads` key-value heads.
 
     window: how many keys a row sees, itself included (0: all). softcap c: scores become c * tanh(score / c) (0: off).
     sinks: a logit a head joins the softmax's denominator. alibi: slope * (key position - query position) is added to
-    the scaled score. cache_dtype: float16 or float32.
+    the scaled score. cache_dtype: float16 or float32. causal: rows see keys up to their own position; else the whole
+    sequence, or what is less than `window` away on both sides. span: a table of what to add by distance (0: none).
     """
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} query heads are no multiple of {kv_heads} key-value heads")
     if cache_dtype not in ("float16", "float32"):
         raise ValueError(f"attention: cache_dtype must be float16 or float32, not {cache_dtype!r}")
+    if span % PAGE:
+        raise ValueError(f"attention: a table of distances spans whole pages of {PAGE} tokens, not {span}")
     values = head_dim if value_dim is None else value_dim
+    # A decoder's kernel has neither parameter, and so the name that it always had.
+    others: dict[str, Param] = {} if causal else {"causal": False}
+    others |= {"span": span} if span else {}
     tile = kernel(
         attention_matrix if fits(machine, values, cache_dtype) else attention_tile,
         machine.key,
@@ -98,6 +106,7 @@ def attention_plan(
         sinks=sinks,
         alibi=alibi,
         cache_dtype=cache_dtype,
+        **others,
     )
     combine = kernel(attention_combine, machine.key, value_dim=values)
     return AttentionPlan(tile, combine, heads, kv_heads, values)

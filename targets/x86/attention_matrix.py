@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody, block_rows
+from llmc.targets.x86.attention_products import block_rows
+from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
 from llmc.targets.x86.vector_math import exp
@@ -69,11 +70,15 @@ def attention_matrix(
     sinks: bool,
     alibi: bool,
     cache_dtype: str,
+    causal: bool = True,
+    span: int = 0,
 ) -> PrimFunc:
     """As `attention_tile`, same arguments and meaning, on a machine that `fits`."""
     isa = isa_for(machine)
     few = block_rows(isa)
-    body = MatrixBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, few)
+    body = MatrixBody(
+        isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, few, causal, span
+    )
     return body.kernel(isa.pairs_helper + isa.bf16_helper)
 
 
@@ -315,7 +320,7 @@ class TallBody(TileBody):
                 begin: Expr = index(0)
                 if self.window:
                     begin = pin(tirx.Max(self.first_page(top) - page, index(0)))
-                end = pin(tirx.Min(divide(bottom, PAGE) + 1 - page, pages))
+                end = pin(tirx.Min(divide(self.last_seen(t.length, bottom), PAGE) + 1 - page, pages))
                 with when(begin < end):
                     self.block(t, row, page, begin, end, top)
         self.finish_rows(a, t, first, count)
@@ -370,10 +375,10 @@ class TallBody(TileBody):
         from tvm import tirx
 
         lanes = self.lanes
-        if self.softcap or self.alibi:
+        if self.softcap or self.alibi or self.span:
             self.each_row(t, row, page, begin, end, True)
         else:
-            edge = (page + end) * PAGE - 1 > top
+            edge = (page + end) * PAGE - 1 > self.last_seen(t.length, top)
             if self.window:
                 # The last row of the block is less than 16 positions after the first.
                 edge = tirx.Or(edge, (page + begin) * PAGE <= top + (ROWS - 1) - self.window)
@@ -425,9 +430,10 @@ class TallBody(TileBody):
                     at = r * (STEP_PAGES * PAGE) + place * PAGE + half * lanes
                     value = let(load(t.scores, at, lanes))
                     if where is not None:
-                        limit = let(where - (place * PAGE).astype("int32"))  # the last visible slot of the page
+                        limit = let(where - (place * PAGE).astype("int32"))  # the row's own slot of the page
+                        held = self.held(t, page + place)
                         value = let(self.biased(t, row + r, value, limit, half * lanes))
-                        value = let(self.masked(value, limit, half * lanes))
+                        value = let(self.masked(value, limit, held, half * lanes))
                         store(t.scores, at, value, lanes)
                     store(greatest[half], 0, maximum(load(greatest[half], 0, lanes), value), lanes)
             store(t.greatest, r * lanes, maximum(*(load(half, 0, lanes) for half in greatest)), lanes)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmc.compiler.ir.attention import KVAppend, PagedAttention
 from llmc.compiler.ir.dims import symbol
-from llmc.compiler.ir.llm import KVAppend, PagedAttention, RMSNorm, Rope, RopeAngles
+from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.llm import RMSNorm, Rope, RopeAngles
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.ragged import span_of
 from llmc.compiler.ir.structural import Reshape, Slice
 from llmc.compiler.ir.types import KV
 from llmc.targets.call_facts import keys, pairs
@@ -189,6 +192,9 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     for value in (op.sinks, op.slopes):
         if value is not None and value.dtype != "f32":
             return "sinks and slopes are not f32"
+    span = 0 if op.bias is None else span_of(op.bias)
+    if op.bias is not None and (op.bias.dtype != "f32" or span % PAGE):
+        return f"a table of distances {op.bias.type} is not f32, or spans no whole pages"
     tokens, heads, dim = op.q.shape
     assert isinstance(heads, int) and isinstance(dim, int)
     calls: list[Call] = []
@@ -196,7 +202,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     query: object = op.q
     cache = op.cache
     q = heads_of(op.q, context)
-    append = cache if isinstance(cache, KVAppend) and len(context.graph.users.get(cache, ())) == 1 else None
+    append = cache if isinstance(cache, KVAppend) and _only_reader(cache, context) is op else None
     turned = Scratch("query", "f32", tokens * (heads * dim))
     if append is not None and not _unfit(append):
         k, v = heads_of(append.k, context), heads_of(append.v, context)
@@ -220,10 +226,13 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         sinks=op.sinks is not None,
         alibi=op.slopes is not None,
         cache_dtype=CACHE_DTYPES[kind.dtype],
+        causal=op.causal,
+        span=span,
     )
     state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
     partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
-    extras = tuple(value for value in (op.sinks, op.slopes) if value is not None)
+    starts = None if op.causal else op.starts
+    extras = tuple(value for value in (op.sinks, op.slopes, starts, op.bias) if value is not None)
     tile_args = (
         query, CachePart(cache, "keys"), CachePart(cache, "values"), op.tiles, op.block_table, *extras,
         "result", state, partial, PAGES, SPLITS,
@@ -231,7 +240,8 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     tiles = op.tiles.shape[0]
     note = f"[{heads}/{kind.heads}, {dim}]"
     read = keys(op.window) * _cache_bytes(kind)
-    operations = pairs(op.window) * (2 * heads * (dim + kind.value_dim))
+    seen = pairs(op.window) if op.causal else 2 * pairs(op.window) - tokens  # both sides, a row itself once
+    operations = seen * (2 * heads * (dim + kind.value_dim))
     calls.append(
         Call(
             plan.tile,
@@ -254,6 +264,12 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     )
     calls.append(merge)
     return Lowered(tuple(calls), computes=computes)
+
+
+def _only_reader(version: KVAppend, context: Context) -> Op | None:
+    """The one op that reads what a version of a cache holds; later appends to it read nothing."""
+    readers = [op for op in context.graph.users.get(version, ()) if not isinstance(op, KVAppend)]
+    return readers[0] if len(readers) == 1 else None
 
 
 @RULES.lower(RopeAngles, priority=10)

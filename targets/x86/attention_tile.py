@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.targets.machine import Machine
+from llmc.targets.x86.attention_products import block_rows, multiply
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, when
 from llmc.targets.x86.vector_math import exp, tanh
@@ -60,12 +61,19 @@ def attention_tile(
     sinks: bool,
     alibi: bool,
     cache_dtype: str,
+    causal: bool = True,
+    span: int = 0,
 ) -> PrimFunc:
     """One unit is (tile, key-value head, split): u = (tile * kv_heads + kv_head) * S + split. Arguments:
 
         query f32[T, heads, head_dim], keys cache[pages, kv_heads, head_dim, 32], values cache[pages, kv_heads, 32,
         value_dim], tiles i32[Q, 4], block_table i32[B, M], [sinks f32[heads]], [slopes f32[heads]] (alibi),
-        out f32[T, heads, value_dim], state f32[T, heads, S, 2], partial f32[T, heads, S - 1, value_dim], M, S
+        [starts i32[B + 1]] (not causal), [bias f32[heads, 2 * span - 1]] (span), out f32[T, heads, value_dim],
+        state f32[T, heads, S, 2], partial f32[T, heads, S - 1, value_dim], M, S
+
+    causal: a row sees the keys of its sequence up to its own position, the last `window` of them; else all keys, rows
+    starts[s] to starts[s + 1], or those less than `window` away. span: bias adds a number by key - query + span - 1;
+    no sequence is longer than span, which is a whole number of pages.
 
     Where S == 1, out is the result and state and partial are not touched. Otherwise split s covers the s-th part of the
     pages that the tile sees and writes (greatest score, denominator) to state and its unnormalised sum of values to out
@@ -73,91 +81,23 @@ def attention_tile(
     numbers of weight zero. Cache slots that no row of the tile may see are read but never enter a result.
     """
     isa = isa_for(machine)
-    body = TileBody(isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, CHUNK)
+    body = TileBody(
+        isa,
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale,
+        window,
+        softcap,
+        sinks,
+        alibi,
+        cache_dtype,
+        CHUNK,
+        causal,
+        span,
+    )
     return body.kernel()
-
-
-def block_rows(isa: VectorIsa) -> int:
-    """Query rows of a register block: with two or three vectors each, accumulators fill most of the registers."""
-    return 8 if isa.registers == 32 else 4
-
-
-def block_vectors(isa: VectorIsa, rows: int) -> int:
-    """Vectors a row of a register block: at most 24 of 32, or 12 of 16, registers are accumulators."""
-    return int(max(1, (isa.registers * 3 // 4) // rows))
-
-
-def multiply(
-    isa: VectorIsa,
-    rows: int,
-    columns: int,
-    depth: Expr | int,
-    left: Callable[[int, Expr | int], Expr],
-    right: Callable[[Expr | int, int, int], Expr],
-    start: Callable[[int, int, int], Expr],
-    finish: Callable[[int, int, int, Expr], None],
-    ahead: Callable[[Expr | int], None] | None = None,
-) -> None:
-    """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
-
-    left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
-    vectors of `width` columns from `offset` on. Few rows split the sum over k into several chains to hide latency; the
-    number of terms must then be known. ahead(k) is emitted once for every k, beside the k-th term: for prefetches.
-    """
-    columns_cut = pieces(columns, isa.lanes)
-    step = block_vectors(isa, rows)
-    blocks = -(-len(columns_cut) // step)
-    step = -(-len(columns_cut) // blocks)
-    for first in range(0, len(columns_cut), step):
-        block = columns_cut[first : first + step]
-        chains = max(1, 8 // (rows * len(block))) if isinstance(depth, int) else 1
-        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish, None if first else ahead)
-
-
-def _multiply_block(
-    isa: VectorIsa,
-    rows: int,
-    block: Sequence[tuple[int, int]],
-    depth: Expr | int,
-    chains: int,
-    left: Callable[[int, Expr | int], Expr],
-    right: Callable[[Expr | int, int, int], Expr],
-    start: Callable[[int, int, int], Expr],
-    finish: Callable[[int, int, int, Expr], None],
-    ahead: Callable[[Expr | int], None] | None,
-) -> None:
-    sums = [[[scratch(width, "float32") for _, width in block] for _ in range(rows)] for _ in range(chains)]
-    for chain in range(chains):
-        for r in range(rows):
-            for j, (offset, width) in enumerate(block):
-                store(sums[chain][r][j], 0, start(r, offset, width) if chain == 0 else splat(0.0, width), width)
-
-    def term(k: Expr | int, chain: int) -> None:
-        if ahead is not None:
-            ahead(k)
-        vectors = [let(right(k, offset, width)) for offset, width in block]
-        for r in range(rows):
-            scalar = let(left(r, k))
-            for j, (_, width) in enumerate(block):
-                sum_ = sums[chain][r][j]
-                store(sum_, 0, splat(scalar, width) * vectors[j] + load(sum_, 0, width), width)
-
-    if isinstance(depth, int) and chains > 1:
-        if depth // chains:
-            with loop(depth // chains) as number:
-                for chain in range(chains):
-                    term(number * chains + chain, chain)
-        for k in range(depth // chains * chains, depth):
-            term(k, k % chains)
-    else:
-        with loop(depth) as k:
-            term(k, 0)
-    for r in range(rows):
-        for j, (offset, width) in enumerate(block):
-            value = load(sums[0][r][j], 0, width)
-            for chain in range(1, chains):
-                value = value + load(sums[chain][r][j], 0, width)
-            finish(r, offset, width, value)
 
 
 @dataclass(frozen=True)
@@ -176,6 +116,8 @@ class TileBody:
     alibi: bool
     cache_dtype: str
     chunk: int
+    causal: bool = True
+    span: int = 0
 
     @property
     def group(self) -> int:
@@ -189,6 +131,7 @@ class TileBody:
         pointers = [("query", "float32"), ("keys", self.cache_dtype), ("values", self.cache_dtype)]
         pointers += [("tiles", "int32"), ("block_table", "int32")]
         pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
+        pointers += [("starts", "int32")] * (not self.causal) + [("bias", "float32")] * bool(self.span)
         pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
         return range_kernel(pointers, ["M", "S"], self.unit, helpers)
 
@@ -204,19 +147,25 @@ class TileBody:
         tile = pin(divide(outer, self.kv_heads) * 4)
         sequence, token = integer(load_raw(a.tiles, tile, 1)), integer(load_raw(a.tiles, tile + 1, 1))
         count, position = integer(load_raw(a.tiles, tile + 2, 1)), integer(load_raw(a.tiles, tile + 3, 1))
-        last_page = pin(divide(position + count - 1, PAGE))
+        length = None
+        if not self.causal:
+            length = pin(integer(load_raw(a.starts, sequence + 1, 1)) - integer(load_raw(a.starts, sequence, 1)))
+        last_page = pin(divide(self.last_seen(length, position + count - 1), PAGE))
         first_page: Expr = index(0)
         if self.window:
             first_page = pin(self.first_page(position))
         pages = pin(last_page + 1 - first_page)
         return SimpleNamespace(
+            length=length,
+            bias=a.bias if self.span else None,
             kv_head=kv_head,
             split=split,
             token=token,
             count=count,
             rows=pin(count * self.group),
             position=position,
-            end=pin(position + count),
+            bottom=(bottom := pin(position + count)),
+            end=bottom if length is None else length,
             table=pin(sequence * a.M),
             pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
         )
@@ -237,6 +186,7 @@ class TileBody:
             "total": aligned_scratch(self.chunk * self.lanes, self.lanes),
             "where": scratch(self.chunk, "int32"),
             "slope": scratch(self.chunk if self.alibi else 1, "float32"),
+            **({"middle": scratch(self.chunk, "int32")} if self.span else {}),
         }
 
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
@@ -298,7 +248,9 @@ class TileBody:
                 following = (next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim))
             with loop(blocks) as b:
                 row = pin(b * block)
-                last = self.position(t, tirx.Min(first + row + (block - 1), first + count - 1))
+                last = self.last_seen(
+                    t.length, self.position(t, tirx.Min(first + row + (block - 1), first + count - 1))
+                )
                 with when(page * PAGE <= last):
                     self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
         self.finish_rows(a, t, first, count)
@@ -308,7 +260,7 @@ class TileBody:
         from tvm import tirx
 
         low, high = t.pages
-        high = pin(tirx.Min(high, divide(self.position(t, first + count - 1), PAGE) + 1))
+        high = pin(tirx.Min(high, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
         if self.window:
             low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
         return low, high
@@ -316,6 +268,14 @@ class TileBody:
     def position(self, t: SimpleNamespace, row: Expr) -> Expr:
         """The position of a row of the unit."""
         return pin(t.position + divide(row, self.group))
+
+    def last_seen(self, length: Expr | None, position: Expr) -> Expr:
+        """The last key that a row at `position` of a sequence of `length` keys sees."""
+        from tvm import tirx
+
+        if length is None:
+            return position
+        return tirx.Min(length - 1, position + (self.window - 1)) if self.window else length - 1
 
     def first_page(self, position: Expr) -> Expr:
         """The first page in the window of a row at `position`."""
@@ -333,6 +293,8 @@ class TileBody:
                 store_int(t.where, r, t.end - 1)
                 if self.alibi:
                     store(t.slope, r, splat(0.0, 1), 1)
+                if self.span:
+                    store_int(t.middle, r, index(self.span - 1))
 
             def fill(r: Expr = r) -> None:
                 row = pin(first + r)
@@ -343,6 +305,8 @@ class TileBody:
                 store_int(t.where, r, t.position + token)
                 if self.alibi:
                     store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)
+                if self.span:
+                    store_int(t.middle, r, head * (2 * self.span - 1) + (self.span - 1))
                 if self.sinks:
                     # A sink is one more key without a value; split 0 counts it.
                     sink = load(a.sinks, head, 1) * splat(self.score_unit, 1)
@@ -459,11 +423,12 @@ class TileBody:
 
         def edited(r: Expr) -> None:
             where = load_raw(t.where, row + r, 1)
-            limit = let(where - (page * PAGE).astype("int32"))  # the last visible slot of the page
+            limit = let(where - (page * PAGE).astype("int32"))  # the row's own slot of the page
+            held = self.held(t, page)
             vectors = []
             for offset, width in cut:
                 value = self.biased(t, row + r, load(scores, r * PAGE + offset, width), limit, offset)
-                vectors.append(let(self.masked(value, limit, offset)))
+                vectors.append(let(self.masked(value, limit, held, offset)))
                 store(scores, r * PAGE + offset, vectors[-1], width)
             self.raise_peak(t, row + r, r, vectors, peaks)
 
@@ -471,12 +436,12 @@ class TileBody:
             with loop(rows) as r:
                 work(r)
 
-        if self.softcap or self.alibi:
+        if self.softcap or self.alibi or self.span:
             each(edited)
         else:
-            edge = page * PAGE + (PAGE - 1) > t.position
+            edge = page * PAGE + (PAGE - 1) > self.last_seen(t.length, t.position)
             if self.window:
-                edge = tirx.Or(edge, page * PAGE < t.end - self.window)
+                edge = tirx.Or(edge, page * PAGE < t.bottom - self.window)
             either(edge, lambda: each(edited), lambda: each(plain))
         for i in range(0, rows, lanes):
             # All rows at once; lanes past `rows` hold anything and are not used.
@@ -499,21 +464,31 @@ class TileBody:
         store(peaks, r, maximum(load(t.peak, row, 1), reduce_lanes(greatest, self.lanes, maximum)), 1)
 
     def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
-        """Softcap and ALiBi on one vector of scores."""
+        """Softcap, ALiBi and the table of distances on one vector of scores. limit: the row's own slot of the page."""
         if self.softcap:
             value = tanh(self.isa, value) * splat(self.softcap * self.score_unit, self.lanes)
         if self.alibi:
             distance = cast(self.slots(offset) - splat(limit, self.lanes), "float32", self.lanes)
             value = value + splat(load(t.slope, row, 1), self.lanes) * distance
+        if self.span:
+            at = integer(load_raw(t.middle, row, 1) - limit)
+            value = value + load(t.bias, at + offset, self.lanes) * splat(self.score_unit, self.lanes)
         return value
 
-    def masked(self, value: Expr, limit: Expr, offset: int) -> Expr:
-        """MASKED in the lanes of keys after the row's own position, or before its window."""
+    def held(self, t: SimpleNamespace, page: Expr) -> Expr | None:
+        """How many slots the sequence fills from the start of a page on; None where rows do not see so far."""
+        return None if self.causal else let((t.end - page * PAGE).astype("int32"))
+
+    def masked(self, value: Expr, limit: Expr, held: Expr | None, offset: int) -> Expr:
+        """MASKED in the lanes of keys after the row's own position (or `held`), or outside its window."""
         from tvm import tirx
 
         slot = self.slots(offset)
-        visible = slot <= splat(limit, self.lanes)
+        visible = slot <= splat(limit, self.lanes) if held is None else slot < splat(held, self.lanes)
         value = tirx.Select(visible, value, splat(MASKED, self.lanes))
+        if self.window and held is not None:
+            near = slot < splat(limit + self.window, self.lanes)
+            value = tirx.Select(near, value, splat(MASKED, self.lanes))
         if self.window:
             inside = slot > splat(limit - self.window, self.lanes)
             value = tirx.Select(inside, value, splat(MASKED, self.lanes))
