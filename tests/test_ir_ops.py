@@ -119,6 +119,9 @@ def elementwise_cases() -> list[Case]:
         Case("t.cast f16", lambda x: e.Cast(x, "f16"), (X,), torch.from_numpy(X).half().numpy()),
         Case("t.bitcast", lambda x: e.Bitcast(x, "i32"), (X,), X.view(np.int32)),
         Case("t.shift_left out", lambda x: e.ShiftLeft(x, e.constant(8, "u8")), (BYTES,), np.zeros((5, 7), np.uint8)),
+        Case("t.shift_left negative", e.ShiftLeft, (INTS, 0 * INTS - 1), 0 * INTS),
+        Case("t.shift_right ints", e.ShiftRight, (INTS, np.abs(OTHER)), INTS // 2 ** np.abs(OTHER)),
+        Case("t.shift_right out", e.ShiftRight, (INTS, 0 * INTS + 64), np.where(INTS < 0, -1, 0)),
         Case("t.pow ints", e.Pow, (INTS, OTHER // 2), naive_power(INTS, OTHER // 2)),
         Case("t.cast bool", lambda x: e.Cast(x, "bool"), (INTS,), INTS != 0),
     ]

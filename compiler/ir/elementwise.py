@@ -13,7 +13,6 @@ from llmc.compiler.ir.types import (
     FLOATS,
     INTEGERS,
     NUMPY_DTYPES,
-    UNSIGNED,
     Array,
     Tensor,
     dtype_of,
@@ -411,28 +410,28 @@ class BitXor(Bitwise, name="t.bit_xor"):
     commutative = True
 
 
-def _shift(function: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    def shifted(a: Array, b: Array) -> Array:
-        bits = 8 * a.dtype.itemsize
-        return np.where(b < bits, function(a, np.minimum(b, b.dtype.type(bits - 1))), np.zeros_like(a))
+def _shift_left(a: Array, b: Array) -> Array:
+    bits = 8 * a.dtype.itemsize
+    within = (b >= 0) & (b < bits)
+    return np.where(within, np.left_shift(a, np.where(within, b, 0).astype(a.dtype)), 0)
 
-    return shifted
+
+def _shift_right(a: Array, b: Array) -> Array:
+    bits = 8 * a.dtype.itemsize
+    within = (b >= 0) & (b < bits)
+    return np.where(within, np.right_shift(a, np.where(within, b, 0).astype(a.dtype)), np.where(a < 0, -1, 0))
 
 
 class ShiftLeft(Bitwise, name="t.shift_left"):
-    """a with its bits moved up by b; 0 where b is its number of bits or more. Unsigned integers only."""
+    """a with its bits moved up by b; 0 where b is negative, or a's number of bits or more."""
 
-    function = staticmethod(_shift(np.left_shift))
-
-    def infer(self) -> Tensor:
-        require(self.a.dtype in UNSIGNED, f"needs unsigned integers, not {self.a.dtype}")
-        return super().infer()
+    function = staticmethod(_shift_left)
 
 
-class ShiftRight(ShiftLeft, name="t.shift_right"):
-    """a with its bits moved down by b; 0 where b is its number of bits or more. Unsigned integers only."""
+class ShiftRight(Bitwise, name="t.shift_right"):
+    """a with its bits moved down by b, its sign kept: as far as they go where b is negative or too large."""
 
-    function = staticmethod(_shift(np.right_shift))
+    function = staticmethod(_shift_right)
 
 
 class Bitcast(Op, name="t.bitcast"):

@@ -168,10 +168,17 @@ def _shrink(t: Translation, node: Node, x: Item) -> Value:
 
 @handles("Swish")
 def _swish(t: Translation, node: Node, x: Item) -> Value:
-    value, alpha = x.value, node.get("alpha", 1.0)
-    if alpha == 1.0:
-        return e.Activation(value, "silu")
-    return e.Mul(value, e.Sigmoid(e.Mul(value, like(alpha, value))))
+    return swish(x.value, node.get("alpha", 1.0))
+
+
+def swish(x: Value, alpha: float) -> Value:
+    """x * sigmoid(alpha * x)"""
+    return e.Activation(x, "silu") if alpha == 1 else e.Mul(x, e.Sigmoid(e.Mul(x, like(alpha, x))))
+
+
+@handles("SwiGLU")
+def _swiglu(t: Translation, node: Node, gate: Item, up: Item) -> Value:
+    return e.Mul(swish(gate.value, node.get("alpha", 1.0)), up.value)
 
 
 @handles("Gelu")
@@ -188,10 +195,9 @@ def _dropout(
     t: Translation, node: Node, x: Item, ratio: Item | None = None, training: Item | None = None
 ) -> list[Item | Value]:
     """Nothing is dropped outside training: the input, and a mask of ones."""
-    if training is not None and (training.numbers is None or training.numbers.any()):
-        rate = None if ratio is None else ratio.numbers
-        if training.numbers is None or ratio is None or rate is None or rate.any():
-            raise Unsupported("dropout while training is random")
+    idle = training is None or (training.numbers is not None and not training.numbers.any())
+    if not idle and (ratio is None or ratio.numbers is None or ratio.numbers.any()):
+        raise Unsupported("dropout while training is random; export the model for inference")
     if len(node.outputs) < 2:
         return [x]
     return [x, broadcast(e.constant(True), x.shape)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, product
+from llmc.compiler.ir.integers import RoundToIntegers
 from llmc.compiler.ir.op import Value
-from llmc.frontends.onnx.forms import broadcast, cast, iota, like, reshape, squeeze, transpose, unsqueeze
+from llmc.frontends.onnx.forms import along, broadcast, cast, iota, like, reshape, squeeze, transpose, unsqueeze
 from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
 
 
@@ -132,15 +133,43 @@ def _contracted(a: Value, left: str, b: Value, right: str, wanted: set[str]) -> 
     return reshape(s.Matmul(first, second), [sizes[x] for x in result]), result
 
 
+def without_zero(value: Value, zero: Item | None, axis: int | None = None) -> Value:
+    """Integers less their zero point, in i32. axis: the one that has a zero point an index, where there are several."""
+    wide = cast(value, "i32")
+    if zero is None:
+        return wide
+    point = cast(zero.value, "i32")
+    if point.shape == (1,):
+        point = reshape(point, ())
+    if point.rank == 1 and axis is not None:
+        point = along(point, axis, value.rank)
+    return e.Sub(wide, point)
+
+
+def requantized(total: Value, scale: Value, new_scale: Value, new_zero: Value) -> Value:
+    """What sums of integers stand for (total * scale) as integers again, of the zero point's dtype."""
+    meant = e.Mul(cast(total, "f32"), cast(scale, "f32"))
+    return RoundToIntegers(meant, reshape(cast(new_scale, "f32"), ()), reshape(new_zero, ()), new_zero.dtype)
+
+
 @handles("MatMulInteger")
 def _matmul_integer(
     t: Translation, node: Node, a: Item, b: Item, a_zero: Item | None = None, b_zero: Item | None = None
 ) -> Value:
-    first, second = cast(a.value, "i32"), cast(b.value, "i32")
-    if a_zero is not None:
-        zero = cast(a_zero.value, "i32")
-        # One zero point a row stands along the rows.
-        first = e.Sub(first, unsqueeze(zero, 1) if zero.rank == 1 and zero.shape != (1,) else zero)
-    if b_zero is not None:
-        second = e.Sub(second, cast(b_zero.value, "i32"))
-    return matmul(first, second)
+    # Several zero points are one a row of the left, one a column of the right.
+    return matmul(without_zero(a.value, a_zero, -2), without_zero(b.value, b_zero, -1))
+
+
+@handles("QLinearMatMul")
+def _qlinear_matmul(
+    t: Translation, node: Node, a: Item, a_scale: Item, a_zero: Item, b: Item, b_scale: Item, b_zero: Item,
+    y_scale: Item, y_zero: Item,
+) -> Value:  # fmt: skip
+    total = matmul(without_zero(a.value, a_zero, -2), without_zero(b.value, b_zero, -1))
+    scales = []
+    for item, axis in ((a_scale, -2), (b_scale, -1)):
+        scale = cast(item.value, "f32")
+        scales.append(reshape(scale, ()) if scale.shape in ((), (1,)) else scale)
+        if scale.rank == 1 and scale.shape != (1,):
+            scales[-1] = along(scale, axis, total.rank)
+    return requantized(total, e.Mul(*scales), y_scale.value, y_zero.value)
