@@ -301,8 +301,8 @@ def fused_matmul(t: Translation, node: Node, a: Item, b: Item) -> Result:
 
 def _turned(x: Value, batch: bool, last: bool) -> Value:
     axes = list(range(x.rank))
-    if batch:  # [d0, d1, ..., m, k] is stored as [d1, ..., m, d0, k]
-        axes = [axes[-2], *axes[:-2], axes[-1]]
+    if batch:  # rows come first: [m, d0, d1, ..., k]
+        axes = [*axes[1:-1], axes[0], axes[-1]]
     if last:
         axes[-2], axes[-1] = axes[-1], axes[-2]
     return x if axes == list(range(x.rank)) else Transpose(x, tuple(axes))

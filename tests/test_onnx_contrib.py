@@ -1,0 +1,464 @@
+"""ONNX Runtime's own operations: each translation gives what ONNX Runtime gives, for every combination we accept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from onnx_contrib_tools import Case, Fixed, compare, normal
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from llmc.errors import FrontendError
+
+S = {7: "S"}
+S_AND_BATCH = {7: "S", 3: "B"}
+
+
+def choice(*shape: int, high: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).integers(0, high, shape)
+
+
+# Norms, embeddings, activations
+
+
+@pytest.mark.parametrize("size", [1, 33, 129])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("skip_shape", [(3, 7), (1, 7), (7,)])
+def test_skip_norms(size: int, bias: bool, skip_shape: tuple[int, ...]) -> None:
+    x, skip, gamma = normal(3, 7, size), normal(*skip_shape, size, seed=1), Fixed(normal(size, seed=2))
+    extra = [Fixed(normal(size, seed=4))] if bias else []
+    # In a row of one element its difference from the mean is rounding, which a small eps would blow up.
+    layer = Case("SkipLayerNormalization", [x, skip, gamma, Fixed(normal(size, seed=3)), *extra], {"epsilon": 1e-2}, 4)
+    simple = Case("SkipSimplifiedLayerNormalization", [x, skip, gamma, *extra], {"epsilon": 1e-5}, 4)
+    for case in (layer, simple):
+        case.symbols = Case("", [], symbols=S_AND_BATCH).symbols if size not in S_AND_BATCH else {}
+        compare(case, outputs=[0, 3])
+
+
+def test_skip_norms_without_beta_and_with_the_epsilon_of_the_standard() -> None:
+    x, skip, gamma = normal(1, 7, 33), normal(1, 7, 33, seed=1), Fixed(normal(33, seed=2))
+    compare(Case("SkipLayerNormalization", [x, skip, gamma, None, Fixed(normal(33))], {}, 1, symbols=S))
+    compare(Case("SkipSimplifiedLayerNormalization", [x, skip, gamma], {}, 1, symbols=S))
+
+
+def test_statistics_of_skip_norms_are_those_of_the_sum() -> None:
+    """ONNX Runtime's CPU kernels leave these outputs empty, so numpy says what they are."""
+    x, skip, gamma = normal(2, 7, 33), normal(2, 7, 33, seed=1), Fixed(np.ones(33, np.float32))
+    total = (x + skip).astype(np.float64)
+    _, mean, inverse, _ = Case("SkipLayerNormalization", [x, skip, gamma], {"epsilon": 1e-3}, 4).translated()
+    np.testing.assert_allclose(mean, total.mean(-1, keepdims=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inverse, 1 / np.sqrt(total.var(-1, keepdims=True) + 1e-3), rtol=1e-5)
+    case = Case("SkipSimplifiedLayerNormalization", [x, skip, gamma], {"epsilon": 1e-3}, 4)
+    np.testing.assert_allclose(case.translated()[2], 1 / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, 2])
+def test_simplified_layer_norm_is_rms_norm(axis: int) -> None:
+    case = Case(
+        "SimplifiedLayerNormalization",
+        [normal(3, 7, 31), Fixed(normal(31))],
+        {"epsilon": 1e-5, "axis": axis, "stash_type": 1},
+        2,
+        domain="",
+        symbols=S_AND_BATCH,
+    )
+    compare(case)
+
+
+@pytest.mark.parametrize("op", ["Gelu", "FastGelu", "QuickGelu"])
+def test_activations(op: str) -> None:
+    compare(Case(op, [3 * normal(3, 7, 33)], symbols=S_AND_BATCH), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 1.702])
+def test_quick_gelu_has_an_alpha(alpha: float) -> None:
+    compare(Case("QuickGelu", [3 * normal(3, 7, 33)], {"alpha": alpha}), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("op", ["BiasGelu", "FastGelu"])
+def test_activations_of_a_sum_with_a_bias(op: str) -> None:
+    compare(Case(op, [normal(3, 7, 33), Fixed(normal(33))], symbols=S_AND_BATCH), tolerance=1e-6)
+
+
+def test_bias_split_gelu_gates_its_left_half_with_its_right() -> None:
+    """ONNX Runtime has no CPU kernel of it."""
+    from math import erf, sqrt
+
+    x, bias = normal(3, 7, 34), normal(34, seed=1)
+    left, right = np.split((x + bias).astype(np.float64), 2, axis=-1)
+    expected = left * right / 2 * (1 + np.vectorize(erf)(right / sqrt(2)))
+    [found] = Case("BiasSplitGelu", [x, Fixed(bias)], symbols=S_AND_BATCH).translated()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
+def test_embed_layer_norm(segments: bool, mask: bool, positions: bool) -> None:
+    lengths = np.array([7, 4, 1])
+    inputs = [
+        choice(3, 7, high=50).astype(np.int32),
+        choice(3, 7, high=2, seed=1).astype(np.int32) if segments else None,
+        Fixed(normal(50, 33)),
+        Fixed(normal(20, 33, seed=1)),
+        Fixed(normal(2, 33, seed=2)) if segments else None,
+        Fixed(normal(33, seed=3)),
+        Fixed(normal(33, seed=4)),
+        (np.arange(7)[None] < lengths[:, None]).astype(np.int32) if mask else None,
+        choice(3, 7, high=20, seed=2).astype(np.int32) if positions else None,
+    ]
+    compare(
+        Case("EmbedLayerNormalization", inputs, {"epsilon": 1e-6, "mask_index_type": int(mask)}, 3, symbols=S_AND_BATCH)
+    )
+
+
+def test_embed_layer_norm_refuses_other_kinds_of_masks() -> None:
+    tables = [Fixed(normal(50, 33)), Fixed(normal(20, 33)), None, Fixed(normal(33)), Fixed(normal(33))]
+    ids = choice(3, 7, high=50).astype(np.int32)
+    case = Case("EmbedLayerNormalization", [ids, None, *tables, np.ones((3, 7), np.int32)], {"mask_index_type": 2}, 2)
+    refused(case, "mask_index_type=2 is not supported")
+
+
+# Rotary embedding
+
+
+def caches(pairs: int) -> list[Fixed]:
+    angles = np.arange(40)[:, None] / 100.0 ** (np.arange(pairs) / pairs)[None]
+    return [Fixed(np.cos(angles).astype(np.float32)), Fixed(np.sin(angles).astype(np.float32))]
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("layout", ["merged", "heads first", "partial"])
+@pytest.mark.parametrize("first", [False, True])
+def test_rotary_embedding(interleaved: int, layout: str, first: bool) -> None:
+    attributes: dict[str, object] = {"interleaved": interleaved}
+    x, pairs = normal(3, 7, 4 * 16), 8
+    if layout == "heads first":
+        x = normal(3, 4, 7, 16)
+    if layout == "partial":
+        pairs = 3
+        attributes |= {"num_heads": 4, "rotary_embedding_dim": 6}
+    at = np.array([5]) if first else choice(3, 7, high=40)
+    compare(Case("RotaryEmbedding", [x, at, *caches(pairs)], attributes, symbols=S_AND_BATCH))
+
+
+def test_rotary_embedding_refuses_packed_batches_and_scales() -> None:
+    inputs = [normal(1, 7, 64), choice(1, 7, high=40), *caches(8)]
+    refused(Case("RotaryEmbedding", inputs, {"is_packed_batching": 1}), "is_packed_batching=1 is not supported, only 0")
+    refused(Case("RotaryEmbedding", inputs, {"scale": 2.0}), "scale=2.0 is not supported, only 1.0")
+    partly = {"num_heads": 4, "rotary_embedding_dim": 8}
+    refused(Case("RotaryEmbedding", inputs, partly), "rotary_embedding_dim=8 for a cache of 8 pairs")
+
+
+# Grouped-query attention
+
+
+def grouped_query(
+    packed: bool = False,
+    batch: int = 1,
+    past: int = 0,
+    positions: bool = False,
+    bias: bool = False,
+    sink: bool = False,
+    dim: int = 16,
+    norms: bool = False,
+    tokens: int = 7,
+    **attributes: object,
+) -> Case:
+    """4 query heads and 2 key heads of `dim` channels, 16 of which are rotated."""
+    heads, kv_heads = 4, 2
+    q = normal(batch, tokens, heads * dim)
+    k, v = (normal(batch, tokens, kv_heads * dim, seed=i) for i in (1, 2))
+    rotary = bool(attributes.get("do_rotary"))
+    inputs: list[np.ndarray | Fixed | None] = [np.concatenate([q, k, v], 2), None, None] if packed else [q, k, v]
+    empty = np.zeros((batch, kv_heads, past, dim), np.float32)
+    inputs += [empty, empty, Fixed(np.full(batch, tokens - 1, np.int32)), Fixed(np.array([tokens], np.int32))]
+    inputs += caches(8) if rotary else [None, None]
+    inputs.append(np.arange(2, 2 + tokens)[None].repeat(batch, 0) if positions else None)
+    inputs.append(normal(1, 1, tokens, tokens, seed=5) if bias else None)
+    inputs.append(Fixed(normal(heads, seed=6)) if sink else None)
+    inputs += [None, None, *([Fixed(normal(dim)), Fixed(normal(dim, seed=1))] if norms else [])]
+    while inputs[-1] is None:
+        inputs.pop()
+    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, **attributes}
+    symbols = {tokens: "S"} if tokens == 7 else {}
+    return Case("GroupQueryAttention", inputs, attributes, 3, symbols=symbols)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rotary", ["", "half", "interleaved", "partial", "positions"])
+def test_grouped_query_attention(packed: bool, rotary: str) -> None:
+    compare(
+        grouped_query(
+            packed=packed,
+            positions=rotary == "positions",
+            dim=32 if rotary == "partial" else 16,
+            do_rotary=int(bool(rotary)),
+            rotary_interleaved=int(rotary == "interleaved"),
+        )
+    )
+
+
+@pytest.mark.parametrize("window", [-1, 1, 2, 6, 7, 100])
+@pytest.mark.parametrize("tokens", [1, 7, 31])
+def test_windows_count_the_newest_keys(window: int, tokens: int) -> None:
+    compare(grouped_query(tokens=tokens, local_window_size=window))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 0.4},
+        {"softcap": 1.5},
+        {"smooth_softmax": 1},
+        {"sink": True},
+        {"bias": True},
+        {"batch": 3},
+        {"sink": True, "softcap": 2.0, "scale": 0.7, "local_window_size": 3, "do_rotary": 1, "packed": True},
+        {"bias": True, "softcap": 2.0, "local_window_size": 2},
+    ],
+    ids=str,
+)
+def test_grouped_query_attention_options(options: dict[str, object]) -> None:
+    compare(grouped_query(**options))  # type: ignore[arg-type]
+
+
+def test_queries_and_keys_may_be_normalised() -> None:
+    """ONNX Runtime has no CPU kernel for this: the same as normalised inputs."""
+    case = grouped_query(norms=True, qk_norm_epsilon=1e-3)
+    plain = grouped_query()
+    for index in (0, 1):
+        x = plain.inputs[index]
+        weight = case.inputs[14 + index]
+        assert isinstance(x, np.ndarray) and isinstance(weight, Fixed)
+        rows = x.reshape(1, 7, -1, 16)
+        rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-3) * weight.array
+        plain.inputs[index] = rows.reshape(x.shape).astype(np.float32)
+    for expected, found in zip(plain.onnxruntime(), case.translated(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (grouped_query(past=4), "a past of some length: only graphs whose past is empty at the first step"),
+        (grouped_query(qk_output=1), "qk_output=1 is not supported, only 0"),
+        (grouped_query(k_quant_type="PER_TENSOR"), "k_quant_type=PER_TENSOR is not supported"),
+        (grouped_query(kv_num_heads=3), "key: 32 does not split into 3 parts"),
+    ],
+    ids=["past", "scores", "quantized cache", "heads"],
+)
+def test_grouped_query_attention_refuses(case: Case, why: str) -> None:
+    refused(case, why)
+
+
+# Multi-head attention
+
+
+def multi_head(
+    layout: str = "apart",
+    bias: bool = False,
+    mask: np.ndarray | None = None,
+    attention_bias: tuple[int, int] | None = None,
+    past: int = 0,
+    keys: int = 7,
+    value_dim: int = 16,
+    **attributes: object,
+) -> Case:
+    """3 sequences, 2 heads of 16; `keys` of each sequence."""
+    batch, tokens, heads, dim = 3, 7, 2, 16
+    total = past + keys
+    inputs: list[np.ndarray | Fixed | None] = [None] * 8
+    if layout == "packed":
+        inputs[0] = normal(batch, tokens, heads, 3, dim)
+    elif layout == "packed keys":
+        inputs[:2] = [normal(batch, tokens, heads * dim), normal(batch, keys, heads, 2, dim, seed=1)]
+    elif layout == "whole":
+        inputs[0] = normal(batch, tokens, heads * dim)
+        inputs[1:3] = [normal(batch, heads, keys, dim, seed=i) for i in (1, 2)]
+    else:
+        inputs[0] = normal(batch, tokens, heads * dim)
+        inputs[1:3] = [normal(batch, keys, heads * d, seed=i) for i, d in ((1, dim), (2, value_dim))]
+    inputs[3] = Fixed(normal(heads * (2 * dim + value_dim), seed=3)) if bias else None
+    inputs[4] = mask
+    inputs[5] = None if attention_bias is None else normal(*attention_bias, tokens, total, seed=4)
+    if past:
+        inputs[6:8] = [normal(batch, heads, past, dim, seed=i) for i in (5, 6)]
+    while inputs[-1] is None:
+        inputs.pop()
+    outputs = 3 if past else 1
+    symbols = {} if past else S_AND_BATCH  # a sum of sizes is no symbol of its own
+    return Case("MultiHeadAttention", inputs, {"num_heads": heads, **attributes}, outputs, symbols=symbols)
+
+
+LENGTHS = np.array([7, 4, 1], np.int32)
+VISIBLE = (np.arange(7)[None] < LENGTHS[:, None]).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layout": "whole", "keys": 9},
+        {"keys": 9},
+        {"bias": True},
+        {"value_dim": 5},
+        {"value_dim": 5, "bias": True},
+        {"unidirectional": 1},
+        {"scale": 0.3},
+        {"attention_bias": (1, 1)},
+        {"attention_bias": (1, 2)},
+        {"attention_bias": (3, 2)},
+        {"mask": VISIBLE},
+        {"mask": LENGTHS},
+        {"mask": VISIBLE, "mask_filter_value": -5.0},
+        {"mask": np.tril(np.ones((3, 7, 7), np.int32))},
+        {"mask": VISIBLE, "attention_bias": (1, 2), "unidirectional": 1, "bias": True},
+        {"past": 5},
+        {"past": 5, "unidirectional": 1},
+        {"past": 5, "bias": True, "attention_bias": (3, 1)},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_multi_head_attention(options: dict[str, object]) -> None:
+    compare(multi_head(**options))  # type: ignore[arg-type]
+
+
+def test_packed_inputs_are_the_same_inputs_side_by_side() -> None:
+    """ONNX Runtime has no CPU kernel for packed inputs."""
+    apart = multi_head(keys=7)
+    q, k, v = (x.reshape(3, 7, 2, 16) for x in apart.inputs[:3] if isinstance(x, np.ndarray))
+    packed, packed_keys = multi_head(layout="packed"), multi_head(layout="packed keys")
+    packed.inputs[0] = np.stack([q, k, v], axis=3)
+    packed_keys.inputs[:2] = [q.reshape(3, 7, 32), np.stack([k, v], axis=3)]
+    [expected] = apart.onnxruntime()
+    for case in (packed, packed_keys):
+        case.symbols = {}
+        np.testing.assert_allclose(case.translated()[0], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_mask_of_ones_adds_nothing() -> None:
+    case = multi_head()
+    case.inputs += [None, Fixed(np.ones((3, 7), np.int32))]
+    case.names += ["", "in4"]
+    case.symbols = {}
+    attention = next(op for op in case.graph().ops if op.name == "llm.attention")
+    assert attention.bias is None  # type: ignore[attr-defined]
+    compare(case)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (multi_head(mask=np.ones(10, np.int32)), "only [B] and [2 B] of one axis"),
+        (multi_head(mask=np.ones((3, 1, 7, 7), np.int32)), "only masks of one to three axes"),
+        (Case("MultiHeadAttention", [normal(3, 7, 32)], {"num_heads": 2}), "a query without a key"),
+        (multi_head(num_heads=3), "query: 32 does not split into 3 parts"),
+    ],
+    ids=["lengths", "axes", "no key", "heads"],
+)
+def test_multi_head_attention_refuses(case: Case, why: str) -> None:
+    refused(case, why)
+
+
+# Attention with its projections
+
+
+def projected(
+    mask: np.ndarray | None = None,
+    attention_bias: bool = False,
+    bias: bool = True,
+    past: int = 0,
+    sizes: tuple[int, int, int] = (32, 32, 32),
+    **attributes: object,
+) -> Case:
+    inputs: list[np.ndarray | Fixed | None] = [normal(3, 7, 20), Fixed(normal(20, sum(sizes)) / 4)]
+    inputs.append(Fixed(normal(sum(sizes))) if bias else None)
+    inputs.append(mask)
+    inputs.append(normal(2, 3, 2, past, 16, seed=5) if past else None)
+    inputs.append(normal(3, 2, 7, 7 + past, seed=6) if attention_bias else None)
+    while inputs[-1] is None:
+        inputs.pop()
+    if sizes != (32, 32, 32):
+        attributes["qkv_hidden_sizes"] = list(sizes)
+    symbols = {} if past or (mask is not None and mask.size == 6) else S_AND_BATCH
+    return Case("Attention", inputs, {"num_heads": 2, **attributes}, 2 if past else 1, symbols=symbols)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"unidirectional": 1},
+        {"scale": 0.3},
+        {"sizes": (32, 32, 10)},
+        {"mask": VISIBLE},
+        {"mask": LENGTHS},
+        {"mask": np.concatenate([LENGTHS, np.array([0, 2, 0], np.int32)])},
+        {"mask": np.tril(np.ones((3, 7, 7), np.int32)), "mask_filter_value": -20.0},
+        {"attention_bias": True},
+        {"past": 5},
+        {"past": 5, "unidirectional": 1},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_attention(options: dict[str, object]) -> None:
+    compare(projected(**options))  # type: ignore[arg-type]
+
+
+def test_attention_without_a_bias_is_attention_with_zeros() -> None:
+    """ONNX Runtime crashes without one."""
+    zeros = projected()
+    zeros.inputs[2] = Fixed(np.zeros(96, np.float32))
+    [expected], [found] = zeros.onnxruntime(), projected(bias=False).translated()
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_attention_refuses() -> None:
+    refused(projected(do_rotary=1), "do_rotary=1 is not supported, only 0")
+    refused(projected(past_present_share_buffer=1), "past_present_share_buffer=1 is not supported")
+    wrong = projected()
+    wrong.attributes["qkv_hidden_sizes"] = [16, 16, 16]
+    refused(wrong, "do not add up to the 96 columns")
+    refused(Case("QAttention", [normal(1)], {"num_heads": 2}), "fused integer attention: quantize the model without")
+
+
+# Products and tables
+
+
+@pytest.mark.parametrize("flags", range(16))
+def test_fused_matmul(flags: int) -> None:
+    names = [name for bit, name in enumerate(("transA", "transB", "transBatchA", "transBatchB")) if flags >> bit & 1]
+    a, b = normal(3, 5, 7, 9), normal(3, 5, 9, 11, seed=1)
+    if "transA" in names:
+        a = a.swapaxes(2, 3)
+    if "transB" in names:
+        b = b.swapaxes(2, 3)
+    if "transBatchA" in names:
+        a = np.moveaxis(a, -2, 0)
+    if "transBatchB" in names:
+        b = np.moveaxis(b, -2, 0)
+    a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
+    compare(Case("FusedMatMul", [a, b], {**dict.fromkeys(names, 1), "alpha": 0.3}))
+
+
+@pytest.mark.parametrize("bidirectional", [0, 1])
+@pytest.mark.parametrize(("tokens", "buckets", "distance"), [(1, 32, 128), (7, 8, 20), (150, 32, 128)])
+def test_relative_position_bias(bidirectional: int, tokens: int, buckets: int, distance: int) -> None:
+    """ONNX Runtime has no CPU kernel of it: the buckets are T5's."""
+    length = Fixed(np.array([tokens], np.int64))
+    attributes = {"max_distance": distance, "is_bidirectional": bidirectional}
+    table = normal(buckets, 3)
+    [found] = Case("RelativePositionBias", [Fixed(table), length, length], attributes).translated()
+    at = torch.arange(tokens)
+    bucket = T5Attention._relative_position_bucket(
+        at[None, :] - at[:, None], bidirectional=bool(bidirectional), num_buckets=buckets, max_distance=distance
+    )
+    np.testing.assert_array_equal(found, table[bucket.numpy()].transpose(2, 0, 1)[None])
+
+
+def refused(case: Case, why: str) -> None:
+    """The translation is refused in one line that says why and where."""
+    with pytest.raises(FrontendError) as error:
+        case.graph()
+    assert why in str(error.value) and "the_node" in str(error.value) and "\n" not in str(error.value)
