@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +9,11 @@ from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.kv_cache import CacheBuffers
-from llmc.runtime.library import Library, Step
+from llmc.runtime.library import Library
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.profile import StepSizes
 from llmc.runtime.sequence import Sequence
+from llmc.runtime.step_call import StepCaller, int32
 
 _MIN_PAGES_PER_SPLIT = 4
 _UNITS_PER_THREAD = 4
@@ -57,47 +57,24 @@ def choose_tile(counts: list[int], kv_heads: int, threads: int, most: int) -> in
     return tile
 
 
-class StepRunner:
-    """The buffers of a step, allocated once, and the struct that points to them. One thread at a time."""
+class StepRunner(StepCaller):
+    """Steps that continue sequences from a cache. One thread at a time."""
 
     def __init__(self, artifact: Artifact, library: Library, weights: int, buffers: CacheBuffers, threads: int) -> None:
-        facts = artifact.manifest.step
-        self.facts = facts
-        self.threads = threads
-        self.library = library
+        super().__init__(artifact, library, weights, threads)
         self.buffers = buffers
         self.kv_heads = min((layer.kv_heads for layer in artifact.manifest.layers), default=1)
-        most = facts.max_step
-        self.ids = _int32((most,))
-        self.positions = _int32((most,))
-        self.slots = _int32((most,))
-        self.rows = _int32((most,))
-        self.tiles = _int32((most, 4))
-        self.block_table = _int32((1024,))
-        self.arena = reserve((facts.arena_bytes,), np.uint8, huge_pages=True)
-        self.logits: NDArray[np.float32] = reserve((1, facts.vocab_size), np.float32)  # type: ignore[assignment]
-        self.profile = np.zeros(len(facts.calls), np.int64)
-        self.profiled: list[StepSizes] = []
-        self._step = Step(
-            ids=address(self.ids),
-            positions=address(self.positions),
-            slots=address(self.slots),
-            tiles=address(self.tiles),
-            block_table=address(self.block_table),
-            rows=address(self.rows),
-            logits=address(self.logits),
-            arena=address(self.arena),
-            weights=weights,
-            cache=address(buffers.table),
-        )
-        self._address = ctypes.addressof(self._step)
-
-    def set_profiling(self, on: bool) -> None:
-        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and their
-        sizes to `profiled`."""
-        self.profile[:] = 0
-        self.profiled = []
-        self._step.profile = address(self.profile) if on and len(self.profile) else None
+        most = self.facts.max_step
+        self.ids = int32((most,))
+        self.positions = int32((most,))
+        self.slots = int32((most,))
+        self.rows = int32((most,))
+        self.tiles = int32((most, 4))
+        self.block_table = int32((1024,))
+        self.logits: NDArray[np.float32] = reserve((1, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
+        for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits"):
+            setattr(self.step, name, address(getattr(self, name)))
+        self.step.cache = address(buffers.table)
 
     def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """One step over at most max_step tokens. Returns the logits, float32 [rows, vocab], in the order of the runs.
@@ -108,10 +85,10 @@ class StepRunner:
         pages = self._fill_block_table(runs)
         buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
         splits = choose_splits(tiles, self.kv_heads, pages, self.threads, self.facts.max_splits)
-        self._step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
-        self._step.logits = address(buffer)
-        self.library.run(self._address, self.threads)
-        if self._step.profile:
+        self.step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
+        self.step.logits = address(buffer)
+        self.call()
+        if self.profiling:
             places = tuple((run.start, len(run.ids)) for run in runs)
             self.profiled.append(StepSizes((tokens, tiles, len(runs), pages, rows, splits), places))
         if out is None:
@@ -165,8 +142,8 @@ class StepRunner:
         """Fills the block table, int32 [sequences, pages]; returns its number of columns."""
         columns = max(1, max(run.sequence.page_count for run in runs))
         if len(runs) * columns > len(self.block_table):
-            self.block_table = _int32((2 * len(runs) * columns,))
-            self._step.block_table = address(self.block_table)
+            self.block_table = int32((2 * len(runs) * columns,))
+            self.step.block_table = address(self.block_table)
         table = self.block_table[: len(runs) * columns].reshape(len(runs), columns)
         for index, run in enumerate(runs):
             count = run.sequence.page_count
@@ -178,8 +155,3 @@ class StepRunner:
         if rows > len(self.logits):
             self.logits = reserve((rows, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
         return self.logits[:rows]
-
-
-def _int32(shape: tuple[int, ...]) -> NDArray[np.int32]:
-    array: NDArray[np.int32] = reserve(shape, np.int32)  # type: ignore[assignment]
-    return array

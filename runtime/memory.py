@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from llmc.runtime.errors import RuntimeStateError
 
+_ALIGNMENT = 64
 _NORESERVE = 0x4000  # Linux: address space is not counted as used memory
 
 
@@ -26,6 +28,18 @@ def reserve(shape: tuple[int, ...], dtype: DTypeLike, huge_pages: bool = False) 
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(mapping, kind, count).reshape(shape)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
+    """An array that a step may write to: 64-byte aligned, with an address also where it has no element."""
+    kind = np.dtype(dtype)
+    count = math.prod(shape)
+    try:
+        data = np.empty(count * kind.itemsize + _ALIGNMENT, np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise RuntimeStateError(f"there is no memory for an array of {count * kind.itemsize:,} bytes") from error
+    start = -address(data) % _ALIGNMENT
+    return np.ndarray(shape, kind, data.data, start)
 
 
 def address(array: NDArray[np.generic]) -> int:

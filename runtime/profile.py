@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmc.runtime.limits import Limits
 from llmc.runtime.manifest import CallCost, Polynomial
@@ -20,13 +20,17 @@ _SEEN = re.compile(r"(KEYS|PAIRS)(\d*)")
 
 @dataclass(frozen=True)
 class StepSizes:
-    """One step: its sizes in the order of step.h, and (first position, tokens) of each sequence's run."""
+    """One step: its sizes in the order of step.h, and (first position, tokens) of each sequence's run; or those sizes
+    that have names of the model's own."""
 
-    sizes: tuple[int, ...]
-    runs: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...] = ()
+    runs: tuple[tuple[int, int], ...] = ()
+    named: Mapping[str, int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> int:
         """The value of a symbol of the costs."""
+        if name in self.named:
+            return self.named[name]
         if name in _PLACES:
             return self.sizes[_PLACES[name]]
         found = _SEEN.fullmatch(name)

@@ -1,4 +1,4 @@
-"""The front of the runtime: load an artifact, run steps, write text."""
+"""The front of the runtime: load an artifact, run steps, write text; embed and classify texts; run arrays."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import os
 import secrets
 import threading
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Ids
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from llmc.runtime import cpu
+from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
+from llmc.runtime.encoding import Activation, Encoder, Texts, Told
 from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
 from llmc.runtime.generation import Options, TextStream, generate_batch
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
@@ -25,7 +28,9 @@ from llmc.runtime.library import Library
 from llmc.runtime.limits import Limits, measure_limits
 from llmc.runtime.memory import address
 from llmc.runtime.profile import KernelTime, kernel_times
+from llmc.runtime.ragged import RaggedRunner
 from llmc.runtime.sequence import Sequence
+from llmc.runtime.step_call import StepCaller
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.weights import load_weights
 
@@ -37,6 +42,12 @@ Prompt = str | Ids[int] | NDArray[np.integer]
 Turn = Message | tuple[str, str]
 
 _CONTEXTS_BY_DEFAULT = 16
+# What an artifact is, by its task, and which method is for it.
+_USES = {
+    "generate": ("continues texts", "generate() or chat()"),
+    "encode": ("is an encoder", "encode()"),
+    "run": ("takes arrays", "run({name: array})"),
+}
 _MOST_SLOTS = 2**31 - 1  # slots are int32
 
 
@@ -49,6 +60,7 @@ class Runtime:
         """Use `Runtime.load`."""
         self.artifact = artifact
         self.manifest = artifact.manifest
+        self.task = self.manifest.task
         self.threads = threads
         self.vocab_size = self.manifest.step.vocab_size
         self.max_context = self.manifest.max_context
@@ -62,11 +74,22 @@ class Runtime:
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
-        self.buffers = CacheBuffers(self.manifest.layers, capacity, self.page)
+        self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
         self._weights = weights
-        self._runner = StepRunner(artifact, library, address(weights), self.buffers, threads)
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
+        self._decoder: StepRunner | None = None
+        self._encoder: Encoder | None = None
+        self._arrays: ArrayRunner | None = None
+        place = address(weights)
+        self._caller: StepCaller
+        if self.task == "run":
+            self._caller = self._arrays = ArrayRunner(artifact, library, place, threads)
+        elif self.task == "encode":
+            self._caller = runner = RaggedRunner(artifact, library, place, threads)
+            self._encoder = Encoder(artifact, runner, self.lock, lambda: self.tokenizer, self.vocab_size)
+        else:
+            self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
 
     @classmethod
     def load(
@@ -135,10 +158,31 @@ class Runtime:
             raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")
         return min(kv_memory // per_page, _MOST_SLOTS // self.page)
 
+    # What the artifact is for
+
+    def _wrong(self, method: str) -> RuntimeStateError:
+        """The error of a method that is not for this kind of artifact."""
+        what, use = _USES[self.task]
+        if self._encoder is not None and self._encoder.facts is not None:
+            kind = self._encoder.facts.kind
+            use = {"embedding": "embed()", "classification": "classify()"}.get(kind, use)
+        return RuntimeStateError(f"{self.artifact.path} {what}: use {use}, not {method}")
+
+    def _decodes(self, method: str) -> StepRunner:
+        if self._decoder is None:
+            raise self._wrong(method)
+        return self._decoder
+
+    def _encodes(self, method: str) -> Encoder:
+        if self._encoder is None:
+            raise self._wrong(method)
+        return self._encoder
+
     # Tokens
 
     def sequence(self) -> Sequence:
         """A new empty sequence."""
+        self._decodes("sequence()")
         return Sequence(self)
 
     def collect_orphans(self) -> None:
@@ -176,6 +220,7 @@ class Runtime:
         self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         """Runs the requests; out None: one step is enough, and the logits lie in the runner's buffer."""
+        runner = self._decodes("step()")
         self.collect_orphans()
         if not requests:
             raise RuntimeStateError("a step needs at least one sequence")
@@ -190,13 +235,13 @@ class Runtime:
                 prepared.append(sequence)
                 sequence.prepare(ids)
             if not self.paged:
-                return self._step_whole(requests, out)
+                return self._step_whole(runner, requests, out)
             result = out
             row = 0
             for batch in self._batches(requests):
                 runs = [run for run, _ in batch]
                 rows = sum(run.rows for run in runs)
-                result = self._runner.run(runs, None if out is None else out[row : row + rows])
+                result = runner.run(runs, None if out is None else out[row : row + rows])
                 row += rows
                 for run in runs:
                     run.sequence.commit(len(run.ids))
@@ -227,7 +272,10 @@ class Runtime:
         return batches
 
     def _step_whole(
-        self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
+        self,
+        runner: StepRunner,
+        requests: list[tuple[Sequence, NDArray[np.int32], Rows]],
+        out: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
         """Without a cache, each sequence runs again from its first token, on its own."""
         assert out is not None
@@ -236,7 +284,7 @@ class Runtime:
             total = sequence.length + len(ids)
             tokens = sequence._tokens[:total]
             wanted = len(ids) if rows == "all" else int(rows == "last")
-            self._runner.run([Run(sequence, tokens, 0, total - wanted)], out[row : row + wanted])
+            runner.run([Run(sequence, tokens, 0, total - wanted)], out[row : row + wanted])
             row += wanted
             sequence.commit(len(ids))
         return out
@@ -257,6 +305,7 @@ class Runtime:
 
     def forward(self, token_ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after each token of a fresh sequence: float32 [len(token_ids), vocab]."""
+        self._decodes("forward()")
         with self.sequence() as sequence:
             return self.step([(sequence, token_ids, "all")])
 
@@ -285,6 +334,7 @@ class Runtime:
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> TextStream:
         """The model's continuation of a prompt (text or token ids), piece by piece; see `Options`."""
+        self._decodes("generate()")
         return TextStream(self, self._encode(prompt), options)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
@@ -293,10 +343,12 @@ class Runtime:
 
     def generate_batch(self, prompts: Ids[Prompt], **options: Unpack[Options]) -> list[str]:
         """Continuations of several prompts at once: faster than one by one, as they share every step."""
+        self._decodes("generate_batch()")
         return generate_batch(self, [self._encode(prompt) for prompt in prompts], options)
 
     def stream_chat(self, messages: str | Ids[Message], **options: Unpack[Options]) -> TextStream:
         """The assistant's next turn, piece by piece. messages: {"role", "content"} dicts, or one user message."""
+        self._decodes("chat()")
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         text = self.chat_template.render(turns)
         return TextStream(self, np.array(self.tokenizer.encode(text, add_special=False), np.int32), options)
@@ -325,25 +377,92 @@ class Runtime:
             raise RuntimeStateError("the prompt is empty: give at least one token")
         return self._check_ids(ids)
 
+    # Encoders
+
+    def embed(
+        self,
+        texts: Texts,
+        *,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
+        normalize: bool | None = None,
+        progress: Told | None = None,
+    ) -> NDArray[np.float32]:
+        """Embeddings of texts: float32 [texts, dimension], in order; [dimension] of a single text.
+
+        texts: a text or a list of them; a text may also be a list of token ids, with the special ones. Texts longer
+        than `max_tokens` lose their end. prompt: goes in front of every text; prompt_name: the same by a name that the
+        model has; default: the model's own default. normalize: True for vectors of length 1; default: as the model
+        has it. progress(done, all): called as texts are done. Any batch gives the same vectors as its texts alone.
+        """
+        return self._encodes("embed()").embed(texts, prompt, prompt_name, normalize, progress)
+
+    def classify(
+        self, texts: Texts, *, activation: Activation | None = None, progress: Told | None = None
+    ) -> list[dict[str, object]] | dict[str, object]:
+        """Classes of texts or of (text, text) pairs: {"label": the best, "score": its score, "scores": {label: score}}
+        for each, in order; one of it for a single text or pair.
+
+        activation: how scores become probabilities; default: "softmax", "sigmoid" where labels do not exclude each
+        other, and "none" where there is only one.
+        """
+        return self._encodes("classify()").classify(texts, activation, progress)
+
+    def tag(
+        self, texts: Texts, *, progress: Told | None = None
+    ) -> list[list[dict[str, object]]] | list[dict[str, object]]:
+        """Labels of every token but the special ones: {"word", "label", "score", "start", "end"} (characters), a list
+        for each text; only "label" and "score" where token ids are given."""
+        return self._encodes("tag()").tag(texts, progress)
+
+    def encode(
+        self, texts: Texts, *, progress: Told | None = None
+    ) -> list[dict[str, NDArray[np.generic]]] | dict[str, NDArray[np.generic]]:
+        """All outputs of an encoder by name, such as `last_hidden_state` [tokens, features], for each text or pair."""
+        return self._encodes("encode()").encode(texts, progress)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a text at most: an encoder cuts longer ones, a decoder refuses them."""
+        return self.max_context if self._encoder is None else self._encoder.max_tokens
+
+    @property
+    def dimension(self) -> int:
+        """Numbers of an embedding."""
+        return self._encodes("embed()").dimension
+
+    # Graphs of any kind
+
+    def run(self, inputs: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.generic]]:
+        """The outputs of a model that is not text, by name, from its inputs by name.
+
+        Arrays must have the dtype and shape that the model wants; lists and numbers are converted. Sizes that the model
+        names are read off the shapes. bfloat16 inputs are given as float32 and rounded, such outputs are float32.
+        """
+        if self._arrays is None:
+            raise self._wrong("run()")
+        with self.lock:
+            return self._arrays.run(inputs)
+
     # Measuring
 
     def set_profiling(self, on: bool) -> None:
         """Whether steps add up the time of each kernel call, from zero."""
         with self.lock:
-            self._runner.set_profiling(on)
+            self._caller.set_profiling(on)
 
     def profile(self) -> list[tuple[str, int]]:
         """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
-        return list(zip(self.manifest.step.calls, self._runner.profile.tolist(), strict=True))
+        return list(zip(self.manifest.step.calls, self._caller.profile.tolist(), strict=True))
 
     def profile_kernels(self) -> list[KernelTime]:
         """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""
         with self.lock:
-            facts, runner = self.manifest.step, self._runner
+            facts, runner = self.manifest.step, self._caller
             return kernel_times(facts.calls, runner.profile.tolist(), facts.costs, runner.profiled)
 
     def measure_limits(self, memory_only: bool = False) -> Limits:
         """What this computer can do at most with as many threads: memory and multipliers; a third of a second each."""
         wanted = [fact for fact in self.manifest.step.limits if fact.name == "read" or not memory_only]
         with self.lock:
-            return measure_limits(self._runner.library.limits(wanted), self.threads)
+            return measure_limits(self._caller.library.limits(wanted), self.threads)

@@ -17,7 +17,6 @@ _MOST = 1 << 62
 
 # A size in postfix: integers and names push themselves, operators take two values.
 Size = tuple[int | str, ...]
-_OPERATORS = ("+", "*", "//")
 
 
 class SizeError(ValueError):
@@ -121,19 +120,21 @@ def value_of(size: Size, binding: Mapping[str, int]) -> int:
 
 def show(size: Size) -> str:
     """A size for people."""
-    stack: list[tuple[str, bool]] = []
+    stack: list[tuple[str, str]] = []  # text, and its outermost operator
     for item in size:
         if isinstance(item, int):
-            stack.append((str(item), False))
+            stack.append((str(item), ""))
         elif item.startswith("="):
-            stack.append((item[1:], False))
+            stack.append((item[1:], ""))
         else:
-            (right, wide_right), (left, wide_left) = stack.pop(), stack.pop()
+            (right, of_right), (left, of_left) = stack.pop(), stack.pop()
             if item == "+":
-                stack.append((f"{left} + {right}", True))
-            else:
-                a, b = (f"({part})" if wide else part for part, wide in ((left, wide_left), (right, wide_right)))
-                stack.append((f"{a}{item}{b}", False))
+                stack.append((f"{left} + {right}", "+"))
+                continue
+            # Products and quotients are read from the left.
+            left = f"({left})" if of_left == "+" else left
+            right = f"({right})" if of_right else right
+            stack.append((f"{left}{item}{right}", item))
     return stack[0][0]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.runtime.errors import TextError
@@ -20,6 +22,17 @@ _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (
 _CLEAN_UP_REST = ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A text as tokens: ids; types (1 for tokens of a pair's second text); offsets (the characters of its text that a
+    token stands for); special (whether it stands for none, such as a first [CLS])."""
+
+    ids: list[int]
+    types: list[int]
+    offsets: list[tuple[int, int]]
+    special: list[int]
+
+
 class Tokenizer:
     """A checkpoint's own tokenizer.json, with what its configuration adds."""
 
@@ -30,6 +43,8 @@ class Tokenizer:
             self._tokenizer: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing more precise
             raise TextError(f"the artifact's tokenizer cannot be read: {error}. Compile the model again") from error
+        self._truncation = self._tokenizer.truncation
+        self._lock = threading.Lock()
         # Padding and truncation are for training batches; a prompt is taken as it is.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -43,15 +58,42 @@ class Tokenizer:
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids. add_special: with the tokens that the tokenizer puts around a text, such as a first <s>; a chat
         template has put them already."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TextError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
+        _check_unicode(text)
+        with self._lock:  # truncation is a state of the library's tokenizer
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special).ids
         bos = self.facts.bos_id
         if add_special and self.facts.add_bos and bos is not None and ids[:1] != [bos]:
             ids.insert(0, bos)
         return ids
+
+    def encode_batch(self, texts: Ids[str | Ids[str]], most: int) -> list[Encoded]:
+        """Texts, or pairs of texts, with special tokens around them. Longer ones than `most` tokens lose their end, but
+        not the special tokens; of a pair, the longer text loses first."""
+        for text in texts:
+            for part in (text,) if isinstance(text, str) else text:
+                _check_unicode(part)
+        given = [text if isinstance(text, str) else tuple(text) for text in texts]
+        bos = self.facts.bos_id if self.facts.add_bos else None
+        with self._lock:
+            side = (self._truncation or {}).get("direction", "right")
+            self._tokenizer.enable_truncation(
+                max(1, most - (bos is not None)), strategy="longest_first", direction=side
+            )
+            try:
+                found = self._tokenizer.encode_batch(given)
+            except Exception as error:  # the library raises nothing more precise
+                raise TextError(f"a text cannot be cut to {most} tokens: {error}") from error
+            finally:
+                self._tokenizer.no_truncation()
+        encoded = [Encoded(one.ids, one.type_ids, one.offsets, one.special_tokens_mask) for one in found]
+        if bos is None:
+            return encoded
+        return [
+            one
+            if one.ids[:1] == [bos]
+            else Encoded([bos, *one.ids], [0, *one.types], [(0, 0), *one.offsets], [1, *one.special])
+            for one in encoded
+        ]
 
     def decode(self, ids: Ids[int], skip_special: bool = True) -> str:
         """Text. Ids that the tokenizer does not know become nothing."""
@@ -60,6 +102,13 @@ class Tokenizer:
             for old, new in (*_CLEAN_UP, *_CLEAN_UP_REST):
                 text = text.replace(old, new)
         return text
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
 
 
 class Detokenizer:

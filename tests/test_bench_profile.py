@@ -24,6 +24,7 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
 from llmc.errors import ArtifactError
 from llmc.runtime import manifest
+from llmc.runtime.json_reader import Reader
 from llmc.runtime.limits import Limits
 from llmc.runtime.profile import KernelTime, StepSizes, evaluate, kernel_times, keys_seen, pairs_seen, profile_phase
 from llmc.runtime.runtime import Runtime
@@ -55,7 +56,7 @@ def dims() -> st.SearchStrategy[int | Dim]:
 @given(dims(), st.lists(st.tuples(st.integers(0, 99), st.integers(1, 40)), min_size=1, max_size=4))
 def test_polynomials_survive_the_manifest(size: int | Dim, runs: list[tuple[int, int]]) -> None:
     step = StepSizes((7, 3, 2, 5, 4, 6), tuple(runs))
-    found = manifest._polynomial(manifest._Reader(json.loads(json.dumps(polynomial(size))), "bytes"))
+    found = manifest._polynomial(Reader(json.loads(json.dumps(polynomial(size))), "bytes"), frozenset())
     names = ("T", "Q", "B", "M", "R", "SPLITS", "KEYS", "KEYS4", "KEYS128", "PAIRS", "PAIRS4")
     assert evaluate(found, step) == concrete(size, {name: step[name] for name in names})
 

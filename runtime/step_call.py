@@ -1,0 +1,49 @@
+"""The call of a step: its struct, the memory that the step works in, and what its calls took."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.runtime.artifact import Artifact
+from llmc.runtime.library import Library, Step
+from llmc.runtime.memory import address, reserve
+from llmc.runtime.profile import StepSizes
+
+
+class StepCaller:
+    """What every kind of step needs, allocated once; `step` points to it. One thread at a time."""
+
+    def __init__(self, artifact: Artifact, library: Library, weights: int, threads: int) -> None:
+        self.facts = artifact.manifest.step
+        self.library = library
+        self.threads = threads
+        self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
+        self.profile = np.zeros(len(self.facts.calls), np.int64)
+        self.profiled: list[StepSizes] = []
+        self.step = Step(arena=address(self.arena), weights=weights)
+        self._address = ctypes.addressof(self.step)
+
+    def set_profiling(self, on: bool) -> None:
+        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and their
+        sizes to `profiled`."""
+        self.profile[:] = 0
+        self.profiled = []
+        self.step.profile = address(self.profile) if on and len(self.profile) else None
+
+    @property
+    def profiling(self) -> bool:
+        """Whether `profiled` wants the sizes of the next step."""
+        return bool(self.step.profile)
+
+    def call(self) -> None:
+        """Runs the step that the struct describes."""
+        self.library.run(self._address, self.threads)
+
+
+def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:
+    """Zeros for a step to read, page-aligned."""
+    array: NDArray[np.int32] = reserve(shape, np.int32)  # type: ignore[assignment]
+    return array
