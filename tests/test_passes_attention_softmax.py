@@ -314,11 +314,11 @@ def refusal(attend: Attend) -> str:
     return report.refusals[0][1]
 
 
-def test_a_relative_bias_that_is_no_slope_is_refused_with_its_first_pair() -> None:
+def test_a_bias_that_depends_on_places_is_refused_with_its_first_pair() -> None:
     def curved(s: Value) -> Value:
         at = Cast(Iota(S), "f32")
-        distance = Sub(Reshape(at, (1, 1, 1, S)), Reshape(at, (1, 1, S, 1)))
-        return Add(Add(s, Mul(distance, distance)), additive(causal()))
+        places = Mul(Reshape(at, (1, 1, 1, S)), Reshape(at, (1, 1, S, 1)))
+        return Add(Add(s, Mul(places, places)), additive(causal()))
 
     assert "no slope times a distance" in refusal(written(mask=curved))
 

@@ -6,6 +6,8 @@ is evaluated at a few positions and compared with what `llm.attention` can say.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,6 @@ from numpy.typing import NDArray
 
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
-from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
 from llmc.compiler.ir.types import INTEGERS, Array, numpy_dtype
@@ -40,6 +41,8 @@ class Unrecognised(Exception):
 class Mask:
     """A mask [heads, queries, keys]: a query at p sees keys up to p (causal), the last `window` of them (0: all).
 
+    Not causal: it sees all keys, or those less than `window` away on both sides.
+
     `slopes` [heads] add slope * key position (ALiBi, Press et al. 2022), up to a constant a row, which softmax ignores.
     """
 
@@ -57,14 +60,15 @@ class Scores:
     mask: Mask
 
 
-def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_shift: bool = False) -> Scores:
-    """What `scores` is as a function of `raw`, both [..., S, S] with `heads` leading elements.
+def describe_scores(probe: Probe, raw: Value, scores: Value, exact_shift: bool = False) -> Scores:
+    """What `scores` is as a function of `raw`, both [..., S, S] with as many leading elements.
 
     exact_shift: a constant a row counts as well (attention with sinks). Unrecognised when it is something else.
     """
     positions, known = _sample(probe, raw, scores)
     count = len(positions)
-    shape = tuple(count if i >= raw.rank - 2 else static(dim) for i, dim in enumerate(raw.shape))
+    shape = (*probe.shape(raw, count)[:-2], count, count)
+    heads = math.prod(shape[:-2])
 
     def apply(values: Floats | float) -> Floats:
         full = np.broadcast_to(np.asarray(values, np.float64), (heads, count, count)).reshape(shape)
@@ -79,6 +83,14 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
 
     bias = apply(0.0)
     mask = describe_mask(bias, np.asarray(positions), exact_shift)
+    return Scores(*fit_scores(apply, bias), mask)
+
+
+def fit_scores(apply: Callable[[Floats | float], Floats], bias: Floats) -> tuple[float, float]:
+    """Scale and softcap of scores that `apply` computes from products, element by element; `bias` is apply(0).
+
+    Unrecognised where they are not softcap * tanh(scale * product / softcap) + bias for all products and places.
+    """
     seen = bias > HIDDEN
     one, hundred, huge = (apply(value)[seen] - bias[seen] for value in (1.0, 100.0, 1e9))
     if one.size == 0 or np.ptp(one) > _TOLERANCE * np.abs(one).max() or one[0] == 0:
@@ -98,55 +110,77 @@ def describe_scores(probe: Probe, raw: Value, scores: Value, heads: int, exact_s
         raise Unrecognised("its scores are neither scaled nor capped by softcap * tanh(score / softcap)")
     if (found[~seen] > HIDDEN).any():
         raise Unrecognised("what it hides depends on the scores")
-    return Scores(_snapped(scale), _snapped(softcap), mask)
+    return _snapped(scale), _snapped(softcap)
 
 
-def describe_mask(bias: Floats, positions: NDArray[np.int64], exact_shift: bool = False) -> Mask:
-    """What an additive mask [heads, n, n] at sorted `positions` [n] means; Unrecognised with the first difference."""
+def describe_mask(
+    bias: Floats,
+    positions: NDArray[np.int64],
+    exact_shift: bool = False,
+    keys: NDArray[np.int64] | None = None,
+) -> Mask:
+    """What an additive mask [heads, Q, K] means; Unrecognised with the first difference.
+
+    The queries are at sorted `positions` [Q], and so are the keys unless they are at other positions, `keys` [K].
+    """
     seen = bias > HIDDEN
     heads = seen.shape[0]
     if (seen != seen[:1]).any():
         head, query, key = np.argwhere(seen != seen[:1])[0]
         raise Unrecognised(f"head {head} and head 0 differ in whether query {query} sees key {key}")
-    distance = positions[:, None] - positions[None, :]
-    causal = not seen[0].all()
-    window = 0
-    if causal:
-        past = distance >= 0
-        inside = distance[seen[0] & past]
-        outside = distance[~seen[0] & past]
-        nearest = int(outside.min()) if outside.size else 0
-        furthest = int(inside.max()) if inside.size else -1
-        expected = past & ((distance < nearest) if nearest else True)
-        if (expected != seen[0]).any():
-            query, key = np.argwhere(expected != seen[0])[0]
-            verb = "does not see" if expected[query, key] else "sees"
-            kind = f"causal with a window of {nearest}" if nearest else "causal"
-            raise Unrecognised(
-                f"the mask is not {kind}: the query at {positions[query]} {verb} the key at {positions[key]}"
-            )
-        if nearest and furthest + 1 != nearest:
-            raise Unrecognised(f"its window is more than {furthest} and at most {nearest}, but which is not clear")
-        window = nearest
-    slopes = np.asarray([_slope(bias[head], seen[head], positions, exact_shift, head) for head in range(heads)])
+    at = positions if keys is None else keys
+    causal, window = describe_visible(seen[0], positions, at)
+    slopes = np.asarray([_slope(bias[h], seen[h], positions, at, exact_shift, h) for h in range(heads)])
     return Mask(causal, window, tuple(_snapped(s) for s in slopes.tolist()) if slopes.any() else None)
 
 
-def _slope(bias: Floats, seen: NDArray[np.bool_], positions: NDArray[np.int64], exact_shift: bool, head: int) -> float:
+def describe_visible(seen: NDArray[np.bool_], queries: NDArray[np.int64], keys: NDArray[np.int64]) -> tuple[bool, int]:
+    """Whether what queries at positions [Q] see of keys at positions [K] is causal, and the window (0: all)."""
+    if seen.all():
+        return False, 0
+    distance = queries[:, None] - keys[None, :]
+    ahead = bool((seen & (distance < 0)).any())
+    candidates = np.ones_like(seen) if ahead else distance >= 0
+    apart = np.abs(distance)
+    inside, outside = apart[seen & candidates], apart[~seen & candidates]
+    nearest = int(outside.min()) if outside.size else 0
+    furthest = int(inside.max()) if inside.size else -1
+    expected = candidates & ((apart < nearest) if nearest else True)
+    if (expected != seen).any():
+        query, key = np.argwhere(seen & (distance < 0) if ahead else expected != seen)[0]
+        verb = "sees" if seen[query, key] else "does not see"
+        kind = "neither a window on both sides nor causal" if ahead else "not causal"
+        kind += f" with a window of {nearest}" if nearest and not ahead else ""
+        raise Unrecognised(f"the mask is {kind}: the query at {queries[query]} {verb} the key at {keys[key]}")
+    if nearest and furthest + 1 != nearest:
+        raise Unrecognised(f"its window is more than {furthest} and at most {nearest}, but which is not clear")
+    return not ahead, nearest
+
+
+def _slope(
+    bias: Floats,
+    seen: NDArray[np.bool_],
+    positions: NDArray[np.int64],
+    keys: NDArray[np.int64],
+    exact_shift: bool,
+    head: int,
+) -> float:
     """The number that one head adds per position of the key."""
+    if not seen.any(axis=1).all():
+        raise Unrecognised(f"the query at {positions[np.flatnonzero(~seen.any(axis=1))[0]]} sees no key")
     columns = np.flatnonzero(seen[-1])
     last = bias[-1, columns]
     first, end = columns[0], columns[-1]
-    slope = float((last[-1] - last[0]) / (positions[end] - positions[first])) if end > first else 0.0
-    rest = bias - slope * positions[None, :]
+    slope = float((last[-1] - last[0]) / (keys[end] - keys[first])) if end > first else 0.0
+    rest = bias - slope * keys[None, :]
     shift = -slope * positions if exact_shift else np.asarray([row[s][0] for row, s in zip(rest, seen, strict=True)])
-    limit = _TOLERANCE * (1 + abs(slope) * float(positions[-1]))
+    limit = _TOLERANCE * (1 + abs(slope) * float(keys[-1]))
     wrong = np.argwhere(seen & (np.abs(rest - shift[:, None]) > limit))
     if len(wrong):
         query, key = wrong[0]
         raise Unrecognised(
             f"head {head} adds {bias[query, key]:.6g} for the query at {positions[query]} and the key at "
-            f"{positions[key]}, which is no slope times a distance"
+            f"{keys[key]}, which is no slope times a distance"
         )
     return slope
 

@@ -1,90 +1,72 @@
-"""What attention adds to a score by the distance of key and query only, as a table that is evaluated when compiling."""
+"""Biases of attention that depend on how far a key is from a query only (Raffel et al. 2020), seen by their values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmc.compiler.ir.dims import Dim, product
-from llmc.compiler.ir.elementwise import Cast
-from llmc.compiler.ir.encoded import PAGE
-from llmc.compiler.ir.graph import topological
-from llmc.compiler.ir.op import Input, Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Pad, Reshape, Slice
-from llmc.compiler.passes.flatten_sequences import Mixes
+from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Broadcast, Gather, Iota, Reshape, Transpose
+from llmc.compiler.ir.types import Array, numpy_dtype
 from llmc.compiler.passes.probe import Probe
 from llmc.errors import IRError
 
-SIZES = (3, 8, 13)
-LONGEST = 1024  # tokens that a bias is looked at for, at most
-MOST_ELEMENTS = 1 << 28  # of a bias for the longest sequence: a GiB in f32, while compiling
+_POINTWISE = (Unary, Binary, Compare, Where, Cast, Activation, Reshape, Transpose, Broadcast)
+_TOLERANCE = 1e-9
+_DENSE = 1024  # tokens that a bias is evaluated for, at most, where no few of them show all distances
 
 
-def bias_table(probe: Probe, bias: Value, heads: int | Dim) -> Value:
-    """f32[heads, 2 * span - 1]: what a query adds to a key by key - query + span - 1; span covers whole pages.
+def relative_table(probe: Probe, bias: Value, span: int, stand_ins: bool = False) -> NDArray[np.float64] | None:
+    """f64[heads, 2 * span - 1] by key - query + span - 1, for a bias [..., heads, S, S]; None if it is no such table.
 
-    bias [..., heads or 1, S, S] must come of positions, sizes and weights, for any S by the distance alone; Mixes says
-    what is in the way. The table comes of weights only, so that it is computed when compiling.
+    Weights are read, or random (`stand_ins`): what is relative then is so whatever they are. A bias without heads gives
+    one row. Looked at: every distance below `span`, at several places.
     """
-    if not probe.sources.get(bias, frozenset(("ids",))) <= {"positions", "@"}:
-        raise Mixes("token ids decide what it adds to scores")
-    assert probe.size is not None and isinstance(heads, int)
-    longest = min((symbol.high or 0 for symbol in probe.size.symbols()), default=0)
-    if not longest:
-        raise Mixes("it adds a bias by position, and the longest sequence is not known")
-    if heads * longest * longest > MOST_ELEMENTS:
-        raise Mixes(f"its bias for {longest} tokens is too large to be looked at: compile with a smaller --max-context")
-    if product(bias.shape[:-2]) not in (1, heads):
-        raise Mixes(f"it adds a bias {bias.type} to scores of {heads} heads")
-    for size in sorted({*SIZES, min(longest, LONGEST)}):
-        _require_relative(probe, bias, size)
-    square = _for_size(bias, probe, longest)
-    square = Reshape(square, (int(product(bias.shape[:-2])), longest, longest))  # type: ignore[arg-type]
-    if square.shape[0] != heads:
-        square = Broadcast(square, (heads, longest, longest))
-    # The last query sees distances from 1 - longest to 0, the first one those from 0 on.
-    parts = (Slice(square, 1, longest - 1, longest), Slice(Slice(square, 1, 0, 1), 2, 1, longest))
-    table: Value = Reshape(Concat(parts, 2), (heads, 2 * longest - 1))
-    table = table if table.dtype == "f32" else Cast(table, "f32")
-    spare = -longest % PAGE  # kernels look at whole pages
-    return Pad(table, (0, spare), (0, spare)) if spare else table
-
-
-def _require_relative(probe: Probe, bias: Value, size: int) -> None:
-    """Refuse a bias that differs along a diagonal, whatever the weights are."""
+    counters = _counters(probe, bias)
+    if counters is None and span > _DENSE:
+        return None
+    at = np.arange(span) if counters is None else ruler(span)
+    known: dict[Value, Array] = {op: at.astype(numpy_dtype(op.dtype)) for op in counters or ()}
     try:
-        found = probe.evaluate([bias], size, stand_ins=True)[0]
-    except IRError as error:
-        raise Mixes(f"its bias cannot be evaluated: {error}") from None
-    found = found.reshape(-1, size, size)
-    if not np.array_equal(found[:, 1:, 1:], found[:, :-1, :-1], equal_nan=True):
-        _, query, key = np.argwhere(found[:, 1:, 1:] != found[:, :-1, :-1])[0]
-        raise Mixes(
-            f"its bias is not decided by the distance of key and query: that of query {query} and key {key} is "
-            f"{found[0, query, key]:.6g}, one token on it is {found[0, query + 1, key + 1]:.6g}"
-        )
+        found = probe.evaluate([bias], len(at), at.tolist(), known, stand_ins=stand_ins)[0]
+    except (IRError, MemoryError):
+        return None
+    if found.ndim < 2 or np.isnan(found).any():
+        return None
+    heads = np.broadcast_to(found, (*found.shape[:-2], len(at), len(at))).reshape(-1, len(at), len(at))
+    place = at[None, :] - at[:, None] + span - 1  # [query, key]
+    table = np.full((len(heads), 2 * span - 1), np.nan)
+    table[:, place] = heads
+    if np.isnan(table).any() or not np.allclose(table[:, place], heads, rtol=_TOLERANCE, atol=_TOLERANCE):
+        return None
+    return table
 
 
-def _for_size(value: Value, probe: Probe, size: int) -> Value:
-    """The value for a sequence of `size` tokens from position 0 on."""
-    assert probe.size is not None
-    binding: Mapping[str, int | Dim] = {symbol.name: size for symbol in probe.size.symbols()}
-    new: dict[Value, Value] = {}
-    for old in topological([value]):
-        if isinstance(old, Input):
-            new[old] = Reshape(Iota(size, old.dtype), (1, size))
-        elif isinstance(old, Op):
-            bound = old.bind(binding).attributes()
-            fields = {key: _mapped(item, new) for key, item in old.named_operands()}
-            changed = {k: v for k, v in {**fields, **bound}.items() if v is not getattr(old, k)}
-            new[old] = old.replace(**changed) if changed else old
-    return new.get(value, value)
+def ruler(span: int) -> NDArray[np.int64]:
+    """Some of 0..span - 1, about 2 * sqrt(span) of them, that lie every distance below `span` apart."""
+    step = max(1, math.isqrt(span))
+    return np.unique([*range(step), *range(step, span, step), span - 1])
 
 
-def _mapped(operand: Value | tuple[Value, ...] | None, new: Mapping[Value, Value]) -> object:
-    """An operand field over new values; itself where nothing changed."""
-    if isinstance(operand, tuple):
-        mapped = tuple(new.get(value, value) for value in operand)
-        return operand if all(a is b for a, b in zip(mapped, operand, strict=True)) else mapped
-    return None if operand is None else new.get(operand, operand)
+def _counters(probe: Probe, bias: Value) -> list[Op] | None:
+    """The counts 0, 1, ... that a bias is computed from, one pair at a time; None if it is computed otherwise."""
+    counters: list[Op] = []
+    seen: set[Value] = set()
+    stack = [bias]
+    while stack:
+        value = stack.pop()
+        if value in seen or not isinstance(value, Op) or value in probe.graph.constants:
+            continue
+        seen.add(value)
+        if isinstance(value, Iota):
+            if not isinstance(value.size, Dim) or value.size != probe.size:
+                return None
+            counters.append(value)
+        elif not isinstance(value, _POINTWISE) and not (isinstance(value, Gather) and probe.is_constant(value.x)):
+            return None
+        stack.extend(value.operands)
+    return counters

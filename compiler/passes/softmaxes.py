@@ -1,0 +1,80 @@
+"""Softmaxes, however they are written, and what stands between one and the product that its shares weigh."""
+
+from __future__ import annotations
+
+from llmc.compiler.ir.elementwise import Add, Cast, Div, Exp, Mul, Neg, Reciprocal, Sub, Where
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Matmul, Max, Reshape, Slice, Softmax, Sum
+from llmc.compiler.ir.types import FLOATS
+from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.rewriting import number_of
+
+
+def softmax_operand(op: Op) -> Value | None:
+    """x where `op` is softmax(x) over the last axis, also written as exp(x - max(x)) / sum(exp(x - max(x)))."""
+    if isinstance(op, Softmax):
+        return op.x if op.axis % op.rank == op.rank - 1 else None
+    exponential: Value | None = None
+    if isinstance(op, Div):
+        exponential, total = op.a, op.b
+    elif isinstance(op, Mul):
+        for a, b in ((op.a, op.b), (op.b, op.a)):
+            if isinstance(b, Reciprocal):
+                exponential, total = a, b.x
+    if not isinstance(exponential, Exp) or not isinstance(total, Sum) or total.x is not exponential:
+        return None
+    if not total.keep or _axes(total) != (op.rank - 1,):
+        return None
+    return without_maximum(exponential.x)
+
+
+def without_maximum(value: Value) -> Value:
+    """x where value is x - max(x, -1); a softmax does not see the difference."""
+    if not isinstance(value, (Add, Sub)):
+        return value
+    largest = value.b if isinstance(value, Sub) else None
+    if isinstance(value, Add):
+        largest = next((v.x for v in (value.b, value.a) if isinstance(v, Neg)), None)
+    if isinstance(largest, Max) and largest.keep and _axes(largest) == (value.rank - 1,):
+        other = value.a if isinstance(value, Sub) or largest is getattr(value.b, "x", None) else value.b
+        return other if largest.x is other else value
+    return value
+
+
+def _axes(op: Max | Sum) -> tuple[int, ...]:
+    return tuple(sorted(axis % op.x.rank for axis in op.axes))
+
+
+def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, list[Value]]:
+    """The product of the shares with the values; and conditions [..., Q, 1] under which shares are made zeros.
+
+    drops_column: a last column, of sinks, is cut off in between. Unrecognised says what else is in between.
+    """
+    outputs = {value for _, value in graph.outputs}
+    guards: list[Value] = []
+    value: Op = softmax
+    keys = softmax.shape[-1] - 1 if drops_column else softmax.shape[-1]
+    while True:
+        users = graph.users.get(value, ())
+        if value in outputs:
+            raise Unrecognised("its probabilities are an output of the graph")
+        if len(users) != 1:
+            raise Unrecognised(f"its probabilities are used {len(users)} times")
+        user = users[0]
+        if isinstance(user, Matmul) and user.a is value and user.b is not value:
+            if drops_column or value.shape[-1] != keys:
+                raise Unrecognised("its probabilities keep the column of sinks")
+            return user, guards
+        same_last = user.rank >= 2 and user.shape[-2:] == value.shape[-2:]
+        if isinstance(user, Slice) and drops_column and user.axis % user.rank == user.rank - 1:
+            if user.start != 0 or user.stop != keys or user.step != 1:
+                raise Unrecognised("its probabilities keep the column of sinks")
+            drops_column = False
+        elif isinstance(user, Where) and user.b is value and user.shape == value.shape and number_of(user.a) == 0:
+            if user.condition.rank and user.condition.shape[-1] != 1:
+                raise Unrecognised("some of its probabilities are set to zero")
+            guards.append(user.condition)
+        elif not ((isinstance(user, Reshape) and same_last) or (isinstance(user, Cast) and user.dtype in FLOATS)):
+            raise Unrecognised(f"its probabilities pass through {user.name}")
+        value = user
