@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from pass_harness import S, c, param
+from pass_harness import c, param
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.attention import Attention
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.encoded import PAGE, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, LayerNorm, Linear
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.types import Array, Tensor
+from llmc.compiler.ir.types import KV, Array, Tensor
 
-VOCABULARY, WIDTH, HEADS, DIM, INNER, LABELS, LONGEST = 41, 32, 4, 8, 24, 3, 40
+VOCABULARY, WIDTH, HEADS, DIM, INNER, LABELS, LONGEST = 41, 64, 4, 16, 24, 3, 150
+S = symbol("S", 2, LONGEST)
 INPUTS = ("ids", "positions", "token_types")
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # ids and token types of each
 Head = Callable[[Value], dict[str, Value]]
 Attend = Callable[[Value, Value, Value, int], Value]
 
@@ -101,3 +105,39 @@ def alone(graph: Graph, load: LoadParam, ids: Sequence[int], types: Sequence[int
     inputs: dict[str, Data] = {v.name: np.asarray([at[v.name]], np.int32) for v in graph.inputs}
     found = evaluate(graph, inputs, load)
     return {name: np.asarray(data).reshape(-1, np.asarray(data).shape[-1]) for name, data in found.items()}
+
+
+def random_sequences(lengths: Sequence[int], seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Ids and token types: ones behind a random place."""
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(0, VOCABULARY, n).tolist() for n in lengths]
+    return [
+        (own, [int(i >= cut) for i in range(len(own))]) for own, cut in zip(ids, rng.integers(0, lengths), strict=True)
+    ]
+
+
+def step_inputs(graph: Graph, sequences: Sequences, tile: int = 64, seed: int = 0) -> dict[str, Data]:
+    """What the runtime gives to a graph over tokens of whole sequences: pages in any order, their slots NaN."""
+    lengths = [len(ids) for ids, _ in sequences]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    needed = [-(-n // PAGE) for n in lengths]
+    order = np.random.default_rng(seed).permutation(sum(needed) + 1)
+    table = np.full((len(lengths), max(needed)), order[-1])
+    slots, tiles = [], []
+    for index, length in enumerate(lengths):
+        table[index, : needed[index]] = own = order[sum(needed[:index]) : sum(needed[: index + 1])]
+        slots += [own[i // PAGE] * PAGE + i % PAGE for i in range(length)]
+        tiles += [(index, starts[index] + i, min(tile, length - i), i) for i in range(0, length, tile)]
+    arrays = {
+        "ids": np.concatenate([ids for ids, _ in sequences]), "token_types": np.concatenate([t for _, t in sequences]),
+        "positions": np.concatenate([np.arange(n) for n in lengths]), "starts": starts,
+        "slots": slots, "tiles": tiles, "block_table": table,
+    }  # fmt: skip
+    inputs: dict[str, Data] = {}
+    for value in graph.inputs:
+        if isinstance(value.type, KV):
+            empty = Pages.empty(value.type, sum(needed) + 1)
+            inputs[value.name] = Pages(np.full_like(empty.keys, np.nan), np.full_like(empty.values, np.nan))
+        else:
+            inputs[value.name] = np.ascontiguousarray(np.asarray(arrays[value.name], np.int32))
+    return inputs
