@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmc.compiler.ir.elementwise import Add, Cast, Div, Exp, Mul, Neg, Reciprocal, Sub, Where
+from llmc.compiler.ir.elementwise import Add, Cast, Div, Equal, Exp, Mul, Neg, Not, NotEqual, Reciprocal, Sub, Where
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Matmul, Max, Reshape, Slice, Softmax, Sum
@@ -56,7 +56,7 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
     value: Op = softmax
     keys = softmax.shape[-1] - 1 if drops_column else softmax.shape[-1]
     while True:
-        users = graph.users.get(value, ())
+        users = tuple(user for user in graph.users.get(value, ()) if not _is_nan_test(user, value))
         if value in outputs:
             raise Unrecognised("its probabilities are an output of the graph")
         if len(users) != 1:
@@ -72,9 +72,24 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
                 raise Unrecognised("its probabilities keep the column of sinks")
             drops_column = False
         elif isinstance(user, Where) and user.b is value and user.shape == value.shape and number_of(user.a) == 0:
-            if user.condition.rank and user.condition.shape[-1] != 1:
+            if _tests_nan(user.condition, value):
+                pass  # there are none in `llm.attention`: a row that sees no key has zeros
+            elif user.condition.rank and user.condition.shape[-1] != 1:
                 raise Unrecognised("some of its probabilities are set to zero")
-            guards.append(user.condition)
+            else:
+                guards.append(user.condition)
         elif not ((isinstance(user, Reshape) and same_last) or (isinstance(user, Cast) and user.dtype in FLOATS)):
             raise Unrecognised(f"its probabilities pass through {user.name}")
         value = user
+
+
+def _is_nan_test(user: Op, value: Value) -> bool:
+    """Whether an op says where a value is not a number: x != x, or x == x."""
+    return isinstance(user, (NotEqual, Equal)) and user.a is value and user.b is value
+
+
+def _tests_nan(condition: Value, value: Value) -> bool:
+    """Whether a condition holds where a value is not a number."""
+    if isinstance(condition, Not):
+        return isinstance(condition.x, Equal) and _is_nan_test(condition.x, value)
+    return isinstance(condition, NotEqual) and _is_nan_test(condition, value)
