@@ -14,6 +14,7 @@ from llmc.compiler.ir.dims import concrete, product
 from llmc.compiler.ir.elementwise import Binary, Cast, Where
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.integers import parameter_count
 from llmc.compiler.ir.llm import (
     Attention,
     Embed,
@@ -29,7 +30,6 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import KV, Tensor, itemsize
 from llmc.compiler.passes.schemes import find_head
-from llmc.errors import IRError
 
 GROUPS = ("embedding", "attention", "mlp", "head", "norms and biases", "other")
 LIBRARY_BYTES = 1 << 20  # kernels, driver, manifest and tokenizer: 0.3 to 3 MiB
@@ -109,7 +109,7 @@ def estimate(graph: Graph, *, context: int, step: int = 512, sequences: int = 1)
     return Estimate(
         weights=weights,
         tables=tables,
-        parameters=sum(_elements(param) for param in graph.params),
+        parameters=parameter_count(graph),
         cache_per_token=per_token,
         context=context,
         sequences=sequences,
@@ -117,13 +117,6 @@ def estimate(graph: Graph, *, context: int, step: int = 512, sequences: int = 1)
         step=step,
         arena=_arena(graph, min(step, context * sequences)),
     )
-
-
-def _elements(value: Value) -> int:
-    count = product(value.shape)
-    if not isinstance(count, int):
-        raise IRError(f"a weight has the symbolic size {count}")
-    return count
 
 
 def _weights(graph: Graph) -> tuple[dict[str, int], int]:

@@ -38,7 +38,7 @@ graph @main {B in [1, inf], M in [1, inf], Q in [1, inf], T in [1, 512]} (
   %6 = t.reshape(%3) {to = [T, 2, 32]} : tensor<[T, 2, 32], f32>
   %7 = t.reshape(%4) {to = [T, 2, 32]} : tensor<[T, 2, 32], f32>
   %8 = llm.kv_append(%cache.0, %6, %7, %slots) : kv<2, 32, 32, f16>
-  %9 = llm.paged_attention(%5, %8, %tiles, %block_table, none, none) : tensor<[T, 2, 32], f32>
+  %9 = llm.paged_attention(%5, %8, %tiles, %block_table, none, none, none, none) : tensor<[T, 2, 32], f32>
   %10 = t.reshape(%9) {to = [T, 64]} : tensor<[T, 64], f32>
   %11 = llm.linear(%10, @o, none, none) : tensor<[T, 64], f32>
   %12 = t.add(%0, %11) : tensor<[T, 64], f32>
@@ -123,7 +123,7 @@ def test_a_step_is_no_longer_than_the_context() -> None:
 def test_attention_without_a_cache_counts_as_f16() -> None:
     graph = parse("""
     graph @main {S in [2, 64]} (%x: tensor<[1, S, 4, 16], f32>, %k: tensor<[1, S, 2, 16], f32>) {
-      %0 = llm.attention(%x, %k, %k, none, none) {scale = 0.25} : tensor<[1, S, 4, 16], f32>
+      %0 = llm.attention(%x, %k, %k, none, none, none) {scale = 0.25} : tensor<[1, S, 4, 16], f32>
       return a = %0
     }
     """)

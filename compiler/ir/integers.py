@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Add, Cast, Div, Maximum, Minimum, Mul, Round, Sub, constant
 from llmc.compiler.ir.encoded import Encoded
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.graph import Graph, topological
+from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, numpy_dtype, parse_encoding
@@ -148,6 +149,24 @@ class PackGroups(Op, name="llm.pack_groups"):
         if minimums is not None:
             parts["minimums"] = minimums.astype(np.float16)
         return Encoded(encoding, q.shape, parts)
+
+
+def parameter_count(graph: Graph) -> int:
+    """Numbers in the weights that a graph reads: of weights in integers those that they stand for, not their parts."""
+    total, parts = 0, set[Value]()
+    for op in graph.ops:
+        if isinstance(op, (ScaleIntegers, PackGroups)) and op in graph.constants:
+            inside = {value for value in topological([op]) if isinstance(value, Param)}
+            if not inside or not inside <= parts:
+                total += _elements(op)
+            parts |= inside
+    return total + sum(_elements(param) for param in graph.params if param not in parts)
+
+
+def _elements(value: Value) -> int:
+    count = product(value.shape)
+    require(isinstance(count, int), f"a weight has the symbolic size {count}")
+    return int(count)  # type: ignore[arg-type]
 
 
 class RoundToIntegers(Op, name="llm.round_to_integers"):

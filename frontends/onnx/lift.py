@@ -11,6 +11,7 @@ import numpy as np
 from llmc.compiler.ir.dims import Dim, symbol, symbols_of
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.integers import parameter_count
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape, Softmax
@@ -32,7 +33,6 @@ from llmc.frontends.onnx.model import OnnxModel, Signature, signature_dtype
 from llmc.frontends.onnx.position_tables import longest_sequence
 from llmc.frontends.onnx.recognition import (
     attends_causally,
-    parameter_count,
     replaceable,
     token_rows,
     without_token_types,

@@ -37,11 +37,6 @@ def attends_causally(graph: Graph, weights: WeightSource) -> bool:
     return bool(found) and all(found)
 
 
-def parameter_count(graph: Graph) -> int:
-    """Numbers in the weights that the graph reads."""
-    return sum(int(np.prod(param.tensor.shape, dtype=object)) for param in graph.params)
-
-
 def without_token_types(graph: Graph, types: Input) -> Graph:
     """The graph for texts that are one piece: all types 0."""
     return substitute_values(graph, {types: Broadcast(constant(np.zeros((1, 1)), types.dtype), types.shape)})
