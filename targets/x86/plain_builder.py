@@ -16,7 +16,7 @@ from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.types import INTEGERS, Shape
 from llmc.targets.kernel import Param
 from llmc.targets.x86 import linear_builder as b
-from llmc.targets.x86.plain_functions import convert
+from llmc.targets.x86.plain_functions import convert, widened
 from llmc.targets.x86.sizes import dim_expression
 from llmc.targets.x86.vectors import divide, pin, remainder
 
@@ -27,7 +27,7 @@ TIR_DTYPES = {
     "f64": "float64",
     "f32": "float32",
     "f16": "float16",
-    "bf16": "bfloat16",
+    "bf16": "uint16",  # its bits: what TVM makes of its own bfloat16 does not hold in a module of several functions
     **{dtype: dtype.replace("i", "int").replace("u", "uint") for dtype in INTEGERS},
     "bool": "uint8",
 }
@@ -113,7 +113,7 @@ class Plain:
         """An operand's element by index; halves come as f32, bools as 0 and 1."""
         shape = self.operands[operand][1]
         value = self.buffers[operand][_flat(index, [dim_expression(dim, self.sizes) for dim in shape])]
-        return value.astype("float32") if self.operands[operand][0] in ("f16", "bf16") else value
+        return widened(value, self.operands[operand][0])
 
     def load_broadcast(self, operand: int, index: Index) -> Expr:
         """The operand's element for a result element: right-aligned, axes of size 1 stay at 0."""
@@ -127,8 +127,7 @@ class Plain:
 
     def stored(self, index: Index) -> Expr:
         """A result element that was stored before, as it is used in computations."""
-        value = self.out[_flat(index, self.extents)]
-        return value.astype("float32") if self.dtype in ("f16", "bf16") else value
+        return widened(self.out[_flat(index, self.extents)], self.dtype)
 
     def narrow(self, value: Expr) -> Expr:
         """A value in the dtype of the result's memory."""

@@ -91,9 +91,14 @@ def is_nan(x: Expr) -> Expr:
 
 def truth(x: Expr) -> Expr:
     """x as a condition; NaN is true."""
+    return x if dtype_of(x) == "bool" else not_equal(x, number(0, x))
+
+
+def not_equal(x: Expr, y: Expr) -> Expr:
+    """x != y; NaN differs from everything, which TVM's NE does not say."""
     from tvm import tirx
 
-    return x if dtype_of(x) == "bool" else tirx.Not(tirx.EQ(x, number(0, x)))
+    return tirx.Or(tirx.NE(x, y), tirx.Or(is_nan(x), is_nan(y))) if is_float(x) else tirx.NE(x, y)
 
 
 def wrapping(function: Callable[..., Expr]) -> Callable[..., Expr]:
@@ -238,15 +243,28 @@ def _power(x: Expr, y: Expr) -> Expr:
     return select(y < 0, fraction, whole)
 
 
-def _shift(function: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
-    """Shifts of unsigned integers by any number of bits."""
+def _shift_left(x: Expr, y: Expr) -> Expr:
+    """Bits moved up; 0 where y is not one of 0 to bits - 1."""
+    bits, unsigned = _bits(x), f"uint{_bits(x)}"
+    amount = let(y.astype(unsigned))  # a negative one is too large
+    inside = let(amount < number(bits, amount))
+    moved = x.astype(unsigned) << tir("Select")(inside, amount, number(0, amount))
+    return tir("Select")(inside, moved.astype(dtype_of(x)), number(0, x))
 
-    def call(x: Expr, y: Expr) -> Expr:
-        bits = int(dtype_of(x)[4:])
-        inside = y < number(bits, y)
-        return tir("Select")(inside, function(x, tir("Select")(inside, y, number(0, y))), number(0, x))
 
-    return call
+def _shift_right(x: Expr, y: Expr) -> Expr:
+    """Bits moved down, of signed integers with the sign; 0 or -1 where y is not one of 0 to bits - 1."""
+    bits = _bits(x)
+    amount = let(y.astype(f"uint{bits}"))
+    inside = let(amount < number(bits, amount))
+    if is_unsigned(x):
+        return tir("Select")(inside, x >> tir("Select")(inside, amount, number(0, amount)), number(0, x))
+    return x >> tir("Select")(inside, y, number(bits - 1, y))
+
+
+def _bits(x: Expr) -> int:
+    """The bits of an integer."""
+    return int(dtype_of(x).removeprefix("u").removeprefix("int"))
 
 
 def _logical(function: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
@@ -282,7 +300,7 @@ ELEMENTWISE: dict[type[Op], Callable[..., Expr]] = {
     e.Maximum: maximum,
     e.Minimum: minimum,
     e.Equal: tir("EQ"),
-    e.NotEqual: lambda x, y: tir("Not")(tir("EQ")(x, y)),  # TVM's NE is false for NaN
+    e.NotEqual: not_equal,
     e.Less: lambda x, y: x < y,
     e.LessEqual: lambda x, y: x <= y,
     e.Greater: lambda x, y: x > y,
@@ -292,12 +310,21 @@ ELEMENTWISE: dict[type[Op], Callable[..., Expr]] = {
     e.BitAnd: lambda x, y: x & y,
     e.BitOr: lambda x, y: x | y,
     e.BitXor: lambda x, y: x ^ y,
-    e.ShiftLeft: _shift(lambda x, y: x << y),
-    e.ShiftRight: _shift(lambda x, y: x >> y),
+    e.ShiftLeft: _shift_left,
+    e.ShiftRight: _shift_right,
     e.Where: lambda c, x, y: tir("Select")(truth(c), x, y),
     e.Cast: lambda x: x,  # the store converts
     e.Bitcast: lambda x: x,  # of bytes
 }
+
+
+def widened(value: Expr, dtype: str) -> Expr:
+    """An element of IR dtype `dtype` as it lies in memory, in the dtype that it is computed in."""
+    from tvm import tirx
+
+    if dtype == "bf16":
+        return tirx.reinterpret("float32", value.astype("uint32") << tirx.const(16, "uint32"))
+    return value.astype("float32") if dtype == "f16" else value
 
 
 def convert(value: Expr, dtype: str, memory: str) -> Expr:
@@ -305,12 +332,13 @@ def convert(value: Expr, dtype: str, memory: str) -> Expr:
     found = dtype_of(value)
     if dtype == "bool":
         return truth(value).astype(memory)
-    if found == memory:
+    if found == memory and dtype != "bf16":
         return value
     if dtype in ("f16", "bf16"):
         if found == "float64" and dtype == "f16":
             return _rounded_to_odd(let(value)).astype(memory)
-        return value.astype("float32").astype(memory)
+        single = let(value.astype("float32"))
+        return single.astype(memory) if dtype == "f16" else _bfloat16_bits(single)
     if is_float(value) and not memory.startswith("float") and memory not in ("int64", "uint64"):
         # Through a wider integer: out of range for LLVM is undefined, not the lower bits as here.
         between = "int64" if memory in ("int32", "uint32") else "int32"
@@ -332,3 +360,15 @@ def _rounded_to_odd(value: Expr) -> Expr:
     too_large = intrinsic("fabs")(back) > intrinsic("fabs")(value)
     below = tirx.Select(too_large, bits - one, bits)
     return tirx.reinterpret("float32", tirx.Select(tirx.EQ(back, value), bits, below | one))
+
+
+def _bfloat16_bits(value: Expr) -> Expr:
+    """The upper half of an f32, rounded to nearest, halves to even; NaN stays NaN."""
+    from tvm import tirx
+
+    bits = let(tirx.reinterpret("uint32", value))
+    sixteen, one = tirx.const(16, "uint32"), tirx.const(1, "uint32")
+    even = (bits >> sixteen) & one
+    rounded = (bits + (even + tirx.const(0x7FFF, "uint32"))) >> sixteen
+    quiet = (bits >> sixteen) | tirx.const(0x40, "uint32")
+    return tirx.Select(is_nan(value), quiet, rounded).astype("uint16")
