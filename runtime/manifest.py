@@ -56,7 +56,7 @@ _COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Where the model came from. source: what `llmc compile` was given."""
+    """Where the model came from. source: what `llmc compile` was given. bits_per_weight: padding included."""
 
     name: str
     source: str
@@ -278,7 +278,7 @@ def _model(reader: Reader) -> ModelFacts:
         name=reader.string("name"),
         source=reader.string("source"),
         parameters=reader.integer("parameters"),
-        bits_per_weight=reader.number("bits_per_weight", 0, 64),
+        bits_per_weight=reader.number("bits_per_weight", 0, 1e18),
     )
 
 

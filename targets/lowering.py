@@ -58,8 +58,8 @@ class Context:
 
     @cached_property
     def numbers(self) -> dict[Value, int]:
-        """Each op's place in the graph."""
-        return {op: index for index, op in enumerate(self.graph.ops)}
+        """Each op's place in the graph; inputs come behind."""
+        return {value: index for index, value in enumerate((*self.graph.ops, *self.graph.inputs))}
 
     def known(self, value: Value) -> bool:
         """Whether the value is computed when compiling."""

@@ -197,7 +197,7 @@ def test_plain_kernels_count_their_matrix_products_and_weights() -> None:
     for found in call_costs(program):
         step = StepSizes((9, 1, 1, 1, 9, 1), ((0, 9),))
         values = [
-            evaluate(manifest._polynomial(manifest._Reader(found[name], name)), step)
+            evaluate(manifest._polynomial(Reader(found[name], name), frozenset()), step)
             for name in ("bytes", "operations")
         ]
         calls = found["calls"]
