@@ -38,6 +38,7 @@ def compile(
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = 512,
+    max_dim: o.MaxDims = None,
     weights: Annotated[
         str,
         typer.Option("--weights", metavar="embed|random|none|FILE", help="Into the artifact, noise, nowhere, a file."),
@@ -53,7 +54,7 @@ def compile(
     from llmc.compiler.pipeline import compile_model
 
     options = o.compile_options(
-        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed,
     )  # fmt: skip
@@ -99,6 +100,36 @@ def compile(
     bits = _at(manifest, "model", "bits_per_weight")
     seconds = _at(manifest, "provenance", "compile_seconds")
     print(f"{path}: {output.size(file_bytes)}, {bits} bits per weight, compiled in {seconds} s")
+    _print_use(path)
+
+
+def _print_use(path: Path) -> None:
+    """What a compiled model is for, where it does not continue texts, and what to try next."""
+    from llmc.cli.kinds import kind_of, next_command
+    from llmc.runtime.arrays import describe
+    from llmc.runtime.artifact import Artifact
+
+    opened = Artifact.open(path)
+    opened.close()
+    manifest = opened.manifest
+    kind = kind_of(manifest)
+    if kind == "generate":
+        return
+    if kind == "run":
+        print(f"inputs: {'; '.join(map(describe, manifest.inputs)) or 'none'}")
+        sizes = ", ".join(f"{size.name} {size.low} to {size.high}" for size in manifest.symbols)
+        if sizes:
+            print(f"sizes: {sizes} (--max-dim NAME=N for more)")
+    elif manifest.encoder is not None:
+        facts = manifest.encoder
+        what = {"embed": "embeddings", "classify": "classes", "encode": "rows of numbers for every token"}[kind]
+        labels = f" ({', '.join(facts.labels[:8])}{', ...' if len(facts.labels) > 8 else ''})" if facts.labels else ""
+        print(f"makes {what}{labels} of texts of at most {facts.max_tokens} tokens")
+        if facts.prompts:
+            default = f", {facts.default_prompt!r} by default" if facts.default_prompt else ""
+            print(f"prompts: {', '.join(facts.prompts)}{default}")
+    print(f"outputs: {'; '.join(map(describe, manifest.outputs))}")
+    print(f"try: {next_command(manifest, path)}")
 
 
 def check_writable(path: Path, option: str = "-o") -> None:
@@ -149,11 +180,12 @@ def ir(
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = 512,
+    max_dim: o.MaxDims = None,
     json: o.Json = False,
 ) -> None:
     """Print a model's graph as text, whole or as a pass left it."""
     options = o.compile_options(
-        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     steps = run_steps(model, options)
@@ -188,7 +220,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
 
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=options.max_context)
+        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims))
         steps: list[Step] = [("lift", lifted.graph, lifted.graph, Report("lift"))]
         seen: dict[str, int] = {}
 
@@ -197,8 +229,8 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
             number = seen[item.name]
             steps.append((item.name if number == 1 else f"{item.name}#{number}", before, after, report))
 
-        final = run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load).graph
-        kernels = lower_to_kernels(final, options, lifted.max_context)
+        final = run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load, lifted.task).graph
+        kernels = lower_to_kernels(final, options, lifted.max_context, lifted.task)
         report = Report("kernels", ops_before=len(final.ops), ops_after=len(kernels.ops))
         steps.append(("kernels", final, kernels, report))
     return steps
@@ -230,6 +262,7 @@ def estimate(
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = 512,
+    max_dim: o.MaxDims = None,
     sequences: Annotated[int, typer.Option("--sequences", help="Texts at once.")] = 1,
     json: o.Json = False,
 ) -> None:
@@ -241,13 +274,13 @@ def estimate(
     if sequences < 1:
         raise CompileError(f"--sequences is at least 1, not {sequences}")
     options = o.compile_options(
-        override, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=max_context)
-        graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load).graph
+        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims))
+        graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
     found = estimate_graph(graph, context=lifted.max_context, step=max_step, sequences=sequences)
     derived = {
         "weight_bytes": found.weight_bytes,

@@ -10,6 +10,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.kinds import require
 from llmc.cli.profile_table import print_profile
 from llmc.cli.roofline import check_roofline, draw_roofline
 from llmc.errors import LlmcError
@@ -99,6 +100,7 @@ def eval(
         raise LlmcError(f"--text {text} is not UTF-8: byte {error.start}") from error
     with output.progress() as progress:
         runtime = Runtime.load(artifact, threads, weights=weights)
+        require(runtime.manifest, artifact, "eval", "generate")
         cut = windows_of(runtime, content, window, windows)
         expected = None
         if reference is not None:

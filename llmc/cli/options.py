@@ -67,6 +67,11 @@ MaxStep = Annotated[
     int, typer.Option("--max-step", help="The most tokens of one step; more are split.", rich_help_panel=_COMPILING)
 ]
 
+MaxDims = Annotated[
+    list[str] | None, typer.Option("--max-dim", metavar="NAME=N", rich_help_panel=_COMPILING,
+                                   help="The most of a size that a model of arrays names; can be given several times."),
+]  # fmt: skip
+
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", "-n", help="Tokens to write at most.", rich_help_panel=_SAMPLING)
 ]
@@ -97,11 +102,14 @@ Stop = Annotated[
 ]  # fmt: skip
 
 
-def compile_options(overrides: list[str] | None = None, **values: object) -> CompileOptions:
+def compile_options(
+    overrides: list[str] | None = None, max_dims: list[str] | None = None, **values: object
+) -> CompileOptions:
     """`CompileOptions` from what the command line gave."""
-    from llmc.compiler.options import CompileOptions, parse_overrides
+    from llmc.compiler.options import CompileOptions, parse_max_dims, parse_overrides
 
-    return CompileOptions(overrides=parse_overrides(overrides or []), **values)  # type: ignore[arg-type]
+    parsed = {"overrides": parse_overrides(overrides or []), "max_dims": parse_max_dims(max_dims or [])}
+    return CompileOptions(**parsed, **values)  # type: ignore[arg-type]
 
 
 def example(*lines: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -151,6 +151,24 @@ class BarProgress:
         """Ends the last phase and gives the terminal back."""
         self._end_phase()
         self._bars.stop()
+
+
+Advance = Callable[[int, int], None]  # how many are done, of how many
+
+
+@contextmanager
+def counted(phase: str, total: int) -> Iterator[Advance]:
+    """Progress of one phase, for functions that tell how many are done."""
+    with progress() as shown:
+        shown.start(phase, total)
+        before = 0
+
+        def advance(done: int, _total: int) -> None:
+            nonlocal before
+            shown.advance(done - before)
+            before = done
+
+        yield advance
 
 
 @contextmanager

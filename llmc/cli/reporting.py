@@ -13,6 +13,7 @@ from llmc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from llmc.runtime.artifact import Artifact
+    from llmc.runtime.manifest import Manifest
 
 
 def inspect(
@@ -35,7 +36,6 @@ def inspect(
             )  # fmt: skip
             return
         provenance = _object(manifest.raw.get("provenance"))
-        layers, per_token = manifest.layers, manifest.bytes_per_page // manifest.step.page
         output.facts(
             {
                 "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
@@ -44,12 +44,8 @@ def inspect(
                 "options": ", ".join(f"{k}={v}" for k, v in _object(provenance.get("options")).items()),
                 "target": f"{manifest.target.name} ({manifest.target.arch})",
                 "needs": " ".join(sorted(manifest.target.features)),
-                "context": f"{manifest.max_context} tokens, {manifest.step.max_step} a step at most",
-                "KV cache": f"{len(layers)} layers, {output.size(per_token)} a token"
-                + (f", {layers[0].dtype}" if layers else ""),
+                **_use(manifest),
                 "arena": output.size(manifest.step.arena_bytes),
-                "vocabulary": manifest.step.vocab_size,
-                "chat": "yes" if manifest.text and manifest.text.chat_template else "no chat template",
                 "file": f"{output.size(len(opened.mapping))}: "
                 + ", ".join(f"{name} {output.size(count)}" for name, count in sizes.items()),
                 "hashes": f"{len(checked)} of {len(sizes)} parts checked, all right",
@@ -66,6 +62,35 @@ def inspect(
             output.table(rows, ("weight", "type", "offset", "bytes"))
     finally:
         opened.close()
+
+
+def _use(manifest: Manifest) -> dict[str, object]:
+    """What an artifact takes and gives."""
+    from llmc.cli.kinds import kind_of
+    from llmc.runtime.arrays import describe
+
+    kind, step = kind_of(manifest), manifest.step
+    if kind == "generate":
+        layers, per_token = manifest.layers, manifest.bytes_per_page // step.page
+        return {
+            "context": f"{manifest.max_context} tokens, {step.max_step} a step at most",
+            "KV cache": f"{len(layers)} layers, {output.size(per_token)} a token"
+            + (f", {layers[0].dtype}" if layers else ""),
+            "vocabulary": step.vocab_size,
+            "chat": "yes" if manifest.text and manifest.text.chat_template else "no chat template",
+        }
+    rows: dict[str, object] = {"outputs": "; ".join(map(describe, manifest.outputs))}
+    if kind == "run":
+        sizes = ", ".join(f"{size.name} {size.low} to {size.high}" for size in manifest.symbols)
+        return {"inputs": "; ".join(map(describe, manifest.inputs)) or "none", **rows, "sizes": sizes or "all fixed"}
+    facts = manifest.encoder
+    rows["texts"] = f"{facts.max_tokens if facts else manifest.max_context} tokens at most, {step.max_step} a step"
+    rows["vocabulary"] = step.vocab_size
+    if facts is not None and facts.labels is not None:
+        rows["labels"] = ", ".join(facts.labels)
+    if facts is not None and facts.prompts:
+        rows["prompts"] = ", ".join(facts.prompts)
+    return {"kind": kind, **rows}
 
 
 def _check(artifact: Artifact) -> list[str]:

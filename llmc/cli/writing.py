@@ -10,6 +10,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.kinds import require
 from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run(
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop,
     }  # fmt: skip
     runtime = load(model, quantization, threads, weights)
+    require(runtime.manifest, runtime.artifact.path, "run", "generate")
     stream = runtime.stream(prompt, **sampling)
     if json:
         text = stream.text()
@@ -131,6 +133,7 @@ def chat(
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop,
     }  # fmt: skip
     runtime = load(model, quantization, threads, weights)
+    require(runtime.manifest, runtime.artifact.path, "chat", "generate")
     start = [] if system is None else [{"role": "system", "content": system}]
     runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}])  # a model that cannot chat says so now
     interactive = sys.stdin.isatty()
