@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from pass_harness import S, c, graph_of, names, param, run_checked, x
 
@@ -125,9 +126,36 @@ def test_a_rounding_inside_a_norm_is_kept() -> None:
     assert isinstance(op, e.Mul)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("given", [False, True], ids=["params", "inputs"])
+def test_norms_over_several_last_axes_of_known_sizes(count: int, given: bool) -> None:
+    """They are norms over one axis between reshapes; weights may be known when compiling or not."""
+    v = x(2, 3, 5, 7)
+    axes, shape = tuple(range(4 - count, 4)), v.shape[4 - count :]
+    w, b = (x(*shape, name=n) if given else param(n, *shape) for n in "wb")  # type: ignore[arg-type]
+    mean = s.Mean(e.Mul(v, v), axes)
+    rms, _ = fused(e.Mul(e.Div(v, e.Sqrt(e.Add(mean, c(1e-5)))), w), NORM)
+    apart = e.Sub(v, s.Mean(v, axes))
+    spread = s.Mean(e.Mul(apart, apart), axes)
+    layer, _ = fused(e.Add(e.Mul(e.Div(apart, e.Sqrt(e.Add(spread, c(1e-5)))), w), b), NORM)
+    for op, kind in ((rms, llm.RMSNorm), (layer, llm.LayerNorm)):
+        assert isinstance(op, s.Reshape) and isinstance(op.x, kind) and op.x.w is not None
+        assert op.x.shape == (*v.shape[: 4 - count], int(np.prod(shape)))  # type: ignore[arg-type]
+        assert not any(isinstance(node, s.Mean) for node in graph_of(op).ops)
+    assert isinstance(layer.x, llm.LayerNorm) and layer.x.b is not None  # type: ignore[attr-defined]
+
+
+def test_what_multiplies_each_row_is_no_weight() -> None:
+    op, report = fused(e.Mul(CORES["rsqrt"](x(2, 3, 6)), x(2, 3, 6, name="gate")), NORM)
+    assert isinstance(op, e.Mul) and report.refusals == []
+
+
 NOT_NORMS: dict[str, tuple[Value, str]] = {
     "another axis": (e.Mul(x(), e.Rsqrt(e.Add(s.Mean(e.Mul(x(), x()), (1,)), c(1e-5)))), "not over the last"),
-    "two axes": (e.Mul(x(), e.Rsqrt(e.Add(s.Mean(e.Mul(x(), x()), (1, 2)), c(1e-5)))), "not over the last"),
+    "an axis of unknown size": (
+        e.Mul(x(), e.Rsqrt(e.Add(s.Mean(e.Mul(x(), x()), (1, 2)), c(1e-5)))),
+        "not over the last",
+    ),
     "another value": (e.Mul(x(name="y"), e.Rsqrt(e.Add(mean_of_squares(x()), c(1e-5)))), "of another value"),
     "a matrix as weight": (e.Mul(CORES["rsqrt"](x(1, 3, 6)), param("w", 3, 6)), "no vector of 6"),
 }
