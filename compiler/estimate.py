@@ -34,6 +34,8 @@ from llmc.compiler.passes.schemes import find_head
 GROUPS = ("embedding", "attention", "mlp", "head", "norms and biases", "other")
 LIBRARY_BYTES = 1 << 20  # kernels, driver, manifest and tokenizer: 0.3 to 3 MiB
 
+_OF_STEPS = ("S", "T", "R", "Q", "B", "M")  # sizes of a step of tokens
+
 # Ops whose result lies in their operand's memory.
 _VIEWS = (Reshape, Slice, Broadcast)
 # Ops between a projection and the attention that it serves: norms of queries, rotations, clamps, masks.
@@ -61,8 +63,8 @@ class Estimate:
     weights: by part, a value that two parts share counted once, for the first of GROUPS that reads it (a head tied to
     the embedding is in `embedding`). parameters: numbers in the checkpoint's tensors that the model reads.
     cache_per_token: keys and values of all layers for one token; cache: for `context` tokens of `sequences` sequences,
-    in whole pages. arena: activations of a step of `step` tokens, at the fullest moment, without padding. tables: the
-    part of the embedding that nothing multiplies by.
+    in whole pages, or for those of a step where the cache keeps nothing between steps. arena: activations of a step of
+    `step` tokens, at the fullest moment, without padding. tables: the part of the embedding that nothing multiplies by.
     """
 
     weights: Mapping[str, int]
@@ -106,6 +108,8 @@ def estimate(graph: Graph, *, context: int, step: int = 512, sequences: int = 1)
     weights, tables = _weights(graph)
     per_token = _cache_per_token(graph)
     pages = -(-context // PAGE) * sequences
+    if _keeps_nothing(graph):
+        pages = min(pages, step // PAGE + sequences)
     return Estimate(
         weights=weights,
         tables=tables,
@@ -209,9 +213,21 @@ def _cache_per_token(graph: Graph) -> int:
     return total
 
 
+def _keeps_nothing(graph: Graph) -> bool:
+    """Whether caches are scratches of a step: no output is their next version."""
+    kept = any(isinstance(value.type, KV) for _, value in graph.outputs)
+    return not kept and any(isinstance(value.type, KV) for value in graph.inputs)
+
+
 def _arena(graph: Graph, tokens: int) -> int:
-    """Bytes of the values that are alive at the fullest moment of a step of `tokens` tokens."""
-    sizes = {symbol.name: tokens for symbol in graph.symbols}
+    """Bytes of the values that are alive at the fullest moment of a step of `tokens` tokens.
+
+    A size that counts no tokens, sequences or pages is the greatest that it may be.
+    """
+    sizes = {
+        symbol.name: tokens if symbol.name in _OF_STEPS or symbol.high is None else symbol.high
+        for symbol in graph.symbols
+    }
     owner: dict[Value, Value] = {}
     for op in graph.ops:
         if op not in graph.constants and isinstance(op.type, Tensor):

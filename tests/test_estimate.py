@@ -120,6 +120,24 @@ def test_a_step_is_no_longer_than_the_context() -> None:
     assert estimate(TIED, context=33, step=66, sequences=2).arena == 2 * estimate(TIED, context=33).arena
 
 
+def test_an_encoder_caches_a_step() -> None:
+    scratch = TIED.replace_outputs([("embedding", TIED.output("logits"))])
+    kept, held = estimate(TIED, context=512, sequences=100), estimate(scratch, context=512, sequences=100)
+    assert held.cache_per_token == kept.cache_per_token
+    assert held.cache == (512 // 32 + 100) * 32 * held.cache_per_token < kept.cache
+    assert estimate(scratch, context=33).cache == estimate(TIED, context=33).cache
+
+
+def test_sizes_of_a_graph_of_any_kind_are_the_greatest() -> None:
+    graph = parse("""
+    graph @main {batch in [0, 8], N in [1, 40]} (%x: tensor<[batch, N], f32>) {
+      %0 = t.exp(%x) : tensor<[batch, N], f32>
+      return y = %0
+    }
+    """)
+    assert estimate(graph, context=1).arena == 8 * 40 * 4
+
+
 def test_attention_without_a_cache_counts_as_f16() -> None:
     graph = parse("""
     graph @main {S in [2, 64]} (%x: tensor<[1, S, 4, 16], f32>, %k: tensor<[1, S, 2, 16], f32>) {

@@ -56,7 +56,7 @@ def _number(f: Flattener, size: int | Dim, dtype: str) -> Value | None:
     offset = sum(coefficient for monomial, coefficient in size.terms if not monomial)
     if size != f.size * factor + offset:
         return None
-    count: Value = token_counts(f.need_starts())
+    count: Value = token_counts(f.starts)
     count = count if dtype == "i32" else Cast(count, dtype)
     count = Mul(count, constant(factor, dtype)) if factor != 1 else count
     return Add(count, constant(offset, dtype)) if offset else count
@@ -85,7 +85,7 @@ def _rows(f: Flattener, x: Value, rows: Value) -> Value:
 
 
 def _sliced_row(f: Flattener, op: Slice) -> Value:
-    starts = f.need_starts()
+    starts = f.starts
     if op.start == 0:
         return first_rows(starts)
     if op.start == f.size - 1:
@@ -97,7 +97,7 @@ def _indexed_row(f: Flattener, index: Value) -> Value:
     """[B]: the rows of the tokens at an index within their sequence, counted from its end where it is negative."""
     if product(index.shape) != 1:
         raise Mixes("it takes several tokens of a sequence")
-    starts = f.need_starts()
+    starts = f.starts
     if index not in f.decided:
         number = number_of(index)
         if number not in (0, -1):
@@ -132,7 +132,7 @@ def _pooled(f: Flattener, op: Reduce) -> Value:
         x = f.full(op.x)[0] if rest != layout.rest else f.new[op.x]
         if x.dtype not in FLOATS:
             x = Cast(x, "f32")  # whole numbers below 2^24: counts and positions
-        starts = f.need_starts()
+        starts = f.starts
         pooled = PoolTokens(x, starts, kind) if kind is not None else Neg(PoolTokens(Neg(x), starts, "max"))
         if pooled.dtype != op.dtype:
             pooled = Cast(pooled, op.dtype)
@@ -147,7 +147,7 @@ def _constant_pooled(f: Flattener, op: Reduce, kind: str | None, rest: tuple[int
         return None
     one: Value = Reshape(source, (1,)) if source.rank != 1 else source
     if kind == "sum":
-        counts = token_counts(f.need_starts())
+        counts = token_counts(f.starts)
         one = Mul(counts if counts.dtype == one.dtype else Cast(counts, one.dtype), one)
     else:
         one = Broadcast(one, (f.rows(op),))
@@ -164,4 +164,4 @@ def _weighted_sum(f: Flattener, op: Matmul) -> Value:
         raise Mixes("it multiplies tokens with tokens")
     left = Reshape(f.new[op.a], (f.tokens, op.a.shape[-2], 1))
     right = Reshape(f.new[op.b], (f.tokens, 1, op.b.shape[-1]))
-    return PoolTokens(Mul(left, right), f.need_starts(), "sum")
+    return PoolTokens(Mul(left, right), f.starts, "sum")

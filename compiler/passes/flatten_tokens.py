@@ -76,7 +76,7 @@ class FlattenTokens(Pass, name="flatten-tokens"):
                 return graph
         report.hit("graph")
         outputs = tuple((name, flattener.new.get(value, value)) for name, value in graph.outputs)
-        starts = () if flattener.starts is None else (flattener.starts,)
+        starts = (flattener.starts,) if self.sequences else ()
         return Graph(graph.name, (*inputs, *starts), outputs)
 
     def _most_tokens(self, size: Dim) -> int:
@@ -113,18 +113,12 @@ class Flattener:
         self.new: dict[Value, Value] = inputs
         self.refused: dict[Value, tuple[Op, str]] = {}
         self.decided: set[Value] = set(inputs)  # old values that differ from token to token or sequence to sequence
-        self.starts: Input | None = None
+        self.starts = Input("starts", Tensor((SEQUENCES + 1,), "i32"))
 
     @cached_property
     def probe(self) -> Probe:
         """What positions decide in the old graph."""
         return Probe(self.graph)
-
-    def need_starts(self) -> Input:
-        """The input that says where sequences begin, which the new graph has from now on."""
-        if self.starts is None:
-            self.starts = Input("starts", Tensor((SEQUENCES + 1,), "i32"))
-        return self.starts
 
     def add(self, op: Op) -> None:
         """Rebuild one op, whose operands were rebuilt or refused."""

@@ -6,8 +6,7 @@ outputs: `cache.N.next`. Two attentions over the same keys and values share one 
 
 An encoder (`scratch=true`) sees whole sequences in one step, so that its cache holds nothing between steps: there are
 no outputs `cache.N.next`, and a layer whose keys and values come of what the layer before has read takes over the
-cache of that layer. Attention that is not causal sees the whole sequence: a new input `starts` i32[B + 1] says how
-long that is, where the graph has none yet.
+cache of that layer. Attention that is not causal sees the whole sequence: `starts` i32[B + 1] says how long that is.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
                 report.refuse(op, f"{reason}; no attention of this graph gets a cache")
         if not attentions or any(reason for _, reason in reasons):
             return graph
+        given = {value.name: value for value in graph.inputs}
 
         tokens = attentions[0].q.shape[0]
         slots = Input("slots", Tensor((tokens,), "i32"))
         tiles = Input("tiles", Tensor((symbol("Q", 1), 4), "i32"))
         block_table = Input("block_table", Tensor((SEQUENCES, symbol("M", 1)), "i32"))
-        given = {value.name: value for value in graph.inputs}
-        starts = given.get("starts") or Input("starts", Tensor((SEQUENCES + 1,), "i32"))
+        starts = given.get("starts")
         caches: list[_Cache] = []
         versions: dict[tuple[Value, Value], tuple[_Cache, _Version]] = {}
 
@@ -75,10 +74,9 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
             return paged
 
         after = substitute_values(graph, {}, rule)
-        wants_starts = "starts" not in given and not all(op.causal for op in attentions)
-        inputs = (*after.inputs, *((starts,) if wants_starts else ()), slots, tiles, block_table)
         following = () if self.scratch else tuple((f"{c.input.name}.next", c.latest) for c in caches)
-        return Graph(graph.name, (*inputs, *(cache.input for cache in caches)), (*after.outputs, *following))
+        inputs = (*after.inputs, slots, tiles, block_table, *(cache.input for cache in caches))
+        return Graph(graph.name, inputs, (*after.outputs, *following))
 
     def _cache_for(self, op: Attention, kind: KV, caches: list[_Cache], report: Report) -> _Cache:
         """A new cache, or, where nothing is kept, one that every attention so far has read before `op` appends."""
@@ -135,6 +133,8 @@ def _refusal(op: Attention, graph: Graph, scratch: bool) -> str:
         return "it is not causal, so that earlier results change with later tokens"
     if op.q.rank != 3 or op.q.shape[0] != op.k.shape[0]:
         return "it does not stand over tokens [T, heads, dim]: flatten-tokens comes first"
+    if scratch and all(value.name != "starts" for value in graph.inputs):
+        return "nothing says where sequences start: flatten-tokens comes first"
     if op.bias is not None and not isinstance(op.bias, RelativeBias):
         return "it adds a bias to the scores that distances of tokens do not decide"
     if not isinstance(op.q.shape[0], Dim):

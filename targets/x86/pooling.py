@@ -66,7 +66,7 @@ def pool_tokens(machine: Machine, *, kind: str, columns: int) -> PrimFunc:
             def row(place: Expr, into: Sequence[object], fresh: bool) -> None:
                 for (offset, lanes), sum_ in zip(cut, into, strict=True):
                     value = load(a.x, place * columns + column + offset, lanes)
-                    store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value), lanes)  # type: ignore[arg-type]
+                    store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value), lanes)
 
             with loop(divide(end - first + (RUN - 1), RUN)) as number:
                 begin = pin(first + number * RUN)
