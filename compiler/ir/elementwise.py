@@ -263,7 +263,7 @@ def _divide(a: Array, b: Array) -> Array:
         return np.asarray(a / b)
     floor = np.floor_divide(a, b)
     # Rounded down is one too low where there is a rest and the signs differ.
-    return floor + ((floor * b != a) & (b != 0) & ((a < 0) != (b < 0)))
+    return np.asarray(floor + ((floor * b != a) & (b != 0) & ((a < 0) != (b < 0))))
 
 
 class Div(Binary, name="t.div"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from llmc.compiler.ir import elementwise as e
@@ -136,9 +137,12 @@ def _transposed_pads(
         if not isinstance(size, int):
             raise Unsupported("auto_pad and output_shape need sizes that are known numbers when compiling")
         goal = wanted[-rank:][i] if wanted is not None else size * strides[i]
-        # Below zero where the result is to be larger than the windows make it.
         total = strides[i] * (size - 1) + more[i] + dilations[i] * (kernel[i] - 1) + 1 - goal
-        small = int(total / 2)
+        if total < 0:
+            # Larger than the windows make it: the end is longer.
+            found.append((0, total))
+            continue
+        small = total // 2
         found.append((small, total - small) if mode == "SAME_UPPER" else (total - small, small))
     return found
 
@@ -148,11 +152,11 @@ def _col_to_im(t: Translation, node: Node, x: Item, image: Item, block: Item) ->
     """Windows [N, C * kernel, windows] added up where they overlap."""
     sizes, kernel = integers(image, "the image's shape"), integers(block, "the block's shape")
     windows = spatial_windows(node, sizes, kernel)
-    elements = product(tuple(kernel))
+    elements = math.prod(kernel)
     batch, channels = x.shape[0], split_exact(x.shape[1], elements)
     # [kernel * windows] rows of [N * C]; what lies in the padding goes to one more row, which is cut off.
     places = table(windows).reshape(-1, elements).T.reshape(-1)
-    area = int(product(tuple(sizes)))  # type: ignore[arg-type]
+    area = math.prod(sizes)
     rows = reshape(x.value, (batch * channels, elements * x.shape[2]))
     places[places < 0] = area
     empty = broadcast(like(0, x.value), (area + 1, batch * channels))

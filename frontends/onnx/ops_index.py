@@ -120,7 +120,7 @@ def _tensor_scatter(t: Translation, node: Node, x: Item, update: Item, starts: I
         raise Unsupported("the axis of a cache cannot be its batch")
     batch, size, length = x.shape[0], x.shape[axis], update.shape[axis]
     begin = broadcast(e.constant(0), (batch,)) if starts is None else cast(starts.value, "i64")
-    place = e.Add(unsqueeze(begin, 1), iota(length))
+    place: Value = e.Add(unsqueeze(begin, 1), iota(length))
     if node.get("mode", "linear") == "circular":
         place = e.Mod(place, size_scalar(size))
     # Batch and axis in front make rows: row b * size + place.

@@ -121,7 +121,7 @@ def _loss(node: Node, logs: Value, target: Value, weight: Item | None) -> Value:
     if ignored is not None:
         counted = e.NotEqual(index, e.constant(ignored))
         index = e.Where(counted, index, e.constant(0))
-    loss = e.Neg(squeeze(s.GatherElements(logs, unsqueeze(index, 1), 1), 1))
+    loss: Value = e.Neg(squeeze(s.GatherElements(logs, unsqueeze(index, 1), 1), 1))
     each: Value | None = None if weight is None else s.Gather(weight.value, index, 0)
     if counted is not None:
         kept = cast(counted, logs.dtype)

@@ -56,7 +56,7 @@ def _max_pool(t: Translation, node: Node, x: Item) -> Value | list[Value]:
     if node.get("storage_order", 0):
         sizes = [window.size for window in windows]
         columns = np.unravel_index(np.maximum(places, 0), sizes)  # type: ignore[arg-type]
-        places = np.ravel_multi_index(columns[::-1], sizes[::-1])  # type: ignore[arg-type]
+        places = np.asarray(np.ravel_multi_index(columns[::-1], sizes[::-1]))  # type: ignore[arg-type]
     count, elements = int(np.prod(places.shape[:-1])), places.shape[-1]
     base = e.constant((np.arange(count) * elements).reshape(places.shape[:-1]), "i64")
     within = s.Gather(e.constant(places.reshape(-1), "i64"), e.Add(first, base), 0)

@@ -90,7 +90,7 @@ def _log_sum_exp(x: Value, axes: tuple[int, ...], keep: bool) -> Value:
     if not axes:
         return x
     # The largest element is taken out first, unless all are -inf (or there are none).
-    top = s.Max(x, axes, True)
+    top: Value = s.Max(x, axes, True)
     top = e.Where(e.Equal(e.Abs(top), like(float("inf"), top)), like(0, top), top)
     found = e.Add(e.Log(s.Sum(e.Exp(e.Sub(x, top)), axes, True)), top)
     return found if keep else reshape(found, s.Sum(x, axes, False).shape)
@@ -117,7 +117,7 @@ def _argmax(t: Translation, node: Node, x: Item) -> Value:
     axis = axis_of(node.get("axis", 0), x.rank)
     value = x.value if node.op == "ArgMax" else _opposite(x.value)
     if node.get("select_last_index", 0):
-        found = e.Sub(size_scalar(x.shape[axis] - 1), s.Argmax(flip(value, axis), axis))
+        found: Value = e.Sub(size_scalar(x.shape[axis] - 1), s.Argmax(flip(value, axis), axis))
     else:
         found = s.Argmax(value, axis)
     return unsqueeze(found, axis) if node.get("keepdims", 1) else found

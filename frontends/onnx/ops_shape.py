@@ -196,7 +196,10 @@ def _clamped(position: int | Dim, size: int | Dim, lowest: int) -> int | Dim:
         return above
     if at_most(lowest, position) and at_most(position, above):
         return position
-    raise Unsupported(f"whether {position} is within an axis of {size} depends on the input")
+    raise Unsupported(
+        f"whether {position} is within an axis of {size} depends on the input; bound it with --max-context for a text"
+        " model, with --max-dim for another"
+    )
 
 
 def sliced_up(value: Value, axis: int, start: int | Dim, stop: int | Dim, step: int) -> Value:
@@ -267,7 +270,7 @@ def _mirrored(value: Value, axis: int, low: int, high: int, mode: str) -> Value:
     modes = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
     if mode not in modes:
         raise Unsupported(f"pads of mode {mode!r} are not supported")
-    if not all(isinstance(number, int) for number in (size, low, high)):
+    if not isinstance(size, int) or not isinstance(low, int) or not isinstance(high, int):
         raise Unsupported(f"pads of mode {mode!r} need sizes that are known numbers when compiling")
     index = np.pad(np.arange(size), (low, high), mode=modes[mode])  # type: ignore[call-overload]
     return s.Gather(value, e.constant(index, "i64"), axis)

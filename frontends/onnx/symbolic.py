@@ -75,7 +75,8 @@ def numbers_of(value: Value) -> Item:
 
 
 def _small(value: Value, limit: int) -> bool:
-    return all(isinstance(dim, int) for dim in value.shape) and math.prod(value.shape) <= limit  # type: ignore[arg-type]
+    sizes = [dim for dim in value.shape if isinstance(dim, int)]
+    return len(sizes) == value.rank and math.prod(sizes) <= limit
 
 
 def _is_constant(root: Value) -> bool:
@@ -319,7 +320,7 @@ def _slice(t: Translation, node: Node, x: Item, *bounds_items: Item | None) -> O
     for i, axis in enumerate(axes or range(len(starts))):
         step = 1 if steps is None else steps[i]
         # An end before the first element is no index of numpy's: it would count from the end once more.
-        end = None if step < 0 and ends[i] < -x.shape[axis] else ends[i]
+        end = None if step < 0 and ends[i] < -_elements(x).shape[axis] else ends[i]
         index[axis] = slice(starts[i], end, step)
     return _elements(x)[tuple(index)]
 
@@ -349,13 +350,14 @@ def _unsqueeze(t: Translation, node: Node, x: Item, axes: Item | None = None) ->
 @folds("Reshape")
 def _reshape(t: Translation, node: Node, x: Item, shape: Item) -> Objects:
     target = integers(shape, "the shape")
-    return _elements(x).reshape([x.shape[i] if dim == 0 else dim for i, dim in enumerate(target)])  # type: ignore[arg-type, misc]
+    given = _elements(x)
+    return given.reshape([given.shape[i] if dim == 0 else dim for i, dim in enumerate(target)])
 
 
 @folds("Flatten")
 def _flatten(t: Translation, node: Node, x: Item) -> Objects:
-    axis = node.get("axis", 1) % (x.rank + 1)
-    return _elements(x).reshape((math.prod(x.shape[:axis]), -1))  # type: ignore[arg-type]
+    given, axis = _elements(x), node.get("axis", 1) % (x.rank + 1)
+    return given.reshape((math.prod(given.shape[:axis]), -1))
 
 
 @folds("Transpose")

@@ -141,9 +141,10 @@ def table(windows: Sequence[Window]) -> np.ndarray:
     flat: np.ndarray = np.zeros((1,) * (2 * spatial), np.int64)
     inside: np.ndarray = np.ones((1,) * (2 * spatial), bool)
     for i, window in enumerate(windows):
+        places = window.places()
         shape = [1] * (2 * spatial)
-        shape[i], shape[spatial + i] = window.count, window.kernel  # type: ignore[call-overload]
-        places = window.places().reshape(shape)
+        shape[i], shape[spatial + i] = places.shape
+        places = places.reshape(shape)
         flat = flat * window.size + places
         inside = inside & (places >= 0) & (places < window.size)
     spread = np.where(inside, flat, -1)
