@@ -33,6 +33,11 @@ _MOST_ELEMENTS = 1 << 40
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
 
+def text_of(text: str | bytes) -> str:
+    """A text of the file. protobuf gives bytes for one that is not UTF-8, which then raises UnicodeDecodeError."""
+    return text.decode() if isinstance(text, bytes) else text
+
+
 def dtype_name(number: int) -> str:
     """The standard's name of a dtype, for messages."""
     try:
@@ -145,9 +150,9 @@ def _external(tensor: TensorProto, what: str) -> tuple[str, int, int | None]:
     """Location, offset and length of a tensor's external data."""
     entries: dict[str, str] = {}
     for entry in tensor.external_data:
-        if entry.key in entries:
+        if text_of(entry.key) in entries:
             raise FrontendError(f"{what} says twice what its external {entry.key!r:.40} is")
-        entries[entry.key] = entry.value
+        entries[entry.key] = text_of(entry.value)
     if "location" not in entries:
         raise FrontendError(f"{what} has external data without a location")
     numbers = {}

@@ -20,7 +20,7 @@ from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.onnx import ordering
-from llmc.frontends.onnx.initializers import OnnxWeights, Stored, TensorReader, element_count, ir_dtype
+from llmc.frontends.onnx.initializers import OnnxWeights, Stored, TensorReader, element_count, ir_dtype, text_of
 from llmc.frontends.onnx.protobuf import Parsed, Span, parse
 from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Reference, objects
 
@@ -61,10 +61,8 @@ class OnnxModel:
             raise FrontendError(f"{self.path} holds no graph with outputs: is it an ONNX model?")
         self._parsed = parsed
         self.opsets = _opsets(message.opset_import, str(self.path))
-        self.metadata = {entry.key: entry.value for entry in message.metadata_props}
-        self.producer = message.producer_name
         graph = message.graph
-        initializers = {tensor.name for tensor in graph.initializer}
+        initializers = {text_of(tensor.name) for tensor in graph.initializer}
         self.inputs = tuple(_signature(info, "input") for info in graph.input if info.name not in initializers)
         self.outputs = tuple(_signature(info, "output") for info in graph.output)
         for kind, infos in (("inputs", self.inputs), ("outputs", self.outputs)):
@@ -94,7 +92,7 @@ def _opsets(imports: Iterable[Any], what: str) -> dict[str, int]:
     """Version by domain; the standard domain is ""."""
     found: dict[str, int] = {}
     for entry in imports:
-        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        domain = _domain(entry.domain)
         if found.setdefault(domain, entry.version) != entry.version:
             raise FrontendError(f"{what} imports two versions of the operators of {domain or 'ONNX'}")
         if entry.version < 1:
@@ -109,7 +107,7 @@ def _opsets(imports: Iterable[Any], what: str) -> dict[str, int]:
 
 
 def _signature(info: ValueInfoProto, kind: str) -> Signature:
-    what = f"{kind} {info.name!r:.100}"
+    what = f"{kind} {text_of(info.name)!r:.100}"
     if not info.name or len(info.name) > _MOST_NAME:
         raise FrontendError(f"the model has an {kind} without a name" if not info.name else f"{what}: a name that long")
     if info.type.WhichOneof("value") not in (None, "tensor_type"):
@@ -124,7 +122,7 @@ def _signature(info: ValueInfoProto, kind: str) -> Signature:
             # Old exporters write 0 or -1 for a size that they do not know.
             dims.append(dim.dim_value if dim.dim_value > 0 else None)
         else:
-            dims.append(dim.dim_param or None if kind_of_dim == "dim_param" else None)
+            dims.append(text_of(dim.dim_param) or None if kind_of_dim == "dim_param" else None)
     if len(dims) > _MOST_AXES:
         raise FrontendError(f"{what} has {len(dims)} axes")
     element_count((dim for dim in dims if isinstance(dim, int)), what)
@@ -156,11 +154,11 @@ class _Decoder:
     def bodies(self) -> Bodies:
         functions: dict[tuple[str, str], Body] = {}
         messages = list(self._message.functions)
-        self._overloads = {(_domain(f.domain), f"{f.name}:{f.overload}") for f in messages if f.overload}
+        self._overloads = {(_domain(f.domain), _overloaded(f.name, f.overload)) for f in messages if f.overload}
         for function in messages:
             key = (
                 _domain(function.domain),
-                f"{function.name}:{function.overload}" if function.overload else function.name,
+                _overloaded(function.name, function.overload) if function.overload else text_of(function.name),
             )
             if key in functions:
                 raise FrontendError(f"{self._path} has two functions {'.'.join(key)!r:.100}")
@@ -170,11 +168,13 @@ class _Decoder:
         return Bodies(main, functions, self._weights, self._sizes)
 
     def _function(self, function: FunctionProto) -> Body:
-        what = f"function {function.domain}.{function.name}"[:200]
+        what = f"function {text_of(function.domain)}.{text_of(function.name)}"[:200]
         opsets = _opsets(function.opset_import, what) or self._opsets
-        defaults = {entry.name: entry for entry in function.attribute_proto}
-        nodes, constants = self._nodes(function.node, what, opsets, defaults, frozenset(function.input))
-        return self._body(what, function.input, function.output, nodes, constants, frozenset())
+        defaults = {text_of(entry.name): entry for entry in function.attribute_proto}
+        nodes, constants = self._nodes(function.node, what, opsets, defaults, frozenset(map(text_of, function.input)))
+        return self._body(
+            what, map(text_of, function.input), map(text_of, function.output), nodes, constants, frozenset()
+        )
 
     def _graph(
         self,
@@ -187,11 +187,11 @@ class _Decoder:
     ) -> Body:
         stored: dict[str, tuple[TensorProto, Span | None]] = {}
         for index, tensor in enumerate(graph.initializer):
-            if not tensor.name or tensor.name in stored:
+            if not text_of(tensor.name) or tensor.name in stored:
                 raise FrontendError(f"{what} has two initializers {tensor.name!r:.100}, or one without a name")
             stored[tensor.name] = (tensor, raw[index] if raw else None)
-        inputs = [info.name for info in graph.input if info.name not in stored]
-        outputs = [info.name for info in graph.output]
+        inputs = [text_of(info.name) for info in graph.input if info.name not in stored]
+        outputs = [text_of(info.name) for info in graph.output]
         nodes, constants = self._nodes(graph.node, what, opsets, defaults, around | set(inputs) | set(stored))
         _require_distinct([*stored, *constants], f"{what} computes twice what is called")
         if graph.sparse_initializer:
@@ -231,7 +231,7 @@ class _Decoder:
         messages = list(messages)
         if len(messages) > _MOST_NODES:
             raise FrontendError(f"{what} has {len(messages)} nodes; at most {_MOST_NODES} are read")
-        visible = around | {name for message in messages for name in message.output if name}
+        visible = around | {text_of(name) for message in messages for name in message.output if name}
         nodes: list[Node] = []
         constants: dict[str, tuple[TensorProto, Span | None]] = {}
         taken: set[str] = set()
@@ -257,20 +257,20 @@ class _Decoder:
         domain = _domain(message.domain)
         what = f"{message.op_type:.60} ({name})"
         op = message.op_type
-        if message.overload and (domain, f"{op}:{message.overload}") in self._overloads:
-            op = f"{op}:{message.overload}"
-        for text in (op, domain, *message.input, *message.output):
+        if message.overload and (domain, _overloaded(op, message.overload)) in self._overloads:
+            op = _overloaded(op, message.overload)
+        for text in map(text_of, (op, domain, *message.input, *message.output)):
             if len(text) > _MOST_NAME:
                 raise FrontendError(f"{what} has a name of {len(text)} characters")
         # Some exporters forget to import a domain that they use.
         version = opsets.get(domain, 1 if domain else NEWEST_OPSET)
         attributes: dict[str, Any] = {}
         for attribute in message.attribute:
-            if attribute.name in attributes:
+            if text_of(attribute.name) in attributes:
                 raise FrontendError(f"{what} has two attributes {attribute.name!r:.60}")
             decode = self._attribute_decoder(what, visible, opsets, defaults)
             if attribute.ref_attr_name:
-                default = defaults.get(attribute.ref_attr_name)
+                default = defaults.get(text_of(attribute.ref_attr_name))
                 value = None if default is None else decode(default)
                 attributes[attribute.name] = Reference(attribute.ref_attr_name, value)
             else:
@@ -330,13 +330,17 @@ def _is_matrix(stored: Stored) -> bool:
 
 
 def _domain(domain: str) -> str:
-    return "" if domain == "ai.onnx" else domain
+    return "" if domain == "ai.onnx" else text_of(domain)
+
+
+def _overloaded(name: str, overload: str) -> str:
+    return f"{text_of(name)}:{text_of(overload)}"
 
 
 def _node_name(message: NodeProto, index: int, taken: set[str]) -> str:
     """A name that no other node of the body has: the file's own, or the op and its first output."""
-    name = message.name or "_".join((message.op_type, next((out for out in message.output if out), str(index))))
-    name = name[:_MOST_NAME]
+    output = next((text_of(name) for name in message.output if name), str(index))
+    name = (text_of(message.name) or f"{text_of(message.op_type)}_{output}")[:_MOST_NAME]
     if name in taken:
         name = f"{name}#{index}"
     while name in taken:

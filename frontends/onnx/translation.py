@@ -131,6 +131,14 @@ class Body:
     nodes: tuple[Node, ...]
     initializers: Mapping[str, Item] = field(default_factory=dict)
 
+    @functools.cached_property
+    def free(self) -> frozenset[str]:
+        """The names that it takes from around it; kept, since every body around asks again."""
+        own = {*self.inputs, *self.initializers, *(name for node in self.nodes for name in node.outputs)}
+        used = {*self.outputs, *(name for node in self.nodes for name in node.inputs if name)}
+        used.update(name for node in self.nodes for inner in bodies(node) for name in inner.free)
+        return frozenset(used - own)
+
 
 Result = Value | Item | Sequence[Value | Item | None]
 Handler = Callable[..., Result]
@@ -297,11 +305,6 @@ def bodies(node: Node) -> list[Body]:
     return [value for value in node.attributes.values() if isinstance(value, Body)]
 
 
-def free_names(body: Body) -> set[str]:
+def free_names(body: Body) -> frozenset[str]:
     """The names that a body takes from around it."""
-    own = {*body.inputs, *body.initializers, *(name for node in body.nodes for name in node.outputs)}
-    used = {*body.outputs, *(name for node in body.nodes for name in node.inputs if name)}
-    for node in body.nodes:
-        for inner in bodies(node):
-            used |= free_names(inner)
-    return used - own
+    return body.free
