@@ -116,15 +116,16 @@ class Encoder:
         for index, outputs, item in self._run_items(batch, progress):
             scores = activated(outputs[facts.output].astype(np.float32), "softmax")
             best = scores.argmax(axis=-1)
-            text, encoded = batch[index], item.encoded
+            text, places = batch[index], item.encoded.places if item.encoded is not None else None
             entries: list[dict[str, object]] = []
             for place, label in enumerate(best.tolist()):
                 entry: dict[str, object] = {"label": facts.labels[label], "score": float(scores[place, label])}
-                if encoded is not None:
-                    if encoded.special[place]:
+                if places is not None:
+                    at = places[place]
+                    if at is None:
                         continue
-                    start, end = encoded.offsets[place]
-                    whole = text if isinstance(text, str) else str(text[encoded.types[place]])
+                    part, start, end = at
+                    whole = text if isinstance(text, str) else str(text[part])
                     entry = {"word": whole[start:end], **entry, "start": start, "end": end}
                 entries.append(entry)
             tagged.append(entries)
@@ -199,7 +200,7 @@ class Encoder:
     def _tokenized(self, batch: Sequence[Text]) -> Iterator[_Item]:
         for begin in range(0, len(batch), _TOKENIZED_AT_ONCE):
             part = batch[begin : begin + _TOKENIZED_AT_ONCE]
-            texts = [text for text in part if is_text(text)]
+            texts = [as_text(text) for text in part if is_text(text)]
             found = iter(self._tokenizer().encode_batch(texts, self.max_tokens) if texts else ())
             for index, text in enumerate(part, begin):
                 encoded = next(found) if is_text(text) else None
@@ -243,6 +244,11 @@ def is_text(text: object) -> bool:
     if isinstance(text, str):
         return True
     return isinstance(text, tuple | list) and len(text) == 2 and all(isinstance(part, str) for part in text)
+
+
+def as_text(text: Text) -> str | tuple[str, str]:
+    """A text or a pair as the tokenizer takes it."""
+    return text if isinstance(text, str) else (str(text[0]), str(text[1]))
 
 
 def as_batch(texts: Texts) -> tuple[list[Text], bool]:

@@ -455,6 +455,10 @@ class Runtime:
         """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
         return list(zip(self.manifest.step.calls, self._caller.profile.tolist(), strict=True))
 
+    def profiled_steps(self) -> int:
+        """The steps that `profile` sums up."""
+        return len(self._caller.profiled)
+
     def profile_kernels(self) -> list[KernelTime]:
         """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""
         with self.lock:

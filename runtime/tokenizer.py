@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.runtime.errors import TextError
@@ -22,15 +21,29 @@ _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (
 _CLEAN_UP_REST = ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 
 
-@dataclass(frozen=True)
 class Encoded:
-    """A text as tokens: ids; types (1 for tokens of a pair's second text); offsets (the characters of its text that a
-    token stands for); special (whether it stands for none, such as a first [CLS])."""
+    """A text, or a pair of texts, as tokens; what is rarely asked for is read when it is. front: whether a first token
+    was put before those of the library."""
 
-    ids: list[int]
-    types: list[int]
-    offsets: list[tuple[int, int]]
-    special: list[int]
+    def __init__(self, raw: tokenizers.Encoding, front: int | None = None) -> None:
+        self._raw = raw
+        self._front = front
+        self.ids: list[int] = raw.ids if front is None else [front, *raw.ids]
+
+    @property
+    def types(self) -> list[int]:
+        """1 for the tokens of a pair's second text, if the tokenizer tells them apart."""
+        types: list[int] = self._raw.type_ids
+        return types if self._front is None else [0, *types]
+
+    @property
+    def places(self) -> list[tuple[int, int, int] | None]:
+        """(text of the pair, first character, character behind the last) of each token; None: a special token."""
+        found = [
+            None if text is None else (text, *offsets)
+            for text, offsets in zip(self._raw.sequence_ids, self._raw.offsets, strict=True)
+        ]
+        return found if self._front is None else [None, *found]
 
 
 class Tokenizer:
@@ -66,13 +79,12 @@ class Tokenizer:
             ids.insert(0, bos)
         return ids
 
-    def encode_batch(self, texts: Ids[str | Ids[str]], most: int) -> list[Encoded]:
+    def encode_batch(self, texts: Ids[str | tuple[str, str]], most: int) -> list[Encoded]:
         """Texts, or pairs of texts, with special tokens around them. Longer ones than `most` tokens lose their end, but
         not the special tokens; of a pair, the longer text loses first."""
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
                 _check_unicode(part)
-        given = [text if isinstance(text, str) else tuple(text) for text in texts]
         bos = self.facts.bos_id if self.facts.add_bos else None
         with self._lock:
             side = (self._truncation or {}).get("direction", "right")
@@ -80,20 +92,12 @@ class Tokenizer:
                 max(1, most - (bos is not None)), strategy="longest_first", direction=side
             )
             try:
-                found = self._tokenizer.encode_batch(given)
+                found = self._tokenizer.encode_batch(list(texts))
             except Exception as error:  # the library raises nothing more precise
                 raise TextError(f"a text cannot be cut to {most} tokens: {error}") from error
             finally:
                 self._tokenizer.no_truncation()
-        encoded = [Encoded(one.ids, one.type_ids, one.offsets, one.special_tokens_mask) for one in found]
-        if bos is None:
-            return encoded
-        return [
-            one
-            if one.ids[:1] == [bos]
-            else Encoded([bos, *one.ids], [0, *one.types], [(0, 0), *one.offsets], [1, *one.special])
-            for one in encoded
-        ]
+        return [Encoded(one, None if bos is None or one.ids[:1] == [bos] else bos) for one in found]
 
     def decode(self, ids: Ids[int], skip_special: bool = True) -> str:
         """Text. Ids that the tokenizer does not know become nothing."""

@@ -121,6 +121,44 @@ def test_what_does_not_fit_is_one_line(
         assert part in err
 
 
+def test_bench_of_an_encoder(encoder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capfd, "bench", encoder, "--prompt-tokens", 30, "--batch", 7, "--repeats", 2, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert (found["texts"], found["least_tokens"], found["most_tokens"]) == (7, 16, 30)
+    assert found["tokens"] == 7 * 23
+    assert found["tokens_per_second"] == pytest.approx(23 * found["texts_per_second"])
+    status, out, _ = run(capfd, "bench", encoder, "--prompt-tokens", 5, "--batch", 1, "--repeats", 1)
+    assert status == 0 and "1 of 5 to 5 tokens" in out
+
+
+def test_bench_of_arrays(arrays: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capfd, "bench", arrays, "--dim", "n=3", "--repeats", 2, "--json")
+    assert status == 0
+    found = json.loads(out)
+    assert found["sizes"] == {"m": 40, "n": 3}
+    assert 0 < found["least_seconds"] <= found["seconds"] and found["calls"] >= 2
+
+
+BENCH_WRONG = {
+    "gen": (("encoder", "--gen-tokens", 3), "--gen-tokens means nothing for"),
+    "dim of text": (("encoder", "--dim", "n=3"), "it takes --prompt-tokens, --batch"),
+    "batch of arrays": (("arrays", "--batch", 3), "it takes --dim"),
+    "no such size": (("arrays", "--dim", "k=3"), "has no size k; it has m, n"),
+    "too large": (("arrays", "--dim", "n=9"), "n is 1 to 8 in"),
+    "no number": (("arrays", "--dim", "n"), "--dim is NAME=N"),
+    "too long": (("encoder", "--prompt-tokens", 41), "41 tokens are more than the 40"),
+    "none": (("encoder", "--batch", 0), "--batch must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize("name", BENCH_WRONG)
+def test_what_bench_refuses(name: str, encoder: Path, arrays: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (which, *options), message = BENCH_WRONG[name]
+    status, out, err = run(capfd, "bench", {"encoder": encoder, "arrays": arrays}[str(which)], *options)
+    assert status == 1 and out == "" and message in err and len(err.splitlines()) == 1
+
+
 def test_inspect_says_what_they_are_for(
     encoder: Path, classifier: Path, arrays: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

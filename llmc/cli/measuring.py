@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
 
@@ -15,12 +16,23 @@ from llmc.cli.profile_table import print_profile
 from llmc.cli.roofline import check_roofline, draw_roofline
 from llmc.errors import LlmcError
 
+if TYPE_CHECKING:
+    from llmc.runtime.measure import Bench
+    from llmc.runtime.measure_steps import ArrayBench, EncoderBench
+
 
 def bench(
     artifact: o.Artifact,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt.")] = 512,
-    gen_tokens: Annotated[int, typer.Option("--gen-tokens", help="Tokens to write after each.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", help="Texts at once.")] = 1,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option("--prompt-tokens", help="Tokens of each prompt [512]; of an encoder's longest text [128]."),
+    ] = None,
+    gen_tokens: Annotated[int | None, typer.Option("--gen-tokens", help="Tokens to write after each [128].")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="Texts at once [1; for an encoder 64].")] = None,
+    dims: Annotated[
+        list[str] | None,
+        typer.Option("--dim", metavar="NAME=N", help="A size of a model of arrays [the most]; several times."),
+    ] = None,
     threads: o.Threads = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Runs; medians are reported.")] = 3,
     weights: o.Weights = None,
@@ -33,11 +45,19 @@ def bench(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Measure tokens per second, and how near writing comes to this machine's memory bandwidth."""
+    """Measure tokens per second, and how near writing comes to this machine's memory bandwidth.
+
+    Of an encoder: texts per second, whose lengths are spread from 16 tokens to --prompt-tokens. Of a model of arrays:
+    the time of a call on random inputs.
+    """
     from llmc.runtime.measure import bench as measure
+    from llmc.runtime.measure_steps import bench_arrays, bench_encoder
 
     if roofline is not None:
         check_roofline(roofline)  # told before the work, not after it
+    task = _task(artifact)
+    _check_options(task, artifact, prompt_tokens, gen_tokens, batch, dims)
+    found: Bench | EncoderBench | ArrayBench
     with output.progress() as progress:
 
         def tell(phase: str, count: int) -> None:
@@ -46,29 +66,106 @@ def bench(
             else:
                 progress.advance(count)
 
-        found = measure(
-            artifact, prompt_tokens, gen_tokens, batch, threads, repeats=repeats, weights=weights, tell=tell,
-            profile=profile or roofline is not None,
-        )  # fmt: skip
+        common: _Common = {
+            "threads": threads, "repeats": repeats, "weights": weights, "tell": tell,
+            "profile": profile or roofline is not None,
+        }  # fmt: skip
+        if task == "run":
+            found = bench_arrays(artifact, _sizes(dims or []), **common)
+        elif task == "encode":
+            longest = prompt_tokens or 128
+            found = bench_encoder(artifact, min(16, longest), longest, batch or 64, **common)
+        else:
+            found = measure(
+                artifact, prompt_tokens or 512, 128 if gen_tokens is None else gen_tokens, batch or 1, **common
+            )
     if roofline is not None and found.profile is not None:
         draw_roofline(found.profile, roofline, artifact.name)
     if json:
         output.print_json({"artifact": str(artifact), **asdict(found)})
         return
-    read, limit = found.weight_bytes_per_token, found.memory_gigabytes_per_second
-    output.facts(
-        {
-            "prefill": f"{found.prefill_tokens_per_second:,.1f} tokens/s ({batch} x {prompt_tokens} tokens)",
-            "decode": f"{found.decode_tokens_per_second:,.1f} tokens/s ({batch} x {gen_tokens} tokens)",
+    output.facts(_facts(found))
+    if profile and found.profile is not None:
+        print_profile(found.profile)
+
+
+class _Common(TypedDict):
+    threads: int | None
+    repeats: int
+    weights: Path | None
+    tell: Callable[[str, int], None]
+    profile: bool
+
+
+def _task(artifact: Path) -> str:
+    from llmc.runtime.artifact import Artifact
+
+    opened = Artifact.open(artifact)
+    opened.close()
+    return opened.manifest.task
+
+
+def _check_options(
+    task: str,
+    artifact: Path,
+    prompt_tokens: int | None,
+    gen_tokens: int | None,
+    batch: int | None,
+    dims: list[str] | None,
+) -> None:
+    """Refuses options that mean nothing for this kind of artifact."""
+    given = {"--prompt-tokens": prompt_tokens, "--gen-tokens": gen_tokens, "--batch": batch, "--dim": dims}
+    known = {"generate": ("--prompt-tokens", "--gen-tokens", "--batch"), "encode": ("--prompt-tokens", "--batch")}
+    allowed = known.get(task, ("--dim",))
+    for name, value in given.items():
+        if value is not None and name not in allowed:
+            raise LlmcError(f"{name} means nothing for {artifact}: it takes {', '.join(allowed)}")
+    for name in ("--prompt-tokens", "--batch"):
+        value = given[name]
+        if isinstance(value, int) and value < 1:
+            raise LlmcError(f"{name} must be 1 or more, not {value}")
+
+
+def _sizes(texts: list[str]) -> dict[str, int]:
+    sizes = {}
+    for text in texts:
+        name, _, size = text.rpartition("=")
+        if not name or not size.isdecimal():
+            raise LlmcError(f"--dim is NAME=N, such as batch=1, not {text!r}")
+        sizes[name] = int(size)
+    return sizes
+
+
+def _facts(found: Bench | EncoderBench | ArrayBench) -> dict[str, str]:
+    """What was measured, for people."""
+    from llmc.runtime.measure import Bench
+    from llmc.runtime.measure_steps import EncoderBench
+
+    rows: dict[str, str]
+    if isinstance(found, Bench):
+        read, limit = found.weight_bytes_per_token, found.memory_gigabytes_per_second
+        rows = {
+            "prefill": f"{found.prefill_tokens_per_second:,.1f} tokens/s "
+            f"({found.batch} x {found.prompt_tokens} tokens)",
+            "decode": f"{found.decode_tokens_per_second:,.1f} tokens/s ({found.batch} x {found.gen_tokens} tokens)",
             "weights read": f"{output.size(read)} a step, {found.gigabytes_per_second:.2f} GB/s",
             "memory bandwidth": f"{limit:.2f} GB/s measured now with {found.threads} threads; "
             f"decode uses {found.bandwidth_percent:.1f}% of it",
-            "load": f"{found.load_seconds:.3f} s",
-            "peak memory": output.size(found.peak_memory_bytes),
         }
-    )
-    if profile and found.profile is not None:
-        print_profile(found.profile)
+    elif isinstance(found, EncoderBench):
+        rows = {
+            "texts": f"{found.texts_per_second:,.1f} a second ({found.texts} of {found.least_tokens} to "
+            f"{found.most_tokens} tokens)",
+            "tokens": f"{found.tokens_per_second:,.1f} a second ({found.threads} threads)",
+        }
+    else:
+        sizes = ", ".join(f"{name}={size}" for name, size in found.sizes.items())
+        rows = {
+            "call": f"{1e3 * found.seconds:,.3f} ms, at best {1e3 * found.least_seconds:,.3f} ms ({found.calls} calls, "
+            f"{found.threads} threads)",
+            **({"sizes": sizes} if sizes else {}),
+        }
+    return {**rows, "load": f"{found.load_seconds:.3f} s", "peak memory": output.size(found.peak_memory_bytes)}
 
 
 def eval(
@@ -128,6 +225,8 @@ COMMANDS = (
         (
             "llmc bench pycoder.so --prompt-tokens 512 --gen-tokens 128 --json",
             "llmc bench pycoder.so --batch 8 --profile",
+            "llmc bench minilm.so --prompt-tokens 256 --batch 64",
+            "llmc bench model.so --dim batch=1 --dim length=128",
         ),
     ),
     (eval, ("llmc eval pycoder.so --text examples/pycoder/heldout.txt --reference examples/pycoder --windows 48",)),

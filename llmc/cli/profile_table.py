@@ -18,7 +18,8 @@ def print_profile(profile: Profile) -> None:
     limits = profile.limits
     print(f"\nlimits, {output.count(limits.threads, 'thread')}: {limits_line(limits)}")
     for name, phase in profile.phases.items():
-        print(f"\n{name} of {output.count(phase.tokens, 'token')}, mean of {output.count(phase.steps, 'step')}")
+        what = f"{name} of {output.count(phase.tokens, 'token')}" if phase.tokens else name
+        print(f"\n{what}, mean of {output.count(phase.steps, 'step')}")
         output.table([*map(_row, phase.kernels), *_totals(phase)], HEADER)
 
 
