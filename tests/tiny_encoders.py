@@ -1,12 +1,14 @@
 """Tiny random encoders in a directory, as a user would have them: config, safetensors, tokenizer.
 
     directory = make_encoder("bert", tmp_path / "bert", head="SequenceClassification", num_labels=3)
+    directory = make_sentence("mpnet", tmp_path / "mpnet", "mean", modules="N")
 
 The same family, head, seed and options always give the same bytes.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tiny_models import randomize
@@ -42,8 +44,18 @@ ENCODERS: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 
 
+HEADS = ("", "SequenceClassification", "TokenClassification", "MaskedLM", "QuestionAnswering")
+
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog. How are you today? I am fine, thank you! Pack my box with five dozen "
+    "liquor jugs. A cat sat on the mat; the mat was red. What is the capital of France? Paris is, and it has been so "
+    "for 1000 years. def greet(name): return 'hello, ' + name"
+)
+
+
 def make_encoder(family: str, directory: Path, head: str = "", *, seed: int = 0, **config: object) -> Path:
-    """Write an encoder of `family` (a key of ENCODERS) into `directory` and return it.
+    """Write an encoder of `family` (a key of ENCODERS) and its tokenizer into `directory` and return it.
 
     head: as in transformers' auto classes, such as "SequenceClassification"; none for the bare model.
     """
@@ -58,4 +70,88 @@ def make_encoder(family: str, directory: Path, head: str = "", *, seed: int = 0,
     randomize(model, seed)
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory)
+    longest = int(loaded.max_position_embeddings)
+    write_encoder_tokenizer(directory, "bpe" if "roberta" in family else family, min(longest, 160))
+    return directory
+
+
+def write_encoder_tokenizer(directory: Path, kind: str = "bert", longest: int = 160) -> None:
+    """A tokenizer for encoders, trained on a little text; never more entries than VOCAB. longest: its own limit.
+
+    kind: "bpe" for RoBERTa's byte-level one, "mpnet" for WordPiece with RoBERTa's special tokens, "unigram" for that of
+    XLM-R, anything else for BERT's WordPiece.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    style = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    bert = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    special = style if kind in ("bpe", "mpnet", "unigram") else bert
+    options = {"vocab_size": VOCAB, "special_tokens": special, "show_progress": False}
+    if kind == "bpe":
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **options)
+        around, name = processors.RobertaProcessing(("</s>", 2), ("<s>", 0)), "RobertaTokenizer"
+    elif kind == "unigram":
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        tokenizer.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
+        around, name = processors.RobertaProcessing(("</s>", 2), ("<s>", 0)), "PreTrainedTokenizerFast"
+    else:
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=special[1] if special is bert else "<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(**options)
+        around = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )  # fmt: skip
+        if special is style:
+            around = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+        name = "PreTrainedTokenizerFast"
+    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    tokenizer.post_processor = around
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
+    if special is bert:
+        names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    settings: dict[str, object] = dict(zip(names, special, strict=True))
+    types = ["token_type_ids"] if special is bert and kind != "distilbert" else []
+    settings |= {"model_input_names": ["input_ids", *types, "attention_mask"]}
+    if special is style:
+        settings |= {"cls_token": "<s>", "sep_token": "</s>"}
+    settings |= {"tokenizer_class": name, "model_max_length": longest}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def make_sentence(
+    family: str, directory: Path, pooling: str | tuple[str, ...] = "mean", *, modules: str = "", **options: object
+) -> Path:
+    """A sentence-transformers directory of a tiny encoder, written by that library; returns it.
+
+    modules: what stands behind the pooling, of D (dense), L (layer norm), N (normalize). options: of the library's
+    SentenceTransformer (such as prompts), and max_seq_length.
+    """
+    import sentence_transformers
+    import torch
+    from sentence_transformers.sentence_transformer import modules as library
+
+    base = make_encoder(family, directory.parent / f"{directory.name}-base")
+    torch.manual_seed(5)
+    longest = options.pop("max_seq_length", None)
+    include = bool(options.pop("include_prompt", True))
+    transformer = library.Transformer(str(base), max_seq_length=longest)
+    parts = [transformer, library.Pooling(64, pooling, include_prompt=include)]
+    width = 64 * (1 if isinstance(pooling, str) else len(pooling))
+    for letter in modules:
+        if letter == "D":
+            parts.append(library.Dense(width, 24, activation_function=torch.nn.GELU()))
+            width = 24
+        else:
+            parts.append(library.LayerNorm(width) if letter == "L" else library.Normalize())
+    sentence_transformers.SentenceTransformer(modules=parts, **options).save(str(directory), create_model_card=False)
     return directory

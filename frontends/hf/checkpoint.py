@@ -33,9 +33,12 @@ class _Converted:
 
 
 class ModelWeights:
-    """A checkpoint as a source under the model's own names; checked against the model's shapes when made."""
+    """A checkpoint as a source under the model's own names; checked against the model's shapes when made.
 
-    def __init__(self, model: PreTrainedModel, checkpoint: WeightSource) -> None:
+    partly: weights may be missing, and are listed in `missing`: a checkpoint of one head need not have another's.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: WeightSource, partly: bool = False) -> None:
         self._model = model
         self._checkpoint = checkpoint
         self._plain: dict[str, str] = {}
@@ -44,14 +47,17 @@ class ModelWeights:
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._last: tuple[_Converted, dict[str, Array]] | None = None
         self.notes: list[str] = []
+        self.missing: list[str] = []
         unexpected = self._match()
-        self._check(unexpected)
+        self._check(unexpected, partly)
 
     @property
     def names(self) -> Iterable[str]:
         return [*self._plain, *self._converted]
 
     def dtype(self, name: str) -> str:
+        if name in self.missing:
+            return "f32"
         source = self._plain.get(name) or self._converted[name].sources[0][0]
         return self._checkpoint.dtype(source)
 
@@ -133,8 +139,8 @@ class ModelWeights:
         single = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         return {name: to_numpy(value) for name, value in single.items()}
 
-    def _check(self, unexpected: set[str]) -> None:
-        """Every weight present in its shape, nothing left over; else one FrontendError that lists all faults."""
+    def _check(self, unexpected: set[str], partly: bool) -> None:
+        """Every weight present in its shape (or noted, if `partly`), nothing left over; else one FrontendError."""
         tied = _aliases(self._model)
         for name, same in tied.items():
             # A checkpoint may store either of two tied weights.
@@ -163,7 +169,9 @@ class ModelWeights:
             if name in self._parameters and self._checkpoint.dtype(tensor) not in FLOATS:
                 wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
         faults = []
-        if missing:
+        if partly:
+            self.missing = missing
+        elif missing:
             faults.append(f"missing: {shortened(missing)}")
         if wrong:
             faults.append(f"not as expected: {shortened(wrong)}")

@@ -40,22 +40,34 @@ _MOST_INTEGER = 1 << 53
 
 def read_json(path: Path, most_bytes: int = _MOST_BYTES) -> dict[str, object]:
     """A JSON object from a file of bounded size and depth; FrontendError names the file."""
+    data = _read(path, most_bytes)
+    if not isinstance(data, dict):
+        raise FrontendError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def read_json_list(path: Path, most_bytes: int = _MOST_BYTES) -> list[object]:
+    """A JSON list from a file of bounded size and depth; FrontendError names the file."""
+    data = _read(path, most_bytes)
+    if not isinstance(data, list):
+        raise FrontendError(f"{path} must hold a JSON list, not {type(data).__name__}")
+    return data
+
+
+def _read(path: Path, most_bytes: int) -> object:
     try:
         if not path.is_file():
             raise FrontendError(f"{path} is missing or not a file")
         size = path.stat().st_size
         if size > most_bytes:
             raise FrontendError(f"{path} has {size} bytes; at most {most_bytes} are read")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
     except RecursionError:
         raise FrontendError(f"{path} is not valid JSON of a model: it is nested too deep") from None
     except ValueError as error:
         raise FrontendError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise FrontendError(f"{path} must hold a JSON object, not {type(data).__name__}")
-    return data
 
 
 def _check_numbers(value: object, path: Path, name: str, depth: int = 0) -> None:

@@ -158,22 +158,25 @@ class _Lookups(TorchFunctionMode):
         self.found: list[tuple[int, torch.Tensor]] = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if function is torch.embedding and args[1].device.type == "cpu":
-            self.found.append((args[0].shape[0], args[1]))
-            return torch.zeros(*args[1].shape, args[0].shape[1])
-        return function(*args, **(kwargs or {}))
+        if function is not torch.nn.functional.embedding:
+            return function(*args, **(kwargs or {}))
+        indices, table = args[:2]
+        if indices.device.type == "cpu":
+            self.found.append((table.shape[0], indices))
+        return torch.zeros(*indices.shape, table.shape[1])
 
 
-def first_position(model: torch.nn.Module) -> tuple[int, int | None]:
+def first_position(model: torch.nn.Module, takes_types: bool) -> tuple[int, int | None]:
     """(position that the model itself gives a first token, most tokens that its table of positions has room for).
 
     Models of RoBERTa's kind count the tokens that are not padding from behind the padding's own id. This is seen by
     calling the model (on the meta device) with real ids, up to where it needs its weights: a table is then looked up at
-    c, c + 1, ... (0, None) for a model that does nothing of that kind.
+    c, c + 1, ... (0, None) for a model that does nothing of that kind. takes_types: whether its forward takes
+    token_type_ids.
     """
     for ids in torch.tensor([[[11, 7, 13, 5, 17]], [[12, 8, 14, 6, 18]]]):  # the padding's id is in one of them at most
         with quietly(), torch.no_grad(), _Lookups() as lookups, contextlib.suppress(Exception):
-            model(input_ids=ids)
+            model(input_ids=ids, **({"token_type_ids": torch.zeros_like(ids)} if takes_types else {}))
         for rows, indices in lookups.found:
             first = int(indices.reshape(-1)[0]) if indices.shape == ids.shape else 0
             if first > 0 and torch.equal(indices, torch.arange(first, first + ids.shape[1])[None]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,28 +11,31 @@ import torch
 
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.elementwise import Cast, constant
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, dtype_of
+from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Translation, cast, from_torch
 from llmc.frontends.hf.model import MetaModel
 from llmc.frontends.hf.trace import Traced
-from llmc.frontends.hf.weights import ArrayWeights
+from llmc.frontends.hf.weights import ArrayWeights, shortened
 from llmc.frontends.lifted import WeightSource
 
 for _part in ("aten_math", "aten_shape", "aten_complex"):
     importlib.import_module(f"llmc.frontends.hf.{_part}")  # registers its handlers
 
 _SMALL = 4096  # elements of a computed buffer that becomes a constant in the graph; larger ones are params
-Outputs = Mapping[str, Value]
+Outputs = dict[str, Value]
+# The graph's outputs from the model's own, the input `positions` and the weights.
+Finish = Callable[[Outputs, Input, WeightSource], Outputs]
 
 
 def translate(
-    traced: Traced, source: WeightSource, context: int, finish: Callable[[Outputs], Outputs] = dict
+    traced: Traced, source: WeightSource, context: int, finish: Finish | None = None
 ) -> tuple[Graph, WeightSource]:
     """The graph for 2..context tokens, and where its params come from.
 
-    finish: makes the graph's outputs from the program's, all f32 [1, ...].
+    finish: what makes the graph's outputs; those of the model itself are f32 [1, ...].
     """
     exported = traced.exported
     size = symbol("S", 2, context)
@@ -61,9 +64,24 @@ def translate(
             )
     # What the model returns comes last; before it stand buffers that the model writes to.
     meanings = Translation(sizes).run(exported.program.graph_module, given)[-len(exported.outputs) :]
-    outputs = finish({name: cast(value, "f32") for name, value in zip(exported.outputs, meanings, strict=True)})
+    outputs = {name: cast(value, "f32") for name, value in zip(exported.outputs, meanings, strict=True)}
+    if finish is not None:
+        outputs = finish(outputs, inputs["positions"], source)
     graph = Graph("model", tuple(inputs.values()), tuple(outputs.items()))
     return graph, Layered(ArrayWeights(large), source) if large else source
+
+
+def without_outputs_of(graph: Graph, missing: Sequence[str]) -> Graph:
+    """The graph without outputs that need params of these names; FrontendError if that is its main output."""
+    params = {value for value in graph.params if value.name in set(missing)}
+    if not params:
+        return graph
+    kept = tuple((name, value) for name, value in graph.outputs if params.isdisjoint(topological([value], {})))
+    main = next(iter(graph.outputs))[0]
+    if main not in dict(kept):
+        listed = shortened(value.name for value in params)
+        raise FrontendError(f"the checkpoint does not fit the model. missing: {listed}")
+    return Graph(graph.name, graph.inputs, kept)
 
 
 def _weight(name: str, meta: MetaModel, source: WeightSource, large: dict[str, Array]) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import choose_class
 from llmc.frontends.hf.config import load_config
-from llmc.frontends.hf.graph import translate
+from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
+from llmc.frontends.hf.graph import Layered, translate, without_outputs_of
+from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import resolve
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
@@ -19,7 +22,7 @@ from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
 from llmc.frontends.lifted import ENCODE, Lifted, WeightSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 
@@ -31,8 +34,10 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     weights: "checkpoint", or "random" for `RandomWeights(seed)`.
     """
     model_dir = resolve(source)
-    config = load_config(model_dir)
-    kind = choose_class(config, model_dir / "config.json")
+    sentence = read_sentence(model_dir)
+    base_dir = model_dir if sentence is None else sentence.transformer
+    config = load_config(base_dir)
+    kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     positions = _max_positions(config)
     context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
     if context < 2:
@@ -40,43 +45,74 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     if weights not in ("checkpoint", "random"):
         raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     # The checkpoint's headers are checked before the slower export.
-    checkpoint = open_checkpoint(model_dir) if weights == "checkpoint" else None
+    checkpoint = open_checkpoint(base_dir) if weights == "checkpoint" else None
     dtype = _checkpoint_dtype(config)  # building the model changes the config's
-    token_types = kind.task == ENCODE and getattr(config, "type_vocab_size", 0) > 1
-    traced = trace(kind, config, context, token_types)
+    plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
+    if plan is None:
+        traced = trace(kind, config, context)
+    else:
+        traced = trace(kind, config, context, plan.token_types, plan.outputs)
     notes = list(traced.notes)
     model = traced.meta.model
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if checkpoint is None:
-        values: WeightSource = RandomWeights(shapes, dtype, seed)
-    else:
-        values = ModelWeights(model, checkpoint)
-        notes += values.notes
-    if traced.exported.longest < context:
-        context = traced.exported.longest
-        notes.append(f"{context} tokens at most: the model has no more positions, or treats a full context differently")
+    values, missing = _weights(model, plan, checkpoint, dtype, seed, notes)
+    if traced.room is not None:
+        positions = min(positions or traced.room, traced.room)
+    longest = traced.exported.longest
+    if longest < (context if max_context is not None or positions is None else min(context, positions)):
+        notes.append(f"{longest} tokens at most: the model has no more positions, or treats a full context differently")
+    context = min(context, longest)
     if positions is not None and context > positions:
         notes.append(
             f"the model was made for {positions} positions: of {context}, the later ones may make no sense to it"
         )
-    graph, values = translate(traced, values, context)
-    text = read_text(model_dir, config)
+    graph, values = translate(traced, values, context, None if plan is None else plan.finish)
+    graph = without_outputs_of(graph, missing)
+    text = read_text(base_dir, config) if plan is None else plan.text.text
     text_config = config.get_text_config(decoder=True)
     return Lifted(
         graph=graph,
         weights=values,
         name=_name(source, model_dir),
         architecture=str(config.model_type),
-        parameters=sum(value.numel() for value in model.parameters()),
+        parameters=_parameters(model, plan),
         vocab_size=int(text_config.vocab_size),
         layers=int(text_config.num_hidden_layers),
         max_positions=positions or context,
         max_context=context,
         text=text,
-        notes=(*notes, *text.notes),
+        notes=(*notes, *(text.notes if plan is None else plan.notes)),
         config=config.to_diff_dict(),
         task=kind.task,
+        encoder=None if plan is None else plan.facts(config, dict(graph.outputs), context),
     )
+
+
+def _weights(
+    model: PreTrainedModel,
+    plan: EncoderPlan | None,
+    checkpoint: WeightSource | None,
+    dtype: str,
+    seed: int,
+    notes: list[str],
+) -> tuple[WeightSource, list[str]]:
+    """Where every weight comes from, and those of an encoder that the checkpoint lacks. checkpoint None: random."""
+    modules = () if plan is None else plan.modules
+    if checkpoint is None:
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        return RandomWeights(shapes | {k: v for module in modules for k, v in module.shapes.items()}, dtype, seed), []
+    own = ModelWeights(model, checkpoint, partly=plan is not None)
+    notes += own.notes
+    values: WeightSource = own
+    for module in modules:
+        source = module.weights()
+        values = values if source is None else Layered(source, values)
+    return values, own.missing
+
+
+def _parameters(model: PreTrainedModel, plan: EncoderPlan | None) -> int:
+    modules = () if plan is None else plan.modules
+    behind = sum(math.prod(shape) for module in modules for shape in module.shapes.values())
+    return sum(value.numel() for value in model.parameters()) + behind
 
 
 def _name(source: str | Path, directory: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from llmc.errors import FrontendError
 
@@ -23,7 +23,7 @@ def resolve(source: str | Path) -> Path:
         raise FrontendError("the model's name is empty: give its directory, or its name on the Hugging Face hub")
     path = Path(source).expanduser()
     if path.is_dir():
-        _check_links(path)
+        check_links(path, path)
         return path
     if path.exists():
         raise FrontendError(f"{source} is a file: give the directory that holds config.json and the weights")
@@ -33,9 +33,11 @@ def resolve(source: str | Path) -> Path:
     return _download(name, revision or None)
 
 
-def _check_links(directory: Path) -> None:
-    """A model's files lie in its directory; the hub's cache alone may link to its own store beside it."""
-    root = directory.resolve()
+def check_links(directory: Path, model: Path) -> None:
+    """Files that a directory of `model` holds lie in the model; the hub's cache alone may link to its own store."""
+    root = model.resolve()
+    if not directory.resolve().is_relative_to(root):
+        raise FrontendError(f"{directory} leads outside the model's directory: copy it instead")
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -46,12 +48,27 @@ def _check_links(directory: Path) -> None:
                 raise FrontendError(f"{path} links to {target}, outside the model's directory: copy the file instead")
 
 
+def module_paths(path: Path) -> list[str]:
+    """The folders that a modules.json of sentence-transformers names, below its own; empty if it is none."""
+    from llmc.frontends.hf.config import read_json_list
+
+    entries = read_json_list(path)
+    found = [entry.get("path") for entry in entries if isinstance(entry, dict)]
+    return [below for below in found if isinstance(below, str) and is_below(below)]
+
+
+def is_below(path: str) -> bool:
+    """Whether a relative path names something below where it starts, on every system, and no pattern."""
+    pure = PurePosixPath(path)
+    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and not set(path) & set("\\\0*?[:")
+
+
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    def fetch(patterns: tuple[str, ...]) -> Path:
+    def fetch(patterns: tuple[str, ...], never: tuple[str, ...] = _NEVER) -> Path:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_NEVER))
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(never))
         )
 
     shown = f"{name}@{revision}" if revision else name
@@ -59,6 +76,13 @@ def _download(name: str, revision: str | None) -> Path:
         directory = fetch(_ALWAYS + _SAFETENSORS)
         if not any(directory.glob("*.safetensors")):
             directory = fetch(_ALWAYS + _TORCH)
+        if (directory / "modules.json").exists():
+            # The modules of a sentence-transformers model lie in folders of their own.
+            folders = module_paths(directory / "modules.json")
+            wanted = tuple(f"{folder}/{file}" for folder in folders for file in (*_ALWAYS, *_SAFETENSORS, *_TORCH))
+            directory = fetch(wanted, tuple(f"{folder}/*/*" for folder in folders)) if folders else directory
+    except FrontendError:
+        raise
     except errors.GatedRepoError:
         raise FrontendError(f"{shown} is gated: accept its terms on huggingface.co and run `hf auth login`") from None
     except errors.RevisionNotFoundError:
@@ -70,5 +94,5 @@ def _download(name: str, revision: str | None) -> Path:
         raise FrontendError(
             f"there is no directory {shown}, and the Hugging Face hub cannot be asked ({type(error).__name__}: {why})"
         ) from None
-    _check_links(directory)
+    check_links(directory, directory)
     return directory

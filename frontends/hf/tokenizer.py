@@ -27,12 +27,13 @@ _MOST_TEMPLATE_BYTES = 4 << 20
 
 def read_text(directory: Path, config: PreTrainedConfig) -> Text:
     """Collect what turns text into tokens and back. A model without a tokenizer is served by token ids alone."""
-    settings = _optional_json(directory / "generation_config.json")
-    generation = _generation(settings)
-    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    stop_ids = _ids(settings.get("eos_token_id")) or _ids(getattr(config, "eos_token_id", None))
+    return text_of(*open_tokenizer(directory), directory, config)
+
+
+def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
+    """transformers' tokenizer of a directory, without limits of its own; None and a note where there is none."""
     if not any((directory / name).exists() for name in _FILES):
-        return Text(generation=generation, notes=("no tokenizer: the artifact takes token ids only",))
+        return None, ("no tokenizer: the artifact takes token ids only",)
     try:
         tokenizer = _load(directory)
     except Exception as error:  # transformers and its converters raise many kinds
@@ -40,17 +41,28 @@ def read_text(directory: Path, config: PreTrainedConfig) -> Text:
         raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        note = f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only"
-        return Text(generation=generation, notes=(note,))
-    probe = [int(token) for token in tokenizer("a")["input_ids"]]
+        return None, (f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only",)
     backend.no_truncation()
     backend.no_padding()
-    notes = []
+    return tokenizer, ()
+
+
+def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
+    """What an artifact carries of a tokenizer (None: there is none, as `notes` say)."""
+    settings = _optional_json(directory / "generation_config.json")
+    generation = _generation(settings)
+    if tokenizer is None:
+        return Text(generation=generation, notes=notes)
+    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    stop_ids = _ids(settings.get("eos_token_id")) or _ids(getattr(config, "eos_token_id", None))
+    backend = tokenizer.backend_tokenizer
+    probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     if highest >= vocabulary:
-        notes.append(
+        notes = (
+            *notes,
             f"the tokenizer has ids up to {highest}, and the model a vocabulary of {vocabulary}: "
-            "text that needs the others will be refused"
+            "text that needs the others will be refused",
         )
     bos = tokenizer.bos_token_id
     if tokenizer.eos_token_id is not None:
@@ -67,7 +79,7 @@ def read_text(directory: Path, config: PreTrainedConfig) -> Text:
         "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
         "clean_up_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
     }
-    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, tuple(notes))
+    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, notes)
 
 
 def _load(directory: Path) -> Any:

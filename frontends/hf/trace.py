@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Traced:
-    """A model without weights, and the program that it runs. notes: for the user to read."""
+    """A model without weights, and the program that it runs. room: tokens that its table of positions has room for,
+    where that is not the config's number. notes: for the user to read."""
 
     meta: MetaModel
     exported: Exported
+    room: int | None
     notes: tuple[str, ...]
 
 
@@ -44,17 +46,18 @@ def trace(
     for implementation in (capture.IMPLEMENTATION, "sdpa", "eager"):
         try:
             meta = build(kind, config, implementation, context)
-            exported = _export(kind, meta, context, token_types, outputs)
+            exported, room = _export(kind, meta, context, token_types, outputs)
         except FrontendError:
             raise
         except Exception as error:  # a model may fail anywhere when it meets an attention that it does not know
             reasons.append(_one_line(error))
             continue
         if implementation != capture.IMPLEMENTATION:
-            return Traced(meta, exported, (f"attention is not captured but recognised from its parts: {reasons[0]}",))
+            note = f"attention is not captured but recognised from its parts: {reasons[0]}"
+            return Traced(meta, exported, room, (note,))
         reason = _why_not_captured(exported.program, int(config.get_text_config(decoder=True).num_hidden_layers))
         if not reason:
-            return Traced(meta, exported, ())
+            return Traced(meta, exported, room, ())
         reasons.append(reason)
     raise FrontendError(
         f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
@@ -63,9 +66,11 @@ def trace(
 
 def _export(
     kind: ModelClass, meta: MetaModel, context: int, token_types: bool, outputs: tuple[str, ...] | None
-) -> Exported:
+) -> tuple[Exported, int | None]:
     arguments = {"input_ids": "ids"}
-    first, room = (0, None) if kind.task == GENERATE else first_position(meta.model)
+    first, room = (0, None)
+    if kind.task != GENERATE:
+        first, room = first_position(meta.model, meta.takes("token_type_ids"))
     if meta.takes("position_ids"):
         arguments["position_ids"] = "positions"
     if token_types and meta.takes("token_type_ids"):
@@ -79,8 +84,8 @@ def _export(
     if any(_mutates(node) for node in exported.program.graph.nodes):
         with quietly():
             program = exported.program.run_decompositions({})
-        return Exported(program, exported.longest, exported.inputs, exported.outputs)
-    return exported
+        exported = replace(exported, program=program)
+    return exported, room
 
 
 def _mutates(node: torch.fx.Node) -> bool:

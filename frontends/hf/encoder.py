@@ -1,0 +1,151 @@
+"""What a manifest says of an encoder: how texts become its inputs, and what its outputs mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc.compiler.ir.op import Input
+from llmc.errors import FrontendError, IRError
+from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
+from llmc.frontends.hf.graph import Outputs
+from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
+from llmc.frontends.hf.sentence import SCORE, Sentence
+from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
+from llmc.frontends.lifted import Text, WeightSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+HIDDEN, LOGITS, EMBEDDING = "last_hidden_state", "logits", "embedding"  # names of outputs
+
+
+@dataclass(frozen=True)
+class EncoderText:
+    """text: for the artifact. longest: the most tokens that the tokenizer gives a text, or None.
+
+    types: whether token types are among what it gives the model. pair_types: and are 0 and 1 for the texts of a pair.
+    """
+
+    text: Text
+    longest: int | None
+    types: bool
+    pair_types: bool
+
+
+def read_encoder_text(directory: Path, config: PreTrainedConfig, lower_case: bool = False) -> EncoderText:
+    """The tokenizer of an encoder, whose own post-processor puts [CLS], [SEP] and the like around texts and pairs.
+
+    lower_case: write every letter small first.
+    """
+    tokenizer, notes = open_tokenizer(directory)
+    if tokenizer is None:
+        return EncoderText(text_of(None, notes, directory, config), None, True, False)
+    if lower_case:
+        _write_small(tokenizer.backend_tokenizer)
+    text = text_of(tokenizer, notes, directory, config)
+    assert text.facts is not None
+    # The post-processor puts all special tokens around a text, a first one too.
+    text = replace(text, facts={**text.facts, "add_bos": False})
+    given = tokenizer("a", "a")
+    types = "token_type_ids" in given
+    limit = tokenizer.model_max_length
+    longest = int(limit) if isinstance(limit, int) and 2 <= limit < 1 << 28 else None  # none is written as 1e30
+    return EncoderText(text, longest, types, types and 1 in given["token_type_ids"])
+
+
+def _write_small(backend: Any) -> None:
+    """Put a lower-casing normalizer in front of a tokenizer's own, unless that has one."""
+    from tokenizers import normalizers
+
+    own = backend.normalizer
+    parts = [] if own is None else [own]
+    if isinstance(own, normalizers.Sequence):
+        parts = [own[index] for index in range(len(own))]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """How an encoder is lifted. token_types: give it some. outputs: to keep of the model's own; None for all.
+
+    modules: behind the base model, up to one embedding a text.
+    """
+
+    kind: ModelClass
+    text: EncoderText
+    token_types: bool
+    outputs: tuple[str, ...] | None
+    modules: tuple[Module, ...]
+    sentence: Sentence | None
+    notes: tuple[str, ...]
+
+    def finish(self, outputs: Outputs, positions: Input, weights: WeightSource) -> Outputs:
+        """The graph's outputs from the model's own."""
+        if not self.modules:
+            return outputs
+        features = {TOKEN_EMBEDDINGS: outputs[HIDDEN]}
+        context = Context(positions, weights)
+        for module in self.modules:
+            if module.reads not in features:
+                raise FrontendError(f"{module.directory}: it works on {module.reads}, which no module before it makes")
+            try:
+                features[module.writes] = module.apply(features[module.reads], context)
+            except IRError as error:
+                raise FrontendError(f"{module.directory} does not fit what stands before it: {error}") from error
+        own = {} if self.sentence is not None else outputs
+        return {**own, EMBEDDING: features[SENTENCE]}
+
+    def facts(self, config: PreTrainedConfig, outputs: Outputs, context: int) -> dict[str, object] | None:
+        """The manifest's `encoder`, for texts of up to `context` tokens; None for heads without a known use."""
+        if self.modules:
+            use: dict[str, object] = {"kind": "embedding", "output": EMBEDDING, "labels": None, "multi_label": False}
+        elif self.kind.head in (SEQUENCES, TOKENS) and LOGITS in outputs:
+            single = self.kind.head == SEQUENCES and (
+                config.num_labels == 1 or config.problem_type == "multi_label_classification"
+            )
+            kind = "classification" if self.kind.head == SEQUENCES else "tokens"
+            use = {"kind": kind, "output": LOGITS, "labels": _labels(config), "multi_label": single}
+        else:
+            return None
+        sentence = self.sentence
+        longest = sentence.max_tokens if sentence is not None and sentence.max_tokens else self.text.longest
+        return {
+            **use,
+            "max_tokens": min(longest or context, context),
+            "pair_types": self.token_types and self.text.pair_types,
+            "prompts": dict(sentence.prompts) if sentence is not None else {},
+            "default_prompt": sentence.default_prompt if sentence is not None else None,
+            "normalized": sentence is not None and sentence.normalized,
+        }
+
+
+def plan_encoder(
+    kind: ModelClass, config: PreTrainedConfig, directory: Path, sentence: Sentence | None = None
+) -> EncoderPlan:
+    """Decide how a model is lifted. directory: of the model itself, below that of `sentence` perhaps."""
+    text = read_encoder_text(directory, config, sentence is not None and sentence.lower_case)
+    types = text.types and int(getattr(config, "type_vocab_size", 0) or 0) > 1
+    config.output_hidden_states = config.output_attentions = False
+    if kind.looks_back:
+        # Nothing is padded: the last token is the last of the text, without a search for padding.
+        config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None
+    notes: tuple[str, ...] = text.text.notes if sentence is None else (*text.text.notes, *sentence.notes)
+    if sentence is not None and sentence.task == SCORE:
+        if kind.head != SEQUENCES:
+            raise FrontendError(f"{directory}: a cross encoder needs a model class that classifies sequences")
+        return EncoderPlan(kind, text, types, None, (), sentence, notes)
+    if sentence is not None:
+        return EncoderPlan(kind, text, types, (HIDDEN,), sentence.modules, sentence, notes)
+    if kind.head != BASE:
+        return EncoderPlan(kind, text, types, None, (), None, notes)
+    notes = (*notes, "embedding is the mean over tokens: the model does not say how one is made")
+    return EncoderPlan(kind, text, types, None, (Pooling("", directory, TOKEN_EMBEDDINGS, SENTENCE),), None, notes)
+
+
+def _labels(config: PreTrainedConfig) -> list[str]:
+    names: Mapping[Any, str] = config.id2label or {}
+    return [str(names.get(number, f"LABEL_{number}")) for number in range(config.num_labels or 0)]

@@ -1,0 +1,166 @@
+"""sentence-transformers directories: what stands behind the base model, and how texts are given to it.
+
+Everything is data: JSON and safetensors. Modules are known by the last part of the library's own class names; no class
+is imported, no path leaves the directory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json, read_json_list
+from llmc.frontends.hf.pooling import Module, Normalize, Pooling, read_module
+from llmc.frontends.hf.source import check_links, is_below
+
+_LIBRARY = "sentence_transformers."
+_SETTINGS = (
+    "sentence_bert_config.json",
+    *(f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta")),
+)
+_NOTHING = ("Dropout",)  # modules that do nothing outside training
+_MOST_MODULES = 64
+EMBED, SCORE = "feature-extraction", "sequence-classification"
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """What a sentence-transformers directory says. transformer: the base model's directory. modules: behind it.
+
+    task: EMBED, or SCORE for a cross encoder. max_tokens: None where only the tokenizer knows. notes: for the user.
+    """
+
+    transformer: Path
+    modules: tuple[Module, ...]
+    task: str
+    max_tokens: int | None
+    lower_case: bool
+    prompts: dict[str, str]
+    default_prompt: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def normalized(self) -> bool:
+        """Whether embeddings have length 1."""
+        return bool(self.modules) and isinstance(self.modules[-1], Normalize)
+
+
+def read_sentence(directory: Path) -> Sentence | None:
+    """What the directory says, or None for one of another kind. FrontendError names what is not supported."""
+    path = directory / "modules.json"
+    if not path.exists():
+        return None
+    settings = _optional(directory / "config_sentence_transformers.json")
+    kind = settings.get("model_type", "SentenceTransformer")
+    if kind not in ("SentenceTransformer", "CrossEncoder"):
+        raise FrontendError(f"{directory}: sentence-transformers models of type {kind!r:.60} are not supported")
+    entries = _entries(path)
+    first_type, first_path = entries[0]
+    if first_type != "Transformer":
+        raise FrontendError(
+            f"{path}: the first module is {first_type!r}, which is not supported: llmc compiles those that begin with "
+            "a Transformer"
+        )
+    transformer = _inside(directory, first_path)
+    if not (transformer / "config.json").is_file():
+        raise FrontendError(f"{path}: the Transformer's directory {first_path or '.'!r} has no config.json")
+    modules = tuple(
+        read_module(name, module_path, _inside(directory, module_path))
+        for name, module_path in entries[1:]
+        if name not in _NOTHING
+    )
+    base = _base_settings(transformer)
+    task = base.get("transformer_task", EMBED)
+    if task not in (EMBED, SCORE) or (task == SCORE and modules):
+        raise FrontendError(f"{transformer}: transformer_task {task!r:.60} is not supported with these modules")
+    if task == EMBED and not any(isinstance(module, Pooling) for module in modules):
+        raise FrontendError(f"{path}: no Pooling module makes one embedding of a text's tokens, which is not supported")
+    prompts, default, notes = _prompts(settings, modules, directory)
+    return Sentence(
+        transformer=transformer,
+        modules=modules,
+        task=task,
+        max_tokens=_max_tokens(base, transformer),
+        lower_case=base.get("do_lower_case") is True,
+        prompts=prompts,
+        default_prompt=default,
+        notes=notes,
+    )
+
+
+def _entries(path: Path) -> list[tuple[str, str]]:
+    """The modules of a modules.json: the last part of the class's name, and the directory below the model's."""
+    data = read_json_list(path)
+    if not 1 <= len(data) <= _MOST_MODULES:
+        raise FrontendError(f"{path} must be a list of 1 to {_MOST_MODULES} modules")
+    entries = []
+    for entry in data:
+        kind, below = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(below, str):
+            raise FrontendError(f"{path}: each module needs a type and a path")
+        if not kind.startswith(_LIBRARY):
+            raise FrontendError(f"{path}: module type {kind!r:.100} is the model's own code, which llmc never runs")
+        if below and not is_below(below):
+            raise FrontendError(f"{path}: the path {below!r:.100} leaves the model's directory")
+        entries.append((kind.rpartition(".")[2], below))
+    return entries
+
+
+def _inside(directory: Path, below: str) -> Path:
+    """A module's directory; files in it may not link elsewhere."""
+    found = directory / below
+    if found.is_dir():
+        check_links(found, directory)
+    return found
+
+
+def _optional(path: Path) -> dict[str, object]:
+    return read_json(path) if path.exists() else {}
+
+
+def _base_settings(transformer: Path) -> dict[str, object]:
+    """The Transformer module's own settings; those that change the model or its inputs in unknown ways are refused."""
+    settings = next((read_json(transformer / name) for name in _SETTINGS if (transformer / name).exists()), {})
+    where = f"{transformer}: the Transformer module"
+    for name in ("config_args", "config_kwargs", "processing_kwargs"):
+        given = settings.get(name) or {}
+        others = set(given) - {"trust_remote_code"} if isinstance(given, dict) else {name}
+        if others:
+            raise FrontendError(f"{where} has {name} ({', '.join(sorted(others))}), which is not supported")
+    ways = settings.get("modality_config")
+    if ways is not None:
+        text = ways.get("text") if isinstance(ways, dict) else None
+        output = text.get("method_output_name") if isinstance(text, dict) and text.get("method") == "forward" else None
+        if output not in ("last_hidden_state", "logits"):
+            raise FrontendError(f"{where} takes texts in a way that is not supported: {text!r:.100}")
+    return settings
+
+
+def _max_tokens(settings: dict[str, object], where: Path) -> int | None:
+    number = settings.get("max_seq_length")
+    if number is None:
+        return None
+    if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= 1 << 28:
+        raise FrontendError(f"{where}: max_seq_length is {number!r:.40}, which is no number of tokens")
+    return number
+
+
+def _prompts(
+    settings: dict[str, object], modules: tuple[Module, ...], where: Path
+) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
+    """Prompts by name, the default one's name, and notes."""
+    found, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
+    if not isinstance(found, dict) or not all(isinstance(text, (str, type(None))) for text in found.values()):
+        raise FrontendError(f"{where}: prompts must be texts by name")
+    prompts = {str(name): str(text or "") for name, text in found.items()}
+    if not (default is None or (isinstance(default, str) and default in prompts)):
+        raise FrontendError(f"{where}: the default prompt {default!r:.60} is none of its prompts")
+    if all(module.include_prompt for module in modules if isinstance(module, Pooling)) or not any(prompts.values()):
+        return prompts, default, ()
+    if default is not None and prompts[default]:
+        raise FrontendError(
+            f"{where}: it puts a prompt before every text and leaves it out of pooling (include_prompt), "
+            "which is not supported"
+        )
+    return {}, None, ("its prompts are left out: pooling would have to skip their tokens, which is not supported",)
