@@ -20,15 +20,16 @@ from llmc.compiler.ir.llm import Embed, Rope, RopeAngles, static
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
+from llmc.compiler.passes.linear_maps import LinearMaps
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.rope_factors import FactorRotations, Turned
 from llmc.errors import IRError
 
 NEAR = (0, 1, 2, 3)
 FAR = (1, 2, 17, 1000, 30011)
 TOLERANCE = 1e-9  # of cosines computed in f64 from positions up to 30011
 _NOT_TOKENS = frozenset(("positions", WEIGHTS))
-_REACH = 48  # ops in a rotation, at most
 
 Floats = NDArray[np.float64]
 
@@ -63,7 +64,7 @@ class FuseRope(Pass, name="fuse-rope"):
     def run(self, graph: Graph, report: Report) -> Graph:
         probe = Probe(graph)
         if probe.positions is None or probe.size is None:
-            return graph
+            return _by_factors(graph, probe, report)
         finder = _Finder(graph, probe)
         angles = _Angles(probe)
         builders: dict[Op, tuple[_Map, Value]] = {}
@@ -94,6 +95,28 @@ class FuseRope(Pass, name="fuse-rope"):
         return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
 
 
+def _by_factors(graph: Graph, probe: Probe, report: Report) -> Graph:
+    """Rotations in a graph that is no text: by factors of which nothing is known."""
+    finder = FactorRotations(probe)
+    found: dict[Op, Turned] = {}
+    covered: set[Value] = set()
+    for op in graph.ops:
+        if op not in covered and finder.turns(op) and op not in graph.constants:
+            rotation = finder.find(op)
+            if rotation is not None:
+                covered |= rotation.region
+                found[rotation.y] = rotation
+                report.hit("interleaved" if rotation.interleaved else "half")
+    new: dict[Value, Value] = {}
+    for op in graph.ops:
+        rebuilt: Value = op.map_operands(lambda value: new.get(value, value))
+        if op in found:
+            rebuilt = found[op].build(new)
+        if rebuilt is not op:
+            new[op] = rebuilt
+    return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
+
+
 def _rope(x: Value, angles: Value, found: _Map) -> Value:
     """`llm.rope` of x in whatever layout it has: tokens to the front, heads flat, and back."""
     if x.shape != found.y.shape:
@@ -110,12 +133,12 @@ def _rope(x: Value, angles: Value, found: _Map) -> Value:
     return Transpose(turned, inverse) if moved is not x else turned
 
 
-class _Finder:
+class _Finder(LinearMaps):
     """Finds the rotation that a multiplication by a positional value is part of."""
 
     def __init__(self, graph: Graph, probe: Probe) -> None:
-        self.graph, self.probe = graph, probe
-        self.index = {op: i for i, op in enumerate(graph.ops)}
+        super().__init__(graph)
+        self.probe = probe
         self.reason = ""
         self._factors: dict[tuple[Value, tuple[int, ...]], Array] = {}
 
@@ -123,7 +146,7 @@ class _Finder:
         """Whether the value depends on what the tokens are."""
         return bool(self.probe.sources.get(value, frozenset()) - _NOT_TOKENS)
 
-    def turns(self, op: Op) -> bool:
+    def turns(self, op: Value) -> bool:
         """Whether this multiplies activations by something that positions decide."""
         if not isinstance(op, Mul) or op.dtype not in FLOATS:
             return False
@@ -150,7 +173,7 @@ class _Finder:
         """The rotation that `start` is part of: the largest y that one x determines."""
         self.reason = ""
         best: _Map | None = None
-        for y in self._linear_users(start):
+        for y in self.linear_users(start):
             # A larger y counts only while it passes more channels of the same head (partial rotation).
             if best is not None and not isinstance(y, Concat):
                 continue
@@ -159,65 +182,9 @@ class _Finder:
                 best = found
         return best
 
-    def _linear_users(self, start: Op) -> list[Op]:
-        found: set[Op] = set()
-        stack = [start]
-        while stack and len(found) < _REACH:
-            value = stack.pop()
-            for user in self.graph.users.get(value, ()):
-                if user not in found and value in self.linear_operands(user):
-                    found.add(user)
-                    stack.append(user)
-        return sorted(found, key=lambda op: self.index[op])
-
-    def _cone(self, y: Op) -> tuple[list[Value], Value] | None:
-        """The ops between y and the one value that it is a linear function of, in order; None when there are two."""
-        nodes: set[Value] = set()
-        leaves: set[Value] = set()
-        stack: list[Value] = [y]
-        while stack:
-            value = stack.pop()
-            if value in nodes or value in leaves:
-                continue
-            operands = self.linear_operands(value)
-            if operands:
-                nodes.add(value)
-                stack.extend(operands)
-            else:
-                leaves.add(value)
-            if len(leaves) > 1 or len(nodes) > _REACH:
-                return None
-        leaf = leaves.pop()
-        return sorted(nodes, key=lambda v: self.index[v] if isinstance(v, Op) else -1), leaf
-
-    def _source(self, y: Op) -> tuple[Value, list[Value]] | None:
-        """The last value through which all of y passes before it is turned; and the ops after it.
-
-        It has y's shape, or more channels: other slices of it need not be y's.
-        """
-        cone = self._cone(y)
-        if cone is None:
-            return None
-        nodes, leaf = cone
-        order = [leaf, *nodes]
-        place = {value: i for i, value in enumerate(order)}
-        last_use = [0] * len(order)
-        for i, value in enumerate(nodes, start=1):
-            for operand in self.linear_operands(value):
-                last_use[place[operand]] = i
-        found: tuple[Value, list[Value]] | None = None
-        reaches = 0  # the last use of any value before the present one
-        for i, value in enumerate(order):
-            if isinstance(value, Op) and self.turns(value) and i > 0:
-                break
-            if reaches <= i and value is not y and _holds_channels(value, y):
-                found = value, order[i + 1 :]
-            reaches = max(reaches, last_use[i])
-        return found
-
     def _as_rope(self, y: Op) -> _Map | None:
         """y as a rotation, or None."""
-        source = self._source(y)
+        source = self.source(y)
         if source is None or self.probe.size is None:
             return None
         x, nodes = source
@@ -303,14 +270,6 @@ class _Finder:
         if not np.allclose(apply(random), expected, rtol=0, atol=TOLERANCE):
             return None
         return interleaved, cos, sin
-
-
-def _holds_channels(x: Value, y: Value) -> bool:
-    """Whether x has y's type, or more channels."""
-    if x.type == y.type:
-        return True
-    a, b = x.shape[-1], y.shape[-1]
-    return x.dtype == y.dtype and x.shape[:-1] == y.shape[:-1] and isinstance(a, int) and isinstance(b, int) and a > b
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

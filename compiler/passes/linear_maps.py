@@ -1,0 +1,89 @@
+"""Linear maps in a graph: what one value is a linear function of, and where all of it passes through."""
+
+from __future__ import annotations
+
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Op, Value
+
+REACH = 48  # ops in a map, at most
+
+
+class LinearMaps:
+    """Base: says by `linear_operands` and `turns` what counts as linear, and where the map itself begins."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.index = {op: i for i, op in enumerate(graph.ops)}
+
+    def linear_operands(self, value: Value) -> tuple[Value, ...]:
+        """The operands that `value` is a linear function of; none where it is not such a function."""
+        raise AssertionError
+
+    def turns(self, op: Value) -> bool:
+        """Whether this op is the map's own work: what is before the first of them is its source."""
+        raise AssertionError
+
+    def linear_users(self, start: Op) -> list[Op]:
+        """What is a linear function of `start`, through REACH ops at most, in order."""
+        found: set[Op] = set()
+        stack = [start]
+        while stack and len(found) < REACH:
+            value = stack.pop()
+            for user in self.graph.users.get(value, ()):
+                if user not in found and value in self.linear_operands(user):
+                    found.add(user)
+                    stack.append(user)
+        return sorted(found, key=lambda op: self.index[op])
+
+    def cone(self, y: Op) -> tuple[list[Value], Value] | None:
+        """The ops between y and the one value that it is a linear function of, in order; None when there are two."""
+        nodes: set[Value] = set()
+        leaves: set[Value] = set()
+        stack: list[Value] = [y]
+        while stack:
+            value = stack.pop()
+            if value in nodes or value in leaves:
+                continue
+            operands = self.linear_operands(value)
+            if operands:
+                nodes.add(value)
+                stack.extend(operands)
+            else:
+                leaves.add(value)
+            if len(leaves) > 1 or len(nodes) > REACH:
+                return None
+        leaf = leaves.pop()
+        return sorted(nodes, key=lambda v: self.index[v] if isinstance(v, Op) else -1), leaf
+
+    def source(self, y: Op) -> tuple[Value, list[Value]] | None:
+        """The last value through which all of y passes before it is turned; and the ops after it.
+
+        It has y's shape, or more channels: other slices of it need not be y's.
+        """
+        cone = self.cone(y)
+        if cone is None:
+            return None
+        nodes, leaf = cone
+        order = [leaf, *nodes]
+        place = {value: i for i, value in enumerate(order)}
+        last_use = [0] * len(order)
+        for i, value in enumerate(nodes, start=1):
+            for operand in self.linear_operands(value):
+                last_use[place[operand]] = i
+        found: tuple[Value, list[Value]] | None = None
+        reaches = 0  # the last use of any value before the present one
+        for i, value in enumerate(order):
+            if isinstance(value, Op) and self.turns(value) and i > 0:
+                break
+            if reaches <= i and value is not y and holds_channels(value, y):
+                found = value, order[i + 1 :]
+            reaches = max(reaches, last_use[i])
+        return found
+
+
+def holds_channels(x: Value, y: Value) -> bool:
+    """Whether x has y's type, or more channels."""
+    if x.type == y.type:
+        return True
+    a, b = x.shape[-1], y.shape[-1]
+    return x.dtype == y.dtype and x.shape[:-1] == y.shape[:-1] and isinstance(a, int) and isinstance(b, int) and a > b
