@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -148,10 +149,16 @@ def compile_model(
     compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load, lifted.task)
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
-    for note in lifted.notes:
+    for note in (*lifted.notes, *integer_notes(compiled.reports)):
         told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
+
+
+def integer_notes(reports: Sequence[Report]) -> list[str]:
+    """What a user should know of weights that came quantized and could not stay as they were."""
+    reasons = Counter(why for report in reports if report.name == "keep-integers" for _, why in report.refusals)
+    return [f"{count} quantized weight{'s' * (count > 1)}: {why}" for why, count in reasons.items()]
 
 
 def step_limit(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> int:

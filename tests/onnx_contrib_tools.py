@@ -140,8 +140,10 @@ def normal(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
 class Model:
     """A small ONNX model as a graph with params, without reading it from a file."""
 
-    def __init__(self, model: onnx.ModelProto, symbols: Mapping[str, Dim] | None = None) -> None:
-        """symbols: what the named sizes of inputs become (default: up to 64 each)."""
+    def __init__(
+        self, model: onnx.ModelProto, symbols: Mapping[str, Dim] | None = None, wide_floats: bool = False
+    ) -> None:
+        """symbols: what the named sizes of inputs become (default: up to 64 each). wide_floats: as a text model."""
         self.model = model
         versions = {entry.domain: entry.version for entry in model.opset_import}
         body = model.graph
@@ -173,7 +175,7 @@ class Model:
             self.inputs.append(Input(value.name, Tensor(tuple(dims), dtype)))
         names = tuple(value.name for value in body.output)
         whole = Body(tuple(value.name for value in self.inputs), names, nodes, initializers)
-        found = Translation().run(whole, {value.name: Item(value) for value in self.inputs})
+        found = Translation(wide_floats=wide_floats).run(whole, {value.name: Item(value) for value in self.inputs})
         outputs = tuple((name, item.value) for name, item in zip(names, found, strict=True))
         self.graph = Graph("model", tuple(self.inputs), outputs)
 

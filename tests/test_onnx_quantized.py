@@ -22,7 +22,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers
 from llmc.compiler.ir.llm import Linear
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import pipeline_text
+from llmc.compiler.pipeline import RECOGNISE, integer_notes, pipeline_text
 from llmc.errors import FrontendError
 from llmc.targets.machine import Machine
 
@@ -147,6 +147,7 @@ def test_blocks_of_16_are_rounded_anew_and_finely() -> None:
     graph, reports = model.passed(run_text("int4"))
     refusals = [why for report in reports for _, why in report.refusals if report.name == "keep-integers"]
     assert refusals == ["blocks of 16 inputs: rounded anew, q8g32"]
+    assert integer_notes(reports) == ["1 quantized weight: blocks of 16 inputs: rounded anew, q8g32"]
     given = {"x": normal(1, 7, 100)}
     want = model.onnxruntime(given)["y"]
     fine, _ = model.passed(run_text("none"))
@@ -439,6 +440,33 @@ def test_static_quantization_keeps_its_weights_and_its_limits(tmp_path: Path, pe
     step = float(np.diff(np.unique(want)).min())  # outputs are rounded too
     assert np.abs(found - want).max() <= 1.01 * step
     assert np.mean(np.abs(found - want) > step / 2) < 0.05
+
+
+def test_calibrated_roundings_of_text_models_are_permissions(tmp_path: Path) -> None:
+    """In text models kernels may be finer: what remains are the weights' integers and a relu that was left out."""
+    source = onnx.load_from_string(by_quantizer(tmp_path, "static").SerializeToString())
+    model = Model(source, S, wide_floats=True)
+    given = {"x": normal(1, 33, 100, seed=9)}
+    graph, _ = model.passed(run_text("none"))
+    assert [op.name for op in graph.ops if op not in graph.constants] == ["llm.linear", "t.tanh", "llm.linear"]
+    ours, theirs = model.evaluated(graph, given)["y"], model.onnxruntime(given)["y"]
+    assert np.abs(ours - theirs).std() < 0.02 * theirs.std()
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(0, "t.activation"), (3, None)])
+def test_a_relu_that_a_quantizer_left_out_is_put_back(lowest: int, expected: str | None) -> None:
+    stored = {"scale": np.float32(0.02), "zero": np.uint8(lowest), "w": normal(100, 33)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="round"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["back"], name="back"),
+        helper.make_node("MatMul", ["back", "w"], ["y"], name="linear"),
+    ]
+    model = Model(model_of(nodes, stored, 100, {"y": 33}), S, wide_floats=True)
+    graph, _ = model.passed(RECOGNISE)
+    assert [op.name for op in graph.ops if op not in graph.constants] == [
+        *([expected] if expected else []),
+        "llm.linear",
+    ]
 
 
 def test_nothing_else_in_a_quantized_graph_changes_with_q() -> None:

@@ -6,6 +6,8 @@ reads them. Rounded activations are rounded as the source rounds them, unless a 
 
 from __future__ import annotations
 
+import numpy as np
+
 from llmc.compiler.ir.elementwise import (
     Cast,
     Constant,
@@ -15,14 +17,16 @@ from llmc.compiler.ir.elementwise import (
     Minimum,
     Mul,
     Neg,
+    Relu,
     Round,
+    Sigmoid,
     Sub,
     Where,
     constant,
 )
 from llmc.compiler.ir.integers import RoundToIntegers, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.op import Op, Param, Value
-from llmc.compiler.ir.structural import Gather, Matmul, Max, Min, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Gather, Matmul, Max, Min, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import INTEGERS
 from llmc.frontends.onnx.contrib_parts import MICROSOFT, given, in_dtype, known, refuse_attributes, require, sum_of
 from llmc.frontends.onnx.forms import dtype_named
@@ -66,11 +70,41 @@ def dequantize_linear(t: Translation, node: Node, q: Item, scale: Item, zero: It
     require(integers.dtype in INTEGERS, f"the data are {integers.dtype}, not integers")
     wanted = int(node.get("output_dtype", 0))
     dtype = t.dtype(dtype_named(wanted)) if wanted else scale.dtype
+    if t.wide_floats and isinstance(integers, RoundToIntegers):
+        whole = _unrounded(integers, scale, zero)
+        if whole is not None:
+            return in_dtype(whole, dtype)
     if isinstance(integers, Gather) and is_stored(integers.x) and scale.rank == 0:
         # Rows of an integer table, one scale for all: the same as rows of what the table stands for.
         table = _scaled(node, integers.x, scale.value, given(zero))
         return in_dtype(Gather(table, integers.indices, integers.axis), dtype)
     return in_dtype(_scaled(node, integers, scale.value, given(zero)), dtype)
+
+
+def _unrounded(rounded: RoundToIntegers, scale: Item, zero: Item | None) -> Value | None:
+    """Activations that are rounded by calibrated scales and scaled back, as they were; None where the scales differ.
+
+    For text models, where a rounding says how coarse a kernel may be. Quantizers leave out a relu in front of integers
+    that begin at 0: it is put back, unless nothing there is negative.
+    """
+    if zero is None or rounded.zero is None or not (_same(rounded.scale, scale) and _same(rounded.zero, zero)):
+        return None
+    lowest, _ = rounded.limits
+    x = rounded.x
+    if zero.numbers is None or not bool((zero.numbers == lowest).all()) or isinstance(x, (Softmax, Sigmoid, Relu)):
+        return x
+    return Relu(x)
+
+
+def _same(value: Value, item: Item) -> bool:
+    """Whether a value is an item's, or the same known numbers."""
+    while isinstance(value, Reshape):
+        value = value.x
+    if value is item.value:
+        return True
+    known = value.evaluate() if isinstance(value, Constant) else None
+    numbers = item.numbers
+    return known is not None and numbers is not None and np.array_equal(known.reshape(-1), numbers.reshape(-1))
 
 
 def _scaled(node: Node, q: Value, scale: Value, zero: Value | None) -> Value:
