@@ -14,7 +14,7 @@ import transformers
 from tiny_models import make_tiny
 
 from llmc.compiler.ir.evaluate import evaluate
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 from llmc.frontends.lifted import Lifted
 
 Array = np.ndarray

@@ -11,7 +11,7 @@ import pytest
 from hf_models import lifted_tiny, tiny
 
 from llmc.errors import FrontendError
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 
 SECONDS = 60  # far beyond what a refusal takes, far below what a hostile value could cost
 

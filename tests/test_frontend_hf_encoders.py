@@ -18,7 +18,7 @@ from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.verify import verify
 from llmc.errors import FrontendError
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 from llmc.frontends.lifted import ENCODE, Lifted
 
 Array = np.ndarray

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, PROMISED
 
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.verify import verify
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 
 # Two f32 evaluations of logits of size about 3, whose products are summed in different orders.
 TOLERANCE = 1e-4

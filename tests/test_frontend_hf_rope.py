@@ -9,7 +9,7 @@ import pytest
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 from tiny_models import make_tiny
 
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 
 TOLERANCE = 1e-4  # two f32 evaluations of logits of size about 3
 PAIRS = 8  # heads of 16 channels

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 
 from llmc.errors import FrontendError
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.weights import RandomWeights, SafetensorsFile
 
 Tensors = dict[str, torch.Tensor]

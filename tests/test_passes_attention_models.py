@@ -15,7 +15,7 @@ from llmc.compiler.ir.structural import Matmul, Softmax
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes.manager import parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 
 PIPELINE = (
     "canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,fuse-embed,"

@@ -1,5 +1,1 @@
-"""Hugging Face model directories to graphs."""
-
-from llmc.frontends.hf.lift import lift
-
-__all__ = ["lift"]
+"""Hugging Face model directories to graphs; `lift` is the way in. (Importing it brings torch, so this file does not.)"""

@@ -13,7 +13,7 @@ from llmc.compiler.ir.types import Array
 from llmc.errors import LlmcError
 from llmc.frontends.lifted import WeightSource
 
-_TOKENS = 3  # of the sequence that is tried
+_FEW, _MORE = 3, 5  # tokens of the sequences that are tried
 
 
 def longest_sequence(graph: Graph, size: Symbol, weights: WeightSource) -> int | None:
@@ -29,9 +29,10 @@ def longest_sequence(graph: Graph, size: Symbol, weights: WeightSource) -> int |
             rows = op.x.shape[op.axis]
             if op.indices in words or not isinstance(rows, int):
                 continue
-            last = _last_index(graph, op.indices, size, weights)
-            if last is not None and 0 <= last < rows:
-                found.append(rows - (last + 1 - _TOKENS))
+            few, more = (_last_index(graph, op.indices, size, count, weights) for count in (_FEW, _MORE))
+            # What does not count tokens, such as the kind of a token, is no position.
+            if few is not None and 0 <= few < rows and more == few + _MORE - _FEW:
+                found.append(rows - (few + 1 - _FEW))
         elif isinstance(op, Slice) and op.x in graph.constants and not isinstance(op.stop, int):
             rows, extra = op.x.shape[op.axis], op.stop - symbol(size.name, size.low, size.high)
             if isinstance(rows, int) and isinstance(extra, int):
@@ -48,15 +49,15 @@ def _depending(graph: Graph, roots: list[Input]) -> set[Value]:
     return found
 
 
-def _last_index(graph: Graph, indices: Value, size: Symbol, weights: WeightSource) -> int | None:
-    """The greatest row that a sequence of `_TOKENS` tokens reads."""
+def _last_index(graph: Graph, indices: Value, size: Symbol, tokens: int, weights: WeightSource) -> int | None:
+    """The greatest row that a sequence of `tokens` tokens reads."""
     given: dict[Value, Array] = {
-        value: np.arange(_TOKENS, dtype=np.int32).reshape(1, _TOKENS)
+        value: np.arange(tokens, dtype=np.int32).reshape(1, tokens)
         for value in graph.inputs
         if value.name == "positions"
     }
     try:
-        found = evaluate_values([indices], given, weights.load, {size.name: _TOKENS})["0"]
+        found = evaluate_values([indices], given, weights.load, {size.name: tokens})["0"]
     except LlmcError:
         return None
     return int(np.max(found)) if isinstance(found, np.ndarray) and found.size else None
