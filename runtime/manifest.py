@@ -30,6 +30,7 @@ plan, provenance) are kept as they are.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -243,9 +244,12 @@ def parse(data: bytes) -> Manifest:
         raise ArtifactError(f"the artifact's step has ABI {abi}, and this runtime calls ABI {ABI}: compile again")
     task = top.string("task", ("generate", "encode", "run"))
     symbols = tuple(_symbol(item) for item in top.children("symbols"))
+    if len({symbol.name for symbol in symbols}) != len(symbols):
+        raise refuse("symbols", "of different names", [symbol.name for symbol in symbols])
     step = _step(top.child("step"), _STATES[task], frozenset(symbol.name for symbol in symbols))
     known = frozenset(symbol.name for symbol in symbols) if task == "run" else _TOKEN_SIZES
     outputs = _arrays(top, "outputs", known)
+    max_context = top.integer("max_context", 1, 1 << 30)
     weights = top.child("weights")
     weights_bytes = weights.integer("bytes")
     return Manifest(
@@ -257,8 +261,10 @@ def parse(data: bytes) -> Manifest:
         inputs=_arrays(top, "inputs", known),
         outputs=outputs,
         symbols=symbols,
-        encoder=_encoder(top.child("encoder"), outputs, step) if top.value.get("encoder") is not None else None,
-        max_context=top.integer("max_context", 1, 1 << 30),
+        encoder=None
+        if top.value.get("encoder") is None
+        else _encoder(top.child("encoder"), outputs, min(max_context, step.max_step)),
+        max_context=max_context,
         layers=_layers(top.child("kv"), step),
         weights_bytes=weights_bytes,
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
@@ -320,7 +326,7 @@ def _arrays(top: Reader, key: str, known: frozenset[str]) -> tuple[ArrayFacts, .
     return tuple(arrays)
 
 
-def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], step: StepFacts) -> EncoderFacts:
+def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], most_tokens: int) -> EncoderFacts:
     labels = None if reader.value.get("labels") is None else reader.strings("labels")
     prompts = Reader(reader.value.get("prompts", {}), "encoder.prompts")
     facts = EncoderFacts(
@@ -328,7 +334,7 @@ def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], step: StepFacts) -
         output=reader.string("output", tuple(array.name for array in outputs)),
         labels=labels,
         multi_label=reader.boolean("multi_label", False),
-        max_tokens=reader.integer("max_tokens", 1, step.max_step),
+        max_tokens=reader.integer("max_tokens", 1, most_tokens),
         pair_types=reader.boolean("pair_types", False),
         prompts={key: prompts.string(key) for key in prompts.value},
         default_prompt=None if reader.value.get("default_prompt") is None else reader.string("default_prompt"),
@@ -336,12 +342,15 @@ def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], step: StepFacts) -
     )
     if facts.default_prompt is not None and facts.default_prompt not in facts.prompts:
         raise refuse("encoder.default_prompt", "the name of a prompt", facts.default_prompt)
-    shape = next(array for array in outputs if array.name == facts.output).shape
-    width = shape[-1] if shape else None
-    if width is None or names_of(width):
-        raise refuse("encoder.output", "an output whose last size is a number", facts.output)
-    if labels is not None and facts.kind != "embedding" and width != (len(labels),):
-        raise refuse("encoder.labels", f"a list of {width[0]}, as {facts.output} has so many columns", len(labels))
+    shape = next((array.shape for array in outputs if array.name == facts.output), ())
+    per_token = bool(shape) and bool(names_of(shape[0]) & {"T", "S"})
+    rest = [size[0] for size in shape[1:] if len(size) == 1 and type(size[0]) is int]
+    whole = len(rest) == len(shape[1:]) and (facts.kind != "embedding" or len(shape) == 2)
+    if not shape or not whole or per_token != (facts.kind == "tokens"):
+        row = "token" if facts.kind == "tokens" else "text"
+        raise refuse("encoder.output", f"an output of a row a {row}", facts.output)
+    if labels is not None and facts.kind != "embedding" and math.prod(rest) != len(labels):
+        raise refuse("encoder.labels", f"a list of {math.prod(rest)}, as {facts.output} has so many columns", labels)
     return facts
 
 

@@ -88,10 +88,10 @@ class Tokenizer:
         bos = self.facts.bos_id if self.facts.add_bos else None
         with self._lock:
             side = (self._truncation or {}).get("direction", "right")
-            self._tokenizer.enable_truncation(
-                max(1, most - (bos is not None)), strategy="longest_first", direction=side
-            )
             try:
+                self._tokenizer.enable_truncation(
+                    max(1, most - (bos is not None)), strategy="longest_first", direction=side
+                )
                 found = self._tokenizer.encode_batch(list(texts))
             except Exception as error:  # the library raises nothing more precise
                 raise TextError(f"a text cannot be cut to {most} tokens: {error}") from error

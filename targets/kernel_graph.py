@@ -82,6 +82,8 @@ def _buffer(op: Op, program: Program, plan: Plan) -> str:
     owner = program.buffer_of(op)
     if any(program.buffer_of(value) is owner for name, value in program.graph.outputs if name == "logits"):
         return "logits"
+    if any(program.buffer_of(value) is owner for _, value in program.graph.outputs):
+        return "output"
     if owner in plan.offsets:
         return f"arena+{plan.offsets[owner]}"
     return "scratch"

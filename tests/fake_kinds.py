@@ -148,18 +148,24 @@ def encoder_facts(**changes: object) -> dict[str, object]:
     }
 
 
-def write_encoder(path: Path, encoder: object = None, tokenizer: bytes | None = None, **changes: object) -> Path:
+def encoder_step() -> dict[str, object]:
+    """The manifest's `step` of the encoder."""
+    step = dict(fake_artifact.manifest()["step"])  # type: ignore[call-overload]
+    return {**step, "max_step": MAX_STEP, "state": "ragged", "arena_bytes": 8 * MAX_STEP}
+
+
+def write_encoder(
+    path: Path,
+    encoder: object = None,
+    tokenizer: bytes | None = None,
+    source: str = ENCODER_STEP,
+    **changes: object,
+) -> Path:
     """Writes the fake encoder. encoder: its entry in the manifest; changes: other entries."""
     layer = {"kv_heads": 1, "head_dim": 2, "value_dim": 2, "dtype": "float32", "window": None}
-    step = {
-        **fake_artifact.manifest()["step"],  # type: ignore[dict-item]
-        "max_step": MAX_STEP,
-        "state": "ragged",
-        "arena_bytes": 8 * MAX_STEP,
-    }
     facts: dict[str, object] = {
         "task": "encode",
-        "step": step,
+        "step": encoder_step(),
         "kv": {"layers": [layer]},
         "outputs": [
             {"name": "embedding", "dtype": "float32", "shape": ["B", DIMENSION]},
@@ -168,7 +174,7 @@ def write_encoder(path: Path, encoder: object = None, tokenizer: bytes | None = 
         "encoder": encoder_facts() if encoder is None else encoder,
         **changes,
     }
-    return fake_artifact.write(path, ENCODER_STEP, tokenizer or word_tokenizer(), **facts)
+    return fake_artifact.write(path, source, tokenizer or word_tokenizer(), **facts)
 
 
 def write_arrays(path: Path, **changes: object) -> Path:

@@ -208,6 +208,24 @@ def test_a_text_without_tokens(tmp_path: Path) -> None:
         runtime.embed(["a", ""])
 
 
+def test_one_sequence_at_a_time(tmp_path: Path) -> None:
+    """A graph that could not be cut into tokens has [1, ...] where others have a row a sequence, and S for T."""
+    outputs = [
+        {"name": "embedding", "dtype": "float32", "shape": [1, 3]},
+        {"name": "states", "dtype": "float32", "shape": ["S", 3]},
+    ]
+    step = {**fake_kinds.encoder_step(), "state": "none"}
+    source = fake_kinds.ENCODER_STEP.replace("float *keys = s->cache[0];", "static float keys[64 * 64];")
+    path = write_encoder(tmp_path / "one.so", source=source, outputs=outputs, step=step, kv={"layers": []})
+    runtime = Runtime.load(path)
+    batch = [[5] * length for length in (1, 7, 31, 33, 40, 1)]
+    for ids, output in zip(batch, runtime.encode(batch), strict=True):
+        vector, states = reference(ids)
+        np.testing.assert_array_equal(output["embedding"], vector)
+        np.testing.assert_array_equal(output["states"], states)
+    assert runtime.embed(batch).shape == (6, 3)
+
+
 def test_progress_and_order_of_thousands(model: Runtime) -> None:
     texts = [" ".join(WORDS[(index + place) % 5] for place in range(index % 45)) for index in range(1500)]
     told: list[tuple[int, int]] = []

@@ -15,7 +15,7 @@ class RunKernels(Op, name="k.run"):
     """Kernel calls, in order, that compute one value of the graph from others.
 
     of: the op that was lowered. rule: the lowering rule. calls: see `KernelCall`; each runs where its guards hold.
-    buffer: where the result lies: `arena+OFFSET`, `logits`, or `cache` for a cache that is updated in place.
+    buffer: where the result lies: `arena+OFFSET`, `logits`, `output`, or `cache` for a cache that is updated in place.
     A tensor's type is stated; a cache's is that of its predecessor, the first operand.
     """
 
@@ -32,6 +32,6 @@ class RunKernels(Op, name="k.run"):
         if self.buffer == "cache":
             require(bool(self.args) and isinstance(self.args[0].type, KV), "a cache update starts from a cache")
             return self.args[0].type
-        require(self.buffer == "logits" or self.buffer.partition("+")[0] in ("arena", "scratch"), "unknown buffer")
+        require(self.buffer.partition("+")[0] in ("arena", "scratch", "logits", "output"), "unknown buffer")
         encoding = parse_encoding(self.encoding_name) if self.encoding_name else None
         return Tensor(self.shape_to, self.dtype_name, encoding)
