@@ -7,7 +7,6 @@ to), its inputs, and the outputs that the standard's reference implementation gi
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import onnx
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import Array, Tensor, dtype_of
-from llmc.errors import LlmcError
-from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation, objects
+from llmc.errors import FrontendError, LlmcError
+from llmc.frontends.onnx.ops_defined import body_of, known_item
+from llmc.frontends.onnx.translation import Item, Translation
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def lifted_case(case: NodeCase) -> Graph:
     Where an op needs an input's values when compiling (a shape, axes, how often to repeat), inputs become constants: no
     more of them than are needed, and integers rather than others.
     """
+    if any(info.type.WhichOneof("value") != "tensor_type" for info in case.model.graph.input):
+        raise FrontendError("sequences and optional values are not tensors")
     arrays = {name: np.asarray(value) for name, value in case.inputs.items()}
     small = [name for name, a in arrays.items() if a.ndim <= 1]
     tried = [set(), {name for name in small if arrays[name].dtype.kind in "iub"}, set(small), set(arrays)]
@@ -110,51 +112,8 @@ def _lifted(case: NodeCase, arrays: Mapping[str, Array], frozen: set[str]) -> Gr
         if name not in frozen
     }
     given: dict[str, Item] = {name: Item(value) for name, value in inputs.items()}
-    given.update({name: known_item(arrays[name]) for name in frozen})
-    found = Translation().run(body_of(case.model), given)
+    given.update({name: known_item(onnx.numpy_helper.from_array(arrays[name])) for name in frozen})
+    versions = {opset.domain: opset.version for opset in case.model.opset_import}
+    found = Translation().run(body_of(case.model.graph, versions), given)
     outputs = tuple(zip((value.name for value in case.model.graph.output), (item.value for item in found), strict=True))
     return Graph(case.name, tuple(inputs.values()), outputs)
-
-
-def known_item(array: Array) -> Item:
-    """An item of which every element is known."""
-    known = objects(array.tolist(), array.shape) if array.size <= SMALL else None
-    from llmc.compiler.ir.elementwise import constant
-
-    return Item(constant(array, dtype_of(array.dtype)), known)
-
-
-def body_of(model: onnx.ModelProto) -> Body:
-    versions = {opset.domain: opset.version for opset in model.opset_import}
-    return _body(model.graph, versions)
-
-
-def _body(graph: onnx.GraphProto, versions: Mapping[str, int]) -> Body:
-    counter = itertools.count()
-
-    def attribute(proto: onnx.AttributeProto) -> object:
-        value = onnx.helper.get_attribute_value(proto)
-        if isinstance(value, onnx.TensorProto):
-            return known_item(onnx.numpy_helper.to_array(value))
-        if isinstance(value, onnx.GraphProto):
-            return _body(value, versions)
-        if isinstance(value, bytes):
-            return value.decode()
-        return value
-
-    nodes = tuple(
-        Node(
-            node.op_type,
-            node.domain,
-            versions.get(node.domain, 1),
-            node.name or f"{node.op_type}_{next(counter)}",
-            tuple(node.input),
-            tuple(node.output),
-            {proto.name: attribute(proto) for proto in node.attribute},
-        )
-        for node in graph.node
-    )
-    initializers = {proto.name: known_item(onnx.numpy_helper.to_array(proto)) for proto in graph.initializer}
-    return Body(
-        tuple(value.name for value in graph.input), tuple(value.name for value in graph.output), nodes, initializers
-    )

@@ -419,7 +419,9 @@ def _shift_left(a: Array, b: Array) -> Array:
 def _shift_right(a: Array, b: Array) -> Array:
     bits = 8 * a.dtype.itemsize
     within = (b >= 0) & (b < bits)
-    return np.where(within, np.right_shift(a, np.where(within, b, 0).astype(a.dtype)), np.where(a < 0, -1, 0))
+    return np.where(
+        within, np.right_shift(a, np.where(within, b, 0).astype(a.dtype)), np.where(a < 0, -1, 0).astype(a.dtype)
+    )
 
 
 class ShiftLeft(Bitwise, name="t.shift_left"):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Value
-from llmc.frontends.onnx.forms import broadcast, like, require_floats
+from llmc.frontends.onnx.forms import broadcast, like, numbers, require_floats
 from llmc.frontends.onnx.translation import Handler, Item, Node, Translation, Unsupported, handles
 
 
@@ -195,8 +195,8 @@ def _dropout(
     t: Translation, node: Node, x: Item, ratio: Item | None = None, training: Item | None = None
 ) -> list[Item | Value]:
     """Nothing is dropped outside training: the input, and a mask of ones."""
-    idle = training is None or (training.numbers is not None and not training.numbers.any())
-    if not idle and (ratio is None or ratio.numbers is None or ratio.numbers.any()):
+    dropping = training is not None and numbers(training, "whether it trains").any()
+    if dropping and (ratio is None or numbers(ratio, "how much is dropped").any()):
         raise Unsupported("dropout while training is random; export the model for inference")
     if len(node.outputs) < 2:
         return [x]

@@ -44,7 +44,7 @@ class _Axis:
         if mode == "align_corners":
             return at * last / (width - 1) if width != 1 else np.zeros(self.count)
         if mode == "half_pixel_symmetric":
-            return half + self.size / 2 * (1 - self.count / width)
+            return np.asarray(half + self.size / 2 * (1 - self.count / width))
         if mode == "tf_crop_and_resize":
             inner = at * (end - start) * last / (width - 1) if width != 1 else (end - start) * last / 2
             return np.broadcast_to(inner + start * last, (self.count,))
@@ -52,14 +52,14 @@ class _Axis:
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
-    return np.maximum(1 - np.abs(x), 0)
+    return np.asarray(np.maximum(1 - np.abs(x), 0))
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+    return np.asarray(np.where(x <= 1, near, np.where(x < 2, far, 0)))
 
 
 def weights(axis: _Axis, node: Node) -> np.ndarray:
@@ -95,7 +95,7 @@ def nearest(axis: _Axis, node: Node) -> np.ndarray:
     mode = node.get("nearest_mode", "round_prefer_floor")
     if mode not in rounded:
         raise Unsupported(f"nearest_mode {mode!r} is not supported")
-    return np.clip(rounded[mode], 0, axis.size - 1).astype(np.int64)
+    return np.asarray(np.clip(rounded[mode], 0, axis.size - 1), np.int64)
 
 
 def _axes(
@@ -104,13 +104,14 @@ def _axes(
     """The axes that change, with their scales and sizes."""
     chosen = node.get("axes")
     along = [axis_of(axis, x.rank) for axis in chosen] if chosen is not None else list(range(x.rank))
-    have = []
-    for axis in along:
-        size = x.shape[axis]
-        have.append(size)
-        wanted = scales[len(have) - 1] if scales is not None else 0.0
-        if not isinstance(size, int) and wanted != 1:
-            raise Unsupported("resized axes need sizes that are known numbers when compiling")
+    if scales is not None and len(scales) == len(along):
+        # What stays as it is may have any size.
+        moving = [i for i, scale in enumerate(scales) if scale != 1 or roi is not None]
+        along, scales = [along[i] for i in moving], [scales[i] for i in moving]
+        roi = None if roi is None else [*roi[: len(along)], *roi[-len(along) :]]
+    have = [size for size in (x.shape[axis] for axis in along) if isinstance(size, int)]
+    if len(have) != len(along):
+        raise Unsupported("resized axes need sizes that are known numbers when compiling")
     if sizes is not None:
         ratios = [wanted / size for wanted, size in zip(sizes, have, strict=True)]
         policy = node.get("keep_aspect_ratio_policy", "stretch")
@@ -120,11 +121,9 @@ def _axes(
             sizes = [math.floor(one * size + 0.5) for size in have]
     elif scales is not None:
         ratios = scales
-        sizes = [size if ratio == 1 else math.floor(size * ratio) for size, ratio in zip(have, scales, strict=True)]
+        sizes = [math.floor(size * ratio) for size, ratio in zip(have, scales, strict=True)]
     else:
         raise Unsupported("neither scales nor sizes are given")
-    if not len(ratios) == len(sizes) == len(along):
-        raise Unsupported(f"{len(ratios)} scales for {len(along)} axes")
     parts = roi or [0.0] * len(along) + [1.0] * len(along)
     return {
         axis: _Axis(have[i], sizes[i], ratios[i], (parts[i], parts[len(along) + i]))

@@ -262,12 +262,14 @@ class Translation:
 
 
 def bound(function: Body, node: Node) -> Body:
-    """A function's body with its attribute references settled by the node that calls it."""
+    """A function's body with its attribute references settled by the node that calls it, in branches too."""
     nodes = []
     for inner in function.nodes:
         settled = {}
         for name, value in inner.attributes.items():
-            if not isinstance(value, Reference):
+            if isinstance(value, Body):
+                settled[name] = bound(value, node)
+            elif not isinstance(value, Reference):
                 settled[name] = value
             elif value.name in node.attributes:
                 settled[name] = node.attributes[value.name]
