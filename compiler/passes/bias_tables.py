@@ -37,6 +37,8 @@ def bias_table(probe: Probe, bias: Value, heads: int | Dim) -> Value:
         raise Mixes(f"its bias for {longest} tokens is too large to be looked at: compile with a smaller --max-context")
     if product(bias.shape[:-2]) not in (1, heads):
         raise Mixes(f"it adds a bias {bias.type} to scores of {heads} heads")
+    if bias.shape[-2:] != (probe.size, probe.size):  # the same for all queries, or for all keys
+        bias = Broadcast(bias, (*bias.shape[:-2], probe.size, probe.size))
     for size in sorted({*SIZES, min(longest, LONGEST)}):
         _require_relative(probe, bias, size)
     square = _for_size(bias, probe, longest)

@@ -13,7 +13,7 @@ from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Add, And, GreaterEqual, Less, Where, constant
 from llmc.compiler.ir.llm import RMSNorm
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.structural import Concat, Iota, Matmul, Reshape, Transpose
+from llmc.compiler.ir.structural import Concat, Iota, Matmul, Reshape, Slice, Softmax, Transpose
 from llmc.frontends.onnx.contrib_parts import (
     MICROSOFT,
     all_ones,
@@ -156,10 +156,7 @@ def multi_head_attention(
         sizes = [x.shape[-2] * x.shape[-1] for x in (q, k, v)]
         cuts: list[int | Dim] = [0, sizes[0], sizes[0] + sizes[1], bias.shape[0]]
         parts = [part(bias.value, 0, cuts[i], cuts[i + 1]) for i in range(3)]
-        q, k, v = (
-            x if x is None else Add(x, Reshape(in_dtype(b, x.dtype), x.shape[-2:]))
-            for x, b in zip((q, k, v), parts, strict=True)
-        )
+        q, k, v = (_biased(x, in_dtype(b, x.dtype)) for x, b in zip((q, k, v), parts, strict=True))
     k, v = with_past(past_key, k), with_past(past_value, v)
     terms = [
         padding_bias(key_padding_mask, node, q, k.shape[1]),
@@ -187,6 +184,13 @@ def _queries_keys_values(query: Item, key: Item | None, value: Item | None, head
     if key.rank == 4:
         return q, Transpose(key.value, HEADS_OUT), Transpose(value.value, HEADS_OUT)
     return q, heads_of(key.value, heads, "key"), heads_of(value.value, heads, "value")
+
+
+def _biased(x: Value, bias: Value) -> Value:
+    """[B, S, heads, dim] + bias [heads * dim], where x is the result of a projection if it comes of one."""
+    if isinstance(x, Reshape) and x.x.rank == 3:
+        return Reshape(Add(x.x, bias), x.shape)
+    return Add(x, Reshape(bias, x.shape[-2:]))
 
 
 def _unpacked(x: Value, index: int) -> Value:
@@ -226,10 +230,24 @@ def padding_bias(mask: Item | None, node: Node, q: Value, keys: int | Dim) -> Va
 
 
 def _attend(node: Node, q: Value, k: Value, v: Value, terms: list[Value | None]) -> Value:
-    """Attention of q [B, S, heads, dim]; terms: what is added to the scores."""
+    """Attention of q [B, S, heads, dim]; terms: what is added to the scores.
+
+    With such terms it is written out, for the passes that tell masks from biases as they do in any graph.
+    """
+    causal, scale = bool(node.get("unidirectional", 0)), _scale(node, q)
     found = [term for term in terms if term is not None]
-    bias = sum_of(*found) if found else None
-    return Attention(q, k, v, None, None, bias, scale=_scale(node, q), causal=bool(node.get("unidirectional", 0)))
+    if not found:
+        return Attention(q, k, v, scale=scale, causal=causal)
+    queries, keys = q.shape[1], k.shape[1]
+    heads_first, last = Transpose(q, HEADS_OUT), 3
+    scores = scaled(Matmul(heads_first, Transpose(k, (0, 2, 3, 1))), scale)
+    scores = Add(scores, sum_of(*found))
+    if causal:
+        # The last query stands at the last key.
+        key_at, query_at = Iota(keys), Slice(Iota(keys), 0, keys - queries, keys)
+        visible = GreaterEqual(Reshape(query_at, (queries, 1)), Reshape(key_at, (1, keys)))
+        scores = Where(visible, scores, constant(-math.inf, q.dtype))
+    return Transpose(Matmul(Softmax(scores, last), Transpose(v, HEADS_OUT)), HEADS_OUT)
 
 
 @handles("Attention", domain=MICROSOFT)

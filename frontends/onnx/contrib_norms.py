@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.compiler.ir.elementwise import Activation, Add, Cast, Mul, Sigmoid, constant
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.structural import Broadcast, Gather, Iota, Reshape, Sum
+from llmc.compiler.ir.structural import Broadcast, Gather, Iota, Matmul, Reshape, Sum
 from llmc.frontends.onnx.contrib_parts import (
     MICROSOFT,
     given,
@@ -33,13 +33,20 @@ def simplified_layer_normalization(t: Translation, node: Node, x: Item, scale: I
     return [rms_norm(x.value, scale.value, eps), statistics(x.value, eps, False)[1]]
 
 
+def _with_skip(x: Value, skip: Value, bias: Value | None) -> Value:
+    """x + skip + bias, where the bias joins the product that it belongs to, if one of them is one."""
+    if isinstance(skip, Matmul) and not isinstance(x, Matmul):
+        return sum_of(x, sum_of(skip, bias))
+    return sum_of(sum_of(x, bias), skip)
+
+
 @handles("SkipLayerNormalization", domain=MICROSOFT)
 def skip_layer_normalization(
     t: Translation, node: Node, x: Item, skip: Item, gamma: Item, beta: Item | None = None, bias: Item | None = None
 ) -> Result:
     """Layer norm of x + skip + bias; outputs: the result, mean, 1 / deviation, the sum."""
     eps = float(node.get("epsilon", SKIP_EPSILON))
-    total = sum_of(x.value, skip.value, given(bias))
+    total = _with_skip(x.value, skip.value, given(bias))
     result = layer_norm(total, gamma.value, given(beta), eps)
     return [result, *statistics(total, eps, True), total]
 
@@ -50,7 +57,7 @@ def skip_simplified_layer_normalization(
 ) -> Result:
     """RMS norm of x + skip + bias; outputs: the result, mean, 1 / root mean square, the sum."""
     eps = float(node.get("epsilon", SKIP_EPSILON))
-    total = sum_of(x.value, skip.value, given(bias))
+    total = _with_skip(x.value, skip.value, given(bias))
     return [rms_norm(total, gamma.value, eps), *statistics(total, eps, False), total]
 
 
