@@ -125,7 +125,9 @@ class Case:
 @needs_tiles
 @pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
 @pytest.mark.parametrize("shape", [(1, 7, 31), (17, 33, 129), (33, 129, 65), (129, 31, 700), (70, 600, 33)])
-@pytest.mark.parametrize("weights", [(4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True)])
+@pytest.mark.parametrize(
+    "weights", [(4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True)]
+)
 def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:
     Case(*shape, *weights).check(which)
 
