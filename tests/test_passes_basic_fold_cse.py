@@ -11,9 +11,11 @@ from random_graphs import graphs
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Param, Value
-from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor, precise
+from llmc.compiler.passes.manager import parse_pipeline, run_passes
 from llmc.compiler.passes.rewriting import holds
 
 X = x()
@@ -156,3 +158,14 @@ def test_what_differs_is_not_merged(what: str, a: Value, b: Value) -> None:
 
     after = CSE().run(graph, Report())
     assert after.output("a") is not after.output("b"), what
+
+
+def test_what_jumps_is_decided_in_the_dtype_that_its_author_saw() -> None:
+    """A bucket of distances: 8 log(16 / 8) / log(16), which is 2 in f32, and less in f64 with the f32 of log(16)."""
+    ratio = e.Div(e.Log(e.Div(e.Cast(s.Iota(17), "f32"), c(8.0))), e.constant(np.log(np.float32(16)), "f32"))
+    graph = graph_of(e.Add(x(17, dtype="i64"), e.Cast(e.Mul(ratio, c(8.0)), "i64")))
+    after, _ = run_passes(graph, parse_pipeline("fold"))
+    assert constants_of(after)[0][16] == 2
+    with precise():
+        (found,) = evaluate(graph, {"x": np.zeros(17, np.int64)}, lambda name: np.zeros(0)).values()
+    assert np.asarray(found)[16] == 1

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.compiler.ir.dims import product
-from llmc.compiler.ir.elementwise import Cast, Constant, constant
+from llmc.compiler.ir.elementwise import Cast, Constant, Floor, FloorDivide, Round, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota
-from llmc.compiler.ir.types import NUMPY_DTYPES, Array, Tensor, precise
+from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, precise
 from llmc.compiler.passes.manager import Pass, Report
 
 _ROUNDING = ("bf16", "f16")
@@ -22,7 +22,8 @@ class Fold(Pass, name="fold"):
     """Values made of `t.constant` and `t.iota` only become one constant, up to `limit` elements.
 
     Params stay symbolic: what depends on them is evaluated, streamed, when an artifact is written. Arithmetic is done
-    in f64 and rounded once at the end, unless the values pass through a 16-bit float, whose rounding is then intended.
+    in f64 and rounded once at the end, unless the values pass through a 16-bit float, whose rounding is then intended;
+    what jumps (a cast to integers, a floor) is decided in the source's own dtypes, as its author saw it.
     A broadcast is no gain by itself and stays.
     """
 
@@ -30,13 +31,15 @@ class Fold(Pass, name="fold"):
 
     def run(self, graph: Graph, report: Report) -> Graph:
         data: dict[Value, Array] = {}
+        plain: dict[Value, Array] = {}  # the same in the ops' own dtypes
         rounded: set[Value] = set()
         for op in graph.ops:
             if self._foldable(op, data):
                 rounds = isinstance(op, Cast) and op.to in _ROUNDING
                 if rounds or any(operand in rounded for operand in op.operands):
                     rounded.add(op)
-                data[op] = _evaluate(op, data, op in rounded)
+                plain[op] = _plainly(op, plain)
+                data[op] = plain[op] if _jumps(op) else _evaluate(op, data, op in rounded)
         replaced: dict[Value, Value] = {}
         wanted = {value for _, value in graph.outputs}
         wanted.update(operand for op in graph.ops if op not in data for operand in op.operands)
@@ -53,6 +56,18 @@ class Fold(Pass, name="fold"):
             return False
         size = product(op.shape)
         return isinstance(size, int) and size <= self.limit and all(isinstance(dim, int) for dim in op.shape)
+
+
+def _jumps(op: Op) -> bool:
+    """Whether the least change of a float may change the result by 1: in f64, 1.9999999 may be what was 2.0 in f32."""
+    if isinstance(op, Cast):
+        return op.x.dtype in FLOATS and op.to in (*INTEGERS, "bool")
+    return isinstance(op, (Floor, Round, FloorDivide)) and op.dtype in FLOATS
+
+
+def _plainly(op: Op, plain: dict[Value, Array]) -> Array:
+    with np.errstate(all="ignore"):
+        return np.asarray(op.evaluate(*(plain[operand] for operand in op.operands)))
 
 
 def _evaluate(op: Op, data: dict[Value, Array], rounded: bool) -> Array:
