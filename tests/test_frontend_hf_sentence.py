@@ -19,7 +19,7 @@ from tiny_encoders import make_encoder, make_sentence, write_encoder_tokenizer
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.verify import verify
 from llmc.errors import FrontendError
-from llmc.frontends.hf import lift
+from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.pooling import MODES
 from llmc.frontends.hf.source import is_below, module_paths
 from llmc.frontends.lifted import ENCODE, Lifted
@@ -34,6 +34,9 @@ TEXTS = (
     "THE QUICK BROWN FOX jumps over the lazy dog " * 3,
     "words without end " * 90,
 )
+
+_ORDINARY = "the cat sat on a mat ; how are you in Paris , naïve 日本語 🙂 x=1; don't U.S. 1000 é [MASK] <s>"
+WORDS = [*_ORDINARY.split(), "\t", ""]
 
 
 @cache
@@ -206,6 +209,9 @@ def test_a_cross_encoder_is_a_classifier_of_pairs(tmp_path: Path) -> None:
     assert facts == {
         "kind": "classification", "output": "logits", "labels": ["LABEL_0"], "multi_label": True, "pair_types": True,
     }  # fmt: skip
+    change(directory / "config_sentence_transformers.json", activation_fn="torch.nn.modules.linear.Identity")
+    again = lift(directory).encoder
+    assert again is not None and again["multi_label"] is False
 
 
 def test_prompts_that_pooling_leaves_out(tmp_path: Path) -> None:
@@ -269,6 +275,7 @@ SETTINGS: dict[str, tuple[str, dict[str, object], str]] = {
     "settings": ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "config_args"),
     "prompts": ("config_sentence_transformers.json", {"prompts": {"query": 7}}, "prompts must be texts"),
     "default": ("config_sentence_transformers.json", {"default_prompt_name": "nothing"}, "none of its prompts"),
+    "scores": ("config_sentence_transformers.json", {"activation_fn": "os.system"}, "activation 'os.system'"),
     "kind": ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "'SparseEncoder' are not supported"),
 }
 
@@ -329,6 +336,5 @@ def refusal(directory: Path) -> str:
 
 def sentences(count: int) -> list[str]:
     """Texts of 1 to 60 words, ordinary and odd ones."""
-    words = "the cat sat on a mat how are you Paris naïve 日本語 🙂 x=1; don't U.S. tab [MASK] <s> 1000 é".split()
     random = np.random.default_rng(3)
-    return [" ".join(random.choice([*words, "\t", ""], 1 + int(random.integers(60)))) for _ in range(count)]
+    return [" ".join(random.choice(WORDS, 1 + int(random.integers(60)))) for _ in range(count)]

@@ -129,24 +129,31 @@ def write_encoder_tokenizer(directory: Path, kind: str = "bert", longest: int = 
 
 
 def make_sentence(
-    family: str, directory: Path, pooling: str | tuple[str, ...] = "mean", *, modules: str = "", **options: object
+    family: str,
+    directory: Path,
+    pooling: str | tuple[str, ...] = "mean",
+    *,
+    modules: str = "",
+    config: dict[str, object] | None = None,
+    **options: object,
 ) -> Path:
     """A sentence-transformers directory of a tiny encoder, written by that library; returns it.
 
-    modules: what stands behind the pooling, of D (dense), L (layer norm), N (normalize). options: of the library's
-    SentenceTransformer (such as prompts), and max_seq_length.
+    modules: what stands behind the pooling, of D (dense), L (layer norm), N (normalize). config: as of `make_encoder`.
+    options: of the library's SentenceTransformer (such as prompts), and max_seq_length.
     """
     import sentence_transformers
     import torch
     from sentence_transformers.sentence_transformer import modules as library
 
-    base = make_encoder(family, directory.parent / f"{directory.name}-base")
+    base = make_encoder(family, directory.parent / f"{directory.name}-base", **config or {})
     torch.manual_seed(5)
     longest = options.pop("max_seq_length", None)
     include = bool(options.pop("include_prompt", True))
     transformer = library.Transformer(str(base), max_seq_length=longest)
-    parts = [transformer, library.Pooling(64, pooling, include_prompt=include)]
-    width = 64 * (1 if isinstance(pooling, str) else len(pooling))
+    width = int(transformer.model.config.hidden_size)
+    parts = [transformer, library.Pooling(width, pooling, include_prompt=include)]
+    width *= 1 if isinstance(pooling, str) else len(pooling)
     for letter in modules:
         if letter == "D":
             parts.append(library.Dense(width, 24, activation_function=torch.nn.GELU()))

@@ -104,11 +104,9 @@ class EncoderPlan:
         if self.modules:
             use: dict[str, object] = {"kind": "embedding", "output": EMBEDDING, "labels": None, "multi_label": False}
         elif self.kind.head in (SEQUENCES, TOKENS) and LOGITS in outputs:
-            single = self.kind.head == SEQUENCES and (
-                config.num_labels == 1 or config.problem_type == "multi_label_classification"
-            )
             kind = "classification" if self.kind.head == SEQUENCES else "tokens"
-            use = {"kind": kind, "output": LOGITS, "labels": _labels(config), "multi_label": single}
+            several = kind == "classification" and _labels_stand_alone(config, self.sentence)
+            use = {"kind": kind, "output": LOGITS, "labels": _labels(config), "multi_label": several}
         else:
             return None
         sentence = self.sentence
@@ -144,6 +142,19 @@ def plan_encoder(
         return EncoderPlan(kind, text, types, None, (), None, notes)
     notes = (*notes, "embedding is the mean over tokens: the model does not say how one is made")
     return EncoderPlan(kind, text, types, None, (Pooling("", directory, TOKEN_EMBEDDINGS, SENTENCE),), None, notes)
+
+
+def _labels_stand_alone(config: PreTrainedConfig, sentence: Sentence | None) -> bool:
+    """Whether each label has a probability of its own (a sigmoid), as transformers and cross encoders decide."""
+    activation = sentence.activation if sentence is not None else None
+    if activation is None:  # where older cross encoders have it
+        nested = getattr(config, "sentence_transformers", None)
+        activation = nested.get("activation_fn") if isinstance(nested, dict) else None
+        activation = activation or getattr(config, "sbert_ce_default_activation_function", None)
+    if activation is not None:
+        return str(activation).rpartition(".")[2] == "Sigmoid"
+    kind = config.problem_type
+    return kind == "multi_label_classification" or (config.num_labels == 1 and kind != "regression")
 
 
 def _labels(config: PreTrainedConfig) -> list[str]:

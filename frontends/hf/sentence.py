@@ -28,7 +28,8 @@ EMBED, SCORE = "feature-extraction", "sequence-classification"
 class Sentence:
     """What a sentence-transformers directory says. transformer: the base model's directory. modules: behind it.
 
-    task: EMBED, or SCORE for a cross encoder. max_tokens: None where only the tokenizer knows. notes: for the user.
+    task: EMBED, or SCORE for a cross encoder, whose scores go through `activation` (a class's name). max_tokens: None
+    where only the tokenizer knows. notes: for the user.
     """
 
     transformer: Path
@@ -38,6 +39,7 @@ class Sentence:
     lower_case: bool
     prompts: dict[str, str]
     default_prompt: str | None
+    activation: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -85,6 +87,7 @@ def read_sentence(directory: Path) -> Sentence | None:
         lower_case=base.get("do_lower_case") is True,
         prompts=prompts,
         default_prompt=default,
+        activation=_activation(settings, directory),
         notes=notes,
     )
 
@@ -135,6 +138,13 @@ def _base_settings(transformer: Path) -> dict[str, object]:
         if output not in ("last_hidden_state", "logits"):
             raise FrontendError(f"{where} takes texts in a way that is not supported: {text!r:.100}")
     return settings
+
+
+def _activation(settings: dict[str, object], where: Path) -> str | None:
+    activation = settings.get("activation_fn")
+    if activation is not None and str(activation).rpartition(".")[2] not in ("Sigmoid", "Identity"):
+        raise FrontendError(f"{where}: the activation {activation!r:.80} of scores is not supported")
+    return None if activation is None else str(activation)
 
 
 def _max_tokens(settings: dict[str, object], where: Path) -> int | None:

@@ -54,10 +54,10 @@ def trace(
             continue
         if implementation != capture.IMPLEMENTATION:
             note = f"attention is not captured but recognised from its parts: {reasons[0]}"
-            return Traced(meta, exported, room, (note,))
+            return Traced(meta, _without_mutations(exported), room, (note,))
         reason = _why_not_captured(exported.program, int(config.get_text_config(decoder=True).num_hidden_layers))
         if not reason:
-            return Traced(meta, exported, room, ())
+            return Traced(meta, _without_mutations(exported), room, ())
         reasons.append(reason)
     raise FrontendError(
         f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
@@ -81,11 +81,15 @@ def _export(
     exported = export(meta.model, Call(arguments, first, fixed, kept), longest)
     if not exported.outputs:
         raise FrontendError(f"{type(meta.model).__name__} returns no {' or '.join(kept or ('tensor',))}")
-    if any(_mutates(node) for node in exported.program.graph.nodes):
-        with quietly():
-            program = exported.program.run_decompositions({})
-        exported = replace(exported, program=program)
     return exported, room
+
+
+def _without_mutations(exported: Exported) -> Exported:
+    """The program with every op that writes into its operand as one that does not. This is slow."""
+    if not any(_mutates(node) for node in exported.program.graph.nodes):
+        return exported
+    with quietly():
+        return replace(exported, program=exported.program.run_decompositions({}))
 
 
 def _mutates(node: torch.fx.Node) -> bool:
