@@ -41,6 +41,7 @@ class ScoreReader:
     def __init__(self, graph: Graph, probe: Probe) -> None:
         self.graph, self.probe = graph, probe
         self.is_text = probe.positions is not None
+        self._probes: dict[Dim, Probe] = {}
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
@@ -48,13 +49,15 @@ class ScoreReader:
 
     def read(self, chain: Chain, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of a chain; exact_shift: as `describe_scores` has it. Unrecognised says what is in the way."""
+        size = chain.scores.shape[-1]
         positional = not any(self.acts(value) for value in chain.met)
-        size = self.probe.size
-        if positional and size is not None and chain.scores.shape[-2:] == (size, size):
+        counts_tokens = chain.scores.shape[-2] == size and (not self.is_text or size == self.probe.size)
+        if positional and counts_tokens and isinstance(size, Dim):
+            probe = self._counting(size)
             try:
-                return Meaning(describe_scores(self.probe, chain.raw, chain.scores, exact_shift))
+                return Meaning(describe_scores(probe, chain.raw, chain.scores, exact_shift))
             except Unrecognised:
-                relative = self._relative(chain, batch, heads, size)
+                relative = self._relative(probe, chain, batch, heads)
                 if relative is not None:
                     return relative
                 if self.is_text:
@@ -66,15 +69,24 @@ class ScoreReader:
             return Meaning(Scores(scale, softcap, mask))
         return Meaning(Scores(scale, softcap, _NONE), _leading(bias, chain, batch, heads))
 
-    def _relative(self, chain: Chain, batch: Shape, heads: int, size: Dim) -> Meaning | None:
+    def _counting(self, size: Dim) -> Probe:
+        """The probe whose number of tokens is `size`."""
+        if size == self.probe.size:
+            return self.probe
+        if size not in self._probes:
+            self._probes[size] = Probe(self.graph, size)
+        return self._probes[size]
+
+    def _relative(self, probe: Probe, chain: Chain, batch: Shape, heads: int) -> Meaning | None:
         """The chain as a bias that depends on distances only."""
         try:
             scale, softcap = scale_and_softcap(chain)
         except Unrecognised:
             return None
         bias = added(chain)
-        span = min([_SPAN, *(s.high for s in size.symbols() if s.high is not None)])
-        table = relative_table(self.probe, bias, span, stand_ins=True)
+        assert probe.size is not None
+        span = min([_SPAN, *(s.high for s in probe.size.symbols() if s.high is not None)])
+        table = relative_table(probe, bias, span, stand_ins=True)
         if table is None or len(table) not in (1, heads):
             return None
         ahead = table[:, span:]

@@ -24,17 +24,20 @@ WEIGHTS = "@"  # stands for all params among the sources of a value
 class Probe:
     """Where a graph's values come from, and what those that come from `positions` and sizes are.
 
-    The graph is one sequence: ids and positions are [1, S], S symbolic.
+    Most graphs are one sequence: ids and positions are [1, S], S symbolic. size: what counts tokens in others.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, size: Dim | None = None) -> None:
         self.graph = graph
+        self._size = size
         self.positions: Input | None = next((v for v in graph.inputs if v.name == "positions"), None)
         self._stand_ins: dict[str, Array] = {}
 
     @cached_property
     def size(self) -> Dim | None:
-        """The symbolic number of tokens S; None when no input has one."""
+        """The symbolic number of tokens S; None when no input ends in one."""
+        if self._size is not None:
+            return self._size
         for value in self.graph.inputs:
             if isinstance(value.type, Tensor) and value.type.shape and isinstance(value.type.shape[-1], Dim):
                 return value.type.shape[-1]

@@ -63,17 +63,19 @@ def _between(raw: Value, scores: Value) -> set[Value]:
 
 def scale_and_softcap(chain: Chain) -> tuple[float, float]:
     """What the scores are besides something that is added; Unrecognised where they are anything else."""
-    generator = np.random.default_rng(0)
-    met = {value: _samples(value, generator) for value in chain.met}
+    for hiding in (False, True):
+        generator = np.random.default_rng(0)
+        met = {value: _samples(value, generator, hiding) for value in chain.met}
 
-    def apply(values: Floats | float) -> Floats:
-        return _pointwise(chain, np.broadcast_to(np.asarray(values, np.float64), (_SAMPLES,)), met)
+        def apply(values: Floats | float, met: dict[Value, Array] = met) -> Floats:
+            return _pointwise(chain, np.broadcast_to(np.asarray(values, np.float64), (_SAMPLES,)), met)
 
-    return fit_scores(apply, apply(0.0))
+        found = fit_scores(apply, apply(0.0))
+    return found
 
 
-def _samples(value: Value, generator: np.random.Generator) -> Array:
-    """What a value may be at _SAMPLES places."""
+def _samples(value: Value, generator: np.random.Generator, hiding: bool) -> Array:
+    """What a value may be at _SAMPLES places; hiding: -inf, too."""
     number = number_of(value)
     if number is not None:
         return np.full(_SAMPLES, number)
@@ -82,7 +84,7 @@ def _samples(value: Value, generator: np.random.Generator) -> Array:
     if value.dtype in INTEGERS:
         return generator.integers(0, 3, _SAMPLES)
     numbers = 3 * generator.standard_normal(_SAMPLES)
-    return np.where(generator.random(_SAMPLES) < 0.2, -np.inf, numbers)
+    return np.where(generator.random(_SAMPLES) < 0.2, -np.inf, numbers) if hiding else numbers
 
 
 def _pointwise(chain: Chain, raw: Floats, met: dict[Value, Array]) -> Floats:
