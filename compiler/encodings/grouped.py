@@ -1,8 +1,9 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
-`q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127]; `q4g64a` (asymmetric): w = scale * q + minimum with
-q in [0, 15]. Scales are rounded to f16 before the integers are chosen, so that the integers fit the scales in use.
-A last group that the input dimension does not fill is rounded as the shorter group that it is.
+`q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
+`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]. Scales are rounded to f16 before the integers are
+chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
+the shorter group that it is.
 """
 
 from __future__ import annotations
