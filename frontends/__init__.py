@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llmc.errors import FrontendError
 from llmc.frontends.lifted import Lifted
 
-__all__ = ["Lifted", "lift"]
+__all__ = ["Lifted", "lift", "onnx_file"]
 
 
 def lift(
@@ -25,13 +26,31 @@ def lift(
     noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
     of each free size of an ONNX graph that is not text.
     """
-    path = Path(source).expanduser()
-    if path.suffix == ".onnx":
+    path = onnx_file(source)
+    if path is not None:
         from llmc.frontends.onnx import lift as lift_onnx
 
         return lift_onnx(
             path, max_context=max_context, weights=weights, seed=seed, tokenizer=tokenizer, max_dims=max_dims or {}
         )
-    from llmc.frontends.hf import lift as lift_hf
+    if tokenizer is not None:
+        raise FrontendError(f"{source} has a tokenizer of its own: another one can be given to an .onnx model only")
+    from llmc.frontends.hf.lift import lift as lift_hf
 
     return lift_hf(source, max_context=max_context, weights=weights, seed=seed)
+
+
+def onnx_file(source: str | Path) -> Path | None:
+    """The ONNX file that a source is: itself, or the one in a directory that has no other weights; None otherwise."""
+    path = Path(source).expanduser()
+    if path.suffix == ".onnx":
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
+        return None
+    for folder in (path, path / "onnx"):
+        if (folder / "model.onnx").exists():
+            return folder / "model.onnx"
+        found = sorted(folder.glob("*.onnx"))
+        if len(found) == 1:
+            return found[0]
+    return None

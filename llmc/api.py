@@ -42,9 +42,10 @@ def make_options(dtype: str = "int4", **options: object) -> CompileOptions:
     unknown = sorted(set(options) - known)
     if unknown:
         raise CompileError(f"unknown option {', '.join(unknown)}; the options are dtype, {', '.join(sorted(known))}")
-    overrides = options.get("overrides")
-    if isinstance(overrides, Mapping):
-        options["overrides"] = tuple(overrides.items())
+    for name in ("overrides", "max_dims"):
+        pairs = options.get(name)
+        if isinstance(pairs, Mapping):
+            options[name] = tuple(pairs.items())
     return CompileOptions(quantization=_SCHEME_NAMES.get(dtype, dtype), **options)  # type: ignore[arg-type]
 
 
@@ -58,15 +59,21 @@ def compile(
 ) -> dict[str, object]:
     """Compiles a model into the artifact `output`, all or nothing, and returns the artifact's manifest.
 
-    model: a directory, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int8", "bf16", "f16"
-    or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of `CompileOptions`, such as
-    target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"}. Raises `LlmcError`.
+    model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int8",
+    "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of
+    `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
+    max_dims={"batch": 16}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
     from llmc.compiler.scratch import scratch_folder
 
     chosen = make_options(dtype, **options)
     with scratch_folder() as folder:
+        onnx = _onnx_file(model)
+        if onnx is not None:
+            return compile_model(
+                str(onnx), Path(output), chosen, progress, tokenizer=_tokenizer_directory(tokenizer, folder)
+            )
         source = _as_source(model, tokenizer, folder)
         return compile_model(source, Path(output), chosen, progress)
 
@@ -102,6 +109,9 @@ def cached_artifact(
     from llmc.compiler.scratch import scratch_folder
 
     with scratch_folder() as folder:
+        onnx = _onnx_file(model)
+        if onnx is not None:
+            return _cached_onnx(onnx, _tokenizer_directory(tokenizer, folder), options, progress)
         source = _as_source(model, tokenizer, folder)
         directory = Path(source).expanduser()
         if not directory.is_dir():
@@ -116,6 +126,39 @@ def cached_artifact(
             artifact_cache.make_folder(path.parent)
             compile_model(str(source), path, options, progress)
         return path
+
+
+def _cached_onnx(model: Path, tokenizer: Path | None, options: CompileOptions, progress: Progress | None) -> Path:
+    """As `cached_artifact`, of an ONNX file."""
+    from llmc.compiler.pipeline import compile_model
+
+    if not model.exists():
+        raise LlmcError(f"there is no file {model}")
+    text = "" if tokenizer is None else artifact_cache.model_hash(tokenizer, by_content=True)
+    path = artifact_cache.path_for(model.absolute().parent, options, more=f"{model.name} {text}")
+    if not path.exists():
+        artifact_cache.make_folder(path.parent)
+        compile_model(str(model), path, options, progress, tokenizer=tokenizer)
+    return path
+
+
+def _onnx_file(model: Source) -> Path | None:
+    """The ONNX file that a source is, or that its directory holds instead of other weights."""
+    if isinstance(model, Saves):
+        return None
+    from llmc.frontends import onnx_file
+
+    return onnx_file(os.fspath(model))
+
+
+def _tokenizer_directory(tokenizer: Source | None, folder: Path) -> Path | None:
+    """Where a tokenizer's files are; one in memory is written to `folder`."""
+    if tokenizer is None or not isinstance(tokenizer, Saves):
+        return None if tokenizer is None else _directory(tokenizer)
+    own = folder / "own-tokenizer"
+    own.mkdir()
+    _save(tokenizer, own)
+    return own
 
 
 def _as_source(model: Source, tokenizer: Source | None, folder: Path) -> str:

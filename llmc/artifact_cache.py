@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 Wanted = Callable[[str], bool]
 
 _READ_WHOLE = 1 << 20  # smaller files are hashed; of larger ones size and time are enough
-_MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
+_MODEL_FILES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".tiktoken",
+    ".safetensors",
+    ".bin",
+    ".onnx",
+    ".onnx_data",
+    ".data",
+)
 
 
 def root() -> Path:
@@ -32,8 +43,11 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
 
 
-def path_for(directory: Path, options: CompileOptions, by_content: bool = False) -> Path:
-    """Where the artifact of this model with these options belongs. by_content: hash large files too."""
+def path_for(directory: Path, options: CompileOptions, by_content: bool = False, more: str = "") -> Path:
+    """Where the artifact of this model with these options belongs. by_content: hash large files too.
+
+    more: what else decides about the artifact, such as which of the directory's files is the model.
+    """
     from llmc.targets import machine_named
 
     facts = {
@@ -42,6 +56,7 @@ def path_for(directory: Path, options: CompileOptions, by_content: bool = False)
         "machine": machine_named(options.target).key,
         "options": options.as_json(),
         "model": model_hash(directory, by_content),
+        "more": more,
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     # A folder in the hub's cache is named by its commit; the model's name stands two levels above.

@@ -39,6 +39,7 @@ from llmc.frontends.onnx.recognition import (
 )
 from llmc.frontends.onnx.text import Companions, model_name
 from llmc.frontends.onnx.translation import Body, Item, Translation, objects
+from llmc.frontends.padding import without_padding
 
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 _SHORT = 8  # tokens of the graph in which tables of positions are looked for
@@ -133,7 +134,8 @@ class _Text:
         items = Translation(self.bodies.functions, wide_floats=True).run(self.main, given)
         values = tuple((name, item.value) for name, item in zip(self.main.outputs, items, strict=True))
         inputs = (ids, positions, types) if self.inputs.having(Role.TOKEN_TYPES) else (ids, positions)
-        return _Translated(inputs, values)
+        graph = without_padding(Graph("model", inputs, values), self.companions.pad_id)
+        return _Translated(inputs, graph.outputs)
 
     def _given(self, signature: Signature, size: Dim, ids: Input, positions: Input, types: Input) -> Item:
         """What an input of the model is for one sequence of S tokens, without padding or a past."""

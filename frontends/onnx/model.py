@@ -27,6 +27,7 @@ from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Reference, 
 OLDEST_OPSET, NEWEST_OPSET = 7, onnx.defs.onnx_opset_version()
 _MOST_NODES = 250_000  # with every call of a function expanded
 _MOST_NAME = 4096  # characters
+_MOST_SHOWN = 200  # of a node's name, which is for messages only
 _MOST_AXES = 16
 _MATRIX = 64  # elements of the smallest matrix of floats that is a weight rather than a constant
 
@@ -168,7 +169,7 @@ class _Decoder:
         return Bodies(main, functions, self._weights, self._sizes)
 
     def _function(self, function: FunctionProto) -> Body:
-        what = f"function {text_of(function.domain)}.{text_of(function.name)}"[:200]
+        what = printable(f"function {text_of(function.domain)}.{text_of(function.name)}")
         opsets = _opsets(function.opset_import, what) or self._opsets
         defaults = {text_of(entry.name): entry for entry in function.attribute_proto}
         nodes, constants = self._nodes(function.node, what, opsets, defaults, frozenset(map(text_of, function.input)))
@@ -255,13 +256,15 @@ class _Decoder:
         visible: frozenset[str],
     ) -> Node:
         domain = _domain(message.domain)
-        what = f"{message.op_type:.60} ({name})"
+        what = f"{printable(text_of(message.op_type)):.60} ({name})"
         op = message.op_type
         if message.overload and (domain, _overloaded(op, message.overload)) in self._overloads:
             op = _overloaded(op, message.overload)
         for text in map(text_of, (op, domain, *message.input, *message.output)):
             if len(text) > _MOST_NAME:
                 raise FrontendError(f"{what} has a name of {len(text)} characters")
+        if not op.isprintable() or not domain.isprintable():
+            raise FrontendError(f"{what} has the op {op!r:.60} of {domain!r:.60}, which is no name")
         # Some exporters forget to import a domain that they use.
         version = opsets.get(domain, 1 if domain else NEWEST_OPSET)
         attributes: dict[str, Any] = {}
@@ -333,6 +336,11 @@ def _domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else text_of(domain)
 
 
+def printable(name: str) -> str:
+    """A name for messages: of bounded length, and without characters that do things to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:_MOST_SHOWN])
+
+
 def _overloaded(name: str, overload: str) -> str:
     return f"{text_of(name)}:{text_of(overload)}"
 
@@ -340,7 +348,7 @@ def _overloaded(name: str, overload: str) -> str:
 def _node_name(message: NodeProto, index: int, taken: set[str]) -> str:
     """A name that no other node of the body has: the file's own, or the op and its first output."""
     output = next((text_of(name) for name in message.output if name), str(index))
-    name = (text_of(message.name) or f"{text_of(message.op_type)}_{output}")[:_MOST_NAME]
+    name = printable(text_of(message.name) or f"{text_of(message.op_type)}_{output}")
     if name in taken:
         name = f"{name}#{index}"
     while name in taken:

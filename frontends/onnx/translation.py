@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.ir.dims import Dim
-from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.dims import Atom, Dim, FloorDiv, symbol
+from llmc.compiler.ir.elementwise import Add, Cast, FloorDivide, Mul, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Concat, Iota, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape
@@ -93,8 +93,31 @@ def _scalar(x: object, dtype: str) -> Value:
     """One element as a tensor [1]."""
     if not isinstance(x, Dim):
         return constant([x], dtype)
-    last = Slice(Iota(x + 1), 0, x, x + 1)  # the last of 0..x
-    return last if dtype == "i64" else Cast(last, dtype)
+    value = _computed(x)
+    return value if dtype == "i64" else Cast(value, dtype)
+
+
+def _computed(size: int | Dim) -> Value:
+    """A size as a tensor i64[1]: its polynomial, each symbol the last of 0, 1, ..., symbol."""
+    if not isinstance(size, Dim):
+        return constant([size], "i64")
+    total: Value | None = None
+    for monomial, coefficient in size.terms:
+        term: Value | None = None if coefficient != 1 or not monomial else _factor(monomial[0][0])
+        factors = [atom for atom, power in monomial for _ in range(power)]
+        for atom in factors[1:] if term is not None else factors:
+            term = Mul(constant([coefficient], "i64") if term is None else term, _factor(atom))
+        term = constant([coefficient], "i64") if term is None else term
+        total = term if total is None else Add(total, term)
+    assert total is not None
+    return total
+
+
+def _factor(atom: Atom) -> Value:
+    if isinstance(atom, FloorDiv):
+        return FloorDivide(_computed(atom.numerator), constant([atom.divisor], "i64"))
+    size = symbol(atom.name, atom.low, atom.high)
+    return Slice(Iota(size + 1), 0, size, size + 1)
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Node:
     @property
     def where(self) -> str:
         """For messages: the op, its domain where that is not the standard one, and the node's name."""
-        return f"{self.domain + '.' if self.domain else ''}{self.op} ({self.name})"
+        return f"{f'{self.domain:.60}.' if self.domain else ''}{self.op:.60} ({self.name:.160})"
 
 
 @dataclass(frozen=True)
@@ -214,11 +237,11 @@ class Translation:
         for node in body.nodes:
             if node.name not in needed:
                 continue
-            items = self.node(node, [names[name] if name else None for name in node.inputs], names)
+            items = self.node(node, [names.get(name) if name else None for name in node.inputs], names)
             names.update({name: item for name, item in zip(node.outputs, items, strict=False) if name and item})
         for name in body.outputs:
             if name not in names:
-                raise FrontendError(f"nothing computes the output {name!r}")
+                raise FrontendError(f"nothing computes the output {name!r:.100}")
         return [names[name] for name in body.outputs]
 
     def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item]) -> list[Item | None]:
@@ -238,7 +261,9 @@ class Translation:
             result = handler(self, node, *items)
         except (IRError, Unsupported) as error:
             raise FrontendError(f"{node.where} cannot be translated: {error}") from error
-        except (TypeError, ValueError, IndexError, KeyError, AssertionError, OverflowError) as error:
+        except (
+            TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError
+        ) as error:  # fmt: skip
             raise FrontendError(f"{node.where} is not valid: {type(error).__name__}: {error}") from error
         results = [result] if isinstance(result, (Value, Item)) else list(result)
         return [item if item is None or isinstance(item, Item) else numbers_of(item) for item in results]
@@ -252,7 +277,9 @@ class Translation:
         missing: dict[str, list[str]] = {}
         for node in nodes:
             if handler_of(node) is None and (node.domain, node.op) not in self.functions:
-                missing.setdefault(f"{node.domain + '.' if node.domain else ''}{node.op}", []).append(node.name)
+                missing.setdefault(f"{f'{node.domain:.60}.' if node.domain else ''}{node.op:.60}", []).append(
+                    node.name[:160]
+                )
         if missing:
             listed = "; ".join(
                 f"{op} ({len(names)}x: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -39,6 +39,7 @@ def compile(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = 512,
     max_dim: o.MaxDims = None,
+    tokenizer: o.Tokenizer = None,
     weights: Annotated[
         str,
         typer.Option("--weights", metavar="embed|random|none|FILE", help="Into the artifact, noise, nowhere, a file."),
@@ -58,7 +59,7 @@ def compile(
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed,
     )  # fmt: skip
-    path = path or Path(f"{Path(model.rstrip('/')).name}-{quantization}.so")
+    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
     check_writable(path)
     if options.weights_file is not None:
         check_writable(options.weights_file, "--weights")
@@ -74,7 +75,7 @@ def compile(
         return [*checkers]
 
     with output.progress() as progress:
-        manifest = compile_model(model, path, options, progress, observers)
+        manifest = compile_model(model, path, options, progress, observers, tokenizer)
     file_bytes = path.stat().st_size
     for what, why in quantization_refusals(manifest):
         output.line(f"not quantized as asked: {what}: {why}")
@@ -97,9 +98,10 @@ def compile(
             print(difference)
     if check:
         print(f"checked: {len({d.pass_name for d in differences if d.exact})} passes keep the model's meaning")
-    bits = _at(manifest, "model", "bits_per_weight")
+    parameters, bits = _at(manifest, "model", "parameters"), _at(manifest, "model", "bits_per_weight")
+    weight = f"{bits} bits per weight, " if parameters else ""
     seconds = _at(manifest, "provenance", "compile_seconds")
-    print(f"{path}: {output.size(file_bytes)}, {bits} bits per weight, compiled in {seconds} s")
+    print(f"{path}: {output.size(file_bytes)}, {weight}compiled in {seconds} s")
     _print_use(path)
 
 
@@ -281,7 +283,7 @@ def estimate(
         progress.start("lifting the model")
         lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims))
         graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
-    found = estimate_graph(graph, context=lifted.max_context, step=max_step, sequences=sequences)
+    found = estimate_graph(graph, context=max(1, lifted.max_context), step=max_step, sequences=sequences)
     derived = {
         "weight_bytes": found.weight_bytes,
         "bits_per_weight": round(found.bits_per_weight, 4),
@@ -293,15 +295,18 @@ def estimate(
         output.print_json(asdict(found) | {"weights": dict(found.weights)} | derived)
         return
     rows = [(f"weights: {part}", output.size(count)) for part, count in found.weights.items() if count]
+    steps = "" if lifted.task == "run" else f", {found.step} tokens a step"
+    rows.append(("weights", output.size(found.weight_bytes)))
+    if found.cache:
+        rows.append((f"KV cache, {sequences} x {found.context} tokens", output.size(found.cache)))
     rows += [
-        ("weights", output.size(found.weight_bytes)),
-        (f"KV cache, {sequences} x {found.context} tokens", output.size(found.cache)),
-        (f"activations, {found.step} tokens a step", output.size(found.arena)),
+        (f"activations{steps}", output.size(found.arena)),
         ("memory while running", output.size(found.memory)),
         ("artifact's file, about", output.size(found.file_bytes)),
     ]
     output.table(rows)
-    print(f"{found.parameters:,} parameters, {found.bits_per_weight:.2f} bits per weight")
+    if found.parameters:
+        print(f"{found.parameters:,} parameters, {found.bits_per_weight:.2f} bits per weight")
 
 
 COMMANDS = (

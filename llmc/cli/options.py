@@ -14,7 +14,8 @@ _COMPILING = "Compiling"
 _SAMPLING = "Sampling"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's directory, or its name on the Hugging Face hub.")
+    str,
+    typer.Argument(metavar="MODEL", help="A model's directory, its .onnx file, or its name on the Hugging Face hub."),
 ]
 Artifact = Annotated[Path, typer.Argument(metavar="SO", help="A compiled model.")]
 ModelOrArtifact = Annotated[
@@ -67,6 +68,10 @@ MaxStep = Annotated[
     int, typer.Option("--max-step", help="The most tokens of one step; more are split.", rich_help_panel=_COMPILING)
 ]
 
+Tokenizer = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="DIR", rich_help_panel=_COMPILING,
+                              help="The folder of an .onnx model's tokenizer; default: beside the model."),
+]  # fmt: skip
 MaxDims = Annotated[
     list[str] | None, typer.Option("--max-dim", metavar="NAME=N", rich_help_panel=_COMPILING,
                                    help="The most of a size that a model of arrays names; can be given several times."),
