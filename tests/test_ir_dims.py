@@ -95,6 +95,16 @@ def test_an_inequality_that_depends_on_the_sizes_is_an_error() -> None:
         bounds(-U)
 
 
+def test_what_a_floor_leaves_is_less_than_its_divisor() -> None:
+    for divisor in (2, 3, 7):
+        below = S // divisor * divisor
+        assert known_at_most(below, S)
+        assert known_at_most(S, below + divisor - 1)
+        assert not known_at_most(below + divisor, S)
+        with pytest.raises(DimError):
+            known_at_most(S, below + divisor - 2)
+
+
 def test_a_free_symbol_is_named() -> None:
     with pytest.raises(DimError, match="needs a value for T"):
         concrete(S * T, {"S": 3})

@@ -215,11 +215,31 @@ def known_at_most(a: int | Dim, b: int | Dim) -> bool:
     """Whether a <= b always holds; raises DimError when it holds for some sizes only."""
     difference = b - a
     low, high = bounds(difference)
+    if low < 0 and isinstance(difference, Dim):
+        tighter_low, tighter_high = _bounds_of_multiple(difference)
+        low = max(low, tighter_low)
+        high = tighter_high if high is None or (tighter_high is not None and tighter_high < high) else high
     if low >= 0:
         return True
     if high is not None and high < 0:
         return False
     raise DimError(f"cannot settle {a} <= {b} from the symbols' ranges")
+
+
+def _bounds_of_multiple(value: Dim) -> Interval:
+    """Bounds by way of d * (n // d) = n - rest, 0 <= rest < d: they see that 2 * (S // 2) is at most S."""
+    whole: int | Dim = value
+    scale, low_rest, high_rest = 1, 0, 0
+    for monomial, coefficient in value.terms:
+        if len(monomial) != 1 or not isinstance(monomial[0][0], FloorDiv) or monomial[0][1] != 1:
+            continue
+        atom = monomial[0][0]
+        c, d = coefficient * scale, atom.divisor
+        whole = (whole - _collect([(monomial, c)])) * d + atom.numerator * c
+        low_rest, high_rest = low_rest * d + min(0, -c * (d - 1)), high_rest * d + max(0, -c * (d - 1))
+        scale *= d
+    low, high = bounds(whole)
+    return -(-(low + low_rest) // scale), None if high is None else (high + high_rest) // scale
 
 
 def substitute(value: int | Dim, binding: Mapping[str, int | Dim]) -> int | Dim:
