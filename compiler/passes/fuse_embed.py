@@ -40,5 +40,8 @@ class FuseEmbed(Pass, name="fuse-embed"):
         if op.indices.dtype not in ("i32", "i64"):
             report.refuse(op, f"ids are {op.indices.dtype}, not i32 or i64")
             return None
+        indices = op.indices
+        if isinstance(indices, Cast) and (indices.x.dtype, indices.dtype) == ("i32", "i64"):
+            indices = indices.x  # the same rows
         report.hit("embed")
-        return Embed(uncast(op.x), op.indices, op.dtype)
+        return Embed(uncast(op.x), indices, op.dtype)
