@@ -103,7 +103,7 @@ def evaluated(graph: Graph, arrays: Mapping[str, Array]) -> list[Array]:
 
 def compare(nodes: Nodes, outputs: Sequence[str], arrays: Mapping[str, Array], rtol: float = 1e-5) -> None:
     """Shapes, dtypes and values of the translated graph are onnxruntime's."""
-    expected = nodes.runtime(*outputs).run(None, dict(arrays))
+    expected = nodes.runtime(*outputs).run(None, {name: np.asarray(array) for name, array in arrays.items()})
     found = evaluated(nodes.graph(*outputs), arrays)
     for name, own, other in zip(outputs, found, expected, strict=True):
         other = np.asarray(other)
