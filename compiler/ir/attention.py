@@ -162,7 +162,7 @@ class Attention(Op, name="llm.attention"):
 
         k, v = per_head(self.k), per_head(self.v)
         q: Value = Transpose(self.q, swap)
-        turned = Transpose(k, (*range(rank - 2), rank - 1, rank - 2))
+        turned = Transpose(k if k.dtype == q.dtype else Cast(k, q.dtype), (*range(rank - 2), rank - 1, rank - 2))
         scores: Value = Mul(Matmul(q, turned), constant(self.scale, q.dtype))
         if self.softcap:
             cap = constant(self.softcap, q.dtype)
@@ -182,11 +182,17 @@ class Attention(Op, name="llm.attention"):
         if visible is not None:
             scores = Where(visible, scores, constant(-math.inf, q.dtype))
         if self.sinks is None:
-            return Transpose(Matmul(self._shares(scores), v), swap)
+            return self._weighted(self._shares(scores), v, swap)
         sinks: Value = self.sinks if self.sinks.dtype == q.dtype else Cast(self.sinks, q.dtype)
         column = Broadcast(Reshape(sinks, (heads, 1, 1)), (*leading, heads, queries, 1))
         shares = Slice(Softmax(Concat((scores, column), rank - 1), rank - 1), rank - 1, 0, keys)
-        return Transpose(Matmul(shares, v), swap)
+        return self._weighted(shares, v, swap)
+
+    def _weighted(self, shares: Value, v: Value, swap: tuple[int, ...]) -> Value:
+        """Values added up by their shares, in the values' dtype; the result in the queries'."""
+        if v.dtype == self.q.dtype:
+            return Transpose(Matmul(shares, v), swap)
+        return Cast(Transpose(Matmul(Cast(shares, v.dtype), v), swap), self.q.dtype)
 
     def _shares(self, scores: Value) -> Value:
         """The softmax of scores [..., heads, Q, K]; zeros in a row that sees no key, where there may be one."""

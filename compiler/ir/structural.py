@@ -208,7 +208,7 @@ class Reduce(Op):
         return Tensor(shape, self.x.dtype)
 
     def evaluate(self, x: Array) -> Array:
-        wide = x.astype(np.float32) if x.dtype.itemsize == 2 else x
+        wide = x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
         return np.asarray(type(self).function(wide, axis=self.axes, keepdims=self.keep), x.dtype)
 
 

@@ -305,5 +305,5 @@ def highest(dtype: str) -> Expr:
     from tvm import tirx
 
     if dtype == "uint64":  # beyond what a constant of TIR holds
-        return tirx.const(-1, "int64").astype("uint64")
+        return tirx.reinterpret("uint64", tirx.const(-1, "int64"))
     return tirx.const(float("inf"), dtype) if dtype.startswith("float") else tirx.max_value(dtype)

@@ -119,7 +119,13 @@ times = wrapping(lambda x, y: x * y)
 
 
 def negative(x: Expr) -> Expr:
-    return minus(number(0, x), x) if not is_float(x) else x * number(-1, x)  # 0 - 0 has no minus sign
+    """-x; of 0.0 it is -0.0, and integers wrap around."""
+    if is_float(x):
+        return x * number(-1, x)
+    # The bits turned, plus 1: TVM takes an unsigned 0 - x for 0.
+    signed = dtype_of(x).removeprefix("u")
+    turned = let((x.astype(signed) ^ number(-1, x.astype(signed))).astype(dtype_of(x)))
+    return plus(turned, number(1, turned))
 
 
 def maximum(x: Expr, y: Expr) -> Expr:
@@ -170,10 +176,19 @@ def _dividing(x: Expr, y: Expr, function: Callable[[Expr, Expr], Expr], negated:
     select = tir("Select")
     zero = let(tir("EQ")(y, number(0, y)))
     if is_unsigned(x):
-        return select(zero, number(0, x), function(x, select(zero, number(1, y), y)))
+        return select(zero, number(0, x), function(x, _opaque(select(zero, number(1, y), y))))
     minus_one = let(tir("EQ")(y, number(-1, y)))
-    divisor = let(select(tir("Or")(zero, minus_one), number(1, y), y))
+    divisor = _opaque(select(tir("Or")(zero, minus_one), number(1, y), y))
     return select(minus_one, negated(x), select(zero, number(0, x), function(x, divisor)))
+
+
+def _opaque(x: Expr) -> Expr:
+    """The value by way of memory: TVM takes a division into both sides of a choice of divisors, and does both."""
+    from llmc.targets.x86 import linear_builder as b
+
+    slot = b.scratch(1, dtype_of(x))
+    b.store(slot, [0], x)
+    return slot[b.index(0)]
 
 
 def _divide(x: Expr, y: Expr) -> Expr:

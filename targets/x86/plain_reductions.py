@@ -40,7 +40,7 @@ from llmc.targets.x86.plain_functions import (
     plus,
     times,
 )
-from llmc.targets.x86.vectors import divide
+from llmc.targets.x86.vectors import divide, pin
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -74,7 +74,7 @@ def _finish(k: Plain, total: Expr) -> Expr:
     for axis in k.integers("axes"):
         count = count * k.extent(0, axis)
     dtype = dtype_of(total) if is_float(total) else "float64"
-    return total.astype(dtype) / count.astype(dtype)
+    return total.astype(dtype) / pin(count).astype(dtype)  # TVM refuses to divide by a constant 0
 
 
 def _outer_index(k: Plain, kept: Sequence[Expr], reduced: Sequence[Expr]) -> list[Expr]:
