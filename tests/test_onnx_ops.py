@@ -34,7 +34,8 @@ UNARY = (
 )  # fmt: skip
 # onnxruntime gives other numbers than the formula where it is not finite: its own approximations saturate.
 FINITE_ONLY = {"Erf", "Sinh", "Cosh", "Asinh", "Softplus", "Softsign", "Elu", "Selu", "Celu", "HardSwish", "Mish",
-               "Tanh", "Sigmoid", "HardSigmoid", "Sin", "Cos", "LeakyRelu", "ThresholdedRelu", "Shrink", "Relu"}  # fmt: skip
+               "Tanh", "Sigmoid", "HardSigmoid", "Sin", "Cos", "LeakyRelu", "ThresholdedRelu", "Shrink",
+               "Relu"}  # fmt: skip
 
 
 def floats(*shape: int) -> Array:
@@ -109,7 +110,8 @@ def test_integer_powers() -> None:
 
 
 @pytest.mark.parametrize("shapes", [((7,), (7,)), ((7,), (7, 3)), ((3, 7), (7,)), ((2, 1, 3, 7), (5, 7, 1)),
-                                    ((0, 7), (7, 2)), ((2, 0), (0, 3)), ((7,), (2, 7, 3)), ((2, 3, 7), (7,))], ids=str)  # fmt: skip
+                                    ((0, 7), (7, 2)), ((2, 0), (0, 3)), ((7,), (2, 7, 3)),
+                                    ((2, 3, 7), (7,))], ids=str)  # fmt: skip
 def test_matmul_of_every_rank(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     a, b = (floats(*shape) for shape in shapes)
     nodes = Nodes({"a": ("float32", a.shape), "b": ("float32", b.shape)})
