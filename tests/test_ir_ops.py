@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmc.compiler.ir import elementwise as e
-from llmc.compiler.ir import integers, llm
+from llmc.compiler.ir import integers, llm, ragged
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import evaluate_values
@@ -312,7 +312,26 @@ def integer_cases() -> list[Case]:
     ]
 
 
-CASES = [*elementwise_cases(), *structural_cases(), *llm_cases(), *integer_cases()]
+def ragged_cases() -> list[Case]:
+    """The ops over tokens of several sequences."""
+    x, starts, table = normal(7, 3), np.array([0, 1, 5, 7], np.int32), normal(2, 9)
+    reduced = {"mean": np.mean, "max": np.max, "sum": np.sum}
+    distance = np.arange(4)[None, :] - np.arange(4)[:, None]
+    return [
+        *(
+            Case(
+                f"llm.pool_tokens {kind}",
+                partial(ragged.PoolTokens, kind=kind),
+                (x, starts),
+                np.stack([reduced[kind](x[a:b], axis=0) for a, b in ((0, 1), (1, 5), (5, 7))]),
+            )
+            for kind in ragged.POOLINGS
+        ),
+        Case("llm.relative_bias", partial(ragged.RelativeBias, size=4), (table,), table[:, 4 + distance]),
+    ]
+
+
+CASES = [*elementwise_cases(), *structural_cases(), *llm_cases(), *integer_cases(), *ragged_cases()]
 # Ops over caches and encodings, which no plain array stands for: tested by name below.
 OTHERS = {"llm.kv_append", "llm.paged_attention", "llm.quantize", "llm.dequantize", "llm.pack_groups"}
 
@@ -337,7 +356,7 @@ def test_decompose_means_the_same(case: Case) -> None:
     op, inputs = built(case)
     simpler = op.decompose()
     if simpler is None:
-        primitive = isinstance(op, (llm.QuantizeActivations, integers.UnpackNibbles))
+        primitive = isinstance(op, (llm.QuantizeActivations, integers.UnpackNibbles, ragged.PoolTokens))
         assert primitive, f"{case} has no decomposition"
         return
     assert simpler.type == op.type
