@@ -30,7 +30,7 @@ class Probe:
     def __init__(self, graph: Graph, size: Dim | None = None) -> None:
         self.graph = graph
         self._size = size
-        self.positions: Input | None = next((v for v in graph.inputs if v.name == "positions"), None)
+        self.positions: Input | None = next((v for v in graph.inputs if _counts_tokens(v)), None)
         self._stand_ins: dict[str, Array] = {}
 
     @cached_property
@@ -111,6 +111,18 @@ class Probe:
         values = np.random.default_rng(list(name.encode())).standard_normal(shape).astype(numpy_dtype(kind.dtype))
         self._stand_ins[name] = values
         return values
+
+
+def _counts_tokens(value: Input) -> bool:
+    """Whether an input is the `positions` i32[1, S] of a text model, and not one of any graph's own."""
+    kind = value.type
+    return (
+        value.name == "positions"
+        and isinstance(kind, Tensor)
+        and kind.dtype == "i32"
+        and kind.rank == 2
+        and kind.shape[0] == 1
+    )
 
 
 _reader: contextvars.ContextVar[LoadParam | None] = contextvars.ContextVar("reader", default=None)

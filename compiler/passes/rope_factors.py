@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.compiler.ir.dims import product
-from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub
+from llmc.compiler.ir.elementwise import Add, Cast, Div, Mul, Neg, Sub, Unary
 from llmc.compiler.ir.llm import Rope
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Shape
 from llmc.compiler.passes.linear_maps import LinearMaps
 from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.rewriting import number_of
 from llmc.errors import IRError
 
 Floats = NDArray[np.float64]
@@ -99,8 +100,9 @@ class FactorRotations(LinearMaps):
         if not factors or np.prod(shape) > _MOST:
             return None
         generator = np.random.default_rng(0)
-        known: dict[Value, Array] = {f: generator.standard_normal(self.probe.shape(f, _FEW)) for f in factors}
+        leaves = {leaf: generator.standard_normal(self.probe.shape(leaf, _FEW)) for leaf in _leaves(factors)}
         try:
+            known = dict(zip(factors, self.probe.evaluate(factors, _FEW, None, leaves), strict=True))
             found = self._probe(x, y, shape, known)
         except IRError:
             return None
@@ -168,6 +170,22 @@ def _factor(op: Mul) -> Value | None:
             varies = value.rank > 1 and value.shape[-1] != 1 and product(value.shape[:-1]) != 1
             return value if varies else None
     return None
+
+
+def _leaves(factors: tuple[Value, ...]) -> list[Value]:
+    """What factors are made of, as far as one column says what another one is: cos(cat(angles, angles))."""
+    found: dict[Value, None] = {}
+    stack = list(factors)
+    while stack:
+        value = stack.pop()
+        moved = isinstance(value, (Concat, Reshape, Broadcast, Transpose, Slice, Cast, Unary))
+        if moved and isinstance(value, Op) and all(operand.dtype in FLOATS for operand in value.operands):
+            stack.extend(value.operands)
+        elif isinstance(value, (Mul, Div)) and number_of(value.b) is not None:
+            stack.append(value.a)
+        else:
+            found[value] = None
+    return list(found)
 
 
 def _size(factor: Value, axis: int, rank: int) -> object:
