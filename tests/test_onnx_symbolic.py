@@ -210,6 +210,17 @@ def test_what_is_known_of_random_arithmetic_is_right(seed: int) -> None:
                 np.testing.assert_array_equal(np.reshape(known, item.known.shape), other)
 
 
+def test_elements_of_a_mask_of_ones_are_ones() -> None:
+    """An attention mask of one sequence is nothing but ones, however it is indexed."""
+    nodes = start(i=("int64", ("S", 2)))
+    mask = nodes.add("Expand", np.array(True), row(nodes, size(nodes, 0), size(nodes, 1)))
+    first, second = nodes.add("GatherND", mask, "i"), nodes.add("Gather", mask, "i", axis=1)
+    assert [op.name for op in nodes.graph(first).ops] == ["t.constant", "t.broadcast"]
+    assert [op.name for op in nodes.graph(second).ops] == ["t.constant", "t.broadcast"]
+    arrays = {"x": np.zeros((2, 5, 8), np.float32), "i": np.array([[0, 1], [1, 4], [1, 0], [0, 0], [1, 1]])}
+    compare(nodes, [first, second], arrays)
+
+
 def test_plain_shape_arithmetic_is_known_not_computed() -> None:
     """None of the idioms but those over x itself leaves an op on integers in the graph, but for positions."""
     nodes = start()

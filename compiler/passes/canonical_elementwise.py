@@ -38,7 +38,7 @@ from llmc.compiler.ir.elementwise import (
 )
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Max, Mean, Reduce, Reshape, Softmax, Sum
-from llmc.compiler.ir.types import FLOATS, numpy_dtype
+from llmc.compiler.ir.types import FLOATS, INTEGERS, UNSIGNED, numpy_dtype
 from llmc.compiler.passes.rewriting import holds, is_number, number, number_of, shaped
 
 Rule = Callable[[Op], Value | None]
@@ -156,7 +156,7 @@ def subtract_constant(op: Op) -> Value | None:
     """x - c -> x + (-c)"""
     assert isinstance(op, Sub)
     found = number_of(op.b)
-    if found is None or isinstance(found, bool) or op.dtype in ("u8", "bool"):
+    if found is None or isinstance(found, bool) or op.dtype in (*UNSIGNED, "bool"):
         return None
     if not _is_float(op) and found == _lowest(op.dtype):
         return None
@@ -175,7 +175,13 @@ def add_constants(op: Op) -> Value | None:
     first, second = number_of(op.a.b), number_of(op.b)
     if first is None or second is None:
         return None
-    return shaped(Add(op.a.a, number(first + second, op)), op.shape)
+    if op.dtype not in INTEGERS:
+        return None
+    # As large numbers wrap around, so does their sum.
+    bits = 8 * numpy_dtype(op.dtype).itemsize
+    low = 0 if op.dtype in UNSIGNED else _lowest(op.dtype)
+    total = (int(first) + int(second) - low) % (1 << bits) + low
+    return shaped(Add(op.a.a, number(total, op)), op.shape)
 
 
 def add_or_subtract_negated(op: Op) -> Value | None:
@@ -194,7 +200,7 @@ def add_or_subtract_negated(op: Op) -> Value | None:
 def multiply_by_minus_one(op: Op) -> Value | None:
     """x * -1 -> -x; x / -1 -> -x"""
     assert isinstance(op, (Mul, Div))
-    if number_of(op.b) == -1 and op.dtype != "u8" and op.a.shape == op.shape:
+    if number_of(op.b) == -1 and op.dtype not in UNSIGNED and op.a.shape == op.shape:
         return Neg(op.a)
     return None
 
@@ -202,7 +208,7 @@ def multiply_by_minus_one(op: Op) -> Value | None:
 def subtract_from_zero(op: Op) -> Value | None:
     """0 - x -> -x"""
     assert isinstance(op, Sub)
-    if number_of(op.a) == 0 and op.b.shape == op.shape and op.dtype not in ("u8", "bool"):
+    if number_of(op.a) == 0 and op.b.shape == op.shape and op.dtype not in (*UNSIGNED, "bool"):
         return Neg(op.b)
     return None
 

@@ -15,8 +15,11 @@ from llmc.compiler.ir.types import FLOATS, Shape
 
 # For each dtype, those that hold every one of its values.
 _WIDER: dict[str, tuple[str, ...]] = {
-    "bool": ("u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
-    "u8": ("i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "bool": ("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "u8": ("u16", "u32", "u64", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
+    "u16": ("u32", "u64", "i32", "i64", "f32", "f64"),
+    "u32": ("u64", "i64", "f64"),
+    "u64": (),
     "i8": ("i16", "i32", "i64", "f16", "bf16", "f32", "f64"),
     "i16": ("i32", "i64", "f32", "f64"),
     "i32": ("i64", "f64"),

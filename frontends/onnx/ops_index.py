@@ -39,7 +39,22 @@ def _gather(t: Translation, node: Node, x: Item, indices: Item) -> Value:
         place = place + x.shape[axis] if int(at.item()) < 0 else place
         row = cut(x.value, axis, place, place + 1)
         return reshape(row, (*x.shape[:axis], *at.shape, *x.shape[axis + 1 :]))
+    alike = uniform(x.value)
+    if alike is not None:
+        return broadcast(alike, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
     return s.Gather(x.value, indices.value, axis)
+
+
+def uniform(value: Value) -> Value | None:
+    """The number, of rank 0, that every element of a value is, where it is broadcast from a constant.
+
+    Whichever elements are taken of a mask of ones, they are ones.
+    """
+    while isinstance(value, (s.Broadcast, s.Reshape)):
+        value = value.x
+    if not isinstance(value, e.Constant) or value.value.array.size != 1:
+        return None
+    return reshape(value, ())
 
 
 def _cut_to(value: Value, shape: tuple[int | Dim, ...], axis: int) -> Value:
@@ -73,6 +88,9 @@ def _gather_nd(t: Translation, node: Node, x: Item, indices: Item) -> Value:
         raise Unsupported(f"the indices' last size {depth} must be a known number when compiling")
     leading, chosen, rest = x.shape[:batch], x.shape[batch : batch + depth], x.shape[batch + depth :]
     result = (*indices.shape[:-1], *rest)
+    alike = uniform(x.value)
+    if alike is not None:
+        return broadcast(alike, result)
     rows = reshape(x.value, (product(leading) * product(chosen), *rest))
     flat = flat_index(reshape(indices.value, (product(indices.shape[:-1]), depth)), chosen)
     if batch:
