@@ -89,6 +89,34 @@ class NoCache(torch.nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
+class Encoder(torch.nn.Module):
+    """An encoder with chosen outputs, in order."""
+
+    def __init__(self, model: Any, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.outputs = model, outputs
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *types: torch.Tensor) -> Any:
+        given = {"token_type_ids": types[0]} if types else {}
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **given)
+        return tuple(found[name] for name in self.outputs)
+
+
+def export_encoder(directory: Path, head: str, outputs: tuple[str, ...], types: bool, style: str = "script") -> Path:
+    """Write `onnx/model.onnx` into a model's directory, where Optimum puts it. types: with token_type_ids."""
+    auto = getattr(transformers, f"AutoModelFor{head}") if head else transformers.AutoModel
+    names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
+    tokens = torch.arange(_BATCH * _TOKENS).reshape(_BATCH, _TOKENS) + 5
+    arguments = (tokens, torch.ones_like(tokens), torch.zeros_like(tokens))[: len(names)]
+    axes = {name: {0: "batch", 1: "sequence"} for name in names}
+    path = directory / "onnx" / "model.onnx"
+    path.parent.mkdir()
+    with quietly():
+        model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+        _export(Encoder(model, outputs), arguments, path, style, names, list(outputs), axes)
+    return path
+
+
 def export(family: str, style: str, folder: Path, **changes: object) -> Path:
     """The `.onnx` file of a tiny decoder in a folder with its config and tokenizer; `changes` as for `make_tiny`."""
     directory = make_tiny(family, folder / "hf", **changes)

@@ -30,9 +30,14 @@ def read_text(directory: Path, config: PreTrainedConfig) -> Text:
     return text_of(*open_tokenizer(directory), directory, config)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer's files."""
+    return any((directory / name).exists() for name in _FILES)
+
+
 def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
     """transformers' tokenizer of a directory, without limits of its own; None and a note where there is none."""
-    if not any((directory / name).exists() for name in _FILES):
+    if not has_tokenizer(directory):
         return None, ("no tokenizer: the artifact takes token ids only",)
     try:
         tokenizer = _load(directory)

@@ -1,10 +1,23 @@
-"""What an encoder's outputs are for: embeddings, classes of a text, something for each token."""
+"""What an encoder's outputs are for: embeddings, classes of a text, something for each token.
+
+A model that gives a row of features a token becomes one that embeds texts: by the modules of a sentence-transformers
+directory around it, else by the mean over tokens.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Shape
+from llmc.errors import FrontendError, IRError
+from llmc.frontends.hf.encoder import read_encoder_text
+from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Pooling
+from llmc.frontends.hf.sentence import Sentence, read_sentence
+from llmc.frontends.lifted import Text, WeightSource
 from llmc.frontends.onnx.text import Companions
+from llmc.frontends.weight_sources import LayeredWeights
 
 EMBEDDING, CLASSIFICATION, TOKENS = "embedding", "classification", "tokens"
 # Outputs by what exporters call them: a row a text that is its embedding, a row a token of features.
@@ -13,58 +26,129 @@ _FEATURES = ("last_hidden_state", "token_embeddings", "hidden_states", "hidden_s
 _POOLED = ("pooler_output", "pooled_output")
 
 
-def as_encoder(graph: Graph, companions: Companions, context: int) -> tuple[Graph, dict[str, object]]:
-    """The graph under names that say what outputs are, and the manifest's `encoder`."""
+@dataclass(frozen=True)
+class Encoder:
+    """graph: outputs have known names. facts: the manifest's `encoder`, if any. weights: those of modules too."""
+
+    graph: Graph
+    facts: dict[str, object] | None
+    weights: WeightSource
+    text: Text
+    notes: tuple[str, ...]
+
+
+def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, vocabulary: int, context: int) -> Encoder:
+    """The graph of a text model that is no decoder, with what it is for. context: tokens of a text at most."""
     graph = _named(graph, companions.class_names)
-    shapes = {name: value.shape for name, value in graph.outputs}
-    kind, output = _purpose(shapes, companions.labels is not None)
-    has_types = any(value.name == "token_types" for value in graph.inputs)
-    labels = companions.labels
-    width = shapes[output][-1] if shapes[output] else 0
-    return graph, {
+    sentence = _sentence(companions)
+    folder, settings = companions.tokenizer_folder(), companions.settings(vocabulary)
+    lower_case = sentence is not None and sentence.lower_case
+    text = read_encoder_text(folder, settings, lower_case)  # type: ignore[arg-type]
+    companions.require_tokenizer(text.text)
+    notes = (*text.text.notes, *(sentence.notes if sentence is not None else ()))
+    kind, output = _purpose(graph, companions.labels is not None)
+    if kind is None:
+        modules = sentence.modules if sentence is not None and sentence.modules else ()
+        if not modules:
+            modules = (Pooling("", folder, TOKEN_EMBEDDINGS, SENTENCE),)
+            notes = (*notes, "embedding is the mean over tokens: the model does not say how one is made")
+        context_of = Context(graph.input("positions"), _with_modules(weights, modules))
+        graph = _pooled(graph, output, modules, context_of, keep=sentence is None)
+        weights, kind, output = context_of.weights, EMBEDDING, EMBEDDING
+    shape = graph.output(output).shape
+    if kind == TOKENS and _width(shape) >= vocabulary:  # words for masked ones, or the like
+        return Encoder(graph, None, weights, text.text, notes)
+    longest = (sentence.max_tokens if sentence is not None else None) or text.longest or context
+    facts: dict[str, object] = {
         "kind": kind,
         "output": output,
-        "labels": labels if kind != EMBEDDING and labels is not None and len(labels) == width else None,
-        "multi_label": kind == CLASSIFICATION and companions.multi_label,
-        "max_tokens": context,
-        "pair_types": has_types,
-        "prompts": {},
-        "default_prompt": None,
-        "normalized": False,
+        "labels": _labels(companions, shape) if kind != EMBEDDING else None,
+        "multi_label": kind == CLASSIFICATION and companions.labels_stand_alone(_width(shape)),
+        "max_tokens": min(longest, context),
+        "pair_types": text.pair_types and any(value.name == "token_types" for value in graph.inputs),
+        "prompts": dict(sentence.prompts) if sentence is not None else {},
+        "default_prompt": sentence.default_prompt if sentence is not None else None,
+        "normalized": sentence is not None and sentence.normalized,
     }
+    return Encoder(graph, facts, weights, text.text, notes)
+
+
+def _sentence(companions: Companions) -> Sentence | None:
+    """The sentence-transformers directory that the model lies in."""
+    path = companions.find("modules.json")
+    return read_sentence(path.parent) if path is not None else None
+
+
+def _with_modules(weights: WeightSource, modules: tuple[object, ...]) -> WeightSource:
+    """The model's weights, and those that modules have files of their own for."""
+    for module in modules:
+        own = module.weights()  # type: ignore[attr-defined]
+        if own is not None:
+            weights = LayeredWeights(own, weights)
+    return weights
+
+
+def _pooled(graph: Graph, features: str, modules: tuple[object, ...], context: Context, keep: bool) -> Graph:
+    """The graph with an output `embedding`. keep: beside its own outputs."""
+    values: dict[str, Value] = {TOKEN_EMBEDDINGS: graph.output(features)}
+    for module in modules:
+        reads, writes, where = module.reads, module.writes, module.directory  # type: ignore[attr-defined]
+        if reads not in values:
+            raise FrontendError(f"{where}: it works on {reads}, which no module before it makes")
+        try:
+            values[writes] = module.apply(values[reads], context)  # type: ignore[attr-defined]
+        except IRError as error:
+            raise FrontendError(f"{where} does not fit what stands before it: {error}") from error
+    own = graph.outputs if keep else ()
+    return graph.replace_outputs([*own, (EMBEDDING, values[SENTENCE])])
 
 
 def _named(graph: Graph, classes: tuple[str, ...]) -> Graph:
     """Outputs that an exporter numbered get the names that the model's own class gives them."""
     known = {*_EMBEDDINGS, *_FEATURES, *_POOLED, "logits"}
-    if any(name in known for name, _ in graph.outputs):
+    if not classes or any(name in known for name, _ in graph.outputs):
         return graph
     has_head = any("For" in name for name in classes)
     outputs = []
     taken: set[str] = {name for name, _ in graph.outputs}
     for name, value in graph.outputs:
-        wanted = ("logits",) if has_head else ("last_hidden_state",) if value.rank == 3 else ("pooler_output",)
-        new = next((candidate for candidate in wanted if candidate not in taken), name)
+        wanted = "logits" if has_head else "last_hidden_state" if value.rank == 3 else "pooler_output"
+        new = name if wanted in taken else wanted
         taken.add(new)
         outputs.append((new, value))
-    return graph.replace_outputs(outputs) if classes else graph
+    return graph.replace_outputs(outputs)
 
 
-def _purpose(shapes: dict[str, Shape], has_labels: bool) -> tuple[str, str]:
-    """The kind of encoder, and the name of its main output."""
+def _purpose(graph: Graph, has_labels: bool) -> tuple[str | None, str]:
+    """The kind of encoder, and the name of its main output; None with that of the features of tokens."""
+    shapes = {name: value.shape for name, value in graph.outputs}
     for name in _EMBEDDINGS:
-        if name in shapes and len(shapes[name]) == 2:
+        if name in shapes and _is_a_row_a_text(shapes[name]):
             return EMBEDDING, name
     if "logits" in shapes:
         return (CLASSIFICATION if _is_a_row_a_text(shapes["logits"]) else TOKENS), "logits"
+    features = [name for name, shape in shapes.items() if len(shape) == 3 and not _is_a_row_a_text(shape)]
     for name in _FEATURES:
-        if name in shapes:
-            return TOKENS, name
+        if name in features:
+            return None, name
+    if features and not has_labels and all(isinstance(dim, int) for dim in shapes[features[0]][2:]):
+        return None, features[0]
     name, shape = next(iter(shapes.items()))
     if not _is_a_row_a_text(shape):
         return TOKENS, name
     return (CLASSIFICATION if has_labels else EMBEDDING), name
 
 
+def _labels(companions: Companions, shape: Shape) -> list[str]:
+    """A name a class: the config's, or numbers as transformers gives them."""
+    width = _width(shape)
+    labels = companions.labels
+    return labels if labels is not None and len(labels) == width else [f"LABEL_{number}" for number in range(width)]
+
+
+def _width(shape: Shape) -> int:
+    return shape[-1] if shape and isinstance(shape[-1], int) else 0
+
+
 def _is_a_row_a_text(shape: Shape) -> bool:
-    return all(isinstance(dim, int) for dim in shape)
+    return len(shape) == 2 and all(isinstance(dim, int) for dim in shape)

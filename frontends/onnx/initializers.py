@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array
 from llmc.errors import FrontendError
+from llmc.frontends.lifted import WeightSource
 from llmc.frontends.onnx.external_data import ExternalFiles
 from llmc.frontends.onnx.forms import DTYPES
 from llmc.frontends.onnx.protobuf import Span
@@ -234,7 +235,7 @@ class OnnxWeights:
 class NoiseWeights:
     """Random numbers in the shapes of some weights; the others as the model's file has them."""
 
-    def __init__(self, weights: OnnxWeights, random: Mapping[str, str], seed: int) -> None:
+    def __init__(self, weights: WeightSource, random: Mapping[str, str], seed: int) -> None:
         """random: the dtype of each weight that is replaced."""
         self._weights = weights
         self._sources = {

@@ -167,18 +167,24 @@ class _Text:
         graph = Graph("model", translated.inputs, outputs)
         vocabulary = token_rows(graph)
         logits = self._causal_logits(graph, vocabulary)
-        encoder = None
+        source: WeightSource = self.bodies.weights
+        facts = None
         if logits is not None:
-            graph = Graph("model", tuple(i for i in graph.inputs if i.name != "token_types"), (("logits", logits),))
-            if any(value.name == "token_types" for value in translated.inputs):
+            graph = Graph("model", translated.inputs[:2], (("logits", logits),))
+            if len(translated.inputs) > 2:
                 graph = without_token_types(graph, translated.inputs[2])
             vocabulary = int(logits.shape[2])
+            text = self.companions.text(vocabulary)
+            notes += text.notes
         else:
-            graph, encoder = as_encoder(graph, self.companions, context)
-        text = self.companions.text(vocabulary)
+            encoder = as_encoder(graph, self.companions, source, vocabulary, context)
+            graph, facts, source, text = encoder.graph, encoder.facts, encoder.weights, encoder.text
+            notes += encoder.notes
+        if weights == "random":
+            source = NoiseWeights(source, replaceable(graph), seed)
         return Lifted(
             graph=graph,
-            weights=self._weights(graph, weights, seed),
+            weights=source,
             name=model_name(self.model.path),
             architecture=self.companions.architecture or "onnx",
             parameters=parameter_count(graph),
@@ -187,10 +193,10 @@ class _Text:
             max_positions=self.companions.max_positions or context,
             max_context=context,
             text=text,
-            notes=(*notes, *text.notes),
+            notes=tuple(notes),
             config=self.companions.config,
             task=ENCODE if logits is None else GENERATE,
-            encoder=encoder,
+            encoder=facts,
         )
 
     def _context(self, max_context: int | None) -> tuple[int, list[str]]:
@@ -240,11 +246,6 @@ class _Text:
     def _layer_count(self, graph: Graph) -> int:
         """Layers, as far as a graph shows them: a softmax or an attention each."""
         return sum(isinstance(op, (Softmax, Attention)) for op in graph.ops) or len(self.inputs.having(Role.PAST)) // 2
-
-    def _weights(self, graph: Graph, weights: str, seed: int) -> WeightSource:
-        if weights == "checkpoint":
-            return self.bodies.weights
-        return NoiseWeights(self.bodies.weights, replaceable(graph), seed)
 
 
 def cast(value: Value, dtype: str) -> Value:

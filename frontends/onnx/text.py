@@ -7,7 +7,7 @@ from typing import Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
-from llmc.frontends.hf.tokenizer import read_text
+from llmc.frontends.hf.tokenizer import has_tokenizer, read_text
 from llmc.frontends.lifted import Text
 
 _MOST_POSITIONS = 1 << 28
@@ -82,29 +82,43 @@ class Companions:
         labels = [found.get(str(index)) for index in range(len(found))]
         return [str(label) for label in labels] if all(isinstance(label, str) for label in labels) else None
 
-    @property
-    def multi_label(self) -> bool:
-        return self.config.get("problem_type") == "multi_label_classification"
+    def labels_stand_alone(self, width: int) -> bool:
+        """Whether each of `width` labels has a probability of its own, as transformers and cross encoders decide."""
+        nested = _object(self.config.get("sentence_transformers"))
+        activation = nested.get("activation_fn") or self.config.get("sbert_ce_default_activation_function")
+        if activation is not None:
+            return str(activation).rpartition(".")[2] == "Sigmoid"
+        kind = self.config.get("problem_type")
+        return kind == "multi_label_classification" or (width == 1 and kind != "regression")
 
     @property
     def pad_id(self) -> int | None:
         value = self.config.get("pad_token_id")
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    def text(self, vocab_size: int) -> Text:
-        """The tokenizer: of --tokenizer, or beside the model."""
-        stop = self.config.get("eos_token_id", self._genai.get("eos_token_id"))
-        settings = _Settings(vocab_size, stop)
+    def settings(self, vocab_size: int) -> Settings:
+        """What readers of tokenizers ask of a config."""
+        return Settings(vocab_size, self.config.get("eos_token_id", self._genai.get("eos_token_id")))
+
+    def tokenizer_folder(self) -> Path:
+        """The folder of --tokenizer, or the nearest one that holds a tokenizer; the model's own where none does."""
         if self._tokenizer is not None:
-            text = read_text(self._tokenizer, settings)  # type: ignore[arg-type]
-            if text.facts is None:
-                raise FrontendError(f"{self._tokenizer} holds no tokenizer: expected tokenizer.json or the like")
-            return text
-        found = [read_text(folder, settings) for folder in self.folders]  # type: ignore[arg-type]
-        return next((text for text in found if text.facts is not None), found[0])
+            return self._tokenizer
+        return next((folder for folder in self.folders if has_tokenizer(folder)), self.folders[0])
+
+    def require_tokenizer(self, text: Text) -> None:
+        """FrontendError where the user named a folder and it holds no tokenizer."""
+        if self._tokenizer is not None and text.facts is None:
+            raise FrontendError(f"{self._tokenizer} holds no tokenizer: expected tokenizer.json or the like")
+
+    def text(self, vocab_size: int) -> Text:
+        """The tokenizer of a decoder."""
+        text = read_text(self.tokenizer_folder(), self.settings(vocab_size))  # type: ignore[arg-type]
+        self.require_tokenizer(text)
+        return text
 
 
-class _Settings:
+class Settings:
     """What `read_text` asks of a transformers config."""
 
     def __init__(self, vocab_size: int, eos_token_id: object) -> None:
