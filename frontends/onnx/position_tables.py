@@ -30,9 +30,12 @@ def longest_sequence(graph: Graph, size: Symbol, weights: WeightSource) -> int |
             if op.indices in words or not isinstance(rows, int):
                 continue
             few, more = (_last_index(graph, op.indices, size, count, weights) for count in (_FEW, _MORE))
-            # What does not count tokens, such as the kind of a token, is no position.
+            # What does not count tokens, such as the kind of a token, is no position; nor is a bucket of distances,
+            # which counts a few tokens only.
             if few is not None and 0 <= few < rows and more == few + _MORE - _FEW:
-                found.append(rows - (few + 1 - _FEW))
+                room = rows - (few + 1 - _FEW)
+                if _last_index(graph, op.indices, size, room + 1, weights) == rows:
+                    found.append(room)
         elif isinstance(op, Slice) and op.x in graph.constants and not isinstance(op.stop, int):
             rows, extra = op.x.shape[op.axis], op.stop - symbol(size.name, size.low, size.high)
             if isinstance(rows, int) and isinstance(extra, int):
