@@ -15,8 +15,11 @@ from tiny_encoders import ENCODERS, HEADS, VOCAB, make_encoder
 from tiny_models import BASE, randomize
 
 from llmc.compiler.ir.evaluate import evaluate
-from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.llm import Attention, PagedAttention
+from llmc.compiler.ir.structural import GatherElements
 from llmc.compiler.ir.verify import verify
+from llmc.compiler.options import CompileOptions
+from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 from llmc.frontends.lifted import ENCODE, Lifted
@@ -104,6 +107,18 @@ def test_attention_is_captured_and_sees_both_sides(family: str) -> None:
     assert len(captured) == lifted.layers
     assert not any(op.causal for op in captured)
     assert not any("attention" in note for note in lifted.notes)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_tokens_of_any_mixture_of_texts_are_one_step(family: str) -> None:
+    """Every family goes through the passes to attention over its own tokens, MPNet's too, which is not captured."""
+    lifted = lifted_encoder(family)
+    options = CompileOptions(quantization="none")
+    graph = run_pipeline(lifted.graph, options, load=lifted.load, task=ENCODE).graph
+    attention = [op for op in graph.ops if isinstance(op, PagedAttention)]
+    assert len(attention) == lifted.layers and not any(op.causal for op in attention)
+    assert {str(dict(graph.outputs)[name].shape[0]) for name in ("last_hidden_state", "embedding")} == {"T", "B"}
+    assert not any(isinstance(op, GatherElements) for op in graph.ops)  # token types that are all 0 cost nothing
 
 
 def test_windows_reach_to_both_sides() -> None:

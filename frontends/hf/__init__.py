@@ -1,1 +1,1 @@
-"""Hugging Face model directories to graphs; `lift` is the way in. (Importing it brings torch, so this file does not.)"""
+"""Hugging Face model directories to graphs; `lift` is the way in, and brings torch, so this file imports nothing."""

@@ -19,12 +19,13 @@ from transformers import masking_utils
 class Call:
     """How a model is called. arguments: those of its forward that get `ids`, `positions` or `token_types`, all [1, S].
 
-    first: the position that the model counts from. fixed: other arguments. outputs: the results to keep, by the model's
-    own names; None for every tensor.
+    first: the position that the model counts from. one_type: every token has type 0, said once for all of them. fixed:
+    other arguments. outputs: the results to keep, by the model's own names; None for every tensor.
     """
 
     arguments: Mapping[str, str]
     first: int = 0
+    one_type: bool = False
     fixed: Mapping[str, object] | None = None
     outputs: tuple[str, ...] | None = None
 
@@ -53,6 +54,8 @@ class _Function(torch.nn.Module):
         arguments = {name: given[ours] for name, ours in call.arguments.items()}
         if call.first and "position_ids" in arguments:
             arguments["position_ids"] = arguments["position_ids"] + call.first
+        if call.one_type:
+            arguments["token_type_ids"] = torch.zeros_like(given["ids"][:, :1])
         returned = self.model(return_dict=True, **arguments, **(call.fixed or {}))
         found = {name: value for name, value in returned.items() if isinstance(value, torch.Tensor)}
         kept = {name: found[name] for name in call.outputs or found if name in found}

@@ -75,10 +75,13 @@ def _export(
         arguments["position_ids"] = "positions"
     if token_types and meta.takes("token_type_ids"):
         arguments["token_type_ids"] = "token_types"
+    one_type = kind.task != GENERATE and not token_types and getattr(meta.model.config, "type_vocab_size", 0) > 0
     fixed = {"use_cache": False} if kind.task == GENERATE or meta.takes("use_cache") else {}
     kept = ("logits",) if kind.task == GENERATE else outputs
     longest = context if room is None else min(context, room)
-    exported = export(meta.model, Call(arguments, first, fixed, kept), longest)
+    exported = export(
+        meta.model, Call(arguments, first, one_type and meta.takes("token_type_ids"), fixed, kept), longest
+    )
     if not exported.outputs:
         raise FrontendError(f"{type(meta.model).__name__} returns no {' or '.join(kept or ('tensor',))}")
     return exported, room
