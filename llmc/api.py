@@ -170,7 +170,14 @@ def _as_source(model: Source, tokenizer: Source | None, folder: Path) -> str:
     if isinstance(model, Saves):
         _save(model, target)
     else:
-        _copy(_directory(model), target, lambda name: True)
+        from llmc.frontends.hf.source import module_paths
+
+        directory = _directory(model)
+        _copy(directory, target, lambda name: True)
+        for below in module_paths(directory / "modules.json"):
+            if (directory / below).is_dir():
+                (target / below).mkdir(parents=True, exist_ok=True)
+                _copy(directory / below, target / below, lambda name: True)
     if isinstance(tokenizer, Saves):
         # Not into `target`: files there may be links to the model's own, which writing would change.
         own = folder / "own-tokenizer"

@@ -67,9 +67,13 @@ def path_for(directory: Path, options: CompileOptions, by_content: bool = False,
 
 def model_hash(directory: Path, by_content: bool = False) -> str:
     """Changes when a file of the model does: names, sizes, and content or times."""
+    from llmc.frontends.hf.source import module_paths
+
     digest = hashlib.sha256()
     try:
-        for path in sorted(directory.iterdir()):
+        # sentence-transformers keeps settings and small weights in folders.
+        folders = [directory, *(directory / below for below in module_paths(directory / "modules.json"))]
+        for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
             if path.suffix not in _MODEL_FILES or not path.is_file():
                 continue
             facts = path.stat()

@@ -16,6 +16,8 @@ import tokenizers
 import torch
 from tiny_encoders import make_encoder, make_sentence, write_encoder_tokenizer
 
+from llmc.api import _as_source
+from llmc.artifact_cache import model_hash
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.verify import verify
 from llmc.errors import FrontendError
@@ -228,6 +230,17 @@ def test_random_weights_reach_the_modules() -> None:
     lifted = lift(sentence("bert", "max", "DN"), weights="random")
     assert "2_Dense.linear.weight" in {param.name for param in lifted.graph.params}
     assert np.isfinite(embeddings(lifted, TEXTS[:2])).all()
+
+
+def test_the_cache_and_copies_have_the_modules_too(tmp_path: Path) -> None:
+    """Another pooling is another artifact; a model with another tokenizer keeps its modules."""
+    directory = copied(sentence("bert", "max", "DN"), tmp_path / "m")
+    before = model_hash(directory)
+    change(directory / "1_Pooling" / "config.json", pooling_mode="cls")
+    assert model_hash(directory) != before
+    (tmp_path / "scratch").mkdir()
+    copy = Path(_as_source(directory, sentence("bert"), tmp_path / "scratch"))
+    assert lift(copy).encoder == lift(directory).encoder
 
 
 def module(kind: str, path: str = "1_Pooling") -> list[dict[str, object]]:

@@ -49,9 +49,11 @@ def check_links(directory: Path, model: Path) -> None:
 
 
 def module_paths(path: Path) -> list[str]:
-    """The folders that a modules.json of sentence-transformers names, below its own; empty if it is none."""
+    """The folders that a modules.json of sentence-transformers names, below its own; empty if there is no such file."""
     from llmc.frontends.hf.config import read_json_list
 
+    if not path.exists():
+        return []
     entries = read_json_list(path)
     found = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     return [below for below in found if isinstance(below, str) and is_below(below)]
