@@ -40,8 +40,17 @@ def encoded(case: Case, most: int = 16, seed: int = 0) -> Batch:
     return make_batch(case, WHOLE, WHOLE, most=most, seed=seed)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("machine", VECTOR_MACHINES)
+def each_on_a_machine() -> list[object]:
+    """Every case on every machine of vectors; one of them in turn where tests are to be quick."""
+    machines = [param.values[0] for param in VECTOR_MACHINES]
+    return [
+        pytest.param(machine, name, marks=() if i % len(machines) == j else pytest.mark.slow)
+        for i, name in enumerate(CASES)
+        for j, machine in enumerate(machines)
+    ]
+
+
+@pytest.mark.parametrize(("machine", "name"), each_on_a_machine())
 def test_rows_see_what_they_should_on_vectors(machine: Machine, name: str) -> None:
     batch = encoded(CASES[name])
     expected = batch.expected()

@@ -14,6 +14,7 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Pad, Reshape, Slice
 from llmc.compiler.passes.flatten_sequences import Mixes
 from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.relative_bias import relative_table
 from llmc.errors import IRError
 
 SIZES = (3, 8, 13)
@@ -39,8 +40,11 @@ def bias_table(probe: Probe, bias: Value, heads: int | Dim) -> Value:
         raise Mixes(f"it adds a bias {bias.type} to scores of {heads} heads")
     if bias.shape[-2:] != (probe.size, probe.size):  # the same for all queries, or for all keys
         bias = Broadcast(bias, (*bias.shape[:-2], probe.size, probe.size))
-    for size in sorted({*SIZES, min(longest, LONGEST)}):
-        _require_relative(probe, bias, size)
+    # Weights are read only where the bias is not relative whatever they are: a model may store buckets.
+    if all(relative_table(probe, bias, longest, stand_ins) is None for stand_ins in (True, False)):
+        for size in sorted({*SIZES, min(longest, LONGEST)}):
+            _require_relative(probe, bias, size)
+        raise Mixes("it adds a bias by position, which could not be told to depend on distance alone")
     square = _for_size(bias, probe, longest)
     square = Reshape(square, (int(product(bias.shape[:-2])), longest, longest))  # type: ignore[arg-type]
     if square.shape[0] != heads:
