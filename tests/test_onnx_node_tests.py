@@ -78,7 +78,6 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "test_roialign_*",
         "test_*deform_conv_*",
     ),
-    "recurrent layers have no translations": ("test_gru_*", "test_lstm_*", "test_rnn_*", "test_simple_rnn_*"),
     "Scan before opset 9 scanned each batch by itself": ("test_scan_sum",),
 }
 
