@@ -11,7 +11,13 @@ from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivat
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86 import attention_rules, embedding_rules, pooling, tile_plan  # noqa: F401  (registers their rules)
+from llmc.targets.x86 import (  # noqa: F401  (registers their rules)
+    attention_rules,
+    embedding_rules,
+    functions,
+    pooling,
+    tile_plan,
+)
 from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
 from llmc.targets.x86.linear_plan import Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
