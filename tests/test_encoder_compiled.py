@@ -31,7 +31,7 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import Input
+from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.ragged import POOLINGS, PoolTokens
 from llmc.compiler.ir.types import Array, Tensor
 from llmc.compiler.options import CompileOptions
@@ -89,7 +89,10 @@ def assert_close(found: list[dict[str, Array]], expected: list[dict[str, Array]]
             np.testing.assert_allclose(one[name], other[name], **(tolerance or CLOSE), err_msg=f"{name} of {index}")
 
 
-@pytest.mark.parametrize("kind", ["both", *ATTENTION])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "sinks and softcap")]
+
+
+@pytest.mark.parametrize("kind", ["both", "windows", "bias by distance", *SLOW_KINDS])
 def test_a_mixture_of_sequences_is_each_alone(kind: str) -> None:
     model = encoder(kind)
     sequences = random_sequences(LENGTHS)
@@ -105,9 +108,15 @@ def test_machines_without_tiles_agree(machine: str) -> None:
     assert_close(model.run(sequences), model.expected(sequences))
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS_OF_MODELS if head != "everything"])
-def test_each_kind_of_output_is_what_the_graph_means(head: str) -> None:
-    model = encoder("both", HEADS_OF_MODELS[head])
+def all_heads(x: Value) -> dict[str, Value]:
+    """Every kind of output, side by side."""
+    return {f"{kind} {name}": value for kind, head in HEADS_OF_MODELS.items() for name, value in head(x).items()}
+
+
+@pytest.mark.parametrize("head", [all_heads, first, masked_mean])
+def test_each_kind_of_output_is_what_the_graph_means(head: Head) -> None:
+    """All at once, and alone those of which less is computed then."""
+    model = encoder("both", head)
     sequences = random_sequences((5, 1, 40, 2))
     assert_close(model.run(sequences), model.expected(sequences))
 
@@ -121,7 +130,7 @@ def test_tiles_and_splits_of_any_size_give_the_same() -> None:
 
 
 def test_the_order_of_sequences_does_not_matter() -> None:
-    model = encoder("windows", masked_mean)
+    model = encoder("windows")
     sequences = random_sequences((12, 129, 1, 33))
     there, back = model.run(sequences), model.run(sequences[::-1])
     assert_close(there, back[::-1])
