@@ -38,8 +38,8 @@ MAX_SPLITS = 16  # context splits of attention at most
 GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 
 RECOGNISE = (
-    "integer-products,canonicalize,fold,cse,fuse-activation,fuse-norm,use-positions,fuse-rope,fuse-attention,fuse-linear,"
-    "fuse-embed,keep-integers,canonicalize,fold,cse"
+    "integer-products,canonicalize,fold,cse,fuse-activation,fuse-half-activation,fuse-norm,use-positions,fuse-rope,"
+    "fuse-attention,fuse-linear,fuse-embed,keep-integers,canonicalize,fold,cse"
 )
 
 
@@ -57,7 +57,7 @@ def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
     merge = "merge-projections" + (f"{{overrides={overrides}}}" if overrides else "")
     finish = "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse"
     if task == RUN:  # any graph, as it is: its inputs are not tokens
-        return ",".join([RECOGNISE, "split-projections,canonicalize,cse", merge, quantize, finish])
+        return ",".join([RECOGNISE, "bound-indices,split-projections,canonicalize,fold,cse", merge, quantize, finish])
     encodes = ",sequences=true" if task == ENCODE else ""
     scratch = ",scratch=true" if task == ENCODE else ""
     return ",".join(

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, concrete, symbols_of
-from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.elementwise import Binary, Cast, Unary, Where
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
 from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_values
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.structural import Gather
+from llmc.compiler.ir.structural import Gather, GatherElements
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
@@ -254,20 +254,22 @@ def evaluate_together(
     return [{name: own[value] if value in own else shared[value] for name, value in graph.outputs} for own in given]
 
 
-def vocabulary_of(graph: Graph, name: str = "ids") -> int:
-    """How many different ids an input may hold: rows of the smallest table that it looks up in, itself or widened."""
+def vocabulary_of(graph: Graph, name: str = "ids", binding: Mapping[str, int] | None = None) -> int:
+    """How many different ids an input may hold: rows of the smallest table that it looks up in, itself or as an integer
+    computed from it. binding: the values of sizes, where tables have symbolic ones."""
     reached: set[Value] = {value for value in graph.inputs if value.name == name}
     bound = 1 << 15
     for op in graph.ops:
-        if isinstance(op, Cast) and op.x in reached:
+        computed = isinstance(op, (Cast, Unary, Binary, Where)) and op.dtype in INTEGERS
+        if computed and not reached.isdisjoint(op.operands):
             reached.add(op)
         rows: int | Dim | None = None
         if isinstance(op, Embed) and op.ids in reached:
             rows = op.table.shape[0]
-        elif isinstance(op, Gather) and op.indices in reached:
+        elif isinstance(op, (Gather, GatherElements)) and op.indices in reached:
             rows = op.x.shape[op.axis]
-        if isinstance(rows, int):
-            bound = min(bound, rows)
+        if rows is not None and (isinstance(rows, int) or binding):
+            bound = min(bound, concrete(rows, binding or {}))
     return bound
 
 
@@ -317,7 +319,7 @@ def _random_input(graph: Graph, value: Input, rng: np.random.Generator, binding:
         return np.asarray(rng.standard_normal(shape)).astype(dtype).astype(numpy_dtype(value.dtype))
     if value.name == "positions":
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
-    high = min(vocabulary_of(graph, value.name), 100) if value.dtype in INTEGERS else 2
+    high = min(vocabulary_of(graph, value.name, binding), 100) if value.dtype in INTEGERS else 2
     return np.asarray(rng.integers(0, high, shape)).astype(dtype)
 
 

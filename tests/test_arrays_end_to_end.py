@@ -117,6 +117,16 @@ def test_results_do_not_share_memory(artifact: Path) -> None:
     assert not np.array_equal(again["table"], first["table"])
 
 
+def test_indices_beyond_a_table_are_harmless(artifact: Path) -> None:
+    """Negative ones count from the end, as in ONNX; others read the table's first or last row, and nothing else."""
+    runtime = Runtime.load(artifact, threads=1)
+    given = inputs(8, 4)
+    chosen = np.array([-1, -5, 5, -6, 2**40, -(2**40), 2**31, 3])
+    rows = np.array([4, 0, 4, 0, 4, 0, 4, 3])
+    found, expected = (runtime.run({**given, "chosen": indices})["scores"] for indices in (chosen, rows))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_larger_sizes_name_the_option(artifact: Path) -> None:
     runtime = Runtime.load(artifact, threads=1)
     with pytest.raises(RuntimeStateError, match=r"steps is 130 in .*compiled for 129 at most.*--max-dim steps=130"):
