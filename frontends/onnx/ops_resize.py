@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.types import FLOATS
-from llmc.frontends.onnx.forms import cast, like, move_axis, numbers, reshape
+from llmc.frontends.onnx.forms import cast, known, like, move_axis, numbers, reshape
 from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
 
 
@@ -99,7 +101,7 @@ def nearest(axis: _Axis, node: Node) -> np.ndarray:
 
 
 def _axes(
-    node: Node, x: Item, scales: list[float] | None, sizes: list[int] | None, roi: list[float] | None
+    node: Node, x: Item, scales: list[float] | None, sizes: list[Any] | None, roi: list[float] | None
 ) -> dict[int, _Axis]:
     """The axes that change, with their scales and sizes."""
     chosen = node.get("axes")
@@ -109,6 +111,11 @@ def _axes(
         moving = [i for i, scale in enumerate(scales) if scale != 1 or roi is not None]
         along, scales = [along[i] for i in moving], [scales[i] for i in moving]
         roi = None if roi is None else [*roi[: len(along)], *roi[-len(along) :]]
+    if sizes is not None and len(sizes) == len(along) and roi is None and not node.get("keep_aspect_ratio_policy"):
+        moving = [i for i, axis in enumerate(along) if sizes[i] != x.shape[axis]]
+        along, sizes = [along[i] for i in moving], [sizes[i] for i in moving]
+    if sizes is not None and any(isinstance(size, Dim) for size in sizes):
+        raise Unsupported("the sizes must be known numbers when compiling")
     have = [size for size in (x.shape[axis] for axis in along) if isinstance(size, int)]
     if len(have) != len(along):
         raise Unsupported("resized axes need sizes that are known numbers when compiling")
@@ -148,13 +155,13 @@ def _resize(
     scales: Item | None = None,
     sizes: Item | None = None,
 ) -> Value | Item:
-    counts = _given(sizes, "the sizes")
+    counts = None if sizes is None or sizes.shape == (0,) else known(sizes, "the sizes")
     cropped = node.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     axes = _axes(
         node,
         x,
         _given(scales, "the scales"),
-        None if counts is None else [int(count) for count in counts],
+        counts,
         _given(roi, "the region") if cropped else None,
     )
     result = resized(node, x.value, axes)
