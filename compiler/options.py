@@ -35,7 +35,8 @@ class CompileOptions:
     embedding, head: schemes of the token embedding and of the output head; None: int8 where `quantization` is int4,
     else the same as `quantization`. A head tied to the embedding has the embedding's scheme.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
-    max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most.
+    max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
+    None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
     weights: "embed" puts them into the artifact, "random" puts noise there, "none" leaves them out (they are given
     at load time), anything else is the path of a file that they are written to.
@@ -52,7 +53,7 @@ class CompileOptions:
     head: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     max_context: int | None = None
-    max_step: int = 512
+    max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
     weights: str = "embed"
     check: bool = False
@@ -103,6 +104,10 @@ class CompileOptions:
     def head_scheme(self) -> str:
         """The scheme of the output head, where it is not tied to the embedding."""
         return self.head or ("int8" if self.quantization == "int4" else self.quantization)
+
+    def tokens_a_step(self, is_encoder: bool) -> int:
+        """The most tokens of one step, as far as sequences can be cut."""
+        return self.max_step or (2048 if is_encoder else 512)
 
     @property
     def weights_file(self) -> Path | None:

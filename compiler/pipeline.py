@@ -63,7 +63,7 @@ def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
     return ",".join(
         [
             RECOGNISE,
-            f"flatten-tokens{{max-step={options.max_step}{encodes}}}",
+            f"flatten-tokens{{max-step={options.tokens_a_step(task == ENCODE)}{encodes}}}",
             "canonicalize,fold,cse,split-projections,canonicalize,cse",
             f"insert-kv-cache{{kv-dtype={kv_dtype}{scratch}}}",
             "select-rows{sequences=true},whole-sequence{sequences=true}" if encodes else "select-rows,whole-sequence",
@@ -166,9 +166,9 @@ def step_limit(graph: Graph, options: CompileOptions, max_context: int, task: st
     if task == RUN:
         return 1
     if task == ENCODE and any(value.name == "starts" for value in graph.inputs):
-        return max(options.max_step, max_context)
+        return max(options.tokens_a_step(is_encoder=True), max_context)
     cached = any(isinstance(value.type, KV) for value in graph.inputs)
-    return min(options.max_step, max_context) if cached else max_context
+    return min(options.tokens_a_step(is_encoder=False), max_context) if cached else max_context
 
 
 def largest_sizes(step: int, max_context: int) -> dict[str, int]:

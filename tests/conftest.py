@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
+
+# Models that tests write would draw bars into the error output that tests read.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 # Deterministic, and with no deadline: the machines that run this are shared.
 hypothesis.settings.register_profile("llmc", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -37,7 +37,7 @@ def compile(
     head: o.Head = None,
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
-    max_step: o.MaxStep = 512,
+    max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
     tokenizer: o.Tokenizer = None,
     weights: Annotated[
@@ -181,7 +181,7 @@ def ir(
     head: o.Head = None,
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
-    max_step: o.MaxStep = 512,
+    max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
     json: o.Json = False,
 ) -> None:
@@ -263,7 +263,7 @@ def estimate(
     head: o.Head = None,
     override: o.Overrides = None,
     max_context: o.MaxContext = None,
-    max_step: o.MaxStep = 512,
+    max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
     sequences: Annotated[int, typer.Option("--sequences", help="Texts at once.")] = 1,
     json: o.Json = False,
@@ -283,7 +283,8 @@ def estimate(
         progress.start("lifting the model")
         lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims))
         graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
-    found = estimate_graph(graph, context=max(1, lifted.max_context), step=max_step, sequences=sequences)
+    step = options.tokens_a_step(lifted.task == "encode")
+    found = estimate_graph(graph, context=max(1, lifted.max_context), step=step, sequences=sequences)
     derived = {
         "weight_bytes": found.weight_bytes,
         "bits_per_weight": round(found.bits_per_weight, 4),

@@ -65,7 +65,12 @@ MaxContext = Annotated[
                              rich_help_panel=_COMPILING),
 ]  # fmt: skip
 MaxStep = Annotated[
-    int, typer.Option("--max-step", help="The most tokens of one step; more are split.", rich_help_panel=_COMPILING)
+    int | None,
+    typer.Option(
+        "--max-step",
+        help="The most tokens of one step; more are split. Default: 512, encoders 2,048.",
+        rich_help_panel=_COMPILING,
+    ),
 ]
 
 Tokenizer = Annotated[
