@@ -13,6 +13,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import llm
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.types import NUMPY_DTYPES
 from llmc.compiler.passes.manager import Report
 
 NORM = "canonicalize,fold,cse,fuse-norm"
@@ -288,3 +289,22 @@ def test_a_near_miss_shows_its_polynomial() -> None:
 def test_integers_are_clamped_not_activated() -> None:
     after, _ = run_checked(graph_of(e.Relu(x(S, dtype="i64"))), ACTIVATE)
     assert names(after) == ["t.relu"]
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_formulas_with_rounded_constants_are_meant(dtype: str) -> None:
+    """Models in halves have sqrt(2) = 1.4140625 and the like; x * sigmoid(1.7 x) in f32 is no quick_gelu."""
+
+    def k(value: float) -> Value:
+        return c(float(NUMPY_DTYPES[dtype].type(value)))
+
+    v = x()
+    erf = e.Mul(e.Mul(v, c(0.5)), e.Add(e.Erf(e.Div(v, k(math.sqrt(2)))), c(1)))
+    cube = e.Add(v, e.Mul(k(0.044715), e.Pow(v, c(3))))
+    tanh = e.Mul(e.Mul(v, c(0.5)), e.Add(e.Tanh(e.Mul(cube, k(math.sqrt(2 / math.pi)))), c(1)))
+    quick = e.Mul(v, e.Sigmoid(e.Mul(v, k(1.702))))
+    for formula, kind in ((erf, "gelu"), (tanh, "gelu_tanh"), (quick, "quick_gelu")):
+        op, _ = fused(formula, f"{ACTIVATE},fuse-half-activation", tolerance=1e-2)
+        assert isinstance(op, e.Activation) and op.kind == kind
+    other, _ = fused(e.Mul(v, e.Sigmoid(e.Mul(v, c(1.7)))), f"{ACTIVATE},fuse-half-activation")
+    assert isinstance(other, e.Mul)

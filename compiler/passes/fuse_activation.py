@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llmc.compiler.ir.elementwise import Activation, Add, Div, Erf, Mul, Neg, Pow, Relu, Sigmoid, Sub, Tanh
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.types import NUMPY_DTYPES
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import Uses, number, number_of, rewrite_counting
 
@@ -77,9 +79,30 @@ def _power(base: Polynomial | None, exponent: float | None) -> Polynomial | None
     return result
 
 
-def _alike(a: Polynomial, b: Polynomial) -> bool:
+def _alike(a: Polynomial, b: Polynomial, tolerance: float = _TOLERANCE) -> bool:
     """Equal to the precision with which sources print their constants; coefficients that cancelled do not count."""
-    return all(abs(a.get(p, 0.0) - b.get(p, 0.0)) <= _TOLERANCE * max(abs(b.get(p, 0.0)), 1e-4) for p in {*a, *b})
+    return all(abs(a.get(p, 0.0) - b.get(p, 0.0)) <= tolerance * max(abs(b.get(p, 0.0)), 1e-4) for p in {*a, *b})
+
+
+def _rounding(value: Value, x: Value) -> float:
+    """How far coefficients may be off because every constant of a formula was rounded to f16, or to bf16."""
+    constants: list[float] = []
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item is x or item in seen:
+            continue
+        seen.add(item)
+        number_here = number_of(item)
+        if number_here is not None:
+            constants.append(float(number_here))
+        elif isinstance(item, Op):
+            stack.extend(item.operands)
+    for dtype, tolerance in (("bf16", 2**-7), ("f16", 2**-10)):
+        if all(float(NUMPY_DTYPES[dtype].type(c)) == c for c in constants):
+            return tolerance
+    return 0.0
 
 
 def factors(value: Value, whole: Value | None = None, depth: int = 4) -> tuple[float, list[Value]]:
@@ -132,6 +155,10 @@ def _gate(value: Value) -> tuple[Op, float] | None:
 class FuseActivation(Pass, name="fuse-activation"):
     """silu, gelu (erf and tanh), quick_gelu, relu and relu squared -> t.activation."""
 
+    def _tolerance(self, argument: Value, x: Value) -> float:
+        """How far the coefficients of a gate's argument may be from the formula's."""
+        return _TOLERANCE
+
     def run(self, graph: Graph, report: Report) -> Graph:
         def rule(op: Op, uses: Uses) -> Value | None:
             if isinstance(op, Relu) and op.dtype.startswith(("f", "bf")):
@@ -173,13 +200,26 @@ class FuseActivation(Pass, name="fuse-activation"):
                 if argument is None:
                     continue
                 for kind, gate, expected in _GATES:
-                    if isinstance(inner, gate) and _alike(argument, expected):
+                    if isinstance(inner, gate) and _alike(argument, expected, self._tolerance(inner.operands[0], x)):
                         report.hit(kind)
                         return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
                 near_miss = f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation"
         if near_miss:
             report.refuse(op, near_miss)
         return None
+
+
+@dataclass(frozen=True)
+class FuseHalfActivation(FuseActivation, name="fuse-half-activation"):
+    """fuse-activation for formulas whose constants were rounded to f16 or bf16, as models in those dtypes have them.
+
+    What they mean is the formula with its own constants, so that this changes results a little.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def _tolerance(self, argument: Value, x: Value) -> float:
+        return max(_TOLERANCE, _rounding(argument, x))
 
 
 def _scaled(value: Value, coefficient: float) -> Value:
