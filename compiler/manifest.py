@@ -13,6 +13,7 @@ from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.llm import PagedAttention
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.text import text_hash
@@ -48,7 +49,6 @@ def build_manifest(
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
     from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, TILE, greatest
-    from llmc.targets.driver import output_values, size_names
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}

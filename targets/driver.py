@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, FloorDiv, product
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.op import Input, Op, Value
-from llmc.compiler.ir.types import KV, itemsize
+from llmc.compiler.ir.types import itemsize
 from llmc.errors import CompileError
 from llmc.targets.kernel import CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
@@ -62,16 +62,6 @@ class Addresses:
     weights: Mapping[object, int]
     caches: Mapping[Value, int]
     task: str = "generate"
-
-
-def size_names(graph: Graph) -> list[str]:
-    """The symbols of a graph whose sizes have names of their own, in the order of the step's `dims`."""
-    return sorted({symbol.name for symbol in graph.symbols})
-
-
-def output_values(graph: Graph) -> list[tuple[str, Value]]:
-    """The outputs that the step writes, in the order of its `outputs`: all but the caches, which change in place."""
-    return [(name, value) for name, value in graph.outputs if not isinstance(value.type, KV)]
 
 
 @dataclass(frozen=True)

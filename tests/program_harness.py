@@ -13,13 +13,14 @@ from kernel_harness import CACHE, aligned
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import bind_symbols
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.types import KV, NUMPY_DTYPES, Tensor, itemsize
 from llmc.compiler.pipeline import cache_indices, stored_values, weight_addresses
 from llmc.compiler.progress import Silent
 from llmc.compiler.weights import packed_arrays, place
 from llmc.runtime.library import Step
 from llmc.targets import lower
-from llmc.targets.driver import SIZES, Addresses, output_values, size_names
+from llmc.targets.driver import SIZES, Addresses
 from llmc.targets.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine

@@ -17,7 +17,20 @@ from llmc.cli.app import app, command
 from llmc.cli.graph_diff import graph_diff
 from llmc.cli.output import size
 
-COMMANDS = ("compile", "run", "chat", "embed", "classify", "bench", "eval", "inspect", "explain", "ir", "estimate", "doctor")
+COMMANDS = (
+    "compile",
+    "run",
+    "chat",
+    "embed",
+    "classify",
+    "bench",
+    "eval",
+    "inspect",
+    "explain",
+    "ir",
+    "estimate",
+    "doctor",
+)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "pycoder"
 
 
