@@ -150,7 +150,9 @@ class VectorIsa:
         even = (bits >> self.splat(16, "uint32")) & one
         rounded = (bits + (even + self.splat(0x7FFF, "uint32"))) >> self.splat(16, "uint32")
         quiet = (bits >> self.splat(16, "uint32")) | self.splat(0x40, "uint32")
-        return tirx.Select(tirx.NE(value, value), quiet, rounded).astype(f"uint16x{self.lanes}")
+        # By its bits: TVM takes a comparison of a number with itself for settled.
+        is_nan = (bits & self.splat(0x7FFFFFFF, "uint32")) > self.splat(0x7F800000, "uint32")
+        return tirx.Select(is_nan, quiet, rounded).astype(f"uint16x{self.lanes}")
 
     def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
         """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""

@@ -329,10 +329,12 @@ def tile_linear(
                 out = b.view(handles["out"], [b.MANY], "uint16")
                 with b.loop(tiles_here // (PAIR * epilogue.tiles)) as pair:
                     columns = [b.let(pair * PAIR + half) for half in range(PAIR)]
-                    halves = [b.let(epilogue.value(isa, handles, *finished(row, m, column))) for column in columns]
+                    first, second = (
+                        b.let(epilogue.value(isa, handles, *finished(row, m, column))) for column in columns
+                    )
                     block = b.let(first_tile // (PAIR * epilogue.tiles) + pair)
                     at = b.let((row // 16 * (epilogue.features // INPUTS) + block) * (TILE * split) + row % 16 * INPUTS)
-                    for part, both in enumerate(bf16_parts(isa, *halves, split)):
+                    for part, both in enumerate(bf16_parts(isa, first, second, split)):
                         b.store_vector(isa, out, [at + part * TILE], tirx.reinterpret("uint16x32", both))
 
             with b.loop(rows_here) as m:

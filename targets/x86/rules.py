@@ -136,7 +136,8 @@ def writes_tiles(value: Value, context: Context) -> Scratch | None:
     if isinstance(user, QuantizeActivations):
         fits = features_of(value) % user.group == 0 and tile_plan.split_of(bits) == 1
         return tiles_of(user, features_of(value), context) if fits else None
-    read, reader = value, user
+    read: Value = value
+    reader = user
     if isinstance(user, Cast):
         again = context.only_user(user)
         reader = context.only_user(again) if isinstance(again, Cast) else None
