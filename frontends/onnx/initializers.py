@@ -42,7 +42,7 @@ def text_of(text: str | bytes) -> str:
 def dtype_name(number: int) -> str:
     """The standard's name of a dtype, for messages."""
     try:
-        return TensorProto.DataType.Name(number).lower()
+        return str(TensorProto.DataType.Name(number)).lower()
     except ValueError:
         return f"number {number}"
 
@@ -191,7 +191,7 @@ def _typed(tensor: TensorProto, number: int, dtype: str, count: int, what: str) 
         return wide.astype(NUMPY_DTYPES[dtype])
     wide = np.array(values, np.int32)
     if dtype == "bool":
-        return wide != 0
+        return wide.astype(np.bool_)
     if number in _PACKED:
         return unpacked(wide.astype(np.uint8), count, *_PACKED[number])
     if dtype in ("f16", "bf16"):

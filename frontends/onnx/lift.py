@@ -173,7 +173,8 @@ class _Text:
             graph = Graph("model", translated.inputs[:2], (("logits", logits),))
             if len(translated.inputs) > 2:
                 graph = without_token_types(graph, translated.inputs[2])
-            vocabulary = int(logits.shape[2])
+            assert isinstance(logits.shape[2], int)
+            vocabulary = logits.shape[2]
             text = self.companions.text(vocabulary)
             notes += text.notes
         else:

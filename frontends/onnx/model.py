@@ -6,12 +6,12 @@ computed by something, functions end, and everything has a bounded size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
 
@@ -329,7 +329,7 @@ class _Decoder:
 
 def _is_matrix(stored: Stored) -> bool:
     """Whether a small tensor is a weight like its larger relatives: floats with two axes or more that are not 1."""
-    return stored.dtype in FLOATS and sum(dim > 1 for dim in stored.shape) > 1 and np.prod(stored.shape) >= _MATRIX
+    return stored.dtype in FLOATS and sum(dim > 1 for dim in stored.shape) > 1 and math.prod(stored.shape) >= _MATRIX
 
 
 def _domain(domain: str) -> str:

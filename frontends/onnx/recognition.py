@@ -7,7 +7,7 @@ import numpy as np
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.llm import Attention
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Broadcast, Gather, Matmul, Transpose
 from llmc.compiler.ir.types import FLOATS
 from llmc.frontends.lifted import WeightSource
@@ -49,10 +49,9 @@ def replaceable(graph: Graph) -> dict[str, str]:
     def mark(value: Value) -> None:
         while isinstance(value, (Cast, Transpose)):
             value = value.x
-        if value in params and value.dtype in FLOATS and value.rank > 1:
-            found[value.name] = value.dtype  # type: ignore[attr-defined]
+        if isinstance(value, Param) and value.dtype in FLOATS and value.rank > 1:
+            found[value.name] = value.dtype
 
-    params = set(graph.params)
     for op in graph.ops:
         if isinstance(op, Matmul):
             for operand in op.operands:

@@ -58,19 +58,18 @@ class Companions:
     def max_positions(self) -> int | None:
         """The model's own limit on positions, whatever it calls it."""
         for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            value = self.config.get(name)
-            if _is_count(value):
-                # RoBERTa's table counts two positions that no token has.
-                return int(value)  # type: ignore[call-overload, no-any-return]
-        value = self._genai.get("context_length")
-        return int(value) if _is_count(value) else None  # type: ignore[call-overload, no-any-return]
+            value = _count(self.config.get(name))
+            if value is not None and value > 1:
+                return value
+        value = _count(self._genai.get("context_length"))
+        return value if value is not None and value > 1 else None
 
     @property
     def layers(self) -> int | None:
         for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            value = self.config.get(name)
-            if _is_count(value):
-                return int(value)  # type: ignore[call-overload, no-any-return]
+            value = _count(self.config.get(name))
+            if value is not None:
+                return value
         return None
 
     @property
@@ -133,8 +132,10 @@ def _object(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 < value <= _MOST_POSITIONS
+def _count(value: object) -> int | None:
+    """A number of positions or layers that makes sense; None for anything else."""
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_POSITIONS
+    return int(value) if good else None  # type: ignore[call-overload]
 
 
 def model_name(path: Path) -> str:
