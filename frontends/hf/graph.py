@@ -20,6 +20,7 @@ from llmc.frontends.hf.model import MetaModel
 from llmc.frontends.hf.trace import Traced
 from llmc.frontends.hf.weights import ArrayWeights, shortened
 from llmc.frontends.lifted import WeightSource
+from llmc.frontends.weight_sources import LayeredWeights
 
 for _part in ("aten_math", "aten_shape", "aten_complex"):
     importlib.import_module(f"llmc.frontends.hf.{_part}")  # registers its handlers
@@ -68,7 +69,7 @@ def translate(
     if finish is not None:
         outputs = finish(outputs, inputs["positions"], source)
     graph = Graph("model", tuple(inputs.values()), tuple(outputs.items()))
-    return graph, Layered(ArrayWeights(large), source) if large else source
+    return graph, LayeredWeights(ArrayWeights(large), source) if large else source
 
 
 def without_outputs_of(graph: Graph, missing: Sequence[str]) -> Graph:
@@ -106,27 +107,3 @@ def _canonical_names(model: torch.nn.Module) -> dict[str, str]:
     for name, value in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(value), name)
     return names
-
-
-class Layered:
-    """Two sources as one; the first wins."""
-
-    def __init__(self, upper: WeightSource, lower: WeightSource) -> None:
-        self._upper, self._lower = upper, lower
-        self._names = set(upper.names)
-
-    @property
-    def names(self) -> list[str]:
-        return [*self._upper.names, *(name for name in self._lower.names if name not in self._names)]
-
-    def _of(self, name: str) -> WeightSource:
-        return self._upper if name in self._names else self._lower
-
-    def dtype(self, name: str) -> str:
-        return self._of(name).dtype(name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._of(name).shape(name)
-
-    def load(self, name: str) -> Array:
-        return self._of(name).load(name)

@@ -13,13 +13,14 @@ from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import choose_class
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
-from llmc.frontends.hf.graph import Layered, translate, without_outputs_of
+from llmc.frontends.hf.graph import translate, without_outputs_of
 from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import resolve
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
 from llmc.frontends.lifted import ENCODE, Lifted, WeightSource
+from llmc.frontends.weight_sources import LayeredWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -105,7 +106,7 @@ def _weights(
     values: WeightSource = own
     for module in modules:
         source = module.weights()
-        values = values if source is None else Layered(source, values)
+        values = values if source is None else LayeredWeights(source, values)
     return values, own.missing
 
 
