@@ -260,7 +260,9 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(moment: str, old: Path, tmp_path
     assert time.monotonic() - started < 10
     assert process.returncode == 130
     assert out == ""
-    assert [line for line in err.splitlines() if "kernels" not in line] == ["llmc: stopped"]
+    *progress, last = err.splitlines()  # a slow machine hears how far it is
+    assert last == "llmc: stopped"
+    assert all(line.startswith(("llmc: lifting", "llmc: passes", "llmc: compiling")) for line in progress), err
     assert left_over(tmp_path) == []
     assert old.read_bytes() == tools.artifact().read_bytes()
 
