@@ -26,7 +26,7 @@ SPLIT_FROM = 49  # the same for f32 weights, which are six times as many product
 FEW, MANY = 128, 512  # rows of a block
 WIDEST = 20  # tiles of a panel: with 512 rows of sums it leaves half of a second-level cache to the activations
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
-STEP = 384  # inputs at a time: a pair of row tiles and a pair of weight tiles fill the first-level cache
+STEP = 256  # inputs at a time: a pair of row tiles and a pair of weight tiles leave room in the first-level cache
 
 
 @dataclass(frozen=True)
@@ -113,24 +113,22 @@ def tile_plan(
 
     fused = tuple(name for name in ("bias", "residual") if params[name])
     arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
-    # Measured: activations that stay in the second-level cache cost little to read again. Of others wide panels of
-    # half as many rows are read, whose weights are unpacked twice as often.
+    # Measured: activations that stay in the second-level cache cost little to read again; others want wide panels.
     near = 2 * inputs * split * MANY <= machine.l2_bytes // 2
-    rows, reading = (MANY, 0.3) if near else (MANY // 2, 3.0)
-    wide = _panel(layout.tiles(n), least, MANY // rows, reading)
-    variants = (variant(rows_from(bits), FEW, 4, FEW), variant(FEW + 1, None, wide, rows))
+    wide = _panel(layout.tiles(n), least, 0.3 if near else 3.0)
+    variants = (variant(rows_from(bits), FEW, 4, FEW), variant(FEW + 1, None, wide, MANY))
     return TilePlan(layout, arguments, inputs, split, 1 if split == 1 else 6, variants)
 
 
-def _panel(all_tiles: int, multiple: int, blocks: int, reading: float) -> int:
+def _panel(all_tiles: int, multiple: int, reading: float) -> int:
     """Tiles of a panel. Narrow ones share out among threads, wide ones read the activations less often.
 
-    blocks: of rows. reading: what that costs a panel of one tile, as a part of multiplying it.
+    reading: what that costs a panel of one tile, as a part of multiplying it.
     """
 
     def cost(tiles: int) -> float:
-        units, work = -(-all_tiles // tiles) * blocks, all_tiles * blocks
-        idle = sum(-(-units // threads) * threads * tiles / work for threads in THREADS) / len(THREADS)
+        units = -(-all_tiles // tiles)
+        idle = sum(-(-units // threads) * threads * tiles / all_tiles for threads in THREADS) / len(THREADS)
         return idle + reading / tiles
 
     return min(range(multiple, WIDEST + 1, multiple), key=cost)
