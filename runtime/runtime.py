@@ -318,7 +318,10 @@ class Runtime:
             if self._tokenizer is None:
                 data = self.artifact.tokenizer()
                 if data is None or self.manifest.text is None:
-                    raise TextError("this artifact has no tokenizer: use forward() and sequence() with token ids")
+                    use = "use forward() and sequence() with token ids"
+                    if self._encoder is not None:
+                        use = "give lists of token ids in place of texts, or compile it with `--tokenizer DIR`"
+                    raise TextError(f"this artifact has no tokenizer: {use}")
                 self._tokenizer = Tokenizer(data, self.manifest.text)
             return self._tokenizer
 

@@ -36,9 +36,11 @@ def next_command(manifest: Manifest, path: Path) -> str:
     if kind == "generate":
         chat = manifest.text is not None and manifest.text.chat_template
         return f"llmc chat {path}" if chat else f"llmc run {path} 'Once upon a time'"
-    if kind in ("embed", "classify"):
+    if kind in ("embed", "classify") and manifest.text is not None:
         return f"llmc {kind} {path} 'a text' 'another'"
-    call = "encode('a text')" if kind == "encode" else "run({...})"
+    method = "tag" if kind == "classify" and manifest.encoder and manifest.encoder.kind == "tokens" else kind
+    given = "{...}" if kind == "run" else "'a text'" if manifest.text is not None else "[1, 2, 3]"
+    call = f"{method}({given})"
     return f"python -c \"from llmc import Runtime; print(Runtime.load('{path}').{call})\""
 
 
