@@ -62,7 +62,12 @@ PEERS = {
         ),
         Peer("openvino", "openvino_adapter.py", "pip install openvino-genai optimum-intel nncf 'transformers<5'"),
         Peer("onnxruntime", "onnxruntime_adapter.py", "pip install onnxruntime-genai onnx onnx-ir torch transformers"),
-        Peer("mnn", "mnn_adapter.py", "build MNN from its sources: the exporter is not in the wheel"),
+        Peer(
+            "mnn",
+            "mnn_adapter.py",
+            "pip install MNN torch onnx onnxslim yaspin sentencepiece 'transformers<5', and set MNN_SOURCE "
+            "to a checkout of github.com/alibaba/MNN, for its exporter",
+        ),
         Peer("torch", "torch_adapter.py", "pip install torch transformers"),
     )
 }
