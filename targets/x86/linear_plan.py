@@ -82,7 +82,7 @@ def _quantized_blocking(isa: VectorIsa) -> _Blocking:
     Measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so blocks are smaller.
     """
     if isa.lanes == 16:
-        return _Blocking(6, 4, 96) if isa.vnni else _Blocking(4, 4, 64)
+        return _Blocking(6, 4, 192) if isa.vnni else _Blocking(4, 4, 64)
     return _Blocking(3, 4, 96) if isa.vnni else _Blocking(4, 2, 64)
 
 
