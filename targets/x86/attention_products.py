@@ -32,13 +32,14 @@ def multiply(
     right: Callable[[Expr | int, int, int], Expr],
     start: Callable[[int, int, int], Expr],
     finish: Callable[[int, int, int, Expr], None],
-    ahead: Callable[[Expr | int], None] | None = None,
+    ahead: Callable[[Expr | int, int, int], None] | None = None,
 ) -> None:
     """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
 
     left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
     vectors of `width` columns from `offset` on. Few rows split the sum over k into several chains to hide latency; the
-    number of terms must then be known. ahead(k) is emitted once for every k, beside the k-th term: for prefetches.
+    number of terms must then be known. ahead(k, offset, width) is emitted beside the k-th term of a block of
+    columns: for prefetches.
     """
     columns_cut = pieces(columns, isa.lanes)
     step = block_vectors(isa, rows)
@@ -47,7 +48,7 @@ def multiply(
     for first in range(0, len(columns_cut), step):
         block = columns_cut[first : first + step]
         chains = max(1, 8 // (rows * len(block))) if isinstance(depth, int) else 1
-        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish, None if first else ahead)
+        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish, ahead)
 
 
 def _multiply_block(
@@ -60,7 +61,7 @@ def _multiply_block(
     right: Callable[[Expr | int, int, int], Expr],
     start: Callable[[int, int, int], Expr],
     finish: Callable[[int, int, int, Expr], None],
-    ahead: Callable[[Expr | int], None] | None,
+    ahead: Callable[[Expr | int, int, int], None] | None,
 ) -> None:
     sums = [[[scratch(width, "float32") for _, width in block] for _ in range(rows)] for _ in range(chains)]
     for chain in range(chains):
@@ -70,7 +71,7 @@ def _multiply_block(
 
     def term(k: Expr | int, chain: int) -> None:
         if ahead is not None:
-            ahead(k)
+            ahead(k, block[0][0], sum(width for _, width in block))
         vectors = [let(right(k, offset, width)) for offset, width in block]
         for r in range(rows):
             scalar = let(left(r, k))

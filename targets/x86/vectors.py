@@ -204,3 +204,22 @@ def aligned_scratch(elements: int, lanes: int, dtype: str = "float32") -> Buffer
 
     vectors = scratch(-(-elements // lanes), typed(dtype, lanes))
     return I.decl_buffer((index(elements),), dtype, data=vectors.data, scope="local")
+
+
+# What a kernel with `keep_in_memory` imports: nothing happens, but as far as LLVM knows anyone may now use the array.
+MEMORY_HELPER = """
+    define void @llmc_keep_in_memory(ptr %start) alwaysinline {
+      call void asm sideeffect "", "r,~{memory}"(ptr %start)
+      ret void
+    }
+"""
+
+
+def keep_in_memory(buffer: Buffer) -> None:
+    """This stack array stays one. Where all its indices are constant LLVM makes registers of it, however many they are,
+    and spills what does not fit in the middle of the loops that should have had the registers. Needs `MEMORY_HELPER`.
+    """
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    I.evaluate(tirx.call_extern("void", "llmc_keep_in_memory", tirx.address_of(buffer[index(0)])))
