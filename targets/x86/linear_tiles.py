@@ -8,197 +8,226 @@ sums run over all inputs without a rescale; activations come as bf16 in tiles, s
 is `row_block` rows by a panel of weight tiles. Inputs are taken `step` at a time: what a step needs stays in the
 second-level cache.
 
-    bytes of a workspace = panel: 32 * step * tiles * parts,  and sums: 64 * row_block * tiles
+    bytes of a workspace = two panels: 64 * step * tiles * parts,  sums: 64 * row_block * tiles,  results: 8192
 
 A multiplication of 16 x 32 by 32 x 16 takes 16 cycles. Blocks of two by two load four tiles for four products, which
-two loads a cycle hide. The limit is the multipliers; unpacking costs about 1/6 cycle a weight and block of rows.
+two loads a cycle hide. While the tile unit multiplies, the vector units have time: between the products of one step
+they unpack the weights of the next, and between those of one block of results they finish the block before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
 from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.x86.layouts import FloatLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
 from llmc.targets.x86.linear_quantized import quantized_layout
+from llmc.targets.x86.tile_weights import CHUNK, Float, Quantized, Single, Source, chunks
+from llmc.targets.x86.vectors import permute
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
 CACHE_LINE = 64
 PAIR = 2  # tiles side by side, of rows and of columns
+ROWS = PAIR * amx.ROWS  # of a block of results
+SUMS = PAIR * PAIR * amx.ROWS * amx.ROWS  # of a block of results
+RESULTS = 2  # blocks of results: one is finished while the next is summed
 
 # Which part of the activations meets which part of the weights, so ordered that few tiles are loaded anew.
 _PRODUCTS = {1: ((0, 0),), 3: ((0, 0), (0, 1), (0, 2), (1, 1), (1, 0), (2, 0))}
 
 
-class Put(Protocol):
-    """Where a source of weights puts what it unpacks: pairs of bf16 as i32 lanes, by row of the tile."""
-
-    def __call__(self, row: Expr | int, pairs: Expr, split: int = 0) -> None:
-        """split: which of the parts of an f32 weight."""
-
-
-class _Source(Protocol):
-    """Weights as the kernel's arguments have them. part: inputs that are unpacked at once; split: bf16 of a weight."""
-
-    part: int
-    parts: int
-    part_bytes: int
-    split: int
-
-    def pointers(self) -> list[tuple[str, str]]:
-        """The kernel's arguments for them."""
-
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
-        """One part of one tile, as part / 2 rows of pairs."""
-
-
-class _Quantized:
-    """Weights of 4 or 8 bits: one part is a group."""
-
-    split = 1
-
-    def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
-        self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
-        self.part, self.parts = layout.group, self.groups
-        self.part_bytes = layout.vectors * isa.vector_bytes
-
-    def pointers(self) -> list[tuple[str, str]]:
-        minimums = [] if self.layout.symmetric else [("minimums", "float16")]
-        return [("data", "uint8"), ("scales", "float16"), *minimums]
-
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
-        """One group of one tile, as group / 2 rows of pairs."""
-        from tvm import tirx
-
-        isa, layout = self.isa, self.layout
-        data = b.view(handles["data"], [b.MANY, self.groups, layout.vectors, isa.vector_bytes], "uint8")
-
-        def per_group(name: str) -> Expr:
-            buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
-            return b.let(isa.f16_to_f32(isa.load(buffer, tile, part, 0)))
-
-        scale = per_group("scales")
-        # What a stored zero stands for; exact, since scales have 11 bits.
-        base = per_group("minimums") if not layout.symmetric else None
-        if layout.bits == 8 and layout.offset:
-            shift = scale * isa.splat(float(-layout.offset))
-            base = b.let(shift if base is None else base + shift)
-        table = b.let(_numbers(isa, layout.offset)) if layout.bits == 4 else None
-
-        def value(words: Expr, bit: int) -> Expr:
-            moved = words >> isa.splat(bit, "uint32") if bit else words
-            if table is not None:
-                number = isa.look_up(table, tirx.reinterpret(isa.i32, moved))
-            else:
-                number = tirx.reinterpret(isa.i32, moved & isa.splat(255, "uint32")).astype(isa.f32)
-            return number * scale if base is None else isa.fma(number, scale, base)
-
-        rows = 2 * 8 // layout.bits  # of pairs in a vector
-        for v in range(layout.vectors):
-            raw = isa.load(data, tile, part, v, 0, lanes=isa.vector_bytes)
-            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
-            for row in range(rows):
-                # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
-                bit = row % 2 * 16 + row // 2 * 4
-                put(v * rows + row, isa.pack_pairs(value(words, bit), value(words, bit + 8)))
-
-
-class _Float:
-    """Weights in bf16, which lie in pairs already."""
-
-    split = 1
-
-    def __init__(self, isa: VectorIsa, k: int) -> None:
-        self.isa, self.pairs = isa, -(-k // 2)
-        self.part, self.parts = INPUTS, -(-k // INPUTS)
-        self.part_bytes = INPUTS * isa.lanes * 2
-
-    def pointers(self) -> list[tuple[str, str]]:
-        return [("data", "uint16")]
-
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
-        """16 pairs of rows of one tile, zeros after the last."""
-        from tvm import tirx
-
-        isa = self.isa
-        data = b.view(handles["data"], [b.MANY, self.pairs * isa.lanes * 2], "uint16")
-        for row in range(INPUTS // 2):
-            pair = part * (INPUTS // 2) + row
-
-            def copy(row: int = row, pair: Expr = pair) -> None:
-                both = isa.load(data, tile, pair * (isa.lanes * 2), lanes=isa.lanes * 2)
-                put(row, tirx.reinterpret(isa.i32, both))
-
-            if self.pairs % (INPUTS // 2) == 0:
-                copy()
-            else:
-                b.either(pair < self.pairs, copy, lambda row=row: put(row, isa.splat(0, "int32")))  # type: ignore[misc]
-
-
-class _Single:
-    """Weights in f32, split into three bf16."""
-
-    split = 3
-
-    def __init__(self, isa: VectorIsa, k: int) -> None:
-        self.isa, self.k = isa, k
-        self.part, self.parts = INPUTS, -(-k // INPUTS)
-        self.part_bytes = INPUTS * isa.lanes * 4
-
-    def pointers(self) -> list[tuple[str, str]]:
-        return [("data", "float32")]
-
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, put: Put) -> None:
-        """16 pairs of rows of one tile, zeros after the last."""
-        isa = self.isa
-        data = b.view(handles["data"], [b.MANY, self.k, isa.lanes], "float32")
-        zero = isa.splat(0.0)
-        for row in range(INPUTS // 2):
-            first = b.let(part * INPUTS + 2 * row)
-
-            def pairs(count: int, row: int = row, first: Expr = first) -> None:
-                loaded = [b.let(isa.load(data, tile, first + i, 0)) for i in range(count)]
-                even, odd = [*loaded, *[zero] * (2 - count)]
-                for split, both in enumerate(bf16_parts(isa, even, odd, self.split, paired=True)):
-                    put(row, both, split)
-
-            if self.k % INPUTS == 0:
-                pairs(2)
-            else:
-                b.either(
-                    first + 1 < self.k,
-                    lambda pairs=pairs: pairs(2),  # type: ignore[misc]
-                    lambda pairs=pairs, first=first: b.either(  # type: ignore[misc]
-                        first < self.k, lambda: pairs(1), lambda: pairs(0)
-                    ),
-                )
-
-
-def _prefetch(source: _Source, handles: Mapping[str, Expr], tile: Expr, part: Expr, line: Expr) -> None:
-    """Start reading a cache line of the weights: line `line` from part `part` of a tile on. None need be there."""
-    data = b.view(handles["data"], [b.MANY], "uint8")
-    b.prefetch(data, tile * (source.parts * source.part_bytes) + part * source.part_bytes + line * CACHE_LINE)
-
-
-def _numbers(isa: VectorIsa, offset: int) -> Expr:
-    """0 - offset, 1 - offset, ... as f32, one a lane."""
-    from tvm import tirx
-
-    lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
-    return (lane - isa.splat(offset, "int32")).astype(isa.f32)
-
-
 def workspace_bytes(step: int, tiles: int, row_block: int, split: int = 1) -> int:
     """Bytes that each thread needs. split: bf16 that a weight becomes."""
-    return (32 * step * split + 64 * row_block) * tiles  # 16 columns of bf16 and of f32
+    return (2 * 32 * step * split + 64 * row_block) * tiles + RESULTS * SUMS * 4  # 16 columns of bf16 and of f32
+
+
+class _Number:
+    """An int64 that changes while the kernel runs."""
+
+    def __init__(self, value: Expr | int = 0) -> None:
+        self.slot = b.scratch(1, "int64")
+        self.set(value)
+
+    def set(self, value: Expr | int) -> None:
+        b.store(self.slot, [0], b.index(value))
+
+    def get(self) -> Expr:
+        """A variable with what it is now."""
+        return b.let(self.slot[b.index(0)])
+
+
+class _Ahead:
+    """Two panels of bf16 weights: one is multiplied while the other is unpacked, chunk by chunk."""
+
+    def __init__(self, isa: VectorIsa, source: Source, handles: Mapping[str, Expr], step: int, tiles: int) -> None:
+        self.isa, self.source, self.handles, self.step, self.tiles = isa, source, handles, step, tiles
+        self.tile_elements = step * source.split * isa.lanes
+        self.panel = b.view(handles["workspace"], [b.MANY], "uint16")
+        self.data = b.view(handles["data"], [b.MANY], "uint8")
+        self.now = _Number(tiles * self.tile_elements)  # where the panel that is multiplied starts
+        # What is unpacked: these tiles from this part on, so many chunks of each; what of it is next.
+        self.first_tile, self.first_part, self.tile_chunks, self.count = (_Number() for _ in range(4))
+        self.tile, self.chunk = _Number(), _Number()
+
+    def turn(self, first_tile: Expr, first_input: Expr | int, inputs: Expr | int, count: Expr) -> Expr:
+        """The panel that was unpacked is multiplied from now on, and `count` tiles are to be unpacked; -> chunks."""
+        self.now.set(self.tiles * self.tile_elements - self.now.get())
+        self.first_tile.set(first_tile)
+        self.first_part.set(b.index(first_input) // self.source.part)
+        tile_chunks = b.let(b.index(inputs) // (2 * CHUNK))
+        self.tile_chunks.set(tile_chunks)
+        self.count.set(count)
+        self.tile.set(0)
+        self.chunk.set(0)
+        return b.let(tile_chunks * count)
+
+    def unpack(self, most: Expr) -> None:
+        """So many of the chunks that are left."""
+        with b.loop(most):
+            tile = self.tile.get()
+            with b.when(tile < self.count.get()):
+                chunk = self.chunk.get()
+                self._unpack(tile, chunk)
+                self._move_on(tile, chunk)
+
+    def _move_on(self, tile: Expr, chunk: Expr) -> None:
+        from tvm import tirx
+
+        ends = chunk + 1 == self.tile_chunks.get()
+        self.chunk.set(tirx.Select(ends, b.index(0), chunk + 1))
+        self.tile.set(tirx.Select(ends, tile + 1, tile))
+
+    def _unpack(self, tile: Expr, chunk: Expr) -> None:
+        from tvm import tirx
+
+        source, lanes, per_part = self.source, self.isa.lanes, chunks(self.source)
+        start = b.let(
+            self.tiles * self.tile_elements - self.now.get()
+            + tile * self.tile_elements + chunk // 4 * (TILE * source.split) + chunk % 4 * (CHUNK * 2 * lanes)
+        )  # fmt: skip
+
+        def put(row: int, pairs: Expr, split: int = 0) -> None:
+            at = start + row * (2 * lanes) + split * TILE
+            b.store_vector(self.isa, self.panel, [at], tirx.reinterpret("uint16x32", pairs))
+
+        first_tile, part = b.let(self.first_tile.get() + tile), b.let(self.first_part.get() + chunk // per_part)
+        self._prefetch(first_tile, part, b.let(chunk % per_part))
+        source.unpack(self.handles, first_tile, part, b.let(chunk % per_part), put)
+
+    def _prefetch(self, tile: Expr, part: Expr, chunk: Expr) -> None:
+        """Ask for the chunk that is unpacked a step after this one. It need not be there."""
+        from tvm import tirx
+
+        source = self.source
+        following = b.let(part + self.step // source.part)
+        ends = following >= source.parts
+        tile = b.let(tirx.Select(ends, tile + self.tiles, tile))
+        part = b.let(tirx.Select(ends, part % (self.step // source.part), following))
+        nbytes = source.part_bytes // chunks(source)
+        for line in range(0, nbytes, CACHE_LINE):
+            b.prefetch(self.data, (tile * source.parts + part) * source.part_bytes + chunk * nbytes + line)
+
+
+class _Finish:
+    """A block of results, finished row by row while the next block is summed: bias, activation, gate, residual, store.
+
+    Blocks of f32 [2 row tiles, 2 column tiles, 16, 16] lie in `RESULTS` places in turn, which stay in the first-level
+    cache.
+    """
+
+    def __init__(
+        self, isa: VectorIsa, epilogue: Epilogue, handles: Mapping[str, Expr], all_tiles: int, packed: bool, split: int,
+        results: int,
+    ) -> None:  # fmt: skip
+        self.isa, self.epilogue, self.handles = isa, epilogue, handles
+        self.all_tiles, self.packed, self.split, self.results = all_tiles, packed, split, results
+        self.sums = b.view(handles["workspace"], [b.MANY], "float32")
+        self.place = _Number(results)
+        self.rows, self.first_row, self.first_tile = (_Number() for _ in range(3))
+
+    def wait(self, rows: Expr, first_row: Expr, first_tile: Expr) -> None:
+        """A block that was stored to `next_place` is to be finished."""
+        self.place.set(self.next_place())
+        self.rows.set(rows)
+        self.first_row.set(first_row)
+        self.first_tile.set(first_tile)
+
+    def next_place(self) -> Expr:
+        """Where in `sums` the next block goes."""
+        return b.let(2 * self.results + SUMS - self.place.get())
+
+    def fetch(self, row: Expr, first_tile: Expr) -> None:
+        """Ask for the memory that a row of a block will be written to, and read from."""
+        column = first_tile // self.epilogue.tiles * self.isa.lanes
+        for vector in range(PAIR // self.epilogue.tiles):
+            lane = vector * self.isa.lanes
+            at = row * self.epilogue.features + column + lane
+            if self.epilogue.residual:
+                b.prefetch(b.view(self.handles["residual"], [b.MANY], "float32"), at, near=True)
+            if not self.packed:
+                b.prefetch(b.view(self.handles["out"], [b.MANY], "float32"), at, write=True, near=True)
+        if self.packed:
+            out = b.view(self.handles["out"], [b.MANY], "uint16")
+            for part in range(self.split):
+                b.prefetch(out, self._packed_at(row, column, part), write=True, near=True)
+
+    def _packed_at(self, row: Expr, column: Expr, part: int) -> Expr:
+        """Where a column of the result goes in tiles."""
+        features, block = self.epilogue.features // INPUTS, column // INPUTS
+        tile = (row // amx.ROWS * features + block) * self.split + part
+        return tile * TILE + row % amx.ROWS * INPUTS + column % INPUTS
+
+    def row(self, m: Expr) -> None:
+        """Finish row m of the block that waits, if it has so many."""
+        with b.when(m < self.rows.get()):
+            row, first_tile = b.let(self.first_row.get() + m), self.first_tile.get()
+            lanes, tile = self.isa.lanes, amx.ROWS * amx.ROWS
+            at = b.let(self.place.get() + m // amx.ROWS * (PAIR * tile) + m % amx.ROWS * lanes)
+            vectors = [self.isa.load(self.sums, at + c * tile) for c in range(PAIR)]
+            if self.packed:
+                self._row_packed(row, first_tile, vectors)
+            elif self.epilogue.tiles == PAIR:
+                self.epilogue.emit(self.isa, self.handles, row, b.let(first_tile // PAIR), vectors)
+            else:
+                self._each_column(row, first_tile, vectors)
+
+    def _each_column(self, row: Expr, first_tile: Expr, vectors: list[Expr]) -> None:
+        for c, vector in enumerate(vectors):
+
+            def emit(c: int = c, vector: Expr = vector) -> None:
+                self.epilogue.emit(self.isa, self.handles, row, b.let(first_tile + c), [vector])
+
+            if c == 0 or self.all_tiles % PAIR == 0:
+                emit()
+            else:
+                with b.when(first_tile + c < self.all_tiles):
+                    emit()
+
+    def _row_packed(self, row: Expr, first_tile: Expr, vectors: list[Expr]) -> None:
+        """A row of a tile is two vectors of results; a gated block has one of them."""
+        from tvm import tirx
+
+        isa, epilogue = self.isa, self.epilogue
+        column = b.let(first_tile // epilogue.tiles)
+        groups = [vectors] if epilogue.tiles == PAIR else [[vector] for vector in vectors]
+        values = [
+            b.let(epilogue.value(isa, self.handles, row, b.let(column + i), sums)) for i, sums in enumerate(groups)
+        ]
+        out = b.view(self.handles["out"], [b.MANY], "uint16")
+        for part, both in enumerate(bf16_parts(isa, values[0], values[-1], self.split)):
+            bits = b.let(both)
+            kept = bits if len(values) == PAIR else permute([bits], range(isa.lanes // 2))
+            lanes = isa.lanes * len(values)
+            at = self._packed_at(row, column * isa.lanes, part)
+            b.store_vector(isa, out, [at], tirx.reinterpret(f"uint16x{lanes}", kept))
 
 
 def tile_linear(
@@ -227,118 +256,129 @@ def tile_linear(
     units share the rows. step: inputs that are unpacked at a time, whole groups.
     """
     isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    source: _Source
+    source: Source
     if bits == 32:
-        all_tiles, source = FloatLayout("f32", isa.lanes, gated).tiles(n), _Single(isa, k)
+        all_tiles, source = FloatLayout("f32", isa.lanes, gated).tiles(n), Single(isa, k)
     elif bits == 16:
-        all_tiles, source = FloatLayout("bf16", isa.lanes, gated).tiles(n), _Float(isa, k)
+        all_tiles, source = FloatLayout("bf16", isa.lanes, gated).tiles(n), Float(isa, k)
     else:
         layout = quantized_layout(machine, bits, group, symmetric, gated)
-        all_tiles, source = layout.tiles(n), _Quantized(isa, layout, k)
+        all_tiles, source = layout.tiles(n), Quantized(isa, layout, k)
     if packed and (epilogue.features % INPUTS or tiles % (PAIR * epilogue.tiles)):
         raise ValueError(f"{epilogue.features} features in panels of {tiles} tiles cannot be packed into tiles")
-    if row_block % (PAIR * amx.ROWS) or tiles % PAIR or step % source.part or source.part % INPUTS:
+    if row_block % ROWS or tiles % PAIR or step % source.part or source.part % INPUTS:
         raise ValueError(f"blocks of {row_block} rows by {tiles} tiles in steps of {step} inputs do not fit")
-    step = min(step, source.parts * source.part)
     inputs, split = source.parts * source.part, source.split
-    width = tiles * isa.lanes  # columns of a panel, gate and up counted
+    step = min(step, inputs)
+    whole = (inputs - 1) // step  # steps before the last
+    last = inputs - whole * step
+    first_sum = step * split * tiles * isa.lanes  # in f32, after two panels of bf16
+    first_result = first_sum + row_block * tiles * isa.lanes
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         from tvm import tirx
 
-        tokens = sizes["T"]
-        panels = -(-all_tiles // tiles)
-        panel = b.view(handles["workspace"], [b.MANY], "uint16")
-        first_sum = step * split * width // 2  # the sums follow the panel; in f32
+        panels, units = -(-all_tiles // tiles), b.let(sizes["end"] - sizes["begin"])
         sums = b.view(handles["workspace"], [b.MANY], "float32")
         x = b.view(handles["x"], [b.MANY], "uint16")
-        with amx.configured(), b.loop(sizes["end"] - sizes["begin"]) as i:
+        ahead = _Ahead(isa, source, handles, step, tiles)
+        finish = _Finish(isa, epilogue, handles, all_tiles, packed, split, first_result)
+
+        def panel(unit: Expr) -> tuple[Expr, Expr]:
+            """A unit's first tile, and how many it has."""
+            first = b.let(unit % panels * tiles)
+            return first, b.let(tirx.Min(b.index(all_tiles) - first, b.index(tiles)))
+
+        first_step = step if whole else last
+        first_tile, count = panel(sizes["begin"])
+        ahead.unpack(ahead.turn(first_tile, 0, first_step, b.let(tirx.Select(units > 0, count, b.index(0)))))
+        with amx.configured(), b.loop(units) as i:
             unit = b.let(sizes["begin"] + i)
-            first_tile = b.let(unit % panels * tiles)
-            tiles_here = b.let(tirx.Min(b.index(all_tiles) - first_tile, b.index(tiles)))
-            pairs_here = b.let((tiles_here + 1) // PAIR)
+            first_tile, tiles_here = panel(unit)
+            next_tile, tiles_next = panel(unit + 1)
             first_row = b.let(unit // panels * row_block)
-            rows_here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
+            rows_here = b.let(tirx.Min(sizes["T"] - first_row, b.index(row_block)))
+            row_pairs, column_pairs = b.let((rows_here + (ROWS - 1)) // ROWS), b.let((tiles_here + 1) // PAIR)
 
-            def inputs_from(first: Expr, count: int) -> None:
-                """Multiply `count` inputs from `first` on."""
-                with b.loop(tiles_here) as t, b.loop(count // source.part) as part:
-                    start = b.let((t * step + part * source.part) * (isa.lanes * split))
+            def multiply(first: Expr, count: int, chunks_ahead: Expr, is_last: bool) -> None:
+                """Add up `count` inputs from `first` on, for all blocks of results."""
+                blocks = b.let(row_pairs * column_pairs * (count // INPUTS))
+                share = b.let((chunks_ahead + (blocks - 1)) // blocks)
+                finish.rows.set(0)
+                with b.loop(row_pairs) as row_pair, b.loop(column_pairs) as column_pair:
+                    one_block(first, count, share, row_pair, column_pair, is_last)
+                if is_last:
+                    with b.loop(ROWS) as m:
+                        finish.row(m)
 
-                    def put(row: Expr | int, pairs: Expr, split: int = 0) -> None:
-                        at = start + row * (isa.lanes * 2) + split * TILE
-                        b.store_vector(isa, panel, [at], tirx.reinterpret("uint16x32", pairs))
-
-                    source.unpack(handles, first_tile + t, b.let(first // source.part + part), put)
-                with b.loop((rows_here + 31) // 32) as row_pair, b.loop(pairs_here) as column_pair:
-                    fetch_next(b.let(first + count), row_pair, column_pair)
-                    multiply(first, count, row_pair, column_pair)
-
-            def fetch_next(following: Expr, row_pair: Expr, column_pair: Expr) -> None:
-                """Ask for a share of the weights that are unpacked next: some lines of these tiles."""
-                ends = following >= inputs
-                part = b.let(tirx.Select(ends, b.index(0), following // source.part))
-                tile = b.let(first_tile + column_pair * PAIR + tirx.Select(ends, b.index(tiles), b.index(0)))
-                lines = -(-step // source.part * source.part_bytes // CACHE_LINE // (row_block // 32))
-                for c in range(PAIR):
-                    for line in range(lines):
-                        _prefetch(source, handles, tile + c, part, row_pair * lines + line)
-
-            def multiply(first: Expr, count: int, row_pair: Expr, column_pair: Expr) -> None:
-                into = b.let(first_sum + row_pair * (32 * width) + column_pair * (PAIR * isa.lanes))
-                corner = [into, into + isa.lanes, into + 16 * width, into + (16 * width + isa.lanes)]
-                b.either(
-                    first == 0,
-                    lambda: _each(range(4), amx.zero),
-                    lambda: _each(range(4), lambda c: amx.load(c, sums, corner[c], 4 * width)),
-                )
-                row_tile = first_row // 16 + row_pair * PAIR
-                rows = [b.let(((row_tile + r) * inputs + first) * (16 * split)) for r in range(PAIR)]
-                columns = [b.let((column_pair * PAIR + c) * (step * isa.lanes * split)) for c in range(PAIR)]
-                with b.loop(count // INPUTS) as block:
-                    before: tuple[int | None, int | None] = (None, None)
-                    for of_x, of_w in _PRODUCTS[split]:
-                        if of_w != before[1]:
-                            for c in range(PAIR):
-                                amx.load(6 + c, panel, columns[c] + (block * split + of_w) * TILE)
-                        for r in range(PAIR):
-                            if of_x != before[0]:
-                                amx.load(4 + r, x, rows[r] + (block * split + of_x) * TILE)
-                            for c in range(PAIR):
-                                amx.dot_bf16(2 * r + c, 4 + r, 6 + c)
-                        before = of_x, of_w
-                for c in range(4):
-                    amx.store(c, sums, corner[c], 4 * width)
-
-            with b.loop(inputs // step) as part:
-                inputs_from(b.let(part * step), step)
-            if inputs % step:
-                inputs_from(b.index(inputs // step * step), inputs % step)
-
-            def finished(row: Expr, m: Expr, column: Expr) -> tuple[Expr, Expr, list[Expr]]:
-                """The row, a vector of the result's columns, and its sums; column: counted in the panel."""
-                at = b.let(first_sum + m * width + column * (epilogue.tiles * isa.lanes))
-                vectors = [isa.load(sums, at + j * isa.lanes) for j in range(epilogue.tiles)]
-                return row, b.let(first_tile // epilogue.tiles + column), vectors
-
-            def write(row: Expr, m: Expr) -> None:
-                with b.loop(tiles_here // epilogue.tiles) as column:
-                    epilogue.emit(isa, handles, *finished(row, m, column))
-
-            def write_packed(row: Expr, m: Expr) -> None:
-                out = b.view(handles["out"], [b.MANY], "uint16")
-                with b.loop(tiles_here // (PAIR * epilogue.tiles)) as pair:
-                    columns = [b.let(pair * PAIR + half) for half in range(PAIR)]
-                    first, second = (
-                        b.let(epilogue.value(isa, handles, *finished(row, m, column))) for column in columns
+            def one_block(
+                first: Expr, count: int, share: Expr, row_pair: Expr, column_pair: Expr, is_last: bool
+            ) -> None:
+                place = b.let((row_pair * (tiles // PAIR) + column_pair) * SUMS + first_sum)
+                corners = [place + c * (SUMS // 4) for c in range(4)]
+                if is_last and not whole:
+                    _each(range(4), amx.zero)
+                else:
+                    b.either(
+                        first == 0,
+                        lambda: _each(range(4), amx.zero),
+                        lambda: _each(range(4), lambda c: amx.load(c, sums, corners[c])),
                     )
-                    block = b.let(first_tile // (PAIR * epilogue.tiles) + pair)
-                    at = b.let((row // 16 * (epilogue.features // INPUTS) + block) * (TILE * split) + row % 16 * INPUTS)
-                    for part, both in enumerate(bf16_parts(isa, first, second, split)):
-                        b.store_vector(isa, out, [at + part * TILE], tirx.reinterpret("uint16x32", both))
+                row_tile = first_row // amx.ROWS + row_pair * PAIR
+                rows = [b.let(((row_tile + r) * inputs + first) * (amx.ROWS * split)) for r in range(PAIR)]
+                now = ahead.now.get()
+                columns = [b.let(now + (column_pair * PAIR + c) * (step * isa.lanes * split)) for c in range(PAIR)]
+                block_row, block_tile = b.let(first_row + row_pair * ROWS), b.let(first_tile + column_pair * PAIR)
+                rows_each = -(-ROWS // (count // INPUTS))
+                with b.loop(count // INPUTS) as block:
 
-            with b.loop(rows_here) as m:
-                (write_packed if packed else write)(b.let(first_row + m), m)
+                    def finish_some() -> None:
+                        with b.loop(rows_each) as j:
+                            m = b.let(block * rows_each + j)
+                            finish.row(m)
+                            finish.fetch(b.let(block_row + m), block_tile)
+
+                    work = {0: lambda: ahead.unpack(share)}
+                    if is_last:
+                        work[2 * len(_PRODUCTS[split])] = finish_some
+                    products(block, rows, columns, work)
+                if is_last:
+                    place = finish.next_place()
+                    for c in range(4):
+                        amx.store(c, sums, place + c * (SUMS // 4))
+                    many = b.let(tirx.Min(rows_here - row_pair * ROWS, b.index(ROWS)))
+                    finish.wait(many, block_row, block_tile)
+                else:
+                    for c in range(4):
+                        amx.store(c, sums, corners[c])
+
+            def products(
+                block: Expr, rows: list[Expr], columns: list[Expr], work: dict[int, Callable[[], None]]
+            ) -> None:
+                """Of INPUTS inputs; work: what is done after the product of that number."""
+                before: tuple[int | None, int | None] = (None, None)
+                number = 0
+                for of_x, of_w in _PRODUCTS[split]:
+                    if of_w != before[1]:
+                        for c in range(PAIR):
+                            amx.load(6 + c, ahead.panel, columns[c] + (block * split + of_w) * TILE)
+                    for r in range(PAIR):
+                        if of_x != before[0]:
+                            amx.load(4 + r, x, rows[r] + (block * split + of_x) * TILE)
+                        for c in range(PAIR):
+                            amx.dot_bf16(2 * r + c, 4 + r, 6 + c)
+                            if number in work:
+                                work[number]()
+                            number += 1
+                    before = of_x, of_w
+
+            with b.loop(whole) as s:
+                length = b.let(tirx.Select(s + 1 < whole, b.index(step), b.index(last)))
+                chunks_ahead = ahead.turn(first_tile, b.let((s + 1) * step), length, tiles_here)
+                multiply(b.let(s * step), step, chunks_ahead, is_last=False)
+            after = b.let(tirx.Select(i + 1 < units, tiles_next, b.index(0)))
+            chunks_ahead = ahead.turn(next_tile, 0, first_step, after)
+            multiply(b.index(whole * step), last, chunks_ahead, is_last=True)
 
     results = [(name, "uint16" if packed and name == "out" else dtype) for name, dtype in epilogue.pointers()]
     pointers = [("x", "uint16"), *source.pointers(), *results, ("workspace", "uint8")]

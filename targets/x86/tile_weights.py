@@ -1,0 +1,182 @@
+"""Weights of linear ops as bf16 in tiles of pairs, out of the forms that they are stored in, a chunk at a time.
+
+A tile of weights is 16 result columns of all inputs. A *part* of it is what shares a scale, or what fills a tile
+register: whole tiles of `INPUTS` inputs. A *chunk* is CHUNK rows of pairs, little enough to be unpacked between two
+products of tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86.activation_tiles import INPUTS, bf16_parts
+from llmc.targets.x86.isa import VectorIsa
+from llmc.targets.x86.layouts import QuantizedLayout
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr
+
+CHUNK = 4
+
+
+class Put(Protocol):
+    """Where a source of weights puts what it unpacks: pairs of bf16 as i32 lanes, by row of the chunk."""
+
+    def __call__(self, row: int, pairs: Expr, split: int = 0) -> None:
+        """split: which of the parts of an f32 weight."""
+
+
+class Source(Protocol):
+    """Weights as the kernel's arguments have them.
+
+    part: inputs of a part; parts: how many a tile has; chunks, part_bytes: of a part; split: bf16 of a weight.
+    """
+
+    part: int
+    parts: int
+    part_bytes: int
+    split: int
+
+    def pointers(self) -> list[tuple[str, str]]:
+        """The kernel's arguments for them."""
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+        """One chunk of one part of one tile."""
+
+
+def chunks(source: Source) -> int:
+    """Chunks of a part."""
+    return source.part // (2 * CHUNK)
+
+
+class Quantized:
+    """Weights of 4 or 8 bits: one part is a group."""
+
+    split = 1
+
+    def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
+        self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
+        self.part, self.parts = layout.group, self.groups
+        self.part_bytes = layout.vectors * isa.vector_bytes
+
+    def pointers(self) -> list[tuple[str, str]]:
+        minimums = [] if self.layout.symmetric else [("minimums", "float16")]
+        return [("data", "uint8"), ("scales", "float16"), *minimums]
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+        """One vector of 4-bit weights, or two of 8-bit ones."""
+        from tvm import tirx
+
+        isa, layout = self.isa, self.layout
+        data = b.view(handles["data"], [b.MANY, self.groups, layout.vectors, isa.vector_bytes], "uint8")
+
+        def per_group(name: str) -> Expr:
+            buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
+            return b.let(isa.f16_to_f32(isa.load(buffer, tile, part, 0)))
+
+        scale = per_group("scales")
+        # What a stored zero stands for; exact, since scales have 11 bits.
+        base = per_group("minimums") if not layout.symmetric else None
+        if layout.bits == 8 and layout.offset:
+            shift = scale * isa.splat(float(-layout.offset))
+            base = b.let(shift if base is None else base + shift)
+        table = b.let(_numbers(isa, layout.offset)) if layout.bits == 4 else None
+
+        def value(words: Expr, bit: int) -> Expr:
+            moved = words >> isa.splat(bit, "uint32") if bit else words
+            if table is not None:
+                number = isa.look_up(table, tirx.reinterpret(isa.i32, moved))
+            else:
+                number = tirx.reinterpret(isa.i32, moved & isa.splat(255, "uint32")).astype(isa.f32)
+            return number * scale if base is None else isa.fma(number, scale, base)
+
+        rows = 2 * 8 // layout.bits  # of pairs in a vector
+        vectors = CHUNK // rows
+        for v in range(vectors):
+            raw = isa.load(data, tile, part, chunk * vectors + v, 0, lanes=isa.vector_bytes)
+            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
+            for row in range(rows):
+                # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
+                bit = row % 2 * 16 + row // 2 * 4
+                put(v * rows + row, isa.pack_pairs(value(words, bit), value(words, bit + 8)))
+
+
+class Float:
+    """Weights in bf16, which lie in pairs already."""
+
+    split = 1
+
+    def __init__(self, isa: VectorIsa, k: int) -> None:
+        self.isa, self.pairs = isa, -(-k // 2)
+        self.part, self.parts = INPUTS, -(-k // INPUTS)
+        self.part_bytes = INPUTS * isa.lanes * 2
+
+    def pointers(self) -> list[tuple[str, str]]:
+        return [("data", "uint16")]
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+        """CHUNK pairs of rows of one tile, zeros after the last."""
+        from tvm import tirx
+
+        isa = self.isa
+        data = b.view(handles["data"], [b.MANY, self.pairs * isa.lanes * 2], "uint16")
+        for row in range(CHUNK):
+            pair = part * (INPUTS // 2) + chunk * CHUNK + row
+
+            def copy(row: int = row, pair: Expr = pair) -> None:
+                both = isa.load(data, tile, pair * (isa.lanes * 2), lanes=isa.lanes * 2)
+                put(row, tirx.reinterpret(isa.i32, both))
+
+            if self.pairs % (INPUTS // 2) == 0:
+                copy()
+            else:
+                b.either(pair < self.pairs, copy, lambda row=row: put(row, isa.splat(0, "int32")))  # type: ignore[misc]
+
+
+class Single:
+    """Weights in f32, split into three bf16."""
+
+    split = 3
+
+    def __init__(self, isa: VectorIsa, k: int) -> None:
+        self.isa, self.k = isa, k
+        self.part, self.parts = INPUTS, -(-k // INPUTS)
+        self.part_bytes = INPUTS * isa.lanes * 4
+
+    def pointers(self) -> list[tuple[str, str]]:
+        return [("data", "float32")]
+
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+        """CHUNK pairs of rows of one tile, zeros after the last."""
+        isa = self.isa
+        data = b.view(handles["data"], [b.MANY, self.k, isa.lanes], "float32")
+        zero = isa.splat(0.0)
+        for row in range(CHUNK):
+            first = b.let(part * INPUTS + (chunk * CHUNK + row) * 2)
+
+            def pairs(count: int, row: int = row, first: Expr = first) -> None:
+                loaded = [b.let(isa.load(data, tile, first + i, 0)) for i in range(count)]
+                even, odd = [*loaded, *[zero] * (2 - count)]
+                for split, both in enumerate(bf16_parts(isa, even, odd, self.split, paired=True)):
+                    put(row, both, split)
+
+            if self.k % INPUTS == 0:
+                pairs(2)
+            else:
+                b.either(
+                    first + 1 < self.k,
+                    lambda pairs=pairs: pairs(2),  # type: ignore[misc]
+                    lambda pairs=pairs, first=first: b.either(  # type: ignore[misc]
+                        first < self.k, lambda: pairs(1), lambda: pairs(0)
+                    ),
+                )
+
+
+def _numbers(isa: VectorIsa, offset: int) -> Expr:
+    """0 - offset, 1 - offset, ... as f32, one a lane."""
+    from tvm import tirx
+
+    lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
+    return (lane - isa.splat(offset, "int32")).astype(isa.f32)
