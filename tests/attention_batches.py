@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from kernel_harness import Compiled, aligned
 
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention import AttentionPlan, attention_plan
+from llmc.targets.x86.attention_query import QueryRows
 
 PAGE, TILE = 32, 16
 
@@ -36,8 +38,8 @@ class Case:
     def scale(self) -> float:
         return self.head_dim**-0.5
 
-    def plan(self, machine: Machine) -> AttentionPlan:
-        return attention_plan(machine, scale=self.scale, **vars(self))
+    def plan(self, machine: Machine, query: QueryRows | None = None) -> AttentionPlan:
+        return attention_plan(machine, scale=self.scale, query=query, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,17 @@ class Batch:
                     exponent[first + row, head] = (np.abs(keys) @ np.abs(query)).max()
         return out, spread, exponent
 
-    def run(self, machine: Machine, splits: int = 1, cuts: tuple[float, ...] = ()) -> np.ndarray:
-        """The kernels' result, the work units cut into ranges at these fractions."""
-        case, plan = self.case, self.case.plan(machine)
+    def run(
+        self,
+        machine: Machine,
+        splits: int = 1,
+        cuts: tuple[float, ...] = (),
+        query: QueryRows | None = None,
+        extras: Sequence[np.ndarray] = (),
+    ) -> np.ndarray:
+        """The kernels' result, the work units cut into ranges at these fractions. query: how to read `self.query`, with
+        its arguments in `extras`."""
+        case, plan = self.case, self.case.plan(machine, query)
         tokens = len(self.query)
         out = aligned(np.full((tokens, case.heads, case.value_dim), np.nan, np.float32))
         state = aligned(np.full(plan.state_elements(tokens, splits), np.nan, np.float32))
@@ -122,7 +132,7 @@ class Batch:
         args = [self.query, self.key_pages, self.value_pages, self.tiles, self.block_table]
         args += [self.sinks] * case.sinks + [self.slopes] * case.alibi
         args += [self.starts] * (not case.causal) + [self.bias] * bool(case.span)
-        arrays = [*(aligned(a) for a in args), out, state, partial]
+        arrays = [*(aligned(a) for a in args), *extras, out, state, partial]
         tile = Compiled(plan.tile, machine)
         for begin, end in reversed(ranges(plan.tile_units(len(self.tiles), splits), cuts)):
             tile(*arrays, self.block_table.shape[1], splits, begin, end)

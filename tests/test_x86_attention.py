@@ -11,12 +11,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
+from kernel_harness import Compiled, aligned
 from x86_machines import each_machine
 
+from llmc.runtime import cpu
 from llmc.targets.machine import Machine
+from llmc.targets.x86 import detect
 from llmc.targets.x86.attention import attention_plan
+from llmc.targets.x86.attention_query import QueryRows
+from llmc.targets.x86.rope_append import rope_append_kernel
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
+SAPPHIRE = detect.machine("sapphirerapids")
+TILES = pytest.param(
+    SAPPHIRE,
+    id="amx",
+    marks=pytest.mark.skipif(not cpu.features() >= SAPPHIRE.features, reason="this computer has no tile registers"),
+)
 
 CASES = {
     "grouped": Case(4, 2, 64, 64),
@@ -93,3 +104,41 @@ def test_a_plan_refuses_what_no_kernel_does() -> None:
         attention_plan(machine, heads=3, kv_heads=2, head_dim=8, scale=1.0)
     with pytest.raises(ValueError, match="float16 or float32"):
         attention_plan(machine, heads=2, kv_heads=2, head_dim=8, scale=1.0, cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("machine", [*MACHINES, TILES])
+@pytest.mark.parametrize(
+    ("pairs", "interleaved", "norm_eps"), [(0, False, None), (24, False, None), (7, True, 1e-6), (0, False, 1e-5)]
+)
+def test_queries_are_turned_and_normalised_where_they_lie(
+    machine: Machine, pairs: int, interleaved: bool, norm_eps: float | None
+) -> None:
+    """Columns of wider rows, changed on the way: as if `rope_append` had written them as rows of their own before."""
+    case = Case(7, 1, 48, 48)
+    batch = make_batch(case, LENGTHS, NEW)
+    rng, (tokens, heads, dim) = np.random.default_rng(5), batch.query.shape
+    wide = np.concatenate(
+        [np.full((tokens, 3), np.nan), batch.query.reshape(tokens, -1), np.full((tokens, 9), np.nan)], 1
+    )
+    rows = QueryRows(wide.shape[1], 3, pairs, interleaved, norm_eps, 1.0)
+    angles = rng.standard_normal((tokens, 2, max(1, pairs))).astype(np.float32)
+    weight = rng.standard_normal(dim).astype(np.float32)
+    extras = [aligned(angles)] * bool(pairs) + [aligned(weight)] * (norm_eps is not None)
+    turn = rope_append_kernel(
+        machine,
+        heads=heads,
+        kv_heads=0,
+        head_dim=dim,
+        pairs=pairs,
+        interleaved=interleaved,
+        query_rows=(rows.stride, rows.offset, dim),
+        norm_eps=norm_eps,
+        norm_offset=1.0,
+    )
+    wide = aligned(wide.astype(np.float32))
+    turned = aligned(np.zeros_like(batch.query))
+    Compiled(turn, machine)(wide, *extras, turned, 0, tokens)
+    before = replace(batch, query=turned)
+    for splits in (1, 3):
+        found = replace(batch, query=wide).run(machine, splits, query=rows, extras=extras)
+        assert np.abs(found - before.run(machine, splits)).max() < tolerance(batch)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_matrix import attention_matrix, fits
+from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.attention_tile import PAGE, attention_tile
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import let, loop, scratch
@@ -75,6 +76,7 @@ def attention_plan(
     cache_dtype: str = "float16",
     causal: bool = True,
     span: int = 0,
+    query: QueryRows | None = None,
 ) -> AttentionPlan:
     """Kernels for attention with `heads` query heads over `kv_heads` key-value heads.
 
@@ -82,6 +84,7 @@ def attention_plan(
     sinks: a logit a head joins the softmax's denominator. alibi: slope * (key position - query position) is added to
     the scaled score. cache_dtype: float16 or float32. causal: rows see keys up to their own position; else the whole
     sequence, or what is less than `window` away on both sides. span: a table of what to add by distance (0: none).
+    query: where queries lie and what happens to them first; by default they are [T, heads, head_dim] as they should be.
     """
     if heads % kv_heads:
         raise ValueError(f"attention: {heads} query heads are no multiple of {kv_heads} key-value heads")
@@ -90,9 +93,10 @@ def attention_plan(
     if span % PAGE:
         raise ValueError(f"attention: a table of distances spans whole pages of {PAGE} tokens, not {span}")
     values = head_dim if value_dim is None else value_dim
-    # A decoder's kernel has neither parameter, and so the name that it always had.
+    # A kernel without one of these has no such parameter, and so the name that it always had.
     others: dict[str, Param] = {} if causal else {"causal": False}
     others |= {"span": span} if span else {}
+    others |= {"query": query.params()} if query not in (None, QueryRows(heads * head_dim)) else {}
     tile = kernel(
         attention_matrix if fits(machine, values, cache_dtype) else attention_tile,
         machine.key,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.attention_products import block_rows
@@ -72,14 +73,27 @@ def attention_matrix(
     cache_dtype: str,
     causal: bool = True,
     span: int = 0,
+    query: tuple[Param, ...] = (),
 ) -> PrimFunc:
     """As `attention_tile`, same arguments and meaning, on a machine that `fits`."""
     isa = isa_for(machine)
     few = block_rows(isa)
-    body = MatrixBody(
-        isa, heads, kv_heads, head_dim, value_dim, scale, window, softcap, sinks, alibi, cache_dtype, few, causal, span
+    fields = (
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale,
+        window,
+        softcap,
+        sinks,
+        alibi,
+        cache_dtype,
+        few,
+        causal,
+        span,
     )
-    return body.kernel(isa.pairs_helper + isa.bf16_helper)
+    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper)
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:

@@ -1,4 +1,4 @@
-"""How attention is lowered on x86: norm, rotary and append in one kernel, then tiles, then the merge of splits."""
+"""How attention is lowered on x86: keys and values to the cache, query tiles, the merge of splits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llmc.targets.call_facts import keys, pairs
 from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86.attention import attention_plan
+from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.rope_angles import rope_angles
 from llmc.targets.x86.rope_append import GRAIN, rope_append_kernel
@@ -83,68 +84,8 @@ def _norm_eps(heads: Heads) -> float | None:
     return None if heads.norm is None else heads.norm.eps
 
 
-def _same_turn(q: Heads, k: Heads) -> bool:
-    """Whether one kernel call can serve both: the same angles, style and kind of norm."""
-    if (q.rope is None) != (k.rope is None) or (q.norm is None) != (k.norm is None):
-        return False
-    turns = [(item.rope.angles, item.rope.interleaved) for item in (q, k) if item.rope is not None]
-    if len(turns) == 2 and turns[0] != turns[1]:
-        return False
-    if q.norm is not None and k.norm is not None:
-        return q.norm.eps == k.norm.eps and q.norm.offset == k.norm.offset
-    return True
-
-
-def turn_call(
-    context: Context,
-    *,
-    q: Heads | None,
-    q_shape: tuple[int, int],
-    q_out: object,
-    append: KVAppend | None,
-    k: Heads | None,
-    v: Heads | None,
-) -> Call:
-    """One `rope_append` call: queries to `q_out`, keys and values to the cache, or only one of these."""
-    lead = q or k
-    assert lead is not None
-    heads, dim = q_shape
-    kind = append.kv if append is not None else None
-    made = rope_append_kernel(
-        context.machine,
-        heads=heads if q is not None else 0,
-        kv_heads=kind.heads if kind is not None else 0,
-        head_dim=dim,
-        value_dim=kind.value_dim if kind is not None else None,
-        pairs=0 if lead.rope is None else _pairs(lead.rope),
-        interleaved=lead.rope is not None and lead.rope.interleaved,
-        query_rows=None if q is None else head_stride(q, dim),
-        key_rows=None if k is None else head_stride(k, dim),
-        value_rows=None if v is None or kind is None else head_stride(v, kind.value_dim),
-        norm_eps=_norm_eps(lead),
-        norm_offset=0.0 if lead.norm is None else lead.norm.offset,
-        cache_dtype="float16" if kind is None else CACHE_DTYPES[kind.dtype],
-    )
-    args: list[object] = []
-    if q is not None:
-        args.append(q.base)
-    if k is not None and v is not None:
-        args += [k.base, v.base]
-    angles = _angles(lead.rope)
-    if angles is not None:
-        args.append(angles)
-    if append is not None:
-        args.append(append.slots)
-    for item in (q, k):
-        if item is not None and item.norm is not None:
-            args.append(item.norm.w)
-    if q is not None:
-        args.append(q_out)
-    if append is not None:
-        args += [CachePart(append.cache, "keys"), CachePart(append.cache, "values")]
-    tokens = lead.base.shape[0]
-    written = 0 if kind is None else tokens * _cache_bytes(kind)
-    return Call(made, tuple(args), tokens, GRAIN, note=f"[{heads}, {dim}]", bytes_moved=written)
+def _norm_offset(heads: Heads) -> float:
+    return 0.0 if heads.norm is None else heads.norm.offset
 
 
 def _cache_bytes(kind: KV) -> int:
@@ -152,7 +93,9 @@ def _cache_bytes(kind: KV) -> int:
     return kind.heads * (kind.key_dim + kind.value_dim) * (2 if kind.dtype == "f16" else 4)
 
 
-def _pairs(rope: Rope) -> int:
+def _pairs(rope: Rope | None) -> int:
+    if rope is None:
+        return 0
     pairs = rope.angles.shape[2]
     assert isinstance(pairs, int)
     return pairs
@@ -168,8 +111,27 @@ def append_to_cache(op: Op, context: Context) -> Lowered | str:
     k, v = heads_of(op.k, context), heads_of(op.v, context)
     if v.norm is not None or v.rope is not None:
         v = _rows(op.v, None, None)
-    call = turn_call(context, q=None, q_shape=(0, op.kv.key_dim), q_out=None, append=op, k=k, v=v)
-    return Lowered((call,))
+    kind, dim = op.kv, op.kv.key_dim
+    made = rope_append_kernel(
+        context.machine,
+        heads=0,
+        kv_heads=kind.heads,
+        head_dim=dim,
+        value_dim=kind.value_dim,
+        pairs=_pairs(k.rope),
+        interleaved=k.rope is not None and k.rope.interleaved,
+        key_rows=head_stride(k, dim),
+        value_rows=head_stride(v, kind.value_dim),
+        norm_eps=_norm_eps(k),
+        norm_offset=_norm_offset(k),
+        cache_dtype=CACHE_DTYPES[kind.dtype],
+    )
+    weight = None if k.norm is None else k.norm.w
+    extras = (each for each in (_angles(k.rope), op.slots, weight) if each is not None)
+    args = (k.base, v.base, *extras, CachePart(op.cache, "keys"), CachePart(op.cache, "values"))
+    tokens = k.base.shape[0]
+    note, written = f"[{kind.heads}, {dim}]", tokens * _cache_bytes(kind)
+    return Lowered((Call(made, args, tokens, GRAIN, note=note, bytes_moved=written),))
 
 
 def _unfit(op: KVAppend) -> str:
@@ -182,7 +144,7 @@ def _unfit(op: KVAppend) -> str:
 
 @RULES.lower(PagedAttention, priority=10, needs=VECTOR)
 def attention_over_pages(op: Op, context: Context) -> Lowered | str:
-    """Rotary and append fused in front, attention by query tiles, splits of the context merged behind."""
+    """Queries normalised and turned as they are read, attention by query tiles, splits of the context merged behind."""
     assert isinstance(op, PagedAttention)
     kind = op.cache.kv
     if op.dtype != "f32":
@@ -197,23 +159,15 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         return f"a table of distances {op.bias.type} is not f32, or spans no whole pages"
     tokens, heads, dim = op.q.shape
     assert isinstance(heads, int) and isinstance(dim, int)
-    calls: list[Call] = []
-    computes: tuple[Op, ...] = ()
-    query: object = op.q
-    cache = op.cache
     q = heads_of(op.q, context)
-    append = cache if isinstance(cache, KVAppend) and _only_reader(cache, context) is op else None
-    turned = Scratch("query", "f32", tokens * (heads * dim))
-    if append is not None and not _unfit(append):
-        k, v = heads_of(append.k, context), heads_of(append.v, context)
-        if v.norm is not None or v.rope is not None:
-            v = _rows(append.v, None, None)
-        if _same_turn(q, k) and q.base.shape[0] == k.base.shape[0]:
-            call = turn_call(context, q=q, q_shape=(heads, dim), q_out=turned, append=append, k=k, v=v)
-            calls, computes, query, cache = [call], (append,), turned, append.cache
-    if not calls and (q.rope is not None or q.offset or q.norm is not None):
-        calls = [turn_call(context, q=q, q_shape=(heads, dim), q_out=turned, append=None, k=None, v=None)]
-        query = turned
+    rows = QueryRows(
+        q.stride,
+        q.offset,
+        _pairs(q.rope),
+        q.rope is not None and q.rope.interleaved,
+        _norm_eps(q),
+        _norm_offset(q),
+    )
     plan = attention_plan(
         context.machine,
         heads=heads,
@@ -228,13 +182,17 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         cache_dtype=CACHE_DTYPES[kind.dtype],
         causal=op.causal,
         span=span,
+        query=rows,
     )
     state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
     partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
     starts = None if op.causal else op.starts
-    extras = tuple(value for value in (op.sinks, op.slopes, starts, op.bias) if value is not None)
+    weight = None if q.norm is None else q.norm.w
+    extras = tuple(
+        value for value in (op.sinks, op.slopes, starts, op.bias, _angles(q.rope), weight) if value is not None
+    )
     tile_args = (
-        query, CachePart(cache, "keys"), CachePart(cache, "values"), op.tiles, op.block_table, *extras,
+        q.base, CachePart(op.cache, "keys"), CachePart(op.cache, "values"), op.tiles, op.block_table, *extras,
         "result", state, partial, PAGES, SPLITS,
     )  # fmt: skip
     tiles = op.tiles.shape[0]
@@ -242,17 +200,15 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     read = keys(op.window) * _cache_bytes(kind)
     seen = pairs(op.window) if op.causal else 2 * pairs(op.window) - tokens  # both sides, a row itself once
     operations = seen * (2 * heads * (dim + kind.value_dim))
-    calls.append(
-        Call(
-            plan.tile,
-            tile_args,
-            plan.tile_units(tiles, SPLITS),
-            1,
-            note=note,
-            bytes_moved=read,
-            operations=operations,
-            arithmetic=plan.arithmetic,
-        )
+    tile = Call(
+        plan.tile,
+        tile_args,
+        plan.tile_units(tiles, SPLITS),
+        1,
+        note=note,
+        bytes_moved=read,
+        operations=operations,
+        arithmetic=plan.arithmetic,
     )
     merge = Call(
         plan.combine,
@@ -262,14 +218,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         (Range("SPLITS", 2, None),),
         note=note,
     )
-    calls.append(merge)
-    return Lowered(tuple(calls), computes=computes)
-
-
-def _only_reader(version: KVAppend, context: Context) -> Op | None:
-    """The one op that reads what a version of a cache holds; later appends to it read nothing."""
-    readers = [op for op in context.graph.users.get(version, ()) if not isinstance(op, KVAppend)]
-    return readers[0] if len(readers) == 1 else None
+    return Lowered((tile, merge))
 
 
 @RULES.lower(RopeAngles, priority=10)
@@ -292,5 +241,15 @@ def turn_heads(op: Op, context: Context) -> Lowered | str:
         return f"heads are {op.dtype} and angles {op.angles.dtype}, not f32"
     _, heads, dim = op.shape
     assert isinstance(heads, int) and isinstance(dim, int)
-    q = _rows(op.x, None, op)
-    return Lowered((turn_call(context, q=q, q_shape=(heads, dim), q_out="result", append=None, k=None, v=None),))
+    rows = _rows(op.x, None, op)
+    made = rope_append_kernel(
+        context.machine,
+        heads=heads,
+        kv_heads=0,
+        head_dim=dim,
+        pairs=_pairs(op),
+        interleaved=op.interleaved,
+        query_rows=head_stride(rows, dim),
+    )
+    tokens = rows.base.shape[0]
+    return Lowered((Call(made, (rows.base, op.angles, "result"), tokens, GRAIN, note=f"[{heads}, {dim}]"),))

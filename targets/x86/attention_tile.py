@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_products import block_rows, multiply
+from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, when
 from llmc.targets.x86.vector_math import exp, tanh
@@ -65,17 +67,20 @@ def attention_tile(
     cache_dtype: str,
     causal: bool = True,
     span: int = 0,
+    query: tuple[Param, ...] = (),
 ) -> PrimFunc:
     """One unit is (tile, key-value head, split): u = (tile * kv_heads + kv_head) * S + split. Arguments:
 
         query f32[T, heads, head_dim], keys cache[pages, kv_heads, head_dim, 32], values cache[pages, kv_heads, 32,
         value_dim], tiles i32[Q, 4], block_table i32[B, M], [sinks f32[heads]], [slopes f32[heads]] (alibi),
-        [starts i32[B + 1]] (not causal), [bias f32[heads, 2 * span - 1]] (span), out f32[T, heads, value_dim],
-        state f32[T, heads, S, 2], partial f32[T, heads, S - 1, value_dim], M, S
+        [starts i32[B + 1]] (not causal), [bias f32[heads, 2 * span - 1]] (span), [angles f32[T, 2, pairs],
+        query_weight f32[head_dim]] (query), out f32[T, heads, value_dim], state f32[T, heads, S, 2],
+        partial f32[T, heads, S - 1, value_dim], M, S
 
     causal: a row sees the keys of its sequence up to its own position, the last `window` of them; else all keys, rows
     starts[s] to starts[s + 1], or those less than `window` away. span: bias adds a number by key - query + span - 1;
-    no sequence is longer than span, which is a whole number of pages.
+    no sequence is longer than span, which is a whole number of pages. query: what `QueryRows` is made from, where the
+    queries are not rows of their own.
 
     Where S == 1, out is the result and state and partial are not touched. Otherwise split s covers the s-th part of the
     pages that the tile sees and writes (greatest score, denominator) to state and its unnormalised sum of values to out
@@ -98,6 +103,7 @@ def attention_tile(
         CHUNK,
         causal,
         span,
+        query,
     )
     return body.kernel()
 
@@ -120,6 +126,11 @@ class TileBody:
     chunk: int
     causal: bool = True
     span: int = 0
+    query: tuple[Param, ...] = ()
+
+    @property
+    def query_rows(self) -> QueryRows:
+        return QueryRows(*self.query) if self.query else QueryRows(self.heads * self.head_dim)  # type: ignore[arg-type]
 
     @property
     def group(self) -> int:
@@ -134,6 +145,7 @@ class TileBody:
         pointers += [("tiles", "int32"), ("block_table", "int32")]
         pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
         pointers += [("starts", "int32")] * (not self.causal) + [("bias", "float32")] * bool(self.span)
+        pointers += self.query_rows.pointers()
         pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
         return range_kernel(pointers, ["M", "S"], self.unit, helpers + MEMORY_HELPER)
 
@@ -187,6 +199,7 @@ class TileBody:
             "peak": aligned_scratch(self.chunk + self.lanes, self.lanes),
             "total": aligned_scratch(self.chunk * self.lanes, self.lanes),
             "where": scratch(self.chunk, "int32"),
+            "turned": aligned_scratch(self.head_dim if self.query_rows.changed else 1, self.lanes),
             "slope": scratch(self.chunk if self.alibi else 1, "float32"),
             **({"middle": scratch(self.chunk, "int32")} if self.span else {}),
         }
@@ -303,7 +316,8 @@ class TileBody:
                 item = pin(remainder(row, self.group))
                 token = pin(divide(row, self.group))
                 head = pin(t.kv_head * self.group + item)
-                self.start_query(t, r, (a.query, pin(((t.token + token) * self.heads + head) * self.head_dim)))
+                place = pin(t.token + token)
+                self.start_query(t, r, self.query_rows.read(a, self.lanes, self.head_dim, place, head, t.turned))
                 store_int(t.where, r, t.position + token)
                 if self.alibi:
                     store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)

@@ -120,7 +120,7 @@ def rope_append(
     channel i turns with i + pairs, or (interleaved) 2i with 2i + 1: a' = a cos - b sin, b' = b cos + a sin. Channels
     from 2 * pairs on pass. q goes to out, k and v to the cache, rounded to its dtype.
     """
-    style = _Rotation(isa_for(machine).lanes, head_dim, pairs, interleaved, norm_eps, norm_offset)
+    style = Rotation(isa_for(machine).lanes, head_dim, pairs, interleaved, norm_eps, norm_offset)
     pointers = [("q", "float32")] * bool(heads) + [("k", "float32"), ("v", "float32")] * bool(kv_heads)
     if pairs:
         pointers += [("positions", "int32")] * (angles == "table") + [("angles", "float32")]
@@ -166,7 +166,7 @@ def copy(lanes: int, source: Buffer, start: Expr, target: Buffer, at: Expr, elem
 
 
 @dataclass(frozen=True)
-class _Rotation:
+class Rotation:
     """What happens to one head of q or k on its way."""
 
     lanes: int
