@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys and the append to the paged cache, in one pass over the q/k/v rows.
+"""Rotary embedding of heads, and the append of keys and values to the paged cache, in one pass over their rows.
 
 Every element is read once and written once. Keys are stored transposed in their page, so a token's key is scattered to
 head_dim lines of the cache; work should be split into runs of consecutive tokens, which share those lines.
