@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
 from x86_linear_cases import Case
-from x86_machines import MACHINES, each_machine, runnable
+from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
 from llmc.targets.codegen import build_module
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.linear_plan import float_linear_plan
+from llmc.targets.x86.activation_tiles import activation_tiles
+from llmc.targets.x86.linear_float_tile_rows import SPLIT
+from llmc.targets.x86.linear_plan import FEW_ROWS, float_linear_plan
 from llmc.targets.x86.quantize_activations import round_activations
 
 TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -31,15 +33,22 @@ def float_case(
         bits = aligned(np.zeros((tokens, k + k % 2), np.uint16))
         Compiled(kernel(round_activations, machine.key, k=k), machine)(aligned(x), bits, 0, tokens)
         x = bits
-    return Case(machine, plan, {"x": x, **plan.layout.pack(weight)}, exact, weight.astype(np.float64), **fused)
+    arrays = {"x": x, **plan.layout.pack(weight)}
+    if any(FEW_ROWS in variant.arguments for variant in plan.variants):
+        arrays[FEW_ROWS] = np.full((-(-tokens // 32) * 2, -(-k // 32), SPLIT, 16, 32), 0xFFFF, np.uint16)  # NaN
+        made = kernel(activation_tiles, machine.key, k=k, inputs=-(-k // 32) * 32, parts=SPLIT)
+        tiles = aligned(arrays[FEW_ROWS])
+        Compiled(made, machine)(aligned(x), tiles, 0, tokens)
+        arrays[FEW_ROWS] = tiles
+    return Case(machine, plan, arrays, exact, weight.astype(np.float64), **fused)
 
 
-@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
 @pytest.mark.parametrize(
     ("dtype", "n", "k"), [("f32", 1, 1), ("f32", 33, 129), ("f16", 129, 33), ("bf16", 31, 129), ("bf16", 7, 64)]
 )
 def test_every_variant_at_awkward_sizes(machine: Machine, dtype: str, n: int, k: int) -> None:
-    for tokens in (1, 7, 31):
+    for tokens in (1, 7, 33):  # 33: two full blocks of tile registers and one row
         case = float_case(machine, tokens, n, k, dtype)
         for variant in case.plan.variants:
             # k roundings of 6e-8 in a row would be the worst; they average out to their root.
@@ -59,10 +68,10 @@ def _weight(case: Case, n: int, k: int) -> np.ndarray:
     return case.plan.layout.unpack({"data": case.arrays["data"]}, n, k)["values"]
 
 
-@pytest.mark.parametrize("machine", each_machine())
-@pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_gate_bias_and_residual(machine: Machine, activation: str) -> None:
-    case = float_case(machine, 13, 62, 40, "f32", activation=activation, bias=True, residual=True, gated=True)
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
+@pytest.mark.parametrize(("activation", "dtype"), [("none", "f32"), ("gelu", "bf16")])
+def test_gate_bias_and_residual(machine: Machine, activation: str, dtype: str) -> None:
+    case = float_case(machine, 13, 62, 40, dtype, activation=activation, bias=True, residual=True, gated=True)
     for variant in case.plan.variants:
         case.check(variant, pieces=2)
 
@@ -77,6 +86,16 @@ def test_bf16_pairs(name: str, n: int, k: int) -> None:
         for variant in case.plan.variants:
             case.check(variant, tolerance=5e-7)
     assert "vdpbf16ps" in build_module(case.plan.variants[0].kernel, case.machine).inspect_source("asm")
+
+
+@pytest.mark.parametrize("machine", each_machine_and_tiles())
+@pytest.mark.parametrize("dtype", TYPES)
+def test_every_number_of_rows_has_one_kernel(machine: Machine, dtype: str) -> None:
+    low = 1
+    for variant in float_linear_plan(machine, n=48, k=40, dtype=dtype).variants:
+        assert variant.low == low
+        low = variant.high + 1 if variant.high is not None else 0
+    assert low == 0
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])

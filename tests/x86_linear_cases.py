@@ -76,7 +76,7 @@ class Case:
         """The result, computed in `pieces` ranges of units, last first; what lies behind it must stay untouched."""
         out = aligned(np.full(self.expected.size + 16, np.nan, np.float32))
         compiled = Compiled(variant.kernel, self.machine)
-        arguments = [out if name == "out" else self.aligned[name] for name in self.plan.arguments]
+        arguments = [out if name == "out" else self.aligned[name] for name in variant.arguments or self.plan.arguments]
         bounds = [variant.units(self.tokens) * i // pieces for i in range(pieces + 1)]
         for begin, end in reversed(list(itertools.pairwise(bounds))):
             compiled(*arguments, self.tokens, begin, end)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 UNROLLED = 8  # terms of the sum in an unrolled step
 PART = 64  # terms of float weights that a panel holds; quantized ones: a group
 
+AHEAD_BYTES = 3072  # how far ahead of the multiplications a streamed tile is asked for
+CACHE_LINE = 64
+
 # (first term of the part, how many of its vectors) -> vectors, one a term
 Vectors = Callable[["Expr", int], list["Expr"]]
 
@@ -33,7 +36,8 @@ Vectors = Callable[["Expr", int], list["Expr"]]
 class _FloatWeights:
     """f32, f16 or bf16 weights as vectors of `lanes` rows, one for each *term* of the sum.
 
-    A term is one input, or a pair of inputs where bf16 pairs are multiplied. `bundle` terms share a load.
+    A term is one input, or a pair of inputs where bf16 pairs are multiplied. `bundle` terms share a load of
+    `bundle_bytes`; a tile has `tile_bytes`.
     """
 
     def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool) -> None:
@@ -43,6 +47,8 @@ class _FloatWeights:
         self.terms = -(-k // 2) if pairs else k
         self.part = PART
         self.bundle = 2 if layout.dtype == "bf16" and not pairs else 1
+        self.bundle_bytes = isa.lanes * (2 if layout.dtype == "f16" else 4)
+        self.tile_bytes = -(-self.terms // self.bundle) * self.bundle_bytes
 
     def pointers(self) -> list[tuple[str, str]]:
         return [("data", str(self.layout.arrays(self.n, self.k)["data"][1]))]
@@ -74,6 +80,8 @@ class _DequantizedWeights:
     def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.k = isa, layout, k
         self.terms, self.part, self.bundle = k, layout.group, 32 // layout.bits
+        self.bundle_bytes = isa.vector_bytes
+        self.tile_bytes = layout.groups(k) * layout.vectors * isa.vector_bytes
         self.pairs = False
 
     def pointers(self) -> list[tuple[str, str]]:
@@ -125,19 +133,26 @@ class _Activations:
         dtype, width = ("uint16", -(-k // 2) * 2) if pairs else ("float32", k)
         self.buffer: Buffer = b.view(handle, [b.MANY, width], dtype)
 
-    def multiply(self, total: Expr, weights: Expr, row: Expr, term: Expr) -> Expr:
-        """total + weights * activations of this term."""
+    def spread(self, row: Expr, term: Expr) -> Expr:
+        """The activation, or the pair, of this term in every lane."""
         from tvm import tirx
 
         if not self.pairs:
-            return self.isa.fma(self.isa.splat(self.buffer[row, term]), weights, total)
+            return self.isa.splat(self.buffer[row, term])
         pair = tirx.reinterpret("int32", self.isa.load(self.buffer, row, term * 2, lanes=2))
-        return self.isa.dot_bf16(total, weights, tirx.Broadcast(pair, self.isa.lanes))
+        return tirx.Broadcast(pair, self.isa.lanes)
+
+    def multiply(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
+        """total + weights * activations."""
+        return (self.isa.dot_bf16 if self.pairs else self._fma)(total, weights, spread)
+
+    def _fma(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
+        return self.isa.fma(spread, weights, total)
 
 
 def _function(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, body: Callable[..., None]) -> PrimFunc:
     pointers = [("x", "uint16" if weights.pairs else "float32"), *weights.pointers(), *epilogue.pointers()]
-    return b.plain_function(pointers, ["T"], body, isa.bf16_helper if weights.pairs else "")
+    return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER + (isa.bf16_helper if weights.pairs else ""))
 
 
 def _steps(terms: int) -> Iterator[tuple[Expr, int]]:
@@ -164,37 +179,82 @@ def _bundles(first: Expr, count: int, size: int) -> Iterator[tuple[Expr, int, in
         yield first + start, start, min(size, count - start)
 
 
-def _rows_kernel(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, rows: int) -> PrimFunc:
-    """Any T, `rows` at a time. One unit: one vector of result columns. The limit is the memory's read bandwidth."""
-    tiles = epilogue.tiles
+class _Stream:
+    """Prefetches of one tile, AHEAD_BYTES before its bytes are multiplied."""
+
+    def __init__(self, handles: Mapping[str, Expr], weights: _Weights, tile: Expr, streams: int) -> None:
+        self.data = b.view(handles["data"], [b.MANY], "uint8")
+        self.weights, self.start, self.streams = weights, b.let(tile * weights.tile_bytes), streams
+
+    def ahead(self, term: Expr) -> Callable[[int], None]:
+        """For terms from `term` on: a function of a bundle's place among them, which asks for what follows it so far.
+
+        Past the end of a tile that is the tile which follows it in its stream, `streams` tiles on.
+        """
+        from tvm import tirx
+
+        weights = self.weights
+        inside = b.let(term // weights.bundle * weights.bundle_bytes + AHEAD_BYTES)
+        skip = b.index((self.streams - 1) * weights.tile_bytes)
+        at = b.let(self.start + inside + tirx.Select(inside >= weights.tile_bytes, skip, b.index(0)))
+
+        def prefetch(place: int) -> None:
+            offset = place // weights.bundle * weights.bundle_bytes
+            b.keep_order()
+            if offset % CACHE_LINE == 0:
+                b.prefetch(self.data, at + offset)
+
+        return prefetch
+
+
+def _rows_kernel(
+    isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int
+) -> PrimFunc:
+    """Any T, `rows` at a time. One unit: `tiles` tiles, streamed side by side: several streams keep more of the memory
+    busy. The limit is the memory's read bandwidth.
+    """
     chains = max(1, 4 // (rows * tiles))  # independent sums, to hide the multiplier's latency
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x = _Activations(isa, weights.k, weights.pairs, handles["x"])
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
-            column = b.let(sizes["begin"] + i)
-            row = b.clamped_rows(block * rows, rows, sizes["T"])
-            totals = b.Registers(tiles * rows * chains, isa.f32)
-            for slot in range(len(totals.slots)):
-                totals[slot] = isa.splat(0.0)
-            for part, terms in _parts(weights.terms, weights.part):
-                sources = [weights.at(handles, column * tiles + t, part) for t in range(tiles)]
-                for first, count in _steps(terms):
-                    for t, source in enumerate(sources):
-                        for term, place, size in _bundles(first, count, weights.bundle):
-                            for j, vector in enumerate(source(term, size)):
-                                w = b.let(vector)
-                                for m in range(rows):
-                                    slot = (t * rows + m) * chains + (place + j) % chains
-                                    at = part * weights.part + term + j
-                                    totals[slot] = x.multiply(totals[slot], w, row[m], at)
-            for m in range(rows):
-                with b.when(block * rows + m < sizes["T"]):
-                    sums = []
+            unit(x, handles, sizes["T"], b.let((sizes["begin"] + i) * tiles), block * rows)
+
+    def unit(x: _Activations, handles: Mapping[str, Expr], tokens: Expr, first_tile: Expr, first_row: Expr) -> None:
+        from tvm import tirx
+
+        # The last unit may be short: it repeats the last tile and stores it once.
+        tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
+        row = b.clamped_rows(first_row, rows, tokens)
+        totals = b.Registers(tiles * rows * chains, isa.f32)
+        for slot in range(len(totals.slots)):
+            totals[slot] = isa.splat(0.0)
+        streams = [_Stream(handles, weights, tile[t], tiles) for t in range(tiles)]
+        for part, terms in _parts(weights.terms, weights.part):
+            sources = [weights.at(handles, tile[t], part) for t in range(tiles)]
+            for first, count in _steps(terms):
+                ahead = [stream.ahead(part * weights.part + first) for stream in streams]
+                for term, place, size in _bundles(first, count, weights.bundle):
+                    vectors = []
                     for t in range(tiles):
-                        chain = [totals[(t * rows + m) * chains + c] for c in range(chains)]
-                        sums.append(chain[0] if chains == 1 else _tree(chain))
-                    epilogue.emit(isa, handles, row[m], column, sums)
+                        ahead[t](place)
+                        vectors.append(sources[t](term, size))
+                    for j in range(size):
+                        at = part * weights.part + term + j
+                        w = [b.let(vectors[t][j]) for t in range(tiles)]
+                        for m in range(rows):
+                            # Shared by tiles; one tile multiplies straight from memory.
+                            spread = x.spread(row[m], at)
+                            spread = b.let(spread) if tiles > 1 else spread
+                            for t in range(tiles):
+                                slot = (t * rows + m) * chains + (place + j) % chains
+                                totals[slot] = x.multiply(totals[slot], w[t], spread)
+        for t in range(0, tiles, epilogue.tiles):
+            for m in range(rows):
+                with b.when(tirx.And(first_row + m < tokens, first_tile + t < all_tiles)):
+                    starts = [((t + j) * rows + m) * chains for j in range(epilogue.tiles)]
+                    sums = [_tree([totals[start + c] for c in range(chains)]) for start in starts]
+                    epilogue.emit(isa, handles, row[m], (first_tile + t) // epilogue.tiles, sums)
 
     return _function(isa, weights, epilogue, body)
 
@@ -241,7 +301,7 @@ def _blocks_kernel(
                             for slot in range(rows * tiles):
                                 w = panel[slot // rows, first + j]
                                 at = part * weights.part + first + j
-                                sums[slot] = x.multiply(sums[slot], w, row[slot % rows], at)
+                                sums[slot] = x.multiply(sums[slot], w, x.spread(row[slot % rows], at))
                     for slot in range(rows * tiles):
                         b.store(totals, [block * rows + slot % rows, slot // rows], sums[slot])
 
@@ -260,7 +320,7 @@ def float_linear(
     bias: bool = False,
     residual: bool = False,
     rows: int,
-    tiles: int = 0,
+    tiles: int,
     row_block: int = 0,
 ) -> PrimFunc:
     """Weights of `dtype` "f32", "f16" or "bf16". With `row_block`: the prefill kernel, else the streaming one.
@@ -272,7 +332,7 @@ def float_linear(
     weights = _FloatWeights(isa, layout, n, k, pairs)
     if row_block:
         return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
-    return _rows_kernel(isa, weights, epilogue, rows)
+    return _rows_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles)
 
 
 def dequantized_linear(
@@ -288,7 +348,7 @@ def dequantized_linear(
     bias: bool = False,
     residual: bool = False,
     rows: int,
-    tiles: int = 0,
+    tiles: int,
     row_block: int = 0,
 ) -> PrimFunc:
     """Weights of 4 or 8 bits times f32 activations. With `row_block`: the prefill kernel, else the streaming one."""
@@ -297,4 +357,4 @@ def dequantized_linear(
     weights = _DequantizedWeights(isa, layout, k)
     if row_block:
         return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
-    return _rows_kernel(isa, weights, epilogue, rows)
+    return _rows_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles)

@@ -6,8 +6,9 @@ runs, and how its work divides.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from llmc.targets.kernel import Kernel, Param, kernel
@@ -16,6 +17,8 @@ from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
 from llmc.targets.x86.linear_float import dequantized_linear, float_linear
+from llmc.targets.x86.linear_float_tile_rows import TILES as FLOAT_TILES
+from llmc.targets.x86.linear_float_tile_rows import float_linear_tile_rows
 from llmc.targets.x86.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
 from llmc.targets.x86.linear_tile_rows import TILES, quantized_linear_tile_rows
 from llmc.targets.x86.tiles import ROWS, has_tiles
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
+FEW_ROWS = "xfew"  # the argument of up to 16 rows of activations, as tiles of three bf16 each
 FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
@@ -34,7 +38,7 @@ class Variant:
     """One kernel and where it applies: low <= T <= high (None: no limit).
 
     Its work units number `panels * ceil(T / row_block)`, or just `panels` where row_block is 0 (each unit does all
-    rows). grain: the fewest units worth handing to a thread.
+    rows). grain: the fewest units worth handing to a thread. arguments: where they are not the plan's.
     """
 
     kernel: Kernel
@@ -43,6 +47,7 @@ class Variant:
     panels: int
     row_block: int
     grain: int
+    arguments: tuple[str, ...] = ()
 
     def units(self, tokens: object) -> object:
         """Independent work units for `tokens` rows: an int, or a symbolic dim with +, * and //."""
@@ -55,8 +60,8 @@ class Variant:
 class LinearPlan:
     """How one linear op runs.
 
-    arguments: names of the kernels' pointers, the same for every variant, in order: activations ("xq", "xscales",
-    "xsums", or "x"), the layout's arrays ("data", "scales", "minimums"), "bias", "residual", "out". One size: T.
+    arguments: names of the kernels' pointers in order: activations ("xq", "xscales", "xsums", or "x"; FEW_ROWS in a
+    variant's own), the layout's arrays ("data", "scales", "minimums"), "bias", "residual", "out". One size: T.
     activations: what the kernels multiply, "i8" (see quantize_activations, with the weight's group), "f32" or "bf16".
     variants: their T ranges are disjoint and cover 1, 2, ...
     """
@@ -98,6 +103,14 @@ def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: in
     if pairs and isa.vnni:
         rows = min(rows, isa.registers // 4)  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
     return _Blocking(rows, 2 if pairs else 1, high)
+
+
+def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
+    """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
+
+    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four.
+    """
+    return 2 if layout.gated or 2 * rows <= isa.registers - 4 else 1
 
 
 def _float_blocking(isa: VectorIsa) -> _Blocking:
@@ -177,15 +190,34 @@ def float_linear_plan(
 def _float_plan(
     machine: Machine, template: Callable[..., PrimFunc], layout: Layout, params: dict[str, Param], activations: str
 ) -> LinearPlan:
-    """One, a few (to 4) and more rows (to 8) stream the weight; beyond, blocks."""
-    blocking = _float_blocking(isa_for(machine))
-    variants = tuple(
-        _rows_variant(kernel(template, machine.key, rows=count, **params), layout, low, high)
-        for count, low, high in ((1, 1, 1), (4, 2, 4), (8, 5, 8))
-    )
+    """Up to 16 rows stream the weight: through tile registers, if it is of bf16, else through vector registers."""
+    isa = isa_for(machine)
+    arguments = _arguments(("x",), layout, params)
+
+    def rows(low: int, high: int) -> Variant:
+        tiles = _streamed_floats(isa, layout, high)
+        made = kernel(template, machine.key, rows=high, tiles=tiles, **params)
+        return _rows_variant(made, layout, low, high, tiles)
+
+    def tile_rows(low: int, high: int) -> Variant:
+        own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
+        made = kernel(float_linear_tile_rows, machine.key, **own)
+        found = _rows_variant(made, layout, low, high, FLOAT_TILES)
+        return replace(found, arguments=(FEW_ROWS, *arguments[1:]))
+
+    on_tiles = params.get("dtype") == "bf16" and activations == "f32" and has_tiles(machine, "bf16")
+    few: tuple[Variant, ...]
+    if on_tiles and isa.lanes == ROWS:
+        few = (rows(1, 1), tile_rows(2, ROWS))
+    else:
+        bounds = (0, 1, 4, 8, 12) if isa.registers >= 32 else (0, 1, 4, 6, 8)
+        few = tuple(rows(low + 1, high) for low, high in itertools.pairwise(bounds))
+    most = few[-1].high
+    assert most is not None
+    blocking = _float_blocking(isa)
     blocks = kernel(template, machine.key, **vars(blocking), **params)
-    variants += (_blocks_variant(blocks, layout, blocking, 9),)
-    return LinearPlan(layout, activations, _arguments(("x",), layout, params), variants)
+    variants = (*few, _blocks_variant(blocks, layout, blocking, most + 1))
+    return LinearPlan(layout, activations, arguments, variants)
 
 
 def _params(n: int, k: int, gated: bool, activation: str, bias: bool, residual: bool) -> dict[str, Param]:

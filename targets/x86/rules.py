@@ -19,7 +19,8 @@ from llmc.targets.x86 import (  # noqa: F401  (registers their rules)
     tile_plan,
 )
 from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
-from llmc.targets.x86.linear_plan import Layout, LinearPlan, float_linear_plan, quantized_linear_plan
+from llmc.targets.x86.linear_float_tile_rows import SPLIT
+from llmc.targets.x86.linear_plan import FEW_ROWS, Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.quantize_activations import padded, quantize_activations, round_activations
@@ -200,7 +201,6 @@ def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str
     if "xtiles" in activations:
         most = tile_plan.rows_from(_tile_bits(op)) - 1
         calls = _tile_calls(op, activations, context)
-    args = _arguments(op, plan.layout, plan.arguments, activations)
     n, k = _shape(op)
     weight_bytes = plan.layout.nbytes(n, k)
     for variant in plan.variants:
@@ -210,7 +210,7 @@ def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str
             calls.append(
                 Call(
                     variant.kernel,
-                    (*args, rows),
+                    (*_arguments(op, plan.layout, variant.arguments or plan.arguments, activations), rows),
                     variant.units(rows),
                     variant.grain,
                     when,
@@ -393,14 +393,22 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
         made = kernel(round_activations, context.machine.key, k=k)
         rounding = Call(made, (x, pairs), rows, max(1, 4096 // k), note=f"[{k}]")
         return Lowered((rounding, *plan_calls(op, plan, given, context).calls), reads=(x,))
-    if not _on_tiles(op, context):
-        return plan_calls(op, plan, given, context)
-    inputs, bits = _tile_inputs(op), _tile_bits(op)
-    split = tile_plan.split_of(bits)
-    given["xtiles"] = tiles_of(x, inputs, context, split)
-    calls = plan_calls(op, plan, given, context).calls
-    many = guard(rows, tile_plan.rows_from(bits), None)
-    if many is not None and writes_tiles(x, context) is None:
-        made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs, parts=split)
-        calls = (Call(made, (x, given["xtiles"]), rows, max(1, 4096 // k), many, note=f"[{k}]"), *calls)
-    return Lowered(calls, reads=(x,))
+    cut: list[Call] = []  # calls that make tiles of the activations
+
+    def to_tiles(tiles: Scratch, inputs: int, split: int, when: tuple[Range, ...] | None) -> Scratch:
+        if when is not None:
+            made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs, parts=split)
+            cut.append(Call(made, (x, tiles), rows, max(1, 4096 // k), when, note=f"[{k}]"))
+        return tiles
+
+    for variant in plan.variants:
+        if FEW_ROWS in variant.arguments:
+            inputs, most = padded(k, INPUTS), variant.high
+            assert most is not None
+            few = Scratch(context.scratch_name(x, FEW_ROWS), "uint16", tiles_elements(most, inputs, SPLIT))
+            given[FEW_ROWS] = to_tiles(few, inputs, SPLIT, guard(rows, variant.low, most))
+    if _on_tiles(op, context):
+        inputs, split = _tile_inputs(op), tile_plan.split_of(_tile_bits(op))
+        many = guard(rows, tile_plan.rows_from(_tile_bits(op)), None) if writes_tiles(x, context) is None else None
+        given["xtiles"] = to_tiles(tiles_of(x, inputs, context, split), inputs, split, many)
+    return Lowered((*cut, *plan_calls(op, plan, given, context).calls), reads=(x,))

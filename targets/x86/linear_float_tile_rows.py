@@ -1,0 +1,153 @@
+"""bf16 weights times a few rows on tile registers (AMX), as exact as in f32.
+
+A tile of packed weights, 16 pairs of inputs by 16 result columns, is an operand of a multiplication as it lies: no
+weight passes through a vector register. Activations come as three bf16 each, which hold all of an f32 (see
+`activation_tiles`): products are exact and sums are f32. A kilobyte of weights takes three multiplications of as many
+cycles as there are rows, 48 with 16 rows, and memory takes some 200 for it: the limit is the memory's read bandwidth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import linear_builder as b
+from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.activation_tiles import INPUTS, TILE
+from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.layouts import FloatLayout
+from llmc.targets.x86.linear_epilogue import Epilogue
+from llmc.targets.x86.linear_float import AHEAD_BYTES, CACHE_LINE
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+TILES = 2  # weight tiles of a unit, side by side: they share the loads of activations
+SPLIT = 3  # bf16 of an activation
+_PAIRS = INPUTS // 2  # rows of a weight tile
+_LINES = 2 * TILE // CACHE_LINE
+# Numbers of the tile registers. Products of the activations' first parts have sums of their own, by weight tile: the
+# other parts' are 2^-8 of them and would be rounded away with every addition.
+_A, _B, _C = (0, 1), (2, 3), ((4, 5), (6, 7))
+
+
+@dataclass
+class _Unit:
+    """TILES weight tiles times a block of rows, while their code is emitted.
+
+    start: where the weight tiles begin, in bytes; first_x: where the block's activations do, in elements. padded: a
+    tile on the stack for the inputs past the last multiple of 32, if there are any.
+    """
+
+    isa: VectorIsa
+    k: int
+    x: Buffer
+    data: Buffer
+    padded: Buffer | None
+    start: Sequence[Expr]
+    first_x: Expr
+
+    def run(self) -> None:
+        """Add up all inputs."""
+        for column in _C:
+            for c in column:
+                amx.zero(c)
+        blocks, rest = divmod(-(-self.k // 2), _PAIRS)
+        with b.loop(blocks) as block:
+            self._multiply(block)
+        for t in range(TILES if rest else 0):
+            self._multiply_rest(t, blocks, rest)
+
+    def _multiply(self, block: Expr) -> None:
+        """32 inputs, with the prefetches that are due meanwhile."""
+        ahead = [self._ahead(start, block) for start in self.start]
+        for part in range(SPLIT):
+            self._load_x(part, block)
+            for t in range(TILES):
+                if part == 0:
+                    amx.load(_B[t], self.data, self.start[t] + block * (2 * TILE))
+                amx.dot_bf16(_C[t][min(part, 1)], _A[part % 2], _B[t])
+                b.keep_order()
+                for line in range(_LINES * part // SPLIT, _LINES * (part + 1) // SPLIT):
+                    b.prefetch(self.data, ahead[t] + line * CACHE_LINE, near=True)
+
+    def _load_x(self, part: int, block: Expr | int) -> None:
+        amx.load(_A[part % 2], self.x, self.first_x + (b.index(block) * SPLIT + part) * TILE)
+
+    def _ahead(self, start: Expr, block: Expr) -> Expr:
+        """Where to prefetch from: AHEAD_BYTES on; past the tile's end, in the tile that follows it in its stream."""
+        from tvm import tirx
+
+        size = -(-self.k // 2) * self.isa.vector_bytes
+        inside = b.let(block * (2 * TILE) + AHEAD_BYTES)
+        return b.let(start + inside + tirx.Select(inside >= size, b.index((TILES - 1) * size), b.index(0)))
+
+    def _multiply_rest(self, t: int, blocks: int, rest: int) -> None:
+        """The last inputs, with zeros behind them."""
+        from tvm import tirx
+
+        assert self.padded is not None
+        isa = self.isa
+        for row in range(_PAIRS):
+            value = isa.splat(0, "int32")
+            if row < rest:
+                at = self.start[t] + (blocks * _PAIRS + row) * isa.vector_bytes
+                value = tirx.reinterpret(isa.i32, isa.load(self.data, at, lanes=isa.vector_bytes))
+            b.store(self.padded, [row], value)
+        amx.load(_B[t], b.view(self.padded.data, [b.MANY], "int32"), 0)
+        for part in range(SPLIT):
+            self._load_x(part, blocks)
+            amx.dot_bf16(_C[t][min(part, 1)], _A[part % 2], _B[t])
+
+
+def float_linear_tile_rows(
+    machine: Machine,
+    *,
+    n: int,
+    k: int,
+    gated: bool = False,
+    activation: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+) -> PrimFunc:
+    """(x u16 [row tiles, ceil(k / 32), 3, 16, 32] as `activation_tiles` writes it, data u16, bias f32 [n] if any,
+    residual f32 [T, features] if any, out f32 [T, features]; T, begin, end).
+
+    Any T, 16 rows at a time; a short block is multiplied as short as it is. One unit: TILES weight tiles.
+    """
+    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
+    if not amx.has_tiles(machine, "bf16") or isa.lanes != amx.ROWS:
+        raise ValueError(f"vectors of {isa.lanes} lanes do not go through tiles of bf16 on {machine.name!r}")
+    all_tiles, pairs = FloatLayout("bf16", isa.lanes, gated).tiles(n), -(-k // 2)
+
+    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        from tvm import tirx
+
+        tokens = sizes["T"]
+        x, data = b.view(handles["x"], [b.MANY], "uint16"), b.view(handles["data"], [b.MANY], "uint8")
+        sums = b.scratch([TILES, 2, amx.ROWS], isa.f32)
+        padded = b.scratch([_PAIRS], isa.i32) if pairs % _PAIRS else None
+        with b.loop((tokens + (amx.ROWS - 1)) // amx.ROWS) as block:
+            first_row = b.let(block * amx.ROWS)
+            here = b.let(tirx.Min(tokens - first_row, b.index(amx.ROWS)))
+            first_x = b.let(block * (-(-k // INPUTS) * SPLIT * TILE))
+            rows = dict.fromkeys((*_A, *_C[0], *_C[1]), (here, amx.ROW_BYTES))
+            with amx.configured(rows), b.loop(sizes["end"] - sizes["begin"]) as i:
+                # The last unit may be short: it repeats the last tile and stores it once.
+                first_tile, last = b.let((sizes["begin"] + i) * TILES), b.index(all_tiles - 1)
+                tile = [first_tile, *(b.let(tirx.Min(first_tile + t, last)) for t in range(1, TILES))]
+                start = [b.let(t * (pairs * isa.vector_bytes)) for t in tile]
+                _Unit(isa, k, x, data, padded, start, first_x).run()
+                for t in range(TILES):
+                    for place, c in enumerate(_C[t]):
+                        at = (t * 2 + place) * (amx.ROWS * isa.lanes)
+                        amx.store(c, b.view(sums.data, [b.MANY], "float32"), at)
+                with b.loop(here) as m:
+                    for t in range(0, TILES, epilogue.tiles):
+                        with b.when(first_tile + t < all_tiles):
+                            finished = [sums[t + j, 0, m] + sums[t + j, 1, m] for j in range(epilogue.tiles)]
+                            epilogue.emit(isa, handles, first_row + m, (first_tile + t) // epilogue.tiles, finished)
+
+    return b.plain_function([("x", "uint16"), ("data", "uint16"), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER)
