@@ -11,6 +11,7 @@ from pathlib import Path
 from llmc.errors import CompileError
 
 SCHEMES = ("none", "bf16", "f16", "int8", "int4")
+TABLE_SCHEMES = (*SCHEMES, "int6")  # of embeddings that no linear layer reads
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
 WEIGHT_SOURCES = ("embed", "random", "none")
@@ -32,8 +33,9 @@ class CompileOptions:
     quantization: the scheme of linear weights; "none" stores and computes f32.
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
     activations: how coarsely inputs of matmuls may be rounded; None: int8 for int8 and int4, bf16 for bf16, else f32.
-    embedding, head: schemes of the token embedding and of the output head; None: int8 where `quantization` is int4,
-    else the same as `quantization`. A head tied to the embedding has the embedding's scheme.
+    embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
+    that is int4, int8 for the head and int6 for the embedding. A head tied to the embedding has the embedding's scheme,
+    and then both are int8. int6 is for embeddings only.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
@@ -65,10 +67,10 @@ class CompileOptions:
         _choice("quantization (-q)", self.quantization, SCHEMES)
         _choice("--group-size", self.group_size, GROUP_SIZES)
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
-        _choice("--embedding", self.embedding, (None, *SCHEMES))
+        _choice("--embedding", self.embedding, (None, *TABLE_SCHEMES))
         _choice("--head", self.head, (None, *SCHEMES))
         for pattern, scheme in self.overrides:
-            _choice(f"--override {pattern}", scheme, SCHEMES)
+            _choice(f"--override {pattern}", scheme, TABLE_SCHEMES)
             if not pattern:
                 raise CompileError("--override needs a name pattern before the '=': --override '*.down_proj*=int8'")
             if not _PATTERN.fullmatch(pattern):
@@ -94,16 +96,6 @@ class CompileOptions:
         if self.activations is not None:
             return self.activations
         return {"int8": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")
-
-    @property
-    def embedding_scheme(self) -> str:
-        """The scheme of the token embedding: int8 where the rest is int4, which costs little and saves much error."""
-        return self.embedding or ("int8" if self.quantization == "int4" else self.quantization)
-
-    @property
-    def head_scheme(self) -> str:
-        """The scheme of the output head, where it is not tied to the embedding."""
-        return self.head or ("int8" if self.quantization == "int4" else self.quantization)
 
     def tokens_a_step(self, is_encoder: bool) -> int:
         """The most tokens of one step, as far as sequences can be cut."""

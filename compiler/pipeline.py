@@ -50,7 +50,7 @@ def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
     quantize = (
         f"quantize{{scheme={options.quantization},group-size={options.group_size},"
         f"symmetric={str(options.symmetric).lower()},activations={options.activation_dtype},"
-        f"embedding={options.embedding_scheme},head={options.head_scheme}"
+        f"embedding={options.embedding or 'auto'},head={options.head or 'auto'}"
         + (f",overrides={overrides}" if overrides else "")
         + "}"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -130,15 +132,47 @@ def test_a_weight_that_has_its_dtype_already_is_left_as_it_is() -> None:
     assert quantize(UNTIED, QuantizeWeights(scheme="bf16"))[0] is UNTIED
 
 
-def test_int4_keeps_embedding_and_head_at_eight_bits() -> None:
-    after, report = quantize(UNTIED, QuantizeWeights())
+@pytest.mark.parametrize("scheme", ["int4", "q4g64"])
+def test_int4_keeps_the_head_at_eight_bits_and_an_embedding_of_its_own_at_six(scheme: str) -> None:
+    after, report = quantize(UNTIED, QuantizeWeights(scheme))
     assert weights(after) == {
-        "embedding embed.weight": "q8g64",
+        "embedding embed.weight": "q6g64",
         "linear mlp.gate.weight+mlp.up.weight": "q4g64",
         "linear mlp.down.weight": "q4g64",
         "linear head.weight": "q8g64",
     }
-    assert report.hits == {"embedding q8g64": 1, "linear q4g64": 2, "head q8g64": 1}
+    assert report.hits == {"embedding q6g64": 1, "linear q4g64": 2, "head q8g64": 1}
+
+
+def test_int4_keeps_a_table_that_the_head_shares_at_eight_bits() -> None:
+    after, report = quantize(TIED, QuantizeWeights(symmetric=False))
+    assert weights(after)["embedding embed.weight"] == weights(after)["linear embed.weight"] == "q8g64"
+    assert report.hits == {"embedding q8g64": 1, "linear q4g64a": 2, "tied head q8g64": 1}
+
+
+@pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=q6g32a"}])
+def test_an_embedding_in_six_bits_is_what_its_rounded_weights_make_of_it(options: dict[str, str]) -> None:
+    after, report = quantize(UNTIED, QuantizeWeights(activations="f32", **options))
+    assert weights(after)["embedding embed.weight"] == ("q6g64" if "embedding" in options else "q6g32a")
+    assert not report.refusals
+    np.testing.assert_array_equal(run(after), run(dequantized(after)))
+    assert not np.array_equal(run(after), run(quantize(UNTIED, QuantizeWeights(activations="f32"))[0]))
+
+
+@pytest.mark.parametrize(
+    ("graph", "options", "what"),
+    [
+        (UNTIED, {"scheme": "int6"}, "scheme cannot be q6g64"),
+        (UNTIED, {"scheme": "q6g32a"}, "scheme cannot be q6g32a"),
+        (UNTIED, {"head": "int6", "group_size": 32}, "head cannot be q6g32"),
+        (UNTIED, {"overrides": "*.down.weight=int6"}, "mlp.down.weight cannot be q6g64"),
+        (TIED, {"embedding": "int6"}, "embed.weight, embedding and head in one, cannot be q6g64"),
+        (TIED, {"overrides": "embed*=int6"}, "embed.weight, embedding and head in one, cannot be q6g64"),
+    ],
+)
+def test_six_bits_are_for_tables_only(graph: Graph, options: dict[str, object], what: str) -> None:
+    with pytest.raises(CompileError, match=rf"^{re.escape(what)}: linear layers read int4, int8 or floats"):
+        quantize(graph, QuantizeWeights(**options))
 
 
 def test_embedding_and_head_have_their_own_schemes() -> None:
@@ -185,7 +219,7 @@ def test_overrides_match_names_and_the_first_wins() -> None:
     overrides = "*.down.*=int8;mlp.*=q4g32;head.weight=none"
     after, _ = quantize(UNTIED, QuantizeWeights(overrides=overrides))
     assert weights(after) == {
-        "embedding embed.weight": "q8g64",
+        "embedding embed.weight": "q6g64",
         "linear mlp.gate.weight+mlp.up.weight": "q4g32",
         "linear mlp.down.weight": "q8g64",
         "linear head.weight": "f32",
@@ -259,11 +293,11 @@ def test_tables_that_tokens_do_not_index_stay_as_they_are() -> None:
     """)
     after, report = quantize(graph, QuantizeWeights())
     assert weights(after) == {
-        "embedding tokens": "q8g64",
+        "embedding tokens": "q6g64",
         "embedding places": "f32",
         "embedding experts": "f32",
     }
-    assert report.hits == {"embedding q8g64": 1, "table left as it is": 2}
+    assert report.hits == {"embedding q6g64": 1, "table left as it is": 2}
     [(what, reason)] = report.refusals
     assert "big" in what and "stays bf16" in reason
     overridden, _ = quantize(graph, QuantizeWeights(overrides="places=int8"))
@@ -275,7 +309,7 @@ def test_quantizing_twice_is_reported() -> None:
     twice, report = quantize(once, QuantizeWeights())
     assert twice is once
     assert not report.refusals
-    assert report.hits == {"linear already q4g64": 2, "embedding already q8g64": 1, "head already q8g64": 1}
+    assert report.hits == {"linear already q4g64": 2, "embedding already q6g64": 1, "head already q8g64": 1}
 
 
 def test_the_text_of_a_quantized_graph_is_read_back() -> None:

@@ -91,6 +91,27 @@ def test_compiled_equals_meaning(machine: str, scheme: str, rounding: str) -> No
         assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("features", [7, 129])
+@pytest.mark.parametrize(("scheme", "machine"), [("q6g32", "native"), ("q6g64a", "x86-64-v3")])
+def test_tables_of_six_bits(scheme: str, machine: str, features: int) -> None:
+    """Rows are exactly what the encoding says. A graph that multiplies by them too is right all the same, in floats."""
+    table = Quantize(Param("table", Tensor((50, features), "f32")), scheme)
+    rows = Embed(table, IDS)
+    ids = np.array([49, 0, 7, 7, 31], np.int32)
+    for graph, rules in (
+        (Graph("main", (IDS,), (("logits", rows),)), {"embed_tokens"}),
+        (Graph("main", (IDS,), (("logits", Linear(rows, table)),)), set()),
+    ):
+        params = params_of(graph)
+        compiled = CompiledGraph(graph, machine_named(machine), params)
+        assert {op.choice.rule for op in compiled.program.ops} >= rules
+        expected = np.asarray(evaluate(graph, {"ids": ids}, params.__getitem__)["logits"])
+        logits, _ = compiled.run({"ids": ids})
+        # One rounding of each number with a minimum, sums of up to 129 terms in the product.
+        tolerance = 1e-5 if not rules else 2**-23 if scheme.endswith("a") else 0
+        assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
 def test_temporaries_alive_together_do_not_overlap() -> None:
     graph = small_graph("q4g32", "int8")
     compiled = CompiledGraph(graph, machine_named("native"), params_of(graph))

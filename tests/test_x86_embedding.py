@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernel_harness import Compiled, aligned
 from x86_machines import each_machine
 
+from llmc.compiler.encodings import GroupQuantized
 from llmc.targets.machine import Machine
 from llmc.targets.x86.embedding import RowLayout, embedding_kernel
 from llmc.targets.x86.isa import isa_for
@@ -25,7 +26,8 @@ def quantized_table(
     bits: int, group: int, symmetric: bool, features: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rng = np.random.default_rng(seed)
-    low, high = {(4, True): (-8, 8), (4, False): (0, 16), (8, True): (-127, 128), (8, False): (0, 256)}[bits, symmetric]
+    encoding = GroupQuantized(bits, group, symmetric)
+    low, high = encoding.lowest, encoding.highest + 1
     q = rng.integers(low, high, (ROWS, features)).astype(np.int8 if symmetric else np.uint8)
     shape = (ROWS, -(-features // group))
     scales = rng.random(shape).astype(np.float16)
@@ -53,26 +55,31 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "group", "features"),
+    # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
+    [(4, 32, 101), (8, 32, 101), (6, 32, 101), (6, 64, 129), (6, 8, 31), (6, 40, 7), (6, 64, 1), (6, 128, 256)],
+)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_rows_of_quantized_tables(machine: Machine, bits: int, symmetric: bool) -> None:
-    group, features = 32, 101
+def test_rows_of_quantized_tables(machine: Machine, bits: int, group: int, features: int, symmetric: bool) -> None:
     q, scales, minimums = quantized_table(bits, group, symmetric, features)
     spread = [
         None if a is None else np.repeat(a.astype(np.float32), group, axis=1)[:, :features] for a in (scales, minimums)
     ]
     expected = q.astype(np.float64) * spread[0] + (0 if spread[1] is None else spread[1])
     isa = isa_for(machine)
-    tiles = QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric))
-    for layout in (RowLayout(bits, group, symmetric), tiles):
+    layouts: list[RowLayout | QuantizedLayout] = [RowLayout(bits, group, symmetric)]
+    if bits != 6:  # the tiles of a matrix kernel have 4 or 8 bits
+        layouts.append(QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric)))
+    for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
-        # 8-bit integer times f16 scale is exact in f32; adding the minimum rounds once.
+        # An integer of up to 8 bits times an f16 scale is exact in f32; adding the minimum rounds once.
         assert np.abs(got - expected[IDS] * SCALE).max() <= (0 if symmetric else 2**-24 * 1024)
 
 
 @given(
-    bits=st.sampled_from([4, 8]),
-    group=st.sampled_from([32, 64]),
+    bits=st.sampled_from([4, 6, 8]),
+    group=st.sampled_from([8, 32, 40, 64]),
     symmetric=st.booleans(),
     features=st.integers(1, 200),
     seed=st.integers(0, 1000),

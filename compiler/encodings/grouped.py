@@ -1,9 +1,9 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
-`q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
-`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]. Scales are rounded to f16 before the integers are
-chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
-the shorter group that it is.
+`q4g64`: w = scale * q with q in [-8, 7]; `q6g64`: q in [-32, 31]; `q8g64`: q in [-127, 127], and -128 where another
+tool chose the integers; `q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]. Scales are rounded to f16
+before the integers are chosen, so that the integers fit the scales in use. A last group that the input dimension does
+not fill is rounded as the shorter group that it is.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class GroupQuantized(Encoding):
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise IRError(f"no encoding with {self.bits} bits: 4 or 8")
+        if self.bits not in (4, 6, 8):
+            raise IRError(f"no encoding with {self.bits} bits: 4, 6 or 8")
         if self.group < 8 or self.group % 8:
             raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
 
@@ -55,7 +55,7 @@ class GroupQuantized(Encoding):
         """The smallest integer in use."""
         if not self.symmetric:
             return 0
-        return -8 if self.bits == 4 else -127
+        return -127 if self.bits == 8 else -(1 << (self.bits - 1))
 
     @property
     def highest(self) -> int:

@@ -1,7 +1,7 @@
 """Round weights: each linear op and embedding table gets the precision that its scheme says.
 
-int4 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16 and f16
-cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights, biases
+int4, int6 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16
+and f16 cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights, biases
 and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out over
 an input dimension. Weights that are encoded already, as the source had them, stay so.
 """
@@ -19,6 +19,7 @@ from llmc.compiler.ir.types import FLOATS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import (
+    LINEAR_BITS,
     Overrides,
     Scheme,
     describe,
@@ -37,8 +38,9 @@ class QuantizeWeights(Pass, name="quantize"):
 
     scheme: none (f32), bf16, f16, int8 or int4; also an encoding's name. group_size: inputs that share a scale.
     symmetric: int4 without minimums. activations: what kernels round activations to in front of integer weights (int8,
-    bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own schemes; `auto` is int8
-    where scheme is int4, and the scheme elsewhere. overrides: `pattern=scheme;...` over params' names.
+    bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own schemes; `auto` is the
+    scheme, but where that is int4 it is int8 for the head and a table that the head shares, and int6 for a table of
+    its own. Only tables take int6. overrides: `pattern=scheme;...` over params' names.
     search: look for scales of least squared error.
     """
 
@@ -69,9 +71,16 @@ class _Run:
         self.rounded: dict[tuple[Value, Scheme], Value] = {}
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
-        finer = "int8" if options.scheme in ("int4", self._scheme("int4").encoding) else options.scheme
-        self.embedding = self._scheme(finer if options.embedding == "auto" else options.embedding)
-        self.head = self._scheme(finer if options.head == "auto" else options.head)
+        is_int4 = options.scheme in ("int4", self._scheme("int4").encoding)
+        finer = self._scheme("int8") if is_int4 else self.scheme
+        self.head = finer if options.head == "auto" else self._scheme(options.head)
+        if options.embedding == "auto":
+            self.embedding, self.shared = self._scheme("int6") if is_int4 else self.scheme, finer
+        else:
+            self.embedding = self.shared = self._scheme(options.embedding)
+        for what, scheme in (("scheme", self.scheme), ("head", self.head)):
+            _check_multiplies(scheme, what)
+        self.multiplied = {uncast(op.w) for op in weight_ops(graph)}
         for _, text in self.overrides.items:
             self._scheme(text)
         self.head_op = find_head(graph)
@@ -102,13 +111,16 @@ class _Run:
             return
         if self._refused(op, op.table, note=True):
             return
-        scheme = self._override(op.table)
+        base, scheme = uncast(op.table), self._override(op.table)
+        is_shared = base in self.multiplied
         if scheme is None and looks_up_tokens(op, self.graph):
-            scheme = self.embedding
+            scheme = self.shared if is_shared else self.embedding
         if scheme is None:
             self.report.hit("table left as it is")
-        else:
-            self.tables[uncast(op.table)] = scheme
+            return
+        if is_shared:
+            _check_multiplies(scheme, f"{', '.join(param_names(base))}, embedding and head in one,")
+        self.tables[base] = scheme
 
     def _note_unrecognised(self, op: Op) -> None:
         """Weights that no linear op or embedding reads: experts in a gather, a matmul that was not recognised."""
@@ -170,6 +182,8 @@ class _Run:
         kind = "tied head" if scheme is not None else "linear"
         if scheme is None:
             scheme = self._override(op.w)
+            if scheme is not None:
+                _check_multiplies(scheme, ", ".join(param_names(op.w)))
             if len({self.overrides.of([name]) for name in param_names(op.w)}) > 1:
                 why = "overrides give its parts different schemes: the first that matches any part is taken for all"
                 self.report.refuse(describe(op, op.w), why)
@@ -201,3 +215,10 @@ class _Run:
                 found = base if base.dtype == scheme.dtype else Cast(base, scheme.dtype)
             self.rounded[base, scheme] = found
         return found
+
+
+def _check_multiplies(scheme: Scheme, what: str) -> None:
+    """CompileError where linear layers would read a scheme that is for tables only."""
+    if not scheme.multiplies:
+        takes = ", ".join(f"int{bits}" for bits in LINEAR_BITS)
+        raise CompileError(f"{what} cannot be {scheme}: linear layers read {takes} or floats, and only embeddings the rest")

@@ -17,7 +17,8 @@ from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.errors import CompileError, IRError
 
 FLOAT_SCHEMES = {"none": "f32", "bf16": "bf16", "f16": "f16"}
-INTEGER_SCHEMES = {"int4": 4, "int8": 8}
+INTEGER_SCHEMES = {"int4": 4, "int6": 6, "int8": 8}
+LINEAR_BITS = (4, 8)  # of weights that are multiplied by; tables that are only looked up may have any
 _ENCODING = re.compile(r"q\d+g\d+a?\Z")
 
 
@@ -31,18 +32,26 @@ class Scheme:
     def __str__(self) -> str:
         return self.encoding or self.dtype
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether linear layers take it; the others are for tables."""
+        return not self.encoding or getattr(parse_encoding(self.encoding), "bits", 0) in LINEAR_BITS
+
 
 def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
-    """The scheme that `none`, `bf16`, `f16`, `int8`, `int4` or an encoding's own name stands for; else CompileError.
+    """The scheme that `none`, `bf16`, `f16`, `int8`, `int6`, `int4` or an encoding's name stands for.
 
-    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations.
+    CompileError for another text.
+
+    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations. So are
+    6-bit ones: a minimum a group would take the place that the missing bits make.
     """
     if text in FLOAT_SCHEMES:
         return Scheme(dtype=FLOAT_SCHEMES[text])
     try:
         if text in INTEGER_SCHEMES:
             bits = INTEGER_SCHEMES[text]
-            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits == 8).name)
+            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits != 4).name)
         if _ENCODING.match(text):
             return Scheme(encoding=parse_encoding(text).name)
     except IRError as error:

@@ -50,7 +50,7 @@ Activations = Annotated[
 ]  # fmt: skip
 Embedding = Annotated[
     str | None, typer.Option("--embedding", metavar="SCHEME", rich_help_panel=_COMPILING,
-                             help="The token embedding's own scheme; default: int8 where -q is int4."),
+                             help="The token embedding's own scheme, also int6; default with int4: int6, tied int8."),
 ]  # fmt: skip
 Head = Annotated[
     str | None, typer.Option("--head", metavar="SCHEME", rich_help_panel=_COMPILING,

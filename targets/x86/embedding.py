@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
     from tvm.tirx import Buffer, Expr, PrimFunc
 
+# Bits of a stored integer, lowest first, by the planes of a group that hold them: 6 bits are half bytes, then quarters.
+_PLANES = {4: (4,), 6: (4, 2), 8: (8,)}
+ROW_BITS = tuple(_PLANES)
 _STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 
@@ -49,7 +52,9 @@ class RowLayout:
     """A group-quantized table, row after row.
 
     data u8 [n, groups, group * bits / 8]: 8-bit integers in order (symmetric: i8 bits); of 4-bit ones, byte j holds
-    input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added.
+    input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Of 6-bit
+    ones (symmetric: 32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
+    behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
     scales, minimums f16 [n, groups]. The last group is padded with zero weights.
     """
 
@@ -58,7 +63,7 @@ class RowLayout:
     symmetric: bool = True
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.group < 2 or self.group % 2:
+        if self.bits not in ROW_BITS or self.group < 4 or self.group % 4:
             raise ValueError(f"no row layout for {self.bits}-bit weights in groups of {self.group}")
 
     @property
@@ -69,7 +74,7 @@ class RowLayout:
     @property
     def offset(self) -> int:
         """What is added to an integer to store it."""
-        return 8 if self.bits == 4 and self.symmetric else 0
+        return 1 << (self.bits - 1) if self.bits < 8 and self.symmetric else 0
 
     @property
     def group_bytes(self) -> int:
@@ -102,10 +107,13 @@ class RowLayout:
         padded = np.zeros((n, groups * self.group), np.uint8)
         padded[:, :k] = q.view(np.uint8)
         stored = (padded + np.uint8(self.offset)).reshape(n, groups, self.group)
-        if self.bits == 4:
-            half = self.group // 2
-            stored = stored[..., :half] | (stored[..., half:] << np.uint8(4))
-        packed = {"data": np.ascontiguousarray(stored)}
+        planes, below = [], 0
+        for width in _PLANES[self.bits]:
+            field = (stored >> np.uint8(below)) & np.uint8((1 << width) - 1)
+            parts = np.split(field, 8 // width, axis=-1)
+            planes.append(sum((part << np.uint8(width * i) for i, part in enumerate(parts)), np.uint8(0)))
+            below += width
+        packed = {"data": np.concatenate(planes, axis=-1)}
         for name, values in {"scales": scales, "minimums": minimums}.items():
             if values is None:
                 continue
@@ -116,9 +124,13 @@ class RowLayout:
 
     def unpack(self, arrays: Mapping[str, np.ndarray], n: int, k: int) -> dict[str, np.ndarray]:
         """The inverse of `pack`: q (i8 or u8) [n, k], scales and minimums f16 [n, groups]."""
-        stored = arrays["data"]
-        if self.bits == 4:
-            stored = np.concatenate([stored & np.uint8(15), stored >> np.uint8(4)], axis=-1)
+        data = arrays["data"]
+        stored, below, start = np.zeros((*data.shape[:-1], self.group), np.uint8), 0, 0
+        for width in _PLANES[self.bits]:
+            plane = data[..., start : start + self.group * width // 8]
+            shifted = [plane >> np.uint8(width * i) for i in range(8 // width)]
+            stored |= (np.concatenate(shifted, axis=-1) & np.uint8((1 << width) - 1)) << np.uint8(below)
+            below, start = below + width, start + plane.shape[-1]
         q = np.ascontiguousarray((stored - np.uint8(self.offset)).reshape(n, -1)[:, :k])
         parts = {"q": q.view(np.int8) if self.symmetric else q}
         return parts | {name: array for name, array in arrays.items() if name != "data"}
@@ -263,26 +275,36 @@ def _integer_value(stored: Expr, offset: int, symmetric: bool, width: int) -> Ex
     return cast(integers, "float32", width)
 
 
-def _nibbles(packed: Expr, width: int) -> tuple[Expr, Expr]:
-    return packed & splat(15, width, "uint8"), packed >> splat(4, width, "uint8")
-
-
 def _row_group(
     data: Buffer, base: Expr, vector: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
-    """One group of a row in a `RowLayout`."""
-    half = group // 2
+    """One group of a row in a `RowLayout`: piece by piece of the narrowest plane, with all inputs that it is part of."""
+    planes = _PLANES[bits]
+    narrowest = min(planes)
+    length = group * narrowest // 8  # bytes of the narrowest plane, and inputs of each of its fields
 
     def piece(i: Expr | int, width: int) -> None:
-        stored = let(load_raw(data, base + i, width))
-        if bits == 8:
-            write(i, stored, width)
-            return
-        low, high = _nibbles(stored, width)
-        write(i, low, width)
-        write(i + half, high, width)
+        read: dict[int, Expr] = {}
+        for part in range(8 // narrowest):  # inputs [part * length, (part + 1) * length) of the group
+            stored, below, start = None, 0, 0
+            for plane in planes:
+                runs = plane // narrowest  # of `length` bytes
+                at, shift = start + part % runs * length, part // runs * plane
+                if at not in read:
+                    read[at] = let(load_raw(data, base + at + i, width))
+                field = _field(read[at], shift, plane, width)
+                stored = field if stored is None else stored | (field << splat(below, width, "uint8"))
+                below, start = below + plane, start + group * plane // 8
+            assert stored is not None
+            write(part * length + i, stored, width)
 
-    for_pieces(group * bits // 8, vector, piece)
+    for_pieces(length, vector, piece)
+
+
+def _field(packed: Expr, shift: int, bits: int, width: int) -> Expr:
+    """The bits from `shift` on of every byte."""
+    moved = packed >> splat(shift, width, "uint8") if shift else packed
+    return moved if shift + bits == 8 else moved & splat((1 << bits) - 1, width, "uint8")
 
 
 def _lane_group(
@@ -292,6 +314,5 @@ def _lane_group(
     quads = 8 // bits  # quads of inputs in four bytes
     with loop(group * bits // 32) as v:
         stored = let(load_raw(data, base + v * (lanes * 4), 4))
-        parts = (stored,) if bits == 8 else _nibbles(stored, 4)
-        for number, part in enumerate(parts):
-            write(v * (4 * quads) + 4 * number, part, 4)
+        for number in range(quads):
+            write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits, 4), 4)

@@ -11,19 +11,19 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Gather
 from llmc.targets.kernel import Call, Packed, Scratch
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86.embedding import Layout, RowLayout, embedding_kernel
+from llmc.targets.x86.embedding import ROW_BITS, Layout, RowLayout, embedding_kernel
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.layouts import FloatLayout
 from llmc.targets.x86.linear_quantized import quantized_layout
 from llmc.targets.x86.plain import RULES, plain_kernel, used_symbols
 
 VECTOR = ("avx2", "fma", "f16c")
+TILE_BITS = (4, 8)  # of tables in the matrix kernels' tiles
 
 
 def table_layout(table: Value, context: Context) -> Layout | str:
     """How a table lies: as the head's kernels want it where the head reads it too, else row by row."""
-    users = context.graph.users.get(table, ())
-    shared = any(isinstance(user, Linear) and user.w is table for user in users)
+    shared = _is_shared(table, context)
     encoding = table.tensor.encoding
     if encoding is None:
         return FloatLayout(table.dtype, isa_for(context.machine).lanes) if shared else table.dtype
@@ -32,6 +32,11 @@ def table_layout(table: Value, context: Context) -> Layout | str:
     if shared:
         return quantized_layout(context.machine, bits, group, symmetric, False)
     return RowLayout(bits, group, symmetric)
+
+
+def _is_shared(table: Value, context: Context) -> bool:
+    """Whether a linear op multiplies by the table."""
+    return any(isinstance(user, Linear) and user.w is table for user in context.graph.users.get(table, ()))
 
 
 @RULES.lower(Embed, priority=10, needs=VECTOR)
@@ -43,7 +48,8 @@ def embed_tokens(op: Op, context: Context) -> Lowered | str:
     if op.ids.rank != 1 or not context.known(op.table):
         return "the table is not known when compiling, or ids are no vector"
     encoding = op.table.tensor.encoding
-    if encoding is not None and getattr(encoding, "bits", 0) not in (4, 8):
+    readable = TILE_BITS if _is_shared(op.table, context) else ROW_BITS
+    if encoding is not None and getattr(encoding, "bits", 0) not in readable:
         return f"no kernel reads rows in {encoding}"
     layout = table_layout(op.table, context)
     tokens, features = op.shape
