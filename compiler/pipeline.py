@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
-from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
+from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
@@ -238,7 +238,7 @@ def assemble(
             digest = write_weights(placed, nbytes, lifted.weights.load, options, file or writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
-                writer.add_section(TOKENIZER, tokenizer)
+                writer.add_tokenizer(tokenizer)
             progress.start("writing")
             manifest = build_manifest(
                 source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,

@@ -6,12 +6,14 @@ gives every part's place and hash. Everything that says no does so here, before 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import mmap
 import os
 import shlex
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,7 @@ HASH_CHUNK = 4 << 20
 PAGE = 4096
 
 _TRAILER = struct.Struct("<32sQ8s")  # SHA-256 of the seal, its length, the magic
+_GZIP_MAGIC = b"\x1f\x8b"
 _ELF_MACHINE = {"x86_64": 62, "aarch64": 183}
 _MOST_SEAL_BYTES = 1 << 20
 
@@ -115,8 +118,16 @@ class Artifact:
             self._checked(TOKENIZER)
 
     def tokenizer(self) -> bytes | None:
-        """The bytes of tokenizer.json, checked; None when the artifact has none."""
-        return self._checked(TOKENIZER) if TOKENIZER in self.parts else None
+        """The bytes of tokenizer.json, checked; None when the artifact has none. Older files have it uncompressed."""
+        if TOKENIZER not in self.parts:
+            return None
+        data = self._checked(TOKENIZER)
+        if not data.startswith(_GZIP_MAGIC):
+            return data
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise damaged(self.path, TOKENIZER) from error
 
     def check_machine(self) -> None:
         """Refuses an artifact that this machine cannot run, and says which command makes one that it can."""

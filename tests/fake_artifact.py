@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.compiler.artifact import TOKENIZER, ArtifactWriter
+from llmc.compiler.artifact import ArtifactWriter
 from llmc.runtime import cpu
 
 VOCAB = 300
@@ -217,6 +217,6 @@ def write(
     with ArtifactWriter(path, library(source)) as writer:
         writer.begin_weights()
         writer.append(weights())
-        writer.add_section(TOKENIZER, byte_tokenizer() if tokenizer is None else tokenizer)
+        writer.add_tokenizer(byte_tokenizer() if tokenizer is None else tokenizer)
         writer.add_manifest(json.loads(json.dumps(manifest(**changes))))
     return path

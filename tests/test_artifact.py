@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -67,6 +68,30 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert opened.parts[".llmc.notes"].bytes == 3
     opened.check_library()
     opened.close()
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", fake_artifact.byte_tokenizer()])
+def test_a_tokenizer_is_stored_compressed_and_read_as_it_was(text: bytes, tmp_path: Path) -> None:
+    path = fake_artifact.write(tmp_path / "model.so", tokenizer=text)
+    opened = Artifact.open(path)
+    assert opened.tokenizer() == text
+    assert opened.parts[".llmc.tokenizer"].bytes < max(64, len(text) / 2)
+    opened.close()
+
+
+def test_a_tokenizer_of_an_older_file_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "model.so"
+    for data, is_whole in ((b'{"model": {}}', True), (gzip.compress(b"{}" * 99)[:-9], False)):
+        with ArtifactWriter(path, fake_artifact.library()) as writer:
+            writer.add_section(".llmc.tokenizer", data)
+            writer.add_manifest(fake_artifact.manifest())
+        opened = Artifact.open(path)
+        if is_whole:
+            assert opened.tokenizer() == data
+        else:
+            with pytest.raises(ArtifactError, match="tokenizer is not what was written"):
+                opened.tokenizer()
+        opened.close()
 
 
 def test_it_stays_a_library_that_tools_and_the_loader_read(good: Path) -> None:

@@ -89,7 +89,9 @@ def test_a_search_never_loses_to_the_nearest_scale(encoding, kind, n, k, seed) -
     assert (searched <= nearest * (1 + 1e-5) + noise).all()
 
 
-@pytest.mark.parametrize(("name", "at_most"), [("q4g64", 0.71), ("q4g32", 0.71), ("q4g64a", 0.90), ("q6g64", 0.87), ("q8g64", 0.93)])
+@pytest.mark.parametrize(
+    ("name", "at_most"), [("q4g64", 0.71), ("q4g32", 0.71), ("q4g64a", 0.90), ("q6g64", 0.87), ("q8g64", 0.93)]
+)
 def test_a_search_removes_error_from_normal_weights(name: str, at_most: float) -> None:
     """As benchmarks/quantization.py measures: of the squared error of the covering scale, this much is left."""
     w = weights("normal", (256, 512))

@@ -1,9 +1,9 @@
 """Round weights: each linear op and embedding table gets the precision that its scheme says.
 
 int4, int6 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16
-and f16 cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights, biases
-and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out over
-an input dimension. Weights that are encoded already, as the source had them, stay so.
+and f16 cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights,
+biases and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out
+over an input dimension. Weights that are encoded already, as the source had them, stay so.
 """
 
 from __future__ import annotations
@@ -221,4 +221,6 @@ def _check_multiplies(scheme: Scheme, what: str) -> None:
     """CompileError where linear layers would read a scheme that is for tables only."""
     if not scheme.multiplies:
         takes = ", ".join(f"int{bits}" for bits in LINEAR_BITS)
-        raise CompileError(f"{what} cannot be {scheme}: linear layers read {takes} or floats, and only embeddings the rest")
+        raise CompileError(
+            f"{what} cannot be {scheme}: linear layers read {takes} or floats, and only embeddings the rest"
+        )

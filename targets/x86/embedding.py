@@ -278,7 +278,7 @@ def _integer_value(stored: Expr, offset: int, symmetric: bool, width: int) -> Ex
 def _row_group(
     data: Buffer, base: Expr, vector: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
-    """One group of a row in a `RowLayout`: piece by piece of the narrowest plane, with all inputs that it is part of."""
+    """One group of a row in a `RowLayout`: piece by piece of the narrowest plane, with all inputs that it holds."""
     planes = _PLANES[bits]
     narrowest = min(planes)
     length = group * narrowest // 8  # bytes of the narrowest plane, and inputs of each of its fields
