@@ -27,6 +27,7 @@ from llmc.targets.x86.vectors import (
     add,
     aligned_scratch,
     cast,
+    copy,
     divide,
     for_pieces,
     integer,
@@ -42,6 +43,7 @@ from llmc.targets.x86.vectors import (
     remainder,
     splat,
     store,
+    store_int,
 )
 
 if TYPE_CHECKING:
@@ -170,6 +172,7 @@ class TileBody:
             first_page = pin(self.first_page(position))
         pages = pin(last_page + 1 - first_page)
         return SimpleNamespace(
+            unit=u,
             length=length,
             bias=a.bias if self.span else None,
             kv_head=kv_head,
@@ -181,6 +184,7 @@ class TileBody:
             bottom=(bottom := pin(position + count)),
             end=bottom if length is None else length,
             table=pin(sequence * a.M),
+            last_page=last_page,
             pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
         )
 
@@ -206,10 +210,13 @@ class TileBody:
 
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
         """All rows of the unit."""
+        from tvm import tirx
+
         t = self.allocate(place)
 
         def decode() -> None:
-            self.rows_chunk(a, t, index(0), index(self.group), self.group, convert=False)
+            after = self.locate(a, pin(tirx.Min(t.unit + 1, a.end - 1)))
+            self.rows_chunk(a, t, index(0), index(self.group), self.group, convert=False, after=after)
 
         def prefill() -> None:
             self.each_chunk(
@@ -236,9 +243,19 @@ class TileBody:
             body(first, pin(tirx.Min(t.rows - first, size)))
 
     def rows_chunk(
-        self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, block: int, convert: bool
+        self,
+        a: SimpleNamespace,
+        t: SimpleNamespace,
+        first: Expr,
+        count: Expr,
+        block: int,
+        convert: bool,
+        after: SimpleNamespace | None = None,
     ) -> None:
-        """`count` rows from row `first` of the tile on, over this split's pages, in register blocks of `block` rows."""
+        """`count` rows from row `first` of the tile on, over this split's pages, in register blocks of `block` rows.
+
+        after: the unit that comes next, if it begins with reading pages from memory as well.
+        """
         from tvm import tirx
 
         blocks = pin(divide(count + (block - 1), block))
@@ -254,13 +271,11 @@ class TileBody:
             key_buffer, value_buffer = a.keys, a.values
             following: tuple[Expr, Expr] | None = None
             if convert:
-                copy(self.lanes, a.keys, keys, keys_local, self.head_dim * PAGE)
-                copy(self.lanes, a.values, values, values_local, PAGE * self.value_dim)
+                copy(self.lanes, a.keys, keys, keys_local, index(0), self.head_dim * PAGE)
+                copy(self.lanes, a.values, values, values_local, index(0), PAGE * self.value_dim)
                 key_buffer, value_buffer, keys, values = keys_local, values_local, index(0), index(0)
             else:
-                next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + 1, high - 1), 1))
-                next_head = pin(next_id * self.kv_heads + t.kv_head)
-                following = (next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim))
+                following = self.following(a, t, page, high, after)
             with loop(blocks) as b:
                 row = pin(b * block)
                 last = self.last_seen(
@@ -269,6 +284,23 @@ class TileBody:
                 with when(page * PAGE <= last):
                     self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
         self.finish_rows(a, t, first, count)
+
+    def following(
+        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, high: Expr, after: SimpleNamespace | None
+    ) -> tuple[Expr, Expr]:
+        """Where the keys and values begin that are wanted after `page`: the next page's, or past `high` those of the
+        first page of the unit `after`, if there is one. A unit that starts with a page from memory waits for it: with
+        four pages a unit, a tenth of the time.
+        """
+        from tvm import tirx
+
+        place, head = t.table + tirx.Min(page + 1, high - 1), t.kv_head
+        if after is not None:
+            more = page + 1 < high
+            place = tirx.Select(more, t.table + page + 1, after.table + tirx.Min(after.pages[0], after.last_page))
+            head = tirx.Select(more, t.kv_head, after.kv_head)
+        next_head = pin(integer(load_raw(a.block_table, pin(place), 1)) * self.kv_heads + head)
+        return next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim)
 
     def pages_of_rows(self, t: SimpleNamespace, first: Expr, count: Expr) -> tuple[Expr, Expr]:
         """This split's pages [low, high) that some row of [first, first + count) sees; low may pass high."""
@@ -564,15 +596,3 @@ class TileBody:
             self.lanes,
             lambda offset, width: body(offset, width, load(t.acc, r * self.value_dim + offset, width)),
         )
-
-
-def copy(lanes: int, source: Buffer, base: Expr, target: Buffer, elements: int) -> None:
-    """target[0:elements] = source[base:base + elements], as f32."""
-    for_pieces(elements, lanes, lambda offset, width: store(target, offset, load(source, base + offset, width), width))
-
-
-def store_int(buffer: Buffer, position: Expr, value: Expr) -> None:
-    """Store an int64 index in an i32 array."""
-    from tvm.script.ir_builder import tirx as I
-
-    I.buffer_store(buffer, value.astype("int32"), [index(position)])

@@ -17,6 +17,7 @@ from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_builder import let, loop, scratch
 from llmc.targets.x86.vectors import (
     add,
+    copy,
     copy_element,
     divide,
     for_pieces,
@@ -158,11 +159,6 @@ def rope_append(
                 copy(style.lanes, a.v, values, a.values, slot_row, value_dim)
 
     return range_kernel(pointers, [], unit)
-
-
-def copy(lanes: int, source: Buffer, start: Expr, target: Buffer, at: Expr, elements: int) -> None:
-    """target[at:] = source[start:], rounded to the target's dtype."""
-    for_pieces(elements, lanes, lambda i, width: store(target, at + i, load(source, start + i, width), width))
 
 
 @dataclass(frozen=True)

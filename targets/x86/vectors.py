@@ -173,6 +173,18 @@ def remainder(value: Expr, divisor: Expr | int) -> Expr:
     return tirx.truncmod(value, index(divisor))
 
 
+def copy(lanes: int, source: Buffer, start: Expr, target: Buffer, at: Expr, elements: int) -> None:
+    """`elements` of target from `at` on = source from `start` on, rounded to the target's dtype."""
+    for_pieces(elements, lanes, lambda i, width: store(target, at + i, load(source, start + i, width), width))
+
+
+def store_int(buffer: Buffer, position: Expr, value: Expr) -> None:
+    """Store an int64 index in an i32 array."""
+    from tvm.script.ir_builder import tirx as I
+
+    I.buffer_store(buffer, value.astype("int32"), [index(position)])
+
+
 def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | int) -> None:
     """target[at] = source[start], of the same dtype."""
     from tvm.script.ir_builder import tirx as I
