@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
-from x86_linear_cases import ACTIVATIONS, Case, wide
+from x86_linear_cases import ACTIVATIONS, Case, activation_sums, wide
 from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
 from llmc.runtime import cpu
@@ -17,15 +17,15 @@ from llmc.targets.x86 import detect
 from llmc.targets.x86.linear_plan import LinearPlan, Variant, quantized_linear_plan
 
 
-def quantized_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """xq i8 [T, padded], xscales f32 [T, groups], xsums i32 [T, groups], as the activation kernel makes them."""
+def quantized_activations(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """xq i8 [T, groups, group], xscales f32 [T, groups], as the activation kernel makes them."""
     tokens, k = x.shape
     grouped = np.zeros((tokens, -(-k // group) * group), np.float32)
     grouped[:, :k] = x
     grouped = grouped.reshape(tokens, -1, group)
     scales = np.abs(grouped).max(2) / np.float32(127)
     q = np.rint(grouped / np.where(scales == 0, 1, scales)[..., None]).astype(np.int8)
-    return q.reshape(tokens, -1), scales.astype(np.float32), q.sum(2, dtype=np.int32)
+    return q, scales.astype(np.float32)
 
 
 def quantized_case(
@@ -59,9 +59,10 @@ def quantized_case(
     packed = plan.layout.pack(**parts)
     if activations != "i8":
         return Case(machine, plan, {"x": x, **packed}, x.astype(np.float64), weight, magnitude, **fused)
-    xq, xscales, xsums = quantized_activations(x, group)
+    grouped, xscales = quantized_activations(x, group)
+    xq = grouped.reshape(tokens, -1)
     exact = xq[:, :k] * wide(xscales, group, k)
-    arrays = {"xq": xq, "xscales": xscales, "xsums": xsums, **packed}
+    arrays = {"xq": xq, "xscales": xscales, "xsums": activation_sums(machine, grouped), **packed}
     return Case(machine, plan, arrays, exact, weight, magnitude, **fused)
 
 
@@ -97,6 +98,27 @@ def test_every_variant_at_awkward_sizes(
         case = quantized_case(machine, tokens, n, k, bits=bits, symmetric=symmetric, group=group)
         for variant in case.plan.variants:
             case.check(variant)
+
+
+@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_largest_integer_sums_are_exact(machine: Machine, symmetric: bool) -> None:
+    """Weights and activations at both ends of their ranges: every i16 sum is as far from zero as it can be."""
+    group, k, n, tokens = 64, 128, 4 * 16, 9
+    plan = quantized_linear_plan(machine, n=n, k=k, bits=4, group=group, symmetric=symmetric)
+    ends = np.array([-8, 7] if symmetric else [0, 15])
+    q = np.repeat(ends, n // 2)[:, None].repeat(k, 1).astype(np.int8 if symmetric else np.uint8)
+    q[1::2, k // 2 :] = ends[0]
+    ones = np.ones((n, k // group), np.float16)
+    parts = {"q": q, "scales": ones} if symmetric else {"q": q, "scales": ones, "minimums": 0 * ones}
+    xq = np.where(np.arange(tokens)[:, None] % 3 == 0, 127, -127).repeat(k, 1).astype(np.int8)
+    xq[2::3, 2::4] = 127
+    xsums = activation_sums(machine, xq.reshape(tokens, -1, group))
+    scales = np.ones((tokens, k // group), np.float32)
+    arrays = {"xq": xq, "xscales": scales, "xsums": xsums, **plan.layout.pack(**parts)}
+    case = Case(machine, plan, arrays, xq.astype(np.float64), q.astype(np.float64))
+    for variant in plan.variants:
+        np.testing.assert_array_equal(case.run(variant), case.expected)
 
 
 @pytest.mark.parametrize("machine", each_machine_and_tiles())

@@ -9,6 +9,7 @@ import numpy as np
 from kernel_harness import Compiled, aligned
 
 from llmc.targets.machine import Machine
+from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_plan import LinearPlan, Variant
 
 _ERF = np.vectorize(math.erf)
@@ -28,6 +29,14 @@ ACTIVATIONS = {
 def wide(per_group: np.ndarray, group: int, k: int) -> np.ndarray:
     """[rows, groups] -> f64 [rows, k], each value over its group."""
     return np.repeat(per_group.astype(np.float64), group, axis=1)[:, :k]
+
+
+def activation_sums(machine: Machine, q: np.ndarray) -> np.ndarray:
+    """i32 [T, groups] of q [T, groups, group]: sums, or as `VectorIsa.pair_sums` says two i16 sums in one number."""
+    if not isa_for(machine).pair_sums(q.shape[2]):
+        return q.sum(2, dtype=np.int32)
+    fours = q.reshape(*q.shape[:2], -1, 4).sum(2, dtype=np.int16)
+    return np.ascontiguousarray(fours[..., 0::2] + fours[..., 1::2]).view(np.int32)[..., 0]
 
 
 class Case:

@@ -254,6 +254,15 @@ class VectorIsa:
         """
         return 8 if bits == 4 and not self.vnni else 0
 
+    def pair_sums(self, group: int) -> bool:
+        """Whether activations come with two sums a group of inputs: of the first two of every four, and of the others.
+
+        An i16 accumulator that starts from -8 times such a sum ends at the sum of (w - 8) * a, for w in 0..15. Over 64
+        inputs that is at most 32 * 8 * 127 = 32512; on the way there it may wrap around. So a group of up to 64 inputs
+        is widened once, not twice, and no i32 sums take registers meanwhile.
+        """
+        return not self.vnni and group <= 64
+
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
         if self.vnni:
@@ -268,6 +277,27 @@ class VectorIsa:
         """Sums of two adjacent u8 x s8 products as i16 (vpmaddubsw). The caller sees to it that they fit."""
         name = "llvm.x86.avx2.pmadd.ub.sw" if self.lanes == 8 else "llvm.x86.avx512.pmaddubs.w.512"
         return _llvm(self.i16, name, weights, activations)
+
+    def add_narrow(self, sums: Expr, dots: Expr) -> Expr:
+        """i16 + i16, here and in this order. Needs `narrow_helper`.
+
+        LLVM otherwise adds successive dots to each other first, or does one row after the other, and spills.
+        """
+        from tvm import tirx
+
+        return tirx.call_pure_extern(self.i16, "llmc_add_narrow", sums, dots)
+
+    @property
+    def narrow_helper(self) -> str:
+        """LLVM code that a kernel with `add_narrow` imports: an addition, and a use of the sum that LLVM cannot move."""
+        i16 = f"<{self.lanes * 2} x i16>"
+        return f"""
+            define {i16} @llmc_add_narrow({i16} %sums, {i16} %dots) alwaysinline {{
+              %sum = add {i16} %sums, %dots
+              %held = call {i16} asm sideeffect "", "=v,0"({i16} %sum)
+              ret {i16} %held
+            }}
+        """
 
     def widen(self, acc: Expr, narrow: Expr) -> Expr:
         """acc (i32) + sums of two adjacent i16 (vpmaddwd with ones)."""

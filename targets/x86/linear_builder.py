@@ -140,6 +140,10 @@ ORDER_HELPER = """
       call void asm sideeffect "", "~{memory}"()
       ret void
     }
+    define void @llmc_order_scratch(ptr %scratch) alwaysinline {
+      call void asm sideeffect "", "r,~{memory}"(ptr %scratch)
+      ret void
+    }
 """
 
 
@@ -151,6 +155,14 @@ def keep_order() -> None:
     from tvm.script.ir_builder import tirx as I
 
     I.evaluate(tirx.call_extern("void", "llmc_keep_order"))
+
+
+def order_scratch(buffer: Buffer) -> None:
+    """From here on `keep_order` holds for this stack memory too, of which LLVM otherwise knows every access."""
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    I.evaluate(tirx.call_extern("void", "llmc_order_scratch", buffer.data))
 
 
 def clamped_rows(first: Expr, rows: int, tokens: Expr) -> list[Expr]:

@@ -100,7 +100,7 @@ def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: in
     rows = {1: 1, 4: 4}.get(high, 8)
     sums = rows * (1 if isa.narrow_quads(layout.bits) == 0 else 2)
     pairs = layout.gated or (2 * sums <= isa.registers // 2 and layout.tiles(n) >= FEW_TILES)
-    if pairs and isa.vnni:
+    if pairs:
         rows = min(rows, isa.registers // 4)  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
     return _Blocking(rows, 2 if pairs else 1, high)
 

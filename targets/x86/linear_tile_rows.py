@@ -18,7 +18,8 @@ from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.layouts import QuantizedLayout
 from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_quantized import KnownRows, Operands, quantized_layout
+from llmc.targets.x86.linear_products import KnownRows, Operands
+from llmc.targets.x86.linear_quantized import quantized_layout
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

@@ -40,9 +40,11 @@ def quantize_activations(
     """(x f32 [T, stride], weight f32 [k] if norm, norm_bias f32 [k] if any, xq i8 [T, padded(k, group)],
     xscales f32 [T, groups], xsums i32 [T, groups]; begin, end). One unit: one row.
 
-    stride: elements from row to row of x (0: k). norm "rms": x / sqrt(mean(x^2) + eps) * (weight + weight_offset);
-    "layer": (x - mean) / sqrt(variance + eps) * (weight + weight_offset) + norm_bias. The limit is the memory: a row is
-    read from it once, and from the first-level cache after that.
+    xsums: a group's sum, or where `VectorIsa.pair_sums` says so the sum of the first two of every four inputs in the
+    low 16 bits and of the other two in the high ones, both signed. stride: elements from row to row of x (0: k). norm
+    "rms": x / sqrt(mean(x^2) + eps) * (weight + weight_offset); "layer": (x - mean) / sqrt(variance + eps) * (weight +
+    weight_offset) + norm_bias. The limit is the memory: a row is read from it once, and from the first-level cache
+    after that.
     """
     isa, groups = isa_for(machine), -(-k // group)
     results = [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32")]
@@ -62,7 +64,7 @@ def quantize_activations(
                     values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
                 scale, whole = _round(isa, values)
                 b.store(xscales, [row, g], scale)
-                b.store(xsums, [row, g], whole.total)
+                b.store(xsums, [row, g], whole.pair_sums() if isa.pair_sums(group) else whole.total)
                 for v in range(vectors):
                     narrow = whole.low_bytes(v)
                     b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
@@ -124,16 +126,31 @@ def norm_inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
 
 
 class _Rounded:
-    """A group's integers, in the low bytes of u32 lanes, and their sum."""
+    """A group's integers, in the low bytes of u32 lanes, and their sums by lane (i32)."""
 
-    def __init__(self, lanes: int, values: b.Registers, total: Expr) -> None:
-        self.lanes, self.values, self.total = lanes, values, total
+    def __init__(self, isa: VectorIsa, values: b.Registers, lane_sums: Expr) -> None:
+        self.isa, self.values, self.lane_sums = isa, values, lane_sums
+
+    @property
+    def total(self) -> Expr:
+        """The sum of all."""
+        return self.isa.reduce("add", self.lane_sums)
+
+    def pair_sums(self) -> Expr:
+        """The sum of the first two of every four in the low 16 bits, of the other two in the high ones."""
+        from tvm import tirx
+
+        isa = self.isa
+        lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
+        two, zero = isa.splat(2, "int32"), isa.splat(0, "int32")
+        first = b.let(isa.reduce("add", tirx.Select((lane & two) < two, self.lane_sums, zero)))
+        return ((self.total - first) << 16) | (first & 0xFFFF)
 
     def low_bytes(self, vector: int) -> Expr:
         """`lanes` i8."""
         from tvm import tirx
 
-        return tirx.reinterpret(f"int8x{self.lanes}", self.values[vector].astype(f"uint8x{self.lanes}"))
+        return tirx.reinterpret(f"int8x{self.isa.lanes}", self.values[vector].astype(f"uint8x{self.isa.lanes}"))
 
 
 def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
@@ -163,7 +180,7 @@ def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
     for v in range(count):
         integers[v] = bits(values[v] * isa.splat(inverse) + isa.splat(ROUNDER))
         total = total + integers[v]
-    return scale, _Rounded(isa.lanes, integers, isa.reduce("add", tirx.reinterpret(isa.i32, total)))
+    return scale, _Rounded(isa, integers, b.let(tirx.reinterpret(isa.i32, total)))
 
 
 def normalised(
