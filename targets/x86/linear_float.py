@@ -267,17 +267,30 @@ def _tree(values: Sequence[Expr]) -> Expr:
     return _tree(values[:half]) + _tree(values[half:])
 
 
+def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> Expr:
+    """Where the part begins that a panel unpacks after this one, in its first tile: at last the next panel's first."""
+    from tvm import tirx
+
+    inside = b.let((part + 1) * (weights.part // weights.bundle * weights.bundle_bytes))
+    ended = inside >= weights.tile_bytes
+    return first_tile * weights.tile_bytes + tirx.Select(ended, b.index(tiles * weights.tile_bytes), inside)
+
+
 def _blocks_kernel(
     isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int, row_block: int
 ) -> PrimFunc:
     """Prefill. One unit: `row_block` rows by a panel of `tiles` tiles; consecutive units share the panel.
 
     A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
-    lasts. Loads per multiply: 1/rows + 1/tiles; the limit is the multipliers.
+    lasts. Loads per multiply: 1/rows + 1/tiles. The limit is the multipliers; of up to some 30 rows it is the memory,
+    so the next part is asked for evenly while this one is multiplied: 24 to 35% faster at 13 to 48 rows of f32.
     """
+
+    lines = -(-UNROLLED // weights.bundle * weights.bundle_bytes // CACHE_LINE) * tiles  # of a step, in all tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
+        data = b.view(handles["data"], [b.MANY], "uint8")
         panel = b.scratch([tiles, weights.part], isa.i32 if weights.pairs else isa.f32)
         walk = each_block(
             isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
@@ -291,12 +304,18 @@ def _blocks_kernel(
                         for term, _, size in _bundles(first, count, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
                                 b.store(panel, [t, term + j], vector)
+                share = b.let((lines + unit.blocks - 1) // unit.blocks)
+                following = b.let(_following(weights, unit.first_tile, part, tiles))
                 with b.loop(unit.blocks) as block:
                     row = b.clamped_rows(unit.first_row + block * rows, rows, tokens)
                     sums = b.Registers(rows * tiles, isa.f32)
                     for slot in range(rows * tiles):
                         sums[slot] = totals[block * rows + slot % rows, slot // rows]
                     for first, count in _steps(terms):
+                        with b.loop(share) as i:
+                            line = b.let(block * share + i)
+                            at = first // weights.bundle * weights.bundle_bytes + line // tiles * CACHE_LINE
+                            b.prefetch(data, following + line % tiles * weights.tile_bytes + at)
                         for j in range(count):
                             for slot in range(rows * tiles):
                                 w = panel[slot // rows, first + j]
