@@ -182,6 +182,16 @@ def test_any_split_of_the_units_gives_the_same_bits() -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize(
+    ("bits", "shape"), [(4, (33, 80, 1500)), (8, (260, 48, 2500)), (16, (290, 100, 2200)), (32, (300, 40, 900))]
+)
+def test_inputs_of_several_steps(bits: int, shape: tuple[int, int, int]) -> None:
+    """Long rows, near and far: weights are unpacked a step ahead, and sums are stored between steps."""
+    for which in (0, 1):
+        Case(*shape, bits, 64 if bits < 16 else 32).check(which)
+
+
+@needs_tiles
 def test_more_rows_than_a_block() -> None:
     for bits in (4, 32):
         Case(600, 48, 64, bits, 64).check(1)

@@ -164,21 +164,6 @@ class _Finish:
         """Where in `sums` the next block goes."""
         return b.let(2 * self.results + SUMS - self.place.get())
 
-    def fetch(self, row: Expr, first_tile: Expr) -> None:
-        """Ask for the memory that a row of a block will be written to, and read from."""
-        column = first_tile // self.epilogue.tiles * self.isa.lanes
-        for vector in range(PAIR // self.epilogue.tiles):
-            lane = vector * self.isa.lanes
-            at = row * self.epilogue.features + column + lane
-            if self.epilogue.residual:
-                b.prefetch(b.view(self.handles["residual"], [b.MANY], "float32"), at, near=True)
-            if not self.packed:
-                b.prefetch(b.view(self.handles["out"], [b.MANY], "float32"), at, write=True, near=True)
-        if self.packed:
-            out = b.view(self.handles["out"], [b.MANY], "uint16")
-            for part in range(self.split):
-                b.prefetch(out, self._packed_at(row, column, part), write=True, near=True)
-
     def _packed_at(self, row: Expr, column: Expr, part: int) -> Expr:
         """Where a column of the result goes in tiles."""
         features, block = self.epilogue.features // INPUTS, column // INPUTS
@@ -243,6 +228,7 @@ def tile_linear(
     bias: bool = False,
     residual: bool = False,
     packed: bool = False,
+    far: bool = False,
     step: int,
     tiles: int,
     row_block: int,
@@ -253,7 +239,8 @@ def tile_linear(
 
     bits: 4, 8, 16 for bf16 weights, or 32 for f32 ones, which split into 3 as the activations do (else 1). packed: out
     is in tiles as x is; features are a multiple of 32. One unit: `row_block` rows by `tiles` weight tiles; consecutive
-    units share the rows. step: inputs that are unpacked at a time, whole groups.
+    units share the rows. step: inputs that are unpacked at a time, whole groups. far: the activations of a block of
+    rows do not stay in the second-level cache, and are asked for ahead of their use.
     """
     isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
     source: Source
@@ -334,13 +321,13 @@ def tile_linear(
 
                     def finish_some() -> None:
                         with b.loop(rows_each) as j:
-                            m = b.let(block * rows_each + j)
-                            finish.row(m)
-                            finish.fetch(b.let(block_row + m), block_tile)
+                            finish.row(b.let(block * rows_each + j))
 
                     work = {0: lambda: ahead.unpack(share)}
                     if is_last:
                         work[2 * len(_PRODUCTS[split])] = finish_some
+                    if far:
+                        fetch_next(count, rows, row_pair, column_pair, block)
                     products(block, rows, columns, work)
                 if is_last:
                     place = finish.next_place()
@@ -351,6 +338,17 @@ def tile_linear(
                 else:
                     for c in range(4):
                         amx.store(c, sums, corners[c])
+
+            def fetch_next(count: int, rows: list[Expr], row_pair: Expr, column_pair: Expr, block: Expr) -> None:
+                """Ask for a share of the rows that come next: the following pair's, or the first pair's next step."""
+                row_tile = amx.ROWS * split * inputs
+                to_first = count * (amx.ROWS * split) - row_pair * (PAIR * row_tile)
+                following = b.let(tirx.Select(row_pair + 1 < row_pairs, b.index(PAIR * row_tile), to_first))
+                lines = -(-amx.ROWS * split // (tiles // PAIR))
+                for row in rows:
+                    at = row + following + block * (TILE * split) + column_pair * (lines * INPUTS)
+                    for line in range(lines):
+                        b.prefetch(x, at + line * INPUTS)
 
             def products(
                 block: Expr, rows: list[Expr], columns: list[Expr], work: dict[int, Callable[[], None]]

@@ -23,10 +23,14 @@ from llmc.targets.x86.tiles import has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
 SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products
-FEW, MANY = 128, 512  # rows of a block
-WIDEST = 20  # tiles of a panel: with 512 rows of sums it leaves half of a second-level cache to the activations
+FEW, MANY = 128, 256  # rows of a block
+NARROW, WIDEST = 4, 28  # tiles of a panel
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
-STEP = 256  # inputs at a time: a pair of row tiles and a pair of weight tiles leave room in the first-level cache
+# Inputs at a time. Where the activations of a block of rows stay in the second-level cache, long steps are best: sums
+# are hardly stored and loaded again (2.4 against 2.1 TFLOPS of two threads on [9728, 896]). Elsewhere short steps leave
+# room for wide panels, which read the activations less often.
+NEAR_STEP, FAR_STEP = 1024, 256
+READING = 4.0  # what reading the activations costs a panel of one tile, as a part of multiplying it
 
 
 @dataclass(frozen=True)
@@ -102,34 +106,31 @@ def tile_plan(
     params |= {"activation": activation, "bias": bias, "residual": residual, "packed": packed}
     inputs = -(-k // group) * group
     split = split_of(bits)
-    step = _even_step(inputs, group, STEP // split)
     least = 2 * epilogue.tiles if packed else 2
 
-    def variant(low: int, high: int | None, tiles: int, row_block: int) -> TileVariant:
-        tiles = max(least, tiles)
-        made = kernel(tile_linear, machine.key, **params, step=step, tiles=tiles, row_block=row_block)
+    def variant(low: int, high: int | None, row_block: int) -> TileVariant:
+        near = 2 * inputs * split * row_block <= machine.l2_bytes // 2
+        step = _even_step(inputs, group, (NEAR_STEP if near else FAR_STEP) // split)
+        far = not near and high is None
+        tiles = _panel(layout.tiles(n), least) if far else max(least, NARROW)
+        made = kernel(tile_linear, machine.key, **params, far=far, step=step, tiles=tiles, row_block=row_block)
         panels = -(-layout.tiles(n) // tiles)
         return TileVariant(made, low, high, panels, row_block, workspace_bytes(step, tiles, row_block, split))
 
     fused = tuple(name for name in ("bias", "residual") if params[name])
     arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
-    # Measured: activations that stay in the second-level cache cost little to read again; others want wide panels.
-    near = 2 * inputs * split * MANY <= machine.l2_bytes // 2
-    wide = _panel(layout.tiles(n), least, 0.3 if near else 3.0)
-    variants = (variant(rows_from(bits), FEW, 4, FEW), variant(FEW + 1, None, wide, MANY))
+    variants = (variant(rows_from(bits), FEW, FEW), variant(FEW + 1, None, MANY))
     return TilePlan(layout, arguments, inputs, split, 1 if split == 1 else 6, variants)
 
 
-def _panel(all_tiles: int, multiple: int, reading: float) -> int:
-    """Tiles of a panel. Narrow ones share out among threads, wide ones read the activations less often.
-
-    reading: what that costs a panel of one tile, as a part of multiplying it.
-    """
+def _panel(all_tiles: int, multiple: int) -> int:
+    """Tiles of a panel. Narrow ones share out among threads, wide ones read the activations less often."""
 
     def cost(tiles: int) -> float:
-        units = -(-all_tiles // tiles)
-        idle = sum(-(-units // threads) * threads * tiles / all_tiles for threads in THREADS) / len(THREADS)
-        return idle + reading / tiles
+        panels = -(-all_tiles // tiles)
+        units = 2 * panels  # of a prompt of two blocks of rows
+        busy = sum(-(-units // threads) * threads / units for threads in THREADS) / len(THREADS)
+        return busy * panels * tiles / all_tiles + READING / tiles
 
     return min(range(multiple, WIDEST + 1, multiple), key=cost)
 
