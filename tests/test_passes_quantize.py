@@ -150,10 +150,10 @@ def test_int4_keeps_a_table_that_the_head_shares_at_eight_bits() -> None:
     assert report.hits == {"embedding q8g64": 1, "linear q4g64a": 2, "tied head q8g64": 1}
 
 
-@pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=q6g32a"}])
+@pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=q6g32"}])
 def test_an_embedding_in_six_bits_is_what_its_rounded_weights_make_of_it(options: dict[str, str]) -> None:
     after, report = quantize(UNTIED, QuantizeWeights(activations="f32", **options))
-    assert weights(after)["embedding embed.weight"] == ("q6g64" if "embedding" in options else "q6g32a")
+    assert weights(after)["embedding embed.weight"] == ("q6g64" if "embedding" in options else "q6g32")
     assert not report.refusals
     np.testing.assert_array_equal(run(after), run(dequantized(after)))
     assert not np.array_equal(run(after), run(quantize(UNTIED, QuantizeWeights(activations="f32"))[0]))
@@ -163,7 +163,7 @@ def test_an_embedding_in_six_bits_is_what_its_rounded_weights_make_of_it(options
     ("graph", "options", "what"),
     [
         (UNTIED, {"scheme": "int6"}, "scheme cannot be q6g64"),
-        (UNTIED, {"scheme": "q6g32a"}, "scheme cannot be q6g32a"),
+        (UNTIED, {"scheme": "q6g32"}, "scheme cannot be q6g32"),
         (UNTIED, {"head": "int6", "group_size": 32}, "head cannot be q6g32"),
         (UNTIED, {"overrides": "*.down.weight=int6"}, "mlp.down.weight cannot be q6g64"),
         (TIED, {"embedding": "int6"}, "embed.weight, embedding and head in one, cannot be q6g64"),

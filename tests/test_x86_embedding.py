@@ -54,37 +54,40 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
     assert np.array_equal(run(machine, tiles, list(tiles.pack(table).values()), features), expected)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("bits", "group", "features"),
-    # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
-    [(4, 32, 101), (8, 32, 101), (6, 32, 101), (6, 64, 129), (6, 8, 31), (6, 40, 7), (6, 64, 1), (6, 128, 256)],
+    ("bits", "symmetric", "group", "features"),
+    [
+        *((bits, symmetric, 32, 101) for bits in (4, 8) for symmetric in (True, False)),
+        # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
+        *((6, True, *sizes) for sizes in ((32, 101), (64, 129), (8, 31), (40, 7), (64, 1), (128, 256))),
+    ],
 )
 @pytest.mark.parametrize("machine", MACHINES)
-def test_rows_of_quantized_tables(machine: Machine, bits: int, group: int, features: int, symmetric: bool) -> None:
+def test_rows_of_quantized_tables(machine: Machine, bits: int, symmetric: bool, group: int, features: int) -> None:
     q, scales, minimums = quantized_table(bits, group, symmetric, features)
     spread = [
         None if a is None else np.repeat(a.astype(np.float32), group, axis=1)[:, :features] for a in (scales, minimums)
     ]
-    expected = q.astype(np.float64) * spread[0] + (0 if spread[1] is None else spread[1])
+    levels = q * (32 + np.abs(q.astype(np.float64))) / 32 if bits == 6 else q.astype(np.float64)
+    expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
     isa = isa_for(machine)
     layouts: list[RowLayout | QuantizedLayout] = [RowLayout(bits, group, symmetric)]
     if bits != 6:  # the tiles of a matrix kernel have 4 or 8 bits
         layouts.append(QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric)))
     for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
-        # An integer of up to 8 bits times an f16 scale is exact in f32; adding the minimum rounds once.
+        # An integer or level of up to 11 bits times an f16 scale is exact in f32; adding the minimum rounds once.
         assert np.abs(got - expected[IDS] * SCALE).max() <= (0 if symmetric else 2**-24 * 1024)
 
 
 @given(
-    bits=st.sampled_from([4, 6, 8]),
+    kind=st.sampled_from([(4, True), (4, False), (6, True), (8, True), (8, False)]),
     group=st.sampled_from([8, 32, 40, 64]),
-    symmetric=st.booleans(),
     features=st.integers(1, 200),
     seed=st.integers(0, 1000),
 )
-def test_packing_comes_back(bits: int, group: int, symmetric: bool, features: int, seed: int) -> None:
+def test_packing_comes_back(kind: tuple[int, bool], group: int, features: int, seed: int) -> None:
+    bits, symmetric = kind
     layout = RowLayout(bits, group, symmetric)
     q, scales, minimums = quantized_table(bits, group, symmetric, features, seed)
     packed = layout.pack(q, scales, minimums)

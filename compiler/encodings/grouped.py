@@ -1,9 +1,9 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
-`q4g64`: w = scale * q with q in [-8, 7]; `q6g64`: q in [-32, 31]; `q8g64`: q in [-127, 127], and -128 where another
-tool chose the integers; `q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]. Scales are rounded to f16
-before the integers are chosen, so that the integers fit the scales in use. A last group that the input dimension does
-not fill is rounded as the shorter group that it is.
+`q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
+`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `q6g64`: w = scale * level(q) with q in [-32, 31],
+see `levels.py`. Scales are rounded to f16 before the integers are chosen, so that the integers fit the scales in use.
+A last group that the input dimension does not fill is rounded as the shorter group that it is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc.compiler.encodings.levels import BENT_BITS, bend
 from llmc.compiler.encodings.search import Rounding, round_asymmetric, round_symmetric
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Array, Encoding, Tensor, is_precise, itemsize, register_encoding
@@ -43,6 +44,8 @@ class GroupQuantized(Encoding):
     def __post_init__(self) -> None:
         if self.bits not in (4, 6, 8):
             raise IRError(f"no encoding with {self.bits} bits: 4, 6 or 8")
+        if self.bits == BENT_BITS and not self.symmetric:
+            raise IRError(f"no encoding with {self.bits} bits and minimums: 4 or 8 bits")
         if self.group < 8 or self.group % 8:
             raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
 
@@ -170,7 +173,12 @@ def decode(encoded: Encoded) -> Array:
     minimums = None if kind.symmetric else encoded.parts["minimums"].reshape(len(q), -1).astype(wide)
     for index, start in enumerate(range(0, inputs, kind.group)):
         part = slice(start, start + kind.group)
-        np.multiply(q[:, part], scales[:, index, None], out=values[:, part])
+        if kind.bits == BENT_BITS:
+            values[:, part] = q[:, part]
+            bend(values[:, part])
+            values[:, part] *= scales[:, index, None]
+        else:
+            np.multiply(q[:, part], scales[:, index, None], out=values[:, part])
         if minimums is not None:
             values[:, part] += minimums[:, index, None]
     return values.reshape(encoded.shape)

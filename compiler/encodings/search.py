@@ -5,8 +5,8 @@ that fits *those* best is (w . q) / (q . q), and the error that it leaves is w .
 are compared by (w . q)^2 / (q . q) without ever forming the error, at five passes over the weights each.
 
 4-bit integers reach from -8 to 7, so a scale may be negative: the extreme weight, whatever its sign, then maps to -8,
-and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). With 6 bits (-32 to 31) it is
-the same, with less to gain.
+and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). 6-bit
+integers (-32 to 31) stand for levels (`levels.py`): a candidate gives levels, and q above is their values.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc.compiler.encodings.levels import BENT_BITS, bend, level, unbend
 from llmc.errors import CompileError
 
 Floats = NDArray[np.float32]
 
-# What the extreme weight of a group is mapped to before clamping. Chosen by benchmarks/quantization.py: 4-bit weights
-# in groups of 64 keep 0.70 of the squared error of the nearest scale, as they would with 200 candidates; 6-bit ones
-# keep 0.86 (0.85 with 200).
+# The level that the extreme weight of a group is mapped to before clamping. Chosen by benchmarks/quantization.py: 4-bit
+# weights in groups of 64 keep 0.70 of the squared error of the nearest scale, as they would with 200 candidates.
 CANDIDATES: dict[int, tuple[float, ...]] = {
     4: (7.0, -8.0, -8.4, -8.85),
-    6: (31.0, -32.0, -32.3, -32.7),
+    6: (level(31), level(-32), -64.6, -65.3),
     8: (127.0, 126.0, 124.5, 123.0),
 }
 # Asymmetric: the part of the range [min, max] that the integers cover, around its middle.
@@ -47,29 +47,30 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
     """w = scale * q. CompileError where a weight is not finite or a scale does not fit f16."""
     highest = (1 << (bits - 1)) - 1
     lowest = -highest if bits == 8 else -highest - 1
+    bent = bits == BENT_BITS
     top, bottom = _extremes(w)
     extreme = np.where(-bottom > top, bottom, top)
     work = np.empty_like(w)
-    scales = _covering_scale(np.abs(extreme), highest)
+    scales = _covering_scale(np.abs(extreme), level(highest) if bent else highest)
+    nearest = _integers(w, scales, lowest, highest, work, bent).astype(np.int8)
     if not search:
-        return Rounding(_integers(w, scales, lowest, highest, work).astype(np.int8), scales)
+        return Rounding(nearest, scales)
 
     best = np.full(len(w), -1, np.float32)
     chosen = np.zeros(len(w), np.float32)
     for candidate in CANDIDATES[bits]:
         step = np.divide(extreme, np.float32(candidate), dtype=np.float32)
-        _quantized(w, _reciprocal(step), lowest, highest, work)
-        _keep_better(w, work, best, chosen)
+        _quantized(w, _reciprocal(step), lowest, highest, work, bent)
+        _keep_better(w, work, best, chosen, bent)
     # The fitted scale may round some weights differently: fit once more.
-    _quantized(w, _reciprocal(chosen), lowest, highest, work)
-    _keep_better(w, work, best, chosen)
+    _quantized(w, _reciprocal(chosen), lowest, highest, work, bent)
+    _keep_better(w, work, best, chosen, bent)
 
     # The rounding to f16 is the only step whose error the comparison above did not see: settle it exactly.
-    nearest = _integers(w, scales, lowest, highest, work).astype(np.int8)
-    nearest_error = _squared_error(w, nearest, scales, work)
+    nearest_error = _squared_error(w, nearest, scales, work, bent=bent)
     found_scales = _to_f16(chosen)
-    found = _integers(w, found_scales, lowest, highest, work).astype(np.int8)
-    worse = _squared_error(w, found, found_scales, work) >= nearest_error
+    found = _integers(w, found_scales, lowest, highest, work, bent).astype(np.int8)
+    worse = _squared_error(w, found, found_scales, work, bent=bent) >= nearest_error
     found[worse] = nearest[worse]
     return Rounding(found, np.where(worse, scales, found_scales))
 
@@ -137,7 +138,7 @@ def _to_f16(values: Floats) -> NDArray[np.float16]:
     return values.astype(np.float16)
 
 
-def _covering_scale(largest: Floats, highest: int) -> NDArray[np.float16]:
+def _covering_scale(largest: Floats, highest: float) -> NDArray[np.float16]:
     """The f16 scale next to largest / highest for which `largest` still rounds to `highest` at most.
 
     Among f16's subnormal numbers the next one below may be too small by half; then the one above is taken.
@@ -154,15 +155,19 @@ def _reciprocal(values: Floats) -> Floats:
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
-def _quantized(w: Floats, inverse: Floats, lowest: int, highest: int, out: Floats) -> None:
-    """out = clamp(round(w / scale))"""
+def _quantized(w: Floats, inverse: Floats, lowest: int, highest: int, out: Floats, bent: bool = False) -> None:
+    """out = clamp(round(w / scale)), or with `bent` the integer of the level next to w / scale."""
     np.multiply(w, inverse[:, None], out=out)
+    if bent:
+        unbend(out)
     np.rint(out, out=out)
     np.clip(out, lowest, highest, out=out)
 
 
-def _integers(w: Floats, scales: NDArray[np.float16], lowest: int, highest: int, work: Floats) -> Floats:
-    _quantized(w, _reciprocal(scales.astype(np.float32)), lowest, highest, work)
+def _integers(
+    w: Floats, scales: NDArray[np.float16], lowest: int, highest: int, work: Floats, bent: bool = False
+) -> Floats:
+    _quantized(w, _reciprocal(scales.astype(np.float32)), lowest, highest, work, bent)
     return work
 
 
@@ -173,8 +178,10 @@ def _offset_integers(
     return _integers(work, scales, 0, highest, work)
 
 
-def _keep_better(w: Floats, q: Floats, best: Floats, chosen: Floats) -> None:
-    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale."""
+def _keep_better(w: Floats, q: Floats, best: Floats, chosen: Floats, bent: bool) -> None:
+    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale. With `bent`, q becomes its levels."""
+    if bent:
+        bend(q)
     products = np.einsum("mg,mg->m", w, q)
     squares = np.maximum(np.einsum("mg,mg->m", q, q), np.float32(1))
     fitted = products / squares
@@ -208,8 +215,14 @@ def _squared_error(
     scales: NDArray[np.float16],
     work: Floats,
     minimums: NDArray[np.float16] | None = None,
+    bent: bool = False,
 ) -> Floats:
-    np.multiply(q, scales.astype(np.float32)[:, None], out=work)
+    if bent:
+        work[...] = q
+        bend(work)
+        work *= scales.astype(np.float32)[:, None]
+    else:
+        np.multiply(q, scales.astype(np.float32)[:, None], out=work)
     if minimums is not None:
         work += minimums.astype(np.float32)[:, None]
     np.subtract(w, work, out=work)

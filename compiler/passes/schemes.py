@@ -43,8 +43,8 @@ def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
 
     CompileError for another text.
 
-    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations. So are
-    6-bit ones: a minimum a group would take the place that the missing bits make.
+    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations. 6-bit
+    weights have no other form.
     """
     if text in FLOAT_SCHEMES:
         return Scheme(dtype=FLOAT_SCHEMES[text])

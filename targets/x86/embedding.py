@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from llmc.compiler.encodings.levels import BEND, BENT_BITS
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import isa_for
@@ -53,7 +54,7 @@ class RowLayout:
 
     data u8 [n, groups, group * bits / 8]: 8-bit integers in order (symmetric: i8 bits); of 4-bit ones, byte j holds
     input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Of 6-bit
-    ones (symmetric: 32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
+    ones (32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
     behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
     scales, minimums f16 [n, groups]. The last group is padded with zero weights.
     """
@@ -221,9 +222,12 @@ def embedding_quantized(
 
     lanes = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s, with tiles of `lanes` rows.
     """
+    from tvm import tirx
+
     groups = -(-features // group)
     group_bytes = group * bits // 8
     vector = isa_for(machine).lanes
+    bent = bits == BENT_BITS
     stride = lanes or 1  # elements from one group's scale to the next
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
@@ -233,11 +237,15 @@ def embedding_quantized(
         first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
-            factor = let(load(a.scales, first_scale + g * stride, 1) * splat(scale, 1))
+            factor = let(load(a.scales, first_scale + g * stride, 1) * splat(scale / BEND if bent else scale, 1))
             minimum = None if symmetric else let(load(a.minimums, first_scale + g * stride, 1) * splat(scale, 1))
 
             def write(i: Expr | int, stored: Expr, width: int) -> None:
-                value = _integer_value(stored, offset, symmetric, width) * splat(factor, width)
+                value = _integer_value(stored, offset, symmetric, width)
+                if bent:  # a level times BEND, exact as everything before the factor
+                    value = let(value)
+                    value = value * (tirx.Max(value, -value) + splat(float(BEND), width))
+                value = value * splat(factor, width)
                 store(out, at + i, value if minimum is None else value + splat(minimum, width), width)
 
             base = pin(first_byte + g * (group_bytes * stride))
