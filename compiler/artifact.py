@@ -217,7 +217,7 @@ class ArtifactWriter:
         self._sections.append(_Part(name, start, len(data)))
 
     def add_tokenizer(self, tokenizer: bytes) -> None:
-        """Appends a tokenizer.json, compressed: it is names and spaces, and a fifth of its size is left."""
+        """Appends a tokenizer.json, compressed: less than half of it is left."""
         self.add_section(TOKENIZER, gzip.compress(tokenizer, 6, mtime=0))
 
     def add_manifest(self, manifest: Mapping[str, object]) -> None:
