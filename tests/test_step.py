@@ -147,6 +147,10 @@ def test_splits_give_every_thread_work_in_parts_that_are_worth_it(
     if splits > 1:
         assert pages // splits >= 4
         assert (splits - 1) * tiles * kv_heads < 4 * threads  # no more than it takes
+    if splits * tiles * kv_heads < threads:  # only where parts would be too short, or too many
+        assert splits == most or pages // (splits + 1) < 4
+    if (splits - 1) * tiles * kv_heads >= threads:  # a thread's second unit is a long one
+        assert pages // splits >= 16
 
 
 @given(

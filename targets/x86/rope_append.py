@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
 PAGE = 32  # tokens a cache page
-GRAIN = 16  # tokens worth handing to a thread together
+GRAIN = 4  # tokens worth handing to a thread together: decoded ones write to head_dim lines from memory each
 
 Rows = tuple[int, int, int]
 """Where heads lie in a buffer: element stride of a token, offset of head 0, stride of a head."""
