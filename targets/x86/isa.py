@@ -289,7 +289,7 @@ class VectorIsa:
 
     @property
     def narrow_helper(self) -> str:
-        """LLVM code that a kernel with `add_narrow` imports: an addition, and a use of the sum that LLVM cannot move."""
+        """LLVM code that a kernel with `add_narrow` imports: an addition, and a use of its sum that stays in place."""
         i16 = f"<{self.lanes * 2} x i16>"
         return f"""
             define {i16} @llmc_add_narrow({i16} %sums, {i16} %dots) alwaysinline {{
