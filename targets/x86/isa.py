@@ -278,26 +278,29 @@ class VectorIsa:
         name = "llvm.x86.avx2.pmadd.ub.sw" if self.lanes == 8 else "llvm.x86.avx512.pmaddubs.w.512"
         return _llvm(self.i16, name, weights, activations)
 
-    def add_narrow(self, sums: Expr, dots: Expr) -> Expr:
-        """i16 + i16, here and in this order. Needs `narrow_helper`.
+    def in_place(self, sums: Expr) -> Expr:
+        """`sums` (i16 or i32), computed here and in this order. Needs `in_place_helper`.
 
-        LLVM otherwise adds successive dots to each other first, or does one row after the other, and spills.
+        LLVM otherwise adds successive products to each other first, or does one row after the other, and spills.
         """
         from tvm import tirx
 
-        return tirx.call_pure_extern(self.i16, "llmc_add_narrow", sums, dots)
+        dtype = str(sums.ty.dtype)
+        return tirx.call_pure_extern(dtype, f"llmc_in_place_{dtype}", sums)
 
     @property
-    def narrow_helper(self) -> str:
-        """LLVM code that a kernel with `add_narrow` imports: an addition, and a use of its sum that stays in place."""
-        i16 = f"<{self.lanes * 2} x i16>"
-        return f"""
-            define {i16} @llmc_add_narrow({i16} %sums, {i16} %dots) alwaysinline {{
-              %sum = add {i16} %sums, %dots
-              %held = call {i16} asm sideeffect "", "=v,0"({i16} %sum)
-              ret {i16} %held
+    def in_place_helper(self) -> str:
+        """LLVM code that a kernel with `in_place` imports: uses of a sum that stay in place, and do nothing."""
+
+        def of(dtype: str, vector: str) -> str:
+            return f"""
+            define {vector} @llmc_in_place_{dtype}({vector} %sums) alwaysinline {{
+              %held = call {vector} asm sideeffect "", "=v,0"({vector} %sums)
+              ret {vector} %held
             }}
-        """
+            """
+
+        return of(self.i16, f"<{self.lanes * 2} x i16>") + of(self.i32, f"<{self.lanes} x i32>")
 
     def widen(self, acc: Expr, narrow: Expr) -> Expr:
         """acc (i32) + sums of two adjacent i16 (vpmaddwd with ones)."""

@@ -229,7 +229,7 @@ class GroupSums:
         with b.loop(self.ops.layout.group // 4 // UNROLLED) as chunk:
             for step, slot, w, a in self._operands(weights, chunk * UNROLLED, UNROLLED):
                 chain = sums[step % chains]
-                chain[slot] = isa.dot(chain[slot], w, a, bits)
+                chain[slot] = isa.in_place(isa.dot(chain[slot], w, a, bits))
         for slot in range(count):
             for more in sums[1:]:
                 sums[0][slot] = sums[0][slot] + more[slot]
@@ -245,7 +245,7 @@ class GroupSums:
             parts = b.Registers(count, isa.i16)
             for step, slot, w, a in self._operands(weights, chunk * UNROLLED, UNROLLED):
                 dots = isa.dot_narrow(w, a)
-                parts[slot] = isa.add_narrow(parts[slot], dots) if step else dots
+                parts[slot] = isa.in_place(parts[slot] + dots) if step else dots
             for slot in range(count):
                 sums[slot] = isa.widen(sums[slot], parts[slot])
         return sums
@@ -257,7 +257,7 @@ class GroupSums:
         for slot in range(count):
             parts[slot] = self.known.narrow_start(self.first + slot % len(self.rows), self.position)
         for _, slot, w, a in self._operands(weights, b.index(0), self.ops.layout.group // 4):
-            parts[slot] = isa.add_narrow(parts[slot], isa.dot_narrow(w, a))
+            parts[slot] = isa.in_place(parts[slot] + isa.dot_narrow(w, a))
         sums = b.Registers(count, isa.i32)
         for slot in range(count):
             sums[slot] = isa.widen(self._start(slot), parts[slot])

@@ -110,7 +110,7 @@ def quantized_linear_rows(
                     epilogue.emit(isa, ops.handles, row[m], (first_tile + t) // epilogue.tiles, finished)
 
     return b.plain_function(
-        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.narrow_helper
+        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.in_place_helper
     )
 
 
@@ -209,5 +209,5 @@ def quantized_linear_blocks(
                 groups_from(b.index(groups // step * step), groups % step)
 
     return b.plain_function(
-        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.narrow_helper
+        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.in_place_helper
     )
