@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 2
+ABI = 3
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 

@@ -79,6 +79,13 @@ class StepRunner(StepCaller):
         self.logits: NDArray[np.float32] = reserve((1, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
         for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits"):
             setattr(self.step, name, address(getattr(self, name)))
+        # Plain integers go through these in a fraction of the time that numpy takes.
+        self._views = tuple(array.data for array in (self.ids, self.positions, self.slots))
+        self._tiles_view = self.tiles.reshape(-1).data
+        # What the last step left in the tables, if it was one of `decode`: the stamp of each sequence.
+        self._stamps: list[int] = []
+        self._last_pages: list[int] = []
+        self._places: list[int] = []
         self.step.cache = address(buffers.table)
 
     def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -86,8 +93,9 @@ class StepRunner(StepCaller):
 
         out: where to put them; otherwise they lie in the runner's own buffer, and the next step overwrites them.
         """
+        self._stamps = []
         tokens, tiles, rows = self._fill_tokens(runs)
-        pages = self._fill_block_table(runs)
+        pages = self._fill_block_table([run.sequence for run in runs])
         buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
         splits = choose_splits(tiles, self.kv_heads, pages, self.threads, self.facts.max_splits)
         self.step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
@@ -102,6 +110,41 @@ class StepRunner(StepCaller):
             out[:] = buffer[:rows]
         return out
 
+    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[int]:
+        """One step of one token of each sequence. Returns where the logits of each lie, float32 [vocab]."""
+        stamps = [sequence.stamp for sequence in sequences]
+        if stamps != self._stamps:
+            self._stamps = []  # until the tables are whole
+            self._fill_decoding(sequences)
+            self._stamps = stamps
+        ids, positions, slots = self._views
+        tiles, page_size = self._tiles_view, self.facts.page
+        for index, sequence in enumerate(sequences):
+            start = sequence.length
+            ids[index] = tokens[index]
+            positions[index] = tiles[4 * index + 3] = start
+            slots[index] = self._last_pages[index] * page_size + start % page_size
+        self.call()
+        if self.profiling:
+            places = tuple((sequence.length, 1) for sequence in sequences)
+            self.profiled.append(StepSizes(tuple(self.step.sizes), places))
+        return self._places
+
+    def _fill_decoding(self, sequences: list[Sequence]) -> None:
+        """Fills what stays as it is from one step of `decode` to the next, while the sequences have the same pages."""
+        count = len(sequences)
+        pages = self._fill_block_table(sequences)
+        every = np.arange(count, dtype=np.int32)
+        self.rows[:count] = every
+        self.tiles[:count, 0] = self.tiles[:count, 1] = every
+        self.tiles[:count, 2] = 1
+        self._last_pages = [int(sequence.pages[-1]) for sequence in sequences]
+        splits = choose_splits(count, self.kv_heads, pages, self.threads, self.facts.max_splits)
+        self.step.sizes[:] = (count, count, count, pages, count, splits)
+        logits = self._logits_buffer(count)
+        self.step.logits = first = address(logits)
+        self._places = [first + index * logits.strides[0] for index in range(count)]
+
     def _fill_tokens(self, runs: list[Run]) -> tuple[int, int, int]:
         """Fills ids, positions, slots, tiles and rows; returns the numbers of tokens, tiles and rows."""
         page_size = self.facts.page
@@ -111,7 +154,7 @@ class StepRunner(StepCaller):
         for index, run in enumerate(runs):
             start, count = run.start, len(run.ids)
             pages = run.sequence.pages
-            if count == 1:  # decoding: the numpy calls below would cost more than the assignments
+            if count == 1:  # the numpy calls below would cost more than the assignments
                 ids[token] = run.ids[0]
                 positions[token] = start
                 slots[token] = int(pages[start // page_size]) * page_size + start % page_size if len(pages) else 0
@@ -143,17 +186,16 @@ class StepRunner(StepCaller):
             row += wanted
         return token, tile, row
 
-    def _fill_block_table(self, runs: list[Run]) -> int:
+    def _fill_block_table(self, sequences: list[Sequence]) -> int:
         """Fills the block table, int32 [sequences, pages]; returns its number of columns."""
-        columns = max(1, max(run.sequence.page_count for run in runs))
-        if len(runs) * columns > len(self.block_table):
-            self.block_table = int32((2 * len(runs) * columns,))
+        columns = max(1, max(sequence.page_count for sequence in sequences))
+        if len(sequences) * columns > len(self.block_table):
+            self.block_table = int32((2 * len(sequences) * columns,))
             self.step.block_table = address(self.block_table)
-        table = self.block_table[: len(runs) * columns].reshape(len(runs), columns)
-        for index, run in enumerate(runs):
-            count = run.sequence.page_count
-            table[index, :count] = run.sequence.pages
-            table[index, count:] = 0
+        table = self.block_table[: len(sequences) * columns].reshape(len(sequences), columns)
+        for index, sequence in enumerate(sequences):
+            table[index, : sequence.page_count] = sequence.pages
+            table[index, sequence.page_count :] = 0
         return columns
 
     def _logits_buffer(self, rows: int) -> NDArray[np.float32]:

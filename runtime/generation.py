@@ -107,21 +107,21 @@ class Writer:
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
         sampling, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids)
         self._limits = limits
-        self._sampler = Sampler(sampling, runtime.vocab_size)
-        self._sampler.observe(prompt)
+        self._sampler = Sampler(sampling, runtime.chooser)
+        self._sampler.observe(prompt.tolist())
         self._detokenizer = Detokenizer(runtime.tokenizer, prompt[-16:].tolist())
         self._matcher = StopMatcher(limits.stop)
         self._room = runtime.max_context - len(prompt)
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
 
-    def write(self, logits: NDArray[np.float32]) -> str:
-        """Chooses the next token from its logits [vocab]; returns the text that may go out now."""
-        token = self._sampler.choose(logits)
+    def write(self, place: int) -> str:
+        """Chooses the next token from its logits, float32 [vocab] at this address; returns the text that may go out."""
+        token = self._sampler.choose(place)
         self.tokens.append(token)
         if token in self._limits.stop_ids:
             return self._end("stop")
-        self._sampler.observe(np.array([token], np.int32))
+        self._sampler.observe((token,))
         piece = self._matcher.feed(self._detokenizer.add(token))
         if self._matcher.stopped:
             self.finish_reason = "stop"
@@ -203,10 +203,14 @@ def _write(
     start = time.perf_counter()
     with runtime.sequence() as sequence:
         progress.cached_tokens = sequence.adopt_prefix(prompt)
-        ids = prompt[progress.cached_tokens :]
+        sequences, ids = [sequence], prompt[progress.cached_tokens :]
         while True:
             with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
-                piece = writer.write(runtime.step_last([(sequence, ids)])[0])
+                if writer.tokens:
+                    places = runtime.decode(sequences, writer.tokens[-1:])
+                else:
+                    places = runtime.step_last([(sequence, ids)])
+                piece = writer.write(places[0])
             elapsed = time.perf_counter() - start
             if len(writer.tokens) == 1:
                 progress.prefill_seconds = elapsed
@@ -215,7 +219,6 @@ def _write(
                 yield piece
             if writer.finish_reason is not None:
                 return
-            ids = np.array(writer.tokens[-1:], np.int32)
 
 
 def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: Options) -> list[str]:
@@ -231,21 +234,21 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     texts = [""] * len(prompts)
     sequences = [runtime.sequence() for _ in prompts]
     try:
-        pending = []
-        for index, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
-            pending.append((index, prompt[sequence.adopt_prefix(prompt) :]))
+        fresh = [(one, prompt[one.adopt_prefix(prompt) :]) for one, prompt in zip(sequences, prompts, strict=True)]
+        pending = list(range(len(prompts)))
         while pending:
             with runtime.lock:
-                logits = runtime.step_last([(sequences[index], ids) for index, ids in pending])
-                for row, (index, _) in enumerate(pending):
-                    texts[index] += writers[index].write(logits[row])
-            following = []
-            for index, _ in pending:
-                if writers[index].finish_reason is None:
-                    following.append((index, np.array(writers[index].tokens[-1:], np.int32)))
+                if fresh:
+                    places, fresh = runtime.step_last(fresh), []
                 else:
+                    last = [writers[index].tokens[-1] for index in pending]
+                    places = runtime.decode([sequences[index] for index in pending], last)
+                for place, index in zip(places, pending, strict=True):
+                    texts[index] += writers[index].write(place)
+            for index in pending:
+                if writers[index].finish_reason is not None:
                     sequences[index].close()
-            pending = following
+            pending = [index for index in pending if writers[index].finish_reason is None]
     finally:
         for sequence in sequences:
             sequence.close()

@@ -63,6 +63,7 @@ class Library:
         try:
             self._run = handle.llmc_run
             self._hash = handle.llmc_hash
+            self.choose, self._choose_bytes = handle.llmc_choose, handle.llmc_choose_bytes
             pool_create, pool_use, abi = handle.llmc_pool_create, handle.llmc_pool_use, handle.llmc_abi
         except AttributeError as error:
             raise ArtifactError(
@@ -72,6 +73,8 @@ class Library:
         self._run.restype = ctypes.c_int
         self._hash.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._hash.restype = None
+        self.choose.argtypes, self.choose.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+        self._choose_bytes.argtypes, self._choose_bytes.restype = [ctypes.c_int64], ctypes.c_int64
         pool_create.argtypes, pool_create.restype = [], ctypes.c_void_p
         pool_use.argtypes, pool_use.restype = [ctypes.c_void_p], None
         abi.argtypes, abi.restype = [], ctypes.c_int64
@@ -115,6 +118,10 @@ class Library:
     def limits(self, facts: Sequence[manifest.LimitFacts]) -> list[LimitFunction]:
         """The functions that measure the machine's limits."""
         return load_functions(self._handle, facts)
+
+    def choose_bytes(self, count: int) -> int:
+        """Bytes of scratch that a choice among `count` tokens needs."""
+        return int(self._choose_bytes(count))
 
     def hash(self, data: NDArray[np.uint8], threads: int) -> NDArray[np.uint64]:
         """The 64-bit hashes of the 4 MiB chunks of `data`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
 from llmc.runtime.profile import Profile, profile_phase
 from llmc.runtime.runtime import Runtime
-from llmc.runtime.sequence import Sequence
 
 Tell = Callable[[str, int], None]
 
@@ -140,13 +139,13 @@ def _run_once(
     sequences = [runtime.sequence() for _ in range(batch)]
     try:
         start = time.perf_counter()
-        following = _step(runtime, sequences, list(prompts))
+        following = _likeliest(runtime, lambda: runtime.step_last(list(zip(sequences, prompts, strict=True))))
         prefill = time.perf_counter() - start
         before_decoding()
         decode = []
         for _ in range(gen_tokens):
             start = time.perf_counter()
-            following = _step(runtime, sequences, following)
+            following = _likeliest(runtime, functools.partial(runtime.decode, sequences, following))
             decode.append(time.perf_counter() - start)
             say("", 1)
         return prefill, decode
@@ -155,12 +154,10 @@ def _run_once(
             sequence.close()
 
 
-def _step(runtime: Runtime, sequences: list[Sequence], ids: list[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
-    """One step, and the most likely next token of each sequence."""
+def _likeliest(runtime: Runtime, step: Callable[[], list[int]]) -> list[int]:
+    """The most likely next token after each row of a step."""
     with runtime.lock:
-        logits = runtime.step_last(list(zip(sequences, ids, strict=True)))
-        best = logits.argmax(axis=-1).astype(np.int32)
-    return list(best.reshape(-1, 1))
+        return [runtime.chooser.likeliest(place) for place in step()]
 
 
 def weight_bytes_per_token(manifest: Mapping[str, object], all_bytes: int) -> int:

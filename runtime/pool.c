@@ -334,16 +334,20 @@ void llmc_parallel(LlmcBody body, void *context, int64_t units, int64_t grain) {
 }
 
 /* `current` is read once: a pool that is set during a step serves the next one. */
-static LlmcPool *take_turn(int64_t threads) {
+LlmcPool *llmc_take_turn(int64_t threads) {
     LlmcPool *pool = atomic_load_explicit(&current, memory_order_acquire);
     if (pool != NULL) pool->enter(pool, threads);
     return pool;
 }
 
-int llmc_run(const LlmcStep *step, int64_t threads) {
-    LlmcPool *pool = take_turn(threads);
-    int code = llmc_step(step);
+void llmc_end_turn(LlmcPool *pool) {
     if (pool != NULL) pool->leave(pool);
+}
+
+int llmc_run(const LlmcStep *step, int64_t threads) {
+    LlmcPool *pool = llmc_take_turn(threads);
+    int code = llmc_step(step);
+    llmc_end_turn(pool);
     return code;
 }
 
@@ -398,9 +402,9 @@ static void hash_body(void *context, int64_t begin, int64_t end) {
 
 void llmc_hash(const void *data, int64_t bytes, uint64_t *out, int64_t threads) {
     HashJob job = {data, bytes, out};
-    LlmcPool *pool = take_turn(threads);
+    LlmcPool *pool = llmc_take_turn(threads);
     llmc_parallel(hash_body, &job, (bytes + LLMC_HASH_CHUNK - 1) / LLMC_HASH_CHUNK, 1);
-    if (pool != NULL) pool->leave(pool);
+    llmc_end_turn(pool);
 }
 
 int64_t llmc_abi(void) { return LLMC_ABI; }

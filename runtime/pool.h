@@ -17,6 +17,11 @@ typedef void (*LlmcBody)(void *context, int64_t begin, int64_t end);
  * workers: elsewhere, and inside of a body, everything runs on this thread. */
 void llmc_parallel(LlmcBody body, void *context, int64_t units, int64_t grain);
 
+/* Gives llmc_parallel at most `threads` threads (this one included) until the turn ends; calls from several threads wait
+ * for each other. Returns the pool that llmc_end_turn wants, which may be NULL. */
+LlmcPool *llmc_take_turn(int64_t threads);
+void llmc_end_turn(LlmcPool *pool);
+
 /* Runs llmc_step on at most `threads` threads (this one included); calls from several threads take turns. */
 int llmc_run(const LlmcStep *step, int64_t threads);
 

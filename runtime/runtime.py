@@ -29,6 +29,7 @@ from llmc.runtime.limits import Limits, measure_limits
 from llmc.runtime.memory import address
 from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.ragged import RaggedRunner
+from llmc.runtime.sampling import Chooser
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 from llmc.runtime.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ class Runtime:
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
+        self._last: NDArray[np.float32] = np.zeros((0, self.vocab_size), np.float32)  # what `step_last` told of
         self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
         self._weights = weights
         self._tokenizer: Tokenizer | None = None
@@ -90,6 +92,7 @@ class Runtime:
             self._encoder = Encoder(artifact, runner, self.lock, lambda: self.tokenizer, self.vocab_size)
         else:
             self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
+            self.chooser = Chooser(library, self.vocab_size, threads)
 
     @classmethod
     def load(
@@ -207,14 +210,49 @@ class Runtime:
             self._step(checked, logits)
         return logits
 
-    def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> NDArray[np.float32]:
-        """`step` for the last rows, into a buffer that the next step overwrites; hold `lock` while you use it."""
+    def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> list[int]:
+        """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
+        them: hold `lock` while you use them."""
+        rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
         if sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
-            return self.step([(sequence, ids, "last") for sequence, ids in requests])
-        checked: list[tuple[Sequence, NDArray[np.int32], Rows]] = []
-        for sequence, ids in requests:
-            checked.append((sequence, self._check_ids(ids), "last"))
-        return self._step(checked, None)
+            self._last = self.step(rows)
+        else:
+            self._last = self._step([(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows], None)
+        first, stride = address(self._last), self._last.strides[0]
+        return [first + index * stride for index in range(len(requests))]
+
+    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[int]:
+        """`step_last` of one token for each sequence, in few operations: a step leaves nothing of the interpreter in
+        the caches, so that each costs several times what it does elsewhere."""
+        runner = self._decodes("step()")
+        if not self.paged or not 0 < len(sequences) <= self.max_step:
+            ids = [np.array([token], np.int32) for token in tokens]
+            return self.step_last(list(zip(sequences, ids, strict=True)))
+        if self.orphans:
+            self.collect_orphans()
+        self._check_sequences(sequences)
+        try:
+            for sequence, token in zip(sequences, tokens, strict=True):
+                if not 0 <= token < self.vocab_size:
+                    raise RuntimeStateError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
+                sequence.prepare_token(token)
+            places = runner.decode(sequences, tokens)
+            for sequence in sequences:
+                sequence.commit(1)
+        except BaseException:
+            for sequence in sequences:
+                sequence.abandon()
+            raise
+        return places
+
+    def _check_sequences(self, sequences: list[Sequence]) -> None:
+        if not sequences:
+            raise RuntimeStateError("a step needs at least one sequence")
+        if len(sequences) > 1 and len(set(map(id, sequences))) != len(sequences):
+            raise RuntimeStateError("a sequence may appear only once in a step")
+        for sequence in sequences:
+            if sequence.runtime is not self:
+                raise RuntimeStateError("this sequence belongs to another runtime")
 
     def _step(
         self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
@@ -222,13 +260,7 @@ class Runtime:
         """Runs the requests; out None: one step is enough, and the logits lie in the runner's buffer."""
         runner = self._decodes("step()")
         self.collect_orphans()
-        if not requests:
-            raise RuntimeStateError("a step needs at least one sequence")
-        sequences = [sequence for sequence, _, _ in requests]
-        if len({id(sequence) for sequence in sequences}) != len(sequences):
-            raise RuntimeStateError("a sequence may appear only once in a step")
-        if any(sequence.runtime is not self for sequence in sequences):
-            raise RuntimeStateError("this sequence belongs to another runtime")
+        self._check_sequences([sequence for sequence, _, _ in requests])
         prepared: list[Sequence] = []
         try:
             for sequence, ids, _ in requests:
@@ -292,7 +324,7 @@ class Runtime:
     def _check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         array = np.asarray(ids)
         if array.shape == (1,) and array.dtype == np.int32 and 0 <= array[0] < self.vocab_size:
-            return array  # decoding, where every microsecond is paid per token
+            return array  # one token after the other, where every microsecond is paid per token
         if array.ndim != 1 or not len(array):
             raise RuntimeStateError(f"token ids must be a list of at least one id, not of shape {array.shape}")
         if array.dtype.kind not in "iu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Ids
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,6 +15,9 @@ from llmc.runtime.kv_cache import ROOT
 
 if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
+
+
+_STAMPS = itertools.count()
 
 
 class Sequence:
@@ -31,6 +35,7 @@ class Sequence:
         self.closed = False
         self._tokens: NDArray[np.int32] = np.zeros(64, np.int32)
         self._pages: NDArray[np.int32] = np.zeros(8, np.int32)
+        self.stamp = next(_STAMPS)  # another one whenever `pages` changes, and no two sequences have the same
         self._chain: list[int] = []  # serials of the full pages, as far as they are registered
 
     def __del__(self) -> None:
@@ -129,20 +134,35 @@ class Sequence:
         """Makes room for `ids` behind the tokens there are. Called under the runtime's lock, before a step; the
         tokens count only from `commit` on. When there is no room, nothing has changed."""
         self._check_open()
-        runtime = self.runtime
         end = self.length + len(ids)
-        if end > runtime.max_context:
+        self._check_context(end)
+        self._write_tokens(ids)
+        if self.runtime.paged and len(ids):
+            self._add_pages(end)
+
+    def prepare_token(self, token: int) -> None:
+        """`prepare` for one token and a cache: what decoding pays for every token."""
+        self._check_open()
+        end = self.length + 1
+        self._check_context(end)
+        if end > len(self._tokens):
+            self._grow_tokens(end)
+        self._tokens[self.length] = token
+        self._add_pages(end)
+
+    def _check_context(self, end: int) -> None:
+        if end > self.runtime.max_context:
             raise ContextError(
-                f"{end} tokens are more than the context of {runtime.max_context} tokens that the artifact was "
+                f"{end} tokens are more than the context of {self.runtime.max_context} tokens that the artifact was "
                 "compiled for: shorten the prompt, or compile with a larger --max-context"
             )
-        self._write_tokens(ids)
-        if not runtime.paged:
-            return
+
+    def _add_pages(self, end: int) -> None:
+        """Makes pages for tokens up to `end`, and the one that the first of them goes to this sequence's own."""
+        runtime = self.runtime
         page_size, pool = runtime.page, runtime.pool
-        offset = self.length % page_size
         try:
-            if offset and len(ids):
+            if self.length % page_size:
                 # The first token goes into a page that is partly filled: it must be ours alone, and unknown to others.
                 index = self.length // page_size
                 page = int(self._pages[index])
@@ -151,6 +171,7 @@ class Sequence:
                     runtime.buffers.copy(page, own)
                     pool.release(page)
                     self._pages[index] = own
+                    self.stamp = next(_STAMPS)
                 else:
                     pool.forget(page)
             while self.page_count * page_size < end:
@@ -187,6 +208,8 @@ class Sequence:
             return
         page_size = self.runtime.page
         needed = -(-self.length // page_size)
+        if self.page_count > needed:
+            self.stamp = next(_STAMPS)
         while self.page_count > needed:
             self.page_count -= 1
             self.runtime.pool.release(int(self._pages[self.page_count]))
@@ -197,11 +220,15 @@ class Sequence:
             self._pages = np.concatenate([self._pages, np.zeros_like(self._pages)])
         self._pages[self.page_count] = page
         self.page_count += 1
+        self.stamp = next(_STAMPS)
 
     def _write_tokens(self, ids: NDArray[np.int32]) -> None:
         end = self.length + len(ids)
         if end > len(self._tokens):
-            grown = np.zeros(max(end, 2 * len(self._tokens)), np.int32)
-            grown[: self.length] = self._tokens[: self.length]
-            self._tokens = grown
+            self._grow_tokens(end)
         self._tokens[self.length : end] = ids
+
+    def _grow_tokens(self, end: int) -> None:
+        grown = np.zeros(max(end, 2 * len(self._tokens)), np.int32)
+        grown[: self.length] = self._tokens[: self.length]
+        self._tokens = grown

@@ -128,9 +128,9 @@ def compile_library(source: str, folder: Path, *flags: str) -> Path:
     step = folder / "step.c"
     step.write_text(source)
     library = folder / "library.so"
-    pool = str(sources / "pool.c")
+    parts = [str(sources / name) for name in ("pool.c", "choose.c")]
     command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{sources}", *flags]
-    subprocess.run([*command, str(step), pool, "-o", str(library), "-lpthread"], check=True)
+    subprocess.run([*command, str(step), *parts, "-o", str(library), "-lpthread", "-lm"], check=True)
     return library
 
 
@@ -146,7 +146,7 @@ def manifest(**changes: object) -> dict[str, object]:
     layer = {"kv_heads": 1, "head_dim": 2, "value_dim": 2, "dtype": "float32", "window": None}
     return {
         "schema": 1,
-        "abi": 2,
+        "abi": 3,
         "task": "generate",
         "llmc_version": "0.1.0",
         "model": {"name": "fake", "source": "models/fake", "parameters": VOCAB, "bits_per_weight": 8.0},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import tempfile
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
 from llmc.runtime import manifest
 from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile
+from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
 
@@ -180,3 +183,62 @@ def test_profiles_add_up(runtime: Runtime) -> None:
     runtime.set_profiling(False)
     runtime.forward([1])
     assert runtime.profile() == [("whole step", 0)]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["decode", "step", "fork", "rollback", "drop"]), st.integers(0, 7)), max_size=60)
+)
+@settings(max_examples=60, deadline=None)
+def test_decoding_sees_every_change_of_pages(operations: list[tuple[str, int]]) -> None:
+    """Sequences that grow token by token, over page ends, forked, shortened and replaced: always the logits of their
+    tokens, although `decode` fills only what it believes to have changed."""
+    runtime = loaded()
+    vocab, texts = fake_artifact.VOCAB, [[7] * 30, [9] * 62]
+    sequences = [runtime.sequence() for _ in texts]
+    runtime.step_last([(one, np.array(ids, np.int32)) for one, ids in zip(sequences, texts, strict=True)])
+    try:
+        for kind, number in operations:
+            index = number % len(sequences)
+            if kind == "fork":
+                sequences.append(sequences[index].fork())
+                texts.append(texts[index].copy())
+            elif kind == "rollback":
+                count = min(number, len(texts[index]) - 1)
+                sequences[index].rollback(count)
+                del texts[index][len(texts[index]) - count :]
+            elif kind == "drop" and len(sequences) > 1:
+                sequences.pop(index).close()
+                texts.pop(index)
+            elif kind == "step":
+                sequences[index].append([number])
+                texts[index].append(number)
+            else:
+                tokens = [(number + len(ids)) % vocab for ids in texts]
+                for ids, token in zip(texts, tokens, strict=True):
+                    ids.append(token)
+                for place, ids in zip(runtime.decode(sequences, tokens), texts, strict=True):
+                    logits = np.ctypeslib.as_array(ctypes.cast(place, ctypes.POINTER(ctypes.c_float)), (vocab,))
+                    assert logits.tolist() == fake_artifact.reference_logits(ids)[-1].tolist()
+        runtime.pool.check()
+    finally:
+        for sequence in sequences:
+            sequence.close()
+
+
+@cache
+def loaded() -> Runtime:
+    return Runtime.load(fake_artifact.write(Path(tempfile.mkdtemp()) / "fake.so"), threads=2)
+
+
+def test_decoding_refuses_what_a_step_refuses() -> None:
+    runtime = loaded()
+    with runtime.sequence() as sequence, runtime.sequence() as other:
+        runtime.step_last([(one, np.array([1, 2], np.int32)) for one in (sequence, other)])
+        for sequences, tokens, reason in (
+            ([sequence, sequence], [1, 1], "only once"),
+            ([sequence], [fake_artifact.VOCAB], "not in the vocabulary"),
+            ([sequence, other], [1, -1], "not in the vocabulary"),
+        ):
+            with pytest.raises(RuntimeStateError, match=reason):
+                runtime.decode(sequences, tokens)
+            assert (sequence.length, other.length) == (2, 2)

@@ -20,12 +20,16 @@ class LlmcEngine:
     def generate(self, prompts: list[list[int]], new_tokens: int) -> Timing:
         runtime = self._runtime
         sequences = [runtime.sequence() for _ in prompts]
-        following = [np.array(prompt, np.int32) for prompt in prompts]
+        rows = [np.array(prompt, np.int32) for prompt in prompts]
+        following: list[int] = []
         times = [time.perf_counter()]
         try:
             for _ in range(new_tokens):
-                logits = runtime.step_last(list(zip(sequences, following, strict=True)))
-                following = list(logits.argmax(axis=-1).astype(np.int32).reshape(-1, 1))
+                if following:
+                    places = runtime.decode(sequences, following)
+                else:
+                    places = runtime.step_last(list(zip(sequences, rows, strict=True)))
+                following = [runtime.chooser.likeliest(place) for place in places]
                 times.append(time.perf_counter())
         finally:
             for sequence in sequences:
