@@ -27,7 +27,7 @@ FEW, MANY = 128, 256  # rows of a block
 NARROW, WIDEST = 4, 28  # tiles of a panel
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
 # Inputs at a time. Where the activations of a block of rows stay in the second-level cache, long steps are best: sums
-# are hardly stored and loaded again (2.4 against 2.1 TFLOPS of two threads on [9728, 896]). Elsewhere short steps leave
+# are hardly stored and loaded again (1.3 against 1.1 TFLOPS of one core on [9728, 896]). Elsewhere short steps leave
 # room for wide panels, which read the activations less often.
 NEAR_STEP, FAR_STEP = 1024, 256
 READING = 4.0  # what reading the activations costs a panel of one tile, as a part of multiplying it
