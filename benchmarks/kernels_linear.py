@@ -71,8 +71,9 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
     layout = plan.layout
     rng = np.random.default_rng(0)
     copies = max(1, WORKING_SET // layout.nbytes(n, k)) if tokens <= FEW else 1
+    # All copies of a part in one array, which lies in huge pages, as the runtime's weights do and `read`'s numbers.
     arrays = {
-        part: [aligned(rng.integers(0, 100, shape).astype(dtype)) for _ in range(copies)]
+        part: aligned(np.broadcast_to(rng.integers(0, 100, shape).astype(dtype), (copies, *shape)))
         for part, (shape, dtype) in layout.arrays(n, k).items()
     }
     groups = layout.groups(k)

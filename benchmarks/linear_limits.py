@@ -11,8 +11,9 @@ What a kernel must do for one group of one tile (`lanes` result columns) and som
 
     unpacking of 4-bit weights, per two quads: a shift, two masks; once for all rows that are multiplied at a time
     dot     VNNI: one heavy (`vpdpbusd`)
-            else, 4 bits: `vpmaddubsw` and an i16 addition, and every 8 quads `vpmaddwd` and an i32 addition
-            else, 8 bits: a sign per row and, per weight, a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
+            else, 4 bits: `vpmaddubsw` and an i16 addition; `vpmaddwd` once a group, or (groups above 64) every 8 quads
+            else, 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a magnitude;
+            `vpmaddubsw`, `vpmaddwd`, an addition
     scaling, per row: a conversion, two multiplications (one of them fused); per tile: the scale's conversion from f16
 
 Loads, stores, broadcasts from memory and loop control are not counted: they have ports of their own.
@@ -60,10 +61,9 @@ def linear_work(isa: VectorIsa, *, tokens: int, tiles: int, groups: int, group: 
     if isa.vnni:
         dot = Work(heavy=quads)
     elif bits == 4:
-        narrow = isa.narrow_quads(4)
-        dot = Work(heavy=quads + quads / narrow, light=quads + quads / narrow)
+        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / isa.narrow_quads(4)), light=quads)
     else:
-        dot = Work(heavy=2 * quads, light=2 * quads)
+        dot = Work(heavy=3 * quads, light=quads) if isa.lanes == 8 else Work(heavy=2 * quads, light=2 * quads)
         unpack = Work(light=quads) * passes
     scale = Work(heavy=3)
     per_tile = unpack + Work(heavy=1) * passes + (dot + scale) * tokens
