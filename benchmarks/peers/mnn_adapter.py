@@ -5,6 +5,7 @@ MNN_SOURCE names a checkout of that tree. The wheel has AVX2 code only, and take
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def exporter() -> Path:
 
 class MnnEngine:
     def __init__(self, task: Task) -> None:
-        from MNN import llm
+        llm = importlib.import_module("MNN.llm")  # `from MNN import llm` is the extension below it
 
         if task.batch > 1:
             raise PeerError("MNN's Python interface takes one sequence at a time")
@@ -65,7 +66,7 @@ class MnnAdapter:
     def check(self) -> Facts:
         from importlib.metadata import version
 
-        import MNN.llm  # noqa: F401
+        importlib.import_module("MNN.llm")
 
         exporter()
         return {"version": f"MNN {version('MNN')}", "machine": "AVX2"}
