@@ -5,8 +5,8 @@ that fits *those* best is (w . q) / (q . q), and the error that it leaves is w .
 are compared by (w . q)^2 / (q . q) without ever forming the error, at five passes over the weights each.
 
 4-bit integers reach from -8 to 7, so a scale may be negative: the extreme weight, whatever its sign, then maps to -8,
-and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). 6-bit
-integers (-32 to 31) stand for levels (`levels.py`): a candidate gives levels, and q above is their values.
+and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). 6-bit integers (-32 to 31) stand
+for levels (`levels.py`), and those are what q means above.
 """
 
 from __future__ import annotations
