@@ -14,7 +14,7 @@ from llmc.targets.machine import Machine
 from llmc.targets.x86.rope_append import rope_append_kernel
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
-PAGE, PAGES, TOKENS, POSITIONS = 32, 4, 33, 50
+PAGE, PAGES, TOKENS = 32, 4, 33
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Case:
     value_dim: int
     pairs: int
     interleaved: bool = False
-    angles: str = "token"
     norm_eps: float | None = None
     norm_offset: float = 0.0
     cache_dtype: str = "float16"
@@ -33,10 +32,10 @@ class Case:
 
 CASES = {
     "half": Case(4, 2, 64, 64, 32),
-    "half, partial, table": Case(3, 3, 80, 80, 16, angles="table"),
+    "half, partial": Case(3, 3, 80, 80, 16),
     "half, awkward": Case(2, 1, 20, 12, 7),
     "interleaved": Case(4, 4, 64, 64, 32, interleaved=True),
-    "interleaved, partial, awkward": Case(2, 2, 33, 7, 7, interleaved=True, angles="table", cache_dtype="float32"),
+    "interleaved, partial, awkward": Case(2, 2, 33, 7, 7, interleaved=True, cache_dtype="float32"),
     "normalised": Case(4, 2, 128, 128, 64, norm_eps=1e-6),
     "normalised, offset weights, interleaved": Case(2, 1, 24, 24, 12, True, norm_eps=1e-6, norm_offset=1.0),
     "append only": Case(0, 2, 31, 31, 0),
@@ -80,9 +79,7 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
         key_rows=(stride, int(starts[1]), case.head_dim),
         value_rows=(stride, int(starts[2]), case.value_dim),
     )
-    positions = aligned(rng.integers(0, POSITIONS, TOKENS).astype(np.int32))
-    rows = POSITIONS if case.angles == "table" else TOKENS
-    angles = aligned(rng.standard_normal((rows, 2, max(1, case.pairs))).astype(np.float32))
+    angles = aligned(rng.standard_normal((TOKENS, 2, max(1, case.pairs))).astype(np.float32))
     slots = aligned(rng.permutation(PAGES * PAGE)[:TOKENS].astype(np.int32))
     weights = [aligned(rng.standard_normal(case.head_dim).astype(np.float32)) for _ in range(2)]
     out = aligned(np.full((TOKENS, case.heads, case.head_dim), np.nan, np.float32)) if case.heads else None
@@ -90,7 +87,7 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
     values = aligned(np.full((PAGES, case.kv_heads, PAGE, case.value_dim), 9, case.cache_dtype))
     args = [merged] * (bool(case.heads) + 2 * bool(case.kv_heads))
     if case.pairs:
-        args += [positions] * (case.angles == "table") + [angles]
+        args += [angles]
     args += [slots] * bool(case.kv_heads)
     if case.norm_eps is not None:
         args += [weights[0]] * bool(case.heads) + [weights[1]] * bool(case.kv_heads)
@@ -101,13 +98,12 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
         run(*args, begin, end)
 
     q, k, v = (merged[:, starts[i] : starts[i + 1]] for i in range(3))
-    used = angles[positions] if case.angles == "table" else angles
     if out is not None:
-        expected = turned(q.reshape(TOKENS, case.heads, -1), weights[0], used, case)
+        expected = turned(q.reshape(TOKENS, case.heads, -1), weights[0], angles, case)
         assert np.abs(out - expected).max() < 3e-6 * np.abs(expected).max()
     if case.kv_heads:
         page, offset = slots // PAGE, slots % PAGE
-        expected = turned(k.reshape(TOKENS, case.kv_heads, -1), weights[1], used, case)
+        expected = turned(k.reshape(TOKENS, case.kv_heads, -1), weights[1], angles, case)
         # Rounded to the cache's dtype: half a unit in the last place of f16, on top of the arithmetic.
         unit = 2.0**-11 if case.cache_dtype == "float16" else 0.0
         error = np.abs(keys[page, :, :, offset] - expected)
@@ -123,5 +119,3 @@ def test_a_kernel_that_cannot_be_is_refused() -> None:
     machine = MACHINES[0].values[0]
     with pytest.raises(ValueError, match="do not fit"):
         rope_append_kernel(machine, heads=1, kv_heads=1, head_dim=8, pairs=5)
-    with pytest.raises(ValueError, match="'token' or 'table'"):
-        rope_append_kernel(machine, heads=1, kv_heads=1, head_dim=8, angles="other")

@@ -53,7 +53,6 @@ def rope_append_kernel(
     value_dim: int | None = None,
     pairs: int = 0,
     interleaved: bool = False,
-    angles: str = "token",
     query_rows: Rows | None = None,
     key_rows: Rows | None = None,
     value_rows: Rows | None = None,
@@ -69,8 +68,6 @@ def rope_append_kernel(
     values = head_dim if value_dim is None else value_dim
     if 2 * pairs > head_dim:
         raise ValueError(f"rope: {pairs} pairs do not fit heads of {head_dim} channels")
-    if angles not in ("token", "table"):
-        raise ValueError(f"rope: angles must be 'token' or 'table', not {angles!r}")
     if cache_dtype not in ("float16", "float32"):
         raise ValueError(f"rope: cache_dtype must be float16 or float32, not {cache_dtype!r}")
     return kernel(
@@ -82,7 +79,6 @@ def rope_append_kernel(
         value_dim=values,
         pairs=pairs,
         interleaved=interleaved,
-        angles=angles,
         query_rows=query_rows or (heads * head_dim, 0, head_dim),
         key_rows=key_rows or (kv_heads * head_dim, 0, head_dim),
         value_rows=value_rows or (kv_heads * values, 0, values),
@@ -101,7 +97,6 @@ def rope_append(
     value_dim: int,
     pairs: int,
     interleaved: bool,
-    angles: str,
     query_rows: Rows,
     key_rows: Rows,
     value_rows: Rows,
@@ -111,8 +106,8 @@ def rope_append(
 ) -> PrimFunc:
     """One unit is one token. Arguments, in this order, those in brackets only where the parameters call for them:
 
-        [q f32] (heads), [k f32, v f32] (kv_heads), [positions i32[T]] (angles "table"),
-        [angles f32[T or positions, 2, pairs]: cosines, then sines] (pairs), [slots i32[T]] (kv_heads),
+        [q f32] (heads), [k f32, v f32] (kv_heads),
+        [angles f32[T, 2, pairs]: cosines, then sines] (pairs), [slots i32[T]] (kv_heads),
         [q_weight f32[head_dim]] (norm and heads), [k_weight f32[head_dim]] (norm and kv_heads),
         [out f32[T, heads, head_dim]] (heads), [keys cache[pages, kv_heads, head_dim, 32],
         values cache[pages, kv_heads, 32, value_dim]] (kv_heads)
@@ -123,8 +118,7 @@ def rope_append(
     """
     style = Rotation(isa_for(machine).lanes, head_dim, pairs, interleaved, norm_eps, norm_offset)
     pointers = [("q", "float32")] * bool(heads) + [("k", "float32"), ("v", "float32")] * bool(kv_heads)
-    if pairs:
-        pointers += [("positions", "int32")] * (angles == "table") + [("angles", "float32")]
+    pointers += [("angles", "float32")] * bool(pairs)
     pointers += [("slots", "int32")] * bool(kv_heads)
     if norm_eps is not None:
         pointers += [("q_weight", "float32")] * bool(heads) + [("k_weight", "float32")] * bool(kv_heads)
@@ -134,8 +128,7 @@ def rope_append(
     def unit(a: SimpleNamespace, token: Expr) -> None:
         turn: tuple[Buffer, Expr] | None = None
         if pairs:
-            row = integer(load_raw(a.positions, token, 1)) if angles == "table" else token
-            turn = (a.angles, pin(row * (2 * pairs)))
+            turn = (a.angles, pin(token * (2 * pairs)))
         if heads:
             with loop(heads) as head:
                 source = pin(token * query_rows[0] + (head * query_rows[2] + query_rows[1]))
