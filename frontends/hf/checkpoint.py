@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llmc.compiler.ir.types import FLOATS, Array
 from llmc.errors import FrontendError
@@ -36,6 +39,7 @@ class ModelWeights:
     """A checkpoint as a source under the model's own names; checked against the model's shapes when made.
 
     partly: weights may be missing, and are listed in `missing`: a checkpoint of one head need not have another's.
+    untied: weights that the config ties to others, and of which the checkpoint holds other values: they are their own.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: WeightSource, partly: bool = False) -> None:
@@ -48,6 +52,7 @@ class ModelWeights:
         self._last: tuple[_Converted, dict[str, Array]] | None = None
         self.notes: list[str] = []
         self.missing: list[str] = []
+        self.untied: frozenset[str] = frozenset()
         unexpected = self._match()
         self._check(unexpected, partly)
 
@@ -141,14 +146,7 @@ class ModelWeights:
 
     def _check(self, unexpected: set[str], partly: bool) -> None:
         """Every weight present in its shape (or noted, if `partly`), nothing left over; else one FrontendError."""
-        tied = _aliases(self._model)
-        for name, same in tied.items():
-            # A checkpoint may store either of two tied weights.
-            if name not in self._plain and name not in self._converted:
-                for other in same:
-                    if other in self._plain:
-                        self._plain[name] = self._plain[other]
-                        break
+        self._tie()
         present = {*self._plain, *self._converted}
         missing = [name for name in self._expected if name not in present]
         missing = [name for name in missing if not _matches(name, self._model._keys_to_ignore_on_load_missing)]
@@ -179,6 +177,39 @@ class ModelWeights:
             faults.append(f"unexpected: {shortened(left_over)}")
         if faults:
             raise FrontendError(f"the checkpoint does not fit the model. {'; '.join(faults)}")
+
+    def _tie(self) -> None:
+        """Give tied weights what the checkpoint has of them: one tensor for all, or several, which may differ.
+
+        Where they differ the config is wrong about them, and transformers believes the checkpoint; so do we.
+        """
+        untied = set()
+        for name, same in _aliases(self._model).items():
+            stored = [other for other in same if other in self._plain]
+            if name in self._converted or not stored:
+                continue
+            if name not in self._plain:
+                self._plain[name] = self._plain[stored[0]]
+            elif name != stored[0] and not self._equal(self._plain[name], self._plain[stored[0]]):
+                untied.add(name)
+        self.untied = frozenset(untied)
+        if untied:
+            self.notes.append(
+                f"config.json ties {shortened(untied)} to another weight, but the checkpoint holds both, and they "
+                "differ: each is used as it is stored"
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of the checkpoint hold the same numbers."""
+        shape = self._checkpoint.shape(one)
+        if one == other or shape != self._checkpoint.shape(other):
+            return one == other
+        a, b = self._checkpoint.load(one), self._checkpoint.load(other)
+        rows = max(1, (1 << 20) // max(1, math.prod(shape[1:])))  # a block at a time: tables may have gigabytes
+        return all(
+            np.array_equal(a[start : start + rows].astype(np.float32), b[start : start + rows].astype(np.float32))
+            for start in range(0, shape[0] if shape else 1, rows)
+        )
 
     def _has_module(self, tensor: str) -> bool:
         """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix."""

@@ -49,13 +49,21 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     checkpoint = open_checkpoint(base_dir) if weights == "checkpoint" else None
     dtype = _checkpoint_dtype(config)  # building the model changes the config's
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
+    stored: list[ModelWeights] = []  # the checkpoint as the weights of the model that was built last
+
+    def untied(model: PreTrainedModel) -> frozenset[str]:
+        if checkpoint is not None:
+            stored[:] = [ModelWeights(model, checkpoint, partly=plan is not None)]
+        return stored[0].untied if stored else frozenset()
+
     if plan is None:
-        traced = trace(kind, config, context)
+        traced = trace(kind, config, context, untied=untied)
     else:
-        traced = trace(kind, config, context, plan.token_types, plan.outputs)
-    notes = list(traced.notes)
+        traced = trace(kind, config, context, plan.token_types, plan.outputs, untied)
     model = traced.meta.model
-    values, missing = _weights(model, plan, checkpoint, dtype, seed, notes)
+    notes = [*traced.notes, *(note for own in stored for note in own.notes)]
+    missing = [name for own in stored for name in own.missing]
+    values = _weights(model, plan, stored[0] if stored else None, dtype, seed)
     if traced.room is not None:
         positions = min(positions or traced.room, traced.room)
     longest = traced.exported.longest
@@ -89,25 +97,18 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
 
 
 def _weights(
-    model: PreTrainedModel,
-    plan: EncoderPlan | None,
-    checkpoint: WeightSource | None,
-    dtype: str,
-    seed: int,
-    notes: list[str],
-) -> tuple[WeightSource, list[str]]:
-    """Where every weight comes from, and those of an encoder that the checkpoint lacks. checkpoint None: random."""
+    model: PreTrainedModel, plan: EncoderPlan | None, stored: ModelWeights | None, dtype: str, seed: int
+) -> WeightSource:
+    """Where every weight comes from. stored None: random."""
     modules = () if plan is None else plan.modules
-    if checkpoint is None:
+    if stored is None:
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        return RandomWeights(shapes | {k: v for module in modules for k, v in module.shapes.items()}, dtype, seed), []
-    own = ModelWeights(model, checkpoint, partly=plan is not None)
-    notes += own.notes
-    values: WeightSource = own
+        return RandomWeights(shapes | {k: v for module in modules for k, v in module.shapes.items()}, dtype, seed)
+    values: WeightSource = stored
     for module in modules:
         source = module.weights()
         values = values if source is None else LayeredWeights(source, values)
-    return values, own.missing
+    return values
 
 
 def _parameters(model: PreTrainedModel, plan: EncoderPlan | None) -> int:

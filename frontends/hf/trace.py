@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from llmc.frontends.hf.model import MetaModel, build
 from llmc.frontends.lifted import GENERATE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,20 @@ def trace(
     context: int,
     token_types: bool = False,
     outputs: tuple[str, ...] | None = None,
+    untied: Callable[[PreTrainedModel], Collection[str]] = lambda model: (),
 ) -> Traced:
     """The program for up to `context` tokens, or fewer where the model has no more positions (see `Exported.longest`).
 
     token_types: give the model token types where it takes them. outputs: those to keep (default: all; a decoder has
     logits). transformers' default attention (sdpa) is tried before its plain one (eager): where they differ, the
-    default is what users of the model have seen.
+    default is what users of the model have seen. untied: which parameters of a model just built are their own, though
+    the config ties them to others.
     """
     reasons = []
     for implementation in (capture.IMPLEMENTATION, "sdpa", "eager"):
         try:
             meta = build(kind, config, implementation, context)
+            _untie(meta.model, untied(meta.model))
             exported, room = _export(kind, meta, context, token_types, outputs)
         except FrontendError:
             raise
@@ -62,6 +66,15 @@ def trace(
     raise FrontendError(
         f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
     )
+
+
+def _untie(model: torch.nn.Module, names: Collection[str]) -> None:
+    """Parameters of their own under these names: the exporter knows a shared one by one of its names only."""
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
+        shared = getattr(owner, leaf)
+        setattr(owner, leaf, torch.nn.Parameter(torch.empty_like(shared), requires_grad=False))
 
 
 def _export(
