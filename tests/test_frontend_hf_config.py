@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from hf_models import lifted_tiny, tiny
 
 from llmc.errors import FrontendError
@@ -70,7 +71,12 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "an encoder and a decoder": ({"model_type": "t5"}, "not supported yet"),
     "sound to text": ({"model_type": "whisper"}, "not supported yet"),
     "model type of another kind": ({"model_type": 7}, "model_type"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    "quantized": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "(gptq), which is not supported yet: compile",
+    ),
+    "published in fp4": ({"quantization_config": {"quant_method": "mxfp4"}}, "dequantize=True"),
+    "quantized by another tool": ({"quantization": {"group_size": 64, "bits": 4}}, "already quantized (quantization)"),
 }
 
 
@@ -126,6 +132,68 @@ def test_sources_that_are_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "is a file" in refusal(tiny("llama") / "config.json")
     shutil.copy(tiny("llama") / "config.json", tmp_path)
     assert "no weights" in refusal(tmp_path)
+
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "x/base", "r": 4, "target_modules": ["q_proj"]}
+
+
+def with_adapter(directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    return directory
+
+
+def test_an_adapter_is_never_left_out_without_a_word(tmp_path: Path) -> None:
+    """Alone, with its base's config.json, or beside its base: the refusal names it and says what to do."""
+    alone, described = with_adapter(tmp_path / "alone"), with_adapter(tmp_path / "described")
+    shutil.copy(tiny("llama") / "config.json", described)
+    shutil.copytree(tiny("llama"), tmp_path / "beside")
+    for directory in (alone, described, with_adapter(tmp_path / "beside")):
+        message = refusal(directory)
+        assert "a LORA adapter of x/base" in message and "merge_and_unload" in message
+    assert "take the adapter's files away" in message  # beside weights that could be compiled without it
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("m-Q4_K_M.gguf", "GGUF"),
+        ("consolidated.00.pth", "-hf version"),
+        ("params.json", "-hf version"),
+        ("tf_model.h5", "TensorFlow"),
+        ("flax_model.msgpack", "Flax"),
+        ("model.pt", "save_pretrained"),
+        ("model_index.json", "diffusion"),
+    ],
+)
+def test_other_formats_are_named(file: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(b"{}")
+    message = refusal(tmp_path)
+    assert file in message and expected in message
+    if not file.endswith(".json"):
+        assert expected in refusal(str(tmp_path / file))
+
+
+# What tells apart the code that runs from the code that cannot be traced: a module, and what it does there.
+UNTRACEABLE = {
+    "mamba": ({"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1}, "mixer (MambaMixer) computes differ"),
+    "dbrx": (
+        {"vocab_size": 320, "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64,
+         "attn_config": {"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1}},
+        "(DbrxExperts) chooses by the values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNTRACEABLE)
+def test_code_that_cannot_be_traced_is_named(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings, expected = UNTRACEABLE[kind]
+    transformers.AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
+    message = refusal(tmp_path, weights="random")
+    assert expected in message and "not supported yet" in message
+    assert capfd.readouterr() == ("", "")  # torch prints the trace that failed
 
 
 def test_options_that_make_no_sense() -> None:

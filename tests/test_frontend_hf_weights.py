@@ -15,8 +15,11 @@ from hf_models import lifted_logits, lifted_tiny, load_reference, random_ids, re
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_encoders import make_encoder
 from tiny_models import make_tiny
+from transformers import AutoModelForMaskedLM
 
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.weights import RandomWeights, SafetensorsFile
@@ -107,6 +110,54 @@ def test_either_of_two_tied_weights_will_do(tmp_path: Path) -> None:
         return {k.replace("model.embed_tokens", "lm_head"): v for k, v in tensors.items()}
 
     assert same_as("qwen2_tied", rewritten("qwen2_tied", tmp_path / "m", moved))
+
+
+def logits_gap(directory: Path) -> float:
+    """The largest difference between the lifted model's logits and transformers'."""
+    lifted = lift(directory)
+    ids = random_ids(lifted.vocab_size, 5)
+    return float(np.abs(lifted_logits(lifted, ids) - reference_logits(load_reference(directory), ids)).max())
+
+
+@pytest.mark.parametrize("family", ["qwen2_tied", "gemma2", "gpt2"])
+def test_tied_weights_that_differ_are_both_used(family: str, tmp_path: Path) -> None:
+    """As transformers does: the checkpoint is believed, and the config's tie is not. It is said."""
+
+    def other_head(tensors: Tensors) -> Tensors:
+        table = next(value for key, value in tensors.items() if key.endswith(("embed_tokens.weight", "wte.weight")))
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(3))
+        return tensors | {"lm_head.weight": noise * 0.2}
+
+    directory = rewritten(family, tmp_path / "m", other_head)
+    assert logits_gap(directory) < 1e-4
+    assert [note for note in lift(directory).notes if "lm_head.weight" in note and "differ" in note]
+
+
+def test_tied_weights_that_are_equal_stay_one(tmp_path: Path) -> None:
+    directory = rewritten(
+        "qwen2_tied", tmp_path / "m", lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()}
+    )
+    assert same_as("qwen2_tied", directory)
+    lifted = lift(directory)
+    assert lifted.notes == lifted_tiny("qwen2_tied").notes
+    assert len(lifted.graph.params) == len(lifted_tiny("qwen2_tied").graph.params)
+
+
+def test_the_head_of_a_masked_encoder_may_be_its_own(tmp_path: Path) -> None:
+    make_encoder("bert", tmp_path, "MaskedLM")
+    tensors = load_file(tmp_path / "model.safetensors")
+    table = tensors["bert.embeddings.word_embeddings.weight"]
+    noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(3)) * 0.2
+    save_file(tensors | {"cls.predictions.decoder.weight": noise}, tmp_path / "model.safetensors")
+    lifted = lift(tmp_path)
+    ids = random_ids(table.shape[0], 5)
+    want = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.from_numpy(ids).long()).logits
+    found = evaluate(
+        lifted.graph,
+        {"ids": ids, "positions": np.arange(5, dtype=np.int32)[None], "token_types": np.zeros_like(ids)},
+        lifted.weights.load,
+    )["logits"]
+    np.testing.assert_allclose(np.asarray(found), want.detach().numpy(), atol=1e-4)
 
 
 def test_stored_constants_of_older_versions_are_no_weights(tmp_path: Path) -> None:
@@ -247,6 +298,15 @@ def test_an_index_that_lists_too_much_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model.ghost" in refusal(tmp_path)
+
+
+def test_an_index_may_list_constants_that_no_file_holds(tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    names = [*load_file(tmp_path / "a.safetensors"), "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same_as("llama", tmp_path)
 
 
 # Random weights.

@@ -19,7 +19,7 @@ import numpy as np
 from llmc.compiler.ir.types import FLOATS, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
-from llmc.frontends.hf.weights import is_finite, shortened, to_numpy, to_torch
+from llmc.frontends.hf.weights import STORED_CONSTANTS, is_finite, shortened, to_numpy, to_torch
 from llmc.frontends.lifted import WeightSource
 
 if TYPE_CHECKING:
@@ -150,8 +150,7 @@ class ModelWeights:
         present = {*self._plain, *self._converted}
         missing = [name for name in self._expected if name not in present]
         missing = [name for name in missing if not _matches(name, self._model._keys_to_ignore_on_load_missing)]
-        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$",
-                   r"(^|\.)position_ids$", r"\.(masked_)?bias$"]  # fmt: skip
+        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), STORED_CONSTANTS.pattern, r"\.bias$"]
         left_over = [name for name in unexpected if not self._harmless(name, ignored)]
         # A tensor of a module that this model does not have (a vision tower, a draft head) changes nothing here; one
         # of a module that it has would change what that module computes, so the config must be wrong.

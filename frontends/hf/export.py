@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.export._trace
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
@@ -143,8 +144,10 @@ def _export(model: torch.nn.Module, call: Call, longest: int) -> Exported:
     one_sequence = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     # Stack traces take a third of the time, and nobody reads them.
     untraced = mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
+    # A trace that fails would be printed whole; `refusal` says where it failed.
+    unprinted = mock.patch.object(torch.export._trace, "print", lambda *given, **options: None, create=True)
     names: list[str] = []
-    with quietly(), torch.no_grad(), one_sequence, untraced, _TracedNumbers():
+    with quietly(), torch.no_grad(), one_sequence, untraced, unprinted, _TracedNumbers():
         program = torch.export.export(
             _Function(model, call, names).eval(),
             (given,),

@@ -89,7 +89,7 @@ def _weight(name: str, meta: MetaModel, source: WeightSource, large: dict[str, A
     """A weight of the checkpoint as a param cast to f32, or a computed buffer as a constant."""
     if name in meta.buffers:
         array = meta.buffers[name]
-        if array.dtype.kind == "f":
+        if dtype_of(array.dtype) in FLOATS:
             array = array.astype(np.float32)
         if array.size <= _SMALL:
             return constant(array, dtype_of(array.dtype))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
+from llmc.frontends.hf.weights import to_numpy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,7 +47,7 @@ def build(kind: ModelClass, config: PreTrainedConfig, implementation: str, conte
     for name, value in buffers.items():
         if name.endswith("inv_freq") and not value.isfinite().all():
             raise FrontendError(f"rotary frequencies {name} are not finite: are rope_theta and its scaling right?")
-    return MetaModel(model, {name: value.numpy() for name, value in buffers.items()})
+    return MetaModel(model, {name: to_numpy(value) for name, value in buffers.items()})
 
 
 def _choose_experts(model: PreTrainedModel) -> None:

@@ -13,6 +13,26 @@ _SAFETENSORS = ("*.safetensors",)
 _TORCH = ("pytorch_model*.bin",)
 # Other copies of the same weights, and whatever stands in folders.
 _NEVER = ("*/*", "consolidated*", "*.onnx*", "*.gguf", "*.py", "training_args*", "optimizer*", "trainer_state*")
+# Weights in formats that are not read, by file name or suffix: what they are, and what to do.
+_ORIGINAL = "compile the original that it was made from, a directory with config.json and safetensors"
+_FORMATS = {
+    ".gguf": f"a GGUF file, which is not read: {_ORIGINAL}",
+    ".ggml": f"a GGML file, which is not read: {_ORIGINAL}",
+    ".pth": "a checkpoint in the form that its trainer wrote, which is not read: convert it to the form of "
+    "transformers (transformers has convert_*_weights_to_hf.py scripts), or take the model's own -hf version",
+    ".pt": "a file of torch's own, which is not read: save the model with transformers' save_pretrained",
+    ".ckpt": "a training checkpoint, which is not read: save the model with transformers' save_pretrained",
+    ".h5": "a TensorFlow checkpoint, which is not read: save the model with transformers' save_pretrained",
+    ".msgpack": "a Flax checkpoint, which is not read: save the model with transformers' save_pretrained",
+    ".nemo": "a NeMo checkpoint, which is not read: convert it to the form of transformers",
+    ".mnn": f"an MNN model, which is not read: {_ORIGINAL}",
+    ".tflite": f"a TFLite model, which is not read: {_ORIGINAL}",
+    ".safetensors": "weights alone: give the directory that holds them beside their config.json",
+    ".bin": "weights alone: give the directory that holds them beside their config.json",
+    "params.json": "the settings of a checkpoint in its trainer's own form, which is not read: convert it to the form "
+    "of transformers, or take the model's own -hf version",
+    "model_index.json": "a diffusion pipeline, which llmc does not compile: it compiles models of text",
+}
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
 
@@ -24,9 +44,14 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         check_links(path, path)
+        require_checkpoint(path)
         return path
     if path.exists():
-        raise FrontendError(f"{source} is a file: give the directory that holds config.json and the weights")
+        known = _FORMATS.get(path.suffix, "")
+        raise FrontendError(
+            f"{source} is {known}" if known else
+            f"{source} is a file: give the directory that holds config.json and the weights"
+        )  # fmt: skip
     name, _, revision = str(source).partition("@")
     if isinstance(source, Path) or not _HUB_NAME.match(name):
         raise FrontendError(f"there is no directory {source}: give the one that holds config.json and the weights")
@@ -97,4 +122,33 @@ def _download(name: str, revision: str | None) -> Path:
             f"there is no directory {shown}, and the Hugging Face hub cannot be asked ({type(error).__name__}: {why})"
         ) from None
     check_links(directory, directory)
+    require_checkpoint(directory)
     return directory
+
+
+def require_checkpoint(directory: Path) -> None:
+    """FrontendError for a directory in another format than that of transformers, or with an adapter in it."""
+    adapter = directory / "adapter_config.json"
+    if adapter.exists():
+        raise FrontendError(_adapter(adapter))
+    if (directory / "config.json").exists() or (directory / "modules.json").exists():
+        return
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _FORMATS or path.name in _FORMATS:
+            found = _FORMATS.get(path.name) or _FORMATS[path.suffix]
+            raise FrontendError(f"{directory} has no config.json, and {path.name} is {found}")
+
+
+def _adapter(path: Path) -> str:
+    from llmc.frontends.hf.config import read_json
+
+    described = read_json(path)
+    kind, base = described.get("peft_type"), described.get("base_model_name_or_path")
+    what = f"a{'n' if str(kind)[:1] in 'AI' else ''} {kind} adapter" if isinstance(kind, str) else "an adapter"
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    beside = any(path.parent.glob("model*.safetensors*")) or any(path.parent.glob("pytorch_model*.bin*"))
+    return (
+        f"{path.parent} holds {what:.40}{of:.100} (adapter_config.json), which llmc does not apply: merge it with peft "
+        "(merge_and_unload, then save_pretrained) and compile the result"
+        + (", or take the adapter's files away to compile the weights beside it" if beside else "")
+    )

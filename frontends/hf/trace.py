@@ -13,6 +13,7 @@ from llmc.frontends.hf import capture
 from llmc.frontends.hf.classes import ModelClass
 from llmc.frontends.hf.export import Call, Exported, export, first_position, quietly
 from llmc.frontends.hf.model import MetaModel, build
+from llmc.frontends.hf.refusal import Whereabouts
 from llmc.frontends.lifted import GENERATE
 
 if TYPE_CHECKING:
@@ -47,14 +48,16 @@ def trace(
     """
     reasons = []
     for implementation in (capture.IMPLEMENTATION, "sdpa", "eager"):
+        where = Whereabouts()
         try:
             meta = build(kind, config, implementation, context)
             _untie(meta.model, untied(meta.model))
-            exported, room = _export(kind, meta, context, token_types, outputs)
+            with where.watching(meta.model):
+                exported, room = _export(kind, meta, context, token_types, outputs)
         except FrontendError:
             raise
         except Exception as error:  # a model may fail anywhere when it meets an attention that it does not know
-            reasons.append(_one_line(error))
+            reasons.append(where.describe(error))
             continue
         if implementation != capture.IMPLEMENTATION:
             note = f"attention is not captured but recognised from its parts: {reasons[0]}"
@@ -64,7 +67,7 @@ def trace(
             return Traced(meta, _without_mutations(exported), room, ())
         reasons.append(reason)
     raise FrontendError(
-        f"model type {config.model_type!r} cannot be exported with the settings of its config.json: {reasons[-1]}"
+        f"model type {config.model_type!r} cannot be compiled: {reasons[-1]}, which is not supported yet"
     )
 
 
@@ -132,8 +135,3 @@ def _why_not_captured(program: torch.export.ExportedProgram, layers: int) -> str
     if calls != layers:
         return f"{calls} of {layers} layers use the attention interface"
     return ""
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 import warnings
 from collections.abc import Iterable, Mapping
@@ -47,6 +48,8 @@ _SAFETENSORS_DTYPES = {
     "U8": "u8",
     "BOOL": "bool",
 }
+# What older versions of transformers stored and every version computes: no weights.
+STORED_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$")
 _MOST_HEADER_BYTES = 100 << 20  # the format's own limit
 
 
@@ -177,7 +180,7 @@ class ShardedFiles:
                 if name in self._owner:
                     raise FrontendError(f"{path}: tensor {name!r:.100} also stands in another file")
                 self._owner[name] = part
-        lost = [name for name in (index or ()) if name not in self._owner]
+        lost = [name for name in (index or ()) if name not in self._owner and not STORED_CONSTANTS.search(name)]
         if lost:
             raise FrontendError(f"the checkpoint's index lists tensors that its files lack: {shortened(lost)}")
 
