@@ -13,13 +13,12 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor
 from llmc.compiler.passes.masks import HIDDEN, Mask, Scores, Unrecognised, describe_mask, describe_scores
-from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.probe import NOT_TOKENS, Probe
 from llmc.compiler.passes.relative_bias import relative_table
 from llmc.compiler.passes.rewriting import number_of
 from llmc.compiler.passes.score_bias import Chain, added, fitted, hides_nothing, scale_and_softcap
 from llmc.errors import IRError
 
-_NOT_TOKENS = frozenset(("positions", WEIGHTS))
 _NONE = Mask(False, 0, None)
 _MOST = 1 << 24  # elements of a constant mask that is looked at, at most
 _MOST_GUARDED = 1 << 22  # elements of scores that are evaluated to see which rows a guard zeroes, at most
@@ -45,7 +44,7 @@ class ScoreReader:
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
-        return bool(self.probe.sources.get(value, frozenset()) - _NOT_TOKENS)
+        return bool(self.probe.sources.get(value, frozenset()) - NOT_TOKENS)
 
     def read(self, chain: Chain, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of a chain; exact_shift: as `describe_scores` has it. Unrecognised says what is in the way."""

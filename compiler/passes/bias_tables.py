@@ -13,7 +13,7 @@ from llmc.compiler.ir.graph import topological
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Pad, Reshape, Slice
 from llmc.compiler.passes.flatten_sequences import Mixes
-from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.probe import NOT_TOKENS, Probe
 from llmc.compiler.passes.relative_bias import relative_table
 from llmc.errors import IRError
 
@@ -28,7 +28,7 @@ def bias_table(probe: Probe, bias: Value, heads: int | Dim) -> Value:
     bias [..., heads or 1, S, S] must come of positions, sizes and weights, for any S by the distance alone; Mixes says
     what is in the way. The table comes of weights only, so that it is computed when compiling.
     """
-    if not probe.sources.get(bias, frozenset(("ids",))) <= {"positions", "@"}:
+    if not probe.sources.get(bias, frozenset(("ids",))) <= NOT_TOKENS:
         raise Mixes("token ids decide what it adds to scores")
     assert probe.size is not None and isinstance(heads, int)
     longest = min((symbol.high or 0 for symbol in probe.size.symbols()), default=0)

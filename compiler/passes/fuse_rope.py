@@ -22,14 +22,13 @@ from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape,
 from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
 from llmc.compiler.passes.linear_maps import LinearMaps
 from llmc.compiler.passes.manager import Pass, Report
-from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.probe import NOT_TOKENS, WEIGHTS, Probe
 from llmc.compiler.passes.rope_factors import FactorRotations, Turned
 from llmc.errors import IRError
 
 NEAR = (0, 1, 2, 3)
 FAR = (1, 2, 17, 1000, 30011)
 TOLERANCE = 1e-9  # of cosines computed in f64 from positions up to 30011
-_NOT_TOKENS = frozenset(("positions", WEIGHTS))
 
 Floats = NDArray[np.float64]
 
@@ -144,7 +143,7 @@ class _Finder(LinearMaps):
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on what the tokens are."""
-        return bool(self.probe.sources.get(value, frozenset()) - _NOT_TOKENS)
+        return bool(self.probe.sources.get(value, frozenset()) - NOT_TOKENS)
 
     def turns(self, op: Value) -> bool:
         """Whether this multiplies activations by something that positions decide."""
@@ -153,7 +152,7 @@ class _Finder(LinearMaps):
         return any(self.acts(a) and self._factor(b) for a, b in ((op.a, op.b), (op.b, op.a)))
 
     def _factor(self, value: Value) -> bool:
-        return "positions" in self.probe.sources.get(value, frozenset()) <= _NOT_TOKENS
+        return "positions" in self.probe.sources.get(value, frozenset()) <= NOT_TOKENS
 
     def linear_operands(self, value: Value) -> tuple[Value, ...]:
         """The operands that `value` is a linear function of; none where it is not such a function."""

@@ -18,7 +18,7 @@ from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unar
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
 from llmc.compiler.ir.types import INTEGERS, Array, numpy_dtype
-from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.probe import LENGTH, NOT_TOKENS, Probe
 from llmc.errors import IRError
 
 HIDDEN = -5e3  # a bias below this hides a key: sources write -1e4, the least float or -inf
@@ -26,7 +26,6 @@ FEW = 7  # positions that are always probed: 0, 1, ..., FEW - 1
 _TOLERANCE = 1e-9
 _LONGEST = 4096  # positions that a mask with tables is evaluated for, at most
 _MOST_POSITIONS = 64  # of those, how many are looked at
-_NOT_TOKENS = frozenset(("positions", WEIGHTS))
 _IDS = frozenset(("ids",))
 _ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
 
@@ -249,11 +248,11 @@ def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], 
             continue
         seen.add(value)
         stack.extend(value.operands)
-        if not probe.sources[value] - _NOT_TOKENS:
+        if not probe.sources[value] - NOT_TOKENS:
             found.append(value)
             continue
         frontier.update(
-            dict.fromkeys(v for v in value.operands if v is not raw and not probe.sources.get(v, _IDS) - _NOT_TOKENS)
+            dict.fromkeys(v for v in value.operands if v is not raw and not probe.sources.get(v, _IDS) - NOT_TOKENS)
         )
     return found, list(frontier)
 
@@ -262,7 +261,7 @@ def _integers(probe: Probe, constants: list[Op]) -> set[int]:
     """Whole numbers among the scalars of a mask."""
     found: set[int] = set()
     for op in constants:
-        if product(op.shape) != 1 or probe.sources[op]:
+        if product(op.shape) != 1 or probe.sources[op] - {LENGTH}:
             continue
         number = abs(float(probe.evaluate([op], 1)[0].reshape(-1)[0]))
         # Whole floats beyond are what sources fill hidden scores with.

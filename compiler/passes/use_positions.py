@@ -17,7 +17,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
 from llmc.compiler.ir.types import INTEGERS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
-from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.probe import LENGTH, Probe
 from llmc.errors import IRError
 
 _SIZES = (2, 3, 5, 8, 13)
@@ -52,7 +52,12 @@ class UsePositions(Pass, name="use-positions"):
 
 def _offset(probe: Probe, op: Op) -> int | None:
     """c where the integers `op` are c, c + 1, ..., one a token, for every number of tokens; else None."""
-    if not isinstance(op.type, Tensor) or op.dtype not in INTEGERS or probe.sources[op] or not probe.has_size(op):
+    if (
+        not isinstance(op.type, Tensor)
+        or op.dtype not in INTEGERS
+        or probe.sources[op] - {LENGTH}
+        or not probe.has_size(op)
+    ):
         return None
     if probe.size is None or product(op.shape) != probe.size:
         return None
