@@ -121,7 +121,7 @@ class Dequantize(Op, name="llm.dequantize"):
 def round_activations(x: Array, rounding: str, group: int) -> Array:
     """Activations [..., K] as a kernel sees them: bf16, or int8 with one f32 scale, max|x| / 127, a row and group."""
     if rounding == "bf16":
-        return x.astype(NUMPY_DTYPES["bf16"]).astype(x.dtype)
+        return x.astype(numpy_dtype("bf16")).astype(x.dtype)  # as a pair of casts does
     if rounding != "int8":
         return x
     size = x.shape[-1]
