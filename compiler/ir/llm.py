@@ -36,7 +36,6 @@ from llmc.compiler.ir.structural import (
     split_exact,
 )
 from llmc.compiler.ir.types import (
-    NUMPY_DTYPES,
     Array,
     Encoding,
     Tensor,
