@@ -224,10 +224,20 @@ class Encoder:
             )
         if len(ids) > self.max_tokens:
             raise ContextError(f"text {index} has {len(ids)} token ids; {self.path} takes {self.max_tokens} at most")
-        types = None
-        if encoded is not None and self.facts is not None and self.facts.pair_types and isinstance(text, tuple | list):
-            types = np.minimum(np.asarray(encoded.types, np.int32), 1)
+        types = None if encoded is None else self._types(index, encoded)
         return Tokens(ids.astype(np.int32, copy=False), types)
+
+    def _types(self, index: int, encoded: Encoded) -> NDArray[np.int32] | None:
+        """Token types, int32 [n]; None: all 0. Whatever the output: also that of a head without a use of its own."""
+        known = self._tokenizer().facts.token_types
+        if not known:
+            return None
+        types = np.asarray(encoded.types, np.int32)
+        if types.max() >= known:
+            raise TextError(
+                f"the tokenizer gives text {index} token type {types.max()}, and {self.path} knows types below {known}"
+            )
+        return types if types.any() else None
 
 
 _METHODS = {"embedding": "embed()", "classification": "classify()", "tokens": "tag()"}

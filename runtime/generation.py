@@ -109,7 +109,8 @@ class Writer:
         self._limits = limits
         self._sampler = Sampler(sampling, runtime.chooser)
         self._sampler.observe(prompt.tolist())
-        self._detokenizer = Detokenizer(runtime.tokenizer, prompt[-16:].tolist())
+        self._tokenizer = runtime.tokenizer
+        self._detokenizer = Detokenizer(self._tokenizer, prompt.tolist())
         self._matcher = StopMatcher(limits.stop)
         self._room = runtime.max_context - len(prompt)
         self.tokens: list[int] = []
@@ -119,19 +120,23 @@ class Writer:
         """Chooses the next token from its logits, float32 [vocab] at this address; returns the text that may go out."""
         token = self._sampler.choose(place)
         self.tokens.append(token)
+        special = self._tokenizer.special_text(token) if self._limits.stop else ""
         if token in self._limits.stop_ids:
-            return self._end("stop")
+            return self._end("stop", special)
         self._sampler.observe((token,))
-        piece = self._matcher.feed(self._detokenizer.add(token))
+        if special:
+            piece = self._matcher.skip(special, self._detokenizer.pending)
+        else:
+            piece = self._matcher.feed(self._detokenizer.add(token))
         if self._matcher.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._limits.max_tokens or len(self.tokens) > self._room:
             piece += self._end("length")
         return piece
 
-    def _end(self, reason: str) -> str:
+    def _end(self, reason: str, special: str = "") -> str:
         self.finish_reason = reason
-        piece = self._matcher.feed(self._detokenizer.finish())
+        piece = self._matcher.feed(self._detokenizer.finish()) + self._matcher.skip(special)
         if self._matcher.stopped:
             self.finish_reason = "stop"
         return piece + self._matcher.finish()

@@ -16,13 +16,15 @@ plan, provenance) are kept as they are.
      "inputs", "outputs": [{"name", "dtype": numpy's name, "shape": [4, "batch", "2*batch + 1", ...]}],
      "symbols": [{"name", "low", "high"}], in the order of the step's `dims`,
      "encoder": null | {"kind": "embedding" | "classification" | "tokens", "output": name, "labels": null | [...],
-                        "multi_label", "max_tokens", "pair_types", "prompts": {name: text},
+                        "multi_label", "max_tokens", "prompts": {name: text},
                         "default_prompt": null | name, "normalized"},
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
      "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
      "tokenizer": null | {"chat_template", "bos_id", "bos_token", "eos_token", "special_tokens": {"pad_token": ...},
-                          "add_bos", "stop_ids", "clean_up_spaces"},
+                          "add_bos", "stop_ids", "clean_up_spaces", "split_special_tokens",
+                          "truncation_side": null | "left" | "right",
+                          "token_types"},
      "generation": {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"},
      "kernels": [...], "memory": {...}, "provenance": {...}}
 """
@@ -141,9 +143,8 @@ class EncoderFacts:
     """What an encoder's outputs mean, and how texts become its inputs.
 
     kind: "embedding" (`output` is one vector a text), "classification" (one number a label and text) or "tokens" (one
-    row a token). multi_label: labels do not exclude each other. max_tokens: longer texts are cut. pair_types: the two
-    texts of a pair have token types 0 and 1. prompts: texts that go in front, by name. normalized: embeddings have
-    length 1.
+    row a token). multi_label: labels do not exclude each other. max_tokens: longer texts are cut. prompts: texts that
+    go in front, by name. normalized: embeddings have length 1.
     """
 
     kind: str
@@ -151,7 +152,6 @@ class EncoderFacts:
     labels: tuple[str, ...] | None
     multi_label: bool
     max_tokens: int
-    pair_types: bool
     prompts: Mapping[str, str]
     default_prompt: str | None
     normalized: bool
@@ -168,7 +168,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How text becomes tokens, beyond tokenizer.json. add_bos: put bos_id in front where the tokenizer did not."""
+    """How text becomes tokens, beyond tokenizer.json. add_bos: put bos_id in front where the tokenizer did not.
+
+    clean_up_spaces: take spaces before punctuation out of decoded text. split_special_tokens: in text that is encoded,
+    special tokens are text like any other. truncation_side: where texts that are too long lose tokens; None: as
+    tokenizer.json says. token_types:
+    how many the model knows, where the tokenizer tells tokens apart by type; 0: all are of type 0.
+    """
 
     chat_template: str | None
     bos_id: int | None
@@ -178,6 +184,9 @@ class TextFacts:
     add_bos: bool
     stop_ids: tuple[int, ...]
     clean_up_spaces: bool
+    split_special_tokens: bool = False
+    truncation_side: str | None = None
+    token_types: int = 0
 
 
 @dataclass(frozen=True)
@@ -269,7 +278,7 @@ def parse(data: bytes) -> Manifest:
         weights_bytes=weights_bytes,
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
         tensors=_tensors(weights, weights_bytes),
-        text=None if top.value.get("tokenizer") is None else _text(top.child("tokenizer"), step.vocab_size),
+        text=None if top.value.get("tokenizer") is None else _text(top, step.vocab_size),
         generation=_generation(Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
         raw=top.value,
     )
@@ -335,7 +344,6 @@ def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], most_tokens: int) 
         labels=labels,
         multi_label=reader.boolean("multi_label", False),
         max_tokens=reader.integer("max_tokens", 1, most_tokens),
-        pair_types=reader.boolean("pair_types", False),
         prompts={key: prompts.string(key) for key in prompts.value},
         default_prompt=None if reader.value.get("default_prompt") is None else reader.string("default_prompt"),
         normalized=reader.boolean("normalized", False),
@@ -447,7 +455,10 @@ def _tensors(reader: Reader, total: int) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
-def _text(reader: Reader, vocab_size: int) -> TextFacts:
+def _text(top: Reader, vocab_size: int) -> TextFacts:
+    reader = top.child("tokenizer")
+    encoder = top.value.get("encoder")
+    typed = isinstance(encoder, dict) and encoder.get("pair_types") is True  # where older artifacts have it
     stop_ids = []
     for value in reader.array("stop_ids"):
         if type(value) is not int or not 0 <= value < 1 << 31:
@@ -463,6 +474,11 @@ def _text(reader: Reader, vocab_size: int) -> TextFacts:
         add_bos=reader.boolean("add_bos", False),
         stop_ids=tuple(stop_ids),
         clean_up_spaces=reader.boolean("clean_up_spaces", False),
+        split_special_tokens=reader.boolean("split_special_tokens", False),
+        truncation_side=None
+        if reader.value.get("truncation_side") is None
+        else reader.string("truncation_side", ("left", "right")),
+        token_types=reader.integer("token_types", 0, 1 << 16, default=2 if typed else 0),
     )
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import threading
 from collections.abc import Sequence as Ids
 from typing import TYPE_CHECKING
 
+from llmc.runtime.decoder_steps import CLEAN_UP, Step, clean_up_steps, common, overlap, replaced, steps_of
 from llmc.runtime.errors import TextError
 from llmc.runtime.manifest import TextFacts
 
 if TYPE_CHECKING:
     import tokenizers
-
-_REPLACEMENT = "�"
-# A UTF-8 character has at most four bytes: longer pending text that still ends in U+FFFD really is broken.
-_MOST_PENDING = 8
-# Tokens of the prompt that a decoder may look back at, to know whether the first piece starts with a space.
-_CONTEXT = 6
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"))
-_CLEAN_UP_REST = ((" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))
 
 
 class Encoded:
@@ -32,7 +27,7 @@ class Encoded:
 
     @property
     def types(self) -> list[int]:
-        """1 for the tokens of a pair's second text, if the tokenizer tells them apart."""
+        """Token types: 1 for a pair's second text, or what else the tokenizer tells apart."""
         types: list[int] = self._raw.type_ids
         return types if self._front is None else [0, *types]
 
@@ -61,7 +56,13 @@ class Tokenizer:
         # Padding and truncation are for training batches; a prompt is taken as it is.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = facts.split_special_tokens
         self.facts = facts
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._decoder = self._tokenizer.decoder
+        state = None if self._decoder is None else self._decoder.__getstate__()  # what the library writes of it
+        self._decoder_state = None if state is None else json.loads(state)
 
     @property
     def size(self) -> int:
@@ -80,14 +81,14 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: Ids[str | tuple[str, str]], most: int) -> list[Encoded]:
-        """Texts, or pairs of texts, with special tokens around them. Longer ones than `most` tokens lose their end, but
-        not the special tokens; of a pair, the longer text loses first."""
+        """Texts, or pairs of texts, with special tokens around them. Longer ones than `most` tokens lose their end,
+        or their start if the tokenizer says so, but not the special tokens; of a pair, the longer text loses first."""
         for text in texts:
             for part in (text,) if isinstance(text, str) else text:
                 _check_unicode(part)
         bos = self.facts.bos_id if self.facts.add_bos else None
+        side = self.facts.truncation_side or (self._truncation or {}).get("direction", "right")
         with self._lock:
-            side = (self._truncation or {}).get("direction", "right")
             try:
                 self._tokenizer.enable_truncation(
                     max(1, most - (bos is not None)), strategy="longest_first", direction=side
@@ -102,10 +103,24 @@ class Tokenizer:
     def decode(self, ids: Ids[int], skip_special: bool = True) -> str:
         """Text. Ids that the tokenizer does not know become nothing."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-        if self.facts.clean_up_spaces:
-            for old, new in (*_CLEAN_UP, *_CLEAN_UP_REST):
-                text = text.replace(old, new)
-        return text
+        return replaced(text, CLEAN_UP) if self.facts.clean_up_spaces else text
+
+    def decoding_steps(self) -> list[Step]:
+        """What makes text of `words`, as they come, as `decode` does of all of them at once."""
+        steps = steps_of(self._decoder, self._decoder_state)
+        return [*steps, *clean_up_steps()] if self.facts.clean_up_spaces else steps
+
+    def words(self, ids: Ids[int]) -> list[str]:
+        """The tokens of which text is made: neither special ones, nor those that the tokenizer does not know."""
+        found = map(self._tokenizer.id_to_token, ids)
+        return [word for word in found if word is not None and word not in self._special]
+
+    def special_text(self, token: int) -> str:
+        """How a special token would read within a text; empty for any other token."""
+        word = self._tokenizer.id_to_token(token)
+        if word not in self._special:
+            return ""
+        return " " + word if self._decoder is None else self._decoder.decode(["a", word])[1:]
 
 
 def _check_unicode(text: str) -> None:
@@ -116,80 +131,123 @@ def _check_unicode(text: str) -> None:
 
 
 class Detokenizer:
-    """Text of a growing sequence, in pieces that never end within a character.
+    """Text that tokens add to those before them, in pieces of which nothing will change.
 
-    The text of a token depends on its neighbours (spaces, characters of several tokens), so a window of recent tokens
-    is decoded with and without the new ones, and the difference is what they add. The window moves on whenever a piece
-    comes out, so a token costs the same however long the text is. The pieces join to the text of the whole.
+    The pieces join to the decoded text of the whole without that of the context. Where what follows changes how the
+    context's own end decodes (a character that was cut, a space that is cleaned up), they start where the two differ.
+    Work for a token depends on its own text alone.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Ids[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # A window that starts within a character decodes to something else: one of four starts does not.
-        for size in (_CONTEXT + 1, _CONTEXT + 2, _CONTEXT + 3, _CONTEXT):
-            self._window = list(context[-size:])
-            self._text = tokenizer.decode(self._window) if self._window else ""
-            if _REPLACEMENT not in self._text:
-                break
-        self._known = len(self._window)  # tokens of the window whose text has come out
+        self._steps = tokenizer.decoding_steps()
+        self._told = ""  # the end of the context's text, which may still change
+        if len(context):
+            self._feed(context)
+            self._told = self.pending
 
     def add(self, token: int) -> str:
         """The text that is certain now: empty while a character is not complete."""
-        self._window.append(token)
-        text = self._tokenizer.decode(self._window)
-        pending = len(self._window) - self._known
-        if len(text) <= len(self._text) or (text.endswith(_REPLACEMENT) and pending < _MOST_PENDING):
-            return ""
-        return self._advance(text)
+        return self._new(self._feed((token,)))
 
     def finish(self) -> str:
         """What is left at the end, complete or not."""
-        text = self._tokenizer.decode(self._window)
-        return text[len(self._text) :]
+        return self._new(_finish(self._steps))
 
-    def _advance(self, text: str) -> str:
-        piece = text[len(self._text) :]
-        # The tokens that gave this piece stay as context of the next.
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        self._text = self._tokenizer.decode(self._window)
-        return piece
+    @property
+    def pending(self) -> str:
+        """What `finish` would give."""
+        text = _finish(copy.deepcopy(self._steps))
+        return text[common(text, self._told) :]
+
+    def _feed(self, ids: Ids[int]) -> str:
+        parts = self._tokenizer.words(ids)
+        for step in self._steps:
+            parts = step.feed(parts)
+        return "".join(parts)
+
+    def _new(self, text: str) -> str:
+        if not self._told:
+            return text
+        same = common(text, self._told)
+        self._told = self._told[same:] if same == len(text) else ""
+        return text[same:]
+
+
+def _finish(steps: Ids[Step]) -> str:
+    parts: list[str] = []
+    for step in steps:
+        parts = [*step.feed(parts), *step.finish()]
+    return "".join(parts)
 
 
 class StopMatcher:
     """Finds stop strings in a stream of pieces, and lets no part of one out.
 
-    Text that could be the beginning of a stop string is held back until it is known not to be one.
+    Text that could be the beginning of a stop string is held back until it is known not to be one. Special tokens do
+    not become text, but a stop string may be one, or hold one: such a token takes part in the search, unseen.
     """
 
     def __init__(self, stops: Ids[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
+        self._seen: list[bool] = []  # of the characters held: whether they are of the text
+        self._pending = ""  # text that stands before `_unseen`, and is still to come
+        self._unseen = ""
         self.stopped = False
 
     def feed(self, piece: str) -> str:
         """The text that may go out. `stopped` is set once a stop string is complete: it and the rest are dropped."""
+        if not self._unseen:
+            return self._push(piece)
+        if piece.startswith(self._pending):
+            before, unseen, self._unseen = self._pending, self._unseen, ""
+            return self._push(before) + self._push(unseen, seen=False) + self._push(piece[len(before) :])
+        if self._pending.startswith(piece):
+            self._pending = self._pending[len(piece) :]
+        else:  # the token turned out to stand within a character
+            self._unseen = ""
+        return self._push(piece)
+
+    def skip(self, special: str, pending: str = "") -> str:
+        """Like `feed`, for a special token that would read like this. pending: text before it that is not certain."""
+        if not any(_touch(stop, special) for stop in self._stops):
+            return ""  # no stop string can know of it
+        if not pending and not self._unseen:
+            return self._push(special, seen=False)
+        self._pending, self._unseen = pending, self._unseen + special
+        # If that completes a stop string, the text ends here, and what is pending is certain.
+        ended = StopMatcher(self._stops)
+        ended._held, ended._seen = self._held, list(self._seen)
+        text = ended._push(pending) + ended._push(self._unseen, seen=False)
+        self.stopped = ended.stopped
+        return text if self.stopped else ""
+
+    def _push(self, piece: str, seen: bool = True) -> str:
         if self.stopped:
             return ""
-        text = self._held + piece
-        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        self._held += piece
+        self._seen += [seen] * len(piece)
+        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
         if found:
             self.stopped = True
-            self._held = ""
-            return text[: min(found)]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            text = self._take(min(found))
+            self._held, self._seen = "", []
+            return text
+        return self._take(len(self._held) - max((overlap(self._held, stop) for stop in self._stops), default=0))
+
+    def _take(self, count: int) -> str:
+        """What is seen of the first characters held, which are no longer."""
+        text, seen = self._held[:count], self._seen[:count]
+        self._held, self._seen = self._held[count:], self._seen[count:]
+        return text if all(seen) else "".join(one for one, is_seen in zip(text, seen, strict=True) if is_seen)
 
     def finish(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that a stop string starts with, and is longer than."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+def _touch(stop: str, special: str) -> bool:
+    """Whether a text that matches `stop` can hold some of `special`."""
+    inside = special in stop or stop in special
+    return inside or overlap(special, stop) > 0 or overlap(stop, special) > 0

@@ -140,7 +140,6 @@ def encoder_facts(**changes: object) -> dict[str, object]:
         "labels": None,
         "multi_label": False,
         "max_tokens": MAX_TOKENS,
-        "pair_types": True,
         "prompts": {"query": "dog "},
         "default_prompt": None,
         "normalized": False,
@@ -159,9 +158,11 @@ def write_encoder(
     encoder: object = None,
     tokenizer: bytes | None = None,
     source: str = ENCODER_STEP,
+    token_types: int = 2,
+    no_use: bool = False,
     **changes: object,
 ) -> Path:
-    """Writes the fake encoder. encoder: its entry in the manifest; changes: other entries."""
+    """Writes the fake encoder. encoder: its entry in the manifest; no_use: none; changes: others."""
     layer = {"kv_heads": 1, "head_dim": 2, "value_dim": 2, "dtype": "float32", "window": None}
     facts: dict[str, object] = {
         "task": "encode",
@@ -171,7 +172,8 @@ def write_encoder(
             {"name": "embedding", "dtype": "float32", "shape": ["B", DIMENSION]},
             {"name": "states", "dtype": "float32", "shape": ["T", 3]},
         ],
-        "encoder": encoder_facts() if encoder is None else encoder,
+        "encoder": None if no_use else encoder_facts() if encoder is None else encoder,
+        "tokenizer_facts": {**fake_artifact.manifest()["tokenizer"], "token_types": token_types},  # type: ignore[dict-item]
         **changes,
     }
     return fake_artifact.write(path, source, tokenizer or word_tokenizer(), **facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import fake_artifact
 import fake_kinds
 import numpy as np
 import pytest
@@ -76,6 +77,14 @@ def test_long_texts_lose_their_end_but_not_the_end_token(model: Runtime) -> None
     assert len(model.tokenizer.encode(" ".join(words))) == 102
 
 
+def test_long_texts_lose_their_start_where_the_tokenizer_says_so(tmp_path: Path) -> None:
+    facts = {**fake_artifact.manifest()["tokenizer"], "truncation_side": "left"}  # type: ignore[dict-item]
+    runtime = Runtime.load(write_encoder(tmp_path / "left.so", tokenizer_facts=facts))
+    words = [WORDS[index % 5] for index in range(101)]
+    expected = reference([1, *(3 + index % 5 for index in range(101 - MAX_TOKENS + 2, 101)), 2])
+    np.testing.assert_array_equal(runtime.embed(" ".join(words)), expected[0])
+
+
 def test_prompts(tmp_path: Path, model: Runtime) -> None:
     np.testing.assert_array_equal(model.embed("cat", prompt_name="query"), model.embed("dog cat"))
     np.testing.assert_array_equal(model.embed(["cat"], prompt="a b "), model.embed(["a b cat"]))
@@ -131,13 +140,29 @@ def test_pairs_have_types_of_their_own(tmp_path: Path) -> None:
     pairs = [("a b", "dog"), ("cat", "b c a")]
     ids = [[1, 3, 4, 2, 6, 2], [1, 7, 2, 4, 5, 3, 2]]
     types = [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
-    typed, untyped = classifier(tmp_path / "typed.so"), classifier(tmp_path / "untyped.so", pair_types=False)
-    for runtime, kinds in ((typed, types), (untyped, [None, None])):
+    facts = encoder_facts(kind="classification", labels=fake_kinds.LABELS)
+    typed = classifier(tmp_path / "typed.so")
+    untyped = Runtime.load(write_encoder(tmp_path / "untyped.so", facts, token_types=0))
+    no_text = {**fake_artifact.manifest()["tokenizer"]}  # type: ignore[dict-item]
+    older = Runtime.load(write_encoder(tmp_path / "older.so", {**facts, "pair_types": True}, tokenizer_facts=no_text))
+    for runtime, kinds in ((typed, types), (older, types), (untyped, [None, None])):
         found = runtime.classify(pairs, activation="none")
         assert isinstance(found, list)
         for entry, own, kind in zip(found, ids, kinds, strict=True):
             assert list(entry["scores"].values()) == reference(own, kind)[0].tolist()  # type: ignore[attr-defined]
     assert typed.classify(("a b", "dog"), activation="none") == typed.classify(pairs, activation="none")[0]  # type: ignore[index]
+
+
+def test_token_types_do_not_depend_on_what_the_output_is_for(tmp_path: Path, model: Runtime) -> None:
+    """The outputs of a head without a known use are those of the same model with one."""
+    other = Runtime.load(write_encoder(tmp_path / "other.so", no_use=True))
+    for batch in ([("a b", "dog"), ("cat", "b c a")], ["a b"], [[1, 3, 2]]):
+        for found, wanted in zip(other.encode(batch), model.encode(batch), strict=True):
+            for name in ("embedding", "states"):
+                np.testing.assert_array_equal(found[name], wanted[name])  # type: ignore[index]
+    one_type = Runtime.load(write_encoder(tmp_path / "one.so", token_types=1))
+    with pytest.raises(TextError, match=r"gives text 1 token type 1, and .* knows types below 1"):
+        one_type.embed(["a", ("a", "b")])
 
 
 def test_a_long_pair_loses_from_the_longer_text(tmp_path: Path) -> None:

@@ -162,11 +162,18 @@ def test_a_tokenizer_without_token_types_leaves_the_model_its_own(tmp_path: Path
     change(path / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
     lifted = lift(path)
     assert [value.name for value in lifted.graph.inputs] == ["ids", "positions"]
-    assert lifted.encoder is not None and lifted.encoder["pair_types"] is False
+    assert lifted.text.facts is not None and lifted.text.facts["token_types"] == 0
     inputs = inputs_of(lifted, 9)
     found = evaluate(lifted.graph, inputs, lifted.load)["last_hidden_state"]
     expected = outputs_of(reference("bert"), inputs)["last_hidden_state"]
     np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("head", ["", "TokenClassification", "MaskedLM", "QuestionAnswering", "NextSentencePrediction"])
+def test_token_types_do_not_depend_on_the_head(head: str) -> None:
+    """Also for a head whose output has no use that llmc knows: a pair has its types all the same."""
+    facts = lifted_encoder("bert", head).text.facts
+    assert facts is not None and facts["token_types"] == 2
 
 
 def test_facts_of_a_classifier(tmp_path: Path) -> None:
@@ -178,7 +185,6 @@ def test_facts_of_a_classifier(tmp_path: Path) -> None:
         "labels": ["bad", "so so", "good"],
         "multi_label": False,
         "max_tokens": 160,
-        "pair_types": True,
         "prompts": {},
         "default_prompt": None,
         "normalized": False,
@@ -188,7 +194,7 @@ def test_facts_of_a_classifier(tmp_path: Path) -> None:
 def test_facts_of_other_heads() -> None:
     tokens = lifted_encoder("distilbert", "TokenClassification").encoder
     assert tokens is not None
-    assert (tokens["kind"], tokens["labels"], tokens["pair_types"]) == ("tokens", ["LABEL_0", "LABEL_1"], False)
+    assert (tokens["kind"], tokens["labels"]) == ("tokens", ["LABEL_0", "LABEL_1"])
     assert lifted_encoder("distilbert", "MaskedLM").encoder is None
     bare = lifted_encoder("distilbert").encoder
     assert bare is not None and (bare["kind"], bare["output"], bare["normalized"]) == ("embedding", "embedding", False)

@@ -110,7 +110,6 @@ def test_facts_are_the_directorys_settings(tmp_path: Path) -> None:
         "labels": None,
         "multi_label": False,
         "max_tokens": 48,
-        "pair_types": True,
         "prompts": prompts,
         "default_prompt": "query",
         "normalized": True,
@@ -153,7 +152,7 @@ def test_a_vocabulary_alone_becomes_a_tokenizer(tmp_path: Path) -> None:
         given = tokens_of(lifted, text)
         wanted = transformer.preprocess([text])
         assert given["ids"][0].tolist() == wanted["input_ids"][0].tolist()
-    assert lifted.encoder is not None and lifted.encoder["pair_types"] is True
+    assert lifted.text.facts is not None and lifted.text.facts["token_types"] == 2
 
 
 def test_letters_are_made_small_where_the_settings_say_so(tmp_path: Path) -> None:
@@ -207,9 +206,9 @@ def test_a_cross_encoder_is_a_classifier_of_pairs(tmp_path: Path) -> None:
     sentence_transformers.CrossEncoder(str(base)).save(str(directory))
     lifted = lift(directory)
     assert lifted.encoder is not None
-    facts = {name: lifted.encoder[name] for name in ("kind", "output", "labels", "multi_label", "pair_types")}
+    facts = {name: lifted.encoder[name] for name in ("kind", "output", "labels", "multi_label")}
     assert facts == {
-        "kind": "classification", "output": "logits", "labels": ["LABEL_0"], "multi_label": True, "pair_types": True,
+        "kind": "classification", "output": "logits", "labels": ["LABEL_0"], "multi_label": True,
     }  # fmt: skip
     change(directory / "config_sentence_transformers.json", activation_fn="torch.nn.modules.linear.Identity")
     again = lift(directory).encoder

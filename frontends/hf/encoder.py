@@ -26,13 +26,20 @@ HIDDEN, LOGITS, EMBEDDING = "last_hidden_state", "logits", "embedding"  # names 
 class EncoderText:
     """text: for the artifact. longest: the most tokens that the tokenizer gives a text, or None.
 
-    types: whether token types are among what it gives the model. pair_types: and are 0 and 1 for the texts of a pair.
+    types: whether token types are among what it gives the model. several: and are not all 0, for a text or a pair.
     """
 
     text: Text
     longest: int | None
     types: bool
-    pair_types: bool
+    several: bool
+
+    def with_types(self, count: int) -> EncoderText:
+        """The same for a model that knows so many token types; 0: it takes none."""
+        facts = self.text.facts
+        if facts is None:
+            return self
+        return replace(self, text=replace(self.text, facts={**facts, "token_types": count if self.several else 0}))
 
 
 def read_encoder_text(directory: Path, config: PreTrainedConfig, lower_case: bool = False) -> EncoderText:
@@ -49,11 +56,11 @@ def read_encoder_text(directory: Path, config: PreTrainedConfig, lower_case: boo
     assert text.facts is not None
     # The post-processor puts all special tokens around a text, a first one too.
     text = replace(text, facts={**text.facts, "add_bos": False})
-    given = tokenizer("a", "a")
-    types = "token_type_ids" in given
+    given = [tokenizer("a"), tokenizer("a", "a")]
+    types = "token_type_ids" in given[1]
     limit = tokenizer.model_max_length
     longest = int(limit) if isinstance(limit, int) and 2 <= limit < 1 << 28 else None  # none is written as 1e30
-    return EncoderText(text, longest, types, types and 1 in given["token_type_ids"])
+    return EncoderText(text, longest, types, types and any(any(one["token_type_ids"]) for one in given))
 
 
 def _write_small(backend: Any) -> None:
@@ -114,7 +121,6 @@ class EncoderPlan:
         return {
             **use,
             "max_tokens": min(longest or context, context),
-            "pair_types": self.token_types and self.text.pair_types,
             "prompts": dict(sentence.prompts) if sentence is not None else {},
             "default_prompt": sentence.default_prompt if sentence is not None else None,
             "normalized": sentence is not None and sentence.normalized,
@@ -126,7 +132,9 @@ def plan_encoder(
 ) -> EncoderPlan:
     """Decide how a model is lifted. directory: of the model itself, below that of `sentence` perhaps."""
     text = read_encoder_text(directory, config, sentence is not None and sentence.lower_case)
-    types = text.types and int(getattr(config, "type_vocab_size", 0) or 0) > 1
+    known = int(getattr(config, "type_vocab_size", 0) or 0)
+    types = text.types and known > 1
+    text = text.with_types(known if types else 0)
     config.output_hidden_states = config.output_attentions = False
     if kind.looks_back:
         # Nothing is padded: the last token is the last of the text, without a search for padding.

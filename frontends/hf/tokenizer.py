@@ -1,7 +1,24 @@
-"""Tokenizer, special tokens, chat template and generation defaults, as an artifact carries them."""
+"""Tokenizer, special tokens, chat template and generation defaults, as an artifact carries them.
+
+What tokenizer files say takes effect as in transformers, by one of these ways:
+- transformers builds it into the tokenizer, and the artifact's tokenizer.json holds it: vocabulary, merges, normalizer,
+  pre-tokenizer, post-processor, decoder, `tokenizer_class`, added and special tokens wherever they are named
+  (`added_tokens_decoder`, special_tokens_map.json, added_tokens.json, `extra_special_tokens`, `*_token`),
+  `add_bos_token`, `add_eos_token`, `add_prefix_space`, `legacy`, `do_lower_case`, `strip_accents`,
+  `tokenize_chinese_chars`, `trim_offsets`, `fix_mistral_regex`, `fast_tokenizer_files` and the like.
+- transformers acts on it around the tokenizer, and it is a fact of the manifest: `clean_up_tokenization_spaces` (which
+  a BPE tokenizer needs a second key for), `split_special_tokens`, `truncation_side`, `model_max_length` and
+  `model_input_names` (of encoders), `chat_template`, and which token is bos, eos and so on.
+- transformers does not act on it either, when it encodes one text or decodes: `padding_side`, padding and truncation in
+  tokenizer.json, `use_default_system_prompt`, `spaces_between_special_tokens`, `errors`, `sp_model_kwargs` (those of
+  slow tokenizers), `use_fast`, `name_or_path`, `processor_class`.
+- a tokenizer class has steps of its own around all that: the artifact takes token ids only, and a note says so.
+"""
 
 from __future__ import annotations
 
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +29,11 @@ from llmc.frontends.lifted import Text
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
-)
+_SENTENCE_PIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "sentencepiece.model")
+_FILES = ("tokenizer.json", *_SENTENCE_PIECE, "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")  # a token in base64 and its rank
+# Texts that a tokenizer's own steps would show in: spaces, letters of several kinds and scripts, punctuation.
+_PROBES = ("a", "Hello world", "  don't , stop !\n\tx = [1, 22]", "naïve É 日本語 مرحبا 🙂", "<s>a</s> [SEP] <|x|>")
 _MOST_TOKENIZER_BYTES = 512 << 20
 _MOST_TEMPLATE_BYTES = 4 << 20
 
@@ -39,17 +52,23 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
     """transformers' tokenizer of a directory, without limits of its own; None and a note where there is none."""
     if not has_tokenizer(directory):
         return None, ("no tokenizer: the artifact takes token ids only",)
+    _require_libraries(directory)
     try:
-        tokenizer = _load(directory)
+        tokenizer, notes = _load(directory)
+    except FrontendError:
+        raise
     except Exception as error:  # transformers and its converters raise many kinds
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, (f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only",)
+    if not _is_whole(tokenizer, backend):
+        name = type(tokenizer).__name__
+        return None, (f"{name} has steps of its own around its tokenizer.json: the artifact takes token ids only",)
     backend.no_truncation()
     backend.no_padding()
-    return tokenizer, ()
+    return tokenizer, notes
 
 
 def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
@@ -58,8 +77,13 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
     generation = _generation(settings)
     if tokenizer is None:
         return Text(generation=generation, notes=notes)
-    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    stop_ids = _ids(settings.get("eos_token_id")) or _ids(getattr(config, "eos_token_id", None))
+    text_config = config.get_text_config(decoder=True)
+    vocabulary = int(text_config.vocab_size)
+    stop_ids = (
+        _ids(settings.get("eos_token_id"))
+        or _ids(getattr(config, "eos_token_id", None))
+        or _ids(getattr(text_config, "eos_token_id", None))
+    )
     backend = tokenizer.backend_tokenizer
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
@@ -82,36 +106,108 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
         },
         "add_bos": bos is not None and probe[:1] == [bos],
         "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
-        "clean_up_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        "clean_up_spaces": _cleans_up(tokenizer),
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+        "truncation_side": tokenizer.truncation_side,
     }
     return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, notes)
 
 
-def _load(directory: Path) -> Any:
-    """transformers' tokenizer of the directory (slow ones are converted); its own code never runs."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def _cleans_up(tokenizer: Any) -> bool:
+    """Whether decoded text loses spaces before punctuation, as transformers' `_decode` decides: from BPE, which has the
+    spaces that the text had, only by a key of its own."""
+    if not tokenizer.clean_up_tokenization_spaces:
+        return False
+    forced = tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    return bool(forced) or type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
+
+
+def _is_whole(tokenizer: Any, backend: Any) -> bool:
+    """Whether a tokenizer does what its backend does, and the artifact can hold that."""
+    from transformers import PreTrainedTokenizerBase
+
+    try:
+        backend.to_str()
+    except Exception:  # the library cannot write steps that are Python
+        return False
+    for text in _PROBES:
+        ids = list(tokenizer(text)["input_ids"])
+        decoded = backend.decode(ids, skip_special_tokens=True)
+        if _cleans_up(tokenizer):
+            decoded = PreTrainedTokenizerBase.clean_up_tokenization(tokenizer, decoded)
+        with quiet():
+            if backend.encode(text).ids != ids or tokenizer.decode(ids, skip_special_tokens=True) != decoded:
+                return False
+    return True
+
+
+def _require_libraries(directory: Path) -> None:
+    """FrontendError with the true cause where transformers would need a library that is missing, or cannot read a file:
+    its own message names the last of several libraries that it tries."""
+    if (directory / "tokenizer.json").exists():
+        return
+    path = next(
+        (directory / name for name in (*_SENTENCE_PIECE, "tiktoken.model") if (directory / name).is_file()), None
+    )
+    if path is None:
+        return
+    with path.open("rb") as file:
+        is_tiktoken = _TIKTOKEN_LINE.match(file.read(512)) is not None
+    kind = "a tiktoken vocabulary" if is_tiktoken else "a SentencePiece model"
+    needed = (
+        {"tiktoken": "tiktoken"} if is_tiktoken else {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    )
+    missing = [name for name, module in needed.items() if not _is_installed(module)]
+    if missing:
+        raise FrontendError(
+            f"{path} is {kind}, and reading it needs {' and '.join(missing)}: pip install {' '.join(missing)}, or put "
+            "the model's tokenizer.json beside it"
+        )
+    if not is_tiktoken and path.stat().st_size <= _MOST_TOKENIZER_BYTES:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            SentencePieceProcessor(model_file=str(path))
+        except Exception as error:  # the library raises several kinds
+            raise FrontendError(
+                f"{path} is neither a SentencePiece model nor a tiktoken vocabulary: it may be cut or damaged. Get it "
+                "again, or put the model's tokenizer.json beside it"
+            ) from error
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would lie in
+        return False
+
+
+def _load(directory: Path) -> tuple[Any, tuple[str, ...]]:
+    """transformers' tokenizer of the directory (slow ones are converted), with notes; its own code never runs."""
+    from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
     path = directory / "tokenizer.json"
     if path.exists() and path.stat().st_size > _MOST_TOKENIZER_BYTES:
         raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TOKENIZER_BYTES} are read")
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True), ()
         except Exception:
-            # A class that is unknown, or remote code: tokenizer.json says everything that matters by itself.
             if not path.exists():
                 raise
-            known = ("bos_token", "eos_token", "unk_token", "pad_token")
+            # A class that is remote code, or whose own code cannot read the files: tokenizer.json and the settings
+            # beside it say everything that matters. Some write a special token as an object that does not say so.
             named = _optional_json(directory / "tokenizer_config.json")
-            tokens = {name: _token(named[name]) for name in known if _token(named.get(name)) is not None}
-            return PreTrainedTokenizerFast(tokenizer_file=str(path), **tokens)  # type: ignore[no-untyped-call]
-
-
-def _token(value: object) -> str | None:
-    """A special token's text: a string, or an object that holds one."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+            tokens = {
+                name: AddedToken(value["content"], special=True)
+                for name, value in named.items()
+                if name.endswith("_token") and isinstance(value, dict) and isinstance(value.get("content"), str)
+            }
+            plain = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, **tokens)
+            if "auto_map" not in named:
+                return plain, ()
+            kind = named.get("tokenizer_class")
+            return plain, (f"the tokenizer's own code ({kind!s:.60}) never runs: its tokenizer.json is taken alone",)
 
 
 def _chat_template(directory: Path) -> str | None:
@@ -154,9 +250,10 @@ def _generation(settings: dict[str, object]) -> dict[str, object]:
 
 
 def _ids(value: object) -> list[int]:
-    """Token ids from an id or a list of ids."""
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    """Token ids from an id, or from a list of ids or of lists."""
+    if isinstance(value, (list, tuple)):
+        return [token for item in value for token in _ids(item)]
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
 
 
 def _optional_json(path: Path) -> dict[str, object]:

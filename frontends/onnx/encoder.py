@@ -24,6 +24,7 @@ EMBEDDING, CLASSIFICATION, TOKENS = "embedding", "classification", "tokens"
 _EMBEDDINGS = ("sentence_embedding", "embedding", "embeddings", "sentence_embeddings", "text_embeds", "dense_vecs")
 _FEATURES = ("last_hidden_state", "token_embeddings", "hidden_states", "hidden_state")
 _POOLED = ("pooler_output", "pooled_output")
+_TOKEN_TYPES = 2  # of a model that takes them: those of the two texts of a pair
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
     lower_case = sentence is not None and sentence.lower_case
     text = read_encoder_text(folder, settings, lower_case)  # type: ignore[arg-type]
     companions.require_tokenizer(text.text)
+    takes_types = any(value.name == "token_types" for value in graph.inputs)
+    text = text.with_types(_TOKEN_TYPES if takes_types else 0)
     notes = (*text.text.notes, *(sentence.notes if sentence is not None else ()))
     kind, output = _purpose(graph, companions.labels is not None)
     if kind is None:
@@ -65,7 +68,6 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
         "labels": _labels(companions, shape) if kind != EMBEDDING else None,
         "multi_label": kind == CLASSIFICATION and companions.labels_stand_alone(_width(shape)),
         "max_tokens": min(longest, context),
-        "pair_types": text.pair_types and any(value.name == "token_types" for value in graph.inputs),
         "prompts": dict(sentence.prompts) if sentence is not None else {},
         "default_prompt": sentence.default_prompt if sentence is not None else None,
         "normalized": sentence is not None and sentence.normalized,
