@@ -26,7 +26,10 @@ _WORD_PIECE_CLEAN_UP = (*CLEAN_UP[:7], (" do not", " don't"), *CLEAN_UP[7:])
 
 
 class Step(Protocol):
-    """A step of a decoder. It may split, join and keep back what it is fed; `finish` gives what is left at the end."""
+    """A step of a decoder. It may split, join and keep back what it is fed; `finish` gives what is left at the end.
+
+    What a step keeps is never changed in place: `copy.copy` gives a step that goes on from here by itself.
+    """
 
     def feed(self, parts: list[str]) -> list[str]:
         """What is certain, now that these tokens (behind a step that joins: these pieces of text) have come."""
@@ -72,20 +75,20 @@ class ByteFallback:
     a byte, as the tokenizers library has it. So a run is kept back, whole characters too, until another token comes."""
 
     def __init__(self) -> None:
-        self._run = bytearray()
+        self._run = b""
 
     def feed(self, parts: list[str]) -> list[str]:
         out: list[str] = []
         for part in parts:
             byte = _BYTE.fullmatch(part)
             if byte is not None:
-                self._run.append(int(byte[1], 16))
+                self._run += bytes.fromhex(byte[1])
             else:
                 out += [*self.finish(), part]
         return out
 
     def finish(self) -> list[str]:
-        run, self._run = self._run, bytearray()
+        run, self._run = self._run, b""
         try:
             return [run.decode()] if run else []
         except UnicodeDecodeError:
@@ -96,13 +99,16 @@ class ByteLevel:
     """Each character of a token is a byte. Joins tokens. Bytes that may begin a character are kept back."""
 
     def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def feed(self, parts: list[str]) -> list[str]:
-        return [self._decoder.decode(b"".join(map(self._bytes, parts)))]
+        data = self._held + b"".join(map(self._bytes, parts))
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[used:]
+        return [text]
 
     def finish(self) -> list[str]:
-        return [self._decoder.decode(b"", final=True)]
+        return [codecs.utf_8_decode(self._held, "replace", True)[0]]
 
     @staticmethod
     def _bytes(token: str) -> bytes:

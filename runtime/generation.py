@@ -128,6 +128,8 @@ class Writer:
             piece = self._matcher.skip(special, self._detokenizer.pending)
         else:
             piece = self._matcher.feed(self._detokenizer.add(token))
+            if self._limits.stop:
+                piece += self._matcher.look(self._detokenizer.pending)
         if self._matcher.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._limits.max_tokens or len(self.tokens) > self._room:

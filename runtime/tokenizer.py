@@ -157,7 +157,7 @@ class Detokenizer:
     @property
     def pending(self) -> str:
         """What `finish` would give."""
-        text = _finish(copy.deepcopy(self._steps))
+        text = _finish([copy.copy(step) for step in self._steps])
         return text[common(text, self._told) :]
 
     def _feed(self, ids: Ids[int]) -> str:
@@ -216,10 +216,17 @@ class StopMatcher:
         if not pending and not self._unseen:
             return self._push(special, seen=False)
         self._pending, self._unseen = pending, self._unseen + special
-        # If that completes a stop string, the text ends here, and what is pending is certain.
-        ended = StopMatcher(self._stops)
-        ended._held, ended._seen = self._held, list(self._seen)
-        text = ended._push(pending) + ended._push(self._unseen, seen=False)
+        return self._ended(pending)
+
+    def look(self, pending: str) -> str:
+        """The text that may still go out if text that is not certain completes a stop string: it ends there, so that
+        what is pending is certain. Characters that are not complete are no text yet."""
+        return self._ended(pending) if pending and "�" not in pending and not self.stopped else ""
+
+    def _ended(self, pending: str) -> str:
+        ended = copy.copy(self)
+        ended._seen = list(self._seen)
+        text = ended.feed(pending)
         self.stopped = ended.stopped
         return text if self.stopped else ""
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizer_kinds as kinds
 import tokenizers
 import transformers
 from hf_models import tiny
+from tokenizer_pair import check_decoding, check_encoding, read
 
 from llmc.errors import FrontendError
+from llmc.frontends.hf import tokenizer as hf_tokenizer
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.lifted import Text
@@ -137,3 +142,197 @@ def test_slow_files_are_converted(tmp_path: Path) -> None:
     text = read_text(tmp_path, load_config(tmp_path))
     ours = tokenizers.Tokenizer.from_buffer(text.files["tokenizer.json"])
     assert ours.decode(ours.encode("def greet(name):").ids) == "def greet(name):"
+
+
+# What tokenizer files say
+
+
+def _set(directory: Path, file: str = "tokenizer_config.json", **content: object) -> None:
+    path = directory / file
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**old, **content}))
+
+
+def _drop(directory: Path, *names: str) -> None:
+    path = directory / "tokenizer_config.json"
+    kept = {name: value for name, value in json.loads(path.read_text()).items() if name not in names}
+    path.write_text(json.dumps(kept))
+
+
+def _slow_files(directory: Path) -> None:
+    """vocab.json and merges.txt in place of tokenizer.json."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+
+
+def _versioned(directory: Path) -> None:
+    shutil.copy(directory / "tokenizer.json", directory / "tokenizer.4.0.0.json")
+    kinds.llama3(directory)
+    (directory / "tokenizer.json").rename(directory / "other")
+    (directory / "tokenizer.4.0.0.json").rename(directory / "tokenizer.json")
+    (directory / "other").rename(directory / "tokenizer.9.9.9.json")
+    _set(directory, fast_tokenizer_files=["tokenizer.json", "tokenizer.9.9.9.json"])
+
+
+_UNTYPED = {"content": "<new>", "lstrip": True, "rstrip": False, "special": True}
+_TOKEN = {"__type": "AddedToken", **_UNTYPED}
+# kind of tokenizer, and what changes in its files
+SAID: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "clean_up absent": ("word_piece", lambda path: _drop(path, "clean_up_tokenization_spaces")),
+    "clean_up null": ("unigram_that_cleans_up", lambda path: _set(path, clean_up_tokenization_spaces=None)),
+    "clean_up for words": ("words", lambda path: None),
+    "split_special_tokens": ("llama2", lambda path: _set(path, split_special_tokens=True)),
+    "no split_special_tokens": ("split_special", lambda path: _set(path, split_special_tokens=False)),
+    "spaces_between_special_tokens": ("qwen2", lambda path: _set(path, spaces_between_special_tokens=True)),
+    "use_default_system_prompt": ("llama2", lambda path: _set(path, use_default_system_prompt=True)),
+    "errors": ("gpt2", lambda path: _set(path, errors="strict")),
+    "legacy": ("llama2", lambda path: _set(path, legacy=True)),
+    "no add_prefix_space": ("llama2", lambda path: _set(path, add_prefix_space=False)),
+    "add_prefix_space": ("gpt2", lambda path: _set(path, add_prefix_space=True)),
+    "add_eos_token": ("llama2", lambda path: _set(path, add_eos_token=True)),
+    "no add_bos_token": ("llama2", lambda path: _set(path, add_bos_token=False)),
+    "extra_special_tokens list": ("gpt2", lambda path: _set(path, extra_special_tokens=["def", "<new>"])),
+    "extra_special_tokens dict": ("gpt2", lambda path: _set(path, extra_special_tokens={"image_token": "<new>"})),
+    "additional_special_tokens": ("llama3", lambda path: _set(path, additional_special_tokens=["Hello", _TOKEN])),
+    "token of a name of its own": ("gpt2", lambda path: _set(path, image_token="<new>")),
+    "added_tokens_decoder": ("gpt2", lambda path: _set(path, added_tokens_decoder={"600": _UNTYPED})),
+    "special_tokens_map.json": ("gpt2", lambda path: _set(path, "special_tokens_map.json", pad_token="Hello")),
+    "added_tokens.json": ("gpt2", lambda path: (_slow_files(path), _set(path, "added_tokens.json", **{"<new>": 600}))),
+    "slow files": ("gpt2", _slow_files),
+    "fast_tokenizer_files": ("gpt2", _versioned),
+    "padding_side": ("llama2", lambda path: _set(path, padding_side="right", pad_token="</s>")),
+    "model_max_length": ("gpt2", lambda path: _set(path, model_max_length=3)),
+    "do_lower_case": ("word_piece", lambda path: _set(path, do_lower_case=False)),
+    "strip_accents": ("word_piece", lambda path: _set(path, strip_accents=True, tokenize_chinese_chars=False)),
+    "class unknown": ("llama3", lambda path: _set(path, tokenizer_class="NobodyKnowsTokenizer")),
+    "class of another model": ("gpt2", lambda path: _set(path, tokenizer_class="LlamaTokenizer")),
+    "no tokenizer_config": ("gpt2", lambda path: (path / "tokenizer_config.json").unlink()),
+    "chat_template": ("gpt2", lambda path: _set(path, chat_template="x")),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_tokenizer_files_say_takes_effect_as_in_transformers(case: str, tmp_path: Path) -> None:
+    kind, change = SAID[case]
+    kinds.KINDS[kind](tmp_path)
+    change(tmp_path)
+    pair = read(tmp_path)
+    for text in [*kinds.strings(40, seed=5), "a <new> def <new>Hello</s> <s>", "It 's , x ."]:
+        check_decoding(pair, check_encoding(pair, text), [2])
+
+
+ENDS: dict[str, tuple[dict[str, object], list[int]]] = {
+    "generation_config": ({"generation_config__json": {"eos_token_id": [7, 9]}}, [7, 9, 1]),
+    "one": ({"generation_config__json": {"eos_token_id": 7}}, [7, 1]),
+    "lists of lists": ({"generation_config__json": {"eos_token_id": [[7], [9, 7]]}}, [7, 9, 1]),
+    "config": ({"generation_config__json": None, "config__json": {"eos_token_id": [5, 6]}}, [5, 6, 1]),
+    "null": ({"generation_config__json": {"eos_token_id": None}, "config__json": {"eos_token_id": None}}, [1]),
+    "object": ({"tokenizer_config__json": {"eos_token": {"__type": "AddedToken", "content": "<s>"}}}, [1, 0]),
+    "object without a type": ({"tokenizer_config__json": {"eos_token": {"content": "<s>", "lstrip": False}}}, [1, 0]),
+    "special_tokens_map": (
+        {"tokenizer_config__json": {"eos_token": None}, "special_tokens_map__json": {"eos_token": {"content": "<s>"}}},
+        [1, 0],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_end_tokens_are_found_wherever_they_stand(case: str, tmp_path: Path) -> None:
+    files, ends = ENDS[case]
+    assert facts_of(text_of(tmp_path, **files))["stop_ids"] == ends
+
+
+def test_remote_tokenizer_code_leaves_the_other_settings(tmp_path: Path) -> None:
+    """Its class is not run, which a note says; what the files say besides takes effect."""
+    kinds.unigram_that_cleans_up(tmp_path)
+    remote = {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}, "tokenizer_class": "EvilTokenizer"}
+    _set(tmp_path, **remote, split_special_tokens=True, extra_special_tokens=["def"], truncation_side="left")
+    text = read_text(tmp_path, load_config(tmp_path))
+    facts = facts_of(text)
+    assert (facts["clean_up_spaces"], facts["split_special_tokens"], facts["truncation_side"]) == (True, True, "left")
+    assert any("EvilTokenizer" in note and "never runs" in note for note in text.notes)
+    ours = tokenizers.Tokenizer.from_buffer(text.files["tokenizer.json"])
+    assert any(token.special and token.content == "def" for token in ours.get_added_tokens_decoder().values())
+
+
+def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python around tokenizer.json cannot be in an artifact: text would be other than in transformers."""
+    kinds.gpt2(tmp_path)
+    whole = transformers.GPT2Tokenizer._encode_plus, transformers.GPT2Tokenizer._decode
+
+    def encode(self: object, text: str, **more: object) -> object:
+        return whole[0](self, text.upper(), **more)
+
+    def decode(self: object, token_ids: list[int], **more: object) -> object:
+        return whole[1](self, token_ids=[*token_ids, 70], **more)
+
+    for name, changed in (("_encode_plus", encode), ("_decode", decode)):
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.GPT2Tokenizer, name, changed)
+            text = read_text(tmp_path, load_config(tmp_path))
+        assert text.facts is None and "steps of its own" in text.notes[0] and "GPT2Tokenizer" in text.notes[0]
+    assert read_text(tmp_path, load_config(tmp_path)).facts is not None
+
+
+# SentencePiece
+
+
+@pytest.fixture(scope="module")
+def sentence_piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose tokenizer is tokenizer.model alone."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    directory = tmp_path_factory.mktemp("spm")
+    kinds.llama2(directory)
+    (directory / "tokenizer.json").unlink()
+    (directory / "corpus").write_text("\n".join(line for text in kinds.CORPUS for line in text.split("\n")))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(directory / "corpus"), model_prefix=str(directory / "tokenizer"), vocab_size=400, byte_fallback=True,
+        model_type="bpe", character_coverage=0.98, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    return directory
+
+
+def test_a_sentencepiece_model_alone_is_enough(sentence_piece: Path) -> None:
+    import sentencepiece
+
+    pair = read(sentence_piece)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(sentence_piece / "tokenizer.model"))
+    for text in ("Hello again, don't stop!", "def greet(name):", "naïve 😀"):
+        ids = check_encoding(pair, text)
+        check_decoding(pair, ids, [1])
+        assert ids == own.encode(text)  # this directory asks for no first token
+
+
+@pytest.mark.parametrize("missing", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]])
+def test_without_its_library_a_sentencepiece_model_is_refused_by_its_name(
+    sentence_piece: Path, missing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = hf_tokenizer.find_spec
+    monkeypatch.setattr(hf_tokenizer, "find_spec", lambda name: None if name in missing else found(name))
+    names = " ".join(name.removeprefix("google.") for name in missing)
+    with pytest.raises(FrontendError, match=rf"tokenizer.model is a SentencePiece model.*pip install {names}, or put"):
+        read_text(sentence_piece, load_config(sentence_piece))
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"\x0a\xff\xff"])
+def test_a_damaged_sentencepiece_model_is_refused(sentence_piece: Path, tmp_path: Path, content: bytes) -> None:
+    shutil.copytree(sentence_piece, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(
+        FrontendError, match=r"tokenizer.model is neither a SentencePiece model nor a tiktoken vocabulary"
+    ):
+        read_text(tmp_path, load_config(tmp_path))
+
+
+def test_a_tiktoken_vocabulary_is_not_taken_for_a_sentencepiece_model(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    kinds.llama2(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
+    (tmp_path / "tokenizer.model").write_bytes(b"\n".join(lines))
+    if hf_tokenizer.find_spec("tiktoken") is None:
+        with pytest.raises(FrontendError, match="is a tiktoken vocabulary, and reading it needs tiktoken: pip install"):
+            read_text(tmp_path, load_config(tmp_path))

@@ -11,6 +11,7 @@ from pathlib import Path
 import fake_artifact
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
@@ -308,6 +309,23 @@ def test_stops_end_the_text(runtime: Runtime) -> None:
     stream.text()
     assert stream.tokens == tokens[: tokens.index(tokens[20]) + 1]
     assert stream.finish_reason == "stop"
+
+
+def test_a_special_token_can_be_a_stop_string(tmp_path: Path, runtime: Runtime) -> None:
+    """Its text is never in the text, and still the text ends there; also where it is only part of the stop string."""
+    tokens = greedy(runtime.tokenizer.encode("hello"), 40)
+    place = next(index for index in range(10, 40) if tokens.index(tokens[index]) == index)
+    own = tokenizers.Tokenizer.from_buffer(fake_artifact.byte_tokenizer())
+    word = own.id_to_token(tokens[place])
+    own.add_special_tokens([word])
+    loaded = Runtime.load(fake_artifact.write(tmp_path / "model.so", tokenizer=own.to_str().encode()), threads=1)
+    before = loaded.tokenizer.decode(tokens[:place])
+    for stop, text in ((word, before), (before[-2:] + word, before[:-2]), ("no" + word, None)):
+        stream = loaded.stream("hello", max_tokens=40, stop=stop)
+        whole = loaded.tokenizer.decode(tokens)
+        assert stream.text() == (whole if text is None else text) == loaded.generate("hello", max_tokens=40, stop=stop)
+        assert stream.tokens == (tokens if text is None else tokens[: place + 1])
+        assert stream.finish_reason == ("length" if text is None else "stop")
 
 
 def test_stop_ids_of_the_model_hold(tmp_path: Path, runtime: Runtime) -> None:

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import random
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tokenizer_kinds import KINDS, id_lists, strings
+from tokenizer_pair import Pair, check_decoding, check_encoding, read
 
-from llmc.frontends.hf.config import load_config, quiet
-from llmc.frontends.hf.tokenizer import read_text
-from llmc.runtime.manifest import TextFacts
-from llmc.runtime.tokenizer import Detokenizer, Tokenizer
+from llmc.runtime.tokenizer import Detokenizer, StopMatcher
 
 QUICK, WHOLE = 100, 500  # strings of a kind
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A directory's tokenizer, as an artifact holds it and as transformers reads it."""
-
-    ours: Tokenizer
-    theirs: Any
-
-    def decoded(self, ids: list[int], skip_special: bool = True) -> str:
-        with quiet():  # transformers logs that it does not clean up
-            return str(self.theirs.decode(ids, skip_special_tokens=skip_special))
-
-
-def read(directory: Path) -> Pair:
-    text = read_text(directory, load_config(directory))
-    assert text.facts is not None, text.notes
-    names = {field.name for field in dataclasses.fields(TextFacts)}
-    facts = {name: tuple(value) if isinstance(value, list) else value for name, value in text.facts.items()}
-    ours = Tokenizer(text.files["tokenizer.json"], TextFacts(**{name: facts[name] for name in names & facts.keys()}))
-    return Pair(ours, transformers.AutoTokenizer.from_pretrained(directory))
 
 
 @pytest.fixture(scope="module")
@@ -51,32 +28,6 @@ def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pair
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int], context: list[int]) -> str:
-    detokenizer = Detokenizer(tokenizer, context)
-    return "".join([detokenizer.add(token) for token in ids]) + detokenizer.finish()
-
-
-def check_encoding(pair: Pair, text: str) -> list[int]:
-    for special in (False, True):
-        ids = list(pair.theirs(text, add_special_tokens=special)["input_ids"])
-        assert pair.ours.encode(text, add_special=special) == ids
-    return ids
-
-
-def check_decoding(pair: Pair, ids: list[int], cuts: list[int]) -> None:
-    """cuts: where the text is continued. Wherever the whole starts with the text before the cut, the pieces are the
-    rest of it; else (a character was cut there) they begin where the two differ."""
-    whole = pair.decoded(ids)
-    assert pair.ours.decode(ids) == whole
-    assert pair.ours.decode(ids, skip_special=False) == pair.decoded(ids, skip_special=False)
-    for cut in {0, *cuts}:
-        before = pair.decoded(ids[:cut])
-        same = next(
-            (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
-        )
-        assert streamed(pair.ours, ids[cut:], ids[:cut]) == whole[same:], (ids, cut)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_that_of_transformers(kind: str, pair_of: Any) -> None:
     pair = pair_of(kind)
@@ -85,6 +36,51 @@ def test_text_is_that_of_transformers(kind: str, pair_of: Any) -> None:
         check_decoding(pair, ids, [number % (len(ids) + 1), len(ids)])
     for number, ids in enumerate(id_lists(pair.ours.size, QUICK)):
         check_decoding(pair, ids, [number % (len(ids) + 1)])
+
+
+def tokens_of_transformers(pair: Pair, ids: list[int], stops: list[str]) -> int | None:
+    """How many tokens transformers writes, up to the first that completes a stop string."""
+    criteria = transformers.StopStringCriteria(pair.theirs, stops)
+    found = (bool(criteria(torch.tensor([ids[: count + 1]]), torch.zeros(1))[0]) for count in range(len(ids)))
+    return next((count + 1 for count, stopped in enumerate(found) if stopped), None)
+
+
+def tokens_of_ours(pair: Pair, ids: list[int], stops: list[str]) -> int | None:
+    """The same as generation does it."""
+    detokenizer, matcher = Detokenizer(pair.ours), StopMatcher(stops)
+    for count, token in enumerate(ids):
+        special = pair.ours.special_text(token)
+        if special:
+            matcher.skip(special, detokenizer.pending)
+        else:
+            matcher.feed(detokenizer.add(token))
+            matcher.look(detokenizer.pending)
+        if matcher.stopped:
+            return count + 1
+    return None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "flags", "llama2", "phi3", "gemma"])
+def test_stop_strings_end_a_text_at_the_token_of_transformers(kind: str, pair_of: Any) -> None:
+    """Stops across token borders, within a token, at line ends that are byte tokens, and at special tokens: alone, amid
+    text, and in part."""
+    pair = pair_of(kind)
+    chance = random.Random(3)
+    special = sorted(token.content for token in pair.theirs.added_tokens_decoder.values() if token.special)
+    parts = [
+        "def greet(name):\n return x",
+        "Hello again.\n\nDon't stop",
+        "it 's 3.14 , isn 't it ?",
+        "naïve x\n",
+        *special,
+    ]
+    for _ in range(QUICK // 4):
+        chosen = [parts[0], *(chance.choice(parts) for _ in range(chance.randint(1, 5)))]
+        ids = [token for part in chosen for token in pair.theirs(part, add_special_tokens=False)["input_ids"]]
+        text = pair.decoded(ids, skip_special=False)
+        start = chance.randrange(len(text))
+        stops = [text[start : start + chance.randint(1, 8)].strip(" ") or "x", chance.choice([*special, "\n", "never"])]
+        assert tokens_of_ours(pair, ids, stops) == tokens_of_transformers(pair, ids, stops), (ids, stops, text)
 
 
 @pytest.mark.slow
