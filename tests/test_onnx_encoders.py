@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import transformers
 from kernel_harness import CACHE
 from onnx_exports import export_encoder
 from tiny_encoders import VOCAB, make_encoder
@@ -116,3 +117,18 @@ def test_ragged_batches_of_an_exported_encoder(tmp_path: Path) -> None:
     found = runtime.embed(texts)
     want = np.stack([by_onnxruntime(path, np.array(ids))["last_hidden_state"][0].mean(0) for ids in texts])
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-4)
+
+
+def test_pairs_have_token_types_whatever_the_output_is_for(tmp_path: Path) -> None:
+    """Also for a head without a use that llmc knows: the second text of a pair is of type 1, as the tokenizer says."""
+    directory = make_encoder("bert", tmp_path / "bert", "MaskedLM")
+    path = export_encoder(directory, "MaskedLM", ("logits",), types=True)
+    compile_model(str(path), tmp_path / "model.so", OPTIONS)
+    runtime = Runtime.load(tmp_path / "model.so", threads=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for text in (("def greet", "a name, and another"), ("x", "y"), ("only one",)):
+        given = {name: np.array([ids]) for name, ids in tokenizer(*text).items()}
+        (want,) = session.run(None, {value.name: given[value.name] for value in session.get_inputs()})
+        found = runtime.encode(text if len(text) == 2 else text[0])
+        np.testing.assert_allclose(found["logits"], want[0], rtol=0, atol=1e-4)  # type: ignore[call-overload,index]

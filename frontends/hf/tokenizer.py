@@ -198,7 +198,7 @@ def _load(directory: Path) -> tuple[Any, tuple[str, ...]]:
             # A class that is remote code, or whose own code cannot read the files: tokenizer.json and the settings
             # beside it say everything that matters. Some write a special token as an object that does not say so.
             named = _optional_json(directory / "tokenizer_config.json")
-            tokens = {
+            tokens: dict[str, Any] = {
                 name: AddedToken(value["content"], special=True)
                 for name, value in named.items()
                 if name.endswith("_token") and isinstance(value, dict) and isinstance(value.get("content"), str)
