@@ -277,6 +277,20 @@ def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkey
     assert read_text(tmp_path, load_config(tmp_path)).facts is not None
 
 
+def test_steps_for_some_texts_alone_are_noted(tmp_path: Path) -> None:
+    """CodeLlama's class fills a gap that <FILL_ME> marks; all other text is as its tokenizer.json says."""
+    kinds.llama2(tmp_path)
+    _set(tmp_path, tokenizer_class="CodeLlamaTokenizer")
+    _set(tmp_path, "config.json", model_type="llama")
+    text = read_text(tmp_path, load_config(tmp_path))
+    assert text.facts is not None
+    assert [
+        note for note in text.notes if "CodeLlamaTokenizer does more with some texts" in note and "_encode_plus" in note
+    ]
+    kinds.llama3(tmp_path / "plain")
+    assert read_text(tmp_path / "plain", load_config(tmp_path / "plain")).notes == ()
+
+
 # SentencePiece
 
 

@@ -12,7 +12,8 @@ What tokenizer files say takes effect as in transformers, by one of these ways:
 - transformers does not act on it either, when it encodes one text or decodes: `padding_side`, padding and truncation in
   tokenizer.json, `use_default_system_prompt`, `spaces_between_special_tokens`, `errors`, `sp_model_kwargs` (those of
   slow tokenizers), `use_fast`, `name_or_path`, `processor_class`.
-- a tokenizer class has steps of its own around all that: the artifact takes token ids only, and a note says so.
+- a tokenizer class has steps of its own around all that: the artifact takes token ids only, and a note says so. Where
+  they matter for some texts alone, the note says that these are encoded plainly.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
         return None, (f"{name} has steps of its own around its tokenizer.json: the artifact takes token ids only",)
     backend.no_truncation()
     backend.no_padding()
-    return tokenizer, notes
+    return tokenizer, (*notes, *_own_methods(tokenizer))
 
 
 def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
@@ -139,6 +140,21 @@ def _is_whole(tokenizer: Any, backend: Any) -> bool:
             if backend.encode(text).ids != ids or tokenizer.decode(ids, skip_special_tokens=True) != decoded:
                 return False
     return True
+
+
+def _own_methods(tokenizer: Any) -> tuple[str, ...]:
+    """A note on a class that has steps in Python, but does not need them for ordinary text: CodeLlama's makes something
+    else of <FILL_ME>, and Whisper's of times."""
+    from transformers import PreTrainedTokenizerFast
+
+    kind = type(tokenizer)
+    steps = ("__call__", "_encode_plus", "_batch_encode_plus", "encode", "decode", "_decode", "clean_up_tokenization")
+    own = [name for name in steps if getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name, None)]
+    if not own:
+        return ()
+    return (
+        f"{kind.__name__} does more with some texts, in Python ({', '.join(own)}): the artifact encodes them plainly",
+    )
 
 
 def _require_libraries(directory: Path) -> None:
