@@ -21,9 +21,9 @@ plan, provenance) are kept as they are.
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
      "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
-     "tokenizer": null | {"chat_template", "bos_id", "bos_token", "eos_token", "special_tokens": {"pad_token": ...},
-                          "add_bos", "stop_ids", "clean_up_spaces"},
-     "generation": {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"},
+     "tokenizer": null | {"chat_template", "chat_templates": {name: text}, "bos_id", "bos_token", "eos_token",
+                          "special_tokens": {"pad_token": ...}, "add_bos", "stop_ids", "clean_up_spaces"},
+     "generation": {any of `GenerationSettings`},
      "kernels": [...], "memory": {...}, "provenance": {...}}
 """
 
@@ -37,6 +37,7 @@ from dataclasses import dataclass, field
 
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.json_reader import MOST, Reader, refuse
+from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
@@ -168,7 +169,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """How text becomes tokens, beyond tokenizer.json. add_bos: put bos_id in front where the tokenizer did not."""
+    """How text becomes tokens, beyond tokenizer.json. add_bos: put bos_id in front where the tokenizer did not.
+    chat_templates: those that the checkpoint has under other names than the default one."""
 
     chat_template: str | None
     bos_id: int | None
@@ -178,17 +180,7 @@ class TextFacts:
     add_bos: bool
     stop_ids: tuple[int, ...]
     clean_up_spaces: bool
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """The checkpoint's own sampling settings; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -210,7 +202,7 @@ class Manifest:
     weights_hash: str | None
     tensors: tuple[Tensor, ...]
     text: TextFacts | None
-    generation: GenerationDefaults
+    generation: GenerationSettings
     raw: Json = field(repr=False)
 
     @property
@@ -270,7 +262,7 @@ def parse(data: bytes) -> Manifest:
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
         tensors=_tensors(weights, weights_bytes),
         text=None if top.value.get("tokenizer") is None else _text(top.child("tokenizer"), step.vocab_size),
-        generation=_generation(Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
+        generation=_generation(Reader(top.value.get("generation", {}), "generation")),
         raw=top.value,
     )
 
@@ -454,6 +446,7 @@ def _text(reader: Reader, vocab_size: int) -> TextFacts:
             raise refuse("tokenizer.stop_ids", "a list of token ids", value)
         stop_ids.append(value)
     special = Reader(reader.value.get("special_tokens", {}), "tokenizer.special_tokens")
+    templates = Reader(reader.value.get("chat_templates", {}), "tokenizer.chat_templates")
     return TextFacts(
         chat_template=None if reader.value.get("chat_template") is None else reader.string("chat_template"),
         bos_id=reader.optional_integer("bos_id", 0, vocab_size - 1),
@@ -463,6 +456,7 @@ def _text(reader: Reader, vocab_size: int) -> TextFacts:
         add_bos=reader.boolean("add_bos", False),
         stop_ids=tuple(stop_ids),
         clean_up_spaces=reader.boolean("clean_up_spaces", False),
+        chat_templates={name: templates.string(name) for name in templates.value},
     )
 
 
@@ -470,11 +464,11 @@ def _string_or_empty(reader: Reader, key: str) -> str:
     return "" if reader.value.get(key) is None else reader.string(key)
 
 
-def _generation(reader: Reader, vocab_size: int) -> GenerationDefaults:
-    return GenerationDefaults(
-        temperature=reader.number("temperature", 0, 1e6, default=0.0),
-        top_k=reader.integer("top_k", 0, 1 << 31, default=0),
-        top_p=reader.number("top_p", 0, 1, default=1.0),
-        min_p=reader.number("min_p", 0, 1, default=0.0),
-        repetition_penalty=reader.number("repetition_penalty", 1e-6, 1e6, default=1.0),
-    )
+def _generation(reader: Reader) -> GenerationSettings:
+    """The checkpoint's own settings; names that this version does not know cannot be obeyed, and are refused."""
+    try:
+        return GenerationSettings().changed(reader.value)
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(
+            f"the manifest cannot be used: generation.{str(error).strip(chr(39))}. Compile the model again"
+        ) from None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet, read_json
+from llmc.frontends.hf.generation import read_generation
 from llmc.frontends.lifted import Text
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
 
 def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
     """What an artifact carries of a tokenizer (None: there is none, as `notes` say)."""
-    settings = _optional_json(directory / "generation_config.json")
-    generation = _generation(settings)
+    generation = read_generation(directory)
+    notes = (*notes, *generation.notes)
     if tokenizer is None:
-        return Text(generation=generation, notes=notes)
+        return Text(generation=generation.defaults, notes=notes)
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    stop_ids = _ids(settings.get("eos_token_id")) or _ids(getattr(config, "eos_token_id", None))
+    stop_ids = generation.end_ids
+    if not stop_ids and not (directory / "config.json").exists():
+        stop_ids = _ids(getattr(config, "eos_token_id", None))
     backend = tokenizer.backend_tokenizer
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
@@ -72,8 +75,10 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
     bos = tokenizer.bos_token_id
     if tokenizer.eos_token_id is not None:
         stop_ids = [*stop_ids, int(tokenizer.eos_token_id)]
+    templates = _chat_templates(directory)
     facts: dict[str, object] = {
-        "chat_template": _chat_template(directory),
+        "chat_template": templates.pop("default", None),
+        "chat_templates": templates,
         "bos_id": bos if bos is not None and 0 <= bos < vocabulary else None,
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
@@ -84,7 +89,7 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
         "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
         "clean_up_spaces": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
     }
-    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, notes)
+    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation.defaults, notes)
 
 
 def _load(directory: Path) -> Any:
@@ -114,43 +119,31 @@ def _token(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _chat_template(directory: Path) -> str | None:
-    """The default chat template: a file of its own, or in tokenizer_config.json as a string or a named list."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        if path.stat().st_size > _MOST_TEMPLATE_BYTES:
-            raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise FrontendError(f"{path} cannot be read: {error}") from error
+def _chat_templates(directory: Path) -> dict[str, str]:
+    """Chat templates by name: from files of their own, or else from tokenizer_config.json, as a string, which is the
+    default one, or a list with names."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: _template_file(path) for name, path in files.items() if path.exists()}
+    if found:
+        return found
     template = _optional_json(directory / "tokenizer_config.json").get("chat_template")
     if template is None:
         template = _optional_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default", next(iter(named.values()), None))
-    return template if isinstance(template, str) else None
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if isinstance(template, dict):
+        return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
-def _generation(settings: dict[str, object]) -> dict[str, object]:
-    """The checkpoint's sampling defaults; greedy unless it asks for sampling. Values out of range are left out."""
-
-    def number(name: str, default: float, low: float, high: float) -> float:
-        value = settings.get(name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        return float(value) if good else default  # type: ignore[arg-type]
-
-    found: dict[str, object] = {"repetition_penalty": number("repetition_penalty", 1.0, 1e-3, 1e3)}
-    if settings.get("do_sample") is not True:
-        return {"temperature": 0.0, **found}
-    return {
-        "temperature": number("temperature", 1.0, 0.0, 100.0),
-        "top_k": int(number("top_k", 50, 0, 1 << 24)),
-        "top_p": number("top_p", 1.0, 0.0, 1.0),
-        "min_p": number("min_p", 0.0, 0.0, 1.0),
-        **found,
-    }
+def _template_file(path: Path) -> str:
+    if path.stat().st_size > _MOST_TEMPLATE_BYTES:
+        raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise FrontendError(f"{path} cannot be read: {error}") from error
 
 
 def _ids(value: object) -> list[int]:
