@@ -99,6 +99,8 @@ def resolve(
     seed = options.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
         raise RuntimeStateError(f"seed must be an integer, not {seed!r:.40}")
+    if seed is not None and seed < 0:
+        raise RuntimeStateError(f"seed must be 0 or more, not {seed}")
     ids = options.get("stop_token_ids")
     wanted = () if ids is None else tuple(ids) if isinstance(ids, Iterable) else (None,)
     if not all(isinstance(item, int | np.integer) for item in wanted):

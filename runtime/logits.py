@@ -15,9 +15,11 @@ _TOP_H_TOKENS = 100  # that top-h looks at, as transformers has it
 
 
 def acts(settings: GenerationSettings) -> bool:
-    """Whether any of these settings needs `LogitsProcessors`; the repetition penalty alone does not."""
+    """Whether any of these settings needs `LogitsProcessors`. The repetition penalty alone does not: the artifact knows
+    it, unless top-h, which comes after it, is on."""
     return bool(
-        settings.sequence_bias
+        settings.top_h
+        or settings.sequence_bias
         or settings.encoder_repetition_penalty != 1
         or settings.no_repeat_ngram_size
         or settings.encoder_no_repeat_ngram_size

@@ -166,7 +166,7 @@ class Sampler:
             choice.uniform = self._random.random()
         token = self._chooser.choose(self._address)
         if token < 0:
-            raise self._no_token()
+            raise self._no_token(place)
         return token if self._plain or self._greedy or not self.options.filters_late else self._choose_late()
 
     def _changed(self, place: int) -> int:
@@ -176,7 +176,8 @@ class Sampler:
         if self._processors is not None:
             self._processors.process(row)
         if not self._greedy and self.options.top_h > 0:
-            row /= np.float32(self.options.temperature)
+            with np.errstate(over="ignore"):
+                row /= np.float32(self.options.temperature)
             keep_top_h(row, self.options.top_h)
         return address(row)
 
@@ -194,10 +195,18 @@ class Sampler:
         )  # fmt: skip
         return self._chooser.choose(ctypes.addressof(draw))
 
-    def _no_token(self) -> RuntimeStateError:
-        if not self._plain and (self._chooser.row == -np.inf).all():
+    def _no_token(self, place: int) -> RuntimeStateError:
+        """Why the artifact could not choose: the settings, or else logits that came as they are."""
+        given = np.empty(self._chooser.vocab_size, np.float32)
+        ctypes.memmove(address(given), place, given.nbytes)
+        if not given.max() < np.inf or self._plain:  # NaN or infinite
+            return RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
+        if (self._chooser.row == -np.inf).all():
             return RuntimeStateError(
                 "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "
                 "no_repeat_ngram_size and the like; an empty list or 0 turns one off)"
             )
-        return RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
+        return RuntimeStateError(
+            "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
+            "too large"
+        )

@@ -60,8 +60,15 @@ def checked(name: str, value: object) -> object:
     wanted, read = _SETTINGS[name]
     try:
         return read(value)
+    except _KindError as error:
+        wanted = str(error)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{name} must be {wanted}, not {value!r:.40}") from None
+        pass
+    raise ValueError(f"{name} must be {wanted}, not {value!r:.40}")
+
+
+class _KindError(TypeError):
+    """A value that is no number where one is wanted; says what is wanted."""
 
 
 Reader = Callable[[object], object]
@@ -69,11 +76,19 @@ Reader = Callable[[object], object]
 
 def _number(holds: Callable[[float], bool]) -> Reader:
     def read(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not holds(float(value)):
-            raise ValueError
-        return float(value)
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise _KindError("a number")
+        return _real(value, holds)
 
     return read
+
+
+def _real(value: object, holds: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError
+    if not holds(float(value)):
+        raise ValueError
+    return float(value)
 
 
 def _whole(value: object) -> int:
@@ -84,7 +99,10 @@ def _whole(value: object) -> int:
 
 def _integer(low: int) -> Reader:
     def read(value: object) -> int:
-        number = _whole(value)
+        try:
+            number = _whole(value)
+        except TypeError:
+            raise _KindError("an integer") from None
         if not low <= number < 1 << 62:
             raise ValueError
         return number
@@ -131,8 +149,7 @@ def _biases(value: object) -> tuple[tuple[tuple[int, ...], float], ...]:
         raise TypeError
     found: dict[tuple[int, ...], float] = {}
     for ids, bias in value.items() if isinstance(value, Mapping) else value:
-        number = float(_number(lambda x: x < math.inf)(bias))  # type: ignore[arg-type]
-        found[_some_ids(ids)] = max(number, -LARGEST)
+        found[_some_ids(ids)] = max(_real(bias, lambda x: x < math.inf), -LARGEST)
     return tuple(found.items())
 
 
@@ -143,7 +160,7 @@ def _decay(value: object) -> tuple[int, float] | None:
     if not parts:
         return None
     start, factor = parts
-    return _whole(start), float(_number(lambda x: 0 < x < math.inf)(factor))  # type: ignore[arg-type]
+    return _whole(start), _real(factor, lambda x: 0 < x < math.inf)
 
 
 def _strings(value: object) -> tuple[str, ...]:
