@@ -317,7 +317,7 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     seed = options.get("seed")
     writers = []
     for index, prompt in enumerate(prompts):
-        own: Options = {**options, "seed": seed + index} if isinstance(seed, int) else options
+        own: Options = {**options, "seed": seed + index} if isinstance(seed, int | np.integer) else options
         writers.append(Writer(runtime, prompt, own))
         writers[-1].begin()
     texts = [""] * len(prompts)

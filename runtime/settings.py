@@ -137,6 +137,13 @@ def _id_or_ids(value: object) -> tuple[int, ...]:
     return _ids(value if isinstance(value, Iterable) else (value,))
 
 
+def _id_or_none(value: object) -> int | None:
+    ids = _id_or_ids(value)
+    if len(ids) > 1:
+        raise ValueError
+    return ids[0] if ids else None
+
+
 def _sequences(value: object) -> tuple[tuple[int, ...], ...]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError
@@ -195,7 +202,7 @@ _SETTINGS: dict[str, tuple[str, Reader]] = {
     "bad_words_ids": ("a list of lists of token ids", _sequences),
     "min_length": _COUNT,
     "min_new_tokens": _COUNT,
-    "forced_bos_token_id": ("a token id", _integer(0)),
+    "forced_bos_token_id": ("a token id, or an empty list for none", _id_or_none),
     "forced_eos_token_id": ("a token id or a list of them", _id_or_ids),
     "remove_invalid_values": ("true or false", _flag),
     "exponential_decay_length_penalty": ("a pair of a start (tokens) and a factor, or empty", _decay),

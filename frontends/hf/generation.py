@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmc.frontends.hf.config import read_json
@@ -31,21 +31,30 @@ class Generation:
     notes: tuple[str, ...]
 
 
-def read_generation(directory: Path) -> Generation:
-    """The settings of generation_config.json, or, where there is none, those of old in config.json."""
+NOTHING = Generation({}, [], ())
+
+
+def read_generation(directory: Path, vocabulary: int) -> Generation:
+    """The settings of generation_config.json, or, where there is none, those of old in config.json. vocabulary: how
+    many tokens the model has."""
     path = directory / "generation_config.json"
-    config = _optional_json(directory / "config.json")
+    config = _of_model_config(_optional_json(directory / "config.json"))
     if path.exists():
-        settings, source = _optional_json(path), path.name
+        found = generation_of(_optional_json(path), path.name, vocabulary)
     else:
-        settings, source = _of_model_config(config), "config.json"
+        found = generation_of(config, "config.json", vocabulary)
+    return found if found.end_ids else replace(found, end_ids=token_ids(config.get("eos_token_id")))
+
+
+def generation_of(settings: Mapping[str, object], source: str, vocabulary: int) -> Generation:
+    """What these settings say, which stand in a file named `source`."""
     given = {name: value for name, value in settings.items() if value is not None}
     defaults, notes = _defaults(given, source)
-    return Generation(
-        defaults=defaults,
-        end_ids=_ids_or_none(given.get("eos_token_id")) or _ids_or_none(_of_model_config(config).get("eos_token_id")),
-        notes=tuple(notes) + tuple(_unsupported(given, source)),
-    )
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        forced = defaults.get(name, [])
+        if max(forced if isinstance(forced, list) else [forced], default=0) >= vocabulary:
+            notes.append(f"{source}: {name} {defaults.pop(name)} is not in the vocabulary of {vocabulary}: ignored")
+    return Generation(defaults, token_ids(given.get("eos_token_id")), (*notes, *_unsupported(given, source)))
 
 
 def _optional_json(path: Path) -> dict[str, object]:
@@ -79,6 +88,8 @@ def _defaults(given: Mapping[str, object], source: str) -> tuple[dict[str, objec
             found[name] = read(value)
         except (TypeError, ValueError, OverflowError):
             notes.append(f"{source}: {name} must be {wanted}, and is {value!r:.40}: ignored")
+    if given.get("do_sample", False) not in (True, False):
+        notes.append(f"{source}: do_sample must be true or false, and is {given['do_sample']!r:.40}: ignored")
     if given.get("do_sample") in (True, 1):
         found = {"temperature": 1.0, "top_k": _TOP_K} | found
     else:
@@ -181,7 +192,7 @@ def _forced(value: object) -> list[int]:
     return ids
 
 
-def _ids_or_none(value: object) -> list[int]:
+def token_ids(value: object) -> list[int]:
     """Token ids from an id or a list of ids; what is none is left out."""
     items = value if isinstance(value, list) else [value]
     return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet, read_json
-from llmc.frontends.hf.generation import read_generation
+from llmc.frontends.hf.generation import Generation, read_generation
 from llmc.frontends.lifted import Text
 
 if TYPE_CHECKING:
@@ -28,7 +28,13 @@ _MOST_TEMPLATE_BYTES = 4 << 20
 
 def read_text(directory: Path, config: PreTrainedConfig) -> Text:
     """Collect what turns text into tokens and back. A model without a tokenizer is served by token ids alone."""
-    return text_of(*open_tokenizer(directory), directory, config)
+    generation = read_generation(directory, vocabulary_of(config))
+    return text_of(*open_tokenizer(directory), directory, config, generation)
+
+
+def vocabulary_of(config: PreTrainedConfig) -> int:
+    """How many tokens the text model has."""
+    return int(config.get_text_config(decoder=True).vocab_size)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -53,16 +59,20 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
     return tokenizer, ()
 
 
-def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
-    """What an artifact carries of a tokenizer (None: there is none, as `notes` say)."""
-    generation = read_generation(directory)
+def text_of(
+    tokenizer: Any | None,
+    notes: tuple[str, ...],
+    directory: Path,
+    config: PreTrainedConfig,
+    generation: Generation,
+) -> Text:
+    """What an artifact carries of a tokenizer (None: there is none, as `notes` say), and of the model's settings of
+    generation."""
     notes = (*notes, *generation.notes)
     if tokenizer is None:
         return Text(generation=generation.defaults, notes=notes)
-    vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+    vocabulary = vocabulary_of(config)
     stop_ids = generation.end_ids
-    if not stop_ids and not (directory / "config.json").exists():
-        stop_ids = _ids(getattr(config, "eos_token_id", None))
     backend = tokenizer.backend_tokenizer
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
@@ -144,12 +154,6 @@ def _template_file(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise FrontendError(f"{path} cannot be read: {error}") from error
-
-
-def _ids(value: object) -> list[int]:
-    """Token ids from an id or a list of ids."""
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
 
 
 def _optional_json(path: Path) -> dict[str, object]:
