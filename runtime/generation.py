@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.manifest import GenerationDefaults
-from llmc.runtime.sampling import Sampler, SamplingOptions
+from llmc.runtime.logits import LogitsProcessors, acts
+from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
+from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ DEFAULT_MAX_TOKENS = 256
 
 class Options(TypedDict, total=False):
     """Keyword options of `generate`, `stream`, `chat` and the like. What is not given, or None, is the model's own
-    default. stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own."""
+    default. stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own. max_time:
+    seconds after which the text ends with the next token. All others mean what they mean in transformers; 0, an empty
+    list, or 1 for a penalty or probability turns one off that the model has on."""
 
     max_tokens: int | None
     temperature: float | None
@@ -34,87 +37,169 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
+    min_new_tokens: int | None
+    min_length: int | None
+    max_time: float | None
+    top_h: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
+    no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
+    encoder_repetition_penalty: float | None
+    sequence_bias: Mapping[tuple[int, ...], float] | Sequence[tuple[Sequence[int], float]] | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    exponential_decay_length_penalty: tuple[int, float] | None
+    remove_invalid_values: bool | None
+
+
+# Options whose setting has another name, or none.
+_OTHER_NAMES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
+_OWN = ("seed", "stop_token_ids")
+# What callers who know transformers or an API may try, and what it is called here.
+_CALLED = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens (without the prompt's)",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "do_sample": "temperature (0: greedy)",
+}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a text ends: after max_tokens, before a stop string, at a stop token."""
+    """When a text ends: after max_tokens or max_time seconds, before a stop string, at a stop token."""
 
     max_tokens: int
     stop: tuple[str, ...]
     stop_ids: frozenset[int]
+    max_time: float | None = None
 
 
 def resolve(
-    options: Options, defaults: GenerationDefaults, stop_ids: tuple[int, ...]
-) -> tuple[SamplingOptions, Limits]:
-    """Options as given, over the model's defaults; unknown names and values out of range are refused."""
-    unknown = sorted(set(options) - set(Options.__annotations__))
-    if unknown:
-        known = ", ".join(sorted(Options.__annotations__))
-        raise RuntimeStateError(f"unknown option {', '.join(unknown)}; the options are {known}")
-    sampling = SamplingOptions(
-        temperature=_number("temperature", options.get("temperature"), defaults.temperature),
-        top_k=_integer("top_k", options.get("top_k"), defaults.top_k),
-        top_p=_number("top_p", options.get("top_p"), defaults.top_p),
-        min_p=_number("min_p", options.get("min_p"), defaults.min_p),
-        repetition_penalty=_number(
-            "repetition_penalty", options.get("repetition_penalty"), defaults.repetition_penalty
-        ),
-        seed=None if options.get("seed") is None else _integer("seed", options.get("seed"), 0),
-    )
-    max_tokens = _integer("max_tokens", options.get("max_tokens"), DEFAULT_MAX_TOKENS)
-    if max_tokens < 1:
-        raise RuntimeStateError(f"max_tokens must be 1 or more, not {max_tokens}")
-    stop = options.get("stop") or ()
-    stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
-    if not all(isinstance(text, str) for text in stops):
-        raise RuntimeStateError(f"stop must be a string or a list of strings, not {stop!r:.40}")
+    options: Mapping[str, object], defaults: GenerationSettings, stop_ids: tuple[int, ...], prompt_length: int
+) -> tuple[GenerationSettings, int | None, Limits]:
+    """Settings, seed and limits of a text: the options as given, over the model's defaults; unknown names and values
+    out of range are refused."""
+    check_names(options)
+    given = {
+        _OTHER_NAMES.get(name, name): value for name, value in options.items() if value is not None and name not in _OWN
+    }
+    names = {setting: option for option, setting in _OTHER_NAMES.items()}
+    try:
+        settings = defaults.changed(given)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        raise RuntimeStateError(f"{names.get(name, name)} {rest}") from None
+    seed = options.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
+        raise RuntimeStateError(f"seed must be an integer, not {seed!r:.40}")
+    if seed is not None and seed < 0:
+        raise RuntimeStateError(f"seed must be 0 or more, not {seed}")
     ids = options.get("stop_token_ids")
     wanted = () if ids is None else tuple(ids) if isinstance(ids, Iterable) else (None,)
     if not all(isinstance(item, int | np.integer) for item in wanted):
         raise RuntimeStateError(f"stop_token_ids must be a list of token ids, not {ids!r:.40}")
-    return sampling, Limits(
-        max_tokens=max_tokens,
-        stop=stops,
-        stop_ids=frozenset(stop_ids) | frozenset(int(item) for item in wanted),
+    return (
+        settings,
+        None if seed is None else int(seed),
+        Limits(
+            max_tokens=_most_tokens(settings, prompt_length),
+            stop=settings.stop_strings,
+            stop_ids=frozenset(stop_ids) | frozenset(int(item) for item in wanted),
+            max_time=settings.max_time,
+        ),
     )
 
 
-def _integer(name: str, given: object, default: int) -> int:
-    if given is None:
-        return default
-    if isinstance(given, bool) or not isinstance(given, int | np.integer):
-        raise RuntimeStateError(f"{name} must be an integer, not {given!r:.40}")
-    return int(given)
+def split_options(options: Mapping[str, object]) -> tuple[Options, dict[str, object]]:
+    """Options of generation, and the others."""
+    own = {name: value for name, value in options.items() if name in Options.__annotations__}
+    rest = {name: value for name, value in options.items() if name not in own}
+    called = [name for name in rest if name in _CALLED]
+    if called:
+        check_names(dict.fromkeys(called))
+    return own, rest  # type: ignore[return-value]
 
 
-def _number(name: str, given: object, default: float) -> float:
-    if given is None:
-        return default
-    if isinstance(given, bool) or not isinstance(given, int | float | np.number):
-        raise RuntimeStateError(f"{name} must be a number, not {given!r:.40}")
-    return float(given)
+def check_names(options: Mapping[str, object]) -> None:
+    """Refuses what is no option."""
+    unknown = sorted(set(options) - set(Options.__annotations__))
+    if not unknown:
+        return
+    called = [f"{name} is called {_CALLED[name]} here" for name in unknown if name in _CALLED]
+    known = ", ".join(sorted(Options.__annotations__))
+    what = "; ".join(called) or f"the options are {known}"
+    raise RuntimeStateError(f"unknown option {', '.join(unknown)}; {what}")
+
+
+def _most_tokens(settings: GenerationSettings, prompt_length: int) -> int:
+    """A number of new tokens comes before one that counts the prompt, as in transformers."""
+    if settings.max_new_tokens is not None:
+        return settings.max_new_tokens
+    if settings.max_length is None:
+        return DEFAULT_MAX_TOKENS
+    if prompt_length >= settings.max_length:
+        raise RuntimeStateError(
+            f"the prompt has {prompt_length} tokens, and the model's max_length is {settings.max_length} for prompt "
+            "and text together: give max_tokens, or a shorter prompt"
+        )
+    return settings.max_length - prompt_length
+
+
+def make_sampler(
+    settings: GenerationSettings, seed: int | None, limits: Limits, chooser: Chooser, prompt: list[int]
+) -> Sampler:
+    """What chooses the tokens after this prompt."""
+    sampling = SamplingOptions(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+        seed=seed,
+        top_h=settings.top_h,
+        typical_p=settings.typical_p,
+        epsilon_cutoff=settings.epsilon_cutoff,
+        eta_cutoff=settings.eta_cutoff,
+    )
+    processors = None
+    if acts(settings):
+        longest = len(prompt) + limits.max_tokens
+        processors = LogitsProcessors(settings, prompt, limits.stop_ids, longest, chooser.vocab_size)
+    sampler = Sampler(sampling, chooser, processors)
+    sampler.observe(prompt)
+    return sampler
 
 
 class Writer:
     """One text in the making: takes logits, chooses a token, gives the text that is certain.
 
     finish_reason: None while it goes on; "stop" at a stop string or token; "length" at max_tokens or at the end of the
-    context.
+    context; "time" after max_time.
     """
 
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
-        sampling, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids)
+        settings, seed, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids, len(prompt))
         self._limits = limits
-        self._sampler = Sampler(sampling, runtime.chooser)
-        self._sampler.observe(prompt.tolist())
+        self._sampler = make_sampler(settings, seed, limits, runtime.chooser, prompt.tolist())
         self._tokenizer = runtime.tokenizer
         self._detokenizer = Detokenizer(self._tokenizer, prompt.tolist())
         self._matcher = StopMatcher(limits.stop)
         self._room = runtime.max_context - len(prompt)
+        self._end_time: float | None = None
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+
+    def begin(self) -> None:
+        """The text begins now: max_time counts from here."""
+        if self._limits.max_time is not None:
+            self._end_time = time.perf_counter() + self._limits.max_time
 
     def write(self, place: int) -> str:
         """Chooses the next token from its logits, float32 [vocab] at this address; returns the text that may go out."""
@@ -134,6 +219,8 @@ class Writer:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._limits.max_tokens or len(self.tokens) > self._room:
             piece += self._end("length")
+        elif self._end_time is not None and time.perf_counter() > self._end_time:
+            piece += self._end("time")
         return piece
 
     def _end(self, reason: str, special: str = "") -> str:
@@ -169,7 +256,7 @@ class TextStream(Iterator[str]):
 
     @property
     def finish_reason(self) -> str | None:
-        """None until the end, then "stop" or "length"."""
+        """None until the end, then "stop", "length" or "time"; see `Writer`."""
         return self._writer.finish_reason
 
     @property
@@ -208,6 +295,7 @@ def _write(
     runtime: Runtime, prompt: NDArray[np.int32], writer: Writer, progress: Progress
 ) -> Generator[str, None, None]:
     start = time.perf_counter()
+    writer.begin()
     with runtime.sequence() as sequence:
         progress.cached_tokens = sequence.adopt_prefix(prompt)
         sequences, ids = [sequence], prompt[progress.cached_tokens :]
@@ -236,8 +324,9 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     seed = options.get("seed")
     writers = []
     for index, prompt in enumerate(prompts):
-        own: Options = {**options, "seed": seed + index} if seed is not None else options
+        own: Options = {**options, "seed": seed + index} if isinstance(seed, int | np.integer) else options
         writers.append(Writer(runtime, prompt, own))
+        writers[-1].begin()
     texts = [""] * len(prompts)
     sequences = [runtime.sequence() for _ in prompts]
     try:

@@ -21,11 +21,10 @@ plan, provenance) are kept as they are.
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
      "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
-     "tokenizer": null | {"chat_template", "bos_id", "bos_token", "eos_token", "special_tokens": {"pad_token": ...},
-                          "add_bos", "stop_ids", "clean_up_spaces", "split_special_tokens",
-                          "truncation_side": null | "left" | "right",
-                          "token_types"},
-     "generation": {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"},
+     "tokenizer": null | {"chat_template", "chat_templates": {name: text}, "bos_id", "bos_token", "eos_token",
+                          "special_tokens": {"pad_token": ...}, "add_bos", "stop_ids", "clean_up_spaces",
+                          "split_special_tokens", "truncation_side": null | "left" | "right", "token_types"},
+     "generation": {any of `GenerationSettings`},
      "kernels": [...], "memory": {...}, "provenance": {...}}
 """
 
@@ -39,6 +38,7 @@ from dataclasses import dataclass, field
 
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.json_reader import MOST, Reader, refuse
+from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
@@ -172,8 +172,8 @@ class TextFacts:
 
     clean_up_spaces: take spaces before punctuation out of decoded text. split_special_tokens: in text that is encoded,
     special tokens are text like any other. truncation_side: where texts that are too long lose tokens; None: as
-    tokenizer.json says. token_types:
-    how many the model knows, where the tokenizer tells tokens apart by type; 0: all are of type 0.
+    tokenizer.json says. token_types: how many the model knows, where the tokenizer tells tokens apart by type; 0: all
+    are of type 0. chat_templates: those that the checkpoint has under other names than the default one.
     """
 
     chat_template: str | None
@@ -187,17 +187,7 @@ class TextFacts:
     split_special_tokens: bool = False
     truncation_side: str | None = None
     token_types: int = 0
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """The checkpoint's own sampling settings; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -219,7 +209,7 @@ class Manifest:
     weights_hash: str | None
     tensors: tuple[Tensor, ...]
     text: TextFacts | None
-    generation: GenerationDefaults
+    generation: GenerationSettings
     raw: Json = field(repr=False)
 
     @property
@@ -279,7 +269,7 @@ def parse(data: bytes) -> Manifest:
         weights_hash=weights.string("hash") if "hash" in weights.value else None,
         tensors=_tensors(weights, weights_bytes),
         text=None if top.value.get("tokenizer") is None else _text(top, step.vocab_size),
-        generation=_generation(Reader(top.value.get("generation", {}), "generation"), step.vocab_size),
+        generation=_generation(Reader(top.value.get("generation", {}), "generation")),
         raw=top.value,
     )
 
@@ -465,6 +455,7 @@ def _text(top: Reader, vocab_size: int) -> TextFacts:
             raise refuse("tokenizer.stop_ids", "a list of token ids", value)
         stop_ids.append(value)
     special = Reader(reader.value.get("special_tokens", {}), "tokenizer.special_tokens")
+    templates = Reader(reader.value.get("chat_templates", {}), "tokenizer.chat_templates")
     return TextFacts(
         chat_template=None if reader.value.get("chat_template") is None else reader.string("chat_template"),
         bos_id=reader.optional_integer("bos_id", 0, vocab_size - 1),
@@ -479,6 +470,7 @@ def _text(top: Reader, vocab_size: int) -> TextFacts:
         if reader.value.get("truncation_side") is None
         else reader.string("truncation_side", ("left", "right")),
         token_types=reader.integer("token_types", 0, 1 << 16, default=2 if typed else 0),
+        chat_templates={name: templates.string(name) for name in templates.value},
     )
 
 
@@ -486,11 +478,11 @@ def _string_or_empty(reader: Reader, key: str) -> str:
     return "" if reader.value.get(key) is None else reader.string(key)
 
 
-def _generation(reader: Reader, vocab_size: int) -> GenerationDefaults:
-    return GenerationDefaults(
-        temperature=reader.number("temperature", 0, 1e6, default=0.0),
-        top_k=reader.integer("top_k", 0, 1 << 31, default=0),
-        top_p=reader.number("top_p", 0, 1, default=1.0),
-        min_p=reader.number("min_p", 0, 1, default=0.0),
-        repetition_penalty=reader.number("repetition_penalty", 1e-6, 1e6, default=1.0),
-    )
+def _generation(reader: Reader) -> GenerationSettings:
+    """The checkpoint's own settings; names that this version does not know cannot be obeyed, and are refused."""
+    try:
+        return GenerationSettings().changed(reader.value)
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(
+            f"the manifest cannot be used: generation.{str(error).strip(chr(39))}. Compile the model again"
+        ) from None

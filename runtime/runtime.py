@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +22,7 @@ from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.encoding import Activation, Encoder, Texts, Told
 from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
-from llmc.runtime.generation import Options, TextStream, generate_batch
+from llmc.runtime.generation import Options, TextStream, generate_batch, split_options
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.library import Library
 from llmc.runtime.limits import Limits, measure_limits
@@ -50,6 +50,11 @@ _USES = {
     "run": ("takes arrays", "run({name: array})"),
 }
 _MOST_SLOTS = 2**31 - 1  # slots are int32
+_MOST_THREADS = 1024  # of pool.c
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= most
 
 
 class Runtime:
@@ -113,10 +118,13 @@ class Runtime:
         the mapped file, which processes share, False to copy it into huge pages, which are read faster; by default it
         is copied where memory is plentiful. Raises `ArtifactError`.
         """
-        if threads is not None and threads < 1:
-            raise RuntimeStateError(f"threads must be 1 or more, not {threads}")
-        if kv_memory is not None and kv_memory < 1:
-            raise RuntimeStateError(f"kv_memory must be a number of bytes, not {kv_memory}")
+        if threads is not None and not _is_count(threads, _MOST_THREADS):
+            raise RuntimeStateError(f"threads must be an integer from 1 to {_MOST_THREADS}, not {threads!r:.40}")
+        if kv_memory is not None and not _is_count(kv_memory, 1 << 62):
+            raise RuntimeStateError(f"kv_memory must be a number of bytes, not {kv_memory!r:.40}")
+        for name, given in (("path", path), ("weights", weights)):
+            if not isinstance(given, str | os.PathLike) and not (name == "weights" and given is None):
+                raise RuntimeStateError(f"{name} must be a file's path, not {given!r:.40}")
         threads = threads or cpu.available_threads()
         artifact = Artifact.open(Path(path))
         try:
@@ -379,24 +387,34 @@ class Runtime:
     def generate_batch(self, prompts: Ids[Prompt], **options: Unpack[Options]) -> list[str]:
         """Continuations of several prompts at once: faster than one by one, as they share every step."""
         self._decodes("generate_batch()")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise RuntimeStateError(f"prompts must be a list of prompts, not {prompts!r:.40}")
         return generate_batch(self, [self._encode(prompt) for prompt in prompts], options)
 
-    def stream_chat(self, messages: str | Ids[Message], **options: Unpack[Options]) -> TextStream:
-        """The assistant's next turn, piece by piece. messages: {"role", "content"} dicts, or one user message."""
-        self._decodes("chat()")
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        text = self.chat_template.render(turns)
-        return TextStream(self, np.array(self.tokenizer.encode(text, add_special=False), np.int32), options)
+    def stream_chat(self, messages: str | Ids[Message], **options: object) -> TextStream:
+        """`chat`, piece by piece."""
+        prompt, rest = self._chat_prompt(messages, options)
+        return TextStream(self, prompt, rest)
 
-    def chat(self, messages: str | Ids[Message], **options: Unpack[Options]) -> str:
-        """The assistant's next turn. messages: {"role", "content"} dicts, or one user message."""
+    def chat(self, messages: str | Ids[Message], **options: object) -> str:
+        """The assistant's next turn. messages: {"role", "content", ...} dicts, or one user message.
+
+        options: those of `Options`; `tools`, `documents`, `chat_template`, `continue_final_message` and
+        `add_generation_prompt` of `ChatTemplate.render`; and whatever else the model's chat template reads, such as
+        `enable_thinking`.
+        """
         return self.stream_chat(messages, **options).text()
 
-    def response(self, query: str, history: Ids[Turn] | None = None, **options: Unpack[Options]) -> str:
+    def chat_batch(self, conversations: Ids[str | Ids[Message]], **options: object) -> list[str]:
+        """The assistant's next turns of several conversations at once; options as of `chat`."""
+        prompts = [self._chat_prompt(messages, options) for messages in conversations]
+        return generate_batch(self, [prompt for prompt, _ in prompts], prompts[0][1]) if prompts else []
+
+    def response(self, query: str, history: Ids[Turn] | None = None, **options: object) -> str:
         """The answer to a user's query. history: earlier turns, as (query, answer) pairs or messages."""
         return self.stream_response(query, history, **options).text()
 
-    def stream_response(self, query: str, history: Ids[Turn] | None = None, **options: Unpack[Options]) -> TextStream:
+    def stream_response(self, query: str, history: Ids[Turn] | None = None, **options: object) -> TextStream:
         """`response`, piece by piece."""
         messages: list[Message] = []
         for turn in history or ():
@@ -406,8 +424,24 @@ class Runtime:
                 messages.append(turn)
         return self.stream_chat([*messages, {"role": "user", "content": query}], **options)
 
+    def _chat_prompt(
+        self, messages: str | Ids[Message], options: Mapping[str, object]
+    ) -> tuple[NDArray[np.int32], Options]:
+        """A conversation's token ids, and those options that are not the template's."""
+        self._decodes("chat()")
+        known, arguments = split_options(options)
+        self.chat_template.check_variables(arguments)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        elif not isinstance(messages, Iterable):
+            raise TextError(f"messages must be a text or a list of messages, not {messages!r:.60}")
+        text = self.chat_template.render(list(messages), **arguments)  # type: ignore[arg-type]
+        return self._check_ids(self.tokenizer.encode(text, add_special=False)), known
+
     def _encode(self, prompt: Prompt) -> NDArray[np.int32]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not hasattr(ids, "__len__"):
+            raise RuntimeStateError(f"the prompt must be a text or a list of token ids, not {prompt!r:.40}")
         if not len(ids):
             raise RuntimeStateError("the prompt is empty: give at least one token")
         return self._check_ids(ids)

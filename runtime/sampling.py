@@ -1,8 +1,10 @@
-"""Choose the next token from logits, with the options that transformers has and in its order: repetition penalty,
-temperature, top-k, top-p, min-p, then a draw from what is left.
+"""Choose the next token from logits, with the options that transformers has and in its order: logits processors (the
+repetition penalty is one), temperature, top-h, top-k, top-p, min-p, typical-p, epsilon cutoff, eta cutoff, then a draw
+from what is left.
 
 The choice itself is the artifact's (`choose.c`), on the step's threads: with a vocabulary of 150,000 one pass of numpy
-over the logits takes half a percent of the model's step, and top-p wants a dozen.
+over the logits takes half a percent of the model's step, and top-p wants a dozen. What few models ask for is numpy's
+(`logits.py`), on a copy.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.library import Library
+from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
 from llmc.runtime.memory import address, reserve
 
 
@@ -39,7 +42,8 @@ class Choice(ctypes.Structure):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing; seed None draws a fresh one."""
+    """temperature 0 is greedy; top_k 0, top_p 1, min_p 0, top_h 0, typical_p 1 and cutoffs of 0 filter nothing; seed
+    None draws a fresh one."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -47,6 +51,10 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    top_h: float = 0.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
@@ -55,10 +63,19 @@ class SamplingOptions:
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 (off) to 1")
         _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
         _require(self.seed is None or self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(0 <= self.top_h <= 1, "top_h", self.top_h, "from 0 (off) to 1")
+        _require(0 < self.typical_p < float("inf"), "typical_p", self.typical_p, "above 0, and 1 for off")
+        _require(0 <= self.epsilon_cutoff < 1, "epsilon_cutoff", self.epsilon_cutoff, "from 0 (off) to below 1")
+        _require(0 <= self.eta_cutoff < 1, "eta_cutoff", self.eta_cutoff, "from 0 (off) to below 1")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
+
+    @property
+    def filters_late(self) -> bool:
+        """Whether a filter is on that comes after those of the artifact."""
+        return self.typical_p < 1 or self.epsilon_cutoff > 0 or self.eta_cutoff > 0
 
 
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
@@ -77,6 +94,14 @@ class Chooser:
         self._scratch = reserve((library.choose_bytes(vocab_size),), np.uint8, huge_pages=True)
         self.scratch = address(self._scratch)
         self._greedy = Sampler(SamplingOptions(), self)
+        self._row: NDArray[np.float32] | None = None
+
+    @property
+    def row(self) -> NDArray[np.float32]:
+        """float32 [vocab], for a copy of logits that is changed before the choice."""
+        if self._row is None:
+            self._row = np.empty(self.vocab_size, np.float32)
+        return self._row
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -95,30 +120,36 @@ class Chooser:
 
 
 class Sampler:
-    """Options, a random generator and the ids seen so far: what one sequence needs to choose its tokens."""
+    """Options, a random generator and the ids seen so far: what one sequence needs to choose its tokens. processors:
+    what changes its logits first, the repetition penalty included."""
 
-    def __init__(self, options: SamplingOptions, chooser: Chooser) -> None:
+    def __init__(self, options: SamplingOptions, chooser: Chooser, processors: LogitsProcessors | None = None) -> None:
         self.options = options
         self._chooser = chooser
+        self._processors = processors
         self._random = np.random.Generator(np.random.PCG64(options.seed))
-        self._penalty = options.repetition_penalty != 1
+        self._penalty = options.repetition_penalty != 1 and processors is None
         self._known: set[int] = set()
         self._seen = np.zeros(chooser.vocab_size if self._penalty else 0, np.int32)
         self._greedy = options.greedy
+        top_h = not self._greedy and options.top_h > 0
+        self._plain = processors is None and not top_h and (self._greedy or not options.filters_late)
         self._choice = Choice(
             seen=address(self._seen),
             scratch=chooser.scratch,
             count=chooser.vocab_size,
             top_k=options.top_k,
-            penalty=options.repetition_penalty,
-            temperature=0.0 if self._greedy else options.temperature,
+            penalty=options.repetition_penalty if self._penalty else 1.0,
+            temperature=0.0 if self._greedy else 1.0 if top_h else options.temperature,
             top_p=options.top_p,
             min_p=options.min_p,
         )
         self._address = ctypes.addressof(self._choice)
 
     def observe(self, ids: Iterable[int]) -> None:
-        """These tokens are in the sequence: the repetition penalty holds for them."""
+        """These tokens are in the sequence: penalties and the like hold for them."""
+        if self._processors is not None:
+            self._processors.observe(ids)
         if not self._penalty:
             return
         for token in ids:
@@ -130,10 +161,52 @@ class Sampler:
     def choose(self, place: int) -> int:
         """The next token. place: where its logits lie, float32 [vocab]; they are as before afterwards."""
         choice = self._choice
-        choice.logits = place
+        choice.logits = place if self._plain else self._changed(place)
         if not self._greedy:
             choice.uniform = self._random.random()
         token = self._chooser.choose(self._address)
         if token < 0:
-            raise RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
-        return token
+            raise self._no_token(place)
+        return token if self._plain or self._greedy or not self.options.filters_late else self._choose_late()
+
+    def _changed(self, place: int) -> int:
+        """Where a copy of the logits lies after processors and top-h."""
+        row = self._chooser.row
+        ctypes.memmove(address(row), place, row.nbytes)
+        if self._processors is not None:
+            self._processors.process(row)
+        if not self._greedy and self.options.top_h > 0:
+            with np.errstate(over="ignore"):
+                row /= np.float32(self.options.temperature)
+            keep_top_h(row, self.options.top_h)
+        return address(row)
+
+    def _choose_late(self) -> int:
+        """A draw from what the late filters leave of what the artifact's have left."""
+        options, row, weights = self.options, self._chooser.row, self._chooser.weights
+        ids = np.flatnonzero(weights)
+        left = weights[ids].astype(np.float64)
+        kept = still_kept(left, options.typical_p, options.epsilon_cutoff, options.eta_cutoff)
+        row.fill(-np.inf)
+        row[ids[kept]] = np.log(left[kept])
+        draw = Choice(
+            logits=address(row), scratch=self._chooser.scratch, count=len(row), penalty=1.0, temperature=1.0, top_p=1.0,
+            uniform=self._choice.uniform,
+        )  # fmt: skip
+        return self._chooser.choose(ctypes.addressof(draw))
+
+    def _no_token(self, place: int) -> RuntimeStateError:
+        """Why the artifact could not choose: the settings, or else logits that came as they are."""
+        given = np.empty(self._chooser.vocab_size, np.float32)
+        ctypes.memmove(address(given), place, given.nbytes)
+        if not given.max() < np.inf or self._plain:  # NaN or infinite
+            return RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
+        if (self._chooser.row == -np.inf).all():
+            return RuntimeStateError(
+                "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "
+                "no_repeat_ngram_size and the like; an empty list or 0 turns one off)"
+            )
+        return RuntimeStateError(
+            "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
+            "too large"
+        )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.ir.op import Input
 from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
+from llmc.frontends.hf.generation import NOTHING
 from llmc.frontends.hf.graph import Outputs
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
 from llmc.frontends.hf.sentence import SCORE, Sentence
@@ -49,10 +50,10 @@ def read_encoder_text(directory: Path, config: PreTrainedConfig, lower_case: boo
     """
     tokenizer, notes = open_tokenizer(directory)
     if tokenizer is None:
-        return EncoderText(text_of(None, notes, directory, config), None, True, False)
+        return EncoderText(text_of(None, notes, directory, config, NOTHING), None, True, False)
     if lower_case:
         _write_small(tokenizer.backend_tokenizer)
-    text = text_of(tokenizer, notes, directory, config)
+    text = text_of(tokenizer, notes, directory, config, NOTHING)
     assert text.facts is not None
     # The post-processor puts all special tokens around a text, a first one too.
     text = replace(text, facts={**text.facts, "add_bos": False})

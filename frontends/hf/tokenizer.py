@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet, read_json
+from llmc.frontends.hf.generation import Generation, read_generation, token_ids
 from llmc.frontends.lifted import Text
 
 if TYPE_CHECKING:
@@ -41,7 +42,13 @@ _MOST_TEMPLATE_BYTES = 4 << 20
 
 def read_text(directory: Path, config: PreTrainedConfig) -> Text:
     """Collect what turns text into tokens and back. A model without a tokenizer is served by token ids alone."""
-    return text_of(*open_tokenizer(directory), directory, config)
+    generation = read_generation(directory, vocabulary_of(config))
+    return text_of(*open_tokenizer(directory), directory, config, generation)
+
+
+def vocabulary_of(config: PreTrainedConfig) -> int:
+    """How many tokens the text model has."""
+    return int(config.get_text_config(decoder=True).vocab_size)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -72,18 +79,24 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
     return tokenizer, (*notes, *_own_methods(tokenizer))
 
 
-def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, config: PreTrainedConfig) -> Text:
-    """What an artifact carries of a tokenizer (None: there is none, as `notes` say)."""
-    settings = _optional_json(directory / "generation_config.json")
-    generation = _generation(settings)
+def text_of(
+    tokenizer: Any | None,
+    notes: tuple[str, ...],
+    directory: Path,
+    config: PreTrainedConfig,
+    generation: Generation,
+) -> Text:
+    """What an artifact carries of a tokenizer (None: there is none, as `notes` say), and of the model's settings of
+    generation."""
+    notes = (*notes, *generation.notes)
     if tokenizer is None:
-        return Text(generation=generation, notes=notes)
-    text_config = config.get_text_config(decoder=True)
-    vocabulary = int(text_config.vocab_size)
+        return Text(generation=generation.defaults, notes=notes)
+    vocabulary = vocabulary_of(config)
+    # A config that does not say has its class's own default, as in transformers.
     stop_ids = (
-        _ids(settings.get("eos_token_id"))
-        or _ids(getattr(config, "eos_token_id", None))
-        or _ids(getattr(text_config, "eos_token_id", None))
+        generation.end_ids
+        or token_ids(getattr(config, "eos_token_id", None))
+        or token_ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
     )
     backend = tokenizer.backend_tokenizer
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
@@ -97,8 +110,10 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
     bos = tokenizer.bos_token_id
     if tokenizer.eos_token_id is not None:
         stop_ids = [*stop_ids, int(tokenizer.eos_token_id)]
+    templates = _chat_templates(directory)
     facts: dict[str, object] = {
-        "chat_template": _chat_template(directory),
+        "chat_template": templates.pop("default", None),
+        "chat_templates": templates,
         "bos_id": bos if bos is not None and 0 <= bos < vocabulary else None,
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
@@ -111,7 +126,7 @@ def text_of(tokenizer: Any | None, notes: tuple[str, ...], directory: Path, conf
         "split_special_tokens": bool(tokenizer.split_special_tokens),
         "truncation_side": tokenizer.truncation_side,
     }
-    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation, notes)
+    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation.defaults, notes)
 
 
 def _cleans_up(tokenizer: Any) -> bool:
@@ -226,50 +241,31 @@ def _load(directory: Path) -> tuple[Any, tuple[str, ...]]:
             return plain, (f"the tokenizer's own code ({kind!s:.60}) never runs: its tokenizer.json is taken alone",)
 
 
-def _chat_template(directory: Path) -> str | None:
-    """The default chat template: a file of its own, or in tokenizer_config.json as a string or a named list."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        if path.stat().st_size > _MOST_TEMPLATE_BYTES:
-            raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise FrontendError(f"{path} cannot be read: {error}") from error
+def _chat_templates(directory: Path) -> dict[str, str]:
+    """Chat templates by name: from files of their own, or else from tokenizer_config.json, as a string, which is the
+    default one, or a list with names."""
+    files = {"default": directory / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: _template_file(path) for name, path in files.items() if path.exists()}
+    if found:
+        return found
     template = _optional_json(directory / "tokenizer_config.json").get("chat_template")
     if template is None:
         template = _optional_json(directory / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default", next(iter(named.values()), None))
-    return template if isinstance(template, str) else None
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if isinstance(template, dict):
+        return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
+    return {"default": template} if isinstance(template, str) else {}
 
 
-def _generation(settings: dict[str, object]) -> dict[str, object]:
-    """The checkpoint's sampling defaults; greedy unless it asks for sampling. Values out of range are left out."""
-
-    def number(name: str, default: float, low: float, high: float) -> float:
-        value = settings.get(name)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        return float(value) if good else default  # type: ignore[arg-type]
-
-    found: dict[str, object] = {"repetition_penalty": number("repetition_penalty", 1.0, 1e-3, 1e3)}
-    if settings.get("do_sample") is not True:
-        return {"temperature": 0.0, **found}
-    return {
-        "temperature": number("temperature", 1.0, 0.0, 100.0),
-        "top_k": int(number("top_k", 50, 0, 1 << 24)),
-        "top_p": number("top_p", 1.0, 0.0, 1.0),
-        "min_p": number("min_p", 0.0, 0.0, 1.0),
-        **found,
-    }
-
-
-def _ids(value: object) -> list[int]:
-    """Token ids from an id, or from a list of ids or of lists."""
-    if isinstance(value, (list, tuple)):
-        return [token for item in value for token in _ids(item)]
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+def _template_file(path: Path) -> str:
+    if path.stat().st_size > _MOST_TEMPLATE_BYTES:
+        raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise FrontendError(f"{path} cannot be read: {error}") from error
 
 
 def _optional_json(path: Path) -> dict[str, object]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
-from llmc.frontends.hf.tokenizer import has_tokenizer, read_text
+from llmc.frontends.hf.generation import Generation, generation_of, read_generation, token_ids
+from llmc.frontends.hf.tokenizer import has_tokenizer, open_tokenizer, text_of
 from llmc.frontends.lifted import Text
 
 _MOST_POSITIONS = 1 << 28
@@ -30,7 +32,8 @@ class Companions:
                 f"there is no directory {self._tokenizer}: --tokenizer takes one that holds a tokenizer"
             )
         self.config: dict[str, object] = self._json("config.json")
-        self._genai = _object(self._json("genai_config.json").get("model"))
+        genai = self._json("genai_config.json")
+        self._genai, self._search = _object(genai.get("model")), _object(genai.get("search"))
 
     def _json(self, name: str) -> dict[str, object]:
         for folder in self.folders:
@@ -112,9 +115,21 @@ class Companions:
 
     def text(self, vocab_size: int) -> Text:
         """The tokenizer of a decoder."""
-        text = read_text(self.tokenizer_folder(), self.settings(vocab_size))  # type: ignore[arg-type]
+        folder, settings = self.tokenizer_folder(), self.settings(vocab_size)
+        text = text_of(*open_tokenizer(folder), folder, settings, self._generation(settings))  # type: ignore[arg-type]
         self.require_tokenizer(text)
         return text
+
+    def _generation(self, settings: Settings) -> Generation:
+        """The model's settings of generation: beside the model, beside its tokenizer, or as ONNX Runtime GenAI has
+        them."""
+        beside = self.find("generation_config.json")
+        folder = self.tokenizer_folder() if beside is None else beside.parent
+        if self._search and not (folder / "generation_config.json").exists():
+            found = generation_of(self._search, "genai_config.json", settings.vocab_size)
+        else:
+            found = read_generation(folder, settings.vocab_size)
+        return found if found.end_ids else replace(found, end_ids=token_ids(settings.eos_token_id))
 
 
 class Settings:

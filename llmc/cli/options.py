@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _COMPILING = "Compiling"
 _SAMPLING = "Sampling"
+_TEMPLATE = "Chat template"
 
 Model = Annotated[
     str,
@@ -109,6 +110,43 @@ Seed = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", metavar="TEXT", rich_help_panel=_SAMPLING,
                                    help="End before this text; can be given several times."),
+]  # fmt: skip
+MinNewTokens = Annotated[
+    int | None, typer.Option("--min-new-tokens", help="Tokens to write at least.", rich_help_panel=_SAMPLING)
+]
+MaxTime = Annotated[
+    float | None, typer.Option("--max-time", metavar="SECONDS", rich_help_panel=_SAMPLING,
+                               help="End with the next token after so long."),
+]  # fmt: skip
+TypicalP = Annotated[
+    float | None, typer.Option("--typical-p", rich_help_panel=_SAMPLING,
+                               help="Choose among tokens of usual surprise that make up P."),
+]  # fmt: skip
+NoRepeatNgramSize = Annotated[
+    int | None, typer.Option("--no-repeat-ngram-size", metavar="N", rich_help_panel=_SAMPLING,
+                             help="No run of N tokens comes twice."),
+]  # fmt: skip
+SuppressTokens = Annotated[
+    list[int] | None, typer.Option("--suppress-token", metavar="ID", rich_help_panel=_SAMPLING,
+                                   help="Never write this token; can be given several times."),
+]  # fmt: skip
+
+Tools = Annotated[
+    Path | None, typer.Option("--tools", metavar="FILE", rich_help_panel=_TEMPLATE,
+                              help="JSON schemas of functions that the model may call, a list in a JSON file."),
+]  # fmt: skip
+Documents = Annotated[
+    Path | None, typer.Option("--documents", metavar="FILE", rich_help_panel=_TEMPLATE,
+                              help="Documents to answer from: a list of {title, text} in a JSON file."),
+]  # fmt: skip
+TemplateName = Annotated[
+    str | None, typer.Option("--template", metavar="NAME", rich_help_panel=_TEMPLATE,
+                             help="One of the model's chat templates, where it has several."),
+]  # fmt: skip
+TemplateVariables = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", rich_help_panel=_TEMPLATE,
+                                   help="A variable of the chat template, such as enable_thinking=false: JSON, or "
+                                        "else text; can be given several times."),
 ]  # fmt: skip
 
 

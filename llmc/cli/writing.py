@@ -10,6 +10,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.conversation import Conversation, facts, summary, talk, template_options
 from llmc.cli.kinds import require
 from llmc.errors import LlmcError
 
@@ -47,6 +48,11 @@ def run(
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     stop: o.Stop = None,
+    min_new_tokens: o.MinNewTokens = None,
+    max_time: o.MaxTime = None,
+    typical_p: o.TypicalP = None,
+    no_repeat_ngram_size: o.NoRepeatNgramSize = None,
+    suppress_tokens: o.SuppressTokens = None,
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
@@ -57,20 +63,22 @@ def run(
         prompt = sys.stdin.read()
     sampling: Sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop,
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or None, "min_new_tokens": min_new_tokens,
+        "max_time": max_time, "typical_p": typical_p, "no_repeat_ngram_size": no_repeat_ngram_size,
+        "suppress_tokens": suppress_tokens or None,
     }  # fmt: skip
     runtime = load(model, quantization, threads, weights)
     require(runtime.manifest, runtime.artifact.path, "run", "generate")
     stream = runtime.stream(prompt, **sampling)
     if json:
         text = stream.text()
-        output.print_json({"prompt": prompt, "text": text, **_facts(stream)})
+        output.print_json({"prompt": prompt, "text": text, **facts(stream)})
         return
     if sys.stdout.isatty():
         print(prompt, end="", flush=True)
     _show(stream)
     print(flush=True)
-    output.line(_summary(stream))
+    output.line(summary(stream))
 
 
 def _show(stream: TextStream) -> str:
@@ -85,30 +93,6 @@ def _show(stream: TextStream) -> str:
     return text
 
 
-def _facts(stream: TextStream) -> dict[str, object]:
-    count = len(stream.tokens)
-    # The first token comes out of the prompt's own step.
-    seconds = stream.decode_seconds
-    fresh = stream.prompt_tokens - stream.cached_tokens
-    return {
-        "finish_reason": stream.finish_reason,
-        "prompt_tokens": stream.prompt_tokens,
-        "generated_tokens": count,
-        "prefill_tokens_per_second": fresh / stream.prefill_seconds if stream.prefill_seconds else None,
-        "decode_tokens_per_second": (count - 1) / seconds if seconds > 0 and count > 1 else None,
-    }
-
-
-def _summary(stream: TextStream) -> str:
-    facts = _facts(stream)
-    rates = [
-        f"{facts[key]:.1f} tokens/s {what}"
-        for key, what in (("decode_tokens_per_second", "writing"), ("prefill_tokens_per_second", "reading"))
-        if facts[key] is not None
-    ]
-    return f"{facts['generated_tokens']} tokens after a prompt of {facts['prompt_tokens']}: {', '.join(rates)}"
-
-
 def chat(
     model: o.ModelOrArtifact,
     system: Annotated[str | None, typer.Option("--system", help="The system message.")] = None,
@@ -120,9 +104,18 @@ def chat(
     repetition_penalty: o.RepetitionPenalty = None,
     seed: o.Seed = None,
     stop: o.Stop = None,
+    min_new_tokens: o.MinNewTokens = None,
+    max_time: o.MaxTime = None,
+    typical_p: o.TypicalP = None,
+    no_repeat_ngram_size: o.NoRepeatNgramSize = None,
+    suppress_tokens: o.SuppressTokens = None,
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
+    tools: o.Tools = None,
+    documents: o.Documents = None,
+    template: o.TemplateName = None,
+    variables: o.TemplateVariables = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the conversation as one JSON object at the end, and nothing else.")
     ] = False,
@@ -130,59 +123,30 @@ def chat(
     """Talk with a model: /reset starts over, /exit (or Ctrl-D) ends."""
     sampling: Sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop,
+        "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or None, "min_new_tokens": min_new_tokens,
+        "max_time": max_time, "typical_p": typical_p, "no_repeat_ngram_size": no_repeat_ngram_size,
+        "suppress_tokens": suppress_tokens or None,
     }  # fmt: skip
+    from llmc.runtime.generation import resolve
+
+    told = template_options(tools, documents, template, variables or [])
     runtime = load(model, quantization, threads, weights)
     require(runtime.manifest, runtime.artifact.path, "chat", "generate")
     start = [] if system is None else [{"role": "system", "content": system}]
-    runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}])  # a model that cannot chat says so now
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401  (makes input() edit its line)
-
-        output.line("/reset starts over, /exit ends; Ctrl-C stops an answer")
-    messages = list(start)
-    while True:
-        try:
-            query = input("> " if interactive and not json else "").strip()
-        except EOFError:
-            break
-        if query == "/exit":
-            break
-        if query == "/reset":
-            messages = list(start)
-            continue
-        if query.startswith("/"):
-            output.line(f"unknown command {query.split()[0]}; there are /reset and /exit")
-            continue
-        if query:
-            messages.append({"role": "user", "content": query})
-            messages.append({"role": "assistant", "content": _answer(runtime, messages, sampling, json)})
-    if json:
-        output.print_json({"messages": messages})
-    elif interactive:
-        print()
-
-
-def _answer(runtime: Runtime, messages: list[dict[str, str]], sampling: Sampling, quiet: bool) -> str:
-    """One answer, printed as it comes; Ctrl-C cuts it short and keeps what there is."""
-    stream = runtime.stream_chat(messages, **sampling)
-    if quiet:
-        return stream.text()
-    text = ""
-    try:
-        for piece in stream:
-            text += piece
-            print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()
-    print(flush=True)
-    if stream.tokens:
-        output.line(_summary(stream))
-    return text
+    # A model that cannot chat, or not with these options, says so now.
+    resolve(sampling, runtime.manifest.generation, runtime.stop_ids, 0)
+    runtime.chat_template.check_variables(told)
+    runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}], **told)  # type: ignore[arg-type]
+    talk(Conversation(runtime, start, {**sampling, **told}, quiet=json))
 
 
 COMMANDS = (
     (run, ("llmc run pycoder.so 'def fibonacci(' --max-tokens 64 --temperature 0.7 --seed 1",)),
-    (chat, ("llmc chat assistant.so --system 'Answer in one sentence.'",)),
+    (
+        chat,
+        (
+            "llmc chat assistant.so --system 'Answer in one sentence.'",
+            "llmc chat assistant.so --tools weather.json --set enable_thinking=false",
+        ),
+    ),
 )
