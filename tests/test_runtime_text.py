@@ -439,10 +439,37 @@ def test_bad_options_are_refused_at_once(runtime: Runtime, options: dict[str, ob
             call("hello", **options)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("prompt", ["", [], [300], [-1], [0.5]])
+@pytest.mark.parametrize("prompt", ["", [], [300], [-1], [0.5], None, 5, 2.5, {"a": 1}, [None], [[1]], b"x", object()])
 def test_bad_prompts_are_refused_at_once(runtime: Runtime, prompt: object) -> None:
     with pytest.raises(RuntimeStateError):
         runtime.stream(prompt)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeStateError):
+        runtime.generate_batch([prompt])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("prompts", ["hello", None, 5])
+def test_prompts_of_a_batch_are_a_list(runtime: Runtime, prompts: object) -> None:
+    with pytest.raises(RuntimeStateError, match="prompts must be a list"):
+        runtime.generate_batch(prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"threads": 1.5}, "threads must be an integer from 1 to 1024, not 1.5"),
+        ({"threads": "2"}, "threads must be"),
+        ({"threads": True}, "threads must be"),
+        ({"threads": 0}, "threads must be"),
+        ({"threads": 10**6}, "threads must be"),
+        ({"kv_memory": 0.5}, "kv_memory must be"),
+        ({"kv_memory": "1G"}, "kv_memory must be"),
+        ({"weights": 5}, "weights must be a file's path"),
+        ({"path": None}, "path must be a file's path"),
+    ],
+)
+def test_odd_arguments_of_load_are_named(path: Path, arguments: dict[str, object], said: str) -> None:
+    with pytest.raises(LlmcError, match=said):
+        Runtime.load(**({"path": path} | arguments))  # type: ignore[arg-type]
 
 
 def test_without_a_tokenizer_ids_still_run(tmp_path: Path) -> None:

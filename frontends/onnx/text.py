@@ -121,13 +121,13 @@ class Companions:
         return text
 
     def _generation(self, settings: Settings) -> Generation:
-        """The model's settings of generation: beside the model, beside its tokenizer, or as ONNX Runtime GenAI has
-        them."""
+        """The model's settings of generation: beside it, as transformers or ONNX Runtime GenAI has them, or else beside
+        its tokenizer."""
         beside = self.find("generation_config.json")
-        folder = self.tokenizer_folder() if beside is None else beside.parent
-        if self._search and not (folder / "generation_config.json").exists():
+        if beside is None and self._search:
             found = generation_of(self._search, "genai_config.json", settings.vocab_size)
         else:
+            folder = self.tokenizer_folder() if beside is None else beside.parent
             found = read_generation(folder, settings.vocab_size)
         return found if found.end_ids else replace(found, end_ids=token_ids(settings.eos_token_id))
 
