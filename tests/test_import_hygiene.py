@@ -32,7 +32,7 @@ ALLOWED = {
     "compiler": {"llmc.errors", "llmc.compiler", "llmc.frontends", "llmc.targets", "numpy", "ml_dtypes"},
     "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
     "frontends": {"llmc.errors", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
-                  "safetensors", "huggingface_hub", "tokenizers", "onnx", "google"},
+                  "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},
 }  # fmt: skip
 
 
