@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 from unittest import mock
 
-import sympy
 import torch
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -97,11 +96,7 @@ def _always_holds(condition: Any) -> bool:
     if len(symbols) != 1:
         return True
     try:
-        return all(
-            condition.subs(symbols[0], sympy.Integer(size))
-            for size in range(2, _LOOKED_AT)
-            if size < 66 or size % 61 == 0
-        )
+        return all(condition.subs(symbols[0], size) for size in range(2, _LOOKED_AT) if size < 66 or size % 61 == 0)
     except TypeError:
         return True
 
