@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+import weakref
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Ids
@@ -21,6 +21,7 @@ from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.encoding import Activation, Encoder, Texts, Told
 from llmc.runtime.errors import RuntimeStateError, TextError
+from llmc.runtime.fork_lock import STEPS, ForkLock
 from llmc.runtime.generation import Options, TextStream, generate_batch
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.library import Library
@@ -68,7 +69,7 @@ class Runtime:
         self.page = self.manifest.step.page
         self.paged = self.manifest.step.state == "paged"
         self.stop_ids = self.manifest.text.stop_ids if self.manifest.text else ()
-        self.lock = threading.RLock()
+        self.lock = ForkLock(STEPS)
         if not self.paged:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
         capacity = self._page_capacity(kv_memory) if self.paged else 0
@@ -88,7 +89,8 @@ class Runtime:
             self._caller = self._arrays = ArrayRunner(artifact, library, place, threads)
         elif self.task == "encode":
             self._caller = runner = RaggedRunner(artifact, library, place, threads)
-            self._encoder = Encoder(artifact, runner, self.lock, lambda: self.tokenizer, self.vocab_size)
+            own = weakref.proxy(self)  # no circle: a runtime that is dropped gives back what it has at once
+            self._encoder = Encoder(artifact, runner, self.lock, lambda: own.tokenizer, self.vocab_size)
         else:
             self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
             self.chooser = Chooser(library, self.vocab_size, threads)

@@ -76,7 +76,8 @@ class Chooser:
         self._threads = threads
         self._scratch = reserve((library.choose_bytes(vocab_size),), np.uint8, huge_pages=True)
         self.scratch = address(self._scratch)
-        self._greedy = Sampler(SamplingOptions(), self)
+        self._greedy = Choice(scratch=self.scratch, count=vocab_size, penalty=1.0, top_p=1.0)
+        self._greedy_address = ctypes.addressof(self._greedy)
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -85,13 +86,16 @@ class Chooser:
         return self._scratch[: 4 * self.vocab_size].view(np.float32)
 
     def choose(self, choice: int) -> int:
-        """The token; -1 where logits are not finite. choice: the address of a filled `Choice`."""
+        """The token. choice: the address of a filled `Choice`."""
         token: int = self._library.choose(choice, self._threads)
+        if token < 0:
+            raise RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
         return token
 
     def likeliest(self, place: int) -> int:
         """The id of the largest logit of the float32 [vocab] at this address."""
-        return self._greedy.choose(place)
+        self._greedy.logits = place
+        return self.choose(self._greedy_address)
 
 
 class Sampler:
@@ -133,7 +137,4 @@ class Sampler:
         choice.logits = place
         if not self._greedy:
             choice.uniform = self._random.random()
-        token = self._chooser.choose(self._address)
-        if token < 0:
-            raise RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
-        return token
+        return self._chooser.choose(self._address)

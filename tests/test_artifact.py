@@ -30,6 +30,7 @@ from llmc.errors import ArtifactError
 from llmc.runtime import cpu, manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.library import Library
+from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
 
 RNG = np.random.default_rng(7)
@@ -484,11 +485,15 @@ def test_an_artifact_that_is_compiled_again_loads_as_the_new_one(tmp_path: Path)
 def test_a_loaded_artifact_that_is_overwritten_in_place_is_refused(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     path.write_bytes(good.read_bytes())
-    Runtime.load(path, threads=1)
-    Runtime.load(path, threads=1)
+    keep = Runtime.load(path, threads=1)
     os.utime(path, ns=(1, 1))
+    Runtime.load(path, threads=1)  # another time is no other file
+    file = (path.stat().st_dev, path.stat().st_ino)
+    _, library = Library._loaded[file]
+    Library._loaded[file] = ("the hash of other code", library)  # really overwriting it would end this process
     with pytest.raises(ArtifactError, match="overwritten while it was loaded"):
         Runtime.load(path, threads=1)
+    del keep
 
 
 def test_a_loaded_artifact_can_be_saved(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ WRONG = {
     "output": (
         ("embed", "encoder", "a", "-o", "missing/x.npy"),
         "cannot write missing/x.npy",
-        "there is no folder missing",
+        "no folder missing",
     ),
 }
 
