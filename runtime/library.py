@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import errno
 import os
 import weakref
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from llmc.runtime.errors import ArtifactError, StepError
 from llmc.runtime.fork_lock import LIBRARIES, ForkLock
 from llmc.runtime.limits import LimitFunction, load_functions
 from llmc.runtime.memory import address
-
 
 _RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
@@ -56,6 +56,8 @@ def _why_not_loaded(path: Path, error: OSError) -> str:
         forbidden = 0
     if forbidden:
         return f"{path} lies on a file system that is mounted noexec, so its code cannot run: copy it to another place"
+    if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)):
+        return f"{path} cannot be loaded: {error}. Close something, or raise the limit (`ulimit -a` shows it)"
     return f"{path} cannot be loaded: {error}. Compile it again on this system"
 
 

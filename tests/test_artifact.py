@@ -30,7 +30,6 @@ from llmc.errors import ArtifactError
 from llmc.runtime import cpu, manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.library import Library
-from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
 
 RNG = np.random.default_rng(7)

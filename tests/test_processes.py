@@ -13,6 +13,8 @@ import fake_artifact
 import pytest
 from fake_kinds import write_arrays, write_encoder
 
+from llmc.runtime import cpu
+from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
 from llmc.runtime.runtime import Runtime
 
@@ -24,10 +26,11 @@ import numpy as np
 from llmc.runtime.runtime import Runtime
 path, threads = sys.argv[1], 3
 runtime = Runtime.load(path, threads=2)
+ones = np.ones((3, 3), np.float32)
 calls = {
     "generate": lambda: runtime.generate("hello", max_tokens=5),
     "encode": lambda: runtime.encode(["hello", "good bye"]),
-    "run": lambda: runtime.run({"x": np.ones((3, 3), np.float32), "y": np.ones((3, 2), int), "half": np.ones((3, 3), np.float32)}),
+    "run": lambda: runtime.run({"x": ones, "y": np.ones((3, 2), int), "half": ones}),
 }
 call = calls[runtime.task]
 expected = repr(call())
@@ -138,11 +141,9 @@ def test_a_fork_waits_for_the_holder_of_a_lock(rank: int) -> None:
 
 
 def test_a_lock_that_a_fork_did_not_get_is_an_error_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmc.runtime.errors import RuntimeStateError
-
     lock = ForkLock(STEPS)
     lock.lose()
-    with pytest.raises(RuntimeStateError, match="forked in the middle of a step.*load the model again"), lock:
+    with pytest.raises(RuntimeStateError, match=r"forked in the middle of a step.*load the model again"), lock:
         pass
 
 
@@ -186,3 +187,34 @@ def test_a_dropped_model_may_be_written_over_and_loaded_again(kinds: dict[str, P
     path.write_bytes(fake_artifact.write(tmp_path / "other.so", source=changed).read_bytes())
     assert (Runtime.load(path, threads=1).forward([5]) != fake_artifact.reference_logits([5])).any()
     assert (keep.forward([5]) == fake_artifact.reference_logits([5])).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "flag", "advice"),
+    [
+        ("failed to map segment from shared object", os.ST_NOEXEC, "mounted noexec.*copy it to another place"),
+        ("failed to map segment from shared object", 0, "Compile it again"),
+        ("cannot open shared object file: Too many open files", 0, "raise the limit"),
+    ],
+)
+def test_code_that_cannot_be_loaded_says_why(
+    kinds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, flag: int, advice: str
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: {said}")
+
+    path = tmp_path / "model.so"
+    shutil.copy(kinds["generate"], path)
+    monkeypatch.setattr("llmc.runtime.library.ctypes.CDLL", refuse)
+    monkeypatch.setattr(os, "statvfs", lambda _: type("Flags", (), {"f_flag": flag}))
+    with pytest.raises(ArtifactError, match=advice):
+        Runtime.load(path, threads=1)
+
+
+def test_a_processor_that_cannot_be_asked_is_no_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(RuntimeStateError, match=r"/proc/cpuinfo cannot be read .Too many open files"):
+        cpu.features.__wrapped__()
