@@ -139,7 +139,7 @@ def compile_model(
     weights = "random" if options.weights == "random" else "checkpoint"
     lifted = lift(
         source, max_context=options.max_context, weights=weights, seed=options.seed, tokenizer=tokenizer,
-        max_dims=dict(options.max_dims),
+        max_dims=dict(options.max_dims), dims=dict(options.dims),
     )  # fmt: skip
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:

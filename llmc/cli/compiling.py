@@ -40,6 +40,7 @@ def compile(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     tokenizer: o.Tokenizer = None,
     weights: Annotated[
         str,
@@ -56,7 +57,7 @@ def compile(
     from llmc.compiler.pipeline import compile_model
 
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed,
     )  # fmt: skip
@@ -129,7 +130,7 @@ def _print_use(path: Path) -> None:
         print(f"inputs: {'; '.join(map(describe, manifest.inputs)) or 'none'}")
         sizes = ", ".join(f"{size.name} {size.low} to {size.high}" for size in manifest.symbols)
         if sizes:
-            print(f"sizes: {sizes} (--max-dim NAME=N for more)")
+            print(f"sizes: {sizes} (--max-dim NAME=N for more, --dim NAME=N for one size only)")
     elif manifest.encoder is not None:
         facts = manifest.encoder
         what = {"embed": "embeddings", "classify": "classes", "encode": "rows of numbers for every token"}[kind]
@@ -196,11 +197,12 @@ def ir(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     json: o.Json = False,
 ) -> None:
     """Print a model's graph as text, whole or as a pass left it."""
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     steps = run_steps(model, options)
@@ -235,7 +237,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
 
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims))
+        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
         steps: list[Step] = [("lift", lifted.graph, lifted.graph, Report("lift"))]
         seen: dict[str, int] = {}
 
@@ -278,6 +280,7 @@ def estimate(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     sequences: Annotated[int, typer.Option("--sequences", help="Texts at once.")] = 1,
     json: o.Json = False,
 ) -> None:
@@ -289,12 +292,12 @@ def estimate(
     if sequences < 1:
         raise CompileError(f"--sequences is at least 1, not {sequences}")
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims))
+        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
         graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
     step = options.tokens_a_step(lifted.task == "encode")
     found = estimate_graph(graph, context=max(1, lifted.max_context), step=step, sequences=sequences)
