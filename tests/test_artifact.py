@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -421,7 +420,7 @@ with ArtifactWriter(sys.argv[1], sys.argv[2]) as writer:
     writer.begin_weights()
     writer.append(np.ones(100000))
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(1e6)
 """
 
 
@@ -549,12 +548,17 @@ runtime.chat("abc", max_tokens=3)
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert not any(name.startswith(("llmc.compiler", "llmc.frontends", "llmc.targets")) for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=600)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is really there."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_memory_of_a_large_cache_is_not_touched(good: Path) -> None:
-    start = time.perf_counter()
+    before = resident_bytes()
     runtime = Runtime.load(good, threads=1, kv_memory=1 << 36)
     assert runtime.pool.capacity > 1 << 20
     runtime.forward([1, 2, 3])
-    assert time.perf_counter() - start < 5
+    assert resident_bytes() - before < 64 << 20  # of 64 GiB

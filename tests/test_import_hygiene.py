@@ -40,7 +40,7 @@ ALLOWED = {
 def modules_after(code: str) -> set[str]:
     """sys.modules of a fresh interpreter that ran `code`."""
     program = f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert shown.returncode == 0, shown.stderr
     return set(json.loads(shown.stdout.splitlines()[-1]))
 

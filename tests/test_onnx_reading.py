@@ -315,7 +315,7 @@ def test_branches_in_branches_end(tmp_path: Path) -> None:
     model = model_of(body.node, [value("x", [2]), value("c", [], TensorProto.BOOL)], [value("z", [2])])
     started = time.process_time()
     graph = lift(write(model, tmp_path / "model.onnx")).graph
-    assert time.process_time() - started < 10  # about 0.5
+    assert time.process_time() - started < 60  # about 0.5; with what lies inside each, years
     found = evaluate(graph, {"x": np.float32([1, 2]), "c": np.array(True)}, lambda name: np.zeros(0))["z"]
     np.testing.assert_array_equal(found, np.float32([-1, -2]))
 

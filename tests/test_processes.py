@@ -48,7 +48,7 @@ FORKS = (
     PREPARE
     + """
 def child():
-    signal.alarm(60)
+    signal.alarm(500)
     same = repr(call()) == expected
     os._exit(0 if same else 3)
 statuses = []
@@ -69,7 +69,7 @@ POOL = (
     + """
 import multiprocessing
 def answer(_):
-    signal.alarm(60)
+    signal.alarm(500)
     return repr(call())
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert set(pool.map(answer, range(4))) == {expected}
@@ -92,11 +92,11 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("kind", ["generate", "encode", "run"])
 def test_children_of_a_busy_process_work(kinds: dict[str, Path], kind: str) -> None:
-    subprocess.run([sys.executable, "-c", FORKS, str(kinds[kind])], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", FORKS, str(kinds[kind])], check=True, timeout=600)
 
 
 def test_a_pool_of_forked_processes_works(kinds: dict[str, Path]) -> None:
-    subprocess.run([sys.executable, "-c", POOL, str(kinds["generate"])], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", POOL, str(kinds["generate"])], check=True, timeout=600)
 
 
 def forked(work: object) -> int:
@@ -105,7 +105,7 @@ def forked(work: object) -> int:
 
     pid = os.fork()
     if pid == 0:
-        signal.alarm(60)
+        signal.alarm(500)
         try:
             work()  # type: ignore[operator]
             os._exit(0)
