@@ -80,6 +80,20 @@ def test_characters_that_a_terminal_has_not_are_escaped(encoder: Path, encoding:
     assert status == 0 and json.loads(out)["texts"] == ["日本é😀"]
 
 
+def test_what_is_typed_may_be_of_another_encoding(tmp_path: Path) -> None:
+    text = {**fake_artifact.manifest()["tokenizer"], "chat_template": "{{ messages[-1].content }}"}  # type: ignore[dict-item]
+    chat = fake_artifact.write(tmp_path / "chat.so", tokenizer_facts=text)
+    ask = f"{LLMC} chat {chat} --json -n 1"
+    for printed, variables, said in (
+        ("é日", {"PYTHONIOENCODING": "ascii"}, "é日"),
+        ("\\xe9", {"PYTHONIOENCODING": "latin-1"}, "é"),
+    ):
+        status, out, _ = shell(f"printf '{printed}\n' | {ask}", **variables)
+        assert status == 0 and json.loads(out)["messages"][0]["content"] == said
+    status, out, err = shell(f"printf '\\xff\n' | {ask}")
+    assert "is not valid Unicode" in out + err
+
+
 def test_a_pipe_that_is_not_ready_is_waited_for(artifact: Path) -> None:
     """As programs leave pipes that they read asynchronously: more is written than the pipe holds."""
     reader, writer = os.pipe()
@@ -112,6 +126,14 @@ def test_what_others_print_does_not_get_into_the_object(
     status, out, err = run(capfd, "inspect", artifact, "--json")
     assert status == 1 and json.loads(out)["path"] == str(artifact)
     assert "a note of some library" in err and "Input/output error" in err
+
+
+def test_numbers_that_json_has_not_are_an_error(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmc.cli.reporting._check", lambda _: [float("nan")])
+    status, out, err = run(capfd, "inspect", artifact, "--json")
+    assert status == 1 and "NaN" in json.loads(out)["error"] and "bug" not in err
 
 
 def test_ctrl_c_is_an_object_too(

@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, TextIO
 
 from llmc.cli.streams import is_unicode, silence
+from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
     from llmc.compiler.progress import Progress
@@ -52,7 +53,10 @@ def json_only() -> Iterator[None]:
 def print_json(value: object) -> None:
     """The one JSON object of a command with --json; an error after it is said on stderr only."""
     stream = sys.stdout if _json is None else _json.stream
-    text = json.dumps(value, ensure_ascii=not is_unicode(stream), allow_nan=False, indent=2, default=_plain)
+    try:
+        text = json.dumps(value, ensure_ascii=not is_unicode(stream), allow_nan=False, indent=2, default=_plain)
+    except ValueError as error:
+        raise LlmcError("the results have infinite numbers or NaN, which JSON has not: leave --json away") from error
     if _json is not None:
         if _json.printed:
             return

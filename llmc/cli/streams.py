@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import io
 import os
@@ -39,14 +40,21 @@ class _Results(io.FileIO):
 
 
 def prepare() -> None:
-    """Makes all three streams usable: a closed stdin is empty, a closed stderr takes everything, a closed stdout is an
-    error when something is printed. Characters that stdout's encoding has not are printed as escapes."""
+    """Makes all three streams usable.
+
+    A closed stdin is empty, one of ASCII is taken as UTF-8. A closed stderr takes everything; a closed stdout is an
+    error when something is printed, and characters that its encoding has not are printed as escapes.
+    """
     for number in range(3):
         if not _is_open(number):
             # Else the next file that is opened would get this number, and what is printed would land in it.
             os.open(os.devnull, os.O_WRONLY if number == 0 else os.O_RDONLY)
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        # Bytes that are no text become marks that the tokenizer refuses by place, and JSON can hold.
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="surrogateescape")
     if sys.stderr is None:
         sys.stderr = io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8", write_through=True)
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
