@@ -72,7 +72,7 @@ def answer(_):
     signal.alarm(500)
     return repr(call())
 with multiprocessing.get_context("fork").Pool(2) as pool:
-    assert set(pool.map(answer, range(4))) == {expected}
+    assert set(pool.map_async(answer, range(4)).get(500)) == {expected}
 over.set()
 for worker in workers:
     worker.join()
