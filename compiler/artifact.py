@@ -18,13 +18,10 @@ every load in a few milliseconds. That finds damage, not malice.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import gzip
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.errors import ArtifactError
+from llmc.files import OutputFile, not_written, write_all
 
 SEAL_SCHEMA = 1
 SEAL_MAGIC = b"LLMCSEAL"
@@ -124,9 +122,7 @@ class _Part:
 class ArtifactWriter:
     """Writes one artifact, all or nothing.
 
-    Everything goes to a temporary file beside `path`, which takes the place of `path` only when the `with` block ends
-    without an error and all bytes are on the disk. Until then an older artifact stays as it was, and two writers of the
-    same path do not meet: the one that ends last wins.
+    What was at `path` stays as it is until the `with` block ends without an error: see `llmc.files.OutputFile`.
 
         with ArtifactWriter(path, library) as writer:
             writer.begin_weights()
@@ -139,8 +135,7 @@ class ArtifactWriter:
         self.path = Path(path)
         self.library = Path(library)
         self._sections: list[_Part] = []
-        self._descriptor = -1
-        self._temporary = self.path
+        self._file = OutputFile(self.path)
         self._position = 0
         self._weights_start: int | None = None
         self._weights_hash: WeightHash | None = None
@@ -149,16 +144,14 @@ class ArtifactWriter:
         with self._clear_errors():
             loadable = self.library.read_bytes()
             _check_library(loadable, self.library)
-            if self.path.is_dir():
-                raise ArtifactError(f"cannot write {self.path}: it is a folder; give a file name with -o")
-            remove_stale(self.path)
-            self._descriptor, self._temporary = create_locked(self.path)
         try:
+            with self._clear_errors():
+                self._file.open()
             self._loadable = loadable
             self._write(loadable)
             self._pad(8)
         except BaseException:
-            self._discard()
+            self._file.discard()
             raise
         return self
 
@@ -170,7 +163,7 @@ class ArtifactWriter:
                 with self._clear_errors():
                     self._finish()
         finally:
-            self._discard()
+            self._file.discard()
 
     def begin_weights(self) -> None:
         """Starts the weights: `append` may follow, until another section or the end of the `with` block."""
@@ -229,13 +222,11 @@ class ArtifactWriter:
             self.end_weights()
         parts = self._write_section_table()
         self._write(_seal(parts, self._position, self._hash_of))
-        os.fsync(self._descriptor)
-        os.replace(self._temporary, self.path)
-        _sync_folder(self.path.parent)
+        self._file.commit()
 
     def _hash_of(self, part: _Part, extent: int) -> str:
         """SHA-256 of a part as it lies in the file."""
-        return part.hash or hashlib.sha256(os.pread(self._descriptor, extent, part.offset)).hexdigest()
+        return part.hash or hashlib.sha256(os.pread(self._file.descriptor, extent, part.offset)).hexdigest()
 
     def _write_section_table(self) -> list[_Part]:
         """Writes the table of names and the section table, and enters them in the header. Returns all parts.
@@ -270,48 +261,32 @@ class ArtifactWriter:
         for part, offset in zip([*self._sections, seal], offsets, strict=True):
             old.append((offset, _SHT_PROGBITS, 0, 0, part.offset, part.bytes, 0, 0, part.align, 0))
         self._write(b"".join(_SECTION_HEADER.pack(*header) for header in old))
-        os.pwrite(self._descriptor, struct.pack("<Q", table_start), 0x28)
-        os.pwrite(self._descriptor, struct.pack("<HHH", _SECTION_HEADER.size, count, names_index), 0x3A)
+        os.pwrite(self._file.descriptor, struct.pack("<Q", table_start), 0x28)
+        os.pwrite(self._file.descriptor, struct.pack("<HHH", _SECTION_HEADER.size, count, names_index), 0x3A)
         return parts
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             raise ArtifactError("the artifact's writer is not open: use it in a `with` block")
         view = memoryview(data)
         if self._weights_hash is not None:
             self._weights_hash.update(view)
         with self._clear_errors():
-            while len(view):
-                count = os.write(self._descriptor, view[: 1 << 30])
-                self._position += count
-                view = view[count:]
+            write_all(self._file.descriptor, view)
+        self._position += len(view)
 
     def _pad(self, align: int) -> None:
         self._write(bytes(-self._position % align))
-
-    def _discard(self) -> None:
-        """Closes and removes the temporary file, if it is still there."""
-        if self._descriptor < 0:
-            return
-        # After os.replace the name is gone, or belongs to nobody else: it was random.
-        self._temporary.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = -1
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                advice = f"no space is left in {self.path.parent or '.'}: free some, or choose another place with -o"
-            elif error.errno in (errno.EFBIG, errno.EDQUOT):
-                advice = "the file would be larger than the system allows here: raise the limit, or use another place"
-            else:
-                advice = f"{error.strerror or error}"
-                if error.filename is not None and Path(error.filename) == self.library:
-                    advice = f"the linked library {self.library} cannot be read: {advice}"
-            raise ArtifactError(f"cannot write {self.path}: {advice}. What was there before is unchanged.") from error
+            if error.filename is not None and Path(error.filename) == self.library:
+                said = f"the linked library {self.library} cannot be read: {error.strerror}"
+                raise ArtifactError(f"cannot write {self.path}: {said}. What was there before is unchanged.") from error
+            raise ArtifactError(not_written(self.path, error)) from error
 
 
 def _seal(parts: list[_Part], end: int, hash_of: Callable[[_Part, int], str]) -> bytes:
@@ -343,43 +318,3 @@ def _read_section_table(data: bytes) -> tuple[list[tuple[int, ...]], int]:
 
 def _section_data(data: bytes, header: tuple[int, ...]) -> bytes:
     return data[header[4] : header[4] + header[5]]
-
-
-def create_locked(path: Path) -> tuple[int, Path]:
-    """A new temporary file beside `path`, locked for as long as its writer lives."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Another writer's clean-up may have taken it between the two calls above.
-        if os.fstat(descriptor).st_nlink:
-            return descriptor, temporary
-        os.close(descriptor)
-
-
-def remove_stale(path: Path) -> None:
-    """Removes temporary files of this artifact whose writers are dead: nobody holds their lock."""
-    for stale in path.parent.glob(f".{_escape(path.name)}.*.tmp"):
-        try:
-            descriptor = os.open(stale, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale.unlink(missing_ok=True)
-        except OSError:
-            pass  # its writer lives
-        finally:
-            os.close(descriptor)
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.text import text_hash
 from llmc.compiler.ir.types import KV, NUMPY_DTYPES
 from llmc.compiler.options import CompileOptions
+from llmc.errors import ArtifactError, CompileError
+from llmc.runtime.manifest import parse
 
 if TYPE_CHECKING:
     from llmc.compiler.pipeline import Compiled
@@ -119,6 +122,15 @@ def build_manifest(
             "tvm": _version("apache-tvm"),
         },
     }
+
+
+def check_manifest(manifest: Mapping[str, object]) -> None:
+    """CompileError where the runtime could not read it: a file that can never be loaded is not made."""
+    try:
+        parse(json.dumps(manifest, ensure_ascii=False, allow_nan=False).encode())
+    except (ArtifactError, ValueError) as error:
+        why = str(error).removesuffix(". Compile the model again").removeprefix("the manifest cannot be used: ")
+        raise CompileError(f"this model cannot become an artifact, as that could not be loaded: {why}") from error
 
 
 def state_of(graph: Graph, task: str) -> str:

@@ -40,6 +40,7 @@ class CompileOptions:
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
+    dims: (name, value) of free sizes of such a graph that are numbers.
     weights: "embed" puts them into the artifact, "random" puts noise there, "none" leaves them out (they are given
     at load time), anything else is the path of a file that they are written to.
     check: evaluate the graph before and after every pass on random bindings, in f64.
@@ -57,6 +58,7 @@ class CompileOptions:
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
+    dims: tuple[tuple[str, int], ...] = ()
     weights: str = "embed"
     check: bool = False
     kernel_cache: Path | None = None
@@ -83,10 +85,11 @@ class CompileOptions:
             raise CompileError(f"--weights is {', '.join(WEIGHT_SOURCES)} or a file's path, not empty")
         _in_range("--max-context", self.max_context, PAGE, MOST_CONTEXT)
         _in_range("--max-step", self.max_step, 16, MOST_STEP)
-        for name, most in self.max_dims:
-            if not name:
-                raise CompileError("--max-dim needs a size's name before the '=': --max-dim batch=8")
-            _in_range(f"--max-dim {name}", most, 1, MOST_DIM)
+        for option, sizes in (("--max-dim", self.max_dims), ("--dim", self.dims)):
+            for name, size in sizes:
+                if not name:
+                    raise CompileError(f"{option} needs a size's name before the '=': {option} batch=8")
+                _in_range(f"{option} {name}", size, 1, MOST_DIM)
         _in_range("--jobs", self.jobs, 1, 1024)
         _in_range("--seed", self.seed, 0, (1 << 63) - 1)
 
@@ -112,7 +115,7 @@ class CompileOptions:
         for name in ("kernel_cache", "jobs", "check"):
             del kept[name]
         kept["overrides"] = [list(pair) for pair in self.overrides]
-        kept["max_dims"] = dict(self.max_dims)
+        kept["max_dims"], kept["dims"] = dict(self.max_dims), dict(self.dims)
         json.dumps(kept)
         return kept
 
@@ -128,14 +131,14 @@ def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def parse_max_dims(texts: list[str]) -> tuple[tuple[str, int], ...]:
-    """`NAME=N` texts, as the command line gives them, to pairs."""
+def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
+    """`NAME=N` texts, as the command line gives them, to pairs. option: what they were given with."""
     pairs = []
     for text in texts:
-        name, equals, most = text.rpartition("=")
-        if not equals or not most.strip().isdecimal():
-            raise CompileError(f"--max-dim is NAME=N, such as batch=8, not {text!r}")
-        pairs.append((name.strip(), int(most)))
+        name, equals, size = text.rpartition("=")
+        if not equals or not size.strip().isdecimal():
+            raise CompileError(f"{option} is NAME=N, such as batch=8, not {text!r}")
+        pairs.append((name.strip(), int(size)))
     return tuple(pairs)
 
 

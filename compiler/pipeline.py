@@ -139,7 +139,7 @@ def compile_model(
     weights = "random" if options.weights == "random" else "checkpoint"
     lifted = lift(
         source, max_context=options.max_context, weights=weights, seed=options.seed, tokenizer=tokenizer,
-        max_dims=dict(options.max_dims),
+        max_dims=dict(options.max_dims), dims=dict(options.dims),
     )  # fmt: skip
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:
@@ -221,7 +221,7 @@ def assemble(
     started: float,
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing."""
-    from llmc.compiler.manifest import build_manifest
+    from llmc.compiler.manifest import build_manifest, check_manifest
     from llmc.targets.driver import Addresses
     from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
@@ -244,6 +244,7 @@ def assemble(
                 source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,
                 time.perf_counter() - started, digest,
             )  # fmt: skip
+            check_manifest(manifest)
             writer.add_manifest(manifest)
     return manifest
 

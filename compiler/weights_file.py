@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from llmc.compiler.artifact import WeightHash, create_locked, remove_stale
+from llmc.compiler.artifact import WeightHash
 from llmc.compiler.ir.types import Array
-from llmc.errors import ArtifactError
+from llmc.files import OutputFile, write_all, writing
 
 
 class WeightsFile:
@@ -23,16 +22,13 @@ class WeightsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = OutputFile(path)
         self._digest = WeightHash()
         self._position = 0
 
     def __enter__(self) -> WeightsFile:
-        try:
-            remove_stale(self.path)
-            descriptor, self._temporary = create_locked(self.path)
-            self._file = open(descriptor, "wb")
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
+        with writing(self.path):
+            self._file.__enter__()
         return self
 
     def append(self, array: Array, align: int = 64) -> int:
@@ -43,31 +39,19 @@ class WeightsFile:
         return offset
 
     def _write(self, data: bytes | memoryview) -> None:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; free some space there") from error
+        with writing(self.path):
+            write_all(self._file.descriptor, data)
         self._digest.update(memoryview(data))
         self._position += len(data)
 
     def seal(self) -> str:
         """Ends the file; returns its hash."""
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; free some space there") from error
+        with writing(self.path):
+            os.fsync(self._file.descriptor)
         return self._digest.hexdigest()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        except OSError as problem:
-            raise ArtifactError(f"cannot write {self.path}: {problem.strerror}; free some space there") from problem
-        finally:
-            self._temporary.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what a full disk did not take is of no interest any more
-                self._file.close()
+        with writing(self.path):
+            self._file.__exit__(kind, error, trace)

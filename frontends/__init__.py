@@ -19,20 +19,23 @@ def lift(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     max_dims: Mapping[str, int] | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> Lifted:
     """Read a model: an ONNX file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code runs.
 
     max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
     noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
-    of each free size of an ONNX graph that is not text.
+    of each free size of an ONNX graph that is not text. dims: free sizes that are numbers, in such a graph.
     """
     path = onnx_file(source)
     if path is not None:
         from llmc.frontends.onnx import lift as lift_onnx
 
         return lift_onnx(
-            path, max_context=max_context, weights=weights, seed=seed, tokenizer=tokenizer, max_dims=max_dims or {}
+            path, max_context=max_context, weights=weights, seed=seed, tokenizer=tokenizer, max_dims=max_dims, dims=dims
         )
+    for name in sorted({**(max_dims or {}), **(dims or {})}):
+        raise FrontendError(f"{source} takes text, which has no size {name!r:.60}: --max-context bounds it")
     if tokenizer is not None:
         raise FrontendError(f"{source} has a tokenizer of its own: another one can be given to an .onnx model only")
     from llmc.frontends.hf.lift import lift as lift_hf

@@ -42,7 +42,7 @@ def make_options(dtype: str = "int4", **options: object) -> CompileOptions:
     unknown = sorted(set(options) - known)
     if unknown:
         raise CompileError(f"unknown option {', '.join(unknown)}; the options are dtype, {', '.join(sorted(known))}")
-    for name in ("overrides", "max_dims"):
+    for name in ("overrides", "max_dims", "dims"):
         pairs = options.get(name)
         if isinstance(pairs, Mapping):
             options[name] = tuple(pairs.items())
@@ -62,7 +62,7 @@ def compile(
     model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int8",
     "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of
     `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
-    max_dims={"batch": 16}. Raises `LlmcError`.
+    max_dims={"batch": 16}, dims={"height": 48}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
     from llmc.compiler.scratch import scratch_folder

@@ -26,6 +26,7 @@ from llmc.runtime.manifest import Manifest
 
 SEAL_SCHEMA = 1
 SEAL_MAGIC = b"LLMCSEAL"
+LIBRARY = "library"
 MANIFEST = ".llmc.manifest"
 TOKENIZER = ".llmc.tokenizer"
 WEIGHTS = ".llmc.weights"
@@ -109,7 +110,7 @@ class Artifact:
 
     def check_library(self) -> None:
         """Checks every byte that `dlopen` could look at, and the section table."""
-        self._checked("library")
+        self._checked(LIBRARY)
         self._checked("section table")
 
     def check_tokenizer(self) -> None:
@@ -207,7 +208,7 @@ def _parse_seal(path: Path, text: bytes, end: int) -> dict[str, Part]:
             raise ArtifactError(f"{path} has a seal whose parts do not cover the file. Compile it again")
         position += part.extent
     names = [part.name for part in parts]
-    if position != end or len(set(names)) != len(names) or "library" not in names or "section table" not in names:
+    if position != end or len(set(names)) != len(names) or LIBRARY not in names or "section table" not in names:
         raise ArtifactError(f"{path} has a seal whose parts do not cover the file. Compile it again")
     for part in parts:
         if part.name == WEIGHTS and part.offset % PAGE:

@@ -10,6 +10,7 @@ import platform
 from pathlib import Path
 
 from llmc.runtime import control_groups
+from llmc.runtime.errors import RuntimeStateError
 
 # The kernel's flag names whose LLVM feature has another spelling. The rest differ at most by "_" (see `_spell`).
 _X86_SPELLING = {
@@ -65,7 +66,10 @@ def architecture() -> str:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """This machine's features. Only the first CPU's entry is read: Linux shows the same ISA on all of them."""
+    """This machine's features. Only the first CPU's entry is read: Linux shows the same ISA on all of them.
+
+    Raises `RuntimeStateError` where Linux cannot be asked.
+    """
     wanted = "Features" if architecture() == "aarch64" else "flags"
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
@@ -74,8 +78,10 @@ def features() -> frozenset[str]:
                 if key.strip() == wanted:
                     found = llvm_features(set(value.split()), architecture())
                     return found if _tiles_allowed(found) else found - _TILE_FEATURES
-    except OSError:
-        pass
+    except OSError as error:
+        raise RuntimeStateError(
+            f"what this CPU has is not known: /proc/cpuinfo cannot be read ({error.strerror})"
+        ) from error
     return frozenset()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.errors import ContextError, RuntimeStateError, TextError
+from llmc.runtime.fork_lock import ForkLock
 from llmc.runtime.manifest import EncoderFacts
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.tokenizer import Encoded, Tokenizer
@@ -41,7 +41,7 @@ class Encoder:
         self,
         artifact: Artifact,
         runner: RaggedRunner,
-        lock: threading.RLock,
+        lock: ForkLock,
         tokenizer: Callable[[], Tokenizer],
         vocab_size: int,
     ) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
+import errno
 import os
-import threading
+import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime import manifest
-from llmc.runtime.artifact import HASH_CHUNK, Artifact
+from llmc.runtime.artifact import HASH_CHUNK, LIBRARY, Artifact
 from llmc.runtime.errors import ArtifactError, StepError
+from llmc.runtime.fork_lock import LIBRARIES, ForkLock
 from llmc.runtime.limits import LimitFunction, load_functions
 from llmc.runtime.memory import address
+
+_RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
 
 class Step(ctypes.Structure):
@@ -42,23 +48,43 @@ class Step(ctypes.Structure):
     )
 
 
-class Library:
-    """The loaded code of one artifact.
+def _why_not_loaded(path: Path, error: OSError) -> str:
+    """What to say of code that the loader refused."""
+    try:
+        forbidden = os.statvfs(path).f_flag & os.ST_NOEXEC
+    except OSError:
+        forbidden = 0
+    if forbidden:
+        return f"{path} lies on a file system that is mounted noexec, so its code cannot run: copy it to another place"
+    if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)):
+        return f"{path} cannot be loaded: {error}. Close something, or raise the limit (`ulimit -a` shows it)"
+    return f"{path} cannot be loaded: {error}. Compile it again on this system"
 
-    Libraries stay loaded until the process ends, as the pool's workers run in the code of the first. The loader knows
-    a library by the name it was opened with, and would give the old code for a name it has seen: so the name is that
-    of the file descriptor that was checked, which stays open for as long.
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    """Changes when a file is written to."""
+    return status.st_mtime_ns, status.st_size
+
+
+class Library:
+    """The loaded code of one artifact, unloaded when nothing refers to it any more.
+
+    The first one stays loaded until the process ends, as the pool's workers run in its code. The loader knows a library
+    by the name it was opened with, and would give the old code for a name it has seen: so the name is that of the file
+    descriptor that was checked, which stays open for as long.
     """
 
-    _lock = threading.Lock()
-    _loaded: dict[tuple[int, int], tuple[tuple[int, int], Library]] = {}  # noqa: RUF012  (guarded by _lock)
+    _lock = ForkLock(LIBRARIES)
+    # By file: the hash of its code when it was loaded, and the code. (guarded by _lock)
+    _loaded: dict[tuple[int, int], tuple[str, weakref.ref[Library]]] = {}  # noqa: RUF012
     _pool: int | None = None
+    _pool_owner: Library | None = None
 
     def __init__(self, path: Path, name: str) -> None:
         try:
             handle = ctypes.CDLL(name)
         except OSError as error:
-            raise ArtifactError(f"{path} cannot be loaded: {error}. Compile it again on this system") from error
+            raise ArtifactError(_why_not_loaded(path, error)) from error
         self._handle = handle
         try:
             self._run = handle.llmc_run
@@ -81,15 +107,15 @@ class Library:
         if abi() != manifest.ABI:
             raise ArtifactError(f"{path} has code of ABI {abi()}; this runtime calls ABI {manifest.ABI}. Compile again")
         if Library._pool is None:
-            Library._pool = pool_create()
+            Library._pool, Library._pool_owner = pool_create(), self
         if Library._pool is not None:
             pool_use(Library._pool)
 
     @classmethod
     def load(cls, artifact: Artifact) -> Library:
-        """The code of a checked artifact; an artifact that is loaded already is not loaded twice."""
+        """The code of an artifact whose library was checked; one that is loaded already is not loaded twice."""
         status = os.fstat(artifact.descriptor)
-        file, version = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
+        file, version = (status.st_dev, status.st_ino), artifact.parts[LIBRARY].hash
         with cls._lock:
             known = cls._loaded.get(file)
             if known is not None:
@@ -98,7 +124,9 @@ class Library:
                         f"{artifact.path} was overwritten while it was loaded. Restart this process; and replace the "
                         "file of a loaded artifact with `mv` (as llmc itself does), not with `cp`"
                     )
-                return known[1]
+                library = known[1]()
+                if library is not None:
+                    return library
             kept = os.dup(artifact.descriptor)
             name = f"/proc/self/fd/{kept}"
             try:
@@ -106,8 +134,25 @@ class Library:
             except BaseException:
                 os.close(kept)
                 raise
-            cls._loaded[file] = version, library
+            entry = cls._loaded[file] = version, weakref.ref(library)
+            # Its functions are called through it only, so that none is called after it is gone.
+            weakref.finalize(library, cls._unload, library._handle, kept, _stamp(status), file, entry).atexit = False
             return library
+
+    @classmethod
+    def _unload(cls, handle: ctypes.CDLL, kept: int, stamp: object, file: tuple[int, int], entry: object) -> None:
+        """Gives back the mappings, the descriptor and, of a file that was deleted, the disk space."""
+        with cls._lock:
+            if _stamp(os.fstat(kept)) != stamp:
+                return  # overwritten in place: what the loader would run to end it may be anything
+            _ctypes.dlclose(handle._handle)
+            try:
+                _ctypes.dlclose(_ctypes.dlopen(handle._name, _RTLD_NOLOAD | os.RTLD_NOW))
+                return  # loaded all the same, and known by this name
+            except OSError:
+                os.close(kept)
+            if cls._loaded.get(file) is entry:
+                del cls._loaded[file]
 
     def run(self, step: int, threads: int) -> None:
         """Runs one step. step: the address of a filled `Step`."""
@@ -117,7 +162,7 @@ class Library:
 
     def limits(self, facts: Sequence[manifest.LimitFacts]) -> list[LimitFunction]:
         """The functions that measure the machine's limits."""
-        return load_functions(self._handle, facts)
+        return [replace(function, library=self) for function in load_functions(self._handle, facts)]
 
     def choose_bytes(self, count: int) -> int:
         """Bytes of scratch that a choice among `count` tokens needs."""

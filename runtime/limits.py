@@ -26,12 +26,14 @@ _OUTPUT_BYTES = 4096  # a thread's own page
 
 @dataclass(frozen=True)
 class LimitFunction:
-    """A loaded limit kernel. amount: bytes or operations of a work unit; input_bytes: read over and over, or 0."""
+    """A loaded limit kernel. amount: bytes or operations of a work unit; input_bytes: read over and over, or 0;
+    library: what keeps its code loaded."""
 
     name: str
     amount: int
     input_bytes: int
     run: Run
+    library: object = None
 
 
 @dataclass(frozen=True)

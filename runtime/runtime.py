@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import secrets
-import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
@@ -15,13 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmc.files import OutputFile, write_all, writing
 from llmc.runtime import cpu
 from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.encoding import Activation, Encoder, Texts, Told
-from llmc.runtime.errors import ArtifactError, RuntimeStateError, TextError
+from llmc.runtime.errors import RuntimeStateError, TextError
+from llmc.runtime.fork_lock import STEPS, ForkLock
 from llmc.runtime.generation import Options, TextStream, generate_batch, split_options
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.library import Library
@@ -74,7 +74,7 @@ class Runtime:
         self.page = self.manifest.step.page
         self.paged = self.manifest.step.state == "paged"
         self.stop_ids = self.manifest.text.stop_ids if self.manifest.text else ()
-        self.lock = threading.RLock()
+        self.lock = ForkLock(STEPS)
         if not self.paged:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
         capacity = self._page_capacity(kv_memory) if self.paged else 0
@@ -94,7 +94,8 @@ class Runtime:
             self._caller = self._arrays = ArrayRunner(artifact, library, place, threads)
         elif self.task == "encode":
             self._caller = runner = RaggedRunner(artifact, library, place, threads)
-            self._encoder = Encoder(artifact, runner, self.lock, lambda: self.tokenizer, self.vocab_size)
+            own = weakref.proxy(self)  # no circle: a runtime that is dropped gives back what it has at once
+            self._encoder = Encoder(artifact, runner, self.lock, lambda: own.tokenizer, self.vocab_size)
         else:
             self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
             self.chooser = Chooser(library, self.vocab_size, threads)
@@ -140,24 +141,10 @@ class Runtime:
             artifact.close()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the loaded artifact to a file, all or nothing. Raises `ArtifactError`."""
+        """Writes the loaded artifact to a file, all or nothing; a link to it stays one. Raises `ArtifactError`."""
         target = Path(path)
-        # Named and locked as compiles do it, so that what a killed process leaves is cleaned up by the next.
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            try:
-                with temporary.open("xb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                    file.write(self.artifact.mapping)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write {target}: {error.strerror}. What was there before is unchanged."
-            ) from error
+        with writing(target), OutputFile(target) as file:
+            write_all(file.descriptor, self.artifact.view.data)
 
     def _page_capacity(self, kv_memory: int | None) -> int:
         per_page = max(1, self.manifest.bytes_per_page)

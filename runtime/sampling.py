@@ -21,6 +21,8 @@ from llmc.runtime.library import Library
 from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
 from llmc.runtime.memory import address, reserve
 
+BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
+
 
 class Choice(ctypes.Structure):
     """`LlmcChoice` of choose.h."""
@@ -93,7 +95,8 @@ class Chooser:
         self._threads = threads
         self._scratch = reserve((library.choose_bytes(vocab_size),), np.uint8, huge_pages=True)
         self.scratch = address(self._scratch)
-        self._greedy = Sampler(SamplingOptions(), self)
+        self._greedy = Choice(scratch=self.scratch, count=vocab_size, penalty=1.0, top_p=1.0)
+        self._greedy_address = ctypes.addressof(self._greedy)
         self._row: NDArray[np.float32] | None = None
 
     @property
@@ -116,7 +119,11 @@ class Chooser:
 
     def likeliest(self, place: int) -> int:
         """The id of the largest logit of the float32 [vocab] at this address."""
-        return self._greedy.choose(place)
+        self._greedy.logits = place
+        token = self.choose(self._greedy_address)
+        if token < 0:
+            raise RuntimeStateError(BROKEN)
+        return token
 
 
 class Sampler:
@@ -200,7 +207,7 @@ class Sampler:
         given = np.empty(self._chooser.vocab_size, np.float32)
         ctypes.memmove(address(given), place, given.nbytes)
         if not given.max() < np.inf or self._plain:  # NaN or infinite
-            return RuntimeStateError("the model's logits are not finite: the artifact or its weights are broken")
+            return RuntimeStateError(BROKEN)
         if (self._chooser.row == -np.inf).all():
             return RuntimeStateError(
                 "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "

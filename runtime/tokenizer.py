@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Sequence as Ids
 from typing import TYPE_CHECKING
 
 from llmc.runtime.decoder_steps import CLEAN_UP, Step, clean_up_steps, common, overlap, replaced, steps_of
 from llmc.runtime.errors import TextError
+from llmc.runtime.fork_lock import TOKENIZER, ForkLock
 from llmc.runtime.manifest import TextFacts
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             raise TextError(f"the artifact's tokenizer cannot be read: {error}. Compile the model again") from error
         self._truncation = self._tokenizer.truncation
-        self._lock = threading.Lock()
+        self._lock = ForkLock(TOKENIZER)
         # Padding and truncation are for training batches; a prompt is taken as it is.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

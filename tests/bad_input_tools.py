@@ -40,7 +40,7 @@ def artifact() -> Path:
     """What `model()` is compiled into; tests must not change it."""
     path = root() / "good.so"
     ended = start("compile", model(), "-o", path)
-    _, err = ended.communicate(timeout=300)
+    _, err = ended.communicate(timeout=600)
     assert ended.returncode == 0, err
     return path
 

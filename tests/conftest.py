@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import hypothesis
@@ -10,13 +11,26 @@ import pytest
 # Models that tests write would draw bars into the error output that tests read.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# Deterministic, and with no deadline: the machines that run this are shared.
-hypothesis.settings.register_profile("llmc", deadline=None, derandomize=True, database=None, max_examples=60)
+# Deterministic, and nothing that depends on time: the machines that run this are shared.
+hypothesis.settings.register_profile(
+    "llmc",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("llmc")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the expected halves of tests/golden/*.llmc")
+
+
+@pytest.fixture(autouse=True)
+def no_progress_of_slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log hears of work that takes long: on a busy machine of any, and tests read logs."""
+    monkeypatch.setattr("llmc.cli.output._QUIET_SECONDS", math.inf)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmc.frontends import Lifted
 
 MEMORY = 4 << 30  # bytes of address space; importing everything takes half
-SECONDS = 30  # for one file; most take a hundredth of one
+SECONDS = 30  # of this process, for one file; most take a hundredth of one
 _SMALL = 1 << 20  # elements of the largest input for which a graph is evaluated
 _SIZE = 3  # what every free size is then
 
@@ -102,12 +102,12 @@ def main(folder: Path) -> None:
         seed = int(line)
         path = folder / f"{seed}.onnx"
         path.write_bytes(mutated(models, seed))
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             found = verdict(path)
         except Exception:
             found = "BAD " + " | ".join(traceback.format_exc().splitlines()[-12:])
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         path.unlink()
         print(seed, " ".join(found.split()), flush=True)
 

@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -421,7 +420,7 @@ with ArtifactWriter(sys.argv[1], sys.argv[2]) as writer:
     writer.begin_weights()
     writer.append(np.ones(100000))
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(1e6)
 """
 
 
@@ -484,11 +483,15 @@ def test_an_artifact_that_is_compiled_again_loads_as_the_new_one(tmp_path: Path)
 def test_a_loaded_artifact_that_is_overwritten_in_place_is_refused(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.so"
     path.write_bytes(good.read_bytes())
-    Runtime.load(path, threads=1)
-    Runtime.load(path, threads=1)
+    keep = Runtime.load(path, threads=1)
     os.utime(path, ns=(1, 1))
+    Runtime.load(path, threads=1)  # another time is no other file
+    file = (path.stat().st_dev, path.stat().st_ino)
+    _, library = Library._loaded[file]
+    Library._loaded[file] = ("the hash of other code", library)  # really overwriting it would end this process
     with pytest.raises(ArtifactError, match="overwritten while it was loaded"):
         Runtime.load(path, threads=1)
+    del keep
 
 
 def test_a_loaded_artifact_can_be_saved(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +505,7 @@ def test_a_loaded_artifact_can_be_saved(good: Path, tmp_path: Path, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ArtifactError, match=r"No space.*unchanged"):
+    with pytest.raises(ArtifactError, match=r"no space is left in .*unchanged"):
         runtime.save(tmp_path / "copy.so")
     assert files(tmp_path) == {"copy.so"}
 
@@ -545,12 +548,17 @@ runtime.chat("abc", max_tokens=3)
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert not any(name.startswith(("llmc.compiler", "llmc.frontends", "llmc.targets")) for name in sys.modules)
 """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=600)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is really there."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_memory_of_a_large_cache_is_not_touched(good: Path) -> None:
-    start = time.perf_counter()
+    before = resident_bytes()
     runtime = Runtime.load(good, threads=1, kv_memory=1 << 36)
     assert runtime.pool.capacity > 1 << 20
     runtime.forward([1, 2, 3])
-    assert time.perf_counter() - start < 5
+    assert resident_bytes() - before < 64 << 20  # of 64 GiB

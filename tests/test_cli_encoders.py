@@ -103,7 +103,11 @@ WRONG = {
     "run arrays": (("run", "arrays", "a"), "takes arrays", "use Runtime.run({name: array}) in Python"),
     "no texts": (("embed", "encoder"), "no texts: give them as arguments", "--file"),
     "prompt": (("embed", "encoder", "a", "--prompt", "x"), "has no prompt 'x'", "it has 'query'"),
-    "output": (("embed", "encoder", "a", "-o", "missing/x.npy"), "cannot write missing/x.npy", "No such file"),
+    "output": (
+        ("embed", "encoder", "a", "-o", "missing/x.npy"),
+        "cannot write missing/x.npy",
+        "no folder missing",
+    ),
 }
 
 

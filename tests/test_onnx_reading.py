@@ -315,7 +315,7 @@ def test_branches_in_branches_end(tmp_path: Path) -> None:
     model = model_of(body.node, [value("x", [2]), value("c", [], TensorProto.BOOL)], [value("z", [2])])
     started = time.process_time()
     graph = lift(write(model, tmp_path / "model.onnx")).graph
-    assert time.process_time() - started < 10  # about 0.5
+    assert time.process_time() - started < 60  # about 0.5; with what lies inside each, years
     found = evaluate(graph, {"x": np.float32([1, 2]), "c": np.array(True)}, lambda name: np.zeros(0))["z"]
     np.testing.assert_array_equal(found, np.float32([-1, -2]))
 
@@ -355,13 +355,15 @@ def test_places_that_are_no_files(tmp_path: Path) -> None:
         lift(tmp_path / "pipe.onnx")
 
 
-@pytest.mark.parametrize(
-    "name", ["decoder_input_ids", "encoder_hidden_states", "past_key_values.0.encoder.key", "input_features"]
-)
-def test_other_kinds_of_models_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    node = helper.make_node("Identity", [name], ["y"])
-    with pytest.raises(FrontendError, match="not supported yet"):
-        lift(write(model_of([node], [value(name, [1, "n"])], [value("y", [1])]), tmp_path / "model.onnx"))
+@pytest.mark.parametrize("name", ["past_key_values.0.encoder.key", "past_key_cross_0", "cross_past.0.key"])
+def test_keys_of_another_model_are_given_and_no_empty_past(tmp_path: Path, name: str) -> None:
+    """A decoder that attends to an encoder is a graph of arrays: as a text without a past it would see nothing."""
+    inputs = [value("input_ids", ["batch", "S"], INT64), value(name, ["batch", 2, "source", 4])]
+    nodes = [helper.make_node("Cast", ["input_ids"], ["y"], to=FLOAT), helper.make_node("Relu", [name], ["z"])]
+    outputs = [value("y", ["batch", "S"]), value("z", ["batch", 2, "source", 4])]
+    lifted = lift(write(model_of(nodes, inputs, outputs), tmp_path / "model.onnx"))
+    assert lifted.task == "run" and name in lifted.notes[0]
+    assert [v.name for v in lifted.graph.inputs] == ["input_ids", name]
 
 
 def test_text_of_a_fixed_length_is_a_plain_graph_and_says_so(tmp_path: Path) -> None:

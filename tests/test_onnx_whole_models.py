@@ -13,10 +13,8 @@ import transformers
 from onnx_exports import quietly
 
 from llmc.compiler.ir.evaluate import evaluate
-from llmc.compiler.ir.graph import Graph
-from llmc.frontends.onnx.free_sizes import plain_inputs
+from llmc.frontends.onnx import lift
 from llmc.frontends.onnx.model import OnnxModel
-from llmc.frontends.onnx.translation import Item, Translation
 
 TEXT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 99,
@@ -96,12 +94,9 @@ def test_whole_models_hold_for_every_size(make: Callable[[], torch.nn.Module], d
     text = make in (deberta, t5)
     path = tmp_path / "model.onnx"
     export(make(), text, dynamo, path)
-    model = OnnxModel(path)
-    names = {dim for value in model.inputs for dim in value.dims or () if isinstance(dim, str)}
-    inputs = plain_inputs(model.inputs, dict.fromkeys(names, 64))
-    bodies = model.bodies(wide_floats=False)
-    items = Translation(bodies.functions).run(bodies.main, {value.name: Item(value) for value in inputs})
-    graph = Graph("model", inputs, tuple(zip(bodies.main.outputs, (item.value for item in items), strict=True)))
+    names = {dim for value in OnnxModel(path).inputs for dim in value.dims or () if isinstance(dim, str)}
+    lifted = lift(path, max_dims=dict.fromkeys(names, 64))
+    graph = lifted.graph
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     for batch, length in ((1, 2), (2, 9), (3, 31)):
@@ -111,7 +106,7 @@ def test_whole_models_hold_for_every_size(make: Callable[[], torch.nn.Module], d
         if not text:
             arrays = {"pixels": generator.standard_normal((batch, 3, 32, 32)).astype(np.float32)}
         (expected,) = session.run(None, arrays)
-        found = evaluate(graph, {value.name: arrays[value.name] for value in graph.inputs}, bodies.weights.load)
+        found = evaluate(graph, {value.name: arrays[value.name] for value in graph.inputs}, lifted.weights.load)
         (result,) = (np.asarray(value) for value in found.values())
         assert result.shape == expected.shape
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)

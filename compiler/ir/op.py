@@ -104,7 +104,8 @@ class Op(Value):
             object.__setattr__(self, "type", self.infer())
         except IRError as error:
             operands = ", ".join(str(value.type) for value in self.operands)
-            raise type(error)(f"{self.name}({operands}): {error}") from None
+            error.args = (f"{self.name}({operands}): {error}",)
+            raise
 
     @property
     def level(self) -> str:

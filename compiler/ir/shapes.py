@@ -8,6 +8,21 @@ from llmc.compiler.ir.types import Shape
 from llmc.errors import IRError
 
 
+class UnequalSizes(IRError):
+    """Sizes that must be equal and are not, for every value of their symbols at least. pairs: which."""
+
+    def __init__(self, message: str, *pairs: tuple[int | Dim, int | Dim]) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
+def require_equal(message: str, *pairs: tuple[int | Dim, int | Dim]) -> None:
+    """Raises UnequalSizes(message) unless the sizes of each pair are the same polynomial."""
+    unequal = [(a, b) for a, b in pairs if a != b]
+    if unequal:
+        raise UnequalSizes(message, *unequal)
+
+
 def broadcast_shapes(*shapes: Shape) -> Shape:
     """numpy's broadcasting; two sizes are equal only when their polynomials are."""
     rank = max(len(shape) for shape in shapes)
@@ -17,7 +32,8 @@ def broadcast_shapes(*shapes: Shape) -> Shape:
             if dim == 1 or dim == result[index]:
                 continue
             if result[index] != 1:
-                raise IRError(f"shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast")
+                said = f"shapes {' and '.join(str(list(s)) for s in shapes)} do not broadcast"
+                raise UnequalSizes(said, (result[index], dim))
             result[index] = dim
     return tuple(result)
 

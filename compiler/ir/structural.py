@@ -10,7 +10,7 @@ import numpy as np
 
 from llmc.compiler.ir.dims import Dim, concrete, exact_division, known_at_most, product
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype
+from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_equal, require_same_dtype
 from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor, numpy_dtype
 
 
@@ -39,9 +39,9 @@ class Reshape(Op, name="t.reshape"):
     to: tuple[int | Dim, ...]
 
     def infer(self) -> Tensor:
-        require(
-            product(self.x.shape) == product(self.to),
+        require_equal(
             f"cannot reshape {list(self.x.shape)} to {list(self.to)}: different element counts",
+            (product(self.x.shape), product(self.to)),
         )
         return Tensor(self.to, self.x.dtype)
 
@@ -116,10 +116,10 @@ class Concat(Op, name="t.concat"):
         axis = axis_of(self.axis, self.xs[0].rank)
         shape = list(self.xs[0].shape)
         for other in self.xs[1:]:
-            same = len(other.shape) == len(shape) and all(
-                a == b for i, (a, b) in enumerate(zip(other.shape, shape, strict=True)) if i != axis
-            )
-            require(same, f"shapes {self.xs[0].shape} and {other.shape} differ outside axis {axis}")
+            said = f"shapes {self.xs[0].shape} and {other.shape} differ outside axis {axis}"
+            require(len(other.shape) == len(shape), said)
+            pairs = zip(shape, other.shape, strict=True)
+            require_equal(said, *(pair for i, pair in enumerate(pairs) if i != axis))
             shape[axis] = shape[axis] + other.shape[axis]
         return Tensor(tuple(shape), dtype)
 
@@ -337,10 +337,10 @@ class Scatter(Op, name="t.scatter"):
         require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
         require_same_dtype(self.x, self.updates)
         require(self.x.rank >= 1 and self.indices.rank == 1, "needs rows and a vector of indices")
-        require(
-            self.updates.shape == (*self.indices.shape, *self.x.shape[1:]),
-            f"updates {list(self.updates.shape)} are not {list(self.indices.shape)} rows of {list(self.x.shape)}",
-        )
+        rows = (*self.indices.shape, *self.x.shape[1:])
+        said = f"updates {list(self.updates.shape)} are not {list(self.indices.shape)} rows of {list(self.x.shape)}"
+        require(self.updates.rank == len(rows), said)
+        require_equal(said, *zip(rows, self.updates.shape, strict=True))
         return self.x.tensor
 
     def evaluate(self, x: Array, indices: Array, updates: Array) -> Array:
@@ -379,10 +379,8 @@ class Matmul(Op, name="t.matmul"):
     def infer(self) -> Tensor:
         dtype = require_same_dtype(self.a, self.b)
         require(self.a.rank >= 2 and self.b.rank >= 2, "needs matrices (rank 2 or more)")
-        require(
-            self.a.shape[-1] == self.b.shape[-2],
-            f"inner sizes differ: {list(self.a.shape)} times {list(self.b.shape)}",
-        )
+        said = f"inner sizes differ: {list(self.a.shape)} times {list(self.b.shape)}"
+        require_equal(said, (self.a.shape[-1], self.b.shape[-2]))
         leading = broadcast_shapes(self.a.shape[:-2], self.b.shape[:-2])
         return Tensor((*leading, self.a.shape[-2], self.b.shape[-1]), dtype)
 

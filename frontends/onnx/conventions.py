@@ -43,11 +43,8 @@ _BY_NAME: dict[str, Role] = {
 }
 _PAST = re.compile(r"(past|cache|kv_cache|k_cache|v_cache|key_cache|value_cache)([._]|\d|$|_?key|_?value)")
 _PRESENT = re.compile(r"(present|past|new_past|cache|kv_cache|k_cache|v_cache|key_cache|value_cache)([._]|\d|$)")
-_ENCODER_DECODER = re.compile(
-    r"(decoder_input_ids|decoder_attention_mask|decoder_inputs_embeds|encoder_hidden_states|encoder_outputs"
-    r"|encoder_attention_mask|past_key_values?[._]\d+[._](decoder|encoder)[._](key|value))"
-)
-_AUDIO = re.compile(r"(input_features|audio_features|mel|audio_values)$")
+# Keys and values of another model's tokens: they are not there yet, but given.
+_OTHER_PAST = re.compile(r"encoder|cross")
 _BATCH = re.compile(r"batch|^b$|^n$", re.IGNORECASE)
 _INTEGERS = (6, 7)  # ONNX's i32 and i64
 
@@ -61,18 +58,6 @@ class TextInputs:
     def having(self, role: Role) -> list[str]:
         """The names of the inputs of a role."""
         return [name for name, found in self.roles.items() if found is role]
-
-
-def refuse_other_kinds(inputs: Sequence[Signature]) -> None:
-    """FrontendError for models of an encoder and a decoder, and of audio."""
-    for signature in inputs:
-        if _ENCODER_DECODER.match(signature.name):
-            raise FrontendError(
-                f"the model has an input {signature.name!r}: it is part of an encoder-decoder model, "
-                "which is not supported yet. Decoders, encoders and graphs of plain tensors are"
-            )
-        if _AUDIO.match(signature.name):
-            raise FrontendError(f"the model has an input {signature.name!r}: audio models are not supported yet")
 
 
 def text_inputs(inputs: Sequence[Signature]) -> tuple[TextInputs | None, str]:
@@ -107,7 +92,7 @@ def _role(signature: Signature) -> Role | None:
         return role if rank == 2 else None
     if role is not None:
         return role
-    return Role.PAST if rank in (3, 4, 5) and _PAST.match(name) else None
+    return Role.PAST if rank in (3, 4, 5) and _PAST.match(name) and not _OTHER_PAST.search(name) else None
 
 
 def empty_past(signature: Signature, ids: Signature) -> tuple[int, ...]:

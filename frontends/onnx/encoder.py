@@ -59,7 +59,7 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
         graph = _pooled(graph, output, modules, context_of, keep=sentence is None)
         weights, kind, output = context_of.weights, EMBEDDING, EMBEDDING
     shape = graph.output(output).shape
-    if kind == TOKENS and _width(shape) >= vocabulary:  # words for masked ones, or the like
+    if not _is_used(graph, kind, output, companions.labels, vocabulary):
         return Encoder(graph, None, weights, text.text, notes)
     longest = (sentence.max_tokens if sentence is not None else None) or text.longest or context
     facts: dict[str, object] = {
@@ -139,6 +139,17 @@ def _purpose(graph: Graph, has_labels: bool) -> tuple[str | None, str]:
     if not _is_a_row_a_text(shape):
         return TOKENS, name
     return (CLASSIFICATION if has_labels else EMBEDDING), name
+
+
+def _is_used(graph: Graph, kind: str, output: str, labels: list[str] | None, vocabulary: int) -> bool:
+    """Whether embedding, classifying or tagging is what a model's output is for: not words for masked ones, nor the
+    starts and ends of answers, nor anything else that is no row of numbers a text or a token."""
+    shape = graph.output(output).shape
+    if kind != TOKENS:
+        return _is_a_row_a_text(shape)
+    width = _width(shape)
+    is_known = output == "logits" or len(graph.outputs) == 1 or (labels is not None and len(labels) == width)
+    return len(shape) == 3 and 0 < width < vocabulary and is_known
 
 
 def _labels(companions: Companions, shape: Shape) -> list[str]:

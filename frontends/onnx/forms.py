@@ -16,7 +16,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Shape
 from llmc.errors import DimError
-from llmc.frontends.onnx.translation import Item, Node, Unsupported
+from llmc.frontends.onnx.translation import Item, MayNotFit, Node, SizeUnknown, Unsupported
 
 # onnx.TensorProto.DataType: the number in a file, and the IR's name of it.
 DTYPES: dict[int, str] = {
@@ -60,16 +60,16 @@ def dtype_named(number: int) -> str:
 
 
 def known(item: Item, what: str) -> list[Any]:
-    """The elements of an item, flat: numbers and sizes. Unsupported where they are not known when compiling."""
+    """The elements of an item, flat: numbers and sizes. SizeUnknown where they are not known when compiling."""
     if item.known is None:
-        raise Unsupported(f"{what} must be known when compiling")
+        raise SizeUnknown(f"{what} must be known when compiling")
     return list(item.known.flat)
 
 
 def numbers(item: Item, what: str) -> NDArray[Any]:
-    """The elements of an item as numbers; Unsupported where they are not."""
+    """The elements of an item as numbers; SizeUnknown where they are not."""
     if item.numbers is None:
-        raise Unsupported(f"{what} must be known numbers when compiling")
+        raise SizeUnknown(f"{what} must be known numbers when compiling")
     return item.numbers
 
 
@@ -192,6 +192,12 @@ def at_most(a: int | Dim, b: int | Dim) -> bool | None:
         return None
 
 
+def require_room(room: int | Dim, message: str) -> None:
+    """`MayNotFit(message)` unless `room` is never negative; where it is for some sizes, no program could run those."""
+    if at_most(0, room) is not True:
+        raise MayNotFit(message, room) if isinstance(room, Dim) else Unsupported(message)
+
+
 def smaller(a: int | Dim, b: int | Dim) -> int | Dim:
     """min(a, b); Unsupported where it depends on the size which one it is."""
     return _chosen(a, b, at_most(a, b), at_most(b, a), "smaller")
@@ -207,7 +213,7 @@ def _chosen(a: int | Dim, b: int | Dim, first: bool | None, second: bool | None,
         return a
     if second:
         return b
-    raise Unsupported(f"the {word} one of the sizes {a} and {b} depends on the input")
+    raise SizeUnknown(f"the {word} one of the sizes {a} and {b} depends on the input")
 
 
 def is_negative(size: int | Dim) -> bool:
@@ -217,7 +223,7 @@ def is_negative(size: int | Dim) -> bool:
         return False
     if high is not None and high < 0:
         return True
-    raise Unsupported(f"whether {size} is negative depends on the input")
+    raise SizeUnknown(f"whether {size} is negative depends on the input")
 
 
 def broadcast_of(*values: Value | Item) -> Shape:

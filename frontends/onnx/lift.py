@@ -23,13 +23,12 @@ from llmc.frontends.onnx.conventions import (
     TextInputs,
     empty_past,
     is_present,
-    refuse_other_kinds,
     text_inputs,
 )
 from llmc.frontends.onnx.encoder import as_encoder
-from llmc.frontends.onnx.free_sizes import plain_inputs
+from llmc.frontends.onnx.free_sizes import FreeSizes
 from llmc.frontends.onnx.initializers import NoiseWeights
-from llmc.frontends.onnx.model import OnnxModel, Signature, signature_dtype
+from llmc.frontends.onnx.model import Bodies, OnnxModel, Signature, signature_dtype
 from llmc.frontends.onnx.position_tables import longest_sequence
 from llmc.frontends.onnx.recognition import (
     attends_causally,
@@ -53,34 +52,32 @@ def lift(
     seed: int = 0,
     tokenizer: str | Path | None = None,
     max_dims: Mapping[str, int] | None = None,
+    dims: Mapping[str, int] | None = None,
 ) -> Lifted:
     """Read a model's file. No weight is loaded; nothing of it runs.
 
     max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
     noise from `seed`. tokenizer: the directory of one, where none lies beside the model. max_dims: the greatest value
-    of each free size of a graph that is not text.
+    of each free size of a graph that is not text. dims: free sizes that are numbers, in such a graph.
     """
     if weights not in ("checkpoint", "random"):
         raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     if max_context is not None and max_context < 2:
         raise FrontendError(f"max context is {max_context}: at least 2 tokens are needed")
     model = OnnxModel(Path(path))
-    refuse_other_kinds(model.inputs)
     text, why_not = text_inputs(model.inputs)
     if text is None:
-        return _run_graph(model, max_dims or {}, why_not)
-    if max_dims:
-        raise FrontendError(f"{sorted(max_dims)[0]!r:.60} is no size of a text model: --max-context bounds it")
+        return _run_graph(model, FreeSizes.of(model.inputs, dims or {}, max_dims or {}), why_not)
+    for name in sorted({**(max_dims or {}), **(dims or {})}):
+        raise FrontendError(f"{name!r:.60} is no size of a text model: --max-context bounds it")
     return _Text(model, text, Companions(model.path, tokenizer)).lifted(max_context, weights, seed)
 
 
-def _run_graph(model: OnnxModel, max_dims: Mapping[str, int], why_not_text: str) -> Lifted:
+def _run_graph(model: OnnxModel, sizes: FreeSizes, why_not_text: str) -> Lifted:
     """A graph of any kind, with the inputs and outputs that the file gives it."""
-    inputs = plain_inputs(model.inputs, max_dims)
     bodies = model.bodies(wide_floats=False)
-    given = {value.name: Item(value) for value in inputs}
-    items = Translation(bodies.functions).run(bodies.main, given)
-    graph = Graph("model", inputs, tuple(zip(bodies.main.outputs, (item.value for item in items), strict=True)))
+    graph, sizes = _plain_graph(model, bodies, sizes)
+    notes = [f"compiled as a graph of plain tensors, not as text: {why_not_text}"] if why_not_text else []
     return Lifted(
         graph=graph,
         weights=bodies.weights,
@@ -92,9 +89,26 @@ def _run_graph(model: OnnxModel, max_dims: Mapping[str, int], why_not_text: str)
         max_positions=0,
         max_context=0,
         text=Text(),
-        notes=(f"compiled as a graph of plain tensors, not as text: {why_not_text}",) if why_not_text else (),
+        notes=(*notes, *sizes.notes),
         task=RUN,
     )
+
+
+def _plain_graph(model: OnnxModel, bodies: Bodies, sizes: FreeSizes) -> tuple[Graph, FreeSizes]:
+    """The graph, and its free sizes as far as it leaves them free."""
+    while True:
+        inputs = sizes.inputs(model.inputs)
+        given = {value.name: Item(value) for value in inputs}
+        try:
+            items = Translation(bodies.functions).run(bodies.main, given)
+        except FrontendError as error:
+            settled = sizes.after(error.__cause__)
+            if settled is None:
+                raise FrontendError(f"{error}{sizes.remedy(error.__cause__)}") from error
+            sizes = settled
+            continue
+        outputs = zip(bodies.main.outputs, (item.value for item in items), strict=True)
+        return Graph("model", inputs, tuple(outputs)), sizes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llmc.frontends.onnx.forms import (
     transpose,
     unsqueeze,
 )
-from llmc.frontends.onnx.translation import Item, Node, Result, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Item, Node, Result, SizeUnknown, Translation, Unsupported, handles
 
 BY_HEAD = (0, 2, 1, 3)  # [B, S, heads, dim] <-> [B, heads, S, dim]
 RAW, CAPPED, BIASED, SHARES = range(4)  # what the fourth output is
@@ -56,7 +56,7 @@ def attention(
         raise Unsupported("past_key and past_value come together or not at all")
     dim = q.shape[3]
     if not isinstance(dim, int):
-        raise Unsupported(f"the heads' size {dim} must be known when compiling")
+        raise SizeUnknown(f"the heads' size {dim} must be known when compiling")
     given = node.get("scale")
     scale = 1 / math.sqrt(dim) if given is None else float(given)
     softcap = max(0.0, float(node.get("softcap", 0.0)))

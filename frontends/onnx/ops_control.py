@@ -12,7 +12,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of
 from llmc.frontends.onnx.forms import concat, cut, numbers, reshape, squeeze, unsqueeze
-from llmc.frontends.onnx.translation import Body, Item, Node, Translation, Unsupported, handles, objects
+from llmc.frontends.onnx.translation import Body, Item, Node, SizeUnknown, Translation, Unsupported, handles, objects
 
 _MOST_STEPS = 4096
 
@@ -90,7 +90,7 @@ def _scan(t: Translation, node: Node, *items: Item) -> list[Item | Value]:
         raise Unsupported(f"its inputs have different lengths: {', '.join(map(str, lengths))}")
     length = lengths.pop()
     if not isinstance(length, int) or not 0 < length <= _MOST_STEPS:
-        raise Unsupported(f"it runs over {length} elements; a known number from 1 to {_MOST_STEPS} is supported")
+        raise SizeUnknown(f"it runs over {length} elements; a known number from 1 to {_MOST_STEPS} is supported")
     rows: list[list[Value]] = [[] for _ in range(results)]
     for i in range(length):
         elements = []

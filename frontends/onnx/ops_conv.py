@@ -13,7 +13,7 @@ from llmc.compiler.ir.structural import split_exact
 from llmc.frontends.onnx.forms import broadcast, cut, flip, integers, like, reshape, transpose, unsqueeze
 from llmc.frontends.onnx.ops_linear import requantized, without_zero
 from llmc.frontends.onnx.ops_shape import padded
-from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Item, Node, SizeUnknown, Translation, Unsupported, handles
 from llmc.frontends.onnx.windows import Window, in_windows, spatial_windows, table
 
 
@@ -48,7 +48,7 @@ def convolved(x: Value, w: Value, windows: Sequence[Window], groups: int) -> Val
 def _kernel(node: Node, w: Value) -> list[int]:
     sizes = w.shape[2:]
     if not all(isinstance(size, int) for size in sizes):
-        raise Unsupported("the kernel's size must be a known number when compiling")
+        raise SizeUnknown("the kernel's size must be a known number when compiling")
     return [size for size in sizes if isinstance(size, int)]
 
 
@@ -135,7 +135,7 @@ def _transposed_pads(
     found = []
     for i, size in enumerate(sizes):
         if not isinstance(size, int):
-            raise Unsupported("auto_pad and output_shape need sizes that are known numbers when compiling")
+            raise SizeUnknown("auto_pad and output_shape need sizes that are known numbers when compiling")
         goal = wanted[-rank:][i] if wanted is not None else size * strides[i]
         total = strides[i] * (size - 1) + more[i] + dilations[i] * (kernel[i] - 1) + 1 - goal
         if total < 0:

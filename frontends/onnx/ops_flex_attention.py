@@ -10,7 +10,7 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import split_exact
 from llmc.frontends.onnx.forms import broadcast, cast, dtype_named, like, reshape, transpose, unsqueeze
-from llmc.frontends.onnx.translation import Body, Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Body, Item, Node, SizeUnknown, Translation, handles
 
 
 @handles("FlexAttention", domain="ai.onnx.preview")
@@ -18,7 +18,7 @@ def _flex_attention(t: Translation, node: Node, query: Item, key: Item, value: I
     """Q [B, heads, Q, dim], K [B, kv_heads, K, dim], V [B, kv_heads, K, value_dim] -> [B, heads, Q, value_dim]."""
     heads, dim = query.shape[1], query.shape[3]
     if not isinstance(heads, int) or not isinstance(key.shape[1], int) or not isinstance(dim, int):
-        raise Unsupported("the numbers and sizes of heads must be known when compiling")
+        raise SizeUnknown("the numbers and sizes of heads must be known when compiling")
     around = t.around
     given = node.get("softmax_precision")
     precision = t.dtype(dtype_named(given) if given else "f64" if query.dtype == "f64" else "f32")

@@ -21,12 +21,13 @@ from llmc.frontends.onnx.forms import (
     iota,
     known,
     numbers,
+    require_room,
     reshape,
     size_scalar,
     transpose,
     unsqueeze,
 )
-from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Item, Node, SizeUnknown, Translation, Unsupported, handles
 
 
 @handles("Gather")
@@ -85,7 +86,7 @@ def _gather_nd(t: Translation, node: Node, x: Item, indices: Item) -> Value:
     batch = node.get("batch_dims", 0)
     depth = indices.shape[-1]
     if not isinstance(depth, int):
-        raise Unsupported(f"the indices' last size {depth} must be a known number when compiling")
+        raise SizeUnknown(f"the indices' last size {depth} must be a known number when compiling")
     leading, chosen, rest = x.shape[:batch], x.shape[batch : batch + depth], x.shape[batch + depth :]
     result = (*indices.shape[:-1], *rest)
     alike = uniform(x.value)
@@ -105,7 +106,7 @@ def _gather_nd(t: Translation, node: Node, x: Item, indices: Item) -> Value:
 def _scatter_nd(t: Translation, node: Node, x: Item, indices: Item, updates: Item) -> Value:
     depth = indices.shape[-1]
     if not isinstance(depth, int):
-        raise Unsupported(f"the indices' last size {depth} must be a known number when compiling")
+        raise SizeUnknown(f"the indices' last size {depth} must be a known number when compiling")
     chosen, rest = x.shape[:depth], x.shape[depth:]
     count = product(indices.shape[:-1])
     flat = flat_index(reshape(indices.value, (count, depth)), chosen)
@@ -170,6 +171,7 @@ def _one_hot(t: Translation, node: Node, indices: Item, depth: Item, values: Ite
 def _top_k(t: Translation, node: Node, x: Item, k: Item | None = None) -> list[Value]:
     axis = axis_of(node.get("axis", -1), x.rank)
     count = node.get("k") if k is None else known(k, "the number of elements")[0]
+    require_room(x.shape[axis] - count, f"{count} elements of an axis of {x.shape[axis]}")
     chosen = s.TopK(x.value, count, axis, bool(node.get("largest", 1)))
     return [s.GatherElements(x.value, chosen, axis), chosen]
 

@@ -9,7 +9,17 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import NUMPY_DTYPES
-from llmc.frontends.onnx.forms import broadcast, iota, known, like, lowest, reshape
+from llmc.frontends.onnx.forms import (
+    along,
+    broadcast,
+    iota,
+    known,
+    like,
+    lowest,
+    reshape,
+    size_scalar,
+    unsqueeze,
+)
 from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
 from llmc.frontends.onnx.windows import Window, in_windows, spatial_windows, table, together
 
@@ -30,15 +40,25 @@ def _average_pool(t: Translation, node: Node, x: Item) -> Value:
     axis = grouped.rank - 1
     if not any(w.low or w.high or w.extra for w in windows):
         return s.Mean(grouped, (axis,), keep=False)
-    counts = np.ones((), np.int64)
-    for window in windows:
-        # An axis's padding counts if the attribute says so, what only the last window reaches never.
-        low, high = (window.low, window.high) if node.get("count_include_pad", 0) else (0, 0)
+    total: Value = s.Sum(grouped, (axis,), keep=False)
+    for i, window in enumerate(windows):
+        count = _counted(window, bool(node.get("count_include_pad", 0)), x.dtype)
+        total = e.Div(total, along(count, 2 + i, total.rank))
+    return total
+
+
+def _counted(window: Window, with_padding: bool, dtype: str) -> Value:
+    """[count]: how many elements of a window count. An axis's padding does if asked for; what only the last window
+    reaches never does."""
+    low, high = (window.low, window.high) if with_padding else (0, 0)
+    if isinstance(window.size, int):
         places = window.places()
         inside = (places >= -low) & (places < window.size + high)
-        counts = np.multiply.outer(counts, inside.sum(1))
-    total = s.Sum(grouped, (axis,), keep=False)
-    return e.Div(total, e.constant(counts.astype(NUMPY_DTYPES[x.dtype]), x.dtype))
+        return e.constant(inside.sum(1).astype(NUMPY_DTYPES[dtype]), dtype)
+    first = e.Mul(unsqueeze(iota(window.count), 1), e.constant(window.stride))
+    place = e.Add(first, e.constant(np.arange(window.kernel) * window.dilation - window.low))
+    counts = e.And(e.GreaterEqual(place, e.constant(-low)), e.Less(place, size_scalar(window.size + high)))
+    return s.Sum(e.Cast(counts, dtype), (1,), keep=False)
 
 
 @handles("MaxPool")

@@ -12,7 +12,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Value
 from llmc.frontends.onnx.forms import broadcast, cast, concat, cut, like, squeeze, transpose, unsqueeze
-from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Item, Node, SizeUnknown, Translation, Unsupported, handles
 
 _STEPS = 512
 _ACTIVATIONS: dict[str, Callable[[Value], Value]] = {"tanh": e.Tanh, "sigmoid": e.Sigmoid, "relu": e.Relu}
@@ -30,7 +30,7 @@ class Layer:
         self.node, self.w, self.r, self.peepholes = node, w, r, peepholes
         hidden = r.shape[1]
         if not isinstance(hidden, int):
-            raise Unsupported("the size of its state must be known when compiling")
+            raise SizeUnknown("the size of its state must be known when compiling")
         self.hidden = hidden
         self.gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[node.op]
         size = self.gates * hidden
@@ -102,7 +102,7 @@ def _recurrent(
     value = transpose(x.value, (1, 0, 2)) if first else x.value
     steps, batch = value.shape[:2]
     if not isinstance(steps, int) or not 0 < steps <= _STEPS:
-        raise Unsupported(f"it runs over {steps} steps; a known number from 1 to {_STEPS} is supported")
+        raise SizeUnknown(f"it runs over {steps} steps; a known number from 1 to {_STEPS} is supported")
     direction = node.get("direction", "forward")
     backward = {"forward": [False], "reverse": [True], "bidirectional": [False, True]}[direction]
     rows, hiddens, cells = [], [], []

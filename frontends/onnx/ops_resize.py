@@ -19,7 +19,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.types import FLOATS
 from llmc.frontends.onnx.forms import cast, known, like, move_axis, numbers, reshape
-from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
+from llmc.frontends.onnx.translation import Item, Node, SizeUnknown, Translation, Unsupported, handles
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def _axes(
         moving = [i for i, axis in enumerate(along) if sizes[i] != x.shape[axis]]
         along, sizes = [along[i] for i in moving], [sizes[i] for i in moving]
     if sizes is not None and any(isinstance(size, Dim) for size in sizes):
-        raise Unsupported("the sizes must be known numbers when compiling")
+        raise SizeUnknown("the sizes must be known numbers when compiling")
     have = [size for size in (x.shape[axis] for axis in along) if isinstance(size, int)]
     if len(have) != len(along):
-        raise Unsupported("resized axes need sizes that are known numbers when compiling")
+        raise SizeUnknown("resized axes need sizes that are known numbers when compiling")
     if sizes is not None:
         ratios = [wanted / size for wanted, size in zip(sizes, have, strict=True)]
         policy = node.get("keep_aspect_ratio_policy", "stretch")

@@ -22,17 +22,20 @@ from llmc.frontends.onnx.forms import (
     dtype_named,
     flip,
     integers,
+    iota,
     is_negative,
     known,
     like,
     numbers,
+    require_room,
     reshape,
     settled,
+    size_scalar,
     squeeze,
     transpose,
     unsqueeze,
 )
-from llmc.frontends.onnx.translation import SMALL, Item, Node, Translation, Unsupported, handles, objects
+from llmc.frontends.onnx.translation import SMALL, Item, Node, SizeUnknown, Translation, Unsupported, handles, objects
 
 
 @handles("Shape")
@@ -196,7 +199,7 @@ def _clamped(position: int | Dim, size: int | Dim, lowest: int) -> int | Dim:
         return above
     if at_most(lowest, position) and at_most(position, above):
         return position
-    raise Unsupported(
+    raise SizeUnknown(
         f"whether {position} is within an axis of {size} depends on the input; bound it with --max-context for a text"
         " model, with --max-dim for another"
     )
@@ -270,10 +273,21 @@ def _mirrored(value: Value, axis: int, low: int, high: int, mode: str) -> Value:
     modes = {"reflect": "reflect", "edge": "edge", "wrap": "wrap"}
     if mode not in modes:
         raise Unsupported(f"pads of mode {mode!r} are not supported")
-    if not isinstance(size, int) or not isinstance(low, int) or not isinstance(high, int):
-        raise Unsupported(f"pads of mode {mode!r} need sizes that are known numbers when compiling")
-    index = np.pad(np.arange(size), (low, high), mode=modes[mode])  # type: ignore[call-overload]
-    return s.Gather(value, e.constant(index, "i64"), axis)
+    if not isinstance(low, int) or not isinstance(high, int):
+        raise SizeUnknown(f"pads of mode {mode!r} must be known numbers when compiling")
+    if isinstance(size, int):
+        index = np.pad(np.arange(size), (low, high), mode=modes[mode])  # type: ignore[call-overload]
+        return s.Gather(value, e.constant(index, "i64"), axis)
+    # Each place of the longer axis, counted from the first element, and the element that stands there.
+    place: Value = e.Sub(iota(size + (low + high)), e.constant(low))
+    last, zero = size_scalar(size - 1), e.constant(0)
+    if mode == "edge":
+        return s.Gather(value, e.Minimum(e.Maximum(place, zero), last), axis)
+    room = size - max(low, high) - (mode == "reflect")
+    require_room(room, f"pads of mode {mode!r}, {low} and {high}, take more elements than the axis of {size} has")
+    if mode == "reflect":
+        return s.Gather(value, e.Sub(last, e.Abs(e.Sub(last, e.Abs(place)))), axis)
+    return s.Gather(value, e.Mod(e.Add(place, size_scalar(size)), size_scalar(size)), axis)
 
 
 @handles("Range")
@@ -292,7 +306,7 @@ def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) ->
         span = last - first if step > 0 else first - last
         length = (span + (abs(step) - 1)) // abs(step)
         if at_most(0, length) is not True:
-            raise Unsupported(f"whether the range from {first} to {last} has any elements depends on the input")
+            raise SizeUnknown(f"whether the range from {first} to {last} has any elements depends on the input")
     counted = s.Iota(length, start.dtype) if start.dtype in ("i64", "i32") else e.Cast(s.Iota(length), start.dtype)
     scaled = counted if delta.numbers is not None and delta.numbers == 1 else e.Mul(counted, reshape(delta.value, ()))
     offset = start.numbers
@@ -350,7 +364,7 @@ def _center_crop_pad(t: Translation, node: Node, x: Item, shape: Item) -> Value:
     for axis, size in zip(along, numbers(shape, "the shape").tolist(), strict=True):
         have = value.shape[axis]
         if not isinstance(have, int):
-            raise Unsupported("cropping needs sizes that are known numbers when compiling")
+            raise SizeUnknown("cropping needs sizes that are known numbers when compiling")
         if size <= have:
             value = cut(value, axis, (have - size) // 2, (have - size) // 2 + size)
         else:

@@ -213,6 +213,18 @@ class Unsupported(LlmcError):
     """A form of a known op that has no translation; the text says which."""
 
 
+class SizeUnknown(Unsupported):
+    """A form that has a translation where some free size of the inputs is a number."""
+
+
+class MayNotFit(SizeUnknown):
+    """What is valid only where `room` is not negative, so that smaller sizes of the inputs may be refused."""
+
+    def __init__(self, message: str, room: Dim) -> None:
+        super().__init__(message)
+        self.room = room
+
+
 class Translation:
     """The state of one translation: what each name stands for.
 

@@ -15,9 +15,9 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Value
-from llmc.frontends.onnx.forms import at_most, cut, like, reshape, unsqueeze
+from llmc.frontends.onnx.forms import cut, like, require_room, reshape, unsqueeze
 from llmc.frontends.onnx.ops_shape import padded
-from llmc.frontends.onnx.translation import Node, Unsupported
+from llmc.frontends.onnx.translation import Node, SizeUnknown, Unsupported
 
 Size = int | Dim
 
@@ -47,7 +47,7 @@ class Window:
     def places(self) -> np.ndarray:
         """[count, kernel]: the element that each window has at each place, counted without padding."""
         if not isinstance(self.count, int):
-            raise Unsupported("its sizes must be known numbers when compiling")
+            raise SizeUnknown("its sizes must be known numbers when compiling")
         return (np.arange(self.count) * self.stride)[:, None] + np.arange(self.kernel) * self.dilation - self.low
 
 
@@ -72,12 +72,11 @@ def spatial_windows(node: Node, sizes: Sequence[Size], kernel: Sequence[int]) ->
         elif mode != "NOTSET":
             raise Unsupported(f"auto_pad {mode!r} is not supported")
         span = size + low + high - reach
-        if at_most(0, span) is not True:
-            raise Unsupported(f"a window of {reach} does not fit into {size + low + high} elements")
+        require_room(span, f"a window of {reach} does not fit into {size + low + high} elements")
         count, extra = span // stride + 1, 0
         if node.get("ceil_mode", 0) and mode in ("NOTSET", "VALID"):
             if not isinstance(span, int) or not isinstance(size, int):
-                raise Unsupported("ceil_mode needs sizes that are known numbers when compiling")
+                raise SizeUnknown("ceil_mode needs sizes that are known numbers when compiling")
             count = -(-span // stride) + 1
             # A window that starts after the elements and the padding before them is left out.
             if (count - 1) * stride >= size + low:
@@ -91,7 +90,7 @@ def _same(size: Size, stride: int, reach: int, lower: bool) -> tuple[int, int]:
     """The padding that gives as many windows as strides begun."""
     total = (-(-size // stride) - 1) * stride + reach - size if isinstance(size, int) else reach - 1
     if not isinstance(size, int) and stride != 1:
-        raise Unsupported("auto_pad with strides needs sizes that are known numbers when compiling")
+        raise SizeUnknown("auto_pad with strides needs sizes that are known numbers when compiling")
     total = max(total, 0)
     small = total // 2
     return (total - small, small) if lower else (small, total - small)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,9 +14,10 @@ from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.graph_diff import graph_diff
 from llmc.errors import CompileError
+from llmc.files import names_stdout, refusal, target_of
 
 if TYPE_CHECKING:
-    from llmc.compiler.check import Checker
+    from llmc.compiler.check import Checker, Difference
     from llmc.compiler.ir.graph import Graph
     from llmc.compiler.options import CompileOptions
     from llmc.compiler.passes.manager import Observer, Pass, Report
@@ -39,6 +40,7 @@ def compile(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     tokenizer: o.Tokenizer = None,
     weights: Annotated[
         str,
@@ -55,16 +57,12 @@ def compile(
     from llmc.compiler.pipeline import compile_model
 
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed,
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
-    check_writable(path)
-    if options.weights_file is not None:
-        check_writable(options.weights_file, "--weights")
-        if options.weights_file.absolute() == path.absolute():
-            raise CompileError(f"{path} cannot be both the artifact (-o) and the weights' file (--weights)")
+    check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
 
     def observers(lifted: Lifted) -> list[Observer]:
@@ -76,7 +74,8 @@ def compile(
 
     with output.progress() as progress:
         manifest = compile_model(model, path, options, progress, observers, tokenizer)
-    file_bytes = path.stat().st_size
+    is_file = not target_of(path).is_stream
+    file_bytes = path.stat().st_size if is_file else None
     for what, why in quantization_refusals(manifest):
         output.line(f"not quantized as asked: {what}: {why}")
     differences = [difference for checker in checkers for difference in checker.differences]
@@ -93,6 +92,14 @@ def compile(
             result["check"] = [asdict(difference) for difference in differences]
         output.print_json(result)
         return
+    with redirect_stdout(sys.stderr if names_stdout(path) else sys.stdout):
+        _print_result(path, manifest, file_bytes, differences, check)
+
+
+def _print_result(
+    path: Path, manifest: dict[str, object], file_bytes: int | None, differences: list[Difference], check: bool
+) -> None:
+    """What a compile found and made. file_bytes: None where it went into no file that could be read again."""
     for difference in differences:
         if not difference.exact:
             print(difference)
@@ -101,8 +108,10 @@ def compile(
     parameters, bits = _at(manifest, "model", "parameters"), _at(manifest, "model", "bits_per_weight")
     weight = f"{bits} bits per weight, " if parameters else ""
     seconds = _at(manifest, "provenance", "compile_seconds")
-    print(f"{path}: {output.size(file_bytes)}, {weight}compiled in {seconds} s")
-    _print_use(path)
+    size = "" if file_bytes is None else f"{output.size(file_bytes)}, "
+    print(f"{path}: {size}{weight}compiled in {seconds} s")
+    if file_bytes is not None:
+        _print_use(path)
 
 
 def _print_use(path: Path) -> None:
@@ -121,7 +130,7 @@ def _print_use(path: Path) -> None:
         print(f"inputs: {'; '.join(map(describe, manifest.inputs)) or 'none'}")
         sizes = ", ".join(f"{size.name} {size.low} to {size.high}" for size in manifest.symbols)
         if sizes:
-            print(f"sizes: {sizes} (--max-dim NAME=N for more)")
+            print(f"sizes: {sizes} (--max-dim NAME=N for more, --dim NAME=N for one size only)")
     elif manifest.encoder is not None:
         facts = manifest.encoder
         what = {"embed": "embeddings", "classify": "classes", "encode": "rows of numbers for every token"}[kind]
@@ -134,15 +143,20 @@ def _print_use(path: Path) -> None:
     print(f"try: {next_command(manifest, path)}")
 
 
-def check_writable(path: Path, option: str = "-o") -> None:
-    """Refuses a place where nothing can be written, before the work and not after it."""
-    folder = path.parent
-    if path.is_dir():
-        raise CompileError(f"cannot write {path}: it is a folder; give a file name with {option}")
-    if not folder.is_dir():
-        raise CompileError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise CompileError(f"cannot write {path}: no permission to write in {folder}")
+def check_outputs(model: str, path: Path, weights_file: Path | None, json: bool) -> None:
+    """Refuses places where nothing can be written, or where something else is, before the work and not after it."""
+    for place, option in ((path, "-o"), (weights_file, "--weights")):
+        if place is None:
+            continue
+        why = refusal(place)
+        if why is not None:
+            raise CompileError(f"cannot write {place} ({option}): {why}")
+        if Path(model).is_file() and place.exists() and place.samefile(model):
+            raise CompileError(f"cannot write {place} ({option}): it is the model itself")
+        if json and names_stdout(place):
+            raise CompileError(f"{option} {place} and --json both write to stdout: give a file, or leave one away")
+    if weights_file is not None and target_of(weights_file) == target_of(path):
+        raise CompileError(f"{path} cannot be both the artifact (-o) and the weights' file (--weights)")
 
 
 def quantization_refusals(manifest: dict[str, object]) -> list[tuple[str, str]]:
@@ -183,11 +197,12 @@ def ir(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     json: o.Json = False,
 ) -> None:
     """Print a model's graph as text, whole or as a pass left it."""
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     steps = run_steps(model, options)
@@ -222,7 +237,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
 
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims))
+        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
         steps: list[Step] = [("lift", lifted.graph, lifted.graph, Report("lift"))]
         seen: dict[str, int] = {}
 
@@ -265,6 +280,7 @@ def estimate(
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
+    dim: o.Dims = None,
     sequences: Annotated[int, typer.Option("--sequences", help="Texts at once.")] = 1,
     json: o.Json = False,
 ) -> None:
@@ -276,12 +292,12 @@ def estimate(
     if sequences < 1:
         raise CompileError(f"--sequences is at least 1, not {sequences}")
     options = o.compile_options(
-        override, max_dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
+        override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
     )  # fmt: skip
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims))
+        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
         graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
     step = options.tokens_a_step(lifted.task == "encode")
     found = estimate_graph(graph, context=max(1, lifted.max_context), step=step, sequences=sequences)

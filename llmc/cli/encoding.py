@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import io
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,8 +12,10 @@ import typer
 from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.kinds import require
+from llmc.cli.streams import read_text
 from llmc.cli.writing import load
 from llmc.errors import LlmcError
+from llmc.files import OutputFile, names_stdout, refusal, write_all, writing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +58,8 @@ def embed(
     """Make a vector of every text."""
     import numpy as np
 
+    if path is not None:
+        _check_output(path, json or similarity)
     batch = read_texts(texts, file)
     runtime = load(model, quantization, threads, weights)
     require(runtime.manifest, runtime.artifact.path, "embed", "embed")
@@ -67,11 +71,10 @@ def embed(
     seconds = time.perf_counter() - started
     cosines = cosine_matrix(found) if similarity else None
     if path is not None:
-        try:
-            with path.open("wb") as stream:
-                np.save(stream, found)
-        except OSError as error:
-            raise LlmcError(f"cannot write {path}: {error.strerror}") from error
+        data = io.BytesIO()
+        np.save(data, found)
+        with writing(path, LlmcError), OutputFile(path) as target:
+            write_all(target.descriptor, data.getbuffer())
     if json:
         result: dict[str, object] = {"dimension": runtime.dimension, "texts": batch, "seconds": round(seconds, 6)}
         if path is None:
@@ -91,6 +94,15 @@ def embed(
         output.line("-o FILE.npy or --json gives all numbers, --similarity compares the texts")
     where = f" in {path}" if path is not None else ""
     output.line(f"{output.count(len(batch), 'vector')} of {runtime.dimension} numbers{where}, {seconds:.3f} s")
+
+
+def _check_output(path: Path, prints: bool) -> None:
+    """Refuses a file that cannot be written, before the work. prints: results go to stdout too."""
+    why = refusal(path)
+    if why is not None:
+        raise LlmcError(f"cannot write {path} (-o): {why}")
+    if prints and names_stdout(path):
+        raise LlmcError(f"-o {path} writes to stdout, where --json and --similarity print: give a file")
 
 
 def classify(
@@ -146,11 +158,8 @@ def read_texts(texts: list[str] | None, file: Path | None) -> list[str]:
     """The texts of the command line, then the lines of a file."""
     batch = list(texts or ())
     if file is not None:
-        try:
-            data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
-            batch += data.decode().splitlines()
-        except UnicodeDecodeError as error:
-            raise LlmcError(f"--file {file} is not UTF-8: byte {error.start}") from error
+        lines = read_text(file, "--file").split("\n")
+        batch += lines if lines[-1] else lines[:-1]
     if not batch:
         raise LlmcError("no texts: give them as arguments, or a file of lines with --file")
     return batch

@@ -14,6 +14,7 @@ from llmc.cli import output
 from llmc.cli.kinds import require
 from llmc.cli.profile_table import print_profile
 from llmc.cli.roofline import check_roofline, draw_roofline
+from llmc.cli.streams import read_text
 from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
@@ -191,10 +192,7 @@ def eval(
     from llmc.runtime.perplexity import evaluate, windows_of
     from llmc.runtime.runtime import Runtime
 
-    try:
-        content = text.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise LlmcError(f"--text {text} is not UTF-8: byte {error.start}") from error
+    content = read_text(text, "--text")
     with output.progress() as progress:
         runtime = Runtime.load(artifact, threads, weights=weights)
         require(runtime.manifest, artifact, "eval", "generate")

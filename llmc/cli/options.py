@@ -83,6 +83,11 @@ MaxDims = Annotated[
                                    help="The most of a size that a model of arrays names; can be given several times."),
 ]  # fmt: skip
 
+Dims = Annotated[
+    list[str] | None, typer.Option("--dim", metavar="NAME=N", rich_help_panel=_COMPILING,
+                                   help="Make a size that such a model leaves free a number; several times."),
+]  # fmt: skip
+
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", "-n", help="Tokens to write at most.", rich_help_panel=_SAMPLING)
 ]
@@ -151,12 +156,19 @@ TemplateVariables = Annotated[
 
 
 def compile_options(
-    overrides: list[str] | None = None, max_dims: list[str] | None = None, **values: object
+    overrides: list[str] | None = None,
+    max_dims: list[str] | None = None,
+    dims: list[str] | None = None,
+    **values: object,
 ) -> CompileOptions:
     """`CompileOptions` from what the command line gave."""
-    from llmc.compiler.options import CompileOptions, parse_max_dims, parse_overrides
+    from llmc.compiler.options import CompileOptions, parse_dims, parse_overrides
 
-    parsed = {"overrides": parse_overrides(overrides or []), "max_dims": parse_max_dims(max_dims or [])}
+    parsed = {
+        "overrides": parse_overrides(overrides or []),
+        "max_dims": parse_dims(max_dims or [], "--max-dim"),
+        "dims": parse_dims(dims or [], "--dim"),
+    }
     return CompileOptions(**parsed, **values)  # type: ignore[arg-type]
 
 

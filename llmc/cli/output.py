@@ -6,8 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, TextIO
+
+from llmc.cli.streams import is_unicode, silence
+from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
     from llmc.compiler.progress import Progress
@@ -16,14 +19,55 @@ _QUIET_SECONDS = 2.0  # a log hears of work that takes longer, and then after tw
 
 
 def line(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr. A stderr that cannot be written to is no reason to stop."""
     sys.stdout.flush()
-    print(f"llmc: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"llmc: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr.fileno())
+
+
+class _Json:
+    """Where a command's one JSON object goes, and whether it is there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.printed = False
+
+
+_json: _Json | None = None  # of the command that runs, if it has --json
+
+
+@contextmanager
+def json_only() -> Iterator[None]:
+    """Only `print_json` prints to stdout, and only once; what anything else prints goes to stderr."""
+    global _json
+    _json = _Json(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json = None
 
 
 def print_json(value: object) -> None:
-    """The one JSON object of a command with --json."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2, default=_plain), flush=True)
+    """The one JSON object of a command with --json; an error after it is said on stderr only."""
+    stream = sys.stdout if _json is None else _json.stream
+    try:
+        text = json.dumps(value, ensure_ascii=not is_unicode(stream), allow_nan=False, indent=2, default=_plain)
+    except ValueError as error:
+        raise LlmcError("the results have infinite numbers or NaN, which JSON has not: leave --json away") from error
+    if _json is not None:
+        if _json.printed:
+            return
+        _json.printed = True
+    print(text, file=stream, flush=True)
+
+
+def print_error(message: str) -> None:
+    """The object of a command with --json that failed, unless it had printed its own before."""
+    if _json is not None:
+        print_json({"error": message})
 
 
 def _plain(value: object) -> object:

@@ -6,14 +6,14 @@ is what could be gained. Kernels that move no bytes from memory, or multiply not
 
 from __future__ import annotations
 
+import io
 import math
-import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.cli import output
 from llmc.errors import LlmcError
+from llmc.files import OutputFile, refusal, write_all, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,9 +34,9 @@ def check_roofline(path: Path) -> None:
     """Refuses what could not be drawn, before anything is measured: LlmcError."""
     if path.suffix.lower() not in FORMATS:
         raise LlmcError(f"--roofline {path}: the name must end in {', '.join(FORMATS)}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        why = "it is a folder" if path.is_dir() else f"the folder {path.parent} cannot be written to"
-        raise LlmcError(f"--roofline {path} cannot be written: {why if path.parent.exists() else 'no such folder'}")
+    why = refusal(path)
+    if why is not None:
+        raise LlmcError(f"cannot write --roofline {path}: {why}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -74,15 +74,10 @@ def draw_roofline(profile: Profile, path: Path, title: str) -> None:
         loc="upper left", fontsize=9, title="area: share of the time; percent: of the roof's speed", title_fontsize=8
     )
     _name_points(axes, canvas, list(zip(COLOURS, placed.values(), strict=False)), taken)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        try:
-            figure.savefig(temporary, format=path.suffix.lower().removeprefix("."))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise LlmcError(f"--roofline {path} cannot be written: {error.strerror}") from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.lower().removeprefix("."))
+    with writing(path, LlmcError), OutputFile(path) as file:
+        write_all(file.descriptor, drawn.getbuffer())
 
 
 def _intensity(item: KernelProfile) -> float:

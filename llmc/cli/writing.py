@@ -12,6 +12,7 @@ from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.conversation import Conversation, facts, summary, talk, template_options
 from llmc.cli.kinds import require
+from llmc.cli.streams import read_text
 from llmc.errors import LlmcError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def run(
 ) -> None:
     """Continue a text, and say how fast that went."""
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_text(Path("-"), "PROMPT")
     sampling: Sampling = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or None, "min_new_tokens": min_new_tokens,

@@ -1,0 +1,220 @@
+"""Processes: forks while other threads work, and what a process gives back when a model is dropped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fake_artifact
+import pytest
+from fake_kinds import write_arrays, write_encoder
+
+from llmc.runtime import cpu
+from llmc.runtime.errors import ArtifactError, RuntimeStateError
+from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
+from llmc.runtime.runtime import Runtime
+
+# A child that hangs is ended by the alarm, long after any that works. Threads of the parent are known to be at work
+# when the event is set; from then on they never pause.
+PREPARE = """
+import os, signal, sys, threading
+import numpy as np
+from llmc.runtime.runtime import Runtime
+path, threads = sys.argv[1], 3
+runtime = Runtime.load(path, threads=2)
+ones = np.ones((3, 3), np.float32)
+calls = {
+    "generate": lambda: runtime.generate("hello", max_tokens=5),
+    "encode": lambda: runtime.encode(["hello", "good bye"]),
+    "run": lambda: runtime.run({"x": ones, "y": np.ones((3, 2), int), "half": ones}),
+}
+call = calls[runtime.task]
+expected = repr(call())
+started, over = threading.Event(), threading.Event()
+def work():
+    while not over.is_set():
+        call()
+        started.set()
+workers = [threading.Thread(target=work) for _ in range(threads)]
+for worker in workers:
+    worker.start()
+started.wait()
+"""
+FORKS = (
+    PREPARE
+    + """
+def child():
+    signal.alarm(500)
+    same = repr(call()) == expected
+    os._exit(0 if same else 3)
+statuses = []
+for _ in range(8):
+    pid = os.fork()
+    if pid == 0:
+        child()
+    statuses.append(os.waitpid(pid, 0)[1])
+over.set()
+for worker in workers:
+    worker.join()
+assert statuses == [0] * 8, statuses
+assert repr(call()) == expected
+"""
+)
+POOL = (
+    PREPARE
+    + """
+import multiprocessing
+def answer(_):
+    signal.alarm(500)
+    return repr(call())
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert set(pool.map_async(answer, range(4)).get(500)) == {expected}
+over.set()
+for worker in workers:
+    worker.join()
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    return {
+        "generate": fake_artifact.write(folder / "decoder.so"),
+        "encode": write_encoder(folder / "encoder.so"),
+        "run": write_arrays(folder / "arrays.so"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["generate", "encode", "run"])
+def test_children_of_a_busy_process_work(kinds: dict[str, Path], kind: str) -> None:
+    subprocess.run([sys.executable, "-c", FORKS, str(kinds[kind])], check=True, timeout=600)
+
+
+def test_a_pool_of_forked_processes_works(kinds: dict[str, Path]) -> None:
+    subprocess.run([sys.executable, "-c", POOL, str(kinds["generate"])], check=True, timeout=600)
+
+
+def forked(work: object) -> int:
+    """The exit status of a child that calls `work`; 14 where it hung."""
+    import signal
+
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(500)
+        try:
+            work()  # type: ignore[operator]
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("rank", [STEPS, TOKENIZER, LIBRARIES])
+def test_a_fork_waits_for_the_holder_of_a_lock(rank: int) -> None:
+    lock, inside, leave = ForkLock(rank), threading.Event(), threading.Event()
+    done: list[str] = []
+
+    def hold() -> None:
+        with lock:
+            inside.set()
+            leave.wait()
+            done.append("whole")
+
+    def check() -> None:
+        with lock:
+            assert done == ["whole"]
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait()
+    threading.Timer(0.01, leave.set).start()
+    assert forked(check) == 0
+    holder.join()
+    with lock:
+        assert forked(check) == 0  # the thread that forks may hold it: it is in the child too
+
+
+def test_a_lock_that_a_fork_did_not_get_is_an_error_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = ForkLock(STEPS)
+    lock.lose()
+    with pytest.raises(RuntimeStateError, match=r"forked in the middle of a step.*load the model again"), lock:
+        pass
+
+
+def belongings() -> tuple[int, int]:
+    """Open descriptors and mappings of files that have names ending in .so or (deleted)."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return len(os.listdir("/proc/self/fd")), sum(line.endswith((".so", "(deleted)")) for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["generate", "encode", "run"])
+def test_what_a_model_took_is_given_back(kinds: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    """Descriptors, mappings and the disk space of deleted files; without waiting for a collection of garbage."""
+    keep = Runtime.load(kinds["generate"], threads=1)  # the first: the pool's workers run in its code
+    before = None
+    for index in range(4):
+        path = tmp_path / f"{index}.so"
+        shutil.copy(kinds[kind], path)
+        runtime = Runtime.load(path, threads=2)
+        if kind == "encode":
+            runtime.encode(["hello"])
+        elif kind == "generate":
+            runtime.generate("hello", max_tokens=2)
+        path.unlink()
+        del runtime
+        found = belongings()
+        before = before or found
+        assert found == before
+    assert keep.generate("hello", max_tokens=3)
+
+
+def test_a_dropped_model_may_be_written_over_and_loaded_again(kinds: dict[str, Path], tmp_path: Path) -> None:
+    keep = Runtime.load(kinds["generate"], threads=1)
+    path = tmp_path / "model.so"
+    shutil.copy(kinds["generate"], path)
+    first = Runtime.load(path, threads=1)
+    again = Runtime.load(path, threads=1)
+    del first
+    assert (again.forward([5]) == fake_artifact.reference_logits([5])).all()  # one of two is left: the code stays
+    del again
+    changed = fake_artifact.STEP.replace("+ weights[v]", "+ 1u + weights[v]")
+    path.write_bytes(fake_artifact.write(tmp_path / "other.so", source=changed).read_bytes())
+    assert (Runtime.load(path, threads=1).forward([5]) != fake_artifact.reference_logits([5])).any()
+    assert (keep.forward([5]) == fake_artifact.reference_logits([5])).all()
+
+
+@pytest.mark.parametrize(
+    ("said", "flag", "advice"),
+    [
+        ("failed to map segment from shared object", os.ST_NOEXEC, "mounted noexec.*copy it to another place"),
+        ("failed to map segment from shared object", 0, "Compile it again"),
+        ("cannot open shared object file: Too many open files", 0, "raise the limit"),
+    ],
+)
+def test_code_that_cannot_be_loaded_says_why(
+    kinds: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, flag: int, advice: str
+) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(f"{name}: {said}")
+
+    path = tmp_path / "model.so"
+    shutil.copy(kinds["generate"], path)
+    monkeypatch.setattr("llmc.runtime.library.ctypes.CDLL", refuse)
+    monkeypatch.setattr(os, "statvfs", lambda _: type("Flags", (), {"f_flag": flag}))
+    with pytest.raises(ArtifactError, match=advice):
+        Runtime.load(path, threads=1)
+
+
+def test_a_processor_that_cannot_be_asked_is_no_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(RuntimeStateError, match=r"/proc/cpuinfo cannot be read .Too many open files"):
+        cpu.features.__wrapped__()
