@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import ArtifactWriter
+from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
@@ -43,8 +44,11 @@ RECOGNISE = (
 )
 
 
-def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
-    """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`)."""
+def pipeline_text(options: CompileOptions, task: str = GENERATE, vocabulary: int = 0, max_context: int = 0) -> str:
+    """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`).
+
+    vocabulary, max_context: how many token ids and positions there are; 0: unknown.
+    """
     kv_dtype = "f32" if options.quantization == "none" else "f16"
     overrides = ";".join(f"{pattern}={scheme}" for pattern, scheme in options.overrides)
     quantize = (
@@ -55,9 +59,14 @@ def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
         + "}"
     )
     merge = "merge-projections" + (f"{{overrides={overrides}}}" if overrides else "")
-    finish = "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse"
+    bounds = (
+        "bound-indices"
+        if task == RUN
+        else (f"bound-indices{{text=true,vocabulary={vocabulary},context={max_context}}}")
+    )
+    finish = f"fuse-epilogues,canonicalize,fold,cse,widen-vectors,{bounds},split-rounding,cse"
     if task == RUN:  # any graph, as it is: its inputs are not tokens
-        return ",".join([RECOGNISE, "bound-indices,split-projections,canonicalize,fold,cse", merge, quantize, finish])
+        return ",".join([RECOGNISE, "split-projections,canonicalize,fold,cse", merge, quantize, finish])
     encodes = ",sequences=true" if task == ENCODE else ""
     scratch = ",scratch=true" if task == ENCODE else ""
     return ",".join(
@@ -89,9 +98,14 @@ def run_pipeline(
     progress: Progress | None = None,
     load: LoadParam | None = None,
     task: str = GENERATE,
+    vocabulary: int = 0,
+    max_context: int = 0,
 ) -> Compiled:
-    """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such."""
-    passes = parse_pipeline(pipeline_text(options, task))
+    """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such.
+
+    vocabulary, max_context: how many token ids and positions the runtime lets through (default: as the graph shows).
+    """
+    passes = parse_pipeline(pipeline_text(options, task, vocabulary, max_context or longest_sequence(graph)))
     told = progress or Silent()
     told.start("passes", len(passes), "passes")
 
@@ -101,6 +115,20 @@ def run_pipeline(
     with reading(load) if load is not None else nullcontext():
         final, reports = run_passes(graph, passes, [*observers, tick])
     return Compiled(final, reports)
+
+
+def vocabulary_of(lifted: Lifted) -> int:
+    """Token ids that the runtime lets through: as many as logits where the model generates; 1 where it knows none."""
+    logits = dict(lifted.graph.outputs).get("logits") if lifted.task == GENERATE else None
+    width = logits.shape[-1] if logits is not None else lifted.vocab_size
+    return max(1, width) if isinstance(width, int) else max(1, lifted.vocab_size)
+
+
+def longest_sequence(graph: Graph) -> int:
+    """The most tokens of a sequence of a lifted text graph, ids [1, S]; 0 where S has no bound."""
+    sizes = [value.shape[-1] for value in graph.inputs if value.name == "ids" and value.shape]
+    symbols = [symbol for size in sizes for symbol in symbols_of(size)]
+    return max((symbol.high or 0 for symbol in symbols), default=0)
 
 
 def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> Graph:
@@ -146,9 +174,12 @@ def compile_model(
         from llmc.compiler.check import Checker
 
         watching.append(Checker(lifted.weights.load, options.seed))
-    compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load, lifted.task)
+    vocabulary = vocabulary_of(lifted)
+    compiled = run_pipeline(
+        lifted.graph, options, watching, told, lifted.weights.load, lifted.task, vocabulary, lifted.max_context
+    )
     if lifted.task != RUN:
-        check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
+        check_tables(compiled.graph, lifted.max_context, vocabulary, lifted.weights.load)
     for note in (*lifted.notes, *integer_notes(compiled.reports)):
         told.note(note)
     program = lower(compiled.graph, machine)

@@ -109,9 +109,12 @@ class Library:
             cls._loaded[file] = version, library
             return library
 
-    def run(self, step: int, threads: int) -> None:
-        """Runs one step. step: the address of a filled `Step`."""
+    def run(self, step: int, threads: int, failures: Sequence[str] = ()) -> None:
+        """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
+        what the manifest's `failures` say of it."""
         code = self._run(step, threads)
+        if 0 < code <= len(failures):
+            raise StepError(failures[code - 1])
         if code:
             raise StepError(f"the artifact's step failed with code {code}")
 

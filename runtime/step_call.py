@@ -39,8 +39,8 @@ class StepCaller:
         return bool(self.step.profile)
 
     def call(self) -> None:
-        """Runs the step that the struct describes."""
-        self.library.run(self._address, self.threads)
+        """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
+        self.library.run(self._address, self.threads, self.facts.failures)
 
 
 def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -23,7 +23,7 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.encoded import Encoded, decoded
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.op import Lookup, Op, Value
 from llmc.compiler.ir.shapes import require
 from llmc.compiler.ir.structural import (
     Concat,
@@ -75,6 +75,9 @@ class Embed(Op, name="llm.embed"):
         require(self.table.rank == 2, "the table must be a matrix")
         require(self.ids.dtype in ("i32", "i64"), f"ids must be i32 or i64, not {self.ids.dtype}")
         return Tensor((*self.ids.shape, self.table.shape[1]), self.dtype_name)
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("ids", self.table),)
 
     def evaluate(self, table: Array | Encoded, ids: Array) -> Array:
         return decoded(table)[ids].astype(numpy_dtype(self.dtype_name))

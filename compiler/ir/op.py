@@ -73,6 +73,21 @@ class Param(Value):
     type: Type
 
 
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """An operand of an op that says where in another one it reads or writes: `field` holds integers, each a place in
+    `axis` of `table`, from 0 to its size - 1."""
+
+    field: str
+    table: Value
+    axis: int = 0
+
+    @property
+    def size(self) -> int | Dim:
+        """How many places there are."""
+        return self.table.shape[self.axis]
+
+
 REGISTRY: dict[str, type[Op]] = {}
 
 _Self = TypeVar("_Self", bound="Op")
@@ -122,6 +137,10 @@ class Op(Value):
     def decompose(self) -> Value | None:
         """The same value in simpler ops; None for an op that is primitive."""
         return None
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        """Which operands are places in another one: every op that reads or writes where an operand says names them."""
+        return ()
 
     def named_operands(self) -> Iterator[tuple[str, Value | tuple[Value, ...] | None]]:
         """Operand fields as they stand."""

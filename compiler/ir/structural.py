@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, concrete, exact_division, known_at_most, product
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.dims import Dim, bounds, concrete, exact_division, known_at_most, product
+from llmc.compiler.ir.op import Lookup, Op, Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype
-from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor, numpy_dtype
+from llmc.compiler.ir.types import FLOATS, INTEGERS, UNSIGNED, Array, Shape, Tensor, numpy_dtype
+from llmc.errors import IRError
 
 
 def bound_shape(shape: Shape) -> tuple[int, ...]:
@@ -158,6 +159,9 @@ class Gather(Op, name="t.gather"):
         shape = (*self.x.shape[:axis], *self.indices.shape, *self.x.shape[axis + 1 :])
         return Tensor(shape, self.x.dtype)
 
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x, self.axis % self.x.rank),)
+
     def evaluate(self, x: Array, indices: Array) -> Array:
         return np.take(x, indices, axis=self.axis)
 
@@ -172,10 +176,54 @@ class GatherElements(Op, name="t.gather_elements"):
     def infer(self) -> Tensor:
         require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
         require(self.indices.rank == self.x.rank, "indices must have the operand's rank")
+        axis = axis_of(self.axis, self.x.rank)
+        for other, (wanted, size) in enumerate(zip(self.indices.shape, self.x.shape, strict=True)):
+            require(other == axis or wanted == size, f"indices and operand differ in axis {other}: {wanted} and {size}")
         return Tensor(self.indices.shape, self.x.dtype)
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x, self.axis % self.x.rank),)
 
     def evaluate(self, x: Array, indices: Array) -> Array:
         return np.take_along_axis(x, indices.astype(np.int64), self.axis)
+
+
+class CheckedIndex(Op, name="t.checked_index"):
+    """Places in an axis: x where it is 0 .. size - 1, x + size where it is -size .. -1; any other value is an error.
+
+    While evaluating the error is an IRError; a step that runs says it and ends. sizes: of each element of x, in place
+    of the one `size` for all. what: who asks for what, for the message. The result is i32 for an x of i32, else i64.
+    """
+
+    x: Value
+    sizes: Value | None = None
+    size: int | Dim = 0
+    what: str = ""
+
+    def infer(self) -> Tensor:
+        require(self.x.dtype in INTEGERS, f"indices must be integers, not {self.x.dtype}")
+        if self.sizes is not None:
+            require(self.sizes.dtype in ("i32", "i64"), f"sizes must be i32 or i64, not {self.sizes.dtype}")
+            require(self.sizes.shape == self.x.shape, f"sizes of {self.sizes.shape} for indices of {self.x.shape}")
+        high = bounds(self.size)[1]
+        narrow = self.x.dtype == "i32" and high is not None and high < 1 << 31
+        return Tensor(self.x.shape, "i32" if narrow else "i64")
+
+    @property
+    def failure(self) -> str:
+        """What an error says of an index that is out of range."""
+        text = f"index out of range: {self.what or 'an index'}"
+        return text if self.sizes is not None else f"{text}, which has {self.size} elements"
+
+    def evaluate(self, x: Array, sizes: Array | None = None) -> Array:
+        size = np.asarray(concrete(self.size, {}) if sizes is None else sizes, np.int64)
+        wide = x.astype(np.int64)
+        first = np.int64(0) if self.x.dtype in UNSIGNED else -size
+        outside = (wide < first) | (wide >= size)
+        if outside.any():
+            worst = int(np.argmax(outside.reshape(-1)))
+            raise IRError(f"{self.failure}: {x.reshape(-1)[worst]}")
+        return np.where(wide < 0, wide + size, wide).astype(numpy_dtype(self.dtype))
 
 
 class Cumsum(Op, name="t.cumsum"):
@@ -342,6 +390,9 @@ class Scatter(Op, name="t.scatter"):
             f"updates {list(self.updates.shape)} are not {list(self.indices.shape)} rows of {list(self.x.shape)}",
         )
         return self.x.tensor
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x),)
 
     def evaluate(self, x: Array, indices: Array, updates: Array) -> Array:
         result = x.copy()
