@@ -40,7 +40,7 @@ class StepCaller:
 
     def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
-        self.library.run(self._address, self.threads, self.facts.failures)
+        self.library.run(self._address, self.threads)
 
 
 def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -306,7 +306,7 @@ def _minimum(op: Op, a: AnyRange, b: AnyRange) -> AnyRange:
 def _negated(op: Op, x: AnyRange) -> AnyRange:
     if isinstance(x, FloatRange):
         return FloatRange(-x.high, -x.low, x.nan)
-    return Range(x.low * -1, x.high * -1)
+    return Range(x.high * -1, x.low * -1)
 
 
 def _absolute(op: Op, x: AnyRange) -> AnyRange:

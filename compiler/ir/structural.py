@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, bounds, concrete, exact_division, known_at_most, product
-from llmc.compiler.ir.op import Lookup, Op, Value
+from llmc.compiler.ir.op import Lookup, Op, Tokens, Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_same_dtype
 from llmc.compiler.ir.types import FLOATS, INTEGERS, UNSIGNED, Array, Shape, Tensor, numpy_dtype
 from llmc.errors import IRError
@@ -23,6 +23,8 @@ def bound_shape(shape: Shape) -> tuple[int, ...]:
 class Iota(Op, name="t.iota"):
     """0, 1, ..., size - 1."""
 
+    tokens = Tokens.MIXES
+
     size: int | Dim
     dtype_name: str = "i64"
 
@@ -35,6 +37,8 @@ class Iota(Op, name="t.iota"):
 
 class Reshape(Op, name="t.reshape"):
     """The same elements, row-major, in another shape with as many elements."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     to: tuple[int | Dim, ...]
@@ -53,6 +57,8 @@ class Reshape(Op, name="t.reshape"):
 class Transpose(Op, name="t.transpose"):
     """Axes permuted: result axis i is operand axis permutation[i]."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     permutation: tuple[int, ...]
 
@@ -70,6 +76,8 @@ class Transpose(Op, name="t.transpose"):
 class Broadcast(Op, name="t.broadcast"):
     """The operand repeated along axes of size 1 and new leading axes."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     to: tuple[int | Dim, ...]
 
@@ -83,6 +91,8 @@ class Broadcast(Op, name="t.broadcast"):
 
 class Slice(Op, name="t.slice"):
     """Elements start, start + step, ... below stop along one axis."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     axis: int
@@ -108,6 +118,8 @@ class Slice(Op, name="t.slice"):
 class Concat(Op, name="t.concat"):
     """Operands one after another along one axis."""
 
+    tokens = Tokens.MOVES
+
     xs: tuple[Value, ...]
     axis: int
 
@@ -131,6 +143,8 @@ class Concat(Op, name="t.concat"):
 class Pad(Op, name="t.pad"):
     """`low` and `high` constant elements before and after each axis."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -148,6 +162,8 @@ class Pad(Op, name="t.pad"):
 
 class Gather(Op, name="t.gather"):
     """Slices of x along an axis by index: the axis is replaced by the indices' shape. Negative indices wrap."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     indices: Value
@@ -168,6 +184,8 @@ class Gather(Op, name="t.gather"):
 
 class GatherElements(Op, name="t.gather_elements"):
     """result[i][j] = x[indices[i][j]][j] for axis 0, and so on."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     indices: Value
@@ -194,6 +212,8 @@ class CheckedIndex(Op, name="t.checked_index"):
     While evaluating the error is an IRError; a step that runs says it and ends. sizes: of each element of x, in place
     of the one `size` for all. what: who asks for what, for the message. The result is i32 for an x of i32, else i64.
     """
+
+    tokens = Tokens.ELEMENTS
 
     x: Value
     sizes: Value | None = None
@@ -229,6 +249,8 @@ class CheckedIndex(Op, name="t.checked_index"):
 class Cumsum(Op, name="t.cumsum"):
     """Running sum along an axis."""
 
+    tokens = Tokens.AXES
+
     x: Value
     axis: int
 
@@ -242,6 +264,8 @@ class Cumsum(Op, name="t.cumsum"):
 
 class Reduce(Op):
     """Base: `function` over axes, which become 1 (keep) or vanish."""
+
+    tokens = Tokens.AXES
 
     x: Value
     axes: tuple[int, ...]
@@ -321,6 +345,8 @@ class All(Reduce, name="t.all"):
 class Argmax(Op, name="t.argmax"):
     """The index of the first largest element along an axis, which vanishes."""
 
+    tokens = Tokens.AXES
+
     x: Value
     axis: int
 
@@ -337,6 +363,8 @@ class TopK(Op, name="t.top_k"):
 
     NaN counts as the largest.
     """
+
+    tokens = Tokens.AXES
 
     x: Value
     k: int | Dim
@@ -375,6 +403,8 @@ class Scatter(Op, name="t.scatter"):
     combine with what is there. Indices are in 0 .. R - 1.
     """
 
+    tokens = Tokens.MIXES
+
     x: Value
     indices: Value
     updates: Value
@@ -404,8 +434,17 @@ class Scatter(Op, name="t.scatter"):
         return result
 
 
+def axes_of(op: Op) -> tuple[int, ...]:
+    """The axes that an op with `Tokens.AXES` works along, of its operand x."""
+    axes = getattr(op, "axes", None)
+    rank = op.operands[0].rank
+    return tuple(axis % rank for axis in (axes if axes is not None else (getattr(op, "axis"),)))  # noqa: B009
+
+
 class Softmax(Op, name="t.softmax"):
     """exp(x) / sum(exp(x)) along an axis, computed after subtracting the maximum."""
+
+    tokens = Tokens.AXES
 
     x: Value
     axis: int
@@ -423,6 +462,8 @@ class Softmax(Op, name="t.softmax"):
 
 class Matmul(Op, name="t.matmul"):
     """Matrix product over the last two axes, leading axes broadcast; accumulated in f32 or wider."""
+
+    tokens = Tokens.MIXES
 
     a: Value
     b: Value

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, concrete, product, substitute, symbols_of
-from llmc.compiler.ir.elementwise import Binary, Cast, Constant, Unary, Where
+from llmc.compiler.ir.elementwise import Cast, Constant
 from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, topological
-from llmc.compiler.ir.op import Input, Lookup, Op, Param, Value
+from llmc.compiler.ir.op import Input, Lookup, Op, Param, Tokens, Value
 from llmc.compiler.ir.ranges import Range, Ranges
 from llmc.compiler.ir.structural import Broadcast, CheckedIndex, Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import INTEGERS, Array
@@ -110,7 +110,7 @@ def outside(index: Array, size: int) -> Array:
     return np.asarray((index < 0) | (index >= size))
 
 
-_EACH_ALONE = (Unary, Binary, Where, Cast, Reshape, Broadcast, Transpose, Constant)
+_SHAPES = (Reshape, Broadcast, Transpose, Constant)
 
 
 def for_all_values(index: Value, limits: dict[str, int], load: LoadParam) -> tuple[Input, Array] | None:
@@ -125,7 +125,7 @@ def for_all_values(index: Value, limits: dict[str, int], load: LoadParam) -> tup
     for value in values:
         if isinstance(value, Gather) and not any(item is inputs[0] for item in topological([value.x])):
             continue
-        if isinstance(value, Op) and not isinstance(value, _EACH_ALONE):
+        if isinstance(value, Op) and value.tokens is not Tokens.ELEMENTS and not isinstance(value, _SHAPES):
             return None
     source, count = inputs[0], limits[inputs[0].name]
     binding = {symbol.name: count for dim in source.shape for symbol in symbols_of(dim)}

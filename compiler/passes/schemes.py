@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
-from llmc.compiler.ir.elementwise import Activation, Add, Cast, Div, Mul, Tanh
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
 from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.structural import Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.errors import CompileError, IRError
 
@@ -97,12 +95,13 @@ def param_names(value: Value) -> tuple[str, ...]:
 
 
 def find_head(graph: Graph) -> Linear | None:
-    """The linear op that output `logits` comes from, seen through casts, softcaps, scales, choices of rows; or None."""
+    """The linear op that output `logits` comes from, seen through every op that carries what one operand computes:
+    casts, softcaps, scales, choices of rows; or None."""
     value = dict(graph.outputs).get("logits")
     if value is None:
         return None
     while not isinstance(value, Linear):
-        if not isinstance(value, (Cast, Reshape, Slice, Transpose, Gather, Mul, Div, Add, Tanh, Activation)):
+        if not isinstance(value, Op) or not value.carries:
             return None
         inner = [operand for operand in value.operands if operand not in graph.constants and _is_float(operand)]
         if len(inner) != 1:
