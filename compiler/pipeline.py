@@ -19,6 +19,7 @@ from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
+from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -180,7 +181,8 @@ def compile_model(
     )
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, vocabulary, lifted.weights.load)
-    for note in (*lifted.notes, *integer_notes(compiled.reports)):
+    lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
+    for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)

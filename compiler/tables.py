@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmc.compiler.ir.attention import PagedAttention
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.ragged import RelativeBias, span_of
@@ -24,10 +25,11 @@ def check_tables(graph: Graph, max_context: int, vocabulary: int, load: LoadPara
     """
     limits = {"positions": max_context, "ids": vocabulary}
     for op in graph.ops:
-        if isinstance(op, RelativeBias) and span_of(op.table) < max_context:
+        distances = op.table if isinstance(op, RelativeBias) else op.bias if isinstance(op, PagedAttention) else None
+        if distances is not None and span_of(distances) < max_context:
             raise CompileError(
-                f"a context of {max_context} tokens needs more distances than the {span_of(op.table)} of "
-                f"{table_name(op.table)}: give --max-context {span_of(op.table)} or less"
+                f"a context of {max_context} tokens needs more distances than the {span_of(distances)} of "
+                f"{table_name(distances)}: give --max-context {span_of(distances)} or less"
             )
         if not isinstance(op, CheckedIndex) or not isinstance(op.size, int) or op.sizes is not None:
             continue

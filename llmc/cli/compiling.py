@@ -77,8 +77,6 @@ def compile(
     with output.progress() as progress:
         manifest = compile_model(model, path, options, progress, observers, tokenizer)
     file_bytes = path.stat().st_size
-    for what, why in quantization_refusals(manifest):
-        output.line(f"not quantized as asked: {what}: {why}")
     differences = [difference for checker in checkers for difference in checker.differences]
     if json:
         result: dict[str, object] = {
