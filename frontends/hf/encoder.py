@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.ir.op import Input
 from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
-from llmc.frontends.hf.graph import Outputs
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
 from llmc.frontends.hf.sentence import SCORE, Sentence
 from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
@@ -18,6 +17,8 @@ from llmc.frontends.lifted import Text, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from llmc.frontends.hf.graph import Outputs  # torch, which readers of ONNX files do without
 
 HIDDEN, LOGITS, EMBEDDING = "last_hidden_state", "logits", "embedding"  # names of outputs
 
