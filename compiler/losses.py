@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.op import Op
+from llmc.compiler.ir.structural import Softmax
 from llmc.compiler.ir.types import KV
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.schemes import behind_logits
 
-# The passes that a cache needs, and those that steps of several texts need, in the order in which one fails the next.
-_FOR_A_CACHE = ("fuse-attention", "flatten-tokens", "insert-kv-cache")
-_FOR_MANY_TEXTS = ("flatten-tokens",)
+# The passes that a cache and steps of several texts need, in the order in which one fails the next.
+_NEEDED = ("flatten-tokens", "insert-kv-cache")
 _EXPLAIN = "`llmc explain` lists what every pass refused"
 
 
@@ -27,12 +28,12 @@ def losses(graph: Graph, reports: Sequence[Report], task: str, quantization: str
     if task == "generate" and not any(isinstance(value.type, KV) for value in graph.inputs):
         found.append(
             "slow: this model keeps no KV cache, so that every token computes the whole sequence anew. "
-            f"{_reason(reports, _FOR_A_CACHE) or 'No attention was recognised'}. {_EXPLAIN}"
+            f"{_reason(graph, reports) or 'No attention was recognised'}. {_EXPLAIN}"
         )
     if task == "encode" and all(value.name != "starts" for value in graph.inputs):
         found.append(
             "slow: this model takes one text a step. "
-            f"{_reason(reports, _FOR_MANY_TEXTS) or 'Its tokens could not be told apart'}. {_EXPLAIN}"
+            f"{_reason(graph, reports) or 'Its tokens could not be told apart'}. {_EXPLAIN}"
         )
     if quantization == "none":
         return found
@@ -49,9 +50,11 @@ def losses(graph: Graph, reports: Sequence[Report], task: str, quantization: str
     return found
 
 
-def _reason(reports: Sequence[Report], passes: Sequence[str]) -> str:
-    """The first refusal of the first of these passes that refused anything."""
-    for name in passes:
+def _reason(graph: Graph, reports: Sequence[Report]) -> str:
+    """The first refusal of the first pass that refused anything: of attention, where some is left as a softmax over
+    tokens, else of what was behind it."""
+    raw = any(isinstance(op, Softmax) and isinstance(op.shape[op.axis], Dim) for op in graph.ops)
+    for name in ("fuse-attention", *_NEEDED) if raw else _NEEDED:
         for report in reports:
             if report.name == name and report.refusals:
                 what, why = report.refusals[0]

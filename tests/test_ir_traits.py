@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from pass_harness import c
+from pass_harness import S, c
 from small_decoder import small_decoder
 from test_ir_ops import CASES, Case, built, run
 
@@ -16,7 +16,7 @@ from llmc.compiler.ir.dims import concrete
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.op import REGISTRY, Input, Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
-from llmc.compiler.ir.structural import axes_of
+from llmc.compiler.ir.structural import Cumsum, Softmax, axes_of
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, Array, Tensor
 from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
@@ -184,8 +184,6 @@ def test_a_new_op_costs_a_model_neither_its_cache_nor_its_heads_precision(soft_c
 
 def mixing_decoder() -> Graph:
     """The small decoder with a running mean of its logits, which no pass can tell apart by tokens."""
-    from llmc.compiler.ir.structural import Cumsum
-
     graph = small_decoder()
     return graph.replace_outputs([("logits", Cumsum(graph.output("logits"), 1))])
 
@@ -203,14 +201,19 @@ def test_a_head_that_is_not_found_is_said() -> None:
     assert any("the head was not found" in line and "t.cumsum" in line for line in said)
 
 
-def test_an_attention_that_was_not_recognised_is_the_reason() -> None:
+def test_the_reason_is_attention_only_where_some_is_left() -> None:
+    """A softmax over experts is refused by the same pass, and is no reason."""
     reports = [Report("fuse-attention"), Report("flatten-tokens")]
     reports[0].refuse("t.softmax", "its scores are clipped")
     reports[1].refuse("t.matmul", "it multiplies tokens with tokens")
-    graph = Graph("g", (Input("ids", Tensor((1, 3), "i32")),), ())
-    assert "fuse-attention refused t.softmax: its scores are clipped" in losses(graph, reports, "generate", "none")[0]
-    assert "flatten-tokens refused t.matmul" in losses(graph, reports, "encode", "none")[0]
-    assert losses(graph, reports, "run", "none") == []
+    scores, experts = Input("scores", Tensor((S, S), "f32")), Input("experts", Tensor((S, 8), "f32"))
+    for value, reason in ((scores, "fuse-attention refused t.softmax: its scores are clipped"),
+                          (experts, "flatten-tokens refused t.matmul: it multiplies")):  # fmt: skip
+        graph = Graph("g", (value,), (("y", Softmax(value, 1)),))
+        for task in ("generate", "encode"):
+            (line,) = losses(graph, reports, task, "none")
+            assert reason in line
+        assert losses(graph, reports, "run", "none") == []
     assert "No attention was recognised" in losses(graph, [], "generate", "none")[0]
 
 
