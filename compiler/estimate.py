@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmc.compiler.encodings import storage_bytes
 from llmc.compiler.ir.dims import concrete, product
-from llmc.compiler.ir.elementwise import Binary, Cast, Where
+from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.integers import parameter_count
@@ -24,10 +24,9 @@ from llmc.compiler.ir.llm import (
     Linear,
     PagedAttention,
     RMSNorm,
-    Rope,
 )
-from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Reshape, Slice, Softmax, Transpose
+from llmc.compiler.ir.op import Op, Tokens, Value
+from llmc.compiler.ir.structural import Broadcast, Gather, Matmul, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import KV, Tensor, itemsize
 from llmc.compiler.passes.schemes import find_head
 
@@ -36,24 +35,10 @@ LIBRARY_BYTES = 1 << 20  # kernels, driver, manifest and tokenizer: 0.3 to 3 MiB
 
 _OF_STEPS = ("S", "T", "R", "Q", "B", "M")  # sizes of a step of tokens
 
+# Between a projection and the attention that it serves are ops that treat each token alone: norms, rotations, clamps.
+_ENDS = (Tokens.MIXES, Tokens.WEIGHTS)
 # Ops whose result lies in their operand's memory.
 _VIEWS = (Reshape, Slice, Broadcast)
-# Ops between a projection and the attention that it serves: norms of queries, rotations, clamps, masks.
-_CARRIERS = (
-    Reshape,
-    Slice,
-    Transpose,
-    Broadcast,
-    Concat,
-    Cast,
-    Rope,
-    RMSNorm,
-    LayerNorm,
-    Gather,
-    Binary,
-    Softmax,
-    Where,
-)
 
 
 @dataclass(frozen=True)
@@ -191,11 +176,15 @@ def _is_gathered(value: Value) -> bool:
 
 def _linears_behind(values: list[Value]) -> set[Op]:
     found: set[Op] = set()
+    seen: set[Value] = set()
     while values:
         value = values.pop()
+        if value in seen:
+            continue
+        seen.add(value)
         if isinstance(value, Linear):
             found.add(value)
-        elif isinstance(value, _CARRIERS):
+        elif isinstance(value, Op) and value.tokens not in _ENDS and not isinstance(value, (GatedLinear, Embed)):
             values.extend(value.operands)
     return found
 

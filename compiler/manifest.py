@@ -83,6 +83,7 @@ def build_manifest(
             "calls": library.calls,
             "costs": library.costs,
             "limits": library.limits,
+            "failures": library.failures,
         },
         "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
         "outputs": [] if lifted.task == GENERATE else [_array(*pair) for pair in output_values(program.graph)],

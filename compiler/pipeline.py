@@ -7,17 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import ArtifactWriter
+from llmc.compiler.ir.attention import Attention
+from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
+from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -43,8 +46,11 @@ RECOGNISE = (
 )
 
 
-def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
-    """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`)."""
+def pipeline_text(options: CompileOptions, task: str = GENERATE, vocabulary: int = 0, max_context: int = 0) -> str:
+    """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`).
+
+    vocabulary, max_context: how many token ids and positions there are; 0: unknown.
+    """
     kv_dtype = "f32" if options.quantization == "none" else "f16"
     overrides = ";".join(f"{pattern}={scheme}" for pattern, scheme in options.overrides)
     quantize = (
@@ -55,9 +61,14 @@ def pipeline_text(options: CompileOptions, task: str = GENERATE) -> str:
         + "}"
     )
     merge = "merge-projections" + (f"{{overrides={overrides}}}" if overrides else "")
-    finish = "fuse-epilogues,canonicalize,fold,cse,widen-vectors,split-rounding,cse"
+    bounds = (
+        "bound-indices"
+        if task == RUN
+        else (f"bound-indices{{text=true,vocabulary={vocabulary},context={max_context}}}")
+    )
+    finish = f"fuse-epilogues,canonicalize,fold,cse,widen-vectors,{bounds},split-rounding,cse"
     if task == RUN:  # any graph, as it is: its inputs are not tokens
-        return ",".join([RECOGNISE, "bound-indices,split-projections,canonicalize,fold,cse", merge, quantize, finish])
+        return ",".join([RECOGNISE, "split-projections,canonicalize,fold,cse", merge, quantize, finish])
     encodes = ",sequences=true" if task == ENCODE else ""
     scratch = ",scratch=true" if task == ENCODE else ""
     return ",".join(
@@ -89,9 +100,14 @@ def run_pipeline(
     progress: Progress | None = None,
     load: LoadParam | None = None,
     task: str = GENERATE,
+    vocabulary: int = 0,
+    max_context: int = 0,
 ) -> Compiled:
-    """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such."""
-    passes = parse_pipeline(pipeline_text(options, task))
+    """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such.
+
+    vocabulary, max_context: how many token ids and positions the runtime lets through (default: as the graph shows).
+    """
+    passes = parse_pipeline(pipeline_text(options, task, vocabulary, max_context or longest_sequence(graph)))
     told = progress or Silent()
     told.start("passes", len(passes), "passes")
 
@@ -101,6 +117,59 @@ def run_pipeline(
     with reading(load) if load is not None else nullcontext():
         final, reports = run_passes(graph, passes, [*observers, tick])
     return Compiled(final, reports)
+
+
+def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = None) -> Lifted:
+    """A model read by its frontend, and settled where its files do not say what it is (see `Lifted.otherwise`)."""
+    from llmc.frontends import lift
+
+    return settled(
+        lift(
+            source, max_context=options.max_context, weights="random" if options.weights == "random" else "checkpoint",
+            seed=options.seed, tokenizer=tokenizer, max_dims=dict(options.max_dims), dims=dict(options.dims),
+        )
+    )  # fmt: skip
+
+
+def settled(lifted: Lifted) -> Lifted:
+    """The model itself, or what it is otherwise: a decoder is one all of whose attention sees only tokens before."""
+    if lifted.otherwise is None:
+        return lifted
+    with reading(lifted.weights.load):
+        graph, _ = run_passes(lifted.graph, parse_pipeline(RECOGNISE))
+    found = [op.causal for op in graph.ops if isinstance(op, Attention)]
+    if found and all(found):
+        return replace(lifted, otherwise=None)
+    encoder = lifted.otherwise()
+    if found:
+        return encoder
+    note = (
+        "taken for an encoder, as no attention was recognised that sees only tokens before: if it is a decoder, say so "
+        'in a config.json beside it: {"architectures": ["ModelForCausalLM"]}'
+    )
+    return replace(encoder, notes=(*encoder.notes, note))
+
+
+def vocabulary_of(lifted: Lifted) -> int:
+    """Token ids that the runtime lets through: as many as logits where the model generates; 1 where it knows none."""
+    logits = dict(lifted.graph.outputs).get("logits") if lifted.task == GENERATE else None
+    width = logits.shape[-1] if logits is not None else lifted.vocab_size
+    return max(1, width) if isinstance(width, int) else max(1, lifted.vocab_size)
+
+
+def longest_sequence(graph: Graph) -> int:
+    """The most tokens of a sequence of a lifted text graph, ids [1, S]; 0 where S has no bound."""
+    sizes = [value.shape[-1] for value in graph.inputs if value.name == "ids" and value.shape]
+    symbols = [symbol for size in sizes for symbol in symbols_of(size)]
+    return max((symbol.high or 0 for symbol in symbols), default=0)
+
+
+def run_lifted(
+    lifted: Lifted, options: CompileOptions, observers: Sequence[Observer] = (), progress: Progress | None = None
+) -> Compiled:
+    """Run the options' passes over a model as it was lifted."""
+    load, vocabulary = lifted.weights.load, vocabulary_of(lifted)
+    return run_pipeline(lifted.graph, options, observers, progress, load, lifted.task, vocabulary, lifted.max_context)
 
 
 def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> Graph:
@@ -127,7 +196,6 @@ def compile_model(
     `tokenizer`: the directory of one, where the model has none beside it. `observers(lifted)` gives further observers
     of the passes, such as the checker of `--check`.
     """
-    from llmc.frontends import lift
     from llmc.targets import lower, machine_named
     from llmc.targets.library import compiler_command
 
@@ -136,20 +204,17 @@ def compile_model(
     machine = machine_named(options.target)
     compiler_command(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
-    weights = "random" if options.weights == "random" else "checkpoint"
-    lifted = lift(
-        source, max_context=options.max_context, weights=weights, seed=options.seed, tokenizer=tokenizer,
-        max_dims=dict(options.max_dims), dims=dict(options.dims),
-    )  # fmt: skip
+    lifted = lift_model(source, options, tokenizer)
     watching = list(observers(lifted)) if observers is not None else []
     if options.check:
         from llmc.compiler.check import Checker
 
         watching.append(Checker(lifted.weights.load, options.seed))
-    compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load, lifted.task)
+    compiled = run_lifted(lifted, options, watching, told)
     if lifted.task != RUN:
-        check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
-    for note in (*lifted.notes, *integer_notes(compiled.reports)):
+        check_tables(compiled.graph, lifted.max_context, vocabulary_of(lifted), lifted.weights.load)
+    lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
+    for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)

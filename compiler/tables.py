@@ -1,63 +1,65 @@
-"""Tables that are read by position or token id: proof that no row beyond their end is ever asked for.
+"""Tables that are read by position or token id: a context or a vocabulary that is larger than they are is refused.
 
-Kernels do not check indices, so a context that is longer than a table of learned positions must be refused when
-compiling. The index of each lookup is evaluated at the smallest and the largest value that the runtime lets through.
+What an index may be otherwise is settled in `passes/bound_indices.py`: in range for all inputs, or looked at when a
+step runs. An index that positions or token ids alone decide is known when compiling, for each of their values.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
-from llmc.compiler.ir.graph import Graph, topological
-from llmc.compiler.ir.llm import Embed
-from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.structural import Gather
+from llmc.compiler.ir.attention import PagedAttention
+from llmc.compiler.ir.evaluate import LoadParam
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.ragged import RelativeBias, span_of
+from llmc.compiler.ir.structural import CheckedIndex
+from llmc.compiler.ir.types import Array
+from llmc.compiler.passes.bound_indices import for_all_values, outside, table_name
 from llmc.errors import CompileError
 
 
 def check_tables(graph: Graph, max_context: int, vocabulary: int, load: LoadParam) -> None:
     """CompileError where a token at a position below max_context, or an id below `vocabulary`, reads beyond a table.
 
-    graph: after all passes, over inputs `positions` and `ids` of shape [T]. Only lookups whose index depends on one of
-    the two alone are looked at; other indices are made by ops whose results are bounded by construction.
+    graph: after all passes. Every value of an input that alone decides an index is tried.
     """
-    highest = {"positions": max_context - 1, "ids": vocabulary - 1}
+    limits = {"positions": max_context, "ids": vocabulary}
     for op in graph.ops:
-        table, index = _lookup(op)
-        if table is None or index is None:
+        distances = op.table if isinstance(op, RelativeBias) else op.bias if isinstance(op, PagedAttention) else None
+        if distances is not None and span_of(distances) < max_context:
+            raise CompileError(
+                f"a context of {max_context} tokens needs more distances than the {span_of(distances)} of "
+                f"{table_name(distances)}: give --max-context {span_of(distances)} or less"
+            )
+        if not isinstance(op, CheckedIndex) or not isinstance(op.size, int) or op.sizes is not None:
             continue
-        rows = table.shape[0]
-        inputs = [value for value in topological([index]) if isinstance(value, Input)]
-        if not isinstance(rows, int) or len(inputs) != 1 or inputs[0].name not in highest or inputs[0].rank != 1:
+        found = for_all_values(op.x, limits, load)
+        if found is None:
             continue
-        name = inputs[0].name
-        ends = np.array([0, highest[name]], np.int32)
-        found = evaluate_values([index], {inputs[0]: ends}, load, dict.fromkeys((s.name for s in graph.symbols), 2))
-        last = int(np.max(np.asarray(found["0"])))
-        if last >= rows:
-            raise CompileError(_refusal(name, _name(table), rows, max_context, vocabulary, last))
+        source, index = found
+        wrong = outside(np.where(index < 0, index + op.size, index), op.size)
+        if wrong.any():
+            limit = limits[source.name]
+            raise CompileError(_refusal(source.name, _table(graph, op), op.size, limit, index, wrong))
 
 
-def _lookup(op: Op) -> tuple[Value | None, Value | None]:
-    """(table, index) of an op that reads rows by index."""
-    if isinstance(op, Embed):
-        return op.table, op.ids
-    if isinstance(op, Gather) and op.axis == 0:
-        return op.x, op.indices
-    return None, None
+def _table(graph: Graph, check: CheckedIndex) -> str:
+    """The name of what a checked index is for."""
+    for user in graph.users.get(check, ()):
+        for lookup in user.lookups():
+            if getattr(user, lookup.field) is check:
+                return table_name(lookup.table)
+    return "a table"
 
 
-def _name(table: Value) -> str:
-    names = [value.name for value in topological([table]) if isinstance(value, Param)]
-    return names[0] if names else "a constant table"
-
-
-def _refusal(name: str, table: str, rows: int, max_context: int, vocabulary: int, last: int) -> str:
+def _refusal(name: str, table: str, rows: int, limit: int, index: Array, wrong: Array) -> str:
+    """What reads beyond a table, and the greatest context that does not."""
+    place = int(np.argmax(wrong.reshape(-1)))
     if name == "ids":
-        return f"{table} has {rows} rows, and the model a vocabulary of {vocabulary}: the checkpoint's config is wrong"
-    most = max_context - (last - rows + 1)
-    return (
-        f"a context of {max_context} tokens needs more rows than the {rows} of {table}: "
-        f"give --max-context {most} or less"
-    )
+        return (
+            f"{table} has {rows} rows, and the model a vocabulary of {limit}, one of which looks up row "
+            f"{index.reshape(-1)[place]}: the checkpoint's config is wrong"
+        )
+    text = f"a context of {limit} tokens needs more rows than the {rows} of {table}"
+    # Where there is an index a position, those before the first wrong one are right.
+    return f"{text}: give --max-context {place} or less" if index.size == limit and place > 1 else text

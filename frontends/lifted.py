@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,6 +55,8 @@ class Lifted:
     - "run": any graph, with the model's own inputs and outputs.
     encoder: for "encode", the manifest's `encoder` (see docs/architecture.md). config: the model's own settings.
     notes: what was not as good as it could be, for the user to read.
+    otherwise: of a text model whose file does not say whether it is a decoder. It is given as one; where its attention
+    sees tokens ahead, the model is what this gives in its place (`compiler/pipeline.py: settled` looks).
     """
 
     graph: Graph
@@ -71,6 +73,7 @@ class Lifted:
     config: dict[str, object] = field(default_factory=dict, repr=False)
     task: str = GENERATE
     encoder: dict[str, object] | None = None
+    otherwise: Callable[[], Lifted] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

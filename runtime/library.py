@@ -80,7 +80,8 @@ class Library:
     _pool: int | None = None
     _pool_owner: Library | None = None
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, failures: Sequence[str] = ()) -> None:
+        self.failures = failures
         try:
             handle = ctypes.CDLL(name)
         except OSError as error:
@@ -130,7 +131,8 @@ class Library:
             kept = os.dup(artifact.descriptor)
             name = f"/proc/self/fd/{kept}"
             try:
-                library = cls(artifact.path, name if Path(name).exists() else str(artifact.path.absolute()))
+                shown = name if Path(name).exists() else str(artifact.path.absolute())
+                library = cls(artifact.path, shown, artifact.manifest.step.failures)
             except BaseException:
                 os.close(kept)
                 raise
@@ -155,8 +157,11 @@ class Library:
                 del cls._loaded[file]
 
     def run(self, step: int, threads: int) -> None:
-        """Runs one step. step: the address of a filled `Step`."""
+        """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
+        what the manifest's `failures` say of it."""
         code = self._run(step, threads)
+        if 0 < code <= len(self.failures):
+            raise StepError(self.failures[code - 1])
         if code:
             raise StepError(f"the artifact's step failed with code {code}")
 

@@ -104,7 +104,8 @@ class LimitFacts:
 class StepFacts:
     """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
     max_step tokens; state: "paged" (a KV cache), "none" (every step sees one whole sequence), "ragged" (several whole
-    sequences) or "run" (arrays of any kind)."""
+    sequences) or "run" (arrays of any kind). failures: what a step that returns 1, 2, ... has found wrong with its
+    inputs."""
 
     max_step: int
     page: int
@@ -116,6 +117,7 @@ class StepFacts:
     calls: tuple[str, ...]
     costs: tuple[CallCost, ...] = ()
     limits: tuple[LimitFacts, ...] = ()
+    failures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -365,6 +367,7 @@ def _step(reader: Reader, states: tuple[str, ...], symbols: frozenset[str]) -> S
         calls=calls,
         costs=tuple(_cost(item, len(calls), symbols) for item in reader.children("costs")),
         limits=tuple(_limit(item) for item in reader.children("limits")),
+        failures=tuple(reader.strings("failures", default=[])),
     )
 
 

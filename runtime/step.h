@@ -42,7 +42,8 @@ typedef struct LlmcStep {
     const int64_t *dims;        /* the sizes, sorted by name */
 } LlmcStep;
 
-/* Runs the model once over T tokens. Returns 0, or a nonzero code when it could not run. */
+/* Runs the model once over T tokens. Returns 0, or n > 0 when the inputs made it impossible: the manifest's
+ * step.failures says what its n-th kind of failure is. What the step writes is then of no use. */
 int llmc_step(const LlmcStep *step);
 
 #endif

@@ -39,7 +39,7 @@ class StepCaller:
         return bool(self.step.profile)
 
     def call(self) -> None:
-        """Runs the step that the struct describes."""
+        """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
         self.library.run(self._address, self.threads)
 
 

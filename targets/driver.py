@@ -14,7 +14,7 @@ from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import itemsize
 from llmc.errors import CompileError
-from llmc.targets.kernel import CachePart, Call, Packed, Scratch, Workspace
+from llmc.targets.kernel import FAILED, CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan, needs_arena, scratch_key
 
@@ -103,6 +103,11 @@ def weight_key(argument: object) -> object:
     return (argument.weight, argument.layout, argument.part) if isinstance(argument, Packed) else argument
 
 
+def failures_of(program: Program) -> list[str]:
+    """What a step that returns 1, 2, ... has found wrong, in that order."""
+    return list(dict.fromkeys(call.failure for lowered in program.ops for call in lowered.calls if call.failure))
+
+
 def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str]]:
     """The C source of `llmc_step`, and for each profile slot what it measures."""
     interface = _interface(program, addresses.task)
@@ -110,6 +115,7 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     bodies: list[str] = []
     steps: list[str] = []
     labels: list[str] = []
+    codes = {failure: code for code, failure in enumerate(failures_of(program), 1)}
     for lowered in program.ops:
         for call in lowered.calls:
             index = len(labels)
@@ -126,7 +132,11 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
             guard = " && ".join(_guards(call, interface)) or "1"
             units = call.units
             assert isinstance(units, (int, Dim))
-            steps.append(f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});")
+            run = f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});"
+            if call.failure:
+                failed = f"*(int32_t *)ARENA({addresses.plan.offsets[scratch_key(lowered.op, FAILED)]})"
+                run = f"    {failed} = 0;\n{run}\n    if ({failed})\n        return {codes[call.failure]};"
+            steps.append(run)
             labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
     declarations = []
     for symbol in kernels:

@@ -73,6 +73,10 @@ class Scratch:
     size: object  # Dim: a polynomial over the step's symbols
 
 
+FAILED = Scratch("failed", "i32", 1)
+"""Where a kernel that can fail says so: see `Call.failure`."""
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Memory that each thread has for itself, `nbytes` at least, 64-byte aligned; a call finds anything in it."""
@@ -97,6 +101,8 @@ class Call:
     `Packed` weight, or a Dim (passed as int64). A scratch whose name starts with "@" belongs to a value, not to this op
     alone, and lives as long as that value's readers.
     units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
+    failure: what an error says where the kernel has set the first element of its scratch `FAILED`, an i32 that is 0
+    before the call; the step then ends. Empty: the call cannot fail.
     """
 
     kernel: Kernel
@@ -110,6 +116,7 @@ class Call:
     bytes_moved: object = 0
     operations: object = 0
     arithmetic: str = "f32"
+    failure: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
 from llmc.targets.codegen import compile_kernels
-from llmc.targets.driver import Addresses, generate_step
+from llmc.targets.driver import Addresses, failures_of, generate_step
 from llmc.targets.kernel import Kernel
 from llmc.targets.limits import limit_kernels
 from llmc.targets.lowering import Program
@@ -24,6 +24,7 @@ class Library:
     """A linked library: its path, what each profile slot measures, and the driver's source.
 
     costs, limits: what calls cost, and the functions that measure the machine's limits, as the manifest has them.
+    failures: what a step that returns 1, 2, ... has found wrong.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Library:
     source: str
     costs: list[dict[str, object]]
     limits: list[dict[str, object]]
+    failures: list[str]
 
 
 def kernels_of(program: Program) -> list[Kernel]:
@@ -85,7 +87,8 @@ def build_library(
     _write(listing, "\n".join(f'"{path}"' for path in compiled))
     linker = ("-Wl,--build-id=none", "-Wl,-z,noexecstack")
     _run(program.machine, "-shared", "-o", str(output), f"@{listing}", "-lm", *linker)
-    return Library(output, calls, source, call_costs(program), [asdict(item.facts) for item in limits])
+    costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
+    return Library(output, calls, source, costs, facts, failures_of(program))
 
 
 def _write(path: Path, text: str) -> None:

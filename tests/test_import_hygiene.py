@@ -69,6 +69,25 @@ def test_generating_text_loads_no_compiler_and_no_framework(tmp_path: Path) -> N
     assert (tmp_path / "copy.so").read_bytes() == path.read_bytes()
 
 
+def test_reading_an_onnx_file_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    """Nor do the passes over it. (A tokenizer beside it is read by transformers; tvm loads torch where it is there.)"""
+    import numpy as np
+    from onnx_files import mlp, write
+    from onnx_graphs import Nodes
+
+    text = Nodes({"input_ids": ("int64", ["batch", "seq"])})
+    words = text.add("Gather", np.ones((9, 4), np.float32), "input_ids")
+    paths = [write(mlp(), tmp_path / "arrays.onnx"), write(text.model(words), tmp_path / "text.onnx")]
+    code = (
+        "from llmc.compiler.options import CompileOptions as O; from llmc.frontends import lift; "
+        "from llmc.compiler.pipeline import lift_model, run_lifted; "
+        f"[(lift(p), run_lifted(lift_model(p, O()), O())) for p in {[str(path) for path in paths]!r}]"
+    )
+    found = modules_after(code)
+    assert loaded(found, ("llmc.frontends.onnx", "onnx"))
+    assert loaded(found, ("torch", "transformers", "safetensors")) == set()
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["run", "--help"], ["compile", "--help"], ["run", "ARTIFACT", "hi", "-n", "2"]]
 )

@@ -11,7 +11,7 @@ from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, constant
 from llmc.compiler.ir.evaluate import evaluate, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
-from llmc.compiler.ir.llm import KVAppend, Linear
+from llmc.compiler.ir.llm import KVAppend, Linear, PagedAttention
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import Concat, Matmul, Reshape, Slice
 from llmc.compiler.ir.types import KV, Tensor, dtype_of, is_precise, parse_encoding, precise
@@ -93,6 +93,40 @@ def test_a_cache_that_branches_is_rejected() -> None:
     with pytest.raises(IRError, match="appended to 2 times"):
         verify(Graph("g", (x, slots, cache), (("a", one), ("b", other))))
     verify(Graph("g", (x, slots, cache), (("a", KVAppend(one, x, x, slots)),)))
+
+
+T = symbol("T", 1)
+
+
+def paged(readers: str) -> Graph:
+    """Two appends to one cache, and readers of the version between: the second append's keys come of them, or not."""
+    q, k, v = (Input(name, Tensor((T, 2, 16), "f32")) for name in "qkv")
+    slots, tiles = Input("slots", Tensor((T,), "i32")), Input("tiles", Tensor((symbol("Q", 1), 4), "i32"))
+    table = Input("block_table", Tensor((symbol("B", 1), symbol("M", 1)), "i32"))
+    cache = Input("cache.0", KV(2, 16, 16, "f32"))
+    inputs = (q, k, v, slots, tiles, table, cache)
+    first = KVAppend(cache, k, v, slots)
+    early = PagedAttention(q, first, tiles, table)
+    if readers == "of the input":
+        late = PagedAttention(q, cache, tiles, table)
+        return Graph("g", inputs, (("a", Add(early, late)), ("next", first)))
+    second = KVAppend(first, Neg(early) if readers != "none before" else k, v, slots)
+    after = PagedAttention(early, second, tiles, table)
+    if readers == "beside":
+        after = Add(after, PagedAttention(early, first, tiles, table))
+    outputs = (("a", after), ("next", first if readers == "kept" else second))
+    return Graph("g", inputs, outputs)
+
+
+def test_a_cache_is_read_before_it_is_overwritten() -> None:
+    verify(paged("before"))
+
+
+@pytest.mark.parametrize("readers", ["beside", "none before", "of the input", "kept"])
+def test_a_read_of_an_overwritten_cache_is_rejected(readers: str) -> None:
+    """A reader that nothing puts before the append, of any version; and a version that is gone when the step ends."""
+    with pytest.raises(IRError, match="overwrit"):
+        verify(paged(readers))
 
 
 def test_an_op_refuses_operands_that_break_its_rules_and_says_so() -> None:

@@ -163,6 +163,8 @@ def structural_cases() -> list[Case]:
         Case("t.gather", lambda x, i: s.Gather(x, i, 2), (pool, index), taken.numpy()),
         Case("t.gather negative", lambda x, i: s.Gather(x, i, -1), (pool, IDS), wrapped.numpy()),
         Case("t.gather_elements", lambda x, i: s.GatherElements(x, i, 0), (pool, elements), picked.numpy()),
+        Case("t.checked_index", lambda x: s.CheckedIndex(x, None, 7), (IDS,), np.where(IDS < 0, IDS + 7, IDS)),
+        Case("t.checked_index sizes", s.CheckedIndex, (IDS, np.abs(IDS) + 1), np.where(IDS < 0, 1, IDS)),
         Case("t.cumsum", lambda x: s.Cumsum(x, -1), (INTS,), torch.cumsum(t(INTS), -1).numpy()),
         Case("t.argmax", lambda x: s.Argmax(x, 2), (a,), torch.argmax(t(a), 2).numpy()),
         Case("t.softmax", lambda x: s.Softmax(x, 1), (50 * a,), torch.softmax(t(50 * a), 1).numpy()),

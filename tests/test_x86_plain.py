@@ -103,5 +103,6 @@ def test_plain_kernel_equals_meaning(op: Op) -> None:
 
 
 def test_every_tensor_op_has_a_plain_kernel() -> None:
-    tensor_ops = {name for name in REGISTRY if name.startswith("t.")} - {"t.constant", "t.reshape"}
-    assert tensor_ops == set(FORMS), "constants are known when compiling, reshapes share their operand's buffer"
+    tensor_ops = {name for name in REGISTRY if name.startswith("t.")} - {"t.constant", "t.reshape", "t.checked_index"}
+    # Constants are known when compiling, reshapes share their operand's buffer, a kernel that can fail says so.
+    assert tensor_ops == set(FORMS)

@@ -23,7 +23,7 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.encoded import Pages
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.op import Op, Tokens, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require
 from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Matmul, Max, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import FLOATS, KV, Array, Shape, Tensor, numpy_dtype
@@ -93,6 +93,9 @@ class Attention(Op, name="llm.attention"):
     last query stands at the last key. causal and window: see `visible_keys`. sinks [heads]: logits that join the
     denominator only. bias: broadcasts to [..., heads, Q, K]; -inf hides a key. A query that sees no key gives zeros.
     """
+
+    tokens = Tokens.MIXES
+    vectors = ("sinks", "slopes")
 
     q: Value
     k: Value
@@ -216,6 +219,8 @@ def _last_difference(keys: int | Dim, queries: int | Dim) -> Value:
 class KVAppend(Op, name="llm.kv_append"):
     """The next version of a cache, with keys [T, heads, dim] and values [T, heads, dim] at slots [T]."""
 
+    tokens = Tokens.MIXES
+
     cache: Value
     k: Value
     v: Value
@@ -240,6 +245,9 @@ class PagedAttention(Op, name="llm.paged_attention"):
     starts[s + 1], from position 0 on. bias f32[heads, 2 * span - 1]: a table of what is added to scores, after the
     softcap, by key - query + span - 1; no sequence is longer than span. The other parts are `llm.attention`'s.
     """
+
+    tokens = Tokens.MIXES
+    vectors = ("sinks", "slopes")
 
     q: Value
     cache: Value

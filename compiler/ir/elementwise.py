@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmc.compiler.ir.op import Dense, Op, Value
+from llmc.compiler.ir.op import Dense, Op, Tokens, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require, require_same_dtype
 from llmc.compiler.ir.types import (
     FLOATS,
@@ -23,6 +23,8 @@ from llmc.compiler.ir.types import (
 
 class Constant(Op, name="t.constant"):
     """A small array known when compiling (large ones are params)."""
+
+    tokens = Tokens.WEIGHTS
 
     value: Dense
     dtype_name: str
@@ -45,6 +47,8 @@ def constant(value: object, dtype: str | None = None) -> Constant:
 
 class Unary(Op):
     """Base: `function` element by element, same type as the operand."""
+
+    tokens = Tokens.ELEMENTS
 
     x: Value
     function: ClassVar[Callable[..., Any]]
@@ -196,6 +200,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Activation(Op, name="t.activation"):
     """A named nonlinearity; `ACTIVATIONS` has the formulas (gelu: Hendrycks and Gimpel 2016; silu: Elfwing 2018)."""
 
+    tokens = Tokens.ELEMENTS
+
     x: Value
     kind: str
 
@@ -212,6 +218,8 @@ class Activation(Op, name="t.activation"):
 class Cast(Op, name="t.cast"):
     """The same values in another dtype (floats to integers truncate)."""
 
+    tokens = Tokens.ELEMENTS
+
     x: Value
     to: str
 
@@ -224,6 +232,8 @@ class Cast(Op, name="t.cast"):
 
 class Binary(Op):
     """Base: `function` of two broadcast operands of one dtype."""
+
+    tokens = Tokens.ELEMENTS
 
     a: Value
     b: Value
@@ -439,6 +449,8 @@ class ShiftRight(Bitwise, name="t.shift_right"):
 class Bitcast(Op, name="t.bitcast"):
     """The same bytes as another dtype of the same width."""
 
+    tokens = Tokens.ELEMENTS
+
     x: Value
     to: str
 
@@ -454,6 +466,8 @@ class Bitcast(Op, name="t.bitcast"):
 
 class Where(Op, name="t.where"):
     """a where the condition holds, else b."""
+
+    tokens = Tokens.ELEMENTS
 
     condition: Value
     a: Value

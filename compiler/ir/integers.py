@@ -13,7 +13,7 @@ from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Add, Cast, Div, Maximum, Minimum, Mul, Round, Sub, constant
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.graph import Graph, topological
-from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.op import Op, Param, Tokens, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, numpy_dtype, parse_encoding
@@ -21,6 +21,8 @@ from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor
 
 class UnpackNibbles(Op, name="llm.unpack_nibbles"):
     """u8 [..., n] -> u8 [..., 2 n]: the low, then the high four bits of each byte."""
+
+    tokens = Tokens.WEIGHTS
 
     x: Value
 
@@ -43,6 +45,8 @@ class ScaleIntegers(Op, name="llm.scale_integers"):
     block 0: scales and zeros broadcast to q. Else they have q's shape but for `axis`, where each one is for `block`
     elements and the last one for what is left.
     """
+
+    tokens = Tokens.WEIGHTS
 
     q: Value
     scales: Value
@@ -105,6 +109,8 @@ class PackGroups(Op, name="llm.pack_groups"):
     `encoding` is one of groups of integers: q in its range (u8 where it has minimums, else i8; 8-bit integers may be
     -128). The logical dtype is f32.
     """
+
+    tokens = Tokens.WEIGHTS
 
     q: Value
     scales: Value
@@ -171,6 +177,8 @@ def _elements(value: Value) -> int:
 
 class RoundToIntegers(Op, name="llm.round_to_integers"):
     """clip(round(x / scale) + zero) as `dtype_name`; halves round to even. scale and zero broadcast to x."""
+
+    tokens = Tokens.ELEMENTS
 
     x: Value
     scale: Value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmc.compiler.ir.dims import Dim
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.op import Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
 from llmc.compiler.ir.types import KV, Tensor, Type, parse_encoding
 
@@ -18,6 +18,8 @@ class RunKernels(Op, name="k.run"):
     buffer: where the result lies: `arena+OFFSET`, `logits`, `output`, or `cache` for a cache that is updated in place.
     A tensor's type is stated; a cache's is that of its predecessor, the first operand.
     """
+
+    tokens = Tokens.MIXES
 
     args: tuple[Value, ...]
     of: str

@@ -23,7 +23,7 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.encoded import Encoded, decoded
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.op import Lookup, Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
 from llmc.compiler.ir.structural import (
     Concat,
@@ -67,6 +67,8 @@ def _rounded_activations(name: str) -> Encoding | None:
 class Embed(Op, name="llm.embed"):
     """Rows of a table [vocabulary, features] by token id, as `dtype_name`."""
 
+    tokens = Tokens.MOVES
+
     table: Value
     ids: Value
     dtype_name: str = "f32"
@@ -75,6 +77,9 @@ class Embed(Op, name="llm.embed"):
         require(self.table.rank == 2, "the table must be a matrix")
         require(self.ids.dtype in ("i32", "i64"), f"ids must be i32 or i64, not {self.ids.dtype}")
         return Tensor((*self.ids.shape, self.table.shape[1]), self.dtype_name)
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("ids", self.table),)
 
     def evaluate(self, table: Array | Encoded, ids: Array) -> Array:
         return decoded(table)[ids].astype(numpy_dtype(self.dtype_name))
@@ -87,6 +92,8 @@ class Embed(Op, name="llm.embed"):
 
 class Quantize(Op, name="llm.quantize"):
     """A weight rounded to an encoding; evaluated when compiling. `search`: look for scales that minimise the error."""
+
+    tokens = Tokens.WEIGHTS
 
     w: Value
     encoding: str
@@ -106,6 +113,8 @@ class Quantize(Op, name="llm.quantize"):
 
 class Dequantize(Op, name="llm.dequantize"):
     """The logical values of an encoded weight."""
+
+    tokens = Tokens.WEIGHTS
 
     w: Value
 
@@ -136,6 +145,8 @@ def round_activations(x: Array, rounding: str, group: int) -> Array:
 class QuantizeActivations(Op, name="llm.quantize_activations"):
     """x rounded to int8, one f32 scale max|x| / 127 a row and group: what an integer matmul multiplies."""
 
+    tokens = Tokens.ROWS
+
     x: Value
     group: int
 
@@ -158,6 +169,9 @@ class Linear(Op, name="llm.linear"):
 
     `rounding` says what the activations are rounded to in front of the product (see `round_activations`).
     """
+
+    tokens = Tokens.ROWS
+    vectors = ("bias",)
 
     x: Value
     w: Value
@@ -208,6 +222,9 @@ class Linear(Op, name="llm.linear"):
 class GatedLinear(Op, name="llm.gated_linear"):
     """activation(x @ gate.T + b0) * (x @ up.T + b1), where w = [gate; up] is [2 * outputs, inputs] (Shazeer 2020)."""
 
+    tokens = Tokens.ROWS
+    vectors = ("bias",)
+
     x: Value
     w: Value
     bias: Value | None = None
@@ -240,6 +257,9 @@ class GatedLinear(Op, name="llm.gated_linear"):
 class RMSNorm(Op, name="llm.rms_norm"):
     """x / sqrt(mean(x^2, -1) + eps) * (w + offset), accumulated in f32 (Zhang and Sennrich 2019)."""
 
+    tokens = Tokens.ROWS
+    vectors = ("w",)
+
     x: Value
     w: Value | None
     eps: float
@@ -267,6 +287,9 @@ class RMSNorm(Op, name="llm.rms_norm"):
 
 class LayerNorm(Op, name="llm.layer_norm"):
     """(x - mean) / sqrt(variance + eps) * w + b over the last axis, in f32 (Ba et al. 2016)."""
+
+    tokens = Tokens.ROWS
+    vectors = ("w", "b")
 
     x: Value
     w: Value | None
@@ -302,6 +325,9 @@ class LayerNorm(Op, name="llm.layer_norm"):
 class RopeAngles(Op, name="llm.rope_angles"):
     """[T, 2, pairs]: scale * cos and scale * sin of position * frequency, for positions [T] and frequencies [pairs]."""
 
+    tokens = Tokens.FIRST
+    vectors = ("frequencies",)
+
     positions: Value
     frequencies: Value
     scale: float = 1.0
@@ -330,6 +356,8 @@ class Rope(Op, name="llm.rope"):
     The first 2 * pairs channels turn, the rest pass. Channel i pairs with i + pairs (half), or 2i with 2i + 1
     (interleaved): a' = a cos - b sin, b' = b cos + a sin.
     """
+
+    tokens = Tokens.FIRST
 
     x: Value
     angles: Value

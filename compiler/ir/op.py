@@ -7,6 +7,7 @@ A graph is a web of values: an op *is* the value that it computes, its operands 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
@@ -73,6 +74,35 @@ class Param(Value):
     type: Type
 
 
+class Tokens(enum.Enum):
+    """What an op does to tokens, where one axis of what it takes counts them. Every op says so: passes that treat
+    tokens apart from each other read it, and know nothing of an op but this.
+    """
+
+    ELEMENTS = "each element alone; operands broadcast as numpy's do"
+    ROWS = "each row of the last axis alone; other operands than the first one, where they are no rows, are weights"
+    FIRST = "tokens are on axis 0, and each one is treated alone"
+    AXES = "each line along `axis`, or each part that `axes` span, alone"
+    MOVES = "elements change places only: each such op has a rule in `passes/flatten_tokens.py`"
+    MIXES = "tokens meet, or are counted"
+    WEIGHTS = "computed when compiling: no token gets there"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """An operand of an op that says where in another one it reads or writes: `field` holds integers, each a place in
+    `axis` of `table`, from 0 to its size - 1."""
+
+    field: str
+    table: Value
+    axis: int = 0
+
+    @property
+    def size(self) -> int | Dim:
+        """How many places there are."""
+        return self.table.shape[self.axis]
+
+
 REGISTRY: dict[str, type[Op]] = {}
 
 _Self = TypeVar("_Self", bound="Op")
@@ -80,9 +110,15 @@ _Self = TypeVar("_Self", bound="Op")
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 class Op(Value):
-    """Base of all ops: `class Exp(Op, name="t.exp")`. The prefix of the name is the op's level (t, llm, k)."""
+    """Base of all ops: `class Exp(Op, name="t.exp")`. The prefix of the name is the op's level (t, llm, k).
+
+    tokens: what it does to tokens; every op, or the class that it comes from, says so. vectors: operands of few numbers
+    that kernels want in f32.
+    """
 
     name: ClassVar[str] = ""
+    tokens: ClassVar[Tokens]
+    vectors: ClassVar[tuple[str, ...]] = ()
     _operand_fields: ClassVar[tuple[str, ...]] = ()
     _attribute_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -93,6 +129,8 @@ class Op(Value):
             return
         if name in REGISTRY:
             raise IRError(f"two ops are called {name}")
+        if not hasattr(cls, "tokens"):
+            raise IRError(f"{name} does not say what it does to tokens: give it `tokens = Tokens....` (ir/op.py)")
         cls.name = name
         kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass since above
         cls._operand_fields = tuple(key for key, kind in kinds.items() if "Value" in kind)
@@ -111,6 +149,12 @@ class Op(Value):
     def level(self) -> str:
         return self.name.partition(".")[0]
 
+    @property
+    def carries(self) -> bool:
+        """Whether the result's elements are those of its operands, moved or each changed for itself: what is said of
+        one computed operand, such as that it is a head's logits, is true of the result."""
+        return self.tokens in (Tokens.ELEMENTS, Tokens.MOVES)
+
     def infer(self) -> Type:
         """The result's type; IRError when the operands break a rule of the op."""
         raise IRError(f"{self.name} does not say its result's type")
@@ -123,6 +167,10 @@ class Op(Value):
     def decompose(self) -> Value | None:
         """The same value in simpler ops; None for an op that is primitive."""
         return None
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        """Which operands are places in another one: every op that reads or writes where an operand says names them."""
+        return ()
 
     def named_operands(self) -> Iterator[tuple[str, Value | tuple[Value, ...] | None]]:
         """Operand fields as they stand."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Add, Sub, constant
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.op import Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
 from llmc.compiler.ir.structural import Gather, Iota, Reshape, Slice
 from llmc.compiler.ir.types import Array, Tensor, numpy_dtype
@@ -21,6 +21,8 @@ class PoolTokens(Op, name="llm.pool_tokens"):
 
     starts i32[B + 1]: the first row of each sequence, then T; no sequence is empty. Sums are f32 (or x's, if wider).
     """
+
+    tokens = Tokens.MIXES
 
     x: Value
     starts: Value
@@ -41,6 +43,8 @@ class PoolTokens(Op, name="llm.pool_tokens"):
 
 class RelativeBias(Op, name="llm.relative_bias"):
     """[heads, size, size] from a table f32[heads, 2 * span - 1] by key - query + span - 1: what scores are added."""
+
+    tokens = Tokens.MIXES
 
     table: Value
     size: int | Dim

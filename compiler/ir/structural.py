@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, concrete, exact_division, known_at_most, product
-from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.dims import Dim, bounds, concrete, exact_division, known_at_most, product
+from llmc.compiler.ir.op import Lookup, Op, Tokens, Value
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require, require_equal, require_same_dtype
-from llmc.compiler.ir.types import FLOATS, INTEGERS, Array, Shape, Tensor, numpy_dtype
+from llmc.compiler.ir.types import FLOATS, INTEGERS, UNSIGNED, Array, Shape, Tensor, numpy_dtype
+from llmc.errors import IRError
 
 
 def bound_shape(shape: Shape) -> tuple[int, ...]:
@@ -21,6 +22,8 @@ def bound_shape(shape: Shape) -> tuple[int, ...]:
 
 class Iota(Op, name="t.iota"):
     """0, 1, ..., size - 1."""
+
+    tokens = Tokens.MIXES
 
     size: int | Dim
     dtype_name: str = "i64"
@@ -34,6 +37,8 @@ class Iota(Op, name="t.iota"):
 
 class Reshape(Op, name="t.reshape"):
     """The same elements, row-major, in another shape with as many elements."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     to: tuple[int | Dim, ...]
@@ -52,6 +57,8 @@ class Reshape(Op, name="t.reshape"):
 class Transpose(Op, name="t.transpose"):
     """Axes permuted: result axis i is operand axis permutation[i]."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     permutation: tuple[int, ...]
 
@@ -69,6 +76,8 @@ class Transpose(Op, name="t.transpose"):
 class Broadcast(Op, name="t.broadcast"):
     """The operand repeated along axes of size 1 and new leading axes."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     to: tuple[int | Dim, ...]
 
@@ -82,6 +91,8 @@ class Broadcast(Op, name="t.broadcast"):
 
 class Slice(Op, name="t.slice"):
     """Elements start, start + step, ... below stop along one axis."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     axis: int
@@ -107,6 +118,8 @@ class Slice(Op, name="t.slice"):
 class Concat(Op, name="t.concat"):
     """Operands one after another along one axis."""
 
+    tokens = Tokens.MOVES
+
     xs: tuple[Value, ...]
     axis: int
 
@@ -130,6 +143,8 @@ class Concat(Op, name="t.concat"):
 class Pad(Op, name="t.pad"):
     """`low` and `high` constant elements before and after each axis."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -148,6 +163,8 @@ class Pad(Op, name="t.pad"):
 class Gather(Op, name="t.gather"):
     """Slices of x along an axis by index: the axis is replaced by the indices' shape. Negative indices wrap."""
 
+    tokens = Tokens.MOVES
+
     x: Value
     indices: Value
     axis: int = 0
@@ -158,12 +175,17 @@ class Gather(Op, name="t.gather"):
         shape = (*self.x.shape[:axis], *self.indices.shape, *self.x.shape[axis + 1 :])
         return Tensor(shape, self.x.dtype)
 
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x, self.axis % self.x.rank),)
+
     def evaluate(self, x: Array, indices: Array) -> Array:
         return np.take(x, indices, axis=self.axis)
 
 
 class GatherElements(Op, name="t.gather_elements"):
     """result[i][j] = x[indices[i][j]][j] for axis 0, and so on."""
+
+    tokens = Tokens.MOVES
 
     x: Value
     indices: Value
@@ -172,14 +194,62 @@ class GatherElements(Op, name="t.gather_elements"):
     def infer(self) -> Tensor:
         require(self.indices.dtype in INTEGERS, f"indices must be integers, not {self.indices.dtype}")
         require(self.indices.rank == self.x.rank, "indices must have the operand's rank")
+        axis = axis_of(self.axis, self.x.rank)
+        for other, (wanted, size) in enumerate(zip(self.indices.shape, self.x.shape, strict=True)):
+            require(other == axis or wanted == size, f"indices and operand differ in axis {other}: {wanted} and {size}")
         return Tensor(self.indices.shape, self.x.dtype)
+
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x, self.axis % self.x.rank),)
 
     def evaluate(self, x: Array, indices: Array) -> Array:
         return np.take_along_axis(x, indices.astype(np.int64), self.axis)
 
 
+class CheckedIndex(Op, name="t.checked_index"):
+    """Places in an axis: x where it is 0 .. size - 1, x + size where it is -size .. -1; any other value is an error.
+
+    While evaluating the error is an IRError; a step that runs says it and ends. sizes: of each element of x, in place
+    of the one `size` for all. what: who asks for what, for the message. The result is i32 for an x of i32, else i64.
+    """
+
+    tokens = Tokens.ELEMENTS
+
+    x: Value
+    sizes: Value | None = None
+    size: int | Dim = 0
+    what: str = ""
+
+    def infer(self) -> Tensor:
+        require(self.x.dtype in INTEGERS, f"indices must be integers, not {self.x.dtype}")
+        if self.sizes is not None:
+            require(self.sizes.dtype in ("i32", "i64"), f"sizes must be i32 or i64, not {self.sizes.dtype}")
+            require(self.sizes.shape == self.x.shape, f"sizes of {self.sizes.shape} for indices of {self.x.shape}")
+        high = bounds(self.size)[1]
+        narrow = self.x.dtype == "i32" and high is not None and high < 1 << 31
+        return Tensor(self.x.shape, "i32" if narrow else "i64")
+
+    @property
+    def failure(self) -> str:
+        """What an error says of an index that is out of range."""
+        text = f"index out of range: {self.what or 'an index'}"
+        return text if self.sizes is not None else f"{text}, which has {self.size} elements"
+
+    def evaluate(self, x: Array, sizes: Array | None = None) -> Array:
+        size = np.asarray(concrete(self.size, {}) if sizes is None else sizes, np.int64)
+        wide = x.astype(np.int64)
+        first = np.int64(0) if self.x.dtype in UNSIGNED else -size
+        outside = (wide < first) | (wide >= size)
+        if outside.any():
+            worst = int(np.argmax(outside.reshape(-1)))
+            raise IRError(f"{self.failure}: {x.reshape(-1)[worst]}")
+        return np.where(wide < 0, wide + size, wide).astype(numpy_dtype(self.dtype))
+
+
 class Cumsum(Op, name="t.cumsum"):
     """Running sum along an axis."""
+
+    tokens = Tokens.AXES
 
     x: Value
     axis: int
@@ -194,6 +264,8 @@ class Cumsum(Op, name="t.cumsum"):
 
 class Reduce(Op):
     """Base: `function` over axes, which become 1 (keep) or vanish."""
+
+    tokens = Tokens.AXES
 
     x: Value
     axes: tuple[int, ...]
@@ -273,6 +345,8 @@ class All(Reduce, name="t.all"):
 class Argmax(Op, name="t.argmax"):
     """The index of the first largest element along an axis, which vanishes."""
 
+    tokens = Tokens.AXES
+
     x: Value
     axis: int
 
@@ -289,6 +363,8 @@ class TopK(Op, name="t.top_k"):
 
     NaN counts as the largest.
     """
+
+    tokens = Tokens.AXES
 
     x: Value
     k: int | Dim
@@ -327,6 +403,8 @@ class Scatter(Op, name="t.scatter"):
     combine with what is there. Indices are in 0 .. R - 1.
     """
 
+    tokens = Tokens.MIXES
+
     x: Value
     indices: Value
     updates: Value
@@ -343,6 +421,9 @@ class Scatter(Op, name="t.scatter"):
         require_equal(said, *zip(rows, self.updates.shape, strict=True))
         return self.x.tensor
 
+    def lookups(self) -> tuple[Lookup, ...]:
+        return (Lookup("indices", self.x),)
+
     def evaluate(self, x: Array, indices: Array, updates: Array) -> Array:
         result = x.copy()
         for row, update in zip(indices.tolist(), updates, strict=True):
@@ -353,8 +434,17 @@ class Scatter(Op, name="t.scatter"):
         return result
 
 
+def axes_of(op: Op) -> tuple[int, ...]:
+    """The axes that an op with `Tokens.AXES` works along, of its operand x."""
+    axes = getattr(op, "axes", None)
+    rank = op.operands[0].rank
+    return tuple(axis % rank for axis in (axes if axes is not None else (getattr(op, "axis"),)))  # noqa: B009
+
+
 class Softmax(Op, name="t.softmax"):
     """exp(x) / sum(exp(x)) along an axis, computed after subtracting the maximum."""
+
+    tokens = Tokens.AXES
 
     x: Value
     axis: int
@@ -372,6 +462,8 @@ class Softmax(Op, name="t.softmax"):
 
 class Matmul(Op, name="t.matmul"):
     """Matrix product over the last two axes, leading axes broadcast; accumulated in f32 or wider."""
+
+    tokens = Tokens.MIXES
 
     a: Value
     b: Value

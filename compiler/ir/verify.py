@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.op import REGISTRY, Input
 from llmc.compiler.ir.types import KV
 from llmc.errors import IRError
@@ -34,9 +34,28 @@ def verify(graph: Graph, levels: Iterable[str] = ("t", "llm", "k")) -> None:
 
 
 def _verify_caches(graph: Graph) -> None:
-    """Each version of a cache is appended to at most once."""
+    """A cache is one buffer: each version is appended to at most once, and whoever reads it has done so by then.
+
+    Who reads a version that an append overwrites must be among what the append is computed from: that order holds
+    however the ops are sorted. An overwritten version is no output either.
+    """
+    outputs = {value for _, value in graph.outputs}
     for value, users in graph.users.items():
-        if isinstance(value.type, KV):
-            appends = [op for op in users if isinstance(op.type, KV)]
-            if len(appends) > 1:
-                raise IRError(f"a cache version of type {value.type} is appended to {len(appends)} times: branches")
+        if not isinstance(value.type, KV):
+            continue
+        appends = [op for op in users if isinstance(op.type, KV)]
+        if len(appends) > 1:
+            raise IRError(f"a cache version of type {value.type} is appended to {len(appends)} times: branches")
+        if not appends:
+            continue
+        (append,) = appends
+        if value in outputs:
+            raise IRError(f"a cache version of type {value.type} is an output, and is overwritten by {append.name}")
+        readers = [op for op in users if op is not append]
+        needed = set(topological(append.operands)) if readers else set()
+        for reader in readers:
+            if reader not in needed:
+                raise IRError(
+                    f"{reader.name} : {reader.type} reads a cache version that {append.name} overwrites, "
+                    "and nothing says that it does so before"
+                )

@@ -12,8 +12,10 @@ from llmc.compiler.ir.elementwise import Add, Cast, Less, Mul, Neg, Where, const
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.pattern import number_of
 from llmc.compiler.ir.ragged import PoolTokens, end_rows, first_rows, last_rows, token_counts
+from llmc.compiler.ir.ranges import Ranges
 from llmc.compiler.ir.structural import (
     Broadcast,
+    CheckedIndex,
     Gather,
     GatherElements,
     Iota,
@@ -94,7 +96,10 @@ def _sliced_row(f: Flattener, op: Slice) -> Value:
 
 
 def _indexed_row(f: Flattener, index: Value) -> Value:
-    """[B]: the rows of the tokens at an index within their sequence, counted from its end where it is negative."""
+    """[B]: the rows of the tokens at an index within their sequence, counted from its end where it is negative.
+
+    An index that is not known to be within is looked at: the row behind a sequence is that of another one.
+    """
     if product(index.shape) != 1:
         raise Mixes("it takes several tokens of a sequence")
     starts = f.starts
@@ -105,6 +110,8 @@ def _indexed_row(f: Flattener, index: Value) -> Value:
         return first_rows(starts) if number == 0 else last_rows(starts)
     own = f.new[index]
     own = own if own.rank == 1 else Reshape(own, (own.shape[0],))
+    if not isinstance(f.size, Dim) or not Ranges({}).integers(index).within(f.size * -1, f.size - 1):
+        own = CheckedIndex(own, token_counts(starts), 0, "the token that is taken of a text")
     own = own if own.dtype == "i32" else Cast(own, "i32")
     return Add(own, Where(Less(own, constant(0, "i32")), end_rows(starts), first_rows(starts)))
 

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
-from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Attention, Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
-from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.llm import Attention, Embed
+from llmc.compiler.ir.op import Input, Op, Tokens, Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.structural import (
-    Argmax,
     Broadcast,
     Concat,
-    Cumsum,
     Gather,
     GatherElements,
     Iota,
@@ -30,8 +27,8 @@ from llmc.compiler.ir.structural import (
     Reduce,
     Reshape,
     Slice,
-    Softmax,
     Transpose,
+    axes_of,
 )
 from llmc.compiler.ir.types import Shape, Tensor
 from llmc.compiler.passes.bias_tables import bias_table
@@ -142,11 +139,14 @@ class Flattener:
             self.refused[op] = op, str(reason)
 
     def rebuilt(self, op: Op) -> Value:
-        """What the rule of this kind of op makes of it."""
-        for kind, rule in _RULES:
+        """What its own rule makes of an op, or else that of what it says of tokens."""
+        for kind, rule in RULES.items():
             if isinstance(op, kind):
                 return rule(self, op)
-        raise Mixes(f"{op.name} has no token-wise rule")
+        by_trait = _TRAIT_RULES.get(op.tokens)
+        if by_trait is None:
+            raise Mixes(f"{op.name} has no token-wise rule")
+        return by_trait(self, op)
 
     def has_tokens(self, value: Value) -> bool:
         """Whether the sequence's length appears in the value's shape."""
@@ -272,13 +272,10 @@ class Flattener:
         full, axes = self.full(op.x)
         return Pad(full, (0, *(op.low[i] for i in axes)), (0, *(op.high[i] for i in axes)), op.value)
 
-    def reduce(self, op: Reduce) -> Value:
-        x, axes = self.along(op.x, op.axes, "reduces")
-        return op.replace(x=x, axes=axes)
-
-    def one_axis(self, op: Softmax | Cumsum | Argmax) -> Value:
-        x, (axis,) = self.along(op.x, (op.axis,), "works along")
-        return op.replace(x=x, axis=axis)
+    def along_axes(self, op: Op) -> Value:
+        """An op along one axis, or several, of its operand x."""
+        x, axes = self.along(op.operands[0], axes_of(op), "reduces" if isinstance(op, Reduce) else "works along")
+        return op.replace(x=x, axes=axes) if "axes" in op.attributes() else op.replace(x=x, axis=axes[0])
 
     def gather(self, op: Gather) -> Value:
         if op.x in self.decided:
@@ -368,23 +365,25 @@ def reshaped(value: Value, shape: Shape) -> Value:
     return Reshape(value, shape)
 
 
-# The first class that an op is an instance of decides.
-_RULES: tuple[tuple[type[Op] | tuple[type[Op], ...], Callable[..., Value]], ...] = (
-    ((Unary, Cast, Activation, Binary, Compare, Where), Flattener.elementwise),
-    ((Linear, GatedLinear, RMSNorm, LayerNorm), Flattener.mapped),
-    ((RopeAngles, Rope), Flattener.token_first),
-    (Transpose, Flattener.transpose),
-    (Reshape, Flattener.reshape),
-    (Broadcast, Flattener.broadcast),
-    (Slice, Flattener.slice),
-    (Concat, Flattener.concat),
-    (Pad, Flattener.pad),
-    (Reduce, Flattener.reduce),
-    ((Softmax, Cumsum, Argmax), Flattener.one_axis),
-    (Gather, Flattener.gather),
-    (GatherElements, Flattener.gather_elements),
-    (Matmul, Flattener.matmul),
-    (Embed, Flattener.embed),
-    (Attention, Flattener.attention),
-    (Iota, Flattener.iota),
-)
+Rule = Callable[..., Value]
+_TRAIT_RULES: dict[Tokens, Rule] = {
+    Tokens.ELEMENTS: Flattener.elementwise,
+    Tokens.ROWS: Flattener.mapped,
+    Tokens.FIRST: Flattener.token_first,
+    Tokens.AXES: Flattener.along_axes,
+}
+# Every op that moves elements has a rule of its own, as have those whose tokens meet in a way that can be told apart.
+RULES: dict[type[Op], Rule] = {
+    Transpose: Flattener.transpose,
+    Reshape: Flattener.reshape,
+    Broadcast: Flattener.broadcast,
+    Slice: Flattener.slice,
+    Concat: Flattener.concat,
+    Pad: Flattener.pad,
+    Gather: Flattener.gather,
+    GatherElements: Flattener.gather_elements,
+    Matmul: Flattener.matmul,
+    Embed: Flattener.embed,
+    Attention: Flattener.attention,
+    Iota: Flattener.iota,
+}

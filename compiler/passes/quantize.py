@@ -13,8 +13,17 @@ from typing import ClassVar
 
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
-from llmc.compiler.ir.llm import ACTIVATION_ROUNDINGS, Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.llm import (
+    ACTIVATION_ROUNDINGS,
+    Attention,
+    Embed,
+    GatedLinear,
+    Linear,
+    PagedAttention,
+    Quantize,
+)
 from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import FLOATS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import uncast
@@ -123,7 +132,12 @@ class _Run:
         self.tables[base] = scheme
 
     def _note_unrecognised(self, op: Op) -> None:
-        """Weights that no linear op or embedding reads: experts in a gather, a matmul that was not recognised."""
+        """Weights that no linear op or embedding reads: experts in a gather, a matmul that was not recognised.
+
+        A table of what attention adds by distance is none: kernels read it in f32.
+        """
+        if isinstance(op, (Attention, PagedAttention, RelativeBias)):
+            return
         for value in op.operands:
             if value in self.graph.constants and isinstance(value.type, Tensor) and value.type.dtype in FLOATS:
                 matrix = sum(dim != 1 for dim in value.shape) >= 2

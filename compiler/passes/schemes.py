@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
-from llmc.compiler.ir.elementwise import Activation, Add, Cast, Div, Mul, Tanh
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
 from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.structural import Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.errors import CompileError, IRError
 
@@ -97,16 +95,19 @@ def param_names(value: Value) -> tuple[str, ...]:
 
 
 def find_head(graph: Graph) -> Linear | None:
-    """The linear op that output `logits` comes from, seen through casts, softcaps, scales, choices of rows; or None."""
+    """The linear op that output `logits` comes from, seen through every op that carries what one operand computes:
+    casts, softcaps, scales, choices of rows; or None."""
+    found = behind_logits(graph)
+    return found if isinstance(found, Linear) else None
+
+
+def behind_logits(graph: Graph) -> Value | None:
+    """The head, or the value behind the logits where it cannot be found any further; None without such an output."""
     value = dict(graph.outputs).get("logits")
-    if value is None:
-        return None
-    while not isinstance(value, Linear):
-        if not isinstance(value, (Cast, Reshape, Slice, Transpose, Gather, Mul, Div, Add, Tanh, Activation)):
-            return None
+    while isinstance(value, Op) and not isinstance(value, Linear):
         inner = [operand for operand in value.operands if operand not in graph.constants and _is_float(operand)]
-        if len(inner) != 1:
-            return None
+        if not value.carries or len(inner) != 1:
+            break
         value = inner[0]
     return value
 

@@ -13,16 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, symbol
-from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
 from llmc.compiler.ir.graph import Graph, substitute_values
-from llmc.compiler.ir.llm import Embed, GatedLinear, LayerNorm, Linear, RMSNorm, Rope, RopeAngles
-from llmc.compiler.ir.op import Input, Op, Value
-from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reduce, Reshape, Slice, Softmax, Transpose
+from llmc.compiler.ir.llm import Embed
+from llmc.compiler.ir.op import Input, Op, Tokens, Value
+from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reshape, Slice, Transpose, axes_of
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes.flatten_tokens import SEQUENCES
 from llmc.compiler.passes.manager import Pass, Report
-
-ELEMENTWISE = (Unary, Cast, Activation, Binary, Compare, Where)
 
 
 @dataclass(frozen=True)
@@ -127,20 +124,25 @@ def _treats_tokens_alone(op: Op, tokens: Dim) -> bool:
     with_tokens = [value for value in op.operands if isinstance(value.type, Tensor) and tokens in value.shape]
     if not with_tokens or any(value.shape[0] != tokens or tokens in value.shape[1:] for value in with_tokens):
         return False
-    if isinstance(op, ELEMENTWISE):
+    if op.tokens is Tokens.ELEMENTS:
         return all(value.rank == op.rank for value in with_tokens)
-    if isinstance(op, (Linear, GatedLinear, RMSNorm, LayerNorm)):
+    if op.tokens is Tokens.ROWS:
+        return op.rank > 1 and all(value.rank > 1 for value in with_tokens)
+    if op.tokens is Tokens.FIRST:
         return True
-    if isinstance(op, (Rope, RopeAngles)):
-        return True
+    if op.tokens is Tokens.AXES:
+        return 0 not in axes_of(op)
+    return _moves_tokens_whole(op, with_tokens)
+
+
+def _moves_tokens_whole(op: Op, with_tokens: list[Value]) -> bool:
+    """The same of ops whose trait does not settle it."""
     if isinstance(op, Embed):
         return op.ids in with_tokens
     if isinstance(op, Matmul):
         return with_tokens == [op.a] and op.rank == 2
-    if isinstance(op, (Slice, Concat, Softmax)):
+    if isinstance(op, (Slice, Concat)):
         return op.axis % op.rank != 0
-    if isinstance(op, Reduce):
-        return 0 not in {axis % op.x.rank for axis in op.axes}
     if isinstance(op, Transpose):
         return op.permutation[0] == 0
     return isinstance(op, Reshape)

@@ -6,29 +6,18 @@ from dataclasses import dataclass
 
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
-from llmc.compiler.ir.llm import Attention, GatedLinear, LayerNorm, Linear, PagedAttention, RMSNorm, RopeAngles
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.passes.manager import Pass, Report
-
-_VECTORS: dict[type[Op], tuple[str, ...]] = {
-    RMSNorm: ("w",),
-    LayerNorm: ("w", "b"),
-    Linear: ("bias",),
-    GatedLinear: ("bias",),
-    Attention: ("sinks", "slopes"),
-    PagedAttention: ("sinks", "slopes"),
-    RopeAngles: ("frequencies",),
-}
 
 
 @dataclass(frozen=True)
 class WidenVectors(Pass, name="widen-vectors"):
-    """f16 and bf16 operands of these ops are cast to f32, which is exact; f64 ones are rounded."""
+    """The operands that an op's `vectors` name: f16 and bf16 are cast to f32, which is exact; f64 is rounded."""
 
     def run(self, graph: Graph, report: Report) -> Graph:
         def rule(op: Op) -> Value | None:
             changes = {}
-            for field in _VECTORS.get(type(op), ()):
+            for field in op.vectors:
                 value = getattr(op, field)
                 if value is not None and value.dtype in ("f16", "bf16", "f64"):
                     changes[field] = Cast(value, "f32")

@@ -10,6 +10,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.op import Param, Value
+from llmc.compiler.ir.ranges import Ranges
 from llmc.errors import FrontendError
 from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, reshape
 
@@ -224,7 +225,9 @@ def _index(t: Translation, node: Node, x: Value, indices: list[Value | None]) ->
     for place, value in zip(places, tensors, strict=True):
         at = cast(value, "i64")
         size = t.tensor(x.shape[place], "i64")
-        at = e.Where(e.Less(at, e.constant(0)), e.Add(at, size), at)
+        # Out of one axis an index may be a place of another row: each is looked at for itself.
+        if not Ranges({}).integers(at).within(0, x.shape[place] - 1):
+            at = cast(s.CheckedIndex(at, None, x.shape[place], f"axis {place} of {node.name}"), "i64")
         flat = at if flat is None else e.Add(e.Mul(flat, size), at)
     assert flat is not None
     merged = product(x.shape[first : last + 1])

@@ -11,7 +11,6 @@ from llmc.compiler.ir.op import Input
 from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
 from llmc.frontends.hf.generation import NOTHING
-from llmc.frontends.hf.graph import Outputs
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
 from llmc.frontends.hf.sentence import SCORE, Sentence
 from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
@@ -19,6 +18,8 @@ from llmc.frontends.lifted import Text, WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from llmc.frontends.hf.graph import Outputs  # torch, which readers of ONNX files do without
 
 HIDDEN, LOGITS, EMBEDDING = "last_hidden_state", "logits", "embedding"  # names of outputs
 

@@ -13,6 +13,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, bounds, exact_division, known_at_most, product
 from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.ranges import Ranges
 from llmc.compiler.ir.shapes import axis_of, broadcast_shapes
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Shape
 from llmc.errors import DimError
@@ -259,6 +260,23 @@ def from_start(index: Value, size: int | Dim) -> Value:
         if isinstance(size, int):
             return e.constant(np.where(array < 0, array + size, array), "i64")
     return e.Where(e.Less(index, like(0, index)), e.Add(index, size_scalar(size)), index)
+
+
+def checked(index: Value, size: int | Dim, what: str) -> Value:
+    """Indices into an axis as i64 from 0 to size - 1; others than those, and those from its end, are errors.
+
+    `what` the axis is, for the message. An index of several axes needs this: out of one axis it may be a place of
+    another row.
+    """
+    if isinstance(index, e.Constant) and isinstance(size, int):
+        array = index.value.array
+        wrong = array[(array < -size) | (array >= size)]
+        if wrong.size:
+            raise Unsupported(f"index {int(wrong[0])} is out of range: {what} has {size} elements")
+        return from_start(index, size)
+    if Ranges({}).integers(index).within(0, size - 1):
+        return cast(index, "i64")
+    return cast(s.CheckedIndex(index, None, size, what), "i64")
 
 
 def lowest(dtype: str) -> float | int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,6 @@ from llmc.frontends.onnx.initializers import NoiseWeights
 from llmc.frontends.onnx.model import Bodies, OnnxModel, Signature, signature_dtype
 from llmc.frontends.onnx.position_tables import longest_sequence
 from llmc.frontends.onnx.recognition import (
-    attends_causally,
     replaceable,
     token_rows,
     without_token_types,
@@ -119,6 +118,17 @@ class _Translated:
     outputs: tuple[tuple[str, Value], ...]
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """The graph of a text model with all its outputs, and what was asked for."""
+
+    graph: Graph
+    context: int
+    notes: tuple[str, ...]
+    weights: str
+    seed: int
+
+
 class _Text:
     """A text model on its way to a graph of one sequence."""
 
@@ -174,29 +184,46 @@ class _Text:
         return next(signature for signature in self.model.inputs if signature.name == name)
 
     def lifted(self, max_context: int | None, weights: str, seed: int) -> Lifted:
-        """The model as a decoder or an encoder."""
+        """The model as a decoder or an encoder; as a decoder that may be an encoder where the files do not say."""
         context, notes = self._context(max_context)
         translated = self.translate(context)
         outputs = tuple((name, cast(value, "f32")) for name, value in translated.outputs)
-        graph = Graph("model", translated.inputs, outputs)
-        vocabulary = token_rows(graph)
-        logits = self._causal_logits(graph, vocabulary)
-        source: WeightSource = self.bodies.weights
-        facts = None
-        if logits is not None:
-            graph = Graph("model", translated.inputs[:2], (("logits", logits),))
-            if len(translated.inputs) > 2:
-                graph = without_token_types(graph, translated.inputs[2])
-            assert isinstance(logits.shape[2], int)
-            vocabulary = logits.shape[2]
-            text = self.companions.text(vocabulary)
-            notes += text.notes
-        else:
-            encoder = as_encoder(graph, self.companions, source, vocabulary, context)
-            graph, facts, source, text = encoder.graph, encoder.facts, encoder.weights, encoder.text
-            notes += encoder.notes
-        if weights == "random":
-            source = NoiseWeights(source, replaceable(graph), seed)
+        whole = _Whole(Graph("model", translated.inputs, outputs), context, tuple(notes), weights, seed)
+        logits = self._vocabulary_logits(whole.graph, token_rows(whole.graph))
+        decodes = self._decodes() if logits is not None else False
+        if logits is None or decodes is False:
+            return self._encoder(whole)
+        decoder = self._decoder(whole, logits)
+        return decoder if decodes else replace(decoder, otherwise=lambda: self._encoder(whole))
+
+    def _decoder(self, whole: _Whole, logits: Value) -> Lifted:
+        graph = Graph("model", whole.graph.inputs[:2], (("logits", logits),))
+        if len(whole.graph.inputs) > 2:
+            graph = without_token_types(graph, whole.graph.inputs[2])
+        vocabulary = logits.shape[2]
+        assert isinstance(vocabulary, int)
+        text = self.companions.text(vocabulary)
+        return self._with_facts(whole, graph, self.bodies.weights, vocabulary, text, text.notes, GENERATE, None)
+
+    def _encoder(self, whole: _Whole) -> Lifted:
+        vocabulary = token_rows(whole.graph)
+        made = as_encoder(whole.graph, self.companions, self.bodies.weights, vocabulary, whole.context)
+        return self._with_facts(whole, made.graph, made.weights, vocabulary, made.text, made.notes, ENCODE, made.facts)
+
+    def _with_facts(
+        self,
+        whole: _Whole,
+        graph: Graph,
+        source: WeightSource,
+        vocabulary: int,
+        text: Text,
+        notes: tuple[str, ...],
+        task: str,
+        encoder: dict[str, object] | None,
+    ) -> Lifted:
+        """A graph with what is known of the model."""
+        if whole.weights == "random":
+            source = NoiseWeights(source, replaceable(graph), whole.seed)
         return Lifted(
             graph=graph,
             weights=source,
@@ -205,13 +232,13 @@ class _Text:
             parameters=parameter_count(graph),
             vocab_size=vocabulary,
             layers=self.companions.layers or self._layer_count(graph),
-            max_positions=self.companions.max_positions or context,
-            max_context=context,
+            max_positions=self.companions.max_positions or whole.context,
+            max_context=whole.context,
             text=text,
-            notes=tuple(notes),
+            notes=(*whole.notes, *notes),
             config=self.companions.config,
-            task=ENCODE if logits is None else GENERATE,
-            encoder=facts,
+            task=task,
+            encoder=encoder,
         )
 
     def _context(self, max_context: int | None) -> tuple[int, list[str]]:
@@ -231,17 +258,12 @@ class _Text:
             return context, [note]
         return context, []
 
-    def _causal_logits(self, graph: Graph, vocabulary: int) -> Value | None:
-        """The logits over the vocabulary of each token that sees only those before; None: the model is no decoder."""
-        found = self._vocabulary_logits(graph, vocabulary)
-        if found is None or self.has_past:
-            return found
+    def _decodes(self) -> bool | None:
+        """Whether the files say that the model is a decoder; None where they do not say."""
         classes = self.companions.class_names
-        if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
-            return found
-        if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes):
-            return None
-        return found if attends_causally(graph, self.bodies.weights) else None
+        if self.has_past or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in classes):
+            return True
+        return False if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else None
 
     def _vocabulary_logits(self, graph: Graph, vocabulary: int) -> Value | None:
         size = graph.inputs[0].shape[1]

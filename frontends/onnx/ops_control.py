@@ -6,10 +6,12 @@ is known only when running, both branches are computed and one result is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from llmc.compiler.ir import elementwise as e
-from llmc.compiler.ir.op import Value
+from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.graph import topological
+from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.shapes import axis_of
 from llmc.frontends.onnx.forms import concat, cut, numbers, reshape, squeeze, unsqueeze
 from llmc.frontends.onnx.translation import Body, Item, Node, SizeUnknown, Translation, Unsupported, handles, objects
@@ -24,7 +26,28 @@ def _if(t: Translation, node: Node, condition: Item) -> Sequence[Item | Value]:
     if condition.numbers is not None:
         return t.run(branches[0 if condition.numbers.reshape(-1)[0] else 1], around)
     chosen = reshape(condition.value, ())
-    return [_choice(chosen, a, b) for a, b in zip(*(t.run(body, around) for body in branches), strict=True)]
+    then, other = (t.run(body, around) for body in branches)
+    then, other = _looking_up_if(chosen, then, around), _looking_up_if(e.Not(chosen), other, around)
+    return [_choice(chosen, a, b) for a, b in zip(then, other, strict=True)]
+
+
+def _looking_up_if(condition: Value, items: Sequence[Item], around: Mapping[str, Item]) -> list[Item]:
+    """What a body computes, with index 0 in its lookups where the condition fails: nobody asks for that result then,
+    and an index that is out of range is no error."""
+    outer = [item.value for item in around.values() if item.known is None]
+    new: dict[Value, Value] = {}
+    for value in topological([item.value for item in items if item.known is None], outer):
+        if not isinstance(value, Op):
+            continue
+        rebuilt = value.map_operands(lambda operand: new.get(operand, operand))
+        fields = ["x"] if isinstance(value, s.CheckedIndex) else [lookup.field for lookup in value.lookups()]
+        for field in fields:
+            index: Value = getattr(rebuilt, field)
+            if not isinstance(index, e.Constant):
+                rebuilt = rebuilt.replace(**{field: e.Where(condition, index, e.constant(0, index.dtype))})
+        if rebuilt is not value:
+            new[value] = rebuilt
+    return [item if item.known is not None else Item(new.get(item.value, item.value)) for item in items]
 
 
 def _choice(condition: Value, a: Item, b: Item) -> Value:
@@ -61,6 +84,7 @@ def _loop(t: Translation, node: Node, most: Item | None = None, going: Item | No
             if rows:
                 raise Unsupported("how many rows it gives is known only when running")
             running = reshape(condition.value, ())
+            new = _looking_up_if(running, new, {**around, **given})
             new = [Item(_choice(running, a, b)) for a, b in zip(new, carried, strict=True)]
             after = Item(e.And(running, reshape(after.value, ())))
         carried = list(new)

@@ -16,6 +16,7 @@ from llmc.frontends.onnx.forms import (
     along,
     broadcast,
     cast,
+    checked,
     cut,
     from_start,
     iota,
@@ -43,7 +44,12 @@ def _gather(t: Translation, node: Node, x: Item, indices: Item) -> Value:
     alike = uniform(x.value)
     if alike is not None:
         return broadcast(alike, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
-    return s.Gather(x.value, indices.value, axis)
+    return s.Gather(x.value, _known_in_range(indices.value, x.shape[axis], f"axis {axis} of {node.inputs[0]}"), axis)
+
+
+def _known_in_range(index: Value, size: int | Dim, what: str) -> Value:
+    """An index that is checked now where it is known; gathers count negative ones from the end themselves."""
+    return checked(index, size, what) if isinstance(index, e.Constant) else index
 
 
 def uniform(value: Value) -> Value | None:
@@ -69,14 +75,19 @@ def _cut_to(value: Value, shape: tuple[int | Dim, ...], axis: int) -> Value:
 @handles("GatherElements")
 def _gather_elements(t: Translation, node: Node, x: Item, indices: Item) -> Value:
     axis = axis_of(node.get("axis", 0), x.rank)
-    return s.GatherElements(_cut_to(x.value, indices.shape, axis), from_start(indices.value, x.shape[axis]), axis)
+    at = _known_in_range(indices.value, x.shape[axis], f"axis {axis} of {node.inputs[0]}")
+    return s.GatherElements(_cut_to(x.value, indices.shape, axis), at, axis)
 
 
-def flat_index(indices: Value, sizes: tuple[int | Dim, ...]) -> Value:
-    """Index tuples [N, k] into axes of `sizes` as indices [N] into these axes as one."""
+def flat_index(indices: Value, sizes: tuple[int | Dim, ...], what: str, first: int = 0) -> Value:
+    """Index tuples [N, k] into axes of `sizes` as indices [N] into these axes as one.
+
+    what, first: the name of the tensor and the first of those axes, for messages.
+    """
     flat: Value | None = None
     for i, size in enumerate(sizes):
-        column = from_start(reshape(cut(indices, 1, i, i + 1), indices.shape[:1]), size)
+        own = reshape(cut(indices, 1, i, i + 1), indices.shape[:1])
+        column = checked(own, size, f"axis {first + i} of {what}")
         flat = column if flat is None else e.Add(e.Mul(flat, size_scalar(size)), column)
     return flat if flat is not None else broadcast(e.constant(0), indices.shape[:1])
 
@@ -93,7 +104,7 @@ def _gather_nd(t: Translation, node: Node, x: Item, indices: Item) -> Value:
     if alike is not None:
         return broadcast(alike, result)
     rows = reshape(x.value, (product(leading) * product(chosen), *rest))
-    flat = flat_index(reshape(indices.value, (product(indices.shape[:-1]), depth)), chosen)
+    flat = flat_index(reshape(indices.value, (product(indices.shape[:-1]), depth)), chosen, node.inputs[0], batch)
     if batch:
         # Each batch has rows of its own.
         each = product(indices.shape[batch:-1])
@@ -109,7 +120,7 @@ def _scatter_nd(t: Translation, node: Node, x: Item, indices: Item, updates: Ite
         raise SizeUnknown(f"the indices' last size {depth} must be a known number when compiling")
     chosen, rest = x.shape[:depth], x.shape[depth:]
     count = product(indices.shape[:-1])
-    flat = flat_index(reshape(indices.value, (count, depth)), chosen)
+    flat = flat_index(reshape(indices.value, (count, depth)), chosen, node.inputs[0])
     rows = reshape(x.value, (product(chosen), *rest))
     placed = s.Scatter(rows, flat, reshape(updates.value, (count, *rest)), node.get("reduction", "none"))
     return reshape(placed, x.shape)
@@ -121,7 +132,8 @@ def _scatter_elements(t: Translation, node: Node, x: Item, indices: Item, update
     shape = indices.shape
     flat: Value | None = None
     for i, size in enumerate(x.shape):
-        place = from_start(indices.value, size) if i == axis else along(iota(shape[i]), i, x.rank)
+        what = f"axis {axis} of {node.inputs[0]}"
+        place = checked(indices.value, size, what) if i == axis else along(iota(shape[i]), i, x.rank)
         flat = place if flat is None else e.Add(e.Mul(flat, size_scalar(size)), place)
     if flat is None:
         raise Unsupported("a tensor of rank 0 has nothing to place")
@@ -142,6 +154,8 @@ def _tensor_scatter(t: Translation, node: Node, x: Item, update: Item, starts: I
     place: Value = e.Add(unsqueeze(begin, 1), iota(length))
     if node.get("mode", "linear") == "circular":
         place = e.Mod(place, size_scalar(size))
+    else:
+        place = checked(place, size, f"axis {axis} of {node.inputs[0]}")
     # Batch and axis in front make rows: row b * size + place.
     order = [0, axis, *(i for i in range(1, x.rank) if i != axis)]
     rows = transpose(x.value, order)

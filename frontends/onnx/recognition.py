@@ -6,11 +6,9 @@ import numpy as np
 
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
-from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Broadcast, Gather, Matmul, Transpose
 from llmc.compiler.ir.types import FLOATS
-from llmc.frontends.lifted import WeightSource
 
 
 def token_rows(graph: Graph) -> int:
@@ -23,18 +21,6 @@ def token_rows(graph: Graph) -> int:
             if isinstance(indices, Input) and indices.name == "ids" and isinstance(op.x.shape[0], int):
                 return op.x.shape[0]
     return 0
-
-
-def attends_causally(graph: Graph, weights: WeightSource) -> bool:
-    """Whether every attention that the passes recognise sees only tokens before; False where they recognise none."""
-    from llmc.compiler.passes.manager import parse_pipeline, run_passes
-    from llmc.compiler.passes.probe import reading
-    from llmc.compiler.pipeline import RECOGNISE
-
-    with reading(weights.load):
-        recognised, _ = run_passes(graph, parse_pipeline(RECOGNISE))
-    found = [op.causal for op in recognised.ops if isinstance(op, Attention)]
-    return bool(found) and all(found)
 
 
 def without_token_types(graph: Graph, types: Input) -> Graph:

@@ -76,8 +76,6 @@ def compile(
         manifest = compile_model(model, path, options, progress, observers, tokenizer)
     is_file = not target_of(path).is_stream
     file_bytes = path.stat().st_size if is_file else None
-    for what, why in quantization_refusals(manifest):
-        output.line(f"not quantized as asked: {what}: {why}")
     differences = [difference for checker in checkers for difference in checker.differences]
     if json:
         result: dict[str, object] = {
@@ -232,12 +230,11 @@ Step = tuple[str, "Graph", "Graph", "Report"]  # name (with #n when it runs agai
 def run_steps(model: str, options: CompileOptions) -> list[Step]:
     """The lifted graph, and every pass's."""
     from llmc.compiler.passes.manager import Report
-    from llmc.compiler.pipeline import lower_to_kernels, run_pipeline
-    from llmc.frontends import lift
+    from llmc.compiler.pipeline import lift_model, lower_to_kernels, run_lifted
 
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=options.max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
+        lifted = lift_model(model, options)
         steps: list[Step] = [("lift", lifted.graph, lifted.graph, Report("lift"))]
         seen: dict[str, int] = {}
 
@@ -246,7 +243,7 @@ def run_steps(model: str, options: CompileOptions) -> list[Step]:
             number = seen[item.name]
             steps.append((item.name if number == 1 else f"{item.name}#{number}", before, after, report))
 
-        final = run_pipeline(lifted.graph, options, [keep], progress, lifted.weights.load, lifted.task).graph
+        final = run_lifted(lifted, options, [keep], progress).graph
         kernels = lower_to_kernels(final, options, lifted.max_context, lifted.task)
         report = Report("kernels", ops_before=len(final.ops), ops_after=len(kernels.ops))
         steps.append(("kernels", final, kernels, report))
@@ -286,8 +283,7 @@ def estimate(
 ) -> None:
     """Say how much memory a compiled model will need, by part, without compiling it."""
     from llmc.compiler.estimate import estimate as estimate_graph
-    from llmc.compiler.pipeline import run_pipeline
-    from llmc.frontends import lift
+    from llmc.compiler.pipeline import lift_model, run_lifted
 
     if sequences < 1:
         raise CompileError(f"--sequences is at least 1, not {sequences}")
@@ -297,8 +293,8 @@ def estimate(
     )  # fmt: skip
     with output.progress() as progress:
         progress.start("lifting the model")
-        lifted = lift(model, max_context=max_context, max_dims=dict(options.max_dims), dims=dict(options.dims))
-        graph = run_pipeline(lifted.graph, options, (), progress, lifted.weights.load, lifted.task).graph
+        lifted = lift_model(model, options)
+        graph = run_lifted(lifted, options, (), progress).graph
     step = options.tokens_a_step(lifted.task == "encode")
     found = estimate_graph(graph, context=max(1, lifted.max_context), step=step, sequences=sequences)
     derived = {

@@ -13,6 +13,7 @@ from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86 import (  # noqa: F401  (registers their rules)
     attention_rules,
+    checked_index,
     embedding_rules,
     functions,
     pooling,

@@ -1,0 +1,62 @@
+"""What a compile could not keep, and a user hears of at once: a cache, a step of many texts, a layer's precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Linear
+from llmc.compiler.ir.op import Op
+from llmc.compiler.ir.structural import Softmax
+from llmc.compiler.ir.types import KV
+from llmc.compiler.passes.manager import Report
+from llmc.compiler.passes.schemes import behind_logits
+
+# The passes that a cache and steps of several texts need, in the order in which one fails the next.
+_NEEDED = ("flatten-tokens", "insert-kv-cache")
+_EXPLAIN = "`llmc explain` lists what every pass refused"
+
+
+def losses(graph: Graph, reports: Sequence[Report], task: str, quantization: str) -> list[str]:
+    """A line for each thing that the model lost, with the reason.
+
+    graph: after all passes; reports: of these passes; task: as in `frontends/lifted.py`; quantization: the scheme that
+    was asked for. Nothing is lost where this is empty.
+    """
+    found = []
+    if task == "generate" and not any(isinstance(value.type, KV) for value in graph.inputs):
+        found.append(
+            "slow: this model keeps no KV cache, so that every token computes the whole sequence anew. "
+            f"{_reason(graph, reports) or 'No attention was recognised'}. {_EXPLAIN}"
+        )
+    if task == "encode" and all(value.name != "starts" for value in graph.inputs):
+        found.append(
+            "slow: this model takes one text a step. "
+            f"{_reason(graph, reports) or 'Its tokens could not be told apart'}. {_EXPLAIN}"
+        )
+    if quantization == "none":
+        return found
+    found += [
+        f"not quantized as asked: {what}: {why}" for r in reports if r.name == "quantize" for what, why in r.refusals
+    ]
+    head = behind_logits(graph) if task == "generate" else None
+    if head is not None and not isinstance(head, Linear):
+        what = f"{head.name} : {head.type}" if isinstance(head, Op) else str(head.type)
+        found.append(
+            f"the head was not found behind the logits ({what} is in between): its weight is rounded as any other "
+            "layer's is. Give --override NAME=int8 for that weight"
+        )
+    return found
+
+
+def _reason(graph: Graph, reports: Sequence[Report]) -> str:
+    """The first refusal of the first pass that refused anything: of attention, where some is left as a softmax over
+    tokens, else of what was behind it."""
+    raw = any(isinstance(op, Softmax) and isinstance(op.shape[op.axis], Dim) for op in graph.ops)
+    for name in ("fuse-attention", *_NEEDED) if raw else _NEEDED:
+        for report in reports:
+            if report.name == name and report.refusals:
+                what, why = report.refusals[0]
+                return f"{name} refused {what}: {why}"
+    return ""
