@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
+from llmc.compiler.ir.attention import TILE
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
@@ -48,7 +49,7 @@ def build_manifest(
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
-    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, TILE, greatest
+    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, greatest
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}

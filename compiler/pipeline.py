@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
 
-TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
 MAX_SPLITS = 16  # context splits of attention at most
 GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmc.compiler.ir.attention import TILE
 from llmc.compiler.ir.dims import Dim, concrete, symbols_of
 from llmc.compiler.ir.elementwise import Binary, Cast, Unary, Where
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
@@ -25,7 +26,6 @@ from llmc.compiler.ir.structural import Gather, GatherElements
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
-TILE = 16  # rows of a query tile at most
 _PER_TOKEN = ("ids", "positions", "token_types")
 _KNOWN = (*_PER_TOKEN, "starts", "slots", "tiles", "block_table", "rows")
 
