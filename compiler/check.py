@@ -63,7 +63,7 @@ class Checker:
 
     load_param None: random weights. lengths: of the sequences that a graph of tokens is run on; None: chosen from the
     first graph seen (`check_sizes`), of at most `context` tokens and at a cost of about `budget` multiply-adds for all
-    passes. A graph of arrays is run at several sizes. A pass whose class says `exact = False` changes values by intent:
+    `runs` evaluations. A graph of arrays is run at several sizes. A pass whose class says `exact = False` changes values by intent:
     what it rounds is compared with the bound of its encoding (`check_rounding`), the rest exactly, and its result is
     what later passes are compared with. `differences` has one entry for each pass and output, in order, zero where a
     pass changed nothing.
@@ -75,6 +75,7 @@ class Checker:
     tolerance: float = TOLERANCE
     context: int = 1 << 28
     budget: float = BUDGET
+    runs: int = RUNS
     differences: list[Difference] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)  # what was run, for people
     rounded: list[str] = field(default_factory=list)  # what was compared with its encoding, for people
@@ -111,8 +112,15 @@ class Checker:
             self.differences.append(self._compare(item, name, expected, outputs[name], exact))
         self._graph, self._outputs = after, outputs
 
+    def evaluate(self, graph: Graph) -> dict[str, Array]:
+        """The outputs of a graph in f64, by name; rows as the scenario's."""
+        if self.load_param is None:
+            self.load_param = random_params(graph, self.seed)
+        return self._run(graph, "a graph")
+
+    @property
     def outputs(self) -> dict[str, Array]:
-        """What the last graph gave, in f64, by output; rows as the scenario's."""
+        """What the last graph gave, in f64, by name."""
         return self._outputs
 
     @property
@@ -129,12 +137,12 @@ class Checker:
         """Chooses what to run, once for graphs with the same inputs."""
         assert self.load_param is not None
         if not is_token_graph(graph):
-            self._draws, self.sizes = array_draws(graph, self.seed, self.budget)
+            self._draws, self.sizes = array_draws(graph, self.seed, self.budget, self.runs)
             return
         if self._scenario is None:
             lengths = self.lengths
             if lengths is None:
-                chosen = choose_sizes(graph, self.context, self.load_param, self.budget, RUNS)
+                chosen = choose_sizes(graph, self.context, self.load_param, self.budget, self.runs)
                 lengths, text = chosen.lengths, str(chosen)
             else:
                 text = str(Sizes(lengths, max(lengths)))

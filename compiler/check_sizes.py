@@ -73,9 +73,9 @@ def choose_sizes(graph: Graph, context: int, load: LoadParam, budget: float, run
 AWKWARD = (7, 31, 33, 129)  # sizes that no tile and no vector divides
 
 
-def array_draws(graph: Graph, seed: int, budget: float) -> tuple[list[dict[str, Data]], list[str]]:
+def array_draws(graph: Graph, seed: int, budget: float, runs: int) -> tuple[list[dict[str, Data]], list[str]]:
     """Inputs for a graph of arrays, and what they are in words: at small sizes, at awkward ones beyond the graph's
-    constants, and at the greatest; of those no more than `budget` multiply-adds allow for the passes together."""
+    constants, and at the greatest; of those no more than `budget` multiply-adds allow for `runs` evaluations."""
     lows = {symbol.name: symbol.low for symbol in graph.symbols}
     highs = {symbol.name: symbol.high for symbol in graph.symbols}
     wanted: list[dict[str, int]] = [{}]
@@ -85,13 +85,13 @@ def array_draws(graph: Graph, seed: int, budget: float) -> tuple[list[dict[str, 
         awkward = (*AWKWARD, beyond) if beyond > AWKWARD[-1] else AWKWARD
         for size in reversed(awkward):
             binding = {name: _bound(lows[name], high, size) for name, high in highs.items()}
-            if 16 * cost_at(graph, binding) <= budget:
+            if runs * cost_at(graph, binding) <= budget:
                 wanted.append(binding)
                 break
             reason = f"not at {_words(binding)}: evaluating that takes too long"
         greatest = {name: high for name, high in highs.items() if high is not None}
         if greatest.keys() == highs.keys() and greatest not in wanted:
-            if 16 * cost_at(graph, greatest) <= budget:
+            if runs * cost_at(graph, greatest) <= budget:
                 wanted.append(greatest)
             else:
                 reason = f"not at {_words(greatest)}: evaluating that takes too long"

@@ -196,7 +196,7 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
         key = (choice.op, choice.rule, tuple(sorted(set(kernels))))
         entry = groups.setdefault(key, _entry(choice, kernels))
         entry["count"] = int(str(entry["count"])) + 1
-    return {"passes": passes, "kernels": list(groups.values())}
+    return {"passes": passes, "first_layer": compiled.first_layer, "kernels": list(groups.values())}
 
 
 def _entry(choice: Choice, kernels: list[str]) -> dict[str, object]:

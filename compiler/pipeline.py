@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import Counter
@@ -79,6 +80,7 @@ class Compiled:
 
     graph: Graph
     reports: list[Report]
+    first_layer: str = ""  # what the check of the first layer compared
 
 
 def run_pipeline(
@@ -150,8 +152,21 @@ def compile_model(
         check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
     for note in (*lifted.notes, *integer_notes(compiled.reports)):
         told.note(note)
+    if not options.check:  # which compares all layers, and each pass
+        compiled.first_layer = check_layer(lifted, options)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
+
+
+def check_layer(lifted: Lifted, options: CompileOptions) -> str:
+    """Compares the model's first layer before and after the passes; what was compared, in words. CompileError names the
+    pass that changed it."""
+    from llmc.compiler.check_layer import check_first_layer
+
+    plain = dataclasses.replace(options, quantization="none", activations=None, embedding=None, head=None, overrides=())
+    passes = parse_pipeline(pipeline_text(plain, lifted.task))
+    with reading(lifted.weights.load):
+        return str(check_first_layer(lifted.graph, passes, lifted.weights.load, lifted.max_context, options.seed))
 
 
 def integer_notes(reports: Sequence[Report]) -> list[str]:
