@@ -144,6 +144,8 @@ class ArtifactWriter:
         self._position = 0
         self._weights_start: int | None = None
         self._weights_hash: WeightHash | None = None
+        # Called with the finished file before it takes the place of `path`; what it raises leaves `path` as it was.
+        self.inspect: Callable[[Path], None] | None = None
 
     def __enter__(self) -> ArtifactWriter:
         with self._clear_errors():
@@ -169,6 +171,11 @@ class ArtifactWriter:
             if kind is None:
                 with self._clear_errors():
                     self._finish()
+                if self.inspect is not None:
+                    self.inspect(self._temporary)
+                with self._clear_errors():
+                    os.replace(self._temporary, self.path)
+                    _sync_folder(self.path.parent)
         finally:
             self._discard()
 
@@ -230,8 +237,6 @@ class ArtifactWriter:
         parts = self._write_section_table()
         self._write(_seal(parts, self._position, self._hash_of))
         os.fsync(self._descriptor)
-        os.replace(self._temporary, self.path)
-        _sync_folder(self.path.parent)
 
     def _hash_of(self, part: _Part, extent: int) -> str:
         """SHA-256 of a part as it lies in the file."""

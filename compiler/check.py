@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,16 +58,23 @@ class Difference:
         return text
 
 
+@dataclass(frozen=True)
+class Lowering(Pass):
+    """Stands for what a target does to a graph before it chooses kernels: ops in simpler ones."""
+
+    name: ClassVar[str] = "lowering"
+
+
 @dataclass
 class Checker:
     """An observer for `run_passes`.
 
     load_param None: random weights. lengths: of the sequences that a graph of tokens is run on; None: chosen from the
     first graph seen (`check_sizes`), of at most `context` tokens and at a cost of about `budget` multiply-adds for all
-    `runs` evaluations. A graph of arrays is run at several sizes. A pass whose class says `exact = False` changes values by intent:
-    what it rounds is compared with the bound of its encoding (`check_rounding`), the rest exactly, and its result is
-    what later passes are compared with. `differences` has one entry for each pass and output, in order, zero where a
-    pass changed nothing.
+    `runs` evaluations. A graph of arrays is run at several sizes. A pass whose class says `exact = False` changes
+    values by intent: what it rounds is compared with the bound of its encoding (`check_rounding`), the rest exactly,
+    and its result is what later passes are compared with. `differences` has one entry for each pass and output, in
+    order, zero where a pass changed nothing.
     """
 
     load_param: LoadParam | None = None
@@ -79,7 +87,9 @@ class Checker:
     differences: list[Difference] = field(default_factory=list)
     sizes: list[str] = field(default_factory=list)  # what was run, for people
     rounded: list[str] = field(default_factory=list)  # what was compared with its encoding, for people
-    final: Graph | None = None  # the graph after the last pass seen
+    artifact: list[str] = field(default_factory=list)  # what was compared of the artifact, for people
+    not_run: str = ""  # why the artifact was not run
+    unrounded: dict[str, Array] | None = None  # what the last graph gives without its roundings, once somebody asked
     _graph: Graph | None = None
     _outputs: dict[str, Array] = field(default_factory=dict)
     _scenario: Scenario | None = None
@@ -93,7 +103,6 @@ class Checker:
         if self._graph is not before:
             self._prepare(before)
             self._graph, self._outputs = before, self._run(before, f"the graph before {item.name}")
-        self.final = after
         exact = bool(getattr(item, "exact", True))
         if after is before:
             self.differences += [Difference(item.name, name, 0.0, 0.0, exact=exact) for name in self._outputs]
@@ -161,13 +170,34 @@ class Checker:
                     return self._scenario.run(graph, self.load_param, known)
                 outputs: dict[str, Array] = {}
                 for inputs in self._draws:
-                    sizes = ", ".join(f"{name}={size}" for name, size in sorted(bind_symbols(graph, inputs).items()))
+                    names = self.names_of(graph, inputs)
                     for name, data in evaluate_with(graph, inputs, self.load_param, known).items():
                         if not isinstance(data, (Encoded, Pages)):
-                            outputs[f"{name} at {sizes}" if sizes else name] = np.asarray(data)
+                            outputs[names[name]] = np.asarray(data)
                 return outputs
         except IRError as error:
             raise CompileError(f"{what} does not evaluate: {error}") from error
+
+    def lowered(self, graph: Graph) -> None:
+        """The graph in the ops that kernels are for: compared with what the last pass left; CompileError."""
+        if graph is not self._graph and self._graph is not None:
+            self(Lowering(), self._graph, graph, Report("lowering"))
+
+    def summary(self) -> list[str]:
+        """What was compared, at which sizes, and how near it came: lines for people."""
+        exact = len({d.pass_name for d in self.differences if d.exact})
+        lines = [f"checked: {exact} passes, in f64, each before and after: {'; '.join(self.sizes)}"]
+        lines += [f"checked: {text} against the bounds of their encodings" for text in self.rounded]
+        lines += [str(difference) for difference in self.differences if not difference.exact and difference.largest]
+        lines += [f"checked: {text}" for text in self.artifact]
+        if self.not_run:
+            lines.append(f"not checked: the artifact itself, its kernels and its threads: {self.not_run}")
+        return lines
+
+    def names_of(self, graph: Graph, inputs: dict[str, Data]) -> dict[str, str]:
+        """What the outputs of a graph of arrays are called among `outputs`: with their sizes."""
+        sizes = ", ".join(f"{name}={size}" for name, size in sorted(bind_symbols(graph, inputs).items()))
+        return {name: f"{name} at {sizes}" if sizes else name for name, _ in graph.outputs}
 
     def _quantized_weights(self, graph: Graph) -> dict[Value, Data]:
         """The graph's quantized weights, each rounded once for all passes: searching for scales is slow."""

@@ -165,7 +165,7 @@ def cuts(graph: Graph) -> list[tuple[str, Value]]:
     needed = _ancestors(goals)
     between = [op for op in graph.ops if op in behind and op in needed]
     place = {op: index for index, op in enumerate(between)}
-    last_use = [index for index in range(len(between))]
+    last_use = list(range(len(between)))
     for op in between:
         for operand in op.operands:
             if operand in place:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmc.compiler.encodings.grouped import GroupQuantized
-from llmc.compiler.encodings.levels import BENT_BITS, BEND, level
+from llmc.compiler.encodings.levels import BEND, BENT_BITS, level
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, substitute_values, topological
 from llmc.compiler.ir.integers import PackGroups
-from llmc.compiler.ir.llm import GatedLinear, Linear, Quantize
+from llmc.compiler.ir.llm import GatedLinear, Linear
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array, Tensor
 from llmc.compiler.passes.manager import Pass
@@ -47,7 +47,7 @@ class Unrounded:
 
 @dataclass
 class _Pairs:
-    """Values that take each other's place in two graphs: weights (before, after), and linear ops whose rounding differs.
+    """Values that take each other's place in two graphs: weights, and linear ops whose rounding differs.
 
     replaced: values that were rewritten into something of another form.
     """
@@ -85,9 +85,7 @@ def _same_kind(a: Value, b: Value) -> bool:
     return same and len(a.operands) == len(b.operands)
 
 
-def check_rounding(
-    item: Pass, before: Graph, after: Graph, load: LoadParam, known: Mapping[Value, Data]
-) -> Unrounded:
+def check_rounding(item: Pass, before: Graph, after: Graph, load: LoadParam, known: Mapping[Value, Data]) -> Unrounded:
     """Compares what the pass rounded with the bounds of the encodings; CompileError names pass, weight and bound.
 
     known: quantized weights that are evaluated already. Run it inside `precise()`.
@@ -128,9 +126,7 @@ def _name(value: Value) -> str:
     return " + ".join(names[:2]) if names else "a constant"
 
 
-def _check_weight(
-    item: Pass, before: Value, after: Value, load: LoadParam, known: Mapping[Value, Data]
-) -> None:
+def _check_weight(item: Pass, before: Value, after: Value, load: LoadParam, known: Mapping[Value, Data]) -> None:
     """One weight against what it was rounded from."""
     original = np.asarray(evaluate_values([before], {}, load, {})["0"])
     found = known[after] if after in known else _as_stored(after, load)
@@ -205,8 +201,8 @@ def _require_quantized(what: str, rows: Array, values: Array, encoded: Encoded) 
     """Weights that were rounded by groups: each to the integer nearest by the scale that was chosen, or to the last one
     there is; and no group worse than with the scale that just covers it.
 
-    The nearest: within half a step (the chosen scale, times the gap of its level). Saturated ones: a search may choose a
-    scale of extreme / 8.85 where 4 bits end at 7, which leaves 1.85 / 8.85 of the extreme, or 1.5 covering steps, and
+    The nearest: within half a step (the chosen scale, times the gap of its level). Saturated ones: a search may choose
+    a scale of extreme / 8.85 where 4 bits end at 7, which leaves 1.85 / 8.85 of the extreme, or 1.5 covering steps, and
     the scale that fits best may be a little smaller: within two. The mean square over a group: half a covering step at
     most, which plain rounding never exceeds.
     """
@@ -268,7 +264,6 @@ def _check_activations(item: Pass, op: Linear | GatedLinear) -> None:
     identity[np.arange(len(ends)), ends] = 1.0
     plain = Linear(op.x, op.w, rounding=op.rounding)
     found = np.asarray(plain.evaluate(x, identity, None, None))
-    x = x if op.rounding == "int8" else x
     what = f"pass {item}: activations of {_name(op.w)}, rounded to {op.rounding},"
     if op.rounding == "bf16":
         _require(what, x[:, ends], found, np.abs(x[:, ends]) * _HALF_ULP["bf16"] * (1 + 2.0**-8))

@@ -96,7 +96,7 @@ def array_draws(graph: Graph, seed: int, budget: float, runs: int) -> tuple[list
             else:
                 reason = f"not at {_words(greatest)}: evaluating that takes too long"
     draws = [random_inputs(graph, seed + index, sizes) for index, sizes in enumerate(wanted)]
-    shown = [f"arrays of {_words(sizes) or 'the only sizes'}" for sizes in map(lambda d: bind_symbols(graph, d), draws)]
+    shown = [f"arrays of {_words(sizes) or 'the only sizes'}" for sizes in (bind_symbols(graph, d) for d in draws)]
     shown[-1] += f" (seed {seed})"
     return draws, [*shown, reason] if reason else shown
 

@@ -76,6 +76,11 @@ class Scenario:
         """Where a row of an output with `rows` rows is: (sequence, position), or (sequence,) where each has one row."""
         return self.token(row) if rows == self.tokens else (row,)
 
+    def types(self, sequence: int) -> Array:
+        """Token types int32 [n] of a sequence: its second half is another text."""
+        length = len(self.sequences[sequence])
+        return (2 * np.arange(length) >= length).astype(np.int32)
+
     def row(self, sequence: int, position: int) -> int:
         """Where a token's outputs are among those of all tokens."""
         return sum(len(earlier) for earlier in self.sequences[:sequence]) + position
@@ -156,7 +161,7 @@ class Scenario:
             for position in range(span.begin, span.end):
                 ids.append(int(self.sequences[span.sequence][position]))
                 positions.append(position)
-                types.append(int(2 * position >= len(self.sequences[span.sequence])))
+                types.append(int(self.types(span.sequence)[position]))
                 slots.append(self.pages[span.sequence][position // PAGE] * PAGE + position % PAGE)
                 at.append(self.row(span.sequence, position))
             starts.append(len(ids))

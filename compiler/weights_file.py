@@ -35,6 +35,11 @@ class WeightsFile:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}") from error
         return self
 
+    @property
+    def temporary(self) -> Path:
+        """Where the bytes are until the `with` block ends."""
+        return self._temporary
+
     def append(self, array: Array, align: int = 64) -> int:
         """Appends an array's bytes at a multiple of `align`; returns their offset."""
         self._write(bytes(-self._position % align))

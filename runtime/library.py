@@ -109,6 +109,11 @@ class Library:
             cls._loaded[file] = version, library
             return library
 
+    @property
+    def handle(self) -> ctypes.CDLL:
+        """The code itself: for checks that call its kernels one by one."""
+        return self._handle
+
     def run(self, step: int, threads: int) -> None:
         """Runs one step. step: the address of a filled `Step`."""
         code = self._run(step, threads)
