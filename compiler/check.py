@@ -206,7 +206,7 @@ class Checker:
         for op in wanted:
             if op not in self._quantized:
                 self._quantized[op] = evaluate_values([op], {}, self.load_param, {})["0"]
-        kept = {op: self._quantized[op] for op in wanted}
+        kept: dict[Value, Data] = {op: self._quantized[op] for op in wanted}
         if wanted:
             self._quantized = kept
         return kept

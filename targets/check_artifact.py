@@ -180,8 +180,8 @@ def _continued(runtime: Runtime, checker: Checker) -> Array:
             with runtime.lock:
                 tokens = [int(scenario.sequences[i][ends[i] + step]) for i in going]
                 for i, place in zip(going, runtime.decode([sequences[i] for i in going], tokens), strict=True):
-                    row = (ctypes.c_float * runtime.vocab_size).from_address(place)
-                    out[scenario.row(i, ends[i] + step)] = np.frombuffer(row, np.float32)
+                    row = np.frombuffer(ctypes.string_at(place, 4 * runtime.vocab_size), np.float32)
+                    out[scenario.row(i, ends[i] + step)] = row
     for sequence in sequences:
         sequence.close()
     return out
@@ -318,8 +318,8 @@ def _copied(place: int | None, shape: tuple[int, ...], dtype: np.dtype[np.generi
     count = int(np.prod(shape, dtype=np.int64))
     if not count or not place:
         return np.zeros(shape, dtype)
-    data = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(place)
-    return np.frombuffer(data, np.uint8).copy().view(dtype).reshape(shape)
+    found: Array = np.frombuffer(bytearray(ctypes.string_at(place, count * dtype.itemsize)), np.uint8)
+    return found.view(dtype).reshape(shape)
 
 
 def _equal(a: Array, b: Array) -> bool:
