@@ -100,7 +100,7 @@ class _Segments:
     def __call__(self, item: Pass, before: Graph, after: Graph, report: Report) -> None:
         if self.first is None:
             self.first = before
-        if not getattr(item, "exact", True) and after is not before:
+        if not item.exact and after is not before:
             self.last = before
             self.end()
             self.first = after

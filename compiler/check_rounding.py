@@ -22,17 +22,14 @@ from llmc.compiler.ir.graph import Graph, substitute_values, topological
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import GatedLinear, Linear
 from llmc.compiler.ir.op import Op, Param, Value
-from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array, Tensor
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array, Tensor, precise
 from llmc.compiler.passes.manager import Pass
 from llmc.errors import CompileError
 
-# Relative rounding errors of dtypes, round to nearest.
-_HALF_ULP = {"f16": 2.0**-11, "bf16": 2.0**-9, "f32": 2.0**-24, "f64": 2.0**-53}
+# The largest relative rounding errors of dtypes, round to nearest: half a step of the last of 11, 8, 24 or 53 bits.
+_HALF_ULP = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24, "f64": 2.0**-53}
 _LEAST_F16 = 2.0**-25  # half the smallest number that f16 has
 _BLOCK = 1 << 22  # weights compared at a time
-# What passes may change that no encoding bounds: formulas with constants that were rounded to bf16 (2^-9 each) become
-# those with exact ones, and tensors rounded by one scale become rows rounded by their own.
-_REPLACED = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,13 @@ def _same_kind(a: Value, b: Value) -> bool:
 def check_rounding(item: Pass, before: Graph, after: Graph, load: LoadParam, known: Mapping[Value, Data]) -> Unrounded:
     """Compares what the pass rounded with the bounds of the encodings; CompileError names pass, weight and bound.
 
-    known: quantized weights that are evaluated already. Run it inside `precise()`.
+    known: quantized weights that are evaluated already.
     """
     pairs = _Pairs(after.constants)
     pairs.walk(before, after)
-    for b, a in pairs.weights.items():
-        _check_weight(item, a, b, load, known)
+    with precise():
+        for b, a in pairs.weights.items():
+            _check_weight(item, a, b, load, known)
     for b in pairs.linears:
         assert isinstance(b, (Linear, GatedLinear))
         _check_activations(item, b)
@@ -105,15 +103,15 @@ def check_rounding(item: Pass, before: Graph, after: Graph, load: LoadParam, kno
     graph = substitute_values(after, mapping, undo if pairs.linears else None)
     if pairs.linears and any(a.rounding != "f32" for a in pairs.linears.values()):
         raise CompileError(f"pass {item} changed a rounding that was there: nothing says how far that may go")
-    names = sorted({_encoding_name(b) for b in pairs.weights})
+    names = [_encoding_name(b) for b in pairs.weights if _encoding_name(b) not in ("f32", "f64")]
     compared = []
-    if pairs.weights:
-        plural = "s" * (len(pairs.weights) > 1)
-        compared.append(f"{item.name}: {len(pairs.weights)} weight{plural} element by element ({', '.join(names)})")
+    if names:
+        kinds = ", ".join(sorted(set(names)))
+        compared.append(f"{item.name}: {len(names)} weight{'s' * (len(names) > 1)} element by element ({kinds})")
     if pairs.linears:
         kinds = sorted({b.rounding for b in pairs.linears})  # type: ignore[attr-defined]
         compared.append(f"{item.name}: activations of {len(pairs.linears)} linear ops ({', '.join(kinds)})")
-    return Unrounded(graph, _REPLACED if pairs.replaced else 0.0, tuple(compared))
+    return Unrounded(graph, item.moves if pairs.replaced else 0.0, tuple(compared))
 
 
 def _encoding_name(value: Value) -> str:
@@ -257,10 +255,10 @@ def _check_activations(item: Pass, op: Linear | GatedLinear) -> None:
     assert isinstance(size, int)
     group = int(getattr(op.w.tensor.encoding, "group", 0)) or 64
     rng = np.random.default_rng(size)
-    x = rng.standard_normal((4, size)) * np.exp(rng.standard_normal((4, size)))
+    x = (rng.standard_normal((4, size)) * np.exp(rng.standard_normal((4, size)))).astype(np.float32)
     x[2] = 0.0
     ends = np.unique(np.concatenate([np.arange(min(size, 2 * group)), np.arange(max(0, size - 2 * group), size)]))
-    identity = np.zeros((len(ends), size))
+    identity = np.zeros((len(ends), size), np.float32)
     identity[np.arange(len(ends)), ends] = 1.0
     plain = Linear(op.x, op.w, rounding=op.rounding)
     found = np.asarray(plain.evaluate(x, identity, None, None))
@@ -269,10 +267,10 @@ def _check_activations(item: Pass, op: Linear | GatedLinear) -> None:
         _require(what, x[:, ends], found, np.abs(x[:, ends]) * _HALF_ULP["bf16"] * (1 + 2.0**-8))
         return
     step = (_reduced(np.abs(x), group, np.maximum) / 127).repeat(group, axis=1)[:, ends]
-    _require(what, x[:, ends], found, step * (0.5 + 1e-9))
+    _require(what, x[:, ends], found, step * (0.5 + 1e-4))
     integers = found / np.where(step == 0, 1, step)
     off = np.abs(integers - np.round(integers)).max(initial=0.0)
-    if off > 1e-6 or np.abs(integers).max(initial=0.0) > 127 + 1e-6:
+    if off > 1e-4 or np.abs(integers).max(initial=0.0) > 127 + 1e-4:  # f32 has 127 to 2^-17
         raise CompileError(
             f"{what} are no whole multiples of max|x| / 127 of groups of {group}: off by {off:.3g} of a step"
         )
