@@ -168,6 +168,8 @@ class Checker:
                         self._prepare(graph)
                     assert self._scenario is not None
                     return self._scenario.run(graph, self.load_param, known)
+                if not self._draws:
+                    self._prepare(graph)
                 outputs: dict[str, Array] = {}
                 for inputs in self._draws:
                     names = self.names_of(graph, inputs)

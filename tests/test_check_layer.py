@@ -174,6 +174,6 @@ def test_a_wrong_recogniser_fails_every_compile(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(FuseNorm, "run", wrong)
     model = make_tiny("llama", tmp_path / "llama", num_hidden_layers=1)
-    with pytest.raises(CompileError, match="the first layer as recognised .*: pass fuse-norm changed"):
+    with pytest.raises(CompileError, match=r"the first layer as recognised .*: pass fuse-norm changed"):
         compile_model(str(model), tmp_path / "model.so", CompileOptions(quantization="none", kernel_cache=CACHE))
     assert not (tmp_path / "model.so").exists()
