@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,7 +17,7 @@ from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_va
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.types import Array, precise
+from llmc.compiler.ir.types import NUMPY_DTYPES, Array, Tensor, precise
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.scenario import Scenario, evaluate_with, is_token_graph, random_params, vocabulary_of
 from llmc.errors import CompileError, IRError
@@ -146,7 +146,8 @@ class Checker:
         """Chooses what to run, once for graphs with the same inputs."""
         assert self.load_param is not None
         if not is_token_graph(graph):
-            self._draws, self.sizes = array_draws(graph, self.seed, self.budget, self.runs)
+            with precise():
+                self._draws, self.sizes = array_draws(graph, self.seed, self.budget, self.runs)
             return
         if self._scenario is None:
             lengths = self.lengths
@@ -171,7 +172,8 @@ class Checker:
                 if not self._draws:
                     self._prepare(graph)
                 outputs: dict[str, Array] = {}
-                for inputs in self._draws:
+                for draw in self._draws:
+                    inputs = draw if exact else in_own_dtypes(graph, draw)
                     names = self.names_of(graph, inputs)
                     for name, data in evaluate_with(graph, inputs, self.load_param, known).items():
                         if not isinstance(data, (Encoded, Pages)):
@@ -231,6 +233,16 @@ class Checker:
             raise CompileError(f"pass {item} changed output {name!r} from {expected.shape} to {found.shape}")
         place = None if self._scenario is None else self._scenario.place
         return difference_of(item.name, name, expected, found, exact, place)
+
+
+def in_own_dtypes(graph: Graph, inputs: Mapping[str, Data]) -> dict[str, Data]:
+    """Arrays as a model takes them: floats in f64, of values that their dtypes have, in those dtypes."""
+    found = dict(inputs)
+    for value in graph.inputs:
+        data = inputs[value.name]
+        if isinstance(value.type, Tensor) and isinstance(data, np.ndarray):
+            found[value.name] = data.astype(NUMPY_DTYPES[value.dtype])
+    return found
 
 
 def difference_of(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.compiler.check import Checker, difference_of, gaps_between
+from llmc.compiler.check import Checker, difference_of, gaps_between, in_own_dtypes
 from llmc.compiler.ir.dims import concrete
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import LoadParam
@@ -124,8 +124,9 @@ def _outputs(runtime: Runtime, checker: Checker, watcher: _Watcher) -> dict[str,
     if runtime.task == "run":
         found: dict[str, Array] = {}
         for inputs in checker.draws:
-            arrays = {name: np.asarray(data) for name, data in inputs.items()}
-            names = checker.names_of(watcher.parts.program.graph, inputs)
+            graph = watcher.parts.program.graph
+            arrays = {name: np.asarray(data) for name, data in in_own_dtypes(graph, inputs).items()}
+            names = checker.names_of(graph, inputs)
             for name, array in runtime.run(arrays).items():
                 found[names[name]] = np.asarray(array)
         return found

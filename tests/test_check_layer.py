@@ -72,12 +72,9 @@ class Wrong(Pass):
 
     def run(self, graph: Graph, report: Report) -> Graph:
         def rule(op: Op) -> Value | None:
-            changes = {"window": int(self.value)} if self.what == "window" else {self.what: self.value}
-            return (
-                op.replace(**changes)
-                if self.what in op.attributes() and op.attributes()[self.what] != self.value
-                else None
-            )
+            if op.attributes().get(self.what, self.value) == self.value:
+                return None
+            return op.replace(**{self.what: int(self.value) if self.what == "window" else self.value})
 
         return rewrite(graph, rule)
 
