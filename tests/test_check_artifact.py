@@ -56,10 +56,10 @@ def _model(folder: Path) -> str:
     return str(make_tiny("mistral", folder / "model", num_hidden_layers=2, max_position_embeddings=CONTEXT))
 
 
-def check(folder: Path, source: str | None = None, **options: object) -> Checker:
+def check(folder: Path, source: str | None = None, output: str = "model.so", **options: object) -> Checker:
     found: list[Checker] = []
     chosen = CompileOptions(check=True, kernel_cache=CACHE, **options)  # type: ignore[arg-type]
-    compile_model(source or _model(folder), folder / "model.so", chosen, on_checked=found.append)
+    compile_model(source or _model(folder), folder / output, chosen, on_checked=found.append)
     return found[0]
 
 
@@ -151,9 +151,9 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 def test_a_fault_is_named_and_nothing_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch, what: str, message: str
 ) -> None:
-    (folder / "model.so").write_bytes(b"what was there before")
+    (folder / "faulty.so").write_bytes(b"what was there before")  # a name that no test has loaded
     faulty(monkeypatch, what)
     with pytest.raises(CompileError, match=message):
-        check(folder, quantization="none" if what == "kernel" else "int8")
-    assert (folder / "model.so").read_bytes() == b"what was there before"
+        check(folder, output="faulty.so", quantization="none" if what == "kernel" else "int8")
+    assert (folder / "faulty.so").read_bytes() == b"what was there before"
     assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
