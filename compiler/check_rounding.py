@@ -106,8 +106,8 @@ def check_rounding(item: Pass, before: Graph, after: Graph, load: LoadParam, kno
     names = [_encoding_name(b) for b in pairs.weights if _encoding_name(b) not in ("f32", "f64")]
     compared = []
     if names:
-        kinds = ", ".join(sorted(set(names)))
-        compared.append(f"{item.name}: {len(names)} weight{'s' * (len(names) > 1)} element by element ({kinds})")
+        encodings = ", ".join(sorted(set(names)))
+        compared.append(f"{item.name}: {len(names)} weight{'s' * (len(names) > 1)} element by element ({encodings})")
     if pairs.linears:
         kinds = sorted({b.rounding for b in pairs.linears})  # type: ignore[attr-defined]
         compared.append(f"{item.name}: activations of {len(pairs.linears)} linear ops ({', '.join(kinds)})")
