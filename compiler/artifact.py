@@ -139,6 +139,8 @@ class ArtifactWriter:
         self._position = 0
         self._weights_start: int | None = None
         self._weights_hash: WeightHash | None = None
+        # Called with the finished file before it takes the place of `path`; what it raises leaves `path` as it was.
+        self.inspect: Callable[[Path], None] | None = None
 
     def __enter__(self) -> ArtifactWriter:
         with self._clear_errors():
@@ -162,6 +164,10 @@ class ArtifactWriter:
             if kind is None:
                 with self._clear_errors():
                     self._finish()
+                if self.inspect is not None:
+                    self.inspect(self._file.place)
+                with self._clear_errors():
+                    self._file.commit()
         finally:
             self._file.discard()
 
@@ -222,7 +228,6 @@ class ArtifactWriter:
             self.end_weights()
         parts = self._write_section_table()
         self._write(_seal(parts, self._position, self._hash_of))
-        self._file.commit()
 
     def _hash_of(self, part: _Part, extent: int) -> str:
         """SHA-256 of a part as it lies in the file."""

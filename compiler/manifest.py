@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
+from llmc.compiler.ir.attention import TILE
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
@@ -51,7 +52,7 @@ def build_manifest(
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
-    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, TILE, greatest
+    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, greatest
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -208,7 +209,7 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
         key = (choice.op, choice.rule, tuple(sorted(set(kernels))))
         entry = groups.setdefault(key, _entry(choice, kernels))
         entry["count"] = int(str(entry["count"])) + 1
-    return {"passes": passes, "kernels": list(groups.values())}
+    return {"passes": passes, "first_layer": compiled.first_layer, "kernels": list(groups.values())}
 
 
 def _entry(choice: Choice, kernels: list[str]) -> dict[str, object]:

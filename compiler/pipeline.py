@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections import Counter
@@ -32,11 +33,12 @@ from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError
 
 if TYPE_CHECKING:
+    from llmc.compiler.check import Checker
     from llmc.frontends.lifted import Lifted
+    from llmc.targets.check_artifact import Parts
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
 
-TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
 MAX_SPLITS = 16  # context splits of attention at most
 GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 
@@ -91,6 +93,7 @@ class Compiled:
 
     graph: Graph
     reports: list[Report]
+    first_layer: str = ""  # what the check of the first layer compared
 
 
 def run_pipeline(
@@ -188,13 +191,14 @@ def compile_model(
     output: Path,
     options: CompileOptions,
     progress: Progress | None = None,
-    observers: Callable[[Lifted], Sequence[Observer]] | None = None,
     tokenizer: Path | None = None,
+    on_checked: Callable[[Checker], None] | None = None,
 ) -> dict[str, object]:
     """Compile a model directory, hub name or ONNX file into the artifact `output`; returns the artifact's manifest.
 
-    `tokenizer`: the directory of one, where the model has none beside it. `observers(lifted)` gives further observers
-    of the passes, such as the checker of `--check`.
+    `tokenizer`: the directory of one, where the model has none beside it. `on_checked`:
+    told of what `options.check` compared; where that finds a difference, CompileError, and what was at `output` before
+    is unchanged.
     """
     from llmc.targets import lower, machine_named
     from llmc.targets.library import compiler_command
@@ -205,19 +209,52 @@ def compile_model(
     compiler_command(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
-    watching = list(observers(lifted)) if observers is not None else []
-    if options.check:
-        from llmc.compiler.check import Checker
-
-        watching.append(Checker(lifted.weights.load, options.seed))
+    checker = checker_of(lifted, options)
+    watching = [checker] if checker is not None else []
     compiled = run_lifted(lifted, options, watching, told)
+    if checker is None:  # which compares all layers, and each pass
+        compiled.first_layer = check_layer(lifted, options)
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, vocabulary_of(lifted), lifted.weights.load)
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         told.note(note)
     program = lower(compiled.graph, machine)
-    return assemble(source, output, options, lifted, compiled, program, told, started)
+    manifest = assemble(source, output, options, lifted, compiled, program, told, started, checker)
+    if checker is not None and on_checked is not None:
+        on_checked(checker)
+    return manifest
+
+
+def checker_of(lifted: Lifted, options: CompileOptions) -> Checker | None:
+    """The observer that `options.check` asks for."""
+    if not options.check:
+        return None
+    from llmc.compiler.check import Checker
+
+    return Checker(lifted.weights.load, options.seed, context=max(1, lifted.max_context))
+
+
+def check_whole(path: Path, parts: Parts, options: CompileOptions, checker: Checker, weights: Path | None) -> None:
+    """Compares an artifact at `path`, not yet in its place, with its graph; CompileError where they differ. What this
+    machine cannot run is said in `checker.not_run`. weights: the file that has them, if there is one."""
+    from llmc.targets.check_artifact import check_artifact, refusal
+
+    checker.lowered(parts.program.graph)
+    checker.not_run = "its weights were left out" if options.weights == "none" else refusal(path)
+    if not checker.not_run:
+        check_artifact(path, weights, parts, checker)
+
+
+def check_layer(lifted: Lifted, options: CompileOptions) -> str:
+    """Compares the model's first layer before and after the passes; what was compared, in words. CompileError names the
+    pass that changed it."""
+    from llmc.compiler.check_layer import check_first_layer
+
+    plain = dataclasses.replace(options, quantization="none", activations=None, embedding=None, head=None, overrides=())
+    passes = parse_pipeline(pipeline_text(plain, lifted.task, vocabulary_of(lifted), lifted.max_context))
+    with reading(lifted.weights.load):
+        return str(check_first_layer(lifted.graph, passes, lifted.weights.load, lifted.max_context, options.seed))
 
 
 def integer_notes(reports: Sequence[Report]) -> list[str]:
@@ -284,9 +321,12 @@ def assemble(
     program: Program,
     progress: Progress,
     started: float,
+    checker: Checker | None = None,
 ) -> dict[str, object]:
-    """Library, weights, tokenizer and manifest into one file, all or nothing."""
+    """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
+    its place, where `checker` is given."""
     from llmc.compiler.manifest import build_manifest, check_manifest
+    from llmc.targets.check_artifact import Parts
     from llmc.targets.driver import Addresses
     from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
@@ -300,6 +340,10 @@ def assemble(
         library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)
         apart = nullcontext() if options.weights_file is None else WeightsFile(options.weights_file)
         with apart as file, ArtifactWriter(output, library.path) as writer:
+            if checker is not None:
+                parts = Parts(program, plan, addresses.weights, lifted.weights.load, lifted.task)
+                weights = None if file is None else file.temporary
+                writer.inspect = lambda path: check_whole(path, parts, options, checker, weights)
             digest = write_weights(placed, nbytes, lifted.weights.load, options, file or writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
@@ -311,6 +355,8 @@ def assemble(
             )  # fmt: skip
             check_manifest(manifest)
             writer.add_manifest(manifest)
+            if checker is not None:
+                progress.start("running the artifact beside its graph")
     return manifest
 
 

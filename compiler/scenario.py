@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmc.compiler.ir.attention import TILE
 from llmc.compiler.ir.dims import Dim, concrete, symbols_of
 from llmc.compiler.ir.elementwise import Binary, Cast, Unary, Where
 from llmc.compiler.ir.encoded import PAGE, Encoded, Pages
@@ -25,7 +26,6 @@ from llmc.compiler.ir.structural import Gather, GatherElements
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
-TILE = 16  # rows of a query tile at most
 _PER_TOKEN = ("ids", "positions", "token_types")
 _KNOWN = (*_PER_TOKEN, "starts", "slots", "tiles", "block_table", "rows")
 
@@ -75,6 +75,11 @@ class Scenario:
     def place(self, row: int, rows: int) -> tuple[int, ...]:
         """Where a row of an output with `rows` rows is: (sequence, position), or (sequence,) where each has one row."""
         return self.token(row) if rows == self.tokens else (row,)
+
+    def types(self, sequence: int) -> Array:
+        """Token types int32 [n] of a sequence: its second half is another text."""
+        length = len(self.sequences[sequence])
+        return (2 * np.arange(length) >= length).astype(np.int32)
 
     def row(self, sequence: int, position: int) -> int:
         """Where a token's outputs are among those of all tokens."""
@@ -156,7 +161,7 @@ class Scenario:
             for position in range(span.begin, span.end):
                 ids.append(int(self.sequences[span.sequence][position]))
                 positions.append(position)
-                types.append(int(2 * position >= len(self.sequences[span.sequence])))
+                types.append(int(self.types(span.sequence)[position]))
                 slots.append(self.pages[span.sequence][position // PAGE] * PAGE + position % PAGE)
                 at.append(self.row(span.sequence, position))
             starts.append(len(ids))

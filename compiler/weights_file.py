@@ -31,6 +31,11 @@ class WeightsFile:
             self._file.__enter__()
         return self
 
+    @property
+    def temporary(self) -> Path:
+        """Where the bytes are until the `with` block ends."""
+        return self._file.place
+
     def append(self, array: Array, align: int = 64) -> int:
         """Appends an array's bytes at a multiple of `align`; returns their offset."""
         self._write(bytes(-self._position % align))

@@ -128,6 +128,11 @@ class OutputFile:
         if target.path.exists():
             os.fchmod(self.descriptor, stat.S_IMODE(target.path.stat().st_mode))
 
+    @property
+    def place(self) -> Path:
+        """Where the bytes can be read before `commit`."""
+        return self._temporary or Path(f"/proc/{os.getpid()}/fd/{self.descriptor}")
+
     def commit(self) -> None:
         """Ends the file: its bytes are at `path` now."""
         if self._stream >= 0:

@@ -156,6 +156,11 @@ class Library:
             if cls._loaded.get(file) is entry:
                 del cls._loaded[file]
 
+    @property
+    def handle(self) -> ctypes.CDLL:
+        """The code itself: for checks that call its kernels one by one."""
+        return self._handle
+
     def run(self, step: int, threads: int) -> None:
         """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
         what the manifest's `failures` say of it."""

@@ -156,6 +156,18 @@ class Runtime:
             raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")
         return min(kv_memory // per_page, _MOST_SLOTS // self.page)
 
+    # For checks of the artifact itself
+
+    @property
+    def caller(self) -> StepCaller:
+        """What fills in steps and calls them."""
+        return self._caller
+
+    @property
+    def weights(self) -> NDArray[np.uint8]:
+        """The artifact's weights as they lie in memory; read only."""
+        return self._weights
+
     # What the artifact is for
 
     def _wrong(self, method: str) -> RuntimeStateError:

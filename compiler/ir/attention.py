@@ -28,6 +28,8 @@ from llmc.compiler.ir.shapes import broadcast_shapes, require
 from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Matmul, Max, Reshape, Slice, Softmax, Transpose
 from llmc.compiler.ir.types import FLOATS, KV, Array, Shape, Tensor, numpy_dtype
 
+TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
+
 
 def visible_keys(queries: int, keys: int, first: int, causal: bool, window: int) -> Array:
     """bool[queries, keys]: which keys 0, 1, ... each query sees; the queries are at `first`, first + 1, ...
@@ -66,7 +68,7 @@ def attend(
     group = q.shape[1] // k.shape[1]
     keys = np.repeat(k.astype(wide), group, axis=1)
     values = np.repeat(v.astype(wide), group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q.astype(wide), keys) * wide.type(scale)
+    scores = q.astype(wide).transpose(1, 0, 2) @ keys.transpose(1, 2, 0) * wide.type(scale)
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     if slopes is not None:
@@ -83,7 +85,8 @@ def attend(
     total = e.sum(axis=-1, keepdims=True)
     if sinks is not None:
         total = total + np.exp(sinks.astype(wide)[:, None, None] - top)
-    return np.asarray(np.einsum("hqk,khd->qhd", e / np.where(total == 0, 1, total), values), q.dtype)
+    shares = e / np.where(total == 0, 1, total)
+    return np.asarray((shares @ values.transpose(1, 0, 2)).transpose(1, 0, 2), q.dtype)
 
 
 class Attention(Op, name="llm.attention"):

@@ -217,6 +217,7 @@ class FuseHalfActivation(FuseActivation, name="fuse-half-activation"):
     """
 
     exact: ClassVar[bool] = False
+    moves: ClassVar[float] = 2.0**-6  # a few constants, each rounded to bf16 at worst: 2^-8
 
     def _tolerance(self, argument: Value, x: Value) -> float:
         return max(_TOLERANCE, _rounding(argument, x))

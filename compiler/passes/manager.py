@@ -44,9 +44,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of all passes."""
+    """Base of all passes.
+
+    exact: whether results stay as they are but for the order of sums. moves: how far a pass that is not exact may move
+    an output, relative to its largest value, besides what it rounds to encodings (see `check_rounding`).
+    """
 
     name: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
+    moves: ClassVar[float] = 0.0
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,10 @@ from llmc.errors import CompileError
 from llmc.files import names_stdout, refusal, target_of
 
 if TYPE_CHECKING:
-    from llmc.compiler.check import Checker, Difference
+    from llmc.compiler.check import Checker
     from llmc.compiler.ir.graph import Graph
     from llmc.compiler.options import CompileOptions
-    from llmc.compiler.passes.manager import Observer, Pass, Report
-    from llmc.frontends.lifted import Lifted
+    from llmc.compiler.passes.manager import Pass, Report
 
 
 def compile(
@@ -47,7 +47,8 @@ def compile(
         typer.Option("--weights", metavar="embed|random|none|FILE", help="Into the artifact, noise, nowhere, a file."),
     ] = "embed",
     check: Annotated[
-        bool, typer.Option("--check", help="Prove every pass on this model: before equals after.")
+        bool,
+        typer.Option("--check", help="Compare every pass, each rounding and the artifact itself with the model."),
     ] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Kernels built at once.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of random weights and of --check.")] = 0,
@@ -59,24 +60,15 @@ def compile(
     options = o.compile_options(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
-        weights=weights, jobs=jobs, seed=seed,
+        weights=weights, jobs=jobs, seed=seed, check=check,
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
     check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
-
-    def observers(lifted: Lifted) -> list[Observer]:
-        from llmc.compiler.check import Checker
-
-        if check:
-            checkers.append(Checker(lifted.weights.load, seed))
-        return [*checkers]
-
     with output.progress() as progress:
-        manifest = compile_model(model, path, options, progress, observers, tokenizer)
+        manifest = compile_model(model, path, options, progress, tokenizer, checkers.append)
     is_file = not target_of(path).is_stream
     file_bytes = path.stat().st_size if is_file else None
-    differences = [difference for checker in checkers for difference in checker.differences]
     if json:
         result: dict[str, object] = {
             "path": str(path),
@@ -86,23 +78,19 @@ def compile(
             "compile_seconds": _at(manifest, "provenance", "compile_seconds"),
             "not_quantized": [list(pair) for pair in quantization_refusals(manifest)],
         }
-        if check:
-            result["check"] = [asdict(difference) for difference in differences]
+        for checker in checkers:
+            result["check"] = [asdict(difference) for difference in checker.differences]
+            result["checked"] = checker.summary()
         output.print_json(result)
         return
     with redirect_stdout(sys.stderr if names_stdout(path) else sys.stdout):
-        _print_result(path, manifest, file_bytes, differences, check)
+        _print_result(path, manifest, file_bytes, checkers)
 
 
-def _print_result(
-    path: Path, manifest: dict[str, object], file_bytes: int | None, differences: list[Difference], check: bool
-) -> None:
+def _print_result(path: Path, manifest: dict[str, object], file_bytes: int | None, checkers: Sequence[Checker]) -> None:
     """What a compile found and made. file_bytes: None where it went into no file that could be read again."""
-    for difference in differences:
-        if not difference.exact:
-            print(difference)
-    if check:
-        print(f"checked: {len({d.pass_name for d in differences if d.exact})} passes keep the model's meaning")
+    for checker in checkers:
+        print("\n".join(checker.summary()))
     parameters, bits = _at(manifest, "model", "parameters"), _at(manifest, "model", "bits_per_weight")
     weight = f"{bits} bits per weight, " if parameters else ""
     seconds = _at(manifest, "provenance", "compile_seconds")

@@ -139,6 +139,8 @@ def explain(
             print(f"  {entry.get('name')} ({entry.get('ops_before')} -> {entry.get('ops_after')}): {done}")
         for what, why in _counted(refusals):
             print(f"    not: {what}: {why}")
+    if raw.get("first_layer"):
+        print(f"  first layer as recognised and as lifted: {raw['first_layer']}")
     print("\nKernels")
     for entry in _objects(raw.get("kernels")):
         print(f"  {entry.get('count')} x {entry.get('op')}: {entry.get('chosen')} ({entry.get('reason')})")
