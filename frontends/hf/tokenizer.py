@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet, read_json
-from llmc.frontends.hf.generation import Generation, read_generation, token_ids
+from llmc.frontends.hf.generation import Generation, read_generation
 from llmc.frontends.lifted import Text
 
 if TYPE_CHECKING:
@@ -92,12 +92,7 @@ def text_of(
     if tokenizer is None:
         return Text(generation=generation.defaults, notes=notes)
     vocabulary = vocabulary_of(config)
-    # A config that does not say has its class's own default, as in transformers.
-    stop_ids = (
-        generation.end_ids
-        or token_ids(getattr(config, "eos_token_id", None))
-        or token_ids(getattr(config.get_text_config(decoder=True), "eos_token_id", None))
-    )
+    stop_ids = generation.end_ids
     backend = tokenizer.backend_tokenizer
     probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
