@@ -51,7 +51,7 @@ def target_of(path: Path) -> Target:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     try:
         mode = os.stat(place).st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Target(place)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "it is a folder; give a file name")

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+_UNSUPPORTED = "which is not supported yet"
 _LOOKED_AT = 4096  # numbers of tokens for which a condition is looked at: those of recurrences and chunks fail early
 
 
@@ -68,13 +69,14 @@ class Whereabouts:
         if isinstance(error, UserError) and "Constraints violated" in str(error):
             blamed = next((c.module for c in self._conditions if not _always_holds(c.holds)), "")
             if blamed:
-                return f"{blamed} computes differently for different numbers of tokens (recurrent, chunked layers do)"
+                kind = "recurrent and chunked layers do"
+                return f"{blamed} computes differently for different numbers of tokens ({kind}), {_UNSUPPORTED}"
             where = self._conditions[-1].module if self._conditions else "its code"
-            return f"{where} works with the number of tokens in a way that torch.export does not follow"
+            return f"{where} works with the number of tokens in a way that torch.export does not follow, {_UNSUPPORTED}"
         where = self._raised_in(error.__traceback__)
         if isinstance(error, GuardOnDataDependentSymNode):
-            return f"{where or 'its code'} chooses by the values of its tensors what it computes"
-        return f"{where}: {one_line(error)}" if where else one_line(error)
+            return f"{where or 'its code'} chooses by the values of its tensors what it computes, {_UNSUPPORTED}"
+        return f"{where}: {one_line(error)}" if where else f"the settings of its config.json: {one_line(error)}"
 
     def _raised_in(self, traceback: TracebackType | None) -> str:
         """The innermost module of the model whose own code an exception passed through, with the function's name."""

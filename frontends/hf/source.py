@@ -134,7 +134,8 @@ def require_checkpoint(directory: Path) -> None:
     if (directory / "config.json").exists() or (directory / "modules.json").exists():
         return
     for path in sorted(directory.iterdir()):
-        if path.suffix in _FORMATS or path.name in _FORMATS:
+        # What is missing beside files that are read is said by who reads them.
+        if path.name in _FORMATS or (path.suffix in _FORMATS and path.suffix not in _READ):
             found = _FORMATS.get(path.name) or _FORMATS[path.suffix]
             raise FrontendError(f"{directory} has no config.json, and {path.name} is {found}")
 

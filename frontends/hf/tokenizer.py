@@ -58,6 +58,7 @@ def has_tokenizer(directory: Path) -> bool:
 
 def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
     """transformers' tokenizer of a directory, without limits of its own; None and a note where there is none."""
+    _chat_templates(directory)  # transformers reads them too; one that cannot be read is named here
     if not has_tokenizer(directory):
         return None, ("no tokenizer: the artifact takes token ids only",)
     _require_libraries(directory)

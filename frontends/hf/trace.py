@@ -66,9 +66,7 @@ def trace(
         if not reason:
             return Traced(meta, _without_mutations(exported), room, ())
         reasons.append(reason)
-    raise FrontendError(
-        f"model type {config.model_type!r} cannot be compiled: {reasons[-1]}, which is not supported yet"
-    )
+    raise FrontendError(f"model type {config.model_type!r} cannot be compiled: {reasons[-1]}")
 
 
 def _untie(model: torch.nn.Module, names: Collection[str]) -> None:
