@@ -17,10 +17,11 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=60, help="how many seeds")
     parser.add_argument("--keep", type=Path, help="a folder that the last model's files stay in")
+    parser.add_argument("--step", type=int, default=1, help="every so many seeds: 8 from 7 on are the torch modules")
     parser.add_argument("--quiet", action="store_true", help="print only models that came out wrong, and the summary")
     given = parser.parse_args()
     verdicts = []
-    for seed in range(given.first, given.first + given.count):
+    for seed in range(given.first, given.first + given.count * given.step, given.step):
         if given.keep:
             given.keep.mkdir(parents=True, exist_ok=True)
         verdict = judge(settled(seed), CACHE, given.keep)

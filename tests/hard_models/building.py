@@ -77,7 +77,7 @@ def layer(p: Place, spec: Spec, x: Tensor, first: Tensor) -> Tensor:
 
     def heads(name: str, count: int, width: int, scale: float) -> Tensor:
         y = m.matmul(h, m.weight(f"{name}{i}", WIDTH, count * width, scale=scale * WIDTH**-0.5))
-        if spec.seed % 3 == 0:
+        if spec.drawn_as % 3 == 0:
             y = y + m.weight(f"{name}{i}.b", count * width, scale=0.3)
         return m.transpose(m.reshape(y, 0, 0, count, width), 0, 2, 1, 3)
 
@@ -120,7 +120,7 @@ def text(m: object, spec: Spec, ids: Tensor, positions: Tensor, length: Tensor) 
 
     table = m.weight("embedding", VOCABULARY, WIDTH)  # type: ignore[attr-defined]
     x = parts[PLACES].build(place(0), m.rows(table, ids), ids)  # type: ignore[attr-defined]
-    if parts[PLACES].name != "places out of range" and spec.seed % 5 == 0:
+    if parts[PLACES].name != "places out of range" and spec.drawn_as % 5 == 0:
         x = x * float(WIDTH**0.5)
     first = x
     for number in range(spec.layers):
@@ -135,7 +135,7 @@ def text(m: object, spec: Spec, ids: Tensor, positions: Tensor, length: Tensor) 
 
 def onnx_model(spec: Spec) -> onnx.ModelProto:
     """The file of a drawn model."""
-    m = OnnxOps(spec.seed, None if spec.spelling is None else random.Random(spec.spelling))
+    m = OnnxOps(spec.drawn_as, None if spec.spelling is None else random.Random(spec.spelling))
     return _arrays(m, spec) if spec.kind == ARRAYS else _text(m, spec)
 
 

@@ -17,7 +17,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 from hard_models.building import onnx_model
-from hard_models.drawing import TORCH, Spec, draw
+from hard_models.drawing import TORCH, Spec, draw, style_of
 from hard_models.parts import ARRAYS, DECODER, DIM, PLACES, VOCABULARY
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.options import CompileOptions
@@ -26,9 +26,9 @@ from llmc.errors import LlmcError
 from llmc.runtime.runtime import Runtime
 
 TOKENS, CONTEXT = 300, 512
-# Of the greatest number in the result. Everything is f32, and `settled` asks for models that take 20 times this much
-# notice of their unusual parts, and a quarter of it at most of a relative change of 2e-6 in their embeddings.
-TOLERANCE = 2e-4
+# Of the greatest number in the result: 400 times the rounding of f32; right models were within 3e-6. `settled` asks for
+# models whose unusual parts make 20 times as much, and whose embeddings a fifth of it when they change by 2e-6.
+TOLERANCE = 5e-5
 _TRIES, _NEXT = 12, 1_000_003
 _LENGTHS = (1, 7, 33, 129, TOKENS)  # of encoders and of arrays
 
@@ -104,7 +104,7 @@ class OnnxReference:
 
 def inputs_of(spec: Spec, tokens: int = TOKENS) -> np.ndarray | dict[str, np.ndarray]:
     """What a model is tried on: ids, or arrays q, k, v."""
-    rng = np.random.default_rng(spec.seed)
+    rng = np.random.default_rng(spec.drawn_as)
     if spec.kind != ARRAYS:
         return rng.integers(0, VOCABULARY, TOKENS)[:tokens]
     shape = (1, spec.heads, TOKENS, DIM)
@@ -121,7 +121,7 @@ def _result(spec: Spec, model: onnx.ModelProto, given: np.ndarray | dict[str, np
 
 def _nudged(spec: Spec, model: onnx.ModelProto) -> np.ndarray | None:
     """The result of a model whose embeddings, or inputs, are a little different."""
-    rng = np.random.default_rng(spec.seed)
+    rng = np.random.default_rng(spec.drawn_as)
     given = inputs_of(spec)
     nudge = lambda x: (x * (1 + 2e-6 * rng.standard_normal(x.shape))).astype(np.float32)  # noqa: E731
     if isinstance(given, dict):
@@ -150,7 +150,7 @@ def objection(spec: Spec) -> str:
     if not np.isfinite(expected).all():
         return "not finite"
     nudged = _nudged(spec, model)
-    if nudged is None or gap(nudged, expected) > TOLERANCE / 4:
+    if nudged is None or gap(nudged, expected) > TOLERANCE / 5:
         return "chaotic"
     for slot in spec.unusual:
         if not spec.parts[slot].shows:
@@ -164,12 +164,10 @@ def objection(spec: Spec) -> str:
 def settled(seed: int) -> Spec:
     """The first model of a seed that is a test: drawn again, a few times, until nothing speaks against it."""
     for attempt in range(_TRIES):
-        spec = replace(draw(seed + attempt * _NEXT), style=draw(seed).style)
-        if spec.style == TORCH and spec.kind != DECODER:
-            continue
-        why = objection(replace(spec, style="onnx"))
+        spec = draw(seed + attempt * _NEXT, style_of(seed))
+        why = objection(spec)
         if not why:
-            return replace(spec, seed=spec.seed)
+            return replace(spec, seed=seed)
     raise AssertionError(f"seed {seed}: {_TRIES} models, none of them a test: {why}: {spec}")
 
 

@@ -45,9 +45,14 @@ FILLS = ("lowest", "-inf", "-1e9", "-1e4", "add lowest", "add -1e9", "add -inf",
 
 @dataclass(frozen=True)
 class Spec:
-    """A model: its parts by slot, and plain facts. spelling: seed of the ways in which ONNX nodes are written."""
+    """A model: its parts by slot, and plain facts.
+
+    seed: what was asked for, and drawn_as: what the model was drawn as. spelling: seed of the ways in which ONNX nodes
+    are written.
+    """
 
     seed: int
+    drawn_as: int
     kind: str
     style: str
     parts: Mapping[str, Part]
@@ -69,7 +74,7 @@ class Spec:
 
     def without(self, slot: str) -> Spec:
         """The same model with the plain part of a slot."""
-        plain = GRAMMAR[slot][0][0](random.Random(self.seed), self.room)
+        plain = GRAMMAR[slot][0][0](random.Random(self.drawn_as), self.room)
         return replace(self, parts={**self.parts, slot: plain}, ahead=self.ahead and slot != MASK)
 
     def __str__(self) -> str:
@@ -80,13 +85,15 @@ class Spec:
 _AHEAD = ("stored block ahead", "prefix ahead")
 
 
-def draw(seed: int, style: str | None = None) -> Spec:
-    """The model of a seed. style: "onnx" or "torch"; default: chosen by the seed, one in eight torch."""
+def style_of(seed: int) -> str:
+    """One model in eight is a torch module."""
+    return TORCH if seed % 8 == 7 else ONNX
+
+
+def draw(seed: int, style: str) -> Spec:
+    """The model of a seed. style: "onnx", or "torch", where all models are decoders."""
     r = random.Random(seed)
-    chosen = style or (TORCH if seed % 8 == 7 else ONNX)
-    kind = r.choices((DECODER, ENCODER, ARRAYS), (10, 3, 2))[0]
-    if chosen == TORCH and kind != DECODER:
-        kind = DECODER
+    kind = r.choices((DECODER, ENCODER, ARRAYS), (10, 3, 2))[0] if style == ONNX else DECODER
     room = Room(kind, r.choice((2, 4)), 1 if kind == ARRAYS else r.choice((1, 2, 2)))
     slots = [slot for slot in SLOTS if kind != ARRAYS or slot in _IN_ARRAYS]
     count = r.choices((1, 2, 3), (5, 4, 2))[0]
@@ -97,7 +104,7 @@ def draw(seed: int, style: str | None = None) -> Spec:
             unusual.append(slot)
     parts = {slot: _part(slot, r, room, slot in unusual) for slot in SLOTS}
     return Spec(
-        seed, kind, chosen, parts, tuple(unusual), room.heads, room.layers,
+        seed, seed, kind, style, parts, tuple(unusual), room.heads, room.layers,
         value_dim=r.choice((8, 8, 8, 5, 16)),
         sharpness=r.choice((0.7, 1.0, 1.4)),
         causal_way=r.choice((0, 0, 0, 1, 2, 3, 4, 5, 6, 7)),
