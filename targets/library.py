@@ -87,7 +87,7 @@ def build_library(
 
 
 def _runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) -> list[Path]:
-    """Object files of the runtime's own C code, which is the same in every artifact: from the cache where they are there.
+    """Object files of the runtime's own C code, the same in every artifact: from the cache where they are there.
 
     They depend on the sources and on the compiler: its command, and the file that it is.
     """

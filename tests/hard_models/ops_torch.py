@@ -12,7 +12,7 @@ _TYPES = {"f32": torch.float32, "i64": torch.int64, "i32": torch.int32, "bool": 
 
 
 class TorchOps:
-    """size: tokens. keep: gives a weight or a stored array by its name: (name, shape, array or None, scale) -> tensor."""
+    """size: tokens. keep: a weight or stored array by its name: (name, shape, array or None, scale) -> tensor."""
 
     style = "torch"
 

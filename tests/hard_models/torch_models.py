@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto import modeling_auto
+
 from hard_models.building import text
 from hard_models.drawing import TORCH, Spec, draw
 from hard_models.ops_onnx import weight
 from hard_models.ops_torch import TorchOps
 from hard_models.parts import ROWS, VOCABULARY, WIDTH
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.auto import modeling_auto
 
 KIND = "hard_decoder"
 
@@ -94,19 +96,32 @@ def known() -> Iterator[None]:
         yield
 
 
-def write(spec: Spec, folder: Path) -> tuple[Path, Callable[[np.ndarray], np.ndarray | None]]:
-    """The folder of a model, and what torch says it computes."""
-    with _quietly():
-        model = HardForCausalLM(HardConfig(drawn_as=spec.drawn_as, num_hidden_layers=spec.layers)).eval()
-        model.save_pretrained(folder)
+@dataclass(frozen=True)
+class TorchReference:
+    """What torch says a model computes."""
 
-    def reference(ids: np.ndarray) -> np.ndarray | None:
+    model: HardForCausalLM
+
+    def __call__(self, ids: np.ndarray) -> np.ndarray | None:
         with torch.no_grad():
             try:
-                return model(torch.from_numpy(ids)[None]).logits[0].numpy()  # type: ignore[no-any-return]
-            except IndexError:
+                return self.model(torch.from_numpy(ids)[None]).logits[0].numpy()  # type: ignore[no-any-return]
+            except IndexError:  # beyond a table
                 return None
 
+
+def module_of(spec: Spec) -> TorchReference:
+    """The model with its weights."""
+    with _quietly():
+        config = HardConfig(drawn_as=spec.drawn_as, num_hidden_layers=spec.layers)
+        return TorchReference(HardForCausalLM(config).eval())
+
+
+def write(spec: Spec, folder: Path) -> tuple[Path, TorchReference]:
+    """The folder of a model, and what torch says it computes."""
+    reference = module_of(spec)
+    with _quietly():
+        reference.model.save_pretrained(folder)
     return folder, reference
 
 
