@@ -6,6 +6,7 @@ import random
 
 from hard_models.parts import (
     DECODER,
+    DIM,
     ENCODER,
     FFN,
     HEAD,
@@ -73,6 +74,36 @@ def mixed_heads(r: random.Random, room: Room) -> Part:
         return x + p.m.take(x, [(i + 1) % room.heads for i in range(room.heads)], 1) if what == "k" else x
 
     return Part("mixed heads", build, {"kv": room.heads})
+
+
+@part(HEADS, *TEXT)
+def changed_heads(r: random.Random, room: Room) -> Part:
+    """Queries and keys that go through something of their own: facts["qk"] says what, `changed` does it."""
+    ways = ("rms", "rms of all", "layer", "unit", "clip", "tanh", "weightless", "keys only")
+    return Part("changed heads", lambda p, x, what, width: x, {"kv": room.heads, "qk": r.choice(ways)})
+
+
+def changed(p: Place, x: Tensor, what: str, way: object) -> Tensor:
+    """q or k [B, H, S, D] after what `changed_heads` chose."""
+    m, i = p.m, p.layer
+    if way == "clip":
+        return m.clip(x, -0.7, 0.7)
+    if way == "tanh":
+        return m.tanh(x)
+    if way == "unit":
+        return x / m.sqrt(m.reduce("Sum", m.square(x), -1) + 1e-6) * 3.0
+    if way == "layer":
+        c = x - m.reduce("Mean", x, -1)
+        return c / m.sqrt(m.reduce("Mean", m.square(c), -1) + 1e-5) * m.weight(f"{what}_norm{i}", DIM)
+    if way == "rms of all":  # over all heads
+        y = m.reduce("Mean", m.reduce("Mean", m.square(x), -1), 1)
+        return x / m.sqrt(y + 1e-5)
+    if way in ("rms", "weightless", "keys only"):
+        if way == "keys only" and what == "q":
+            return x
+        y = x / m.sqrt(m.reduce("Mean", m.square(x), -1) + 1e-5)
+        return y if way == "weightless" else y * m.weight(f"{what}_norm{i}", DIM)
+    return x
 
 
 # Norms: build(place, x [.., WIDTH], name) -> the same shape.
@@ -210,7 +241,7 @@ def odd_feed_forward(r: random.Random, room: Room) -> Part:
         "maxout",
         "sum",
     )
-    way, name = r.choice((*ways, "nearly", "two inputs")), r.choice(NEARLY)
+    way, name = r.choice((*ways, "nearly", "two inputs", "experts")), r.choice(NEARLY)
     known = r.choice(KNOWN)
 
     def build(p: Place, h: Tensor, x: Tensor) -> Tensor:
@@ -226,15 +257,26 @@ def odd_feed_forward(r: random.Random, room: Room) -> Part:
             "gate by head": lambda: up * m.sigmoid(m.reduce("Mean", linear(h, "by"), -1)),
             "maxout": lambda: m.maximum(up, linear(h, "by")),
             "sum": lambda: activation(m, up, known) + linear(x, "by"),
+            "experts": lambda: experts(m, h, up, linear(h, "by"), known),
         }
         return m.matmul(ways[way](), m.weight(f"down{p.layer}", INNER, WIDTH, scale=INNER**-0.5))
 
     return Part("odd feed-forward", build, {"way": way, "of": name if "nearly" in way else known})
 
 
+def experts(m: object, h: Tensor, one: Tensor, other: Tensor, known: str) -> Tensor:
+    """A mixture of two by a softmax over what h says."""
+    gates = m.softmax(m.matmul(h, m.weight("router", WIDTH, 2)))  # type: ignore[attr-defined]
+    a, b = m.split(gates, [1, 1])  # type: ignore[attr-defined]
+    return activation(m, one, known) * a + activation(m, other, "relu") * b
+
+
 # Residuals: facts say how a layer is put together; `decoder.py` does it.
 
-RESIDUALS = ("pre", "post", "sandwich", "parallel", "none", "scaled", "by feature", "early", "weighted")
+RESIDUALS = (
+    "pre", "post", "sandwich", "parallel", "none", "scaled", "by feature", "early", "weighted", "gated", "values of x",
+    "keys of first", "same weights", "shared keys", "queries are keys",
+)  # fmt: skip
 
 
 @part(RESIDUAL)
@@ -244,7 +286,11 @@ def residual(r: random.Random, room: Room) -> Part:
 
 @part(RESIDUAL, *TEXT)
 def odd_residual(r: random.Random, room: Room) -> Part:
-    return Part("residual", lambda: r, {"way": r.choice(RESIDUALS[1:])})
+    way = r.choice(RESIDUALS[1:])
+    shows = way != "queries are keys" and (
+        way not in ("same weights", "shared keys", "keys of first", "early") or room.layers > 1
+    )
+    return Part("residual", lambda: r, {"way": way}, shows)
 
 
 # Mixers of tokens: build(place, x [B, S, WIDTH], first position [S] is 0) -> x.

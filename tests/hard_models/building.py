@@ -7,6 +7,7 @@ import random
 import numpy as np
 import onnx
 
+from hard_models.blocks import changed
 from hard_models.drawing import Spec
 from hard_models.masks import causal
 from hard_models.ops_onnx import OnnxOps, Value, model_input
@@ -29,6 +30,7 @@ from hard_models.parts import (
     SOFTMAX,
     VOCABULARY,
     WIDTH,
+    Ops,
     Place,
     Tensor,
 )  # fmt: skip
@@ -47,6 +49,9 @@ def attend(p: Place, spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if spec.kind == DECODER and not spec.ahead:
         order = causal(p, spec.causal_way)
         seen = order if seen is None else seen & order
+    if p.padding is not None:
+        real = m.unsqueeze(m.unsqueeze(m.cast(p.padding, "bool"), 1), 1)  # [B, 1, 1, S]
+        seen = real if seen is None else seen & real
     if seen is not None:
         scores = hide(p, spec, scores, seen)
     return m.matmul(parts[GUARD].build(p, parts[SOFTMAX].build(p, scores)), v)
@@ -67,22 +72,30 @@ def hide(p: Place, spec: Spec, scores: Tensor, seen: Tensor) -> Tensor:
     return m.where(seen, scores, m.as_value(number, "f32"))
 
 
-def layer(p: Place, spec: Spec, x: Tensor, first: Tensor) -> Tensor:
-    """One layer of a text model. x, first (what came into the first layer): [B, S, WIDTH]."""
-    m, parts, i = p.m, spec.parts, p.layer
-    way = parts[RESIDUAL].facts["way"]
+def layer(p: Place, spec: Spec, x: Tensor, first: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One layer of a text model. x, first (what came into layer 0): [B, S, WIDTH]. kept: keys and values of layers."""
+    m, parts, way = p.m, spec.parts, spec.parts[RESIDUAL].facts["way"]
+    i = 0 if way == "same weights" else p.layer
     norm = lambda y, name: parts[NORM].build(p, y, f"{name}{i}")  # noqa: E731
     h = x if way == "post" else norm(first if way == "early" else x, "norm_a")
     kv, dv = int(parts[HEADS].facts["kv"]), spec.value_dim  # type: ignore[call-overload]
 
-    def heads(name: str, count: int, width: int, scale: float) -> Tensor:
-        y = m.matmul(h, m.weight(f"{name}{i}", WIDTH, count * width, scale=scale * WIDTH**-0.5))
+    def heads(name: str, count: int, width: int, scale: float, of: Tensor = None) -> Tensor:
+        y = m.matmul(h if of is None else of, m.weight(f"{name}{i}", WIDTH, count * width, scale=scale * WIDTH**-0.5))
         if spec.drawn_as % 3 == 0:
             y = y + m.weight(f"{name}{i}.b", count * width, scale=0.3)
         return m.transpose(m.reshape(y, 0, 0, count, width), 0, 2, 1, 3)
 
-    q, k = (heads("q", spec.heads, DIM, spec.sharpness), heads("k", kv, DIM, spec.sharpness))
-    v = heads("v", kv, dv, 1.0)
+    q = heads("q", spec.heads, DIM, spec.sharpness)
+    if kept and way == "shared keys":
+        k, v = kept[0]
+    else:
+        name = "q" if way == "queries are keys" and kv == spec.heads else "k"
+        k = heads(name, kv, DIM, spec.sharpness, first if way == "keys of first" else None)
+        v = heads("v", kv, dv, 1.0, x if way == "values of x" else None)
+    kept.append((k, v))
+    if "qk" in parts[HEADS].facts:
+        q, k = (changed(p, y, name, parts[HEADS].facts["qk"]) for y, name in ((q, "q"), (k, "k")))
     if dv == DIM:
         v = parts[ROPE].build(p, v, "v")
     q, k = parts[ROPE].build(p, q, "q"), parts[ROPE].build(p, k, "k")
@@ -90,6 +103,8 @@ def layer(p: Place, spec: Spec, x: Tensor, first: Tensor) -> Tensor:
     a = m.reshape(m.transpose(attend(p, spec, q, k, v), 0, 2, 1, 3), 0, 0, spec.heads * dv)
     a = m.matmul(a, m.weight(f"o{i}", spec.heads * dv, WIDTH, scale=(spec.heads * dv) ** -0.5))
     feed = lambda of: parts[FFN].build(p, of, x)  # noqa: E731
+    if way == "gated":
+        a = a * m.sigmoid(m.matmul(h, m.weight(f"gate{i}", WIDTH, WIDTH, scale=WIDTH**-0.5)))
     if way == "sandwich":
         a = norm(a, "norm_c")
     if way == "parallel":
@@ -111,20 +126,21 @@ def layer(p: Place, spec: Spec, x: Tensor, first: Tensor) -> Tensor:
     return x if f is None else x + f
 
 
-def text(m: object, spec: Spec, ids: Tensor, positions: Tensor, length: Tensor) -> Tensor:
+def text(m: Ops, spec: Spec, ids: Tensor, positions: Tensor, length: Tensor, padding: Tensor = None) -> Tensor:
     """ids i64[B, S], positions i64[S] -> logits [B, S, VOCABULARY] of a decoder, [B, S, WIDTH] of an encoder."""
     parts = spec.parts
 
     def place(number: int) -> Place:
-        return Place(m, number, spec.heads, positions, m.unsqueeze(positions, 1), m.unsqueeze(positions, 0), length)  # type: ignore[attr-defined]
+        q, k = m.unsqueeze(positions, 1), m.unsqueeze(positions, 0)
+        return Place(m, number, spec.heads, positions, q, k, length, ids, padding)
 
-    table = m.weight("embedding", VOCABULARY, WIDTH)  # type: ignore[attr-defined]
-    x = parts[PLACES].build(place(0), m.rows(table, ids), ids)  # type: ignore[attr-defined]
+    table = m.weight("embedding", VOCABULARY, WIDTH)
+    x = parts[PLACES].build(place(0), m.rows(table, ids), ids)
     if parts[PLACES].name != "places out of range" and spec.drawn_as % 5 == 0:
         x = x * float(WIDTH**0.5)
-    first = x
+    first, kept = x, list[tuple[Tensor, Tensor]]()
     for number in range(spec.layers):
-        x = layer(place(number), spec, x, first)
+        x = layer(place(number), spec, x, first, kept)
         if number == 0:
             x = parts[MIXER].build(place(0), x)
     if spec.kind != DECODER:
@@ -142,16 +158,17 @@ def onnx_model(spec: Spec) -> onnx.ModelProto:
 def _text(m: OnnxOps, spec: Spec) -> onnx.ModelProto:
     ids = Value(m, "input_ids", "i64")
     inputs = [model_input("input_ids", "i64", ["batch", "seq"])]
-    length = m.length_of(ids, 1)
+    length, padding = m.length_of(ids, 1), None
     if spec.positions == "input":
         inputs.append(model_input("position_ids", "i64", ["batch", "seq"]))
         positions = m.reshape(Value(m, "position_ids", "i64"), -1)
     elif spec.positions == "cumsum":
         inputs.append(model_input("attention_mask", "i64", ["batch", "seq"]))
-        positions = m.reshape(m.cumsum(Value(m, "attention_mask", "i64"), 1) - 1, -1)
+        padding = Value(m, "attention_mask", "i64")
+        positions = m.reshape(m.cumsum(padding, 1) - 1, -1)
     else:
         positions = m.arange(length)
-    found = text(m, spec, ids, positions, length)
+    found = text(m, spec, ids, positions, length, padding)
     name, width = ("logits", VOCABULARY) if spec.kind == DECODER else ("last_hidden_state", WIDTH)
     return m.model(inputs, {name: (found, ["batch", "seq", width])})
 

@@ -94,7 +94,7 @@ def draw(seed: int, style: str) -> Spec:
     """The model of a seed. style: "onnx", or "torch", where all models are decoders."""
     r = random.Random(seed)
     kind = r.choices((DECODER, ENCODER, ARRAYS), (10, 3, 2))[0] if style == ONNX else DECODER
-    room = Room(kind, r.choice((2, 4)), 1 if kind == ARRAYS else r.choice((1, 2, 2)))
+    room = Room(kind, r.choice((4, 4, 2)), 1 if kind == ARRAYS else r.choice((1, 2, 2)))
     slots = [slot for slot in SLOTS if kind != ARRAYS or slot in _IN_ARRAYS]
     count = r.choices((1, 2, 3), (5, 4, 2))[0]
     unusual: list[str] = []
@@ -105,7 +105,7 @@ def draw(seed: int, style: str) -> Spec:
     parts = {slot: _part(slot, r, room, slot in unusual) for slot in SLOTS}
     return Spec(
         seed, seed, kind, style, parts, tuple(unusual), room.heads, room.layers,
-        value_dim=r.choice((8, 8, 8, 5, 16)),
+        value_dim=r.choice((8, 8, 8, 8, 8, 16, 5)),
         sharpness=r.choice((0.7, 1.0, 1.4)),
         causal_way=r.choice((0, 0, 0, 1, 2, 3, 4, 5, 6, 7)),
         fill=r.choice(FILLS),

@@ -282,6 +282,28 @@ def exclusive(r: random.Random, room: Room) -> Part:
     return Part("exclusive windows", build, {"a": a, "b": b})
 
 
+@part(MASK, DECODER, ENCODER)
+def by_ids(r: random.Random, room: Room) -> Part:
+    """Which keys are seen depends on what the tokens are: hidden ones, or texts that end at some ids."""
+    way, token = r.choice(("hidden", "texts", "same", "marks")), r.randrange(2, 20)
+
+    def build(p: Place) -> Tensor:
+        m = p.m
+        own, other = m.unsqueeze(p.ids, 2), m.unsqueeze(p.ids, 1)  # [B, S, 1], [B, 1, S]
+        if way == "hidden":
+            seen = ~m.eq(other, token) | m.eq(p.d, 0)
+        elif way == "same":
+            seen = m.eq(own % 3, other % 3) | m.eq(p.d, 0)
+        elif way == "marks":
+            seen = (other < token) | (m.abs(p.d) < 6)
+        else:
+            text = m.cumsum(m.cast(m.eq(p.ids, token), "i64"), 1)
+            seen = m.eq(m.unsqueeze(text, 2), m.unsqueeze(text, 1))
+        return m.unsqueeze(seen, 1)
+
+    return Part("by ids", build, {"way": way, "token": token})
+
+
 @part(MASK, DECODER)
 def prefix(r: random.Random, room: Room) -> Part:
     n = far(r, 2, 200)

@@ -53,7 +53,8 @@ class Room:
 class Place:
     """Where a part is being written: in which layer, over which positions.
 
-    positions: i64[S]. q, k: the same as a column [S, 1] and as a row [1, S]. length: i64 scalar.
+    positions: i64[S]. q, k: the same as a column [S, 1] and as a row [1, S]. length: i64 scalar. ids: i64[B, S].
+    padding: i64[B, S], 1 where a token is none; None where the model is not given it.
     """
 
     m: Ops
@@ -63,6 +64,8 @@ class Place:
     q: Tensor
     k: Tensor
     length: Tensor
+    ids: Tensor = None
+    padding: Tensor = None
 
     @property
     def d(self) -> Tensor:

@@ -7,7 +7,21 @@ import random
 import numpy as np
 
 from hard_models.masks import stored
-from hard_models.parts import BIAS, ROWS, SCALE, SOFTMAX, Part, Place, Room, Tensor, far, part
+from hard_models.parts import (
+    BIAS,
+    DECODER,
+    ENCODER,
+    ROWS,
+    SCALE,
+    SOFTMAX,
+    VOCABULARY,
+    Part,
+    Place,
+    Room,
+    Tensor,
+    far,
+    part,
+)
 
 
 def _slopes(room: Room, base: float) -> np.ndarray:
@@ -142,6 +156,21 @@ def bias_table(r: random.Random, room: Room) -> Part:
         return stored(p, "by_pair", pairs)
 
     return Part("bias table", build, {"way": way, "n": n, "bump": bump})
+
+
+@part(BIAS, DECODER, ENCODER)
+def bias_by_ids(r: random.Random, room: Room) -> Part:
+    """A number for each token that is looked at, or for each that looks and is looked at."""
+    way = r.choice(("key", "both"))
+
+    def build(p: Place) -> Tensor:
+        m = p.m
+        weights = m.weight("by_id", VOCABULARY, 1)
+        key = m.transpose(m.rows(weights, p.ids), 0, 2, 1)  # [B, 1, S]
+        found = key if way == "key" else key * m.rows(weights, p.ids)
+        return m.unsqueeze(found, 1)
+
+    return Part("bias by ids", build, {"way": way})
 
 
 @part(BIAS)
