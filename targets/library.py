@@ -76,7 +76,7 @@ def build_library(
 
         runtime = Path(llmc.runtime.__path__[0])
     # The driver is long and only calls: -O1 takes a third of the time.
-    compiled = [*objects, folder / "step.o", *_runtime_objects(program.machine, runtime, cache, folder)]
+    compiled = [*objects, folder / "step.o", *runtime_objects(program.machine, runtime, cache, folder)]
     _run(program.machine, "-O1", "-c", str(driver), "-o", str(folder / "step.o"), f"-I{runtime}")
     # Object files go through a response file: a long command line may be refused.
     listing = folder / "objects.txt"
@@ -86,7 +86,7 @@ def build_library(
     return Library(output, calls, source, call_costs(program), [asdict(item.facts) for item in limits])
 
 
-def _runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) -> list[Path]:
+def runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) -> list[Path]:
     """Object files of the runtime's own C code, the same in every artifact: from the cache where they are there.
 
     They depend on the sources and on the compiler: its command, and the file that it is.
