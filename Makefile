@@ -13,8 +13,8 @@ PROMPT := def read_lines(path):
 ROOMS := compiler frontends targets runtime
 TYPES := build/typecheck
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input $(PIP_FLAGS)
-# Files share out among processes (conftest.py: some are cut); each brings torch, so that four are enough for any machine.
-PYTEST := $(BIN)/python -m pytest -q -ra -n auto --maxprocesses 4 --dist loadgroup
+# Files share out among processes; each brings torch, so that four are enough for any machine.
+PYTEST := $(BIN)/python -m pytest -q -ra -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-all lint format typecheck clean
 

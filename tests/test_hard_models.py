@@ -11,22 +11,13 @@ from dataclasses import replace
 
 import pytest
 from hard_models.building import onnx_model
-from hard_models.comparing import TOKENS, OnnxReference, gap, inputs_of, judge, objection, pieces, settled, summary
+from hard_models.comparing import TOKENS, OnnxReference, gap, inputs_of, objection, pieces, settled
 from hard_models.drawing import ONNX, TORCH, draw, style_of
 from hard_models.parts import GRAMMAR, SLOTS
-from hard_models.seeds import ONCE_WRONG
-from kernel_harness import CACHE
+from hard_models.seeds import MANY, ONCE_WRONG
+from hard_models.sweeps import PATIENCE, none_wrong, shards
 
-MANY, QUICK = 2000, 60
-
-
-def chunks(seeds: Sequence[int], size: int, *marks: pytest.MarkDecorator) -> list[object]:
-    """Seeds in groups that processes share out among them."""
-    parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    return [
-        pytest.param(part, id=f"{part[0]}-{part[-1]}", marks=[*marks, pytest.mark.xdist_group(f"hard {part[0]}")])
-        for part in parts
-    ]
+QUICK = 60
 
 
 def quick() -> list[int]:
@@ -35,15 +26,10 @@ def quick() -> list[int]:
     return sorted([*ONCE_WRONG, *others][:QUICK])
 
 
-PATIENT = pytest.mark.timeout(7200)  # a minute of work, on a machine that may be busy with other things
-
-
-@pytest.mark.parametrize("seeds", [*chunks(quick(), 15, PATIENT), *chunks(range(MANY), 50, PATIENT, pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", shards(quick(), 15))
+@pytest.mark.timeout(PATIENCE)
 def test_no_model_is_silently_wrong(seeds: Sequence[int]) -> None:
-    verdicts = [judge(settled(seed), CACHE) for seed in seeds]
-    print(*verdicts, summary(verdicts), sep="\n")
-    wrong = [f"[{verdict.spec.seed}] {verdict}" for verdict in verdicts if verdict.bad]
-    assert not wrong, "\n".join([f"{len(wrong)} of {len(verdicts)} models came out wrong", *wrong])
+    none_wrong(seeds)
 
 
 def test_the_same_seed_is_the_same_model() -> None:

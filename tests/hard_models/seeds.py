@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MANY = 2000  # models of `make test-all`: seeds 0 to 1999
+
 ONCE_WRONG: dict[int, str] = {
     0: "frequencies that switch with the sequence's length were those of short ones",
     8: "q // 16 - k // 16 < 2 was plain causal",
