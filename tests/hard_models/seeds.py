@@ -30,4 +30,9 @@ ONCE_WRONG: dict[int, str] = {
     157: "log n of queries beyond 32 was 1",
     164: "a window of 11 + q // 3, with stored tables of rotations that jump",
     171: "every seventh distance of an encoder, and rotations of another length from 218 on",
+    283: "a scale by length, paged",
+    611: "frequencies scaled by a stored table from row 127 on",
+    907: "a stored bias of one key, 127, was none",
+    1010: "a window of 60 and the first 12 keys",
+    1148: "dynamic NTK beyond 32 tokens was that of short ones",
 }
