@@ -106,7 +106,7 @@ def compile_kernels(
     wanted = list(kernels)
     _open_cache(cache)
     paths = [cache / f"{cache_key(item, machine)}.o" for item in wanted]
-    missing = [(item, path) for item, path in zip(wanted, paths, strict=True) if not _is_whole(path)]
+    missing = [(item, path) for item, path in zip(wanted, paths, strict=True) if not is_whole(path)]
     done = len(wanted) - len(missing)
     if progress is not None:
         for count in range(done):
@@ -122,8 +122,11 @@ def compile_kernels(
 
 
 def _compile(item: Kernel, path: Path, machine: Machine) -> None:
-    module = build_module(item, machine)
-    data = _object_code(module)
+    keep_object(path, _object_code(build_module(item, machine)))
+
+
+def keep_object(path: Path, data: bytes) -> None:
+    """Write an object file into the cache, so that no other compile sees a part of it."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=_TEMPORARY)
         try:
@@ -165,7 +168,7 @@ def _refuse_cache(cache: Path, error: OSError) -> CompileError:
     )
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether an object file is there to its last byte: a crash of the machine may leave an empty or shorter one."""
     try:
         with path.open("rb") as file:

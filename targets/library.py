@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
-from llmc.targets.codegen import compile_kernels
+from llmc.targets.codegen import compile_kernels, is_whole, keep_object
 from llmc.targets.driver import Addresses, failures_of, generate_step
 from llmc.targets.kernel import Kernel
 from llmc.targets.limits import limit_kernels
@@ -76,12 +77,9 @@ def build_library(
         import llmc.runtime
 
         runtime = Path(llmc.runtime.__path__[0])
-    # The driver is long and only calls: -O1 takes a third of the time. The pool hashes weights: -O3 vectorises that.
-    compiled = [*objects, folder / "step.o"]
-    _run(program.machine, "-O1", "-c", str(driver), "-o", str(compiled[-1]), f"-I{runtime}")
-    for part in sorted(runtime.glob("*.c")):
-        compiled.append(folder / f"{part.stem}.o")
-        _run(program.machine, "-O3", "-c", str(part), "-o", str(compiled[-1]))
+    # The driver is long and only calls: -O1 takes a third of the time.
+    compiled = [*objects, folder / "step.o", *runtime_objects(program.machine, runtime, cache, folder)]
+    _run(program.machine, "-O1", "-c", str(driver), "-o", str(folder / "step.o"), f"-I{runtime}")
     # Object files go through a response file: a long command line may be refused.
     listing = folder / "objects.txt"
     _write(listing, "\n".join(f'"{path}"' for path in compiled))
@@ -89,6 +87,28 @@ def build_library(
     _run(program.machine, "-shared", "-o", str(output), f"@{listing}", "-lm", *linker)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
     return Library(output, calls, source, costs, facts, failures_of(program))
+
+
+def runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) -> list[Path]:
+    """Object files of the runtime's own C code, the same in every artifact: from the cache where they are there.
+
+    They depend on the sources and on the compiler: its command, and the file that it is.
+    """
+    command = compiler_command(machine)
+    compiler = Path(shutil.which(command[0]) or command[0]).resolve()
+    about = compiler.stat()
+    digest = hashlib.sha256("\0".join([*command, str(compiler), str(about.st_size), str(about.st_mtime_ns)]).encode())
+    for source in sorted((*runtime.glob("*.c"), *runtime.glob("*.h"))):
+        digest.update(f"\0{source.name}\0".encode() + source.read_bytes())
+    found = []
+    for source in sorted(runtime.glob("*.c")):
+        kept = cache / f"{source.stem}-{digest.hexdigest()}.o"
+        if not is_whole(kept):
+            made = folder / f"{source.stem}.o"
+            _run(machine, "-O3", "-c", str(source), "-o", str(made))  # the pool hashes weights: -O3 vectorises that
+            keep_object(kept, made.read_bytes())
+        found.append(kept)
+    return found
 
 
 def _write(path: Path, text: str) -> None:

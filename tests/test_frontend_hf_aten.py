@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "masked fill": (lambda x: x.masked_fill(x > 0, float("-inf")).exp(), (X,)),
     "clamp": (lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0) + x.clamp(max=0.1), (X,)),
     "activations": (lambda x: F.gelu(x) + F.gelu(x, approximate="tanh") + F.silu(x) + F.relu(x) + x.tanh(), (X,)),
+    "log softmax": (lambda x: F.log_softmax(x * 60, 1) + F.log_softmax(x.half(), -1, dtype=torch.float32), (X,)),
     "softplus": (lambda x: F.softplus(x * 30) + F.softplus(x, beta=2.0), (X,)),
     "expm1 and log1p": (lambda x: torch.expm1(x) + torch.log1p(x.abs()), (X,)),
     "softmax": (lambda x: F.softmax(x, dim=1), (X,)),

@@ -163,6 +163,16 @@ def test_gate_and_up_become_one_gated_linear(kind: str, product: str, biases: tu
     assert report.hits == {"gate and up": 1}
 
 
+@pytest.mark.parametrize("other", ["%u = llm.linear(%x", "%g = llm.linear(%x"])
+@pytest.mark.parametrize("product", ["%a, %u", "%u, %a"])
+def test_gate_and_up_of_different_inputs_stay_apart(other: str, product: str) -> None:
+    """activation(W1 x) * (W2 y) is a gated linear of neither x nor y."""
+    body = GATE.format(kind="silu", product=product, gate_bias="none", up_bias="none")
+    before = graph_of(body.replace(other, other.replace("%x", "%y")), "h = %h")
+    after, report = check(before, MergeProjections())
+    assert after is before and not report.hits
+
+
 def test_a_gate_with_its_activation_fused_is_recognised_too() -> None:
     body = GATE.format(kind="silu", product="%a, %u", gate_bias="@b2", up_bias="none")
     fused, _ = check(graph_of(body, "h = %h"), FuseEpilogues())

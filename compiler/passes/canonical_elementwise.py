@@ -223,8 +223,33 @@ def undo_twice(op: Op) -> Value | None:
     return inner if isinstance(inner, (Abs, Relu)) else inner.x
 
 
+def never_negative(value: Value) -> bool:
+    """Whether a float is 0 (not -0), positive or not a number, whatever the inputs are: shown by what it is made of."""
+    known = number_of(value)
+    if known is not None:
+        return not math.copysign(1.0, float(known)) < 0
+    if isinstance(value, (Abs, Exp, Sigmoid)):
+        return True
+    if isinstance(value, Mul):
+        return value.a is value.b or (never_negative(value.a) and never_negative(value.b))
+    if isinstance(value, (Add, Div)):
+        return never_negative(value.a) and never_negative(value.b)
+    if isinstance(value, Maximum):  # of -0 and 0 either may be the result: one has to be positive
+        return any((number_of(part) or 0) > 0 for part in (value.a, value.b))
+    if isinstance(value, Pow):
+        return number_of(value.b) in (2, 4) or never_negative(value.a)
+    if isinstance(value, (Mean, Sum, Max, Reshape, Broadcast, Sqrt, Reciprocal, Rsqrt)):
+        return never_negative(value.x)
+    if isinstance(value, Cast):
+        return value.x.dtype in FLOATS and never_negative(value.x)
+    return False
+
+
 def power_by_constant(op: Op) -> Value | None:
-    """x ** 2 -> x * x; x ** 3; x ** 0.5 -> sqrt; x ** -0.5 -> rsqrt; x ** -1 -> reciprocal; x ** 0 -> 1"""
+    """x ** 2 -> x * x; x ** 3; x ** 0.5 -> sqrt; x ** -0.5 -> rsqrt; x ** -1 -> reciprocal; x ** 0 -> 1
+
+    Roots where x is never negative: the root of minus infinity is not a number, its power 0.5 is infinite.
+    """
     assert isinstance(op, Pow)
     exponent = number_of(op.b)
     if exponent is None or op.shape != op.a.shape:
@@ -238,10 +263,8 @@ def power_by_constant(op: Op) -> Value | None:
         return shaped(number(1, op), op.shape)
     if not _is_float(op):
         return None
-    if exponent == 0.5:
-        return Sqrt(x)
-    if exponent == -0.5:
-        return Rsqrt(x)
+    if exponent in (0.5, -0.5):
+        return (Sqrt(x) if exponent > 0 else Rsqrt(x)) if never_negative(x) else None
     if exponent == -1:
         return Reciprocal(x)
     return Reciprocal(Mul(x, x)) if exponent == -2 else None

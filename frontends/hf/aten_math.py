@@ -245,6 +245,13 @@ def _softmax(t: Translation, node: Node, x: Value, dim: int, dtype: object = Non
     return s.Softmax(cast(x, t.dtype(node)), axis(x, dim))
 
 
+@handles("log_softmax", "_log_softmax")
+def _log_softmax(t: Translation, node: Node, x: Value, dim: int, dtype: object = None) -> Value:
+    x, along = cast(x, t.dtype(node)), (axis(x, dim),)
+    shifted = e.Sub(x, s.Max(x, along))  # exp cannot overflow
+    return e.Sub(shifted, e.Log(s.Sum(e.Exp(shifted), along)))
+
+
 @handles("var", "var_mean")
 def _var(
     t: Translation, node: Node, x: Value, dim: object = None, unbiased: bool = True, keepdim: bool = False,

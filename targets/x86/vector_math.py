@@ -66,8 +66,14 @@ def exp(isa: VectorIsa, x: Expr) -> Expr:
 
 
 def sigmoid(isa: VectorIsa, x: Expr) -> Expr:
-    """1 / (1 + e^-x)."""
-    return isa.splat(1.0) / (isa.splat(1.0) + exp(isa, isa.splat(0.0) - x))
+    """1 / (1 + e^-x), and 0 where `exp` ends: what x is multiplied with then vanishes, however large x is."""
+    from tvm import tirx
+
+    def value(v: Expr) -> Expr:
+        found = isa.splat(1.0) / (isa.splat(1.0) + exp(isa, isa.splat(0.0) - v))
+        return tirx.Select(v < isa.splat(-88.37), isa.splat(0.0), found)
+
+    return bind(x, value)
 
 
 def _with_sign(isa: VectorIsa, magnitude: Expr, x: Expr) -> Expr:
