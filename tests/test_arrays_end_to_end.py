@@ -117,14 +117,19 @@ def test_results_do_not_share_memory(artifact: Path) -> None:
     assert not np.array_equal(again["table"], first["table"])
 
 
-def test_indices_beyond_a_table_are_harmless(artifact: Path) -> None:
-    """Negative ones count from the end, as in ONNX; others read the table's first or last row, and nothing else."""
+def test_indices_beyond_a_table_are_errors(artifact: Path) -> None:
+    """Negative ones count from the end, as in ONNX; others end the run, and the next one is as ever."""
     runtime = Runtime.load(artifact, threads=1)
     given = inputs(8, 4)
-    chosen = np.array([-1, -5, 5, -6, 2**40, -(2**40), 2**31, 3])
-    rows = np.array([4, 0, 4, 0, 4, 0, 4, 3])
+    chosen, rows = np.array([-1, -5, 0, 4, 1, 2, -2, 3]), np.array([4, 0, 0, 4, 1, 2, 3, 3])
     found, expected = (runtime.run({**given, "chosen": indices})["scores"] for indices in (chosen, rows))
     np.testing.assert_array_equal(found, expected)
+    for wrong in (5, -6, 2**40, -(2**40), 2**31):
+        with pytest.raises(
+            RuntimeStateError, match=r"index out of range: axis 0 of .*, by chosen, which has 5 elements"
+        ):
+            runtime.run({**given, "chosen": np.array([*chosen[:7], wrong])})
+    np.testing.assert_array_equal(runtime.run({**given, "chosen": chosen})["scores"], expected)
 
 
 def test_larger_sizes_name_the_option(artifact: Path) -> None:
