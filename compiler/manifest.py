@@ -19,6 +19,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.text import text_hash
 from llmc.compiler.ir.types import KV, NUMPY_DTYPES
 from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.lengths import length_regimes
 
 if TYPE_CHECKING:
     from llmc.compiler.pipeline import Compiled
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 3
+ABI = 4
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 
@@ -80,6 +81,7 @@ def build_manifest(
             "calls": library.calls,
             "costs": library.costs,
             "limits": library.limits,
+            "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },
         "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
         "outputs": [] if lifted.task == GENERATE else [_array(*pair) for pair in output_values(program.graph)],

@@ -90,8 +90,9 @@ class ElementNumbers:
     def times(self, a: Numbers, b: Numbers) -> Numbers:
         """The numbers of products, element by element."""
         a, b = np.broadcast_arrays(a, b)
-        low, high = np.minimum(np.abs(a), np.abs(b)), np.maximum(np.abs(a), np.abs(b))
-        products = high.copy()  # where the other factor is 1
+        low = np.asarray(np.minimum(np.abs(a), np.abs(b)))
+        products = np.array(np.maximum(np.abs(a), np.abs(b)))  # what it is where the other factor is 1
+        high = products.copy()
         rest = low > ONE
         products[low == 0] = 0
         if rest.any():

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from llmc.compiler.ir.dims import Dim, FloorDiv, product, symbols_of
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where, constant
-from llmc.compiler.ir.graph import topological
+from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import (
@@ -36,8 +37,9 @@ from llmc.compiler.ir.structural import (
     Transpose,
 )
 from llmc.compiler.ir.types import Array, numpy_dtype
-from llmc.compiler.passes.probe import LENGTH, Probe
+from llmc.compiler.passes.probe import LENGTH, Probe, read_weight
 
+LENGTHS = "lengths"  # the input that says of each token how long the sequence is that it is computed for
 MOST_REGIMES = 8
 _CHUNK = 1 << 15  # lengths that are evaluated at once
 _ELEMENTWISE = (Unary, Binary, Compare, Activation, Cast, Where)
@@ -224,3 +226,29 @@ def settled(value: Value, numbers: Mapping[Value, Value]) -> Value:
         if isinstance(old, Op):
             new[old] = old.map_operands(lambda operand: new.get(operand, operand))
     return new.get(value, value)
+
+
+def length_regimes(graph: Graph, max_context: int) -> tuple[int, ...]:
+    """The greatest length of each regime but the last one of a graph after all passes, by what it makes of `lengths`.
+
+    Every value that comes of this input alone, [T, ...] for lengths [T], is evaluated for every length.
+    """
+    source = next((value for value in graph.inputs if value.name == LENGTHS), None)
+    if source is None:
+        return ()
+    made: set[Value] = {source}
+    last: set[int] = set()
+    size = max(1, max_context)
+    names = {symbol.name: size for dim in source.shape for symbol in symbols_of(dim)}
+    for op in graph.ops:
+        if not any(operand in made for operand in op.operands):
+            continue
+        if all(operand in made or operand in graph.constants for operand in op.operands):
+            made.add(op)
+    ends = [op for op in made if isinstance(op, Op) and any(user not in made for user in graph.users.get(op, ()))]
+    lengths = np.arange(1, size + 1, dtype=np.int32).reshape([size if isinstance(d, Dim) else d for d in source.shape])
+    for op in ends:
+        found = evaluate_values([op], {source: lengths}, read_weight, names)["0"]
+        rows = np.asarray(found).reshape(size, -1)
+        last.update((np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1).tolist())
+    return tuple(sorted(last))

@@ -21,12 +21,11 @@ from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, Array, Tensor
 from llmc.compiler.passes.element_numbers import ElementNumbers, Numbers
-from llmc.compiler.passes.lengths import Regimes, Unsettled, regimes, settled
+from llmc.compiler.passes.lengths import LENGTHS, Regimes, Unsettled, regimes, settled
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rotations import Rotation
 from llmc.errors import IRError
 
-LENGTHS = "lengths"  # the input that says of each token how long the sequence is that it is computed for
 _CHUNK = 1 << 14  # positions that are evaluated at once
 # An f32 angle and its position times frequency are a few roundings apart: of 1 / factor, of the frequency, of two
 # products. The law itself is compared in f64.
