@@ -149,10 +149,19 @@ def compile_model(
     compiled = run_pipeline(lifted.graph, options, watching, told, lifted.weights.load, lifted.task)
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, lifted.vocab_size, lifted.weights.load)
-    for note in (*lifted.notes, *integer_notes(compiled.reports)):
+    for note in (*lifted.notes, *cache_notes(compiled.reports), *integer_notes(compiled.reports)):
         told.note(note)
     program = lower(compiled.graph, machine)
     return assemble(source, output, options, lifted, compiled, program, told, started)
+
+
+def cache_notes(reports: Sequence[Report]) -> list[str]:
+    """That a decoder has no KV cache, why, and what brings it back where that is known."""
+    lost = any(report.name == "whole-sequence" and report.hits for report in reports)
+    growing = [why for report in reports if report.name == "fuse-rope" for _, why in report.refusals if "grows" in why]
+    if not lost or not growing:
+        return []
+    return [f"no KV cache, every step computes its whole sequence anew: {growing[0]}, with a cache"]
 
 
 def integer_notes(reports: Sequence[Report]) -> list[str]:

@@ -50,12 +50,12 @@ class FuseRope(Pass, name="fuse-rope"):
             rotation = finder.find(op)
             if rotation is None:
                 continue
+            covered |= rotation.region
             try:
                 turned = _in_arrays(rotation, finder) if angles is None else _in_text(rotation, angles)
             except NoAngles as reason:
                 report.refuse(rotation.y, str(reason))
                 continue
-            covered |= rotation.region
             found[rotation.y] = turned
             report.hit("interleaved" if rotation.turn.interleaved else "half")
 

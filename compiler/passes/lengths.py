@@ -96,7 +96,10 @@ def regimes(probe: Probe, roots: Sequence[Value]) -> Regimes:
                 last.append(begin + index - 1)
             found.append([table[index] for table in tables])
             if len(found) > MOST_REGIMES:
-                raise Unsettled(f"its angles change with the length of the sequence more than {MOST_REGIMES - 1} times")
+                kept = f"; --max-context {last[0]} keeps to the first" if last[0] > 1 else ""
+                raise Unsettled(
+                    f"the rotary angles of all tokens change over {MOST_REGIMES - 1} times as a sequence grows{kept}"
+                )
     values = tuple(
         {number: constant(value, number.dtype) for number, value in zip(numbers, own, strict=True)} for own in found
     )

@@ -81,18 +81,22 @@ class Angles:
         self.positions = Reshape(probe.positions, (probe.size,))
         self.lengths: Input | None = None
         self._known: dict[object, Value] = {}
+        self._reasons: dict[object, str] = {}
         self._regimes: dict[tuple[Value, ...], Regimes] = {}
 
     def of(self, rotation: Rotation) -> Value:
         """The angles of one rotation; NoAngles where the graph has none for every position and length."""
         turn = rotation.turn
         key = tuple(part[0].tobytes() for part in (turn.cos_a, turn.cos_b, turn.sin_a, turn.sin_b))
+        if key in self._reasons:
+            raise NoAngles(self._reasons[key])
         if key not in self._known:
             parts = _Parts(*(self._columns(part[0], rotation.factors)
                              for part in (turn.cos_a, turn.cos_b, turn.sin_a, turn.sin_b)))  # fmt: skip
             try:
                 self._known[key] = self._by_length(parts)
             except (IRError, Unsettled) as error:
+                self._reasons[key] = str(error)
                 raise NoAngles(str(error)) from None
         return self._known[key]
 
