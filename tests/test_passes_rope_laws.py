@@ -9,6 +9,7 @@ import pytest
 from attention_harness import DIM, HEADS, S, apply_half, frequencies, half_cos_sin, random_weights, weight
 
 from llmc.compiler.ir.elementwise import (
+    Activation,
     Add,
     Cast,
     Cos,
@@ -30,7 +31,19 @@ from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, Rope, RopeAngles
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Iota, Matmul, Max, Reshape, Slice, Sum
+from llmc.compiler.ir.structural import (
+    Broadcast,
+    Concat,
+    Gather,
+    Iota,
+    Matmul,
+    Max,
+    Reshape,
+    Slice,
+    Softmax,
+    Sum,
+    Transpose,
+)
 from llmc.compiler.ir.types import Array, Tensor, precise
 from llmc.compiler.passes import lengths, rope_angles
 from llmc.compiler.passes.canonicalize import Canonicalize
@@ -147,6 +160,19 @@ def shifted(x: Value, positions: Input) -> Value:
     return by_angles(x, Mul(Add(column(positions), constant(1.0, "f32")), row(SLOW)))
 
 
+def nearly_linear(x: Value, positions: Input) -> Value:
+    """A frequency that grows by two roundings of f32 on the way: f64 shows it, and f32 hardly."""
+    growth = constant(np.where(np.arange(LONGEST) < SWITCH, 1.0, 1.0 + 2.0**-22)[:, None], "f64")
+    return by_angles(x, Mul(Mul(column(positions), row(SLOW)), Cast(Gather(growth, positions, 0), "f32")))
+
+
+def rest_by_position(x: Value, positions: Input) -> Value:
+    """Half of the channels turn, and the others do not pass: they are scaled."""
+    turned = by_angles(Slice(x, 3, 0, PAIRS), Mul(column(positions), row(SLOW[: PAIRS // 2])))
+    scale = Reshape(Cos(column(positions)), (1, 1, S, 1))
+    return Concat((turned, Mul(Slice(x, 3, PAIRS, DIM), scale)), 3)
+
+
 BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` it becomes
     "scale by table": (scaled_by_table, 0),
     "frequency by table": (frequency_by_table, 0),
@@ -158,6 +184,8 @@ BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` i
     "position / 4": (stretched, 1),
     "position * (1 / 3)": (by_a_third, 1),
     "position + 1": (shifted, 0),
+    "nearly linear": (nearly_linear, 0),
+    "the rest by position": (rest_by_position, 1),
 }
 
 
@@ -206,6 +234,7 @@ BY_LENGTH: dict[str, tuple[Form, tuple[int, ...]]] = {  # and the last length of
     "by the last position": (last_position, (SWITCH,)),
     "by a sum of ones": (switched(Greater(Sum(ONES, (0, 1)), constant(SWITCH, "i32"))), (SWITCH,)),
     "from the second token on": (switched(Greater(SIZE, constant(1, "i32"))), (1,)),
+    "for the longest sequence": (switched(Greater(SIZE, constant(LONGEST - 1, "i32"))), (LONGEST - 1,)),
     "stepwise": (stepwise, (11, 22, 45)),
     "there and back": (there_and_back, (19, 40, 50)),
     "beyond the context only": (switched(Greater(SIZE, constant(LONGEST, "i32"))), ()),
@@ -287,12 +316,21 @@ def neighbours(x: Value, positions: Input) -> Value:
     return Add(Mul(x, cos), Mul(turned, sin))
 
 
+def tokens_read_as_heads(x: Value, positions: Input) -> Value:
+    """The other channels pass through a reshape that takes [heads, S] for [S, heads]: one token shows nothing."""
+    cos, sin = (Reshape(v, (1, 1, S, DIM)) for v in half_cos_sin(positions, SLOW))
+    turned = Concat((Neg(Slice(x, 3, PAIRS, DIM)), Slice(x, 3, 0, PAIRS)), 3)
+    mixed = Transpose(Reshape(turned, (1, S, HEADS, DIM)), (0, 2, 1, 3))
+    return Add(Mul(x, cos), Mul(mixed, sin))
+
+
 REFUSED: dict[str, tuple[Form, str]] = {
     "every length its own": (growing, "as a sequence grows; --max-context 8 keeps"),
     "from the end": (from_the_end, "as a sequence grows"),
     "halves that part": (stored_pairs(0.5), f"no rotation at position {SWITCH}"),
     "heads of their own": (heads_of_their_own, ""),
     "neighbours": (neighbours, ""),
+    "tokens read as heads": (tokens_read_as_heads, ""),
 }
 
 
@@ -381,6 +419,7 @@ def test_equal_numbers_are_equal_elements() -> None:
         both, Cos(both), Sin(both), scaled, Mul(constant(2.0, "f32"), Cos(angles)), Neg(Sin(angles)), row([1.0, -1.0]),
         Mul(Neg(Sin(angles)), constant(-2.0, "f32")), Mul(Sin(both), constant(2.0, "f32")), Add(x, both), Sub(x, both),
         Matmul(column(positions), row(SLOW)), Gather(both, constant([5, 1], "i64"), 2),
+        Activation(both, "silu"), Activation(both, "gelu"), Softmax(both, 2), Softmax(both, 1),
     ]  # fmt: skip
     numbers = ElementNumbers({"S": 3})
     graph = Graph("main", (x, positions), tuple((str(i), value) for i, value in enumerate(values)))
@@ -396,7 +435,7 @@ def test_equal_numbers_are_equal_elements() -> None:
             count += 1
             expected = seen.setdefault(abs(number), element if number > 0 else -element)
             assert (element if number > 0 else -element) == pytest.approx(expected, rel=1e-15)
-    assert count > 2 * len(seen), "most elements are written several times"
+    assert count > 1.5 * len(seen), "many elements are written several times"
     assert np.array_equal(numbers.of(scaled)[..., :PAIRS], numbers.of(values[4]))
     assert np.array_equal(numbers.of(values[7]), numbers.of(values[8])[..., :PAIRS])
     assert np.array_equal(numbers.of(angles), numbers.of(values[11]))

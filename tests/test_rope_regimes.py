@@ -117,8 +117,9 @@ def test_greedy_text_across_the_threshold_is_the_original_s(model: Model) -> Non
     stream = model.runtime.stream(IDS[:28], max_tokens=10, temperature=0.0, stop_token_ids=[])
     stream.text()
     assert stream.tokens[:10] == expected[28:].tolist()[: len(stream.tokens)]
-    texts = model.runtime.generate_batch([IDS[:28], IDS[:5]], max_tokens=10, temperature=0.0)
-    assert texts == [model.runtime.generate(IDS[:n], max_tokens=10, temperature=0.0) for n in (28, 5)]
+    prompts = [IDS[:28], IDS[40:68], IDS[:5]]  # two cross in the same step
+    texts = model.runtime.generate_batch(prompts, max_tokens=10, temperature=0.0)
+    assert texts == [model.runtime.generate(prompt, max_tokens=10, temperature=0.0) for prompt in prompts]
 
 
 def test_cached_pages_of_the_other_factors_are_not_shared(model: Model) -> None:

@@ -168,20 +168,17 @@ class Rotations(LinearMaps):
         return True
 
     def _acts_on_tokens(self, value: Value) -> bool:
-        """Whether each token of a value of text is made of the same token of the operands, wherever it is."""
+        """Whether each token of a value of text is made of the same token of the operands, wherever it is.
+
+        Slices of tokens and what is put together from them have another number of them, and a product with a factor
+        that has them on another axis has two such axes: these are none of these values.
+        """
         token = self._token(value)
         if token is None or token == value.rank - 1:
             return False
-        if isinstance(value, (Slice, Concat)):
-            return value.axis % value.rank != token
         if isinstance(value, Reshape):
             before = self._token(value.x)
             return before is not None and product(value.shape[token:]) == product(value.x.shape[before:])
-        if isinstance(value, (Add, Sub, Mul)):
-            # Every operand that has tokens has them on the same axis, counted from the end.
-            ends = {t - v.rank for v in value.operands if (t := self._token(v)) is not None}
-            several = any(self._token(v) is None and self.probe.has_size(v) for v in value.operands)
-            return ends == {token - value.rank} and not several
         return True
 
 
