@@ -240,7 +240,7 @@ class Angles:
         return None
 
     def _frequencies(self, angles: Columns) -> Floats | None:
-        """f32 [pairs] where the angle is position times these, at every position; None where it is not.
+        """[pairs] where the angle is position times these as f32, at every position; None where it is not.
 
         The law is compared in f64 to _LAW, relatively; in the graph's own dtypes it may be off by a few roundings. Of
         the frequency in f64 and the graph's own, both in f32, the one that is nearer to the graph's own angles counts.
@@ -261,7 +261,8 @@ class Angles:
                     np.maximum(error, (gaps / np.maximum(np.abs(rows), 2.0**-100)).max(axis=0), out=error)
         except IRError:
             return None
-        chosen = np.where(errors[1] <= errors[0], candidates[1], candidates[0])
+        # The law's own number stands for its rounding: the kernel rounds it, and f64 is then as exact as the source.
+        chosen = np.where(errors[1] < errors[0], candidates[1], law)
         return chosen if (np.minimum(*errors) <= _ROUNDINGS).all() else None
 
     def _from_table(self, cos: Columns, sin: Columns) -> Value | None:
