@@ -10,6 +10,7 @@ from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.structural import Softmax
 from llmc.compiler.ir.types import KV
+from llmc.compiler.passes.lengths import OF_LENGTH
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.schemes import behind_logits
 
@@ -51,8 +52,12 @@ def losses(graph: Graph, reports: Sequence[Report], task: str, quantization: str
 
 
 def _reason(graph: Graph, reports: Sequence[Report]) -> str:
-    """The first refusal of the first pass that refused anything: of attention, where some is left as a softmax over
-    tokens, else of what was behind it."""
+    """The first refusal of the first pass that refused anything: of rotations by a law of the sequence's length, of
+    attention, where some is left as a softmax over tokens, else of what was behind it."""
+    for report in reports:
+        for what, why in report.refusals if report.name == "fuse-rope" else ():
+            if OF_LENGTH in why:  # whatever else was refused is no better with a cache
+                return f"fuse-rope refused {what}: {why}"
     raw = any(isinstance(op, Softmax) and isinstance(op.shape[op.axis], Dim) for op in graph.ops)
     for name in ("fuse-attention", *_NEEDED) if raw else _NEEDED:
         for report in reports:

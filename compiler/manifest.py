@@ -21,6 +21,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.text import text_hash
 from llmc.compiler.ir.types import KV, NUMPY_DTYPES
 from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.lengths import length_regimes
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime.manifest import parse
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 3
+ABI = 4
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 
@@ -85,6 +86,7 @@ def build_manifest(
             "costs": library.costs,
             "limits": library.limits,
             "failures": library.failures,
+            "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },
         "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
         "outputs": [] if lifted.task == GENERATE else [_array(*pair) for pair in output_values(program.graph)],

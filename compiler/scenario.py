@@ -26,7 +26,7 @@ from llmc.compiler.ir.structural import Gather, GatherElements
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
-_PER_TOKEN = ("ids", "positions", "token_types")
+_PER_TOKEN = ("ids", "positions", "token_types", "lengths")
 _KNOWN = (*_PER_TOKEN, "starts", "slots", "tiles", "block_table", "rows")
 
 
@@ -148,6 +148,7 @@ class Scenario:
         ids: list[int] = []
         positions: list[int] = []
         types: list[int] = []
+        lengths: list[int] = []
         starts: list[int] = [0]
         slots: list[int] = []
         tiles: list[tuple[int, int, int, int]] = []
@@ -162,6 +163,7 @@ class Scenario:
                 ids.append(int(self.sequences[span.sequence][position]))
                 positions.append(position)
                 types.append(int(self.types(span.sequence)[position]))
+                lengths.append(len(self.sequences[span.sequence]))
                 slots.append(self.pages[span.sequence][position // PAGE] * PAGE + position % PAGE)
                 at.append(self.row(span.sequence, position))
             starts.append(len(ids))
@@ -172,6 +174,7 @@ class Scenario:
         chosen = np.random.default_rng(self.seed).permutation(len(ids))
         arrays: dict[str, Array] = {
             "ids": np.array(ids), "positions": np.array(positions), "token_types": np.array(types),
+            "lengths": np.array(lengths),
             "starts": np.array(starts), "slots": np.array(slots), "tiles": np.array(tiles), "block_table": table,
             "rows": chosen,
         }  # fmt: skip

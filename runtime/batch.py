@@ -73,11 +73,12 @@ class StepRunner(StepCaller):
         self.ids = int32((most,))
         self.positions = int32((most,))
         self.slots = int32((most,))
+        self.lengths = int32((most,))
         self.rows = int32((most,))
         self.tiles = int32((most, 4))
         self.block_table = int32((1024,))
         self.logits: NDArray[np.float32] = reserve((1, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
-        for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits"):
+        for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits", "lengths"):
             setattr(self.step, name, address(getattr(self, name)))
         # Plain integers go through these in a fraction of the time that numpy takes.
         self._views = tuple(array.data for array in (self.ids, self.positions, self.slots))
@@ -138,6 +139,8 @@ class StepRunner(StepCaller):
         self.rows[:count] = every
         self.tiles[:count, 0] = self.tiles[:count, 1] = every
         self.tiles[:count, 2] = 1
+        if self.facts.regimes:
+            self.lengths[:count] = [self.facts.length_in(sequence.regime) for sequence in sequences]
         self._last_pages = [int(sequence.pages[-1]) for sequence in sequences]
         splits = choose_splits(count, self.kv_heads, pages, self.threads, self.facts.max_splits)
         self.step.sizes[:] = (count, count, count, pages, count, splits)
@@ -177,6 +180,8 @@ class StepRunner(StepCaller):
                 part[:, 2] = np.minimum(tile_size, count - firsts)
                 part[:, 3] = firsts + start
                 tile += len(firsts)
+            if self.facts.regimes:
+                self.lengths[token : token + count] = self.facts.length_in(run.sequence.regime)
             wanted = run.rows
             if wanted == 1:
                 rows[row] = token + count - 1

@@ -45,6 +45,7 @@ class Step(ctypes.Structure):
         ("outputs", ctypes.c_void_p),
         ("inputs", ctypes.c_void_p),
         ("dims", ctypes.c_void_p),
+        ("lengths", ctypes.c_void_p),
     )
 
 

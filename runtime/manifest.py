@@ -8,7 +8,7 @@ plan, provenance) are kept as they are.
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
      "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size",
-              "state": "paged" | "none" | "ragged" | "run",
+              "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
               "calls": ["what the n-th profile entry measures", ...],
               "costs": [{"bytes", "operations": {"": number, "T": number, "T*KEYS": number, ...}, "arithmetic": "f32",
                          "when": [[symbol, low, high | null], ...], "calls": [numbers of calls]}],
@@ -30,6 +30,7 @@ plan, provenance) are kept as they are.
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
 import re
@@ -42,7 +43,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 3
+ABI = 4
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
@@ -54,6 +55,7 @@ _DTYPES = (
     "uint8", "bool",
 )  # fmt: skip
 _MOST_AXES = 16
+_MOST_CONTEXT = 1 << 31
 _COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
 
 
@@ -105,7 +107,11 @@ class StepFacts:
     """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
     max_step tokens; state: "paged" (a KV cache), "none" (every step sees one whole sequence), "ragged" (several whole
     sequences) or "run" (arrays of any kind). failures: what a step that returns 1, 2, ... has found wrong with its
-    inputs."""
+    inputs.
+
+    regimes: lengths of a sequence after which the model computes every token of it differently (rotary frequencies for
+    long contexts), ascending; tokens in a cache are of one regime.
+    """
 
     max_step: int
     page: int
@@ -118,6 +124,15 @@ class StepFacts:
     costs: tuple[CallCost, ...] = ()
     limits: tuple[LimitFacts, ...] = ()
     failures: tuple[str, ...] = ()
+    regimes: tuple[int, ...] = ()
+
+    def regime(self, length: int) -> int:
+        """The regime that a sequence of so many tokens is computed in: 0, 1, ..."""
+        return bisect.bisect_left(self.regimes, length)
+
+    def length_in(self, regime: int) -> int:
+        """A length of that regime: what `lengths` of a step says of its tokens."""
+        return self.regimes[regime] if regime < len(self.regimes) else self.regimes[-1] + 1
 
 
 @dataclass(frozen=True)
@@ -368,7 +383,17 @@ def _step(reader: Reader, states: tuple[str, ...], symbols: frozenset[str]) -> S
         costs=tuple(_cost(item, len(calls), symbols) for item in reader.children("costs")),
         limits=tuple(_limit(item) for item in reader.children("limits")),
         failures=tuple(reader.strings("failures", default=[])),
+        regimes=_regimes(reader),
     )
+
+
+def _regimes(reader: Reader) -> tuple[int, ...]:
+    found: list[int] = []
+    for item in reader.array("regimes", []):
+        if type(item) is not int or not (found[-1] if found else 0) < item < _MOST_CONTEXT:
+            raise refuse(f"{reader.path}.regimes", "a list of ascending lengths", item)
+        found.append(item)
+    return tuple(found)
 
 
 def _cost(reader: Reader, calls: int, symbols: frozenset[str]) -> CallCost:

@@ -69,7 +69,7 @@ def evaluate(
     for ids in windows:
         expected = None if reference is None else reference(ids)[:, : runtime.vocab_size]
         chunk = max(1, _MOST_LOGITS // runtime.vocab_size)
-        with runtime.sequence() as sequence:
+        with runtime.sequence(len(ids)) as sequence:
             for begin in range(0, len(ids) - 1, chunk):
                 end = min(begin + chunk, len(ids) - 1)
                 found = log_softmax(runtime.step([(sequence, ids[begin:end], "all")]))

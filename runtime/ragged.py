@@ -53,9 +53,10 @@ class RaggedRunner(StepCaller):
         self.slots = int32((most,))
         self.tiles = int32((most, 4))
         self.starts = int32((most + 1,))
+        self.lengths = int32((most,))
         self.block_table = int32((1024,))
         self._wanted = np.zeros(max(1, len(self.outputs)), np.uint64)
-        for name in ("ids", "positions", "token_types", "slots", "tiles", "starts", "block_table"):
+        for name in ("ids", "positions", "token_types", "slots", "tiles", "starts", "block_table", "lengths"):
             setattr(self.step, name, address(getattr(self, name)))
         self.step.outputs = address(self._wanted)
         self.step.cache = address(self.buffers.table)
@@ -118,6 +119,8 @@ class RaggedRunner(StepCaller):
                 self.token_types[start : start + len(sequence)] = 0 if sequence.types is None else sequence.types
         else:
             self.token_types[:tokens] = 0
+        if self.facts.regimes:
+            self.lengths[:tokens] = np.repeat(lengths, lengths)
         return starts
 
     def _fill_places(self, lengths: NDArray[np.int64], starts: NDArray[np.int32]) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +56,16 @@ _MOST_THREADS = 1024  # of pool.c
 
 def _is_count(value: object, most: int) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= most
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Tokens that a step appends to a sequence: the first `again` of them it had already, and are computed anew."""
+
+    sequence: Sequence
+    ids: NDArray[np.int32]
+    rows: Rows
+    again: int
 
 
 class Runtime:
@@ -190,10 +201,16 @@ class Runtime:
 
     # Tokens
 
-    def sequence(self) -> Sequence:
-        """A new empty sequence."""
+    def sequence(self, expected: int = 0) -> Sequence:
+        """A new empty sequence.
+
+        expected: how many tokens it will have at least, where that is known. Models for long contexts may compute every
+        token differently in a long sequence: this one is computed as such from the start, and not anew as it grows.
+        """
         self._decodes("sequence()")
-        return Sequence(self)
+        if not 0 <= expected <= self.max_context:
+            raise RuntimeStateError(f"expected is {expected}: the context has {self.max_context} tokens")
+        return Sequence(self, expected)
 
     def collect_orphans(self) -> None:
         """Gives back the pages of sequences that were dropped without being closed. Called under the lock."""
@@ -221,7 +238,8 @@ class Runtime:
         """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
         them: hold `lock` while you use them."""
         rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
-        if sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
+        anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
+        if anew or sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
             self._last = self.step(rows)
         else:
             self._last = self._step([(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows], None)
@@ -232,7 +250,8 @@ class Runtime:
         """`step_last` of one token for each sequence, in few operations: a step leaves nothing of the interpreter in
         the caches, so that each costs several times what it does elsewhere."""
         runner = self._decodes("step()")
-        if not self.paged or not 0 < len(sequences) <= self.max_step:
+        anew = self.manifest.step.regimes and any(sequence.changes_regime(1) for sequence in sequences)
+        if anew or not self.paged or not 0 < len(sequences) <= self.max_step:
             ids = [np.array([token], np.int32) for token in tokens]
             return self.step_last(list(zip(sequences, ids, strict=True)))
         if self.orphans:
@@ -270,14 +289,17 @@ class Runtime:
         self._check_sequences([sequence for sequence, _, _ in requests])
         prepared: list[Sequence] = []
         try:
-            for sequence, ids, _ in requests:
+            work: list[_Work] = []
+            for sequence, ids, wanted in requests:
                 prepared.append(sequence)
-                sequence.prepare(ids)
+                again = sequence.restart(len(ids)) if self.paged and sequence.changes_regime(len(ids)) else ids[:0]
+                work.append(_Work(sequence, np.concatenate([again, ids]) if len(again) else ids, wanted, len(again)))
+                sequence.prepare(work[-1].ids)
             if not self.paged:
                 return self._step_whole(runner, requests, out)
             result = out
             row = 0
-            for batch in self._batches(requests):
+            for batch in self._batches(work):
                 runs = [run for run, _ in batch]
                 rows = sum(run.rows for run in runs)
                 result = runner.run(runs, None if out is None else out[row : row + rows])
@@ -290,11 +312,12 @@ class Runtime:
             for sequence in prepared:
                 sequence.abandon()
 
-    def _batches(self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]]) -> list[list[tuple[Run, int]]]:
+    def _batches(self, work: list[_Work]) -> list[list[tuple[Run, int]]]:
         """Runs of at most max_step tokens together, in order."""
         batches: list[list[tuple[Run, int]]] = []
         room = 0
-        for sequence, ids, rows in requests:
+        for item in work:
+            sequence, ids, rows = item.sequence, item.ids, item.rows
             begin = 0
             while begin < len(ids):
                 if room == 0:
@@ -302,7 +325,10 @@ class Runtime:
                     room = self.max_step
                 count = min(room, len(ids) - begin)
                 is_end = begin + count == len(ids)
-                first_row = 0 if rows == "all" else count - 1 if rows == "last" and is_end else count
+                if rows == "all":
+                    first_row = min(max(item.again - begin, 0), count)
+                else:
+                    first_row = count - 1 if rows == "last" and is_end else count
                 batches[-1].append(
                     (Run(sequence, ids[begin : begin + count], sequence.length + begin, first_row), count)
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Ids
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,23 +21,37 @@ if TYPE_CHECKING:
 _STAMPS = itertools.count()
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a sequence is before it is computed anew."""
+
+    length: int
+    regime: int
+    pages: NDArray[np.int32]
+    chain: list[int]
+
+
 class Sequence:
     """Tokens that the model has seen, with their keys and values in the cache.
 
     Invariant: between calls, `pages` holds exactly the pages that `length` tokens need, each with this sequence as one
-    of its users. Made by `Runtime.sequence()`. Use it from one thread at a time; close it, or use it in a `with`
-    block, so that its pages can serve others.
+    of its users, and all of them computed in `regime` (`StepFacts.regimes`: a model for long contexts may compute every
+    token differently once there are many). Made by `Runtime.sequence()`. Use it from one thread at a time; close it, or
+    use it in a `with` block, so that its pages can serve others.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, expected: int = 0) -> None:
         self.runtime = runtime
         self.length = 0
+        self.expected = expected  # tokens that it will have at least: it is computed in their regime from the start
+        self.regime = 0
         self.page_count = 0
         self.closed = False
         self._tokens: NDArray[np.int32] = np.zeros(64, np.int32)
         self._pages: NDArray[np.int32] = np.zeros(8, np.int32)
         self.stamp = next(_STAMPS)  # another one whenever `pages` changes, and no two sequences have the same
         self._chain: list[int] = []  # serials of the full pages, as far as they are registered
+        self._before: _State | None = None  # what `restart` put aside, until the first of its tokens is in the cache
 
     def __del__(self) -> None:
         # May run at any moment, in the middle of the pool's own work: so the pages are only noted down here.
@@ -82,7 +97,8 @@ class Sequence:
             return 0
         tokens = np.asarray(ids, np.int32)
         page_size = runtime.page
-        parent = ROOT
+        self.regime = self.regime_of(len(tokens))
+        parent = ROOT - self.regime
         with runtime.lock:
             runtime.collect_orphans()
             while self.length + page_size < len(tokens):
@@ -101,7 +117,8 @@ class Sequence:
     def fork(self) -> Sequence:
         """A second sequence with the same tokens. Pages are shared until one of the two writes to them."""
         self._check_open()
-        other = Sequence(self.runtime)
+        other = Sequence(self.runtime, self.expected)
+        other.regime = self.regime
         other._tokens = self._tokens.copy()
         with self.runtime.lock:
             for page in self.pages.tolist():
@@ -130,6 +147,43 @@ class Sequence:
             self.length = 0
             self._release_surplus()
 
+    def regime_of(self, length: int) -> int:
+        """The regime that it is computed in when it has so many tokens."""
+        return self.runtime.manifest.step.regime(max(length, self.expected))
+
+    def changes_regime(self, count: int) -> bool:
+        """Whether `count` more tokens make those in the cache useless: they are to be computed anew."""
+        return self.length > 0 and self.regime_of(self.length + count) != self.regime
+
+    def restart(self, count: int) -> NDArray[np.int32]:
+        """Makes the sequence an empty one of another regime, that of `count` more tokens, and returns the tokens that
+        it had, int32 [length]. Called under the runtime's lock, before `prepare` of these and the new tokens.
+
+        Pages that are its own alone are written again, and those that are shared are left to the others. `abandon`
+        undoes it as long as nothing was committed.
+        """
+        self._check_open()
+        self._check_context(self.length + count)
+        tokens = self.tokens.copy()
+        regime = self.regime_of(self.length + count)
+        self._before = _State(self.length, self.regime, self.pages.copy(), self._chain)
+        pool = self.runtime.pool
+        if self.runtime.paged:
+            kept = 0
+            try:
+                for index, page in enumerate(self.pages.tolist()):
+                    if pool.is_shared(page):
+                        self._pages[index] = pool.allocate()
+                    kept = index + 1
+            except BaseException:
+                self.page_count = kept
+                self.abandon()
+                raise
+            for page in self.pages.tolist():
+                pool.forget(page)
+        self.length, self.regime, self._chain, self.stamp = 0, regime, [], next(_STAMPS)
+        return tokens
+
     def prepare(self, ids: NDArray[np.int32]) -> None:
         """Makes room for `ids` behind the tokens there are. Called under the runtime's lock, before a step; the
         tokens count only from `commit` on. When there is no room, nothing has changed."""
@@ -137,6 +191,8 @@ class Sequence:
         end = self.length + len(ids)
         self._check_context(end)
         self._write_tokens(ids)
+        if self.length == 0 or not self.runtime.paged:
+            self.regime = self.regime_of(end)
         if self.runtime.paged and len(ids):
             self._add_pages(end)
 
@@ -177,26 +233,45 @@ class Sequence:
             while self.page_count * page_size < end:
                 self._add_page(pool.allocate())
         except BaseException:
-            self._release_surplus()
+            self.abandon()
             raise
 
     def commit(self, count: int) -> None:
         """`count` prepared tokens are in the cache now. Called under the runtime's lock, after a step."""
         self.length += count
         runtime = self.runtime
+        if self._before is not None:
+            self._release_shared(self._before)
         if not runtime.paged:
             return
         page_size = runtime.page
         full = self.length // page_size
         while len(self._chain) < full:
             index = len(self._chain)
-            parent = self._chain[-1] if self._chain else ROOT
+            parent = self._chain[-1] if self._chain else ROOT - self.regime
             piece = self._tokens[index * page_size : (index + 1) * page_size]
             self._chain.append(runtime.pool.register(int(self._pages[index]), parent, piece.tobytes()))
 
     def abandon(self) -> None:
-        """Undoes `prepare`: the step did not happen. Called under the runtime's lock."""
+        """Undoes `prepare` and `restart`: the step did not happen. Called under the runtime's lock."""
+        before, self._before = self._before, None
+        if before is not None:
+            own = set(before.pages.tolist())
+            for page in reversed(self.pages.tolist()):
+                if page not in own:
+                    self.runtime.pool.release(page)
+            self._pages[: len(before.pages)] = before.pages
+            self.page_count, self.stamp = len(before.pages), next(_STAMPS)
+            self.length, self.regime, self._chain = before.length, before.regime, before.chain
         self._release_surplus()
+
+    def _release_shared(self, before: _State) -> None:
+        """Gives up the shared pages that `restart` put others in place of."""
+        self._before = None
+        own = set(self.pages.tolist())
+        for page in reversed(before.pages.tolist()):
+            if page not in own:
+                self.runtime.pool.release(page)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 3
+#define LLMC_ABI 4
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
@@ -40,6 +40,8 @@ typedef struct LlmcStep {
     /* Graphs of any kind, whose sizes have names of their own: */
     const void *const *inputs;  /* the graph's inputs, in order */
     const int64_t *dims;        /* the sizes, sorted by name */
+    /* Texts whose angles depend on the length of the sequence (the manifest's step.regimes): */
+    const int32_t *lengths;     /* [T]: a length of the regime that the token's sequence is computed in */
 } LlmcStep;
 
 /* Runs the model once over T tokens. Returns 0, or n > 0 when the inputs made it impossible: the manifest's

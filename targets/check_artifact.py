@@ -168,7 +168,8 @@ def _continued(runtime: Runtime, checker: Checker) -> Array:
     assert scenario is not None
     rng = np.random.default_rng(scenario.seed)
     out = np.full((scenario.tokens, runtime.vocab_size), np.nan, np.float32)
-    sequences = [runtime.sequence() for _ in scenario.sequences]
+    # The graph computes each text as one of its whole length.
+    sequences = [runtime.sequence(expected=len(ids)) for ids in scenario.sequences]
     ends = [max(1, len(ids) - DECODED) for ids in scenario.sequences]
     cuts = [sorted({0, int(rng.integers(0, end + 1)), end}) for end in ends]
     for turn in range(max(len(cut) for cut in cuts) - 1):

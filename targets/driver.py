@@ -28,7 +28,7 @@ SIZES = {
     "R": "LLMC_ROWS",
     "SPLITS": "LLMC_SPLITS",
 }
-INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts")
+INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts", "lengths")
 
 
 def c_expression(size: int | Dim, names: Mapping[str, str] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Rotary frequencies of every scaling that transformers has, settled for the compiled context."""
+"""Rotary frequencies of every scaling that transformers has, at every length of a sequence."""
 
 from __future__ import annotations
 
@@ -47,24 +47,40 @@ def test_no_scaling_of_transformers_is_left_out() -> None:
 
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_logits_are_transformers(kind: str, tmp_path: Path) -> None:
-    """Within the trained length, between it and the model's limit, and beyond both."""
+    """Within the trained length, right after it, at the model's limit, and beyond all of these; in any context."""
     directory = scaled_model(kind, tmp_path)
-    for context, size in ((TRAINED, 33), (200, 200)) if kind != "longrope" else ((TRAINED, 33), (128, 100), (200, 200)):
+    for context, sizes in ((TRAINED, (33, TRAINED)), (200, (9, TRAINED, TRAINED + 1, 100, 128, 129, 200))):
         lifted = lift(directory, max_context=context)
-        ids = random_ids(lifted.vocab_size, size)
-        # transformers keeps the frequencies of the longest sequence so far: each length wants a fresh model.
-        want = reference_logits(load_reference(directory), ids)
-        np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=TOLERANCE, err_msg=f"context {context}")
+        for size in sizes:
+            ids = random_ids(lifted.vocab_size, size)
+            # transformers keeps the frequencies of the longest sequence so far: each length wants a fresh model.
+            want = reference_logits(load_reference(directory), ids)
+            what = f"context {context}, {size} tokens"
+            np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=TOLERANCE, err_msg=what)
 
 
-@pytest.mark.parametrize(("kind", "short", "long"), [("longrope", TRAINED, TRAINED + 1), ("dynamic", 128, 129)])
-def test_frequencies_switch_right_after_the_trained_length(kind: str, short: int, long: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "last"), [("longrope", TRAINED), ("dynamic", 128)])
+def test_the_context_changes_nothing_for_short_sequences(kind: str, last: int, tmp_path: Path) -> None:
     directory = scaled_model(kind, tmp_path)
-    ids = random_ids(320, 20)
-    within, beyond = (lifted_logits(lift(directory, max_context=context), ids) for context in (short, long))
-    again = lifted_logits(lift(directory, max_context=short // 2), ids)
-    np.testing.assert_array_equal(within, again)
-    assert np.abs(within - beyond).max() > (1e-2 if kind == "longrope" else 1e-5)
+    ids = random_ids(320, last + 1)
+    short, long = (lift(directory, max_context=context) for context in (last, last + 1))
+    within = lifted_logits(long, ids[:, :20])
+    np.testing.assert_array_equal(lifted_logits(short, ids[:, :20]), within)
+    grown = lifted_logits(long, ids)[:, :20]
+    assert np.abs(grown - within).max() > (1e-2 if kind == "longrope" else 1e-5)
+
+
+def test_each_layer_type_may_change_its_own_frequencies(tmp_path: Path) -> None:
+    """One kind of layers turns by other factors in long sequences, the other by one set in all."""
+    factors = {"short_factor": [1 + 0.1 * i for i in range(16)], "long_factor": [2 + 0.5 * i for i in range(16)]}
+    longrope = {"rope_type": "longrope", "rope_theta": 1e6, **SCALINGS["longrope"], **factors}
+    parameters = {"full_attention": longrope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    directory = make_tiny("gemma3_text", tmp_path, rope_parameters=parameters)
+    lifted = lift(directory)
+    for size in (12, TRAINED, TRAINED + 1, 100):
+        ids = random_ids(lifted.vocab_size, size)
+        want = reference_logits(load_reference(directory), ids)
+        np.testing.assert_allclose(lifted_logits(lifted, ids), want, atol=TOLERANCE, err_msg=f"{size} tokens")
 
 
 def test_each_layer_type_has_its_own_frequencies(tmp_path: Path) -> None:

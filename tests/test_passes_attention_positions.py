@@ -20,11 +20,11 @@ from attention_harness import (
 )
 from test_passes_attention_softmax import written
 
-from llmc.compiler.ir.elementwise import Add, Mul, Sub, constant
+from llmc.compiler.ir.elementwise import Add, Maximum, Mul, Sub, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention, RopeAngles
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Broadcast, Cumsum, Gather, Iota, Reshape
+from llmc.compiler.ir.structural import Broadcast, Cumsum, Gather, Iota, Reshape, Slice
 from llmc.compiler.passes.flatten_tokens import FlattenTokens
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.fuse_rope import FuseRope
@@ -48,9 +48,16 @@ def counted_by(count: Callable[[], Value], rows: int = 70) -> Graph:
     return decoder(rotate)
 
 
+def beyond(length: int) -> Value:
+    """How many tokens there are beyond `length`."""
+    size = Slice(Iota(S + 1, "i32"), 0, S, S + 1)
+    return Maximum(Sub(size, constant(length, "i32")), constant(0, "i32"))
+
+
 COUNTS: dict[str, Callable[[], Value]] = {
     "iota": lambda: Reshape(Iota(S), (1, S)),
     "running sum": running_sum,
+    "after a past of nothing": lambda: Add(Reshape(Iota(S, "i32"), (1, S)), beyond(64)),
     "offset": lambda: Add(Reshape(Iota(S, "i32"), (1, 1, S)), constant(2, "i32")),
 }
 
@@ -88,6 +95,7 @@ def test_masks_are_recognised_in_either_order() -> None:
     [
         lambda: Sub(constant(63), Reshape(Iota(S), (1, S))),  # backwards
         lambda: Mul(Reshape(Iota(S), (1, S)), constant(2)),
+        lambda: Add(Reshape(Iota(S, "i32"), (1, S)), beyond(63)),  # a count for every length but the greatest
     ],
 )
 def test_other_integers_stay_and_flattening_refuses(count: Callable[[], Value]) -> None:

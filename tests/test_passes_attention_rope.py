@@ -21,8 +21,7 @@ from attention_harness import (
     weight,
 )
 
-from llmc.compiler.ir.elementwise import Add, Cast, Cos, Mul, Neg, Sin, Sub, Where, constant
-from llmc.compiler.ir.elementwise import Greater as GreaterThan
+from llmc.compiler.ir.elementwise import Add, Cast, Cos, Mul, Neg, Sin, Sub, constant
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, Linear, Rope, RopeAngles
@@ -33,14 +32,12 @@ from llmc.compiler.ir.structural import (
     Gather,
     GatherElements,
     Matmul,
-    Max,
     Reshape,
     Slice,
     Transpose,
 )
 from llmc.compiler.ir.types import Tensor, precise
 from llmc.compiler.passes.canonicalize import Canonicalize
-from llmc.compiler.passes.flatten_tokens import FlattenTokens
 from llmc.compiler.passes.fuse_rope import FuseRope
 from llmc.compiler.passes.manager import Report, run_passes
 
@@ -242,27 +239,6 @@ def two_sources(x: Value, positions: Input) -> Value:
 def test_what_is_no_rotation_stays(form: Form) -> None:
     before = rotation(form)
     assert FuseRope().run(before, Report()).ops == before.ops
-
-
-def test_angles_that_depend_on_the_longest_position_stay_as_they_are() -> None:
-    """They are the same for every token of one sequence, so that the graph cannot be flattened: that pass says why."""
-
-    def dynamic(x: Value, positions: Input) -> Value:
-        longest = Max(positions, (0, 1))
-        slow, fast = (constant(frequencies(DIM // 2, base).reshape(1, 1, -1), "f32") for base in (10000.0, 500.0))
-        chosen = Where(GreaterThan(Reshape(longest, (1, 1, 1)), constant(512, "i32")), slow, fast)
-        angles = Mul(Reshape(Cast(positions, "f32"), (1, S, 1)), chosen)
-        both = Concat((angles, angles), 2)
-        return apply_half(x, Cos(both), Sin(both))
-
-    before = decoder(dynamic)
-    after, reports = run_passes(before, [FuseRope(), FlattenTokens()])
-    assert not any(isinstance(op, RopeAngles) for op in after.ops)
-    assert any("one value of all tokens" in reason for _, reason in reports[1].refusals)
-    load = random_weights(before)
-    for positions in ([0, 1, 2], [600, 601, 602]):
-        found, expected = (run_sequence(graph, load, [1, 2, 3], positions) for graph in (after, before))
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_frequencies_that_are_weights_hold_for_any_weights() -> None:

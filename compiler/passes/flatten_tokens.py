@@ -33,10 +33,11 @@ from llmc.compiler.ir.structural import (
 from llmc.compiler.ir.types import Shape, Tensor
 from llmc.compiler.passes.bias_tables import bias_table
 from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
+from llmc.compiler.passes.lengths import LENGTHS
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import Probe
 
-INPUTS = ("ids", "positions", "token_types")
+INPUTS = ("ids", "positions", "token_types", LENGTHS)
 SEQUENCES = symbol("B", 1)
 
 

@@ -5,7 +5,6 @@ One wide product reads and rounds its activations once and keeps every thread bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ from llmc.compiler.ir.llm import GatedLinear, Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Slice
 from llmc.compiler.passes.manager import Pass, Report
-from llmc.compiler.passes.rewriting import uncast
+from llmc.compiler.passes.rewriting import Renewed, rebuild, uncast
 from llmc.compiler.passes.schemes import Overrides, describe, find_head, param_names
 
 
@@ -42,26 +41,6 @@ class MergeProjections(Pass, name="merge-projections"):
         if self.qkv:
             graph = _Siblings(graph, overrides, report).run()
         return graph
-
-
-Lookup = Callable[[Value], Value]
-
-
-def _rebuild(graph: Graph, build: Callable[[Op, Lookup], Value | None]) -> Graph:
-    """Rebuild the graph op by op: `build` sees each original op and where its operands are now."""
-    new: dict[Value, Value] = {}
-
-    def lookup(value: Value) -> Value:
-        return new.get(value, value)
-
-    for op in graph.ops:
-        replacement = build(op, lookup)
-        rebuilt = op.map_operands(lookup) if replacement is None else replacement
-        if rebuilt is not op:
-            new[op] = rebuilt
-    if not new:
-        return graph
-    return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
 
 
 def _obstacle(graph: Graph, linear: Linear) -> str:
@@ -118,9 +97,9 @@ class _GateUp:
         self.outputs = {value for _, value in graph.outputs}
 
     def run(self) -> Graph:
-        return _rebuild(self.graph, self._build)
+        return rebuild(self.graph, self._build)
 
-    def _build(self, op: Op, lookup: Lookup) -> Value | None:
+    def _build(self, op: Op, renewed: Renewed) -> Value | None:
         if not isinstance(op, Mul):
             return None
         pair = self._pair(op.a, op.b) or self._pair(op.b, op.a)
@@ -130,7 +109,7 @@ class _GateUp:
         if obstacle:
             self.report.refuse(describe(pair.gate, pair.gate.w), f"not gated: {obstacle}")
             return None
-        x = lookup(pair.gate.x)
+        x = renewed(pair.gate.x)
         if pair.halves is None:
             linears = [pair.gate, pair.up]
             self.report.hit("gate and up")
@@ -219,7 +198,7 @@ class _Siblings:
         for group in self._groups():
             self.report.hit(f"{len(group)} linears")
             self.group_of.update(dict.fromkeys(group, group))
-        return _rebuild(self.graph, self._build)
+        return rebuild(self.graph, self._build)
 
     def _groups(self) -> list[list[Linear]]:
         """What is merged: linears of one x, rounding, scheme and activation (own or following), in order."""
@@ -257,7 +236,7 @@ class _Siblings:
             return f"then {users[0].kind}"
         return linear.activation
 
-    def _build(self, op: Op, lookup: Lookup) -> Value | None:
+    def _build(self, op: Op, renewed: Renewed) -> Value | None:
         group = self.group_of.get(op)
         if group is None:
             return None
@@ -266,7 +245,7 @@ class _Siblings:
         if merged is None:
             first = group[0]
             merged = Linear(
-                lookup(first.x),
+                renewed(first.x),
                 _merged_weight([linear.w for linear in group]),
                 _merged_bias(group),
                 None,

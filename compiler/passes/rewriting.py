@@ -1,4 +1,4 @@
-"""What the passes share: scalars and vectors seen through casts and shapes, exact casts, rewriting with use counts."""
+"""What the passes share: scalars and vectors seen through casts and shapes, exact casts, rebuilding a graph."""
 
 from __future__ import annotations
 
@@ -87,6 +87,36 @@ def transposed(matrix: Value) -> Value:
     return Transpose(inner, (1, 0))
 
 
+Renewed = Callable[[Value], Value]
+Build = Callable[[Op, Renewed], Value | None]
+
+
+def rebuild(graph: Graph, build: Build) -> Graph:
+    """The graph op by op, operands first: `build` gives what stands for an original op, or None to keep it.
+
+    `build` gets the op as it was and a function from values of the original graph, or written over them, to the same
+    over the new graph. It must use only values that come before the op.
+    """
+    new: dict[Value, Value] = {}
+
+    def renewed(value: Value) -> Value:
+        if value in new or not isinstance(value, Op):
+            return new.get(value, value)
+        new[value] = value.map_operands(renewed)
+        return new[value]
+
+    changed = False
+    for op in graph.ops:
+        replacement = build(op, renewed)
+        result = op.map_operands(renewed) if replacement is None else replacement
+        changed |= result is not op
+        new[op] = result
+        new.setdefault(result, result)
+    if not changed:
+        return graph
+    return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
+
+
 Uses = Callable[[Value], int]
 CountingRule = Callable[[Op, Uses], Value | None]
 
@@ -98,7 +128,6 @@ def rewrite_counting(graph: Graph, rule: CountingRule) -> Graph:
     the operands that a rule sees. `uses(value)` counts the uses, in the graph as it was, of what `value` now stands for
     (an output counts as one).
     """
-    new: dict[Value, Value] = {}
     count: dict[Value, int] = {}
     for op in graph.ops:
         for operand in op.operands:
@@ -109,16 +138,15 @@ def rewrite_counting(graph: Graph, rule: CountingRule) -> Graph:
     def uses(value: Value) -> int:
         return count.get(value, 0)
 
-    for op in graph.ops:
+    def build(op: Op, renewed: Renewed) -> Value:
         if op in graph.constants:
-            continue
-        rebuilt: Op = op.map_operands(lambda value: new.get(value, value))
+            return op
+        rebuilt = op.map_operands(renewed)
         replacement = rule(rebuilt, uses)
-        result: Value = rebuilt if replacement is None else replacement
+        result = rebuilt if replacement is None else replacement
         if result is not op:
-            new[op] = result
             # Several old values may come to be one new value: its uses are the sum.
             count[result] = count.get(result, 0) + count.get(op, 0)
-    if not new:
-        return graph
-    return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
+        return result
+
+    return rebuild(graph, build)

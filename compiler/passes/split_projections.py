@@ -16,6 +16,7 @@ from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape, Slice
 from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.rewriting import Renewed, rebuild
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,17 @@ class SplitProjections(Pass, name="split-projections"):
     """No options."""
 
     def run(self, graph: Graph, report: Report) -> Graph:
-        new: dict[Value, Value] = {}
         parts: dict[Op, Linear] = {}
-        for op in graph.ops:
+
+        def build(op: Op, renewed: Renewed) -> Value | None:
             if isinstance(op, Linear):
                 slices = _strided_slices(graph, op)
                 parts.update(dict.fromkeys(slices, op))
                 if slices:
                     report.hit("projection")
-            if op in parts:
-                assert isinstance(op, Slice)
-                new[op] = _part(op, parts[op], new)
-                continue
-            rebuilt = op.map_operands(lambda value: new.get(value, value))
-            if rebuilt is not op:
-                new[op] = rebuilt
-        if not parts:
-            return graph
-        return graph.replace_outputs((name, new.get(value, value)) for name, value in graph.outputs)
+            return _part(op, parts[op], renewed) if isinstance(op, Slice) and op in parts else None
+
+        return rebuild(graph, build)
 
 
 def _strided_slices(graph: Graph, linear: Linear) -> list[Slice]:
@@ -71,7 +65,7 @@ def _features(value: Value, linear: Linear) -> int:
     return total
 
 
-def _part(part: Slice, linear: Linear, new: dict[Value, Value]) -> Value:
+def _part(part: Slice, linear: Linear, renewed: Renewed) -> Value:
     """The slice as a projection of its own, in the slice's shape."""
     assert isinstance(part.x, Reshape)
     heads = part.x.shape[linear.rank - 1 :]
@@ -85,5 +79,4 @@ def _part(part: Slice, linear: Linear, new: dict[Value, Value]) -> Value:
         return Reshape(taken, (outputs, *rest))
 
     bias = None if linear.bias is None else rows(linear.bias)
-    x = new.get(linear.x, linear.x)
-    return Reshape(linear.replace(x=x, w=PackGroups.of_rows(linear.w, rows), bias=bias), part.shape)
+    return Reshape(linear.replace(x=renewed(linear.x), w=PackGroups.of_rows(linear.w, rows), bias=bias), part.shape)

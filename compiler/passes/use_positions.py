@@ -1,7 +1,8 @@
 """use-positions: what counts tokens 0, 1, ... becomes the input `positions`, right in a mixture of sequences too.
 
 A source graph is one sequence from its beginning, so that a count of tokens is their position. Counts are recognised by
-their values: `arange(S)`, a running sum of ones minus one, either plus an offset.
+their values, for every token of the longest sequence: `arange(S)`, a running sum of ones minus one, either plus an
+offset.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from llmc.compiler.ir.elementwise import Add, Cast, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
-from llmc.compiler.ir.types import INTEGERS, Tensor
+from llmc.compiler.ir.types import INTEGERS, Array, Tensor
+from llmc.compiler.passes.lengths import Unsettled, regimes, settled
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import LENGTH, Probe
 from llmc.errors import IRError
 
-_SIZES = (2, 3, 5, 8, 13)
-_LONGEST = 1 << 16  # tokens that a count is evaluated for, at most
+_FEW = 3  # tokens that are looked at first
 
 
 @dataclass(frozen=True)
@@ -52,25 +53,27 @@ class UsePositions(Pass, name="use-positions"):
 
 def _offset(probe: Probe, op: Op) -> int | None:
     """c where the integers `op` are c, c + 1, ..., one a token, for every number of tokens; else None."""
-    if (
-        not isinstance(op.type, Tensor)
-        or op.dtype not in INTEGERS
-        or probe.sources[op] - {LENGTH}
-        or not probe.has_size(op)
-    ):
+    if not isinstance(op.type, Tensor) or op.dtype not in INTEGERS or probe.longest is None:
         return None
-    if probe.size is None or product(op.shape) != probe.size:
+    if probe.sources[op] - {LENGTH} or not probe.has_size(op) or product(op.shape) != probe.size:
         return None
-    offset: int | None = None
-    # A count that stops somewhere, such as min(position, 511), shows it at the largest size.
-    highest = min((symbol.high or _LONGEST for symbol in probe.size.symbols()), default=_LONGEST)
-    for size in (*_SIZES, min(highest, _LONGEST)):
-        try:
-            found = probe.evaluate([op], size)[0].reshape(-1)
-        except IRError:
-            return None
-        if offset is None:
-            offset = int(found[0])
-        if not np.array_equal(found, offset + np.arange(size)):
-            return None
-    return offset
+    try:
+        counted: Value = op
+        if probe.depends_on_length(op):
+            # Such as the tokens of an empty past before these: numbers that every length leaves as they are.
+            own, *others = regimes(probe, [op]).values
+            if others:
+                return None
+            counted = settled(op, own)
+        if not _counts(probe.evaluate([counted], _FEW)[0]):
+            return None  # most other integers
+        # What no length decides is the same in a shorter sequence: the longest one says all.
+        found = probe.evaluate([counted], probe.longest)[0]
+    except (IRError, Unsettled):
+        return None
+    return int(found.reshape(-1)[0]) if _counts(found) else None
+
+
+def _counts(values: Array) -> bool:
+    flat = values.reshape(-1)
+    return np.array_equal(flat, flat[0] + np.arange(len(flat)))

@@ -70,7 +70,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     if longest < (context if max_context is not None or positions is None else min(context, positions)):
         notes.append(f"{longest} tokens at most: the model has no more positions, or treats a full context differently")
     context = min(context, longest)
-    if positions is not None and context > positions:
+    if positions is not None and context > positions and not traced.meta.stretches:
         notes.append(
             f"the model was made for {positions} positions: of {context}, the later ones may make no sense to it"
         )

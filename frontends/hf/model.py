@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,14 @@ _MOST_BUFFER_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class MetaModel:
-    """model: every tensor on the meta device. buffers: what transformers computes instead of storing, by name."""
+    """model: every tensor on the meta device. buffers: what transformers computes instead of storing, by name.
+
+    stretches: whether its rotary frequencies follow the length of a sequence beyond the model's own limit.
+    """
 
     model: PreTrainedModel
     buffers: dict[str, NDArray[np.generic]]
+    stretches: bool = False
 
     def takes(self, argument: str) -> bool:
         """Whether the model's forward has an argument of that name, such as `position_ids`."""
@@ -43,11 +48,11 @@ def build(kind: ModelClass, config: PreTrainedConfig, implementation: str, conte
         with quiet():
             _choose_experts(model)
     buffers = _compute_buffers(model)
-    _fix_rope(model, buffers, context)
+    stretches = _fix_rope(model, buffers, context)
     for name, value in buffers.items():
         if name.endswith("inv_freq") and not value.isfinite().all():
             raise FrontendError(f"rotary frequencies {name} are not finite: are rope_theta and its scaling right?")
-    return MetaModel(model, {name: to_numpy(value) for name, value in buffers.items()})
+    return MetaModel(model, {name: to_numpy(value) for name, value in buffers.items()}, stretches)
 
 
 def _choose_experts(model: PreTrainedModel) -> None:
@@ -87,29 +92,84 @@ def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _fix_rope(model: PreTrainedModel, buffers: dict[str, torch.Tensor], context: int) -> None:
-    """Settle frequencies that depend on the sequence's length for sequences of up to `context` tokens.
+def _fix_rope(model: PreTrainedModel, buffers: dict[str, torch.Tensor], context: int) -> bool:
+    """Let frequencies that depend on the sequence's length (dynamic, longrope) be traced with that law.
 
-    transformers switches them as a sequence grows (dynamic, longrope). A compiled model has one set: keys in its cache
-    were turned by it. Up to the original length that is the short set, beyond it the one for the full context.
+    transformers switches them in its modules' state as a sequence grows, which no trace holds. Up to the original
+    length they are the module's own; only beyond it does the law matter. Returns `MetaModel.stretches`.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    stretches = False
     for path, module in model.named_modules():
         kinds = getattr(module, "rope_type", None)
         layered = isinstance(kinds, dict)
         if kinds is None or not hasattr(module, "config"):
             continue
+        laws: dict[str | None, _Law] = {}
         for layer_type, kind in kinds.items() if layered else [(None, kinds)]:
             if kind != "longrope" and "dynamic" not in str(kind):
                 continue
-            prefix = f"{layer_type}_" if layered else ""
             parameters = module.config.rope_parameters
             parameters = parameters[layer_type] if layered else parameters
-            original = int(parameters.get("original_max_position_embeddings") or module.original_max_seq_len)
+            original = int(module.original_max_seq_len)
+            if kind == "longrope":
+                original = int(parameters.get("original_max_position_embeddings") or original)
             if context > original:
-                arguments = {"layer_type": layer_type} if layered else {}
-                frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, "cpu", seq_len=context, **arguments)
-                buffers[f"{path}.{prefix}inv_freq"] = frequencies
-                setattr(module, f"{prefix}attention_scaling", scaling)
+                stretches |= kind != "longrope"
+                laws[layer_type] = _law(module, str(kind), layer_type, original, buffers, path)
         module.rope_type = dict.fromkeys(kinds, "default") if layered else "default"
+        if laws:
+            _obey(module, laws)
+    return stretches
+
+
+_Law = Callable[[torch.Tensor], torch.Tensor]  # frequencies [pairs] of a sequence, by the number of its tokens
+
+
+def _law(
+    module: torch.nn.Module,
+    kind: str,
+    layer_type: str | None,
+    original: int,
+    buffers: dict[str, torch.Tensor],
+    path: str,
+) -> _Law:
+    """The frequencies of a rotary module: its own up to `original` tokens, beyond them as transformers has it."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    prefix = f"{layer_type}_" if layer_type else ""
+    arguments = {"layer_type": layer_type} if layer_type else {}
+    beyond = ROPE_INIT_FUNCTIONS[kind]
+    if kind == "longrope":  # one other set for every length
+        values, _ = beyond(module.config, torch.device("cpu"), seq_len=original + 1, **arguments)
+        buffers[f"{path}.{prefix}long_inv_freq"] = values
+        module.register_buffer(f"{prefix}long_inv_freq", values.to("meta"), persistent=False)
+
+    def frequencies(length: torch.Tensor) -> torch.Tensor:
+        own: torch.Tensor = getattr(module, f"{prefix}inv_freq")
+        if kind == "longrope":
+            other: torch.Tensor = getattr(module, f"{prefix}long_inv_freq")
+        else:
+            other, _ = beyond(module.config, length.device, seq_len=length, **arguments)
+        return torch.where(length > original, other, own)
+
+    return frequencies
+
+
+def _obey(module: torch.nn.Module, laws: Mapping[str | None, _Law]) -> None:
+    """While the module runs, its frequencies are those of the sequence that it runs for."""
+    forward = module.forward
+
+    def lawful(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> object:
+        given = () if layer_type is None else (layer_type,)
+        law = laws.get(layer_type)
+        if law is None:
+            return forward(x, position_ids, *given)
+        name = f"{layer_type}_inv_freq" if layer_type else "inv_freq"
+        own = module._buffers[name]
+        module._buffers[name] = law(torch.max(position_ids) + 1)
+        try:
+            return forward(x, position_ids, *given)
+        finally:
+            module._buffers[name] = own
+
+    module.forward = lawful
