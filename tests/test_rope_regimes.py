@@ -19,8 +19,9 @@ from kernel_harness import CACHE
 from tiny_models import make_tiny
 
 from llmc.compiler.check import Checker
+from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import cache_notes, compile_model, run_pipeline
+from llmc.compiler.pipeline import Compiled, compile_model, run_pipeline
 from llmc.errors import LlmcError
 from llmc.frontends.hf.lift import lift
 from llmc.runtime.errors import CacheFullError, RuntimeStateError
@@ -179,11 +180,16 @@ def test_an_artifact_that_was_saved_keeps_its_factors(model: Model, tmp_path: Pa
     same(Runtime.load(tmp_path / "copy.so", threads=1).forward(IDS[:40]), model.original(IDS[:40]))
 
 
+def lost(found: Compiled) -> list[str]:
+    """What a user is told that the model lost."""
+    return losses(found.graph, found.reports, "generate", "none")
+
+
 def test_every_pass_keeps_its_meaning_on_both_sides_of_the_threshold(model: Model) -> None:
     lifted = lift(model.directory, max_context=CONTEXT)
     checker = Checker(lifted.weights.load, lengths=(40, 7, 33, 32))
     found = run_pipeline(lifted.graph, CompileOptions(quantization="none"), [checker], load=lifted.weights.load)
-    assert checker.differences and cache_notes(found.reports) == []
+    assert checker.differences and lost(found) == []
 
 
 def test_angles_that_change_with_every_token_cost_the_cache_and_a_note_says_so(tmp_path: Path) -> None:
@@ -191,8 +197,8 @@ def test_angles_that_change_with_every_token_cost_the_cache_and_a_note_says_so(t
     model = compiled(DYNAMIC, tmp_path, max_position_embeddings=64)
     assert not model.runtime.paged
     lifted = lift(model.directory, max_context=CONTEXT)
-    reports = run_pipeline(lifted.graph, CompileOptions(quantization="none"), load=lifted.weights.load).reports
-    assert [note for note in cache_notes(reports) if "no KV cache" in note and "--max-context 64 " in note]
+    found = run_pipeline(lifted.graph, CompileOptions(quantization="none"), load=lifted.weights.load)
+    assert [note for note in lost(found) if "no KV cache" in note and "--max-context 64 " in note]
     assert not any("later ones" in note for note in lifted.notes)
     for length in (1, 9, 63, 64, 65, 100):
         same(model.runtime.forward(IDS[:length]), model.original(IDS[:length]))
@@ -205,7 +211,7 @@ def test_within_the_trained_length_dynamic_angles_are_one_set_and_cached(tmp_pat
     directory = make_tiny("llama", tmp_path, rope_parameters=DYNAMIC, max_position_embeddings=64)
     lifted = lift(directory, max_context=64)
     found = run_pipeline(lifted.graph, CompileOptions(quantization="none"), load=lifted.weights.load)
-    assert cache_notes(found.reports) == [] and any(value.name == "cache.0" for value in found.graph.inputs)
+    assert lost(found) == [] and any(value.name == "cache.0" for value in found.graph.inputs)
     assert not any(value.name == "lengths" for value in found.graph.inputs)
 
 

@@ -36,7 +36,7 @@ from llmc.compiler.ir.structural import (
     Sum,
     Transpose,
 )
-from llmc.compiler.ir.types import Array, numpy_dtype
+from llmc.compiler.ir.types import Array, numpy_dtype, precise
 from llmc.compiler.passes.probe import LENGTH, Probe, read_weight
 
 LENGTHS = "lengths"  # the input that says of each token how long the sequence is that it is computed for
@@ -101,10 +101,25 @@ def regimes(probe: Probe, roots: Sequence[Value]) -> Regimes:
                 raise Unsettled(
                     f"the rotary angles of all tokens change over {MOST_REGIMES - 1} times {OF_LENGTH}{kept}"
                 )
+    ends = (*last, longest)
+    laws = [_law(probe, numbers, own, before, end) for own, before, end in zip(found, (0, *last), ends, strict=True)]
     values = tuple(
-        {number: constant(value, number.dtype) for number, value in zip(numbers, own, strict=True)} for own in found
+        {number: constant(value, number.dtype) for number, value in zip(numbers, own, strict=True)} for own in laws
     )
     return Regimes(tuple(last), values)
+
+
+def _law(probe: Probe, numbers: Sequence[Value], own: list[Array], before: int, end: int) -> list[Array]:
+    """The numbers of one regime in f64, where that has the same regime: what they stand for, before rounding."""
+    with precise():
+        ends = _by_length(probe, numbers, np.array([min(before + 1, end), end]))
+    exact = [array[0] for array in ends]
+    same = all(np.array_equal(array[0], array[1]) for array in ends)
+    near = all(
+        np.allclose(one, other, rtol=2.0**-20, atol=0) if one.dtype.kind == "f" else np.array_equal(one, other)
+        for one, other in zip(exact, own, strict=True)
+    )
+    return exact if same and near else own
 
 
 def _numbers_of_length(probe: Probe, roots: Sequence[Value]) -> list[Value]:

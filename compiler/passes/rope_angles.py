@@ -242,28 +242,23 @@ class Angles:
     def _frequencies(self, angles: Columns) -> Floats | None:
         """[pairs] where the angle is position times these as f32, at every position; None where it is not.
 
-        The law is compared in f64 to _LAW, relatively; in the graph's own dtypes it may be off by a few roundings. Of
-        the frequency in f64 and the graph's own, both in f32, the one that is nearer to the graph's own angles counts.
+        The law is compared in f64 to _LAW, relatively; in the graph's own dtypes it may be off by a few roundings.
         """
         try:
-            (_, (own,)), (_, (exact,)) = (next(self._rows([angles], exact)) for exact in (False, True))
-            if len(own) < 2:
+            _, (first,) = next(self._rows([angles], exact=True))
+            if len(first) < 2:
                 return None
-            candidates = [np.asarray(rows[1].astype(np.float32), np.float64) for rows in (exact, own)]
-            law = np.asarray(exact[1], np.float64)
-            errors = [np.zeros(len(law)), np.zeros(len(law))]
+            law = np.asarray(first[1], np.float64)
+            rounded = np.asarray(law.astype(np.float32), np.float64)  # as kernels have it
             for at, (rows,) in self._rows([angles], exact=True):
                 if (np.abs(rows - at[:, None] * law) > _LAW * np.abs(rows)).any():
                     return None
             for at, (rows,) in self._rows([angles], exact=False):
-                for frequencies, error in zip(candidates, errors, strict=True):
-                    gaps = np.abs(rows - at[:, None] * frequencies)
-                    np.maximum(error, (gaps / np.maximum(np.abs(rows), 2.0**-100)).max(axis=0), out=error)
+                if (np.abs(rows - at[:, None] * rounded) > _ROUNDINGS * np.abs(rows)).any():
+                    return None
         except IRError:
             return None
-        # The law's own number stands for its rounding: the kernel rounds it, and f64 is then as exact as the source.
-        chosen = np.where(errors[1] < errors[0], candidates[1], law)
-        return chosen if (np.minimum(*errors) <= _ROUNDINGS).all() else None
+        return law
 
     def _from_table(self, cos: Columns, sin: Columns) -> Value | None:
         """Rows of a compile-time table by position: the table's columns put in order, looked up once a step."""
