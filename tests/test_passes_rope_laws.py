@@ -324,12 +324,20 @@ def tokens_read_as_heads(x: Value, positions: Input) -> Value:
     return Add(Mul(x, cos), Mul(mixed, sin))
 
 
+def one_token_late(x: Value, positions: Input) -> Value:
+    """The second channels turn by the angle of the token before: of the first token, by the same."""
+    late = Concat((Slice(positions, 1, 0, 1), Slice(positions, 1, 0, S - 1)), 1)
+    both = Concat(tuple(Mul(column(at), row(SLOW)) for at in (positions, late)), 2)
+    return apply_half(x, Cos(both), Sin(both))
+
+
 REFUSED: dict[str, tuple[Form, str]] = {
     "every length its own": (growing, "as a sequence grows; --max-context 8 keeps"),
     "from the end": (from_the_end, "as a sequence grows"),
     "halves that part": (stored_pairs(0.5), f"no rotation at position {SWITCH}"),
     "heads of their own": (heads_of_their_own, ""),
     "neighbours": (neighbours, ""),
+    "one token late": (one_token_late, "no rotation at position 1"),
     "tokens read as heads": (tokens_read_as_heads, ""),
 }
 
