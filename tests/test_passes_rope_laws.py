@@ -173,6 +173,18 @@ def rest_by_position(x: Value, positions: Input) -> Value:
     return Concat((turned, Mul(Slice(x, 3, PAIRS, DIM), scale)), 3)
 
 
+def by_the_token_before(x: Value, positions: Input) -> Value:
+    """Angles of the position before, and of the first one twice: pieces of a sequence do not show this."""
+    late = Concat((Slice(positions, 1, 0, 1), Slice(positions, 1, 0, S - 1)), 1)
+    return by_angles(x, Mul(column(late), row(SLOW)))
+
+
+def by_positions_and_a_count(x: Value, positions: Input) -> Value:
+    """Half the position and half a count of tokens."""
+    count = Reshape(Cast(Iota(S), "f32"), (1, S, 1))
+    return by_angles(x, Mul(Add(column(positions), count), row(SLOW / 2)))
+
+
 BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` it becomes
     "scale by table": (scaled_by_table, 0),
     "frequency by table": (frequency_by_table, 0),
@@ -185,6 +197,8 @@ BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` i
     "position * (1 / 3)": (by_a_third, 1),
     "position + 1": (shifted, 0),
     "nearly linear": (nearly_linear, 0),
+    "the token before": (by_the_token_before, 0),
+    "positions and a count": (by_positions_and_a_count, 1),
     "the rest by position": (rest_by_position, 1),
 }
 

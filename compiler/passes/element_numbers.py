@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from llmc.compiler.ir.dims import Dim, concrete, product
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Constant, Mul, Neg, Unary, Where
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, Concat, Gather, GatherElements, Matmul, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, Shape
 from llmc.compiler.passes.rewriting import widens
 
@@ -178,6 +178,20 @@ def _moves_along_free_axes(value: Value) -> bool:
     if isinstance(value, Gather):
         return isinstance(value.x.shape[value.axis], Dim)
     return isinstance(value, Reshape) and _free_axes(value.x.shape) != _free_axes(value.shape)
+
+
+def each_token_alone(op: Op) -> bool:
+    """Whether an element of the result is made of elements at the same place of every axis of free size.
+
+    What positions decide through such ops alone may be evaluated for any of them, in any order.
+    """
+    if not any(isinstance(dim, Dim) for value in (op, *op.operands) for dim in value.shape):
+        return True
+    if isinstance(op, Matmul):
+        return not isinstance(op.a.shape[-1], Dim)
+    if isinstance(op, (Gather, GatherElements)):
+        return not isinstance(op.x.shape[op.axis], Dim)
+    return isinstance(op, (*_MOVES, *_ELEMENTWISE, Concat)) and not _moves_along_free_axes(op)
 
 
 def _free_axes(shape: Shape) -> list[tuple[int | Dim, int | Dim]]:
