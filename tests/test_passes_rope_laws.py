@@ -173,6 +173,18 @@ def rest_by_position(x: Value, positions: Input) -> Value:
     return Concat((turned, Mul(Slice(x, 3, PAIRS, DIM), scale)), 3)
 
 
+def by_the_token_before(x: Value, positions: Input) -> Value:
+    """Angles of the position before, and of the first one twice: pieces of a sequence do not show this."""
+    late = Concat((Slice(positions, 1, 0, 1), Slice(positions, 1, 0, S - 1)), 1)
+    return by_angles(x, Mul(column(late), row(SLOW)))
+
+
+def by_positions_and_a_count(x: Value, positions: Input) -> Value:
+    """Half the position and half a count of tokens."""
+    count = Reshape(Cast(Iota(S), "f32"), (1, S, 1))
+    return by_angles(x, Mul(Add(column(positions), count), row(SLOW / 2)))
+
+
 BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` it becomes
     "scale by table": (scaled_by_table, 0),
     "frequency by table": (frequency_by_table, 0),
@@ -185,6 +197,8 @@ BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` i
     "position * (1 / 3)": (by_a_third, 1),
     "position + 1": (shifted, 0),
     "nearly linear": (nearly_linear, 0),
+    "the token before": (by_the_token_before, 0),
+    "positions and a count": (by_positions_and_a_count, 1),
     "the rest by position": (rest_by_position, 1),
 }
 
@@ -324,12 +338,20 @@ def tokens_read_as_heads(x: Value, positions: Input) -> Value:
     return Add(Mul(x, cos), Mul(mixed, sin))
 
 
+def one_token_late(x: Value, positions: Input) -> Value:
+    """The second channels turn by the angle of the token before: of the first token, by the same."""
+    late = Concat((Slice(positions, 1, 0, 1), Slice(positions, 1, 0, S - 1)), 1)
+    both = Concat(tuple(Mul(column(at), row(SLOW)) for at in (positions, late)), 2)
+    return apply_half(x, Cos(both), Sin(both))
+
+
 REFUSED: dict[str, tuple[Form, str]] = {
     "every length its own": (growing, "as a sequence grows; --max-context 8 keeps"),
     "from the end": (from_the_end, "as a sequence grows"),
     "halves that part": (stored_pairs(0.5), f"no rotation at position {SWITCH}"),
     "heads of their own": (heads_of_their_own, ""),
     "neighbours": (neighbours, ""),
+    "one token late": (one_token_late, "no rotation at position 1"),
     "tokens read as heads": (tokens_read_as_heads, ""),
 }
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.ir.dims import concrete
+from llmc.compiler.ir.dims import Dim, concrete, product
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Constant, Mul, Neg, Unary, Where
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Matmul, Reshape, Slice, Transpose
-from llmc.compiler.ir.types import FLOATS
+from llmc.compiler.ir.structural import Broadcast, Concat, Gather, GatherElements, Matmul, Reshape, Slice, Transpose
+from llmc.compiler.ir.types import FLOATS, Shape
 from llmc.compiler.passes.rewriting import widens
 
 Numbers = NDArray[np.int64]
@@ -101,7 +101,13 @@ class ElementNumbers:
 
     @staticmethod
     def _described_by(value: Value) -> tuple[Value, ...]:
-        """The operands that say what a value's elements are; none for what gets numbers of its own."""
+        """The operands that say what a value's elements are; none for what gets numbers of its own.
+
+        Such is what moves elements along an axis of free size: for these sizes two of its elements may be one, and for
+        others not.
+        """
+        if _moves_along_free_axes(value):
+            return ()
         if isinstance(value, (*_MOVES, *_ELEMENTWISE, Concat)):
             return value.operands
         if isinstance(value, Gather) and isinstance(value.indices, Constant):
@@ -162,3 +168,36 @@ class ElementNumbers:
         first = self._last + 1
         self._last += count
         return np.arange(first, first + count, dtype=np.int64).reshape(shape)
+
+
+def _moves_along_free_axes(value: Value) -> bool:
+    if isinstance(value, Slice):
+        return any(isinstance(size, Dim) for size in (value.x.shape[value.axis], value.start, value.stop))
+    if isinstance(value, Concat):
+        return any(isinstance(x.shape[value.axis], Dim) for x in value.xs)
+    if isinstance(value, Gather):
+        return isinstance(value.x.shape[value.axis], Dim)
+    return isinstance(value, Reshape) and _free_axes(value.x.shape) != _free_axes(value.shape)
+
+
+def each_token_alone(op: Op) -> bool:
+    """Whether an element of the result is made of elements at the same place of every axis of free size.
+
+    What positions decide through such ops alone may be evaluated for any of them, in any order.
+    """
+    if not any(isinstance(dim, Dim) for value in (op, *op.operands) for dim in value.shape):
+        return True
+    if isinstance(op, Matmul):
+        return not isinstance(op.a.shape[-1], Dim)
+    if isinstance(op, (Gather, GatherElements)):
+        return not isinstance(op.x.shape[op.axis], Dim)
+    return isinstance(op, (*_MOVES, *_ELEMENTWISE, Concat)) and not _moves_along_free_axes(op)
+
+
+def _free_axes(shape: Shape) -> list[tuple[int | Dim, int | Dim]]:
+    """The axes of free size, each with the elements after it; (0, 0) for one with nothing before it."""
+    return [
+        (0, 0) if product(shape[:axis]) == 1 else (dim, product(shape[axis + 1 :]))
+        for axis, dim in enumerate(shape)
+        if isinstance(dim, Dim)
+    ]

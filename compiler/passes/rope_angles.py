@@ -17,10 +17,10 @@ from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.elementwise import Cast, Cos, Greater, Mul, Neg, Sin, Where, constant
 from llmc.compiler.ir.graph import topological
 from llmc.compiler.ir.llm import Embed, RopeAngles, static
-from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import Concat, Gather, GatherElements, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, Array, Tensor
-from llmc.compiler.passes.element_numbers import ElementNumbers, Numbers
+from llmc.compiler.passes.element_numbers import ElementNumbers, Numbers, each_token_alone
 from llmc.compiler.passes.lengths import LENGTHS, Regimes, Unsettled, regimes, settled
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rotations import Rotation
@@ -170,13 +170,15 @@ class Angles:
         roots = [part.factor for part in columns]
         if any(isinstance(value, Param) for value in topological(roots)):
             raise IRError("weights decide what it multiplies by")
-        begin, step = 0, _CHUNK
+        # What counts or shifts tokens is evaluated for the whole sequence.
+        alone = all(each_token_alone(op) for op in topological(roots) if isinstance(op, Op))
+        begin, step = 0, _CHUNK if alone else longest
         while begin < longest:
             at = np.arange(begin, min(begin + step, longest))
             try:
                 found = self.probe.evaluate(roots, len(at), at.tolist(), exact=exact)
             except IRError:
-                if step > 1:  # where the table ends is found by halving
+                if step > 1 and alone:  # where the table ends is found by halving
                     step //= 2
                     continue
                 if begin == 0:
