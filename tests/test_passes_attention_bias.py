@@ -11,15 +11,19 @@ import pytest
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
+from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.ragged import span_of
 from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
+from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.pair_functions import PairReader
 from llmc.compiler.passes.probe import Probe
-from llmc.compiler.passes.relative_bias import relative_table, ruler
 
 B, S = symbol("B", 1, 8), symbol("S", 1, 512)
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -222,11 +226,14 @@ def test_a_relative_bias_of_weights_is_a_bias_and_a_table() -> None:
     assert op.bias is not None and op.bias.shape == (1, HEADS, S, S)
     assert_same(before, after, S=150)
     probe = Probe(after, S)
-    table = relative_table(probe, op.bias, 200, stand_ins=True)
-    assert table is not None and table.shape == (HEADS, 399)
-    dense = probe.evaluate([op.bias], 200, stand_ins=True)[0][0]
+    reader = PairReader(probe, S, 200)
+    distances = Distances(reader)
+    table = distances.table(distances.by_distance(reader.pair(op.bias)), HEADS)
+    span = span_of(table)
+    assert table.shape == (HEADS, 2 * span - 1) and 200 <= span < 200 + PAGE
+    found, dense = probe.evaluate([table, op.bias], 200, stand_ins=True)
     at = np.arange(200)
-    np.testing.assert_array_equal(table[:, at[None] - at[:, None] + 199], dense)
+    np.testing.assert_array_equal(found[:, at[None] - at[:, None] + span - 1], dense[0])
 
 
 def test_what_depends_on_places_is_no_table() -> None:
@@ -236,14 +243,8 @@ def test_what_depends_on_places_is_no_table() -> None:
 
     after, _ = fused(attention_graph(1, S, S, placed))
     op = the_attention(after)
-    assert op.bias is not None and relative_table(Probe(after, S), op.bias, 50) is None
-
-
-@pytest.mark.parametrize("span", [1, 2, 3, 7, 31, 33, 129, 512])
-def test_a_ruler_shows_every_distance(span: int) -> None:
-    marks = ruler(span)
-    assert set(marks) <= set(range(span)) and {abs(int(a - b)) for a in marks for b in marks} == set(range(span))
-    assert len(marks) <= 2 * math.isqrt(span) + 3
+    reader = PairReader(Probe(after, S), S, 50)
+    assert op.bias is not None and isinstance(Distances(reader).found_by_distance(reader.pair(op.bias)), Unrecognised)
 
 
 def guarded(condition: Callable[[Value], Value]) -> Graph:

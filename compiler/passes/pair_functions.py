@@ -1,0 +1,554 @@
+"""Masks and biases [..., Q, K] as functions of one query and one key: `lift` follows a value to where it comes from.
+
+A value that positions and sizes decide is a tree of `Point`s over three whole numbers: the query's place, the key's
+place and the sequence's length. Such a tree is the value itself, for every length up to the context, so that what is
+shown of it (see `distances`, `mask_solver`) or evaluated of it at every place holds for all of them. What cannot be
+followed raises `Unrecognised` with the op's name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from llmc.compiler.ir.dims import Dim, product, substitute
+from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Constant, Unary, Where, constant
+from llmc.compiler.ir.llm import Embed
+from llmc.compiler.ir.op import Input, Op, Value
+from llmc.compiler.ir.structural import (
+    Broadcast,
+    Concat,
+    Cumsum,
+    Gather,
+    Iota,
+    Reduce,
+    Reshape,
+    Slice,
+    Transpose,
+)
+from llmc.compiler.ir.types import INTEGERS, Array, Shape, numpy_dtype
+from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.probe import Probe
+from llmc.errors import IRError
+
+ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
+
+
+@dataclass(frozen=True)
+class Place:
+    """query * q + key * k + length * S + constant, for a query at q and a key at k of S tokens."""
+
+    query: int = 0
+    key: int = 0
+    length: int = 0
+    constant: int = 0
+
+    def moved(self, by: int | Place) -> Place:
+        """The place that many further on."""
+        other = by if isinstance(by, Place) else Place(constant=by)
+        return Place(
+            self.query + other.query,
+            self.key + other.key,
+            self.length + other.length,
+            self.constant + other.constant,
+        )
+
+    def times(self, factor: int) -> Place:
+        """All four numbers times a factor."""
+        return Place(self.query * factor, self.key * factor, self.length * factor, self.constant * factor)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Which of the three decide it."""
+        return frozenset(name for name in ("query", "key", "length") if getattr(self, name))
+
+    def ends(self, most: int) -> tuple[int, int]:
+        """The least and the greatest it can be: lengths 1 to `most`, a query and a key below the length."""
+        corners = [
+            self.query * q + self.key * k + self.length * size + self.constant
+            for size in (1, most)
+            for q in (0, size - 1)
+            for k in (0, size - 1)
+        ]
+        return min(corners), max(corners)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A value for one query and one key. `shape`: its axes, those that count queries or keys being of size 1."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def inputs(self) -> tuple[Point, ...]:
+        """The points that it is computed from."""
+        return ()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The places that decide it, besides its inputs."""
+        return ()
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Which of query, key and length decide it."""
+        parts = [*(p.variables for p in self.inputs), *(p.variables for p in self.places)]
+        return frozenset().union(*parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Point):
+    """A place as a number."""
+
+    place: Place = Place()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (self.place,)
+
+
+@dataclass(frozen=True, eq=False)
+class Known(Point):
+    """A value that no place decides: a constant, or made of weights."""
+
+    value: Value | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Point):
+    """A value known when compiling, at places along some of its axes (None: the axis is whole)."""
+
+    value: Value | None = None
+    index: tuple[Place | None, ...] = ()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(place for place in self.index if place is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Running(Point):
+    """The running sum of `x`, a function of the query's place, up to and including a place."""
+
+    x: Point | None = None
+    place: Place = Place()
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return (self.place,)
+
+
+@dataclass(frozen=True, eq=False)
+class Applied(Point):
+    """An op of points. Its `axes` are how it works on arrays whose first axes are pairs of a query and a key."""
+
+    op: Op | None = None
+    xs: tuple[Point, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Point, ...]:
+        return self.xs
+
+
+@dataclass(eq=False)
+class PairReader:
+    """Lifts and evaluates the values of one graph whose sequences have `size` tokens, `most` of them at most.
+
+    Equal trees are one object, so that what was found out about one holds for all layers that build it anew.
+    """
+
+    probe: Probe
+    size: Dim
+    most: int
+    _lifted: dict[tuple[int, tuple[Place | None, ...]], Point] = field(default_factory=dict)
+    _same: dict[tuple[object, ...], Point] = field(default_factory=dict)
+    _arrays: dict[tuple[int, bool], Array] = field(default_factory=dict)
+    _kept: list[object] = field(default_factory=list)  # what is known by its id stays alive
+
+    def pair(self, value: Value) -> Point:
+        """A value [..., Q, K], or one that broadcasts to it, where Q and K both count the sequence's tokens."""
+        index = [Place(query=1) if i == 2 else Place(key=1) if i == 1 else None for i in range(value.rank, 0, -1)]
+        return self.lift(value, tuple(index))
+
+    def lift(self, value: Value, index: tuple[Place | None, ...]) -> Point:
+        """The value at a place along each axis; None: an axis is whole, or the same all along."""
+        index = tuple(None if dim == 1 else place for dim, place in zip(value.shape, index, strict=True))
+        key = (id(value), index)
+        if key not in self._lifted:
+            self._kept.append(value)
+            self._lifted[key] = self._lift(value, index)
+        return self._lifted[key]
+
+    def _lift(self, value: Value, index: tuple[Place | None, ...]) -> Point:
+        if self.probe.is_constant(value) or isinstance(value, Constant):
+            return self._known(value, index)
+        if value is self.probe.positions:
+            if index[-1] is None:
+                raise Unrecognised("its mask takes the positions of all tokens at once")
+            return self._linear(index[-1], value.dtype, value.rank)
+        if not isinstance(value, Op):
+            name = value.name if isinstance(value, Input) else str(value.type)
+            raise Unrecognised(f"its mask depends on the input {name}")
+        if not value.operands and not isinstance(value, Iota):
+            return self._known(value, index)
+        if isinstance(value, ELEMENTWISE):
+            return self._elementwise(value, index)
+        rule = _RULES.get(type(value)) or next((r for kind, r in _RULES.items() if isinstance(value, kind)), None)
+        if rule is None:
+            raise Unrecognised(f"its mask passes through {value.name}: {value.type}")
+        return rule(self, value, index)
+
+    # Leaves
+
+    def _interned(self, point: Point, *key: object) -> Point:
+        full = (type(point), point.shape, point.dtype, *key)
+        return self._same.setdefault(full, point)
+
+    def _linear(self, place: Place, dtype: str, rank: int) -> Point:
+        return self._interned(Linear((1,) * rank, dtype, place), place)
+
+    def _known(self, value: Value, index: tuple[Place | None, ...]) -> Point:
+        shape = tuple(1 if place is not None else dim for place, dim in zip(index, value.shape, strict=True))
+        sizes = tuple(dim for dim in shape if isinstance(dim, int))
+        if len(sizes) != len(shape):
+            raise Unrecognised(f"its mask depends on a value of all tokens, {value.type}")
+        self._kept.append(value)
+        name: object = value.value if isinstance(value, Constant) else id(value)
+        if all(place is None for place in index):
+            return self._interned(Known(sizes, value.dtype, value), name)
+        return self._interned(Table(sizes, value.dtype, value, index), name, index)
+
+    def number(self, value: float, dtype: str, rank: int = 0) -> Point:
+        """A point that is one number."""
+        return self._known(constant(np.full((1,) * rank, value), dtype), (None,) * rank)
+
+    # Ops
+
+    def _elementwise(self, op: Op, index: tuple[Place | None, ...]) -> Point:
+        points = tuple(self.lift(x, index[len(index) - x.rank :]) for x in op.operands)
+        return self.applied(op, points)
+
+    def applied(self, op: Op, points: tuple[Point, ...], shape: tuple[int, ...] | None = None) -> Point:
+        """An op over points; `shape` where it is not theirs broadcast."""
+        if shape is None:
+            rank = max((len(p.shape) for p in points), default=0)
+            shape = np.broadcast_shapes(*(p.shape for p in points), (1,) * rank)
+        attributes = tuple(op.attributes().items()) if isinstance(op, ELEMENTWISE) else (id(op),)
+        self._kept.append(op)
+        point = Applied(shape, op.dtype, op, points)
+        return self._interned(point, type(op), attributes, *(id(p) for p in points))
+
+    def _iota(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Iota)
+        (place,) = index
+        if place is None:
+            if op.size != 1:
+                raise Unrecognised(f"its mask depends on a value of all tokens, {op.type}")
+            place = Place()
+        return self._linear(place, op.dtype, 1)
+
+    def _slice(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Slice)
+        axis = op.axis % op.rank
+        place = index[axis]
+        whole = place is None and isinstance(op.start, int) and isinstance(op.x.shape[axis], int)
+        if whole and op.shape[axis] == op.x.shape[axis]:
+            return self.lift(op.x, index)
+        if place is None and op.shape[axis] != 1:
+            if not isinstance(op.x.shape[axis], int) or isinstance(op.shape[axis], Dim):
+                raise Unrecognised(f"its mask takes some tokens only: {op.name} : {op.type}")
+            x = self.lift(op.x, index)
+            return self.applied(op, (x,), _with(x.shape, axis, int(op.shape[axis])))  # type: ignore[arg-type]
+        start = self._place_of(op.start)
+        moved = (place or Place()).times(op.step).moved(start)
+        return self.lift(op.x, (*index[:axis], moved, *index[axis + 1 :]))
+
+    def _place_of(self, size: int | Dim) -> Place:
+        """A size as a place: a multiple of the number of tokens plus a constant."""
+        if isinstance(size, int):
+            return Place(constant=size)
+        (name,) = {symbol.name for symbol in self.size.symbols()} if len(self.size.symbols()) == 1 else ("",)
+        zero, one, two = (substitute(size, {name: n}) for n in (0, 1, 2))
+        if not (isinstance(zero, int) and isinstance(one, int) and isinstance(two, int) and two - one == one - zero):
+            raise Unrecognised(f"its mask depends on the size {size}")
+        first = substitute(self.size, {name: 0}), substitute(self.size, {name: 1})
+        if first != (0, 1):
+            raise Unrecognised(f"its mask depends on the size {size}")
+        return Place(length=one - zero, constant=zero)
+
+    def _transpose(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Transpose)
+        before: list[Place | None] = [None] * op.rank
+        for axis, source in enumerate(op.permutation):
+            before[source] = index[axis]
+        x = self.lift(op.x, tuple(before))
+        return self.applied(op, (x,), tuple(x.shape[source] for source in op.permutation))
+
+    def _broadcast(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Broadcast)
+        x = self.lift(op.x, index[op.rank - op.x.rank :])
+        shape = tuple(
+            dim if place is None and isinstance(dim, int) else 1 for dim, place in zip(op.shape, index, strict=True)
+        )
+        return self.applied(op, (x,), shape)
+
+    def _reshape(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Reshape)
+        before: list[Place | None] = [None] * op.x.rank
+        for old, new in _groups(op.x.shape, op.shape):
+            placed = [axis for axis in new if index[axis] is not None]
+            long_old = [axis for axis in old if op.x.shape[axis] != 1]
+            long_new = [axis for axis in new if op.shape[axis] != 1]
+            symbolic = any(isinstance(op.x.shape[axis], Dim) for axis in long_old)
+            if not placed and not symbolic:
+                continue
+            if [op.x.shape[a] for a in long_old] != [op.shape[a] for a in long_new]:
+                raise Unrecognised(f"its mask merges or splits tokens: {op.name} of {op.x.type} to {op.type}")
+            for source, axis in zip(long_old, long_new, strict=True):
+                before[source] = index[axis]
+        x = self.lift(op.x, tuple(before))
+        shape = tuple(
+            dim if place is None and isinstance(dim, int) else 1 for dim, place in zip(op.shape, index, strict=True)
+        )
+        if math.prod(x.shape) != math.prod(shape):
+            # Something was the same along an axis, and is one element there: give it back its size.
+            full = tuple(
+                dim if before[axis] is None and isinstance(dim, int) else 1 for axis, dim in enumerate(op.x.shape)
+            )
+            x = self.applied(Broadcast(op.x, op.x.shape), (x,), full)
+        return self.applied(op, (x,), shape)
+
+    def _concat(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Concat)
+        axis = op.axis % op.rank
+        if index[axis] is not None:
+            raise Unrecognised(f"its mask is put together along tokens: {op.name} : {op.type}")
+        parts = tuple(self.lift(x, index) for x in op.xs)
+        full = []
+        for part, x in zip(parts, op.xs, strict=True):
+            size = x.shape[axis]
+            if not isinstance(size, int):
+                raise Unrecognised(f"its mask is put together along tokens: {op.name} : {op.type}")
+            wide = np.broadcast_shapes(*(_with(p.shape, axis, 1) for p in parts))
+            full.append(self.applied(Broadcast(x, x.shape), (part,), _with(wide, axis, size)))
+        return self.applied(op, tuple(full), _with(full[0].shape, axis, sum(p.shape[axis] for p in full)))
+
+    def _reduce(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Reduce)
+        axes = {axis % op.x.rank for axis in op.axes}
+        kept = [axis for axis in range(op.x.rank) if op.keep or axis not in axes]
+        before: list[Place | None] = [None] * op.x.rank
+        for axis, place in zip(kept, index, strict=True):
+            before[axis] = place  # none along a reduced axis: it is of size 1
+        if any(isinstance(op.x.shape[axis], Dim) for axis in axes):
+            raise Unrecognised(f"its mask is reduced over tokens by {op.name} of {op.x.type}")
+        x = self.lift(op.x, tuple(before))
+        sizes = {axis: op.x.shape[axis] for axis in axes}
+        full = tuple(sizes.get(axis, dim) for axis, dim in enumerate(x.shape))
+        wide = self.applied(Broadcast(op.x, op.x.shape), (x,), full)  # type: ignore[arg-type]
+        shape = tuple(1 if i in axes else dim for i, dim in enumerate(x.shape) if op.keep or i not in axes)
+        return self.applied(op, (wide,), shape)
+
+    def _cumsum(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Cumsum)
+        axis = op.axis % op.rank
+        place = index[axis]
+        others = [i for i, p in enumerate(index) if p is not None and i != axis]
+        if place is None or others:
+            raise Unrecognised(f"its mask sums along an axis that is not one of tokens: {op.name} : {op.type}")
+        x = self.lift(op.x, (*index[:axis], Place(query=1), *index[axis + 1 :]))
+        if x.variables - {"query"}:
+            raise Unrecognised(f"its mask depends on the length by {op.name} : {op.type}")
+        if not x.variables and op.dtype in INTEGERS and math.prod(x.shape) == 1:
+            step = int(self.evaluate(x, _ZERO, _ZERO).reshape(()))
+            return self._linear(place.moved(1).times(step), op.dtype, op.rank)
+        self._kept.append(op)
+        return self._interned(Running(x.shape, op.dtype, x, place), id(x), place)
+
+    def _gather(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Gather)
+        axis = op.axis % op.x.rank
+        after = axis + op.indices.rank
+        rows = self.lift(op.indices, index[axis:after])
+        if not self.probe.is_constant(op.x):
+            raise Unrecognised(f"its mask looks up {op.x.type}, which is no table known when compiling")
+        if any(place is not None for place in (*index[:axis], *index[after:])):
+            raise Unrecognised(f"its mask looks up a table {op.x.type} by two axes of tokens")
+        table = self.lift(op.x, (None,) * op.x.rank)
+        shape = (*table.shape[:axis], *rows.shape, *table.shape[axis + 1 :])
+        return self.applied(op, (table, rows), shape)
+
+    def _embed(self, op: Value, index: tuple[Place | None, ...]) -> Point:
+        assert isinstance(op, Embed)
+        return self.lift(op.decompose(), index)
+
+    # Numbers
+
+    def evaluate(self, point: Point, queries: Array, keys: Array, sizes: Array | None = None) -> Array:
+        """The point for queries, keys and lengths i64[A, B] (or what broadcasts to it): [A, B, *shape], or with axes
+        of size 1 for A and B where they do not matter. IRError where a table ends or a weight cannot be read."""
+        known: dict[Point, Array] = {}
+        lengths = np.full((1, 1), self.most) if sizes is None else sizes
+        for each in _ordered(point):
+            with np.errstate(all="ignore"):
+                try:
+                    known[each] = self._evaluated(each, known, {"query": queries, "key": keys, "length": lengths})
+                except (ValueError, IndexError) as error:
+                    raise IRError(f"its mask does not evaluate: {error}") from error
+        return known[point]
+
+    def _evaluated(self, point: Point, known: dict[Point, Array], at: dict[str, Array]) -> Array:
+        if isinstance(point, Linear):
+            place = _where(point.place, at)
+            return place.astype(numpy_dtype(point.dtype)).reshape(*place.shape, *point.shape)
+        if isinstance(point, Known):
+            return self.array(point.value)[None, None]
+        if isinstance(point, Table):
+            return self._looked_up(point, at)
+        if isinstance(point, Running):
+            assert point.x is not None
+            vector = self.evaluate(point.x, np.arange(self.most)[:, None], _ZERO)[:, 0]
+            vector = np.broadcast_to(vector, (self.most, *vector.shape[1:]))
+            return np.cumsum(vector, axis=0, dtype=vector.dtype)[_where(point.place, at)]
+        assert isinstance(point, Applied) and point.op is not None
+        return _apply(point, [known[x] for x in point.xs])
+
+    def _looked_up(self, point: Table, at: dict[str, Array]) -> Array:
+        assert point.value is not None
+        array = self.array(point.value)
+        axes = [axis for axis, place in enumerate(point.index) if place is not None]
+        places = [_where(place, at) for place in point.index if place is not None]
+        for axis, place in zip(axes, places, strict=True):
+            if place.min() < 0 or place.max() >= array.shape[axis]:
+                raise IRError(f"its mask has {array.shape[axis]} rows, and row {place.max()} is looked up")
+        front = np.moveaxis(array, axes, range(len(axes)))[tuple(places)]
+        return front.reshape(*front.shape[:2], *point.shape)
+
+    def array(self, value: Value | None) -> Array:
+        """A value known when compiling; IRError where it needs weights that nobody reads."""
+        assert value is not None
+        key = (id(value), np.asarray(0.0).dtype == numpy_dtype("f32"))
+        if key not in self._arrays:
+            self._kept.append(value)
+            exact = numpy_dtype("f32") == np.float64
+            self._arrays[key] = self.probe.evaluate([value], 1, exact=exact)[0]
+        return self._arrays[key]
+
+
+_ZERO = np.zeros((1, 1), np.int64)
+Rule = Callable[[PairReader, Value, tuple[Place | None, ...]], Point]
+_RULES: dict[type[Op], Rule] = {
+    Iota: PairReader._iota,
+    Slice: PairReader._slice,
+    Transpose: PairReader._transpose,
+    Broadcast: PairReader._broadcast,
+    Reshape: PairReader._reshape,
+    Concat: PairReader._concat,
+    Reduce: PairReader._reduce,
+    Cumsum: PairReader._cumsum,
+    Gather: PairReader._gather,
+    Embed: PairReader._embed,
+}
+
+
+def _where(place: Place, at: dict[str, Array]) -> Array:
+    parts = [at[name] * getattr(place, name) for name in ("query", "key", "length") if getattr(place, name)]
+    total: Array = np.full((1, 1), place.constant, np.int64)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def _apply(point: Applied, arrays: list[Array]) -> Array:
+    """An op on arrays [A, B, *shape of each operand]."""
+    op = point.op
+    if isinstance(op, ELEMENTWISE):
+        rank = len(point.shape)
+        return np.asarray(op.evaluate(*(a.reshape(*a.shape[:2], *(1,) * (rank + 2 - a.ndim), *a.shape[2:])
+                                        for a in arrays)))  # fmt: skip
+    lead = np.broadcast_shapes(*(a.shape[:2] for a in arrays))
+    if isinstance(op, Reshape):
+        return arrays[0].reshape(*lead, *point.shape)
+    if isinstance(op, Transpose):
+        return arrays[0].transpose(0, 1, *(2 + axis for axis in op.permutation))
+    if isinstance(op, Broadcast):
+        (x,) = arrays
+        padded = x.reshape(*lead, *(1,) * (len(point.shape) + 2 - x.ndim), *x.shape[2:])
+        return np.broadcast_to(padded, (*lead, *point.shape))
+    if isinstance(op, Slice):
+        index = [slice(None)] * arrays[0].ndim
+        index[2 + op.axis % op.rank] = slice(op.start, op.stop, op.step)
+        return arrays[0][tuple(index)]
+    if isinstance(op, Concat):
+        full = [np.broadcast_to(a, (*lead, *a.shape[2:])) for a in arrays]
+        return np.concatenate(full, axis=2 + op.axis % op.rank)
+    if isinstance(op, Reduce):
+        axes = tuple(2 + axis % op.x.rank for axis in op.axes)
+        return _reduced(op, arrays[0], axes)
+    assert isinstance(op, Gather)
+    table, rows = arrays
+    axis = op.axis % op.x.rank
+    if rows.size and (rows.min() < -table.shape[2 + axis] or rows.max() >= table.shape[2 + axis]):
+        raise IRError(f"its mask looks up row {int(rows.max())} of {table.shape[2 + axis]}")
+    taken = np.take(table[0, 0], rows, axis=axis)  # [..., A, B, *rows, ...]
+    return np.moveaxis(taken, (axis, axis + 1), (0, 1))
+
+
+def _reduced(op: Reduce, x: Array, axes: tuple[int, ...]) -> Array:
+    wide = x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
+    return np.asarray(type(op).function(wide, axis=axes, keepdims=op.keep), x.dtype)
+
+
+def leaves(root: Point) -> list[Point]:
+    """The points that a point is computed from in the end."""
+    return [point for point in _ordered(root) if not point.inputs]
+
+
+def _ordered(root: Point) -> list[Point]:
+    order: list[Point] = []
+    done: set[Point] = set()
+    stack: list[tuple[Point, bool]] = [(root, False)]
+    while stack:
+        point, expanded = stack.pop()
+        if point in done:
+            continue
+        if expanded or not point.inputs:
+            done.add(point)
+            order.append(point)
+            continue
+        stack.append((point, True))
+        stack.extend((x, False) for x in point.inputs)
+    return order
+
+
+def _with(shape: tuple[int, ...], axis: int, size: int) -> tuple[int, ...]:
+    return (*shape[:axis], size, *shape[axis + 1 :])
+
+
+def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Axes of two shapes of as many elements in the least groups that hold as many; Unrecognised where unclear."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
+        i, j = i + len(left), j + len(right)
+        while (a := product(tuple(old[x] for x in left))) != (b := product(tuple(new[x] for x in right))):
+            short_left = isinstance(a, int) and (not isinstance(b, int) or a < b)
+            if short_left and i < len(old):
+                left.append(i)
+                i += 1
+            elif j < len(new) and not (short_left and i >= len(old)):
+                right.append(j)
+                j += 1
+            elif i < len(old):
+                left.append(i)
+                i += 1
+            else:
+                raise Unrecognised(f"its mask is reshaped from {list(old)} to {list(new)} across tokens")
+        found.append((left, right))
+    return found
