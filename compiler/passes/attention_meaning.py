@@ -39,12 +39,11 @@ from llmc.compiler.passes.masks import (
     require_mask,
 )
 from llmc.compiler.passes.pair_functions import PairReader, Point
-from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rewriting import number_of
-from llmc.compiler.passes.score_chain import Apart, Chain, fitted, general_bias, take_apart
+from llmc.compiler.passes.score_chain import Apart, Chain, fitted, general_bias, reshaped, take_apart
 from llmc.errors import IRError
 
-_NOT_TOKENS = frozenset(("positions", WEIGHTS))
 _T = TypeVar("_T")
 MOST_PAIRS = 1 << 26  # pairs of a query and a key that a mask is evaluated for, at most
 _BLOCK = 1 << 21  # of those, at a time
@@ -53,10 +52,14 @@ _FEW = 2  # what other sizes are while shapes are looked at
 
 @dataclass(frozen=True)
 class Meaning:
-    """Scores, and a bias that broadcasts to [*batch, heads, Q, K] where the mask does not say all."""
+    """Scores, and a bias that broadcasts to [*batch, heads, Q, K] where the mask does not say all.
+
+    query_factor: what queries [..., Q, dim] are to be multiplied by, [..., Q or 1, 1]; None: 1.
+    """
 
     scores: Scores
     bias: Value | None = None
+    query_factor: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class MeaningReader:
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
-        return bool(self.probe.sources.get(value, frozenset()) - _NOT_TOKENS)
+        return self.probe.depends_on_tokens(value)
 
     def read(self, chain: Chain, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of a chain. exact_shift: what is added to all keys of a query counts (attention with sinks).
@@ -89,6 +92,13 @@ class MeaningReader:
         Unrecognised says what is in the way.
         """
         part = take_apart(chain)
+        factor = _query_factor(chain, part)
+        if factor is not None:
+            part = replace(part, factor=None)
+        return replace(self._read(chain, part, batch, heads, exact_shift), query_factor=factor)
+
+    def _read(self, chain: Chain, part: Apart, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
+        """The meaning of scores that are apart."""
         reason = Unrecognised("tokens decide what is added to its scores")
         if not any(self.acts(value) for value in chain.met):
             if number_of(part.bias) == 0 and part.chosen is None and part.factor is None:
@@ -253,6 +263,18 @@ class MeaningReader:
         if same and not (exact_shift and bias.any()):
             return NO_MASK
         return describe_mask(bias, at, exact_shift)
+
+
+def _query_factor(chain: Chain, part: Apart) -> Value | None:
+    """A factor of the products that is the same for all keys, as one of the queries: (f q) k = f (q k).
+
+    So are factors by head or by place, such as those of longer contexts (log n / log N).
+    """
+    factor = part.factor
+    if factor is None or (factor.rank and factor.shape[-1] != 1) or factor.dtype != chain.raw.a.dtype:
+        return None
+    moved = reshaped(factor, chain.scores.shape, chain.raw.shape) if factor.rank else factor
+    return moved if not moved.rank or moved.shape[-1] == 1 else None
 
 
 def _answer(question: Callable[[], _T]) -> _T | Unrecognised:

@@ -49,7 +49,7 @@ from llmc.compiler.passes.pair_functions import (
     Table,
     leaves,
 )
-from llmc.compiler.passes.probe import WEIGHTS, Probe
+from llmc.compiler.passes.probe import NOT_TOKENS, Probe
 from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
@@ -433,7 +433,7 @@ def distance_table(probe: Probe, bias: Value, heads: int) -> Value:
 
     Unrecognised says what is in the way. The table comes of weights and constants only: it is computed when compiling.
     """
-    if not probe.sources.get(bias, frozenset(("ids",))) <= {"positions", WEIGHTS}:
+    if not probe.sources.get(bias, frozenset(("ids",))) <= NOT_TOKENS:
         raise Unrecognised("token ids decide what it adds to scores")
     size = probe.size
     longest = None if size is None else min((symbol.high or 0 for symbol in size.symbols()), default=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, product
-from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.elementwise import Mul, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Op, Value
@@ -68,6 +68,7 @@ class FuseAttention(Pass, name="fuse-attention"):
 
 
 def _build(found: _Found, new: dict[Value, Value]) -> Value:
+    _renewed(found.q.source, new)  # it may be a product that the old graph lacks
     q, k, v = (part.build(new) for part in (found.q, found.k, found.v))
     scores, bias = found.meaning.scores, found.meaning.bias
     slopes = None if scores.mask.slopes is None else constant(scores.mask.slopes, "f32")
@@ -119,7 +120,9 @@ class _Finder:
         for guard in guards:
             require_guard(chain, guard)
         sinks = None if column is None else self._sinks(column, heads)
-        q = Operand(raw.a, raw.shape[:-2], False, batch, heads, scalable=True)
+        factor = meaning.query_factor
+        scaled = raw.a if factor is None else Mul(raw.a, factor)
+        q = Operand(scaled, raw.shape[:-2], False, batch, heads, scalable=True)
         k = Operand(raw.b, raw.shape[:-2], True, batch, heads, scalable=True)
         v = Operand(shares.b, shares.shape[:-2], False, batch, heads, scalable=False)
         queries, keys, values = _traced(q, shared=False), _traced(k), _traced(v)

@@ -6,7 +6,6 @@ import numpy as np
 
 from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
-from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Broadcast, Gather, Matmul, Transpose
 from llmc.compiler.ir.types import FLOATS
@@ -26,15 +25,15 @@ def token_rows(graph: Graph) -> int:
 
 
 def attends_causally(graph: Graph, weights: WeightSource) -> bool:
-    """Whether every attention that the passes recognise sees only tokens before; False where they recognise none."""
+    """Whether every attention sees only tokens before; False where there is none, or one is not known to."""
+    from llmc.compiler.passes.causality import attends_causally as attends
     from llmc.compiler.passes.manager import parse_pipeline, run_passes
     from llmc.compiler.passes.probe import reading
     from llmc.compiler.pipeline import RECOGNISE
 
     with reading(weights.load):
         recognised, _ = run_passes(graph, parse_pipeline(RECOGNISE))
-    found = [op.causal for op in recognised.ops if isinstance(op, Attention)]
-    return bool(found) and all(found)
+        return attends(recognised)
 
 
 def without_token_types(graph: Graph, types: Input) -> Graph:
