@@ -167,7 +167,7 @@ class MeaningReader:
             lambda: [None if p is None else distances.by_distance(p) for p in (pairs.chosen, pairs.factor)]
         )
         if isinstance(bias, Unrecognised) or isinstance(others, Unrecognised):
-            if heads * reader.most**2 <= MOST_PAIRS:
+            if math.prod(pairs.bias.shape) * reader.most**2 <= MOST_PAIRS:
                 return self._dense(reader, pairs, heads, exact_shift)
             from llmc.compiler.passes.mask_solver import proved_mask
 

@@ -47,15 +47,17 @@ from llmc.compiler.passes.pair_functions import (
     Place,
     Point,
     Table,
-    leaves,
 )
 from llmc.compiler.passes.probe import NOT_TOKENS, Probe
 from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
 _ZERO = np.zeros((1, 1), np.int64)
+_FURTHEST_SHIFT = 1e6  # of all scores of a query: beside a greater number f32 would lose the scores
 _LEAST = -1e28  # of a table: what is hidden there stays above what kernels hide by, so that no row of a query is empty
 _SLOPE_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic
+_UNLIKE = "its mask is not decided by the distance of key and query alone"
+_MOST_ELEMENTS = 1 << 26  # of a table of distances, for the longest sequence: a quarter of a GiB in f32
 _MOVES = (Reshape, Transpose, Broadcast)
 
 
@@ -195,13 +197,19 @@ class Distances:
 
     def _of_one(self, point: Point) -> frozenset[str]:
         """What a point is a function of: query, key or length alone, or query or key counted from the end."""
-        if len(point.variables) < 2:
-            return point.variables
-        places = [place for leaf in leaves(point) for place in leaf.places]
         for name in ("query", "key"):
-            if point.variables == {name, "length"} and all(p.length == -getattr(p, name) for p in places):
+            if point.variables == {name, "length"} and self._is_from_the_end(point, name):
                 return frozenset((name,))  # so many before the end: the longest sequence shows them all
         return point.variables
+
+    def _is_from_the_end(self, point: Point, name: str) -> bool:
+        """Whether a point is a function of a place less the length."""
+        affine = self.affine(point)
+        if affine is not None:
+            return affine.length == -(affine.query if name == "query" else affine.key)
+        return all(p.length == -getattr(p, name) for p in point.places) and all(
+            self._is_from_the_end(x, name) for x in point.inputs
+        )
 
     # Functions of distance
 
@@ -234,10 +242,10 @@ class Distances:
             compared = self._compared(point)
             if compared is not None:
                 return compared
-            return self.reader.applied(point.op, tuple(self.by_distance(x) for x in point.xs), point.shape)  # type: ignore[arg-type]
+            return self.reader.applied(_op(point), tuple(self.by_distance(x) for x in point.xs), point.shape)
         if isinstance(point, Table):
             return self._diagonals(point)
-        raise Unrecognised("its mask is not decided by the distance of key and query alone")
+        raise Unrecognised(_UNLIKE)
 
     def _linear(self, affine: Affine, dtype: str, rank: int) -> Point:
         place = Place(key=int(affine.key), constant=int(affine.constant))
@@ -320,7 +328,7 @@ class Distances:
         """
         if self._of_one(point) in ({"query"}, {"length"}):
             found = self._numbers(point)
-            if np.isfinite(found).all() and np.abs(found).max() < -HIDDEN:
+            if np.isfinite(found).all() and np.abs(found).max() <= _FURTHEST_SHIFT:
                 return self.reader.number(0.0, point.dtype, len(point.shape))
         if self._of_one(point) == {"key"} and point.dtype in FLOATS:
             sloped = self._sloped(point)
@@ -344,28 +352,34 @@ class Distances:
         whole = self.found_by_distance(point)
         if isinstance(whole, Point):
             return whole
-        condition, a, b = point.xs
-        condition = self.by_distance(condition)
-        shifts = [self._furthest(x) for x in (a, b)]
+        condition, *branches = point.xs
+        shifted = [x for x in branches if x.variables]
+        if len(shifted) != 1:
+            raise whole  # rows of two branches would be shifted by two numbers
+        furthest = self._furthest(shifted[0])
         built = []
-        for own, other in ((a, shifts[1]), (b, shifts[0])):
-            if own.variables:
-                built.append(self.up_to_rows(own))
+        for branch in branches:
+            if branch is shifted[0]:
+                built.append(self.up_to_rows(branch))
                 continue
-            if other is None:
-                raise Unrecognised("its mask is not decided by the distance of key and query alone")
-            raised = self.reader.evaluate(own, _ZERO, _ZERO).reshape(own.shape).astype(np.float64) + other
+            raised = self._known_numbers(branch) + furthest
             if not (raised <= 2 * HIDDEN).all():
-                raise Unrecognised("its mask is not decided by the distance of key and query alone")
-            made = constant(raised, own.dtype)
+                raise whole
+            made = constant(raised, branch.dtype)
             built.append(self.reader._known(made, (None,) * made.rank))
-        return self.reader.applied(point.op, (condition, *built), point.shape)  # type: ignore[arg-type]
+        return self.reader.applied(_op(point), (self.by_distance(condition), *built), point.shape)
 
-    def _furthest(self, point: Point) -> float | None:
-        """How far from 0 a function of one place goes; None: it is a function of more."""
-        if not point.variables:
-            return 0.0
-        return float(np.abs(self._numbers(point)).max()) if len(self._of_one(point)) == 1 else None
+    def _known_numbers(self, point: Point) -> Array:
+        try:
+            return self.reader.evaluate(point, _ZERO, _ZERO).reshape(point.shape).astype(np.float64)
+        except IRError as error:
+            raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
+
+    def _furthest(self, point: Point) -> float:
+        """How far from 0 a function of one place goes; Unrecognised: it is a function of more."""
+        if len(self._of_one(point)) != 1:
+            raise Unrecognised(_UNLIKE)
+        return float(np.abs(self._numbers(point)).max())
 
     def _numbers(self, point: Point) -> Array:
         try:
@@ -378,7 +392,7 @@ class Distances:
         own = self._numbers(point)
         with precise():
             exact = self._numbers(point)
-        if np.abs(exact[0]).max() >= -HIDDEN:
+        if np.abs(exact[0]).max() > _FURTHEST_SHIFT:
             return None
         last = max(1, self.most - 1)
         slopes = (exact[-1] - exact[0]) / last
@@ -416,6 +430,10 @@ class Distances:
     def table(self, point: Point, heads: int) -> Value:
         """f32[heads, 2 * span - 1] by key - query + span - 1, of constants and weights; span covers whole pages."""
         columns = 2 * self.most - 1
+        if heads * columns > _MOST_ELEMENTS:
+            raise Unrecognised(
+                f"its table of distances for {self.most} tokens is too large: compile with a smaller --max-context"
+            )
         built = _Builder(self.reader, self.most).build(point)
         rows = math.prod(point.shape)
         flat: Value = Reshape(Broadcast(built, (columns, *built.shape[1:])), (columns, rows))
@@ -444,6 +462,11 @@ def distance_table(probe: Probe, bias: Value, heads: int) -> Value:
     reader = PairReader(probe, size, longest)
     distances = Distances(reader)
     return distances.table(distances.by_distance(reader.pair(bias)), heads)
+
+
+def _op(point: Applied) -> Op:
+    assert point.op is not None
+    return point.op
 
 
 @dataclass(eq=False)

@@ -238,10 +238,10 @@ class PairReader:
         if shape is None:
             rank = max((len(p.shape) for p in points), default=0)
             shape = np.broadcast_shapes(*(p.shape for p in points), (1,) * rank)
-        attributes = tuple(op.attributes().items()) if isinstance(op, ELEMENTWISE) else (id(op),)
-        self._kept.append(op)
+        attributes = tuple(op.attributes().items())
+        ranks = tuple(x.rank for x in op.operands)
         point = Applied(shape, op.dtype, op, points)
-        return self._interned(point, type(op), attributes, *(id(p) for p in points))
+        return self._interned(point, type(op), attributes, ranks, *(id(p) for p in points))
 
     def _iota(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Iota)
@@ -502,11 +502,6 @@ def _apply(point: Applied, arrays: list[Array]) -> Array:
 def _reduced(op: Reduce, x: Array, axes: tuple[int, ...]) -> Array:
     wide = x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.kind not in "iu" else x
     return np.asarray(type(op).function(wide, axis=axes, keepdims=op.keep), x.dtype)
-
-
-def leaves(root: Point) -> list[Point]:
-    """The points that a point is computed from in the end."""
-    return [point for point in _ordered(root) if not point.inputs]
 
 
 def _ordered(root: Point) -> list[Point]:

@@ -126,6 +126,8 @@ def _after(op: Op, parts: dict[Value, Apart]) -> Apart:
         return _where(op, parts)
     if isinstance(op, (Add, Sub, Mul, Div, Maximum, Minimum)):
         return _binary(op, parts)
+    if isinstance(op, Compare):
+        raise Unrecognised(f"{op.name} compares its scores, so that they decide themselves what counts")
     raise Unrecognised(f"its scores pass through {op.name}, which is neither scale, softcap nor mask")
 
 
