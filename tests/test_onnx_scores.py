@@ -340,7 +340,7 @@ def test_artifacts_say_what_onnxruntime_says(name: str, folder: Path, tmp_path: 
     compile_model(str(path), tmp_path / "model.so", options)
     runtime = Runtime.load(tmp_path / "model.so", threads=2)
     if CASES[name].encodes:
-        (found,) = runtime.encode([IDS.tolist()])
+        (found,) = runtime.encode([IDS.tolist()]).values()
         np.testing.assert_allclose(found, original(path), rtol=0, atol=TOLERANCE)
         return
     sequence = runtime.sequence()
