@@ -103,6 +103,14 @@ SEEN: dict[str, tuple[Callable[[Places], Value], Mask]] = {
         Mask(True, 0, None),
     ),
     "by a length": (lambda p: e.And(p.causal, e.Less(p.k, p.length)), Mask(True, 0, None)),
+    "by the number of ones": (
+        lambda p: e.And(p.causal, e.Less(p.k, s.Sum(s.Broadcast(e.constant(1), (1, p.size)), (1,)))),
+        Mask(True, 0, None),
+    ),
+    "by the largest place": (
+        lambda p: e.And(p.causal, e.LessEqual(p.k, s.Max(p.k, (1,)))),
+        Mask(True, 0, None),
+    ),
     "or never": (lambda p: e.Or(p.causal, e.Equal(p.k, e.constant(-1))), Mask(True, 0, None)),
     "a number that is none": (
         lambda p: e.Equal(e.Where(p.causal, e.constant(1), e.constant(0)), e.constant(1)),
@@ -364,3 +372,14 @@ def test_a_reader_evaluates_any_pairs() -> None:
     found: Array = reader.evaluate(reader.pair(bias), queries, keys)[..., 0, 0]
     np.testing.assert_allclose(np.moveaxis(found, 2, 0), dense[:, queries, keys], rtol=1e-6)
     assert found.shape == (5, 40, 2)
+
+
+def test_what_is_not_followed_is_evaluated_for_the_longest_sequence() -> None:
+    """Places that are looked up at places: a table of whole numbers, of which those of a shorter text are the first."""
+    for back, known in ((0, True), (1, False)):
+        places = Places(300)
+        at = s.Reshape(s.Gather(s.Iota(places.size), s.Iota(places.size), 0), (1, places.size))
+        if back:  # counted from the end: another mask for every length
+            at = s.Reshape(s.Gather(s.Iota(places.size), e.Sub(places.length, e.constant(1)), 0), (1, 1))
+        found = outcome(places, fill(e.LessEqual(at, places.q)))
+        assert isinstance(found, Attention) == known

@@ -38,14 +38,13 @@ from llmc.compiler.passes.masks import (
     mask_of,
     require_mask,
 )
-from llmc.compiler.passes.pair_functions import PairReader, Point
+from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader, Point
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rewriting import number_of
 from llmc.compiler.passes.score_chain import Apart, Chain, fitted, general_bias, reshaped, take_apart
 from llmc.errors import IRError
 
 _T = TypeVar("_T")
-MOST_PAIRS = 1 << 26  # pairs of a query and a key that a mask is evaluated for, at most
 _BLOCK = 1 << 21  # of those, at a time
 _FEW = 2  # what other sizes are while shapes are looked at
 

@@ -303,15 +303,18 @@ class Distances:
         if not np.array_equal(array[1:, 1:], array[:-1, :-1]):
             raise Unrecognised("its stored mask is not decided by the distance of key and query")
         last = self.most - 1
+        index = tuple(Place(key=1, constant=last) if axis == columns else None for axis in range(point.value.rank))
+        if not all(isinstance(dim, int) for dim in point.value.shape):
+            line = np.concatenate([array[-1:], array[:1, 1:]], axis=1)
+            known = np.moveaxis(line, (0, 1), (rows, columns))
+            return self.reader._known(constant(known, point.dtype), index)
         square: Value = point.value
         for axis in (rows, columns):
             square = Slice(square, axis, starts[axis], starts[axis] + self.most)
         # The last query sees distances from 1 - most to 0, the first one those from 0 on.
         below = Slice(square, rows, last, last + 1)
         above = Slice(Slice(square, rows, 0, 1), columns, 1, self.most)
-        line = Concat((below, above), columns)
-        index = tuple(Place(key=1, constant=last) if axis == columns else None for axis in range(line.rank))
-        return self.reader._known(line, index)
+        return self.reader._known(Concat((below, above), columns), index)
 
     def _stored(self, point: Table) -> Array:
         try:

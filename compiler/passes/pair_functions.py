@@ -25,16 +25,20 @@ from llmc.compiler.ir.structural import (
     Cumsum,
     Gather,
     Iota,
+    Max,
+    Min,
     Reduce,
     Reshape,
     Slice,
+    Sum,
     Transpose,
 )
-from llmc.compiler.ir.types import INTEGERS, Array, Shape, numpy_dtype
+from llmc.compiler.ir.types import INTEGERS, Array, Shape, is_precise, numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.probe import Probe
 from llmc.errors import IRError
 
+MOST_PAIRS = 1 << 26  # pairs of a query and a key that a mask is evaluated for, at most
 ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
 
 
@@ -181,8 +185,20 @@ class PairReader:
         key = (id(value), index)
         if key not in self._lifted:
             self._kept.append(value)
-            self._lifted[key] = self._lift(value, index)
+            try:
+                self._lifted[key] = self._lift(value, index)
+            except Unrecognised as reason:
+                self._lifted[key] = self._evaluated_whole(value, index, reason)
         return self._lifted[key]
+
+    def _evaluated_whole(self, value: Value, index: tuple[Place | None, ...], reason: Unrecognised) -> Point:
+        """A value that is not followed, as a table: for the longest sequence, where the length decides no element."""
+        probe = self.probe
+        if value not in probe.sources or probe.depends_on_tokens(value) or probe.depends_on_length(value):
+            raise reason
+        if math.prod(probe.shape(value, self.most)) > MOST_PAIRS:
+            raise reason
+        return self._known(value, index)
 
     def _lift(self, value: Value, index: tuple[Place | None, ...]) -> Point:
         if self.probe.is_constant(value) or isinstance(value, Constant):
@@ -346,13 +362,34 @@ class PairReader:
         for axis, place in zip(kept, index, strict=True):
             before[axis] = place  # none along a reduced axis: it is of size 1
         if any(isinstance(op.x.shape[axis], Dim) for axis in axes):
-            raise Unrecognised(f"its mask is reduced over tokens by {op.name} of {op.x.type}")
+            return self._over_tokens(op, axes, before)
         x = self.lift(op.x, tuple(before))
         sizes = {axis: op.x.shape[axis] for axis in axes}
         full = tuple(sizes.get(axis, dim) for axis, dim in enumerate(x.shape))
         wide = self.applied(Broadcast(op.x, op.x.shape), (x,), full)  # type: ignore[arg-type]
         shape = tuple(1 if i in axes else dim for i, dim in enumerate(x.shape) if op.keep or i not in axes)
         return self.applied(op, (wide,), shape)
+
+    def _over_tokens(self, op: Reduce, axes: set[int], before: list[Place | None]) -> Point:
+        """A number of all tokens: how many there are, or the greatest or least place."""
+        unclear = Unrecognised(f"its mask is reduced over tokens by {op.name} of {op.x.type}")
+        ((axis, size), *others) = [(axis, op.x.shape[axis]) for axis in axes if op.x.shape[axis] != 1]
+        if others or size != self.size or any(place is not None for place in before):
+            raise unclear
+        before[axis] = Place(query=1)
+        x = self.lift(op.x, tuple(before))
+        while isinstance(x, Applied) and isinstance(x.op, (Reshape, Broadcast, Transpose)):
+            x = x.xs[0]
+        if math.prod(x.shape) != 1 or op.dtype not in INTEGERS:
+            raise unclear
+        if isinstance(op, Sum) and not x.variables:
+            return self._linear(Place(length=int(self.evaluate(x, _ZERO, _ZERO).reshape(()))), op.dtype, op.rank)
+        if isinstance(op, (Max, Min)) and isinstance(x, Linear) and x.variables <= {"query"}:
+            step, first = x.place.query, x.place.constant
+            if (step >= 0) == isinstance(op, Max):
+                return self._linear(Place(length=step, constant=first - step), op.dtype, op.rank)
+            return self._linear(Place(constant=first), op.dtype, op.rank)
+        raise unclear
 
     def _cumsum(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Cumsum)
@@ -432,11 +469,10 @@ class PairReader:
     def array(self, value: Value | None) -> Array:
         """A value known when compiling; IRError where it needs weights that nobody reads."""
         assert value is not None
-        key = (id(value), np.asarray(0.0).dtype == numpy_dtype("f32"))
+        key = (id(value), is_precise())
         if key not in self._arrays:
             self._kept.append(value)
-            exact = numpy_dtype("f32") == np.float64
-            self._arrays[key] = self.probe.evaluate([value], 1, exact=exact)[0]
+            self._arrays[key] = self.probe.evaluate([value], self.most, exact=is_precise())[0]
         return self._arrays[key]
 
 
