@@ -383,3 +383,20 @@ def test_what_is_not_followed_is_evaluated_for_the_longest_sequence() -> None:
             at = s.Reshape(s.Gather(s.Iota(places.size), e.Sub(places.length, e.constant(1)), 0), (1, 1))
         found = outcome(places, fill(e.LessEqual(at, places.q)))
         assert isinstance(found, Attention) == known
+
+
+def test_values_that_are_looked_up_by_place_are_those_of_the_place() -> None:
+    """Masks of padding, all ones, are looked up by key; so may be a table of both places."""
+    places = Places(300)
+    size = places.size
+    ones = s.Broadcast(e.constant(True), (size,))
+    keys = s.Broadcast(places.k, (size, size))
+    assert said(places, fill(e.And(places.causal, s.Gather(ones, keys, 0)))) == Mask(True, 0, None)
+    late = s.Reshape(e.GreaterEqual(places.k, e.constant(7)), (size,))
+    assert isinstance(outcome(places, fill(e.And(places.causal, s.Gather(late, keys, 0)))), str)
+    # The diagonal of a causal mask: every query is asked of itself.
+    square = s.Gather(places.causal, s.Iota(size), 0)
+    assert said(places, fill(square)) == Mask(True, 0, None)
+    transposed = s.Transpose(s.Gather(places.causal, s.Iota(size), 1), (1, 0))
+    assert isinstance(outcome(places, fill(transposed)), Attention)
+    assert not outcome(places, fill(transposed)).causal  # type: ignore[union-attr]

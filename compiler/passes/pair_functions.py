@@ -413,12 +413,31 @@ class PairReader:
         after = axis + op.indices.rank
         rows = self.lift(op.indices, index[axis:after])
         if not self.probe.is_constant(op.x):
-            raise Unrecognised(f"its mask looks up {op.x.type}, which is no table known when compiling")
+            return self._taken(op, axis, rows, (index[:axis], index[after:]))
         if any(place is not None for place in (*index[:axis], *index[after:])):
             raise Unrecognised(f"its mask looks up a table {op.x.type} by two axes of tokens")
         table = self.lift(op.x, (None,) * op.x.rank)
         shape = (*table.shape[:axis], *rows.shape, *table.shape[axis + 1 :])
         return self.applied(op, (table, rows), shape)
+
+    def _taken(
+        self, op: Gather, axis: int, rows: Point, around: tuple[tuple[Place | None, ...], tuple[Place | None, ...]]
+    ) -> Point:
+        """What is taken of values of all tokens at places: that of one token, or what all of them have."""
+        before, after = around
+        here, there = (self.lift(op.x, (*before, place, *after)) for place in (Place(query=1), Place(key=1)))
+        x = here
+        if here is not there:
+            while isinstance(rows, Applied) and isinstance(rows.op, (Reshape, Broadcast, Transpose, Cast)):
+                rows = rows.xs[0]
+            # A negative place would be counted from the end.
+            if not isinstance(rows, Linear) or rows.place.ends(self.most)[0] < 0:
+                raise Unrecognised(f"its mask looks up {op.x.type}, which is no table known when compiling")
+            x = self.lift(op.x, (*before, rows.place, *after))
+        if math.prod(rows.shape) != 1:
+            raise Unrecognised(f"its mask looks up several rows of {op.x.type} for each pair")
+        shape = (*x.shape[:axis], *(1,) * op.indices.rank, *x.shape[axis + 1 :])
+        return self.applied(Reshape(op.x, op.x.shape), (x,), shape)
 
     def _embed(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Embed)
