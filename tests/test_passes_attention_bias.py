@@ -18,6 +18,7 @@ from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.ragged import span_of
 from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.passes.distance_tables import table_of
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
@@ -226,9 +227,9 @@ def test_a_relative_bias_of_weights_is_a_bias_and_a_table() -> None:
     assert op.bias is not None and op.bias.shape == (1, HEADS, S, S)
     assert_same(before, after, S=150)
     probe = Probe(after, S)
-    reader = PairReader(probe, S, 200)
+    reader = PairReader(probe, 200, size=S)
     distances = Distances(reader)
-    table = distances.table(distances.by_distance(reader.pair(op.bias)), HEADS)
+    table = table_of(distances, distances.by_distance(reader.pair(op.bias)), HEADS)
     span = span_of(table)
     assert table.shape == (HEADS, 2 * span - 1) and 200 <= span < 200 + PAGE
     found, dense = probe.evaluate([table, op.bias], 200, stand_ins=True)
@@ -243,7 +244,7 @@ def test_what_depends_on_places_is_no_table() -> None:
 
     after, _ = fused(attention_graph(1, S, S, placed))
     op = the_attention(after)
-    reader = PairReader(Probe(after, S), S, 50)
+    reader = PairReader(Probe(after, S), 50, size=S)
     assert op.bias is not None and isinstance(Distances(reader).found_by_distance(reader.pair(op.bias)), Unrecognised)
 
 

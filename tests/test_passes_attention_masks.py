@@ -365,7 +365,7 @@ def test_a_reader_evaluates_any_pairs() -> None:
         e.Cast(s.Cumsum(s.Broadcast(e.constant(2), (places.size,)), 0), "f32"),
     )
     graph = places.graph(add(bias))
-    reader = PairReader(Probe(graph), places.size, places.most)
+    reader = PairReader(Probe(graph), places.most, size=places.size)
     (dense,) = Probe(graph).evaluate([bias], places.most)
     generator = np.random.default_rng(0)
     queries, keys = generator.integers(0, places.most, (2, 5, 40))

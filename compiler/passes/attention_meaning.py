@@ -25,6 +25,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import Array, Shape, precise
+from llmc.compiler.passes.distance_tables import table_of
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.masks import (
     HIDDEN,
@@ -38,7 +39,8 @@ from llmc.compiler.passes.masks import (
     mask_of,
     require_mask,
 )
-from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader, Point
+from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader
+from llmc.compiler.passes.points import Point
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rewriting import number_of
 from llmc.compiler.passes.score_chain import Apart, Chain, fitted, general_bias, reshaped, take_apart
@@ -150,7 +152,7 @@ class MeaningReader:
             if most is None:
                 raise Unrecognised(f"its mask is for {size} tokens, and their greatest number is not known")
             probe = self.probe if size == self.probe.size else Probe(self.graph, size)
-            reader = PairReader(probe, size, most)
+            reader = PairReader(probe, most, size=size)
             self._readers[size] = reader, Distances(reader)
         return self._readers[size]
 
@@ -185,7 +187,7 @@ class MeaningReader:
             # Where the product does not count, it must not matter: those keys are hidden, and no query sees none.
             seen = distances.numbers(bias).relative > HIDDEN
             _scale(seen, distances.numbers(distances.by_distance(pairs.chosen)).own > 0, None)
-        return RelativeBias(distances.table(bias, heads), size)
+        return RelativeBias(table_of(distances, bias, heads), size)
 
     def _is_causal(self, distances: Distances, pairs: _Pairs) -> bool:
         """Whether a bias by distance hides all later keys; False where it is made of weights that nobody reads."""

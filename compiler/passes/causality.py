@@ -39,7 +39,7 @@ def _hides_later(probe: Probe, scores: Value) -> bool:
     longest = min((symbol.high or 0 for symbol in size.symbols()), default=0) if isinstance(size, Dim) else 0
     if not longest or not isinstance(size, Dim):
         return False
-    distances = Distances(PairReader(probe, size, longest))
+    distances = Distances(PairReader(probe, longest, size=size))
     value = scores
     while isinstance(value, Op):
         if isinstance(value, Where):

@@ -3,7 +3,7 @@
 `by_distance` rewrites a function of a query and a key (see `pair_functions`) into one of their distance, op by op:
 differences and comparisons of places are followed exactly, with the rounding and the range of the dtype they are
 computed in; stored tables are compared along all their diagonals. The result is evaluated at every distance below the
-context, or built as a table over them (`Distances.table`), whose weights need not be known (Raffel et al. 2020).
+context, or built as a table over them, whose weights need not be known (see `distance_tables`).
 """
 
 from __future__ import annotations
@@ -14,50 +14,19 @@ from fractions import Fraction
 
 import numpy as np
 
-from llmc.compiler.ir.dims import product
-from llmc.compiler.ir.elementwise import (
-    Activation,
-    Add,
-    And,
-    Binary,
-    Cast,
-    Compare,
-    Constant,
-    Div,
-    Maximum,
-    Mul,
-    Neg,
-    Or,
-    Sub,
-    Unary,
-    Where,
-    constant,
-)
-from llmc.compiler.ir.encoded import PAGE
-from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Iota, Pad, Reduce, Reshape, Slice, Transpose
+from llmc.compiler.ir.elementwise import Add, And, Cast, Compare, Constant, Div, Mul, Neg, Or, Sub, Where, constant
+from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, precise
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
-from llmc.compiler.passes.pair_functions import (
-    ELEMENTWISE,
-    Applied,
-    Known,
-    Linear,
-    PairReader,
-    Place,
-    Point,
-    Table,
-)
-from llmc.compiler.passes.probe import NOT_TOKENS, Probe
+from llmc.compiler.passes.pair_functions import PairReader
+from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point, Table
 from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
-_ZERO = np.zeros((1, 1), np.int64)
 _FURTHEST_SHIFT = 1e6  # of all scores of a query: beside a greater number f32 would lose the scores
-_LEAST = -1e28  # of a table: what is hidden there stays above what kernels hide by, so that no row of a query is empty
 _SLOPE_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic
 _UNLIKE = "its mask is not decided by the distance of key and query alone"
-_MOST_ELEMENTS = 1 << 26  # of a table of distances, for the longest sequence: a quarter of a GiB in f32
 _MOVES = (Reshape, Transpose, Broadcast)
 
 
@@ -143,7 +112,7 @@ class Distances:
         if isinstance(point, Known):
             if point.dtype == "bool" or not self._is_readable(point):
                 return None
-            number = float(self.reader.evaluate(point, _ZERO, _ZERO).reshape(()))
+            number = float(self.reader.evaluate(point, ZERO, ZERO).reshape(()))
             return None if not math.isfinite(number) else Affine(*(Fraction(0),) * 3, Fraction(number))
         if not isinstance(point, Applied):
             return None
@@ -167,7 +136,7 @@ class Distances:
 
     def _is_readable(self, point: Point) -> bool:
         try:
-            self.reader.evaluate(point, _ZERO, _ZERO)
+            self.reader.evaluate(point, ZERO, ZERO)
         except IRError:
             return False
         return True
@@ -249,7 +218,7 @@ class Distances:
 
     def _linear(self, affine: Affine, dtype: str, rank: int) -> Point:
         place = Place(key=int(affine.key), constant=int(affine.constant))
-        return self.reader._linear(place, dtype, rank)
+        return self.reader.linear(place, dtype, rank)
 
     def _same_everywhere(self, point: Point) -> Point | None:
         """A function of one place that is the same at each, as a constant."""
@@ -263,7 +232,7 @@ class Distances:
             return None
         made = Constant(constant(found[0].astype(np.float64) if point.dtype in FLOATS else found[0], point.dtype).value,
                         point.dtype)  # fmt: skip
-        return self.reader._known(made, (None,) * made.rank)
+        return self.reader.known(made, (None,) * made.rank)
 
     def _compared(self, point: Applied) -> Point | None:
         """A comparison of two places: always so, never, or by their distance."""
@@ -307,14 +276,14 @@ class Distances:
         if not all(isinstance(dim, int) for dim in point.value.shape):
             line = np.concatenate([array[-1:], array[:1, 1:]], axis=1)
             known = np.moveaxis(line, (0, 1), (rows, columns))
-            return self.reader._known(constant(known, point.dtype), index)
+            return self.reader.known(constant(known, point.dtype), index)
         square: Value = point.value
         for axis in (rows, columns):
             square = Slice(square, axis, starts[axis], starts[axis] + self.most)
         # The last query sees distances from 1 - most to 0, the first one those from 0 on.
         below = Slice(square, rows, last, last + 1)
         above = Slice(Slice(square, rows, 0, 1), columns, 1, self.most)
-        return self.reader._known(Concat((below, above), columns), index)
+        return self.reader.known(Concat((below, above), columns), index)
 
     def _stored(self, point: Table) -> Array:
         try:
@@ -369,12 +338,12 @@ class Distances:
             if not (raised <= 2 * HIDDEN).all():
                 raise whole
             made = constant(raised, branch.dtype)
-            built.append(self.reader._known(made, (None,) * made.rank))
+            built.append(self.reader.known(made, (None,) * made.rank))
         return self.reader.applied(_op(point), (self.by_distance(condition), *built), point.shape)
 
     def _known_numbers(self, point: Point) -> Array:
         try:
-            return self.reader.evaluate(point, _ZERO, _ZERO).reshape(point.shape).astype(np.float64)
+            return self.reader.evaluate(point, ZERO, ZERO).reshape(point.shape).astype(np.float64)
         except IRError as error:
             raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
 
@@ -406,8 +375,8 @@ class Distances:
                 return None
         snapped = slopes.astype(np.float32).astype(np.float64)
         slopes = np.where(np.abs(snapped - slopes) <= 1e-12 * np.abs(slopes), snapped, slopes)
-        factor = self.reader._known(constant(slopes, "f64"), (None,) * slopes.ndim)
-        places = self.reader._linear(Place(key=1), "f64", len(point.shape))
+        factor = self.reader.known(constant(slopes, "f64"), (None,) * slopes.ndim)
+        places = self.reader.linear(Place(key=1), "f64", len(point.shape))
         sloped = self.reader.applied(Mul(constant(0.0, "f64"), constant(0.0, "f64")), (factor, places))
         return self.reader.applied(Cast(constant(0.0, "f64"), point.dtype), (sloped,))
 
@@ -422,126 +391,15 @@ class Distances:
         try:
             if exact:
                 with precise():
-                    found = self.reader.evaluate(point, _ZERO, distances[:, None])
+                    found = self.reader.evaluate(point, ZERO, distances[:, None])
             else:
-                found = self.reader.evaluate(point, _ZERO, distances[:, None])
+                found = self.reader.evaluate(point, ZERO, distances[:, None])
         except IRError as error:
             raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
         full = np.broadcast_to(found, (len(distances), 1, *point.shape)).reshape(len(distances), -1)
         return full.T.astype(np.float64)
 
-    def table(self, point: Point, heads: int) -> Value:
-        """f32[heads, 2 * span - 1] by key - query + span - 1, of constants and weights; span covers whole pages."""
-        columns = 2 * self.most - 1
-        if heads * columns > _MOST_ELEMENTS:
-            raise Unrecognised(
-                f"its table of distances for {self.most} tokens is too large: compile with a smaller --max-context"
-            )
-        built = _Builder(self.reader, self.most).build(point)
-        rows = math.prod(point.shape)
-        flat: Value = Reshape(Broadcast(built, (columns, *built.shape[1:])), (columns, rows))
-        flat = Transpose(flat, (1, 0))
-        flat = flat if flat.dtype == "f32" else Cast(flat, "f32")
-        flat = Maximum(flat, constant(_LEAST, "f32"))
-        if rows != heads:
-            flat = Broadcast(flat, (heads, columns))
-        spare = -self.most % PAGE  # kernels look at whole pages
-        return Pad(flat, (0, spare), (0, spare)) if spare else flat
-
-
-def distance_table(probe: Probe, bias: Value, heads: int) -> Value:
-    """f32[heads, 2 * span - 1]: what a bias [..., heads or 1, S, S] of a text adds, by key - query + span - 1.
-
-    Unrecognised says what is in the way. The table comes of weights and constants only: it is computed when compiling.
-    """
-    if not probe.sources.get(bias, frozenset(("ids",))) <= NOT_TOKENS:
-        raise Unrecognised("token ids decide what it adds to scores")
-    size = probe.size
-    longest = None if size is None else min((symbol.high or 0 for symbol in size.symbols()), default=0)
-    if size is None or not longest:
-        raise Unrecognised("it adds a bias by position, and the longest sequence is not known")
-    if product(bias.shape[:-2]) not in (1, heads):
-        raise Unrecognised(f"it adds a bias {bias.type} to scores of {heads} heads")
-    reader = PairReader(probe, size, longest)
-    distances = Distances(reader)
-    return distances.table(distances.by_distance(reader.pair(bias)), heads)
-
 
 def _op(point: Applied) -> Op:
     assert point.op is not None
     return point.op
-
-
-@dataclass(eq=False)
-class _Builder:
-    """Builds functions of distance as values [2 * most - 1 (or 1), *shape], the distance first."""
-
-    reader: PairReader
-    most: int
-    _built: dict[Point, Value] = field(default_factory=dict)
-
-    def build(self, point: Point) -> Value:
-        if point not in self._built:
-            self._built[point] = self._build(point)
-        return self._built[point]
-
-    def _line(self, place: Place, dtype: str) -> Value:
-        """[2 * most - 1]: a place at every distance."""
-        line: Value = Add(Iota(2 * self.most - 1), constant(1 - self.most))
-        line = Add(Mul(line, constant(place.key)), constant(place.constant))
-        return line if dtype == "i64" else Cast(line, dtype)
-
-    def _build(self, point: Point) -> Value:
-        if isinstance(point, Linear):
-            line = self._line(point.place, point.dtype)
-            return Reshape(line, (line.shape[0], *point.shape))
-        if isinstance(point, Known):
-            assert point.value is not None
-            return Reshape(point.value, (1, *point.shape))
-        if isinstance(point, Table):
-            assert point.value is not None
-            ((axis, place),) = [(axis, place) for axis, place in enumerate(point.index) if place is not None]
-            taken = Gather(point.value, self._line(place, "i64"), axis)
-            front = Transpose(taken, (axis, *(i for i in range(taken.rank) if i != axis)))
-            return Reshape(front, (front.shape[0], *point.shape))
-        assert isinstance(point, Applied) and point.op is not None
-        return self._op(point.op, [self.build(x) for x in point.xs], point.shape)
-
-    def _op(self, op: Op, xs: list[Value], shape: tuple[int, ...]) -> Value:
-        if isinstance(op, ELEMENTWISE):
-            rank = len(shape) + 1
-            padded = [x if x.rank == rank else Reshape(x, (x.shape[0], *(1,) * (rank - x.rank), *x.shape[1:]))
-                      for x in xs]  # fmt: skip
-            return _elementwise(op, padded)
-        lead = max((x.shape[0] for x in xs), key=int)  # type: ignore[arg-type]
-        if isinstance(op, Reshape):
-            return Reshape(xs[0], (lead, *shape))
-        if isinstance(op, Broadcast):
-            padded_shape = (lead, *(1,) * (len(shape) + 1 - xs[0].rank), *xs[0].shape[1:])
-            return Broadcast(Reshape(xs[0], padded_shape), (lead, *shape))
-        if isinstance(op, Transpose):
-            return Transpose(xs[0], (0, *(1 + axis for axis in op.permutation)))
-        if isinstance(op, Slice):
-            return Slice(xs[0], 1 + op.axis % op.rank, op.start, op.stop, op.step)
-        if isinstance(op, Concat):
-            return Concat(tuple(Broadcast(x, (lead, *x.shape[1:])) for x in xs), 1 + op.axis % op.rank)
-        if isinstance(op, Reduce):
-            return type(op)(xs[0], tuple(1 + axis % op.x.rank for axis in op.axes), op.keep)
-        assert isinstance(op, Gather)
-        axis = op.axis % op.x.rank
-        taken = Gather(Reshape(xs[0], xs[0].shape[1:]), xs[1], axis)
-        return Transpose(taken, (axis, *(i for i in range(taken.rank) if i != axis)))
-
-
-def _elementwise(op: Op, xs: list[Value]) -> Value:
-    """The same op over other operands."""
-    if isinstance(op, Cast):
-        return Cast(xs[0], op.to)
-    if isinstance(op, Activation):
-        return Activation(xs[0], op.kind)
-    if isinstance(op, Where):
-        return Where(*xs)
-    if isinstance(op, Unary):
-        return type(op)(xs[0])
-    assert isinstance(op, (Binary, Compare))
-    return type(op)(*xs)

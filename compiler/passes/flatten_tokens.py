@@ -33,7 +33,7 @@ from llmc.compiler.ir.structural import (
     Transpose,
 )
 from llmc.compiler.ir.types import Shape, Tensor
-from llmc.compiler.passes.distances import distance_table
+from llmc.compiler.passes.distance_tables import distance_table
 from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.masks import Unrecognised

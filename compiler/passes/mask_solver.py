@@ -21,12 +21,12 @@ from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES
 from llmc.compiler.passes.masks import HIDDEN, Mask, Unrecognised
-from llmc.compiler.passes.pair_functions import Applied, Known, Linear, PairReader, Place, Point
+from llmc.compiler.passes.pair_functions import PairReader
+from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point
 from llmc.errors import IRError
 
 EFFORT = 2_000_000  # of one question, in steps of the solver (seconds would differ from machine to machine)
 _MOST_CASES = 16  # different numbers that a mask may add
-_ZERO = np.zeros((1, 1), np.int64)
 _UNLIKE = "its mask is not decided by the distance of key and query alone"
 _MOVES = (Reshape, Broadcast, Transpose, Slice)
 Cases = dict[float, z3.BoolRef]
@@ -221,7 +221,7 @@ class _Terms:
         if math.prod(point.shape) != 1:
             raise Unrecognised(_UNLIKE)
         try:
-            return self.reader.evaluate(point, _ZERO, _ZERO).reshape(()).item()  # type: ignore[no-any-return]
+            return self.reader.evaluate(point, ZERO, ZERO).reshape(()).item()  # type: ignore[no-any-return]
         except IRError as error:
             raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
 
