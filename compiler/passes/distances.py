@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from llmc.compiler.ir.elementwise import Add, And, Cast, Compare, Constant, Div, Mul, Neg, Or, Sub, Where, constant
-from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, precise
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
