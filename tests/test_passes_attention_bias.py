@@ -303,3 +303,30 @@ def test_a_scale_that_is_an_input_is_refused() -> None:
     scale = Input("scale", Tensor((1, 1, 5, 7), "f32"))
     _, report = fused(attention_graph(2, 5, 7, lambda x: e.Mul(x, scale), scale))
     assert "scale differs from place to place" in report.refusals[0][1]
+
+
+@pytest.mark.parametrize("size", [S, 7], ids=str)
+def test_slopes_of_a_batch_are_not_those_of_heads(size: Size) -> None:
+    """As many sequences as heads, each with a slope of its own."""
+    at = s.Iota(size)
+    back = e.Cast(e.Sub(s.Reshape(at, (1, size)), s.Reshape(at, (size, 1))), "f32")
+    numbers = [0.5, 0.25, 0.125, 0.0625]
+    for shape, known in (((HEADS, 1, 1, 1), False), ((1, HEADS, 1, 1), True)):
+        slopes = e.constant(np.reshape(numbers, shape), "f32")
+        before = attention_graph(HEADS, size, size, lambda x: e.Add(x, e.Mul(slopes, back)))  # noqa: B023
+        after, _ = fused(before)
+        op = the_attention(after)
+        assert (op.slopes is not None) == known == (op.bias is None)
+        assert_same(before, after, S=9)
+
+
+def test_a_mask_that_is_spread_over_a_batch_is_a_mask() -> None:
+    at = s.Iota(S)
+    seen = e.LessEqual(s.Reshape(at, (1, S)), s.Reshape(at, (S, 1)))
+    for batch in (B, 3):
+        spread = s.Broadcast(seen, (batch, 1, S, S))
+        before = attention_graph(batch, S, S, lambda x: e.Where(spread, x, e.constant(LEAST)))  # noqa: B023
+        after, _ = fused(before)
+        op = the_attention(after)
+        assert op.causal and op.bias is None
+        assert_same(before, after, S=9, B=2)

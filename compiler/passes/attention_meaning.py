@@ -80,8 +80,7 @@ class MeaningReader:
         self.is_text = probe.positions is not None
         self._readers: dict[Dim, tuple[PairReader, Distances]] = {}
         self._found: dict[tuple[object, ...], tuple[Mask, float] | Unrecognised] = {}
-        self._tables: dict[tuple[object, ...], Value] = {}
-        self._sources: dict[Value, frozenset[str]] = {}
+        self._tables: dict[tuple[object, ...], tuple[Value, bool] | Unrecognised] = {}
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
@@ -100,12 +99,12 @@ class MeaningReader:
 
     def _read(self, chain: Chain, part: Apart, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of scores that are apart."""
+        if number_of(part.bias) == 0 and part.chosen is None and part.factor is None:
+            return Meaning(Scores(part.scale, part.softcap, NO_MASK))
         reason = Unrecognised("tokens decide what is added to its scores")
         if not any(self.acts(value) for value in chain.met):
-            if number_of(part.bias) == 0 and part.chosen is None and part.factor is None:
-                return Meaning(Scores(part.scale, part.softcap, NO_MASK))
             try:
-                return self._positional(chain, part, heads, exact_shift)
+                return self._positional(chain, part, batch, heads, exact_shift)
             except Unrecognised as error:
                 reason = error
         if self.is_text:
@@ -116,11 +115,12 @@ class MeaningReader:
         bias = fitted(bias, chain.scores.shape[:-2], (*(batch or (1,)), heads), chain.scores.shape[-2:])
         return Meaning(Scores(part.scale, part.softcap, NO_MASK), bias)
 
-    def _positional(self, chain: Chain, part: Apart, heads: int, exact_shift: bool) -> Meaning:
+    def _positional(self, chain: Chain, part: Apart, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of a mask that positions and sizes decide."""
         queries, keys = chain.scores.shape[-2:]
         if isinstance(queries, int) and isinstance(keys, int):
             mask, scale = self._of_fixed_sizes(chain, part, queries, keys, heads, exact_shift)
+            _require_heads(mask, chain, part, batch)
             return Meaning(Scores(part.scale * scale, part.softcap, mask))
         if queries != keys or not isinstance(keys, Dim) or (self.is_text and keys != self.probe.size):
             raise Unrecognised(f"scores {chain.scores.type} are not those of one sequence with itself")
@@ -136,13 +136,18 @@ class MeaningReader:
         found = self._found[key]
         if not isinstance(found, Unrecognised):
             mask, scale = found
+            _require_heads(mask, chain, part, batch)
             return Meaning(Scores(part.scale * scale, part.softcap, mask))
         if not self.is_text:
             raise found
         if key not in self._tables:
-            self._tables[key] = self._table(distances, pairs, heads, keys, found)
-        bias = self._tables[key]
-        return Meaning(Scores(part.scale, part.softcap, Mask(self._is_causal(distances, pairs), 0, None)), bias)
+            reason = found
+            self._tables[key] = _answer(lambda: self._table(distances, pairs, heads, keys, reason))
+        table = self._tables[key]
+        if isinstance(table, Unrecognised):
+            raise table
+        bias, causal = table
+        return Meaning(Scores(part.scale, part.softcap, Mask(causal, 0, None)), bias)
 
     def _reader_of(self, size: Dim) -> tuple[PairReader, Distances]:
         """What reads masks over sequences of `size` tokens."""
@@ -168,7 +173,9 @@ class MeaningReader:
             lambda: [None if p is None else distances.by_distance(p) for p in (pairs.chosen, pairs.factor)]
         )
         if isinstance(bias, Unrecognised) or isinstance(others, Unrecognised):
-            if math.prod(pairs.bias.shape) * reader.most**2 <= MOST_PAIRS:
+            points = [p for p in (pairs.bias, pairs.chosen, pairs.factor) if p is not None]
+            by_length = any("length" in p.variables for p in points)
+            if not by_length and math.prod(pairs.bias.shape) * reader.most**2 <= MOST_PAIRS:
                 return self._dense(reader, pairs, heads, exact_shift)
             from llmc.compiler.passes.mask_solver import proved_mask
 
@@ -178,8 +185,10 @@ class MeaningReader:
         scale = _scale(added.relative > HIDDEN, None if chosen is None else chosen > 0, factor)
         return _for_heads(mask_of(added, exact_shift), heads), scale
 
-    def _table(self, distances: Distances, pairs: _Pairs, heads: int, size: Dim, reason: Unrecognised) -> Value:
-        """A bias by distance of a text; `reason`: why it is no mask."""
+    def _table(
+        self, distances: Distances, pairs: _Pairs, heads: int, size: Dim, reason: Unrecognised
+    ) -> tuple[Value, bool]:
+        """A bias by distance of a text, and whether it is causal; `reason`: why it is no mask."""
         bias = distances.found_by_distance(pairs.bias)
         if isinstance(bias, Unrecognised) or pairs.factor is not None or math.prod(bias.shape) not in (1, heads):
             raise reason
@@ -187,7 +196,7 @@ class MeaningReader:
             # Where the product does not count, it must not matter: those keys are hidden, and no query sees none.
             seen = distances.numbers(bias).relative > HIDDEN
             _scale(seen, distances.numbers(distances.by_distance(pairs.chosen)).own > 0, None)
-        return RelativeBias(table_of(distances, bias, heads), size)
+        return RelativeBias(table_of(distances, bias, heads), size), self._is_causal(distances, pairs)
 
     def _is_causal(self, distances: Distances, pairs: _Pairs) -> bool:
         """Whether a bias by distance hides all later keys; False where it is made of weights that nobody reads."""
@@ -198,9 +207,7 @@ class MeaningReader:
     # 2. Dense
 
     def _dense(self, reader: PairReader, pairs: _Pairs, heads: int, exact_shift: bool) -> tuple[Mask, float]:
-        """The mask, compared for every query and every key."""
-        if any(p is not None and "length" in p.variables for p in (pairs.bias, pairs.chosen, pairs.factor)):
-            raise Unrecognised("its mask depends on the length of the sequence")
+        """The mask, compared for every query and every key; the length decides nothing of it."""
         most = reader.most
         at = np.arange(most)
 
@@ -307,6 +314,14 @@ def _scale(seen: Array, chosen: Array | None, factor: Array | None) -> float:
     if not found.size or not np.isfinite(found).all() or (found != found[0]).any() or found[0] == 0:
         raise Unrecognised("its scale differs from place to place")
     return float(found[0])
+
+
+def _require_heads(mask: Mask, chain: Chain, part: Apart, batch: Shape) -> None:
+    """Unrecognised where slopes are those of the sequences of a batch, of which there may be as many as heads."""
+    if mask.slopes is None or not batch or part.bias.rank < chain.scores.rank:
+        return
+    if isinstance(part.bias.shape[0], int) and part.bias.shape[0] > 1:
+        raise Unrecognised(f"what is added to its scores, {part.bias.type}, differs within a batch")
 
 
 def _for_heads(mask: Mask, heads: int) -> Mask:
