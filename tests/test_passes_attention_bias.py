@@ -330,3 +330,35 @@ def test_a_mask_that_is_spread_over_a_batch_is_a_mask() -> None:
         op = the_attention(after)
         assert op.causal and op.bias is None
         assert_same(before, after, S=9, B=2)
+
+
+@pytest.mark.parametrize("number", [-1e4, -1e9, LEAST], ids=str)
+def test_a_row_that_hides_every_key_by_a_number_sees_all_of_them_alike(number: float) -> None:
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    before = attention_graph(2, 5, 7, lambda x: e.Where(mask, x, e.constant(number)), mask)
+    after, _ = fused(before)
+    the_attention(after)
+    given = arrays_for(before, {})
+    given["mask"][2] = False
+    with precise():
+        expected, found = (np.asarray(evaluate(g, given, lambda name: given[name])["out"]) for g in (before, after))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("number", "known"), [(-1e4, False), (-1e9, False), (LEAST, True), (-math.inf, True)])
+def test_a_number_that_hides_beside_another_mask_must_absorb_every_score(number: float, known: bool) -> None:
+    """Where all keys are hidden by one of the two, it would matter by which."""
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    more = Input("more", Tensor((5, 7), "f32"))
+    before = attention_graph(2, 5, 7, lambda x: e.Add(e.Where(mask, x, e.constant(number)), more), mask, more)
+    after, report = fused(before)
+    assert any(isinstance(op, Attention) for op in after.ops) == known
+    assert known or "a query which sees no key" in report.refusals[0][1]
+    assert_same(before, after)
+
+
+def test_a_number_that_does_not_hide_is_refused() -> None:
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    for number in (0.0, -100.0, math.nan):
+        _, report = fused(attention_graph(2, 5, 7, lambda x: e.Where(mask, x, e.constant(number)), mask))  # noqa: B023
+        assert "does not hide" in report.refusals[0][1]

@@ -142,6 +142,7 @@ UNLIKE: dict[str, Callable[[Places], Value]] = {
     "one key far away": lambda p: e.And(p.causal, e.NotEqual(p.k, e.constant(p.most - 3))),
     "one query far away": lambda p: e.And(p.causal, e.NotEqual(p.q, e.constant(p.most - 3))),
     "by a length": lambda p: e.And(p.causal, e.Less(e.Sub(p.length, p.k), e.constant(100))),
+    "by distance and length": lambda p: e.LessEqual(e.Add(p.k, p.length), e.Add(p.q, e.constant(150))),
     "ahead for the longest": lambda p: e.LessEqual(p.k, e.Add(p.q, e.Div(p.length, e.constant(p.most)))),
 }
 

@@ -188,8 +188,7 @@ def _bounded(op: Maximum | Minimum, part: Apart, other: Value) -> Apart:
 
 
 def _where(op: Where, parts: dict[Value, Apart]) -> Apart:
-    if op.condition in parts:
-        raise Unrecognised(f"the scores themselves decide what {op.name} hides")
+    assert op.condition not in parts, "every op that makes a condition of scores is refused"
     if op.a in parts and op.b in parts:
         raise Unrecognised(f"its scores meet themselves in {op.name}, which is neither scale, softcap nor mask")
     part = parts[op.a] if op.a in parts else parts[op.b]
