@@ -213,6 +213,13 @@ def test_a_band_ahead_is_not_causal() -> None:
     assert isinstance(found, Attention) and not found.causal and isinstance(found.bias, RelativeBias)
 
 
+def stored_by_distance(p: Places) -> Value:
+    """Every third key back, of a stored table for 200 tokens, sliced to the sequence."""
+    at = np.arange(200)
+    table = e.constant(np.where((at[:, None] - at) % 3 == 0, 0.5, -1.0)[None], "f32")
+    return s.Slice(s.Slice(table, 1, 0, p.size), 2, 0, p.size)
+
+
 @pytest.mark.parametrize(
     "bias",
     [
@@ -221,8 +228,12 @@ def test_a_band_ahead_is_not_causal() -> None:
             e.Less(p.back, e.constant(np.reshape([16, 64], (2, 1, 1)))), e.constant(0.0), e.constant(-1e9)
         ),
         lambda p: e.Neg(e.Log(e.Add(e.Abs(e.Cast(p.back, "f32")), e.constant(1.0)))),
+        lambda p: stored_by_distance(p),
+        lambda p: s.Gather(
+            e.constant(np.cumsum(np.ones((2, 400)), 1) ** [[0.5], [0.25]], "f32"), e.Add(p.back, e.constant(150)), 1
+        ),
     ],
-    ids=["clamped", "windows", "logarithm"],
+    ids=["clamped", "windows", "logarithm", "stored", "looked up"],
 )
 @pytest.mark.parametrize("most", [65, 129])
 def test_a_table_of_distances_says_what_the_bias_says(bias: Callable[[Places], Value], most: int) -> None:
@@ -401,3 +412,22 @@ def test_values_that_are_looked_up_by_place_are_those_of_the_place() -> None:
     transposed = s.Transpose(s.Gather(places.causal, s.Iota(size), 1), (1, 0))
     assert isinstance(outcome(places, fill(transposed)), Attention)
     assert not outcome(places, fill(transposed)).causal  # type: ignore[union-attr]
+
+
+def test_what_is_not_followed_and_depends_on_the_length_is_refused() -> None:
+    """The last key is seen by the longest text, and by no other."""
+    places = Places(300)
+    size = places.size
+    zeros = s.Slice(s.Broadcast(e.constant(0), (size,)), 0, 0, size - 1)
+    last = s.Reshape(s.Concat((zeros, places.length), 0), (1, size))
+    seen = e.Or(e.Equal(last, e.constant(0)), e.Equal(last, e.constant(300)))
+    assert isinstance(outcome(places, fill(e.And(places.causal, seen))), str)
+
+
+def test_what_stands_behind_a_softcap_is_no_factor_of_queries() -> None:
+    """f * tanh(q k) is not tanh((f q) k)."""
+    places = Places(300)
+    factor = e.Cast(e.Add(places.q, e.constant(1)), "f32")
+    assert isinstance(outcome(places, lambda raw: fill(places.causal)(e.Mul(e.Tanh(raw), factor))), str)
+    inside = outcome(places, lambda raw: fill(places.causal)(e.Tanh(e.Mul(raw, factor))))
+    assert isinstance(inside, Attention) and inside.softcap == 1.0
