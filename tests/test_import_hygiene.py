@@ -29,7 +29,7 @@ ROOMS = ("compiler", "frontends", "targets", "runtime")
 # What each room may import of the others, and of the world beyond the standard library.
 ALLOWED = {
     "runtime": {"llmc.errors", "llmc.runtime", "numpy", "tokenizers", "jinja2"},
-    "compiler": {"llmc.errors", "llmc.compiler", "llmc.frontends", "llmc.targets", "numpy", "ml_dtypes"},
+    "compiler": {"llmc.errors", "llmc.compiler", "llmc.frontends", "llmc.targets", "numpy", "ml_dtypes", "z3"},
     "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
     "frontends": {"llmc.errors", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
                   "safetensors", "huggingface_hub", "tokenizers", "onnx", "google"},

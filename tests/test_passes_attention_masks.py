@@ -326,6 +326,7 @@ def test_guards_that_hold_for_seen_rows_are_refused() -> None:
 
 def test_a_text_is_causal_where_every_attention_is_shown_to_be() -> None:
     places = Places(300)
+    at_three = e.Mul(e.Cast(e.Equal(places.q, e.constant(3)), "i64"), e.Cast(e.NotEqual(places.k, places.q), "i64"))
     clipped: Callable[[Value], Value] = lambda raw: e.Minimum(raw, e.constant(9.0))  # noqa: E731
     seen = {
         "filled": (fill(places.causal), True),
@@ -335,6 +336,8 @@ def test_a_text_is_causal_where_every_attention_is_shown_to_be() -> None:
         ),
         "filled, then clipped": (lambda x: clipped(fill(places.causal)(x)), False),
         "chunks": (fill(UNLIKE["chunks"](places)), True),
+        "a hole": (fill(e.LessEqual(e.Add(places.k, at_three), places.q)), True),
+        "a key ahead": (fill(e.LessEqual(e.Sub(places.k, at_three), places.q)), False),
         "two ahead": (fill(e.GreaterEqual(places.back, e.constant(-2))), False),
         "not its own place": (fill(e.Less(places.k, places.q)), False),
         "not hidden enough": (fill(places.causal, -9.0), False),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from llmc.compiler.ir.attention import Attention
@@ -13,11 +15,13 @@ from llmc.compiler.ir.structural import Broadcast, Reshape
 from llmc.compiler.ir.types import Array
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
-from llmc.compiler.passes.pair_functions import PairReader
+from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader
 from llmc.compiler.passes.probe import Probe
 from llmc.compiler.passes.rewriting import number_of
 from llmc.compiler.passes.softmaxes import softmax_operand, without_maximum
 from llmc.errors import IRError
+
+_ROWS = 256  # queries that are looked at together
 
 
 def attends_causally(graph: Graph) -> bool:
@@ -82,7 +86,25 @@ def _is_later(distances: Distances, condition: Value, holds: bool) -> bool:
     if isinstance(condition, (Reshape, Broadcast)) and condition.shape[-2:] == condition.x.shape[-2:]:
         return _is_later(distances, condition.x, holds)
     found = _numbers(distances, condition)
-    return found is not None and bool(((found.own[:, found.distances > 0] > 0) == holds).all())
+    if found is None:
+        return _is_later_by_pairs(distances, condition, holds)
+    return bool(((found.own[:, found.distances > 0] > 0) == holds).all())
+
+
+def _is_later_by_pairs(distances: Distances, condition: Value, holds: bool) -> bool:
+    """`_is_later` of a condition that is no function of distance: for every pair, where these are few enough."""
+    reader, at = distances.reader, np.arange(distances.most)
+    try:
+        point = reader.pair(condition)
+        if "length" in point.variables or math.prod(point.shape) * len(at) ** 2 > MOST_PAIRS:
+            return False
+        for rows in np.array_split(at, -(-len(at) // _ROWS)):
+            later = (at > rows[:, None]).reshape(len(rows), len(at), *(1,) * len(point.shape))
+            if (later & (reader.evaluate(point, rows[:, None], at[None]) != holds)).any():
+                return False
+    except (Unrecognised, IRError):
+        return False
+    return True
 
 
 def _at_own_place(distances: Distances, condition: Value) -> Array | None:
