@@ -4,8 +4,8 @@ The scores are taken apart by an equation (`score_chain`). Their bias is then, i
 
 1. by distance: it depends on the distance of key and query alone, by structure (`distances`), and is known at every
    distance below the context: a causal mask, a window, ALiBi; or, in a text, a table of distances;
-2. dense: it is evaluated for every query and every key, where these are few enough, and is a causal mask, ...;
-3. proved: a solver shows that whole-number conditions are a causal mask or a window (`mask_solver`);
+2. dense: it is evaluated for every query and every key, where these are few enough and no length decides it;
+3. proved: a solver shows that whole-number conditions are a causal mask or a window at every length (`mask_solver`);
 4. general: it is added as it is, to every pair (not in a text: such a graph keeps its own ops).
 
 Nothing is believed of values that were not seen or proved. What is neither is refused, with the op or the first place.
