@@ -23,6 +23,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
 from llmc.compiler.progress import Progress, Silent
@@ -140,14 +141,13 @@ def settled(lifted: Lifted) -> Lifted:
         return lifted
     with reading(lifted.weights.load):
         graph, _ = run_passes(lifted.graph, parse_pipeline(RECOGNISE))
-    found = [op.causal for op in graph.ops if isinstance(op, Attention)]
-    if found and all(found):
-        return replace(lifted, otherwise=None)
+        if attends_causally(graph):
+            return replace(lifted, otherwise=None)
     encoder = lifted.otherwise()
-    if found:
+    if any(isinstance(op, Attention) and not op.causal for op in graph.ops):
         return encoder
     note = (
-        "taken for an encoder, as no attention was recognised that sees only tokens before: if it is a decoder, say so "
+        "taken for an encoder, as its attention is not known to see only tokens before: if it is a decoder, say so "
         'in a config.json beside it: {"architectures": ["ModelForCausalLM"]}'
     )
     return replace(encoder, notes=(*encoder.notes, note))

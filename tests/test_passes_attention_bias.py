@@ -11,15 +11,20 @@ import pytest
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
+from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.ragged import span_of
 from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.passes.distance_tables import table_of
+from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
+from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.pair_functions import PairReader
 from llmc.compiler.passes.probe import Probe
-from llmc.compiler.passes.relative_bias import relative_table, ruler
 
 B, S = symbol("B", 1, 8), symbol("S", 1, 512)
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -222,11 +227,14 @@ def test_a_relative_bias_of_weights_is_a_bias_and_a_table() -> None:
     assert op.bias is not None and op.bias.shape == (1, HEADS, S, S)
     assert_same(before, after, S=150)
     probe = Probe(after, S)
-    table = relative_table(probe, op.bias, 200, stand_ins=True)
-    assert table is not None and table.shape == (HEADS, 399)
-    dense = probe.evaluate([op.bias], 200, stand_ins=True)[0][0]
+    reader = PairReader(probe, 200, size=S)
+    distances = Distances(reader)
+    table = table_of(distances, distances.by_distance(reader.pair(op.bias)), HEADS)
+    span = span_of(table)
+    assert table.shape == (HEADS, 2 * span - 1) and 200 <= span < 200 + PAGE
+    found, dense = probe.evaluate([table, op.bias], 200, stand_ins=True)
     at = np.arange(200)
-    np.testing.assert_array_equal(table[:, at[None] - at[:, None] + 199], dense)
+    np.testing.assert_array_equal(found[:, at[None] - at[:, None] + span - 1], dense[0])
 
 
 def test_what_depends_on_places_is_no_table() -> None:
@@ -236,14 +244,8 @@ def test_what_depends_on_places_is_no_table() -> None:
 
     after, _ = fused(attention_graph(1, S, S, placed))
     op = the_attention(after)
-    assert op.bias is not None and relative_table(Probe(after, S), op.bias, 50) is None
-
-
-@pytest.mark.parametrize("span", [1, 2, 3, 7, 31, 33, 129, 512])
-def test_a_ruler_shows_every_distance(span: int) -> None:
-    marks = ruler(span)
-    assert set(marks) <= set(range(span)) and {abs(int(a - b)) for a in marks for b in marks} == set(range(span))
-    assert len(marks) <= 2 * math.isqrt(span) + 3
+    reader = PairReader(Probe(after, S), 50, size=S)
+    assert op.bias is not None and isinstance(Distances(reader).found_by_distance(reader.pair(op.bias)), Unrecognised)
 
 
 def guarded(condition: Callable[[Value], Value]) -> Graph:
@@ -301,3 +303,62 @@ def test_a_scale_that_is_an_input_is_refused() -> None:
     scale = Input("scale", Tensor((1, 1, 5, 7), "f32"))
     _, report = fused(attention_graph(2, 5, 7, lambda x: e.Mul(x, scale), scale))
     assert "scale differs from place to place" in report.refusals[0][1]
+
+
+@pytest.mark.parametrize("size", [S, 7], ids=str)
+def test_slopes_of_a_batch_are_not_those_of_heads(size: Size) -> None:
+    """As many sequences as heads, each with a slope of its own."""
+    at = s.Iota(size)
+    back = e.Cast(e.Sub(s.Reshape(at, (1, size)), s.Reshape(at, (size, 1))), "f32")
+    numbers = [0.5, 0.25, 0.125, 0.0625]
+    for shape, known in (((HEADS, 1, 1, 1), False), ((1, HEADS, 1, 1), True)):
+        slopes = e.constant(np.reshape(numbers, shape), "f32")
+        before = attention_graph(HEADS, size, size, lambda x: e.Add(x, e.Mul(slopes, back)))  # noqa: B023
+        after, _ = fused(before)
+        op = the_attention(after)
+        assert (op.slopes is not None) == known == (op.bias is None)
+        assert_same(before, after, S=9)
+
+
+def test_a_mask_that_is_spread_over_a_batch_is_a_mask() -> None:
+    at = s.Iota(S)
+    seen = e.LessEqual(s.Reshape(at, (1, S)), s.Reshape(at, (S, 1)))
+    for batch in (B, 3):
+        spread = s.Broadcast(seen, (batch, 1, S, S))
+        before = attention_graph(batch, S, S, lambda x: e.Where(spread, x, e.constant(LEAST)))  # noqa: B023
+        after, _ = fused(before)
+        op = the_attention(after)
+        assert op.causal and op.bias is None
+        assert_same(before, after, S=9, B=2)
+
+
+@pytest.mark.parametrize("number", [-1e4, -1e9, LEAST], ids=str)
+def test_a_row_that_hides_every_key_by_a_number_sees_all_of_them_alike(number: float) -> None:
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    before = attention_graph(2, 5, 7, lambda x: e.Where(mask, x, e.constant(number)), mask)
+    after, _ = fused(before)
+    the_attention(after)
+    given = arrays_for(before, {})
+    given["mask"][2] = False
+    with precise():
+        expected, found = (np.asarray(evaluate(g, given, lambda name: given[name])["out"]) for g in (before, after))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("number", "known"), [(-1e4, False), (-1e9, False), (LEAST, True), (-math.inf, True)])
+def test_a_number_that_hides_beside_another_mask_must_absorb_every_score(number: float, known: bool) -> None:
+    """Where all keys are hidden by one of the two, it would matter by which."""
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    more = Input("more", Tensor((5, 7), "f32"))
+    before = attention_graph(2, 5, 7, lambda x: e.Add(e.Where(mask, x, e.constant(number)), more), mask, more)
+    after, report = fused(before)
+    assert any(isinstance(op, Attention) for op in after.ops) == known
+    assert known or "a query which sees no key" in report.refusals[0][1]
+    assert_same(before, after)
+
+
+def test_a_number_that_does_not_hide_is_refused() -> None:
+    mask = Input("mask", Tensor((5, 7), "bool"))
+    for number in (0.0, -100.0, math.nan):
+        _, report = fused(attention_graph(2, 5, 7, lambda x: e.Where(mask, x, e.constant(number)), mask))  # noqa: B023
+        assert "does not hide" in report.refusals[0][1]

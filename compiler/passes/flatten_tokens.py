@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
 from llmc.compiler.ir.graph import Graph
@@ -31,10 +30,11 @@ from llmc.compiler.ir.structural import (
     axes_of,
 )
 from llmc.compiler.ir.types import Shape, Tensor
-from llmc.compiler.passes.bias_tables import bias_table
+from llmc.compiler.passes.distance_tables import distance_table
 from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
 from llmc.compiler.passes.lengths import LENGTHS
 from llmc.compiler.passes.manager import Pass, Report
+from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.probe import Probe
 
 INPUTS = ("ids", "positions", "token_types", LENGTHS)
@@ -113,11 +113,6 @@ class Flattener:
         self.decided: set[Value] = set(inputs)  # old values that differ from token to token or sequence to sequence
         self.starts = Input("starts", Tensor((SEQUENCES + 1,), "i32"))
 
-    @cached_property
-    def probe(self) -> Probe:
-        """What positions decide in the old graph."""
-        return Probe(self.graph)
-
     def add(self, op: Op) -> None:
         """Rebuild one op, whose operands were rebuilt or refused."""
         if not self.has_tokens(op) and not any(value in self.decided for value in op.operands):
@@ -129,7 +124,7 @@ class Flattener:
                 self.new[op] = count
                 return
             for value in op.operands:
-                if value in self.refused and not (self.sequences and isinstance(op, Attention) and value is op.bias):
+                if value in self.refused and not (isinstance(op, Attention) and value is op.bias):
                     self.refused[op] = self.refused[value]
                     return
             if not self.sequences and not self.has_tokens(op):
@@ -348,10 +343,17 @@ class Flattener:
         q, k, v = (reshaped(self.new[x], (self.tokens, *x.shape[-2:])) for x in (op.q, op.k, op.v))
         if op.bias is None:
             return op.replace(q=q, k=k, v=v)
-        if not self.sequences:
-            raise Mixes("it adds a bias to the scores of each pair of tokens")
-        table = bias_table(self.probe, op.bias, op.q.shape[-2])
-        return op.replace(q=q, k=k, v=v, bias=RelativeBias(table, self.tokens))
+        return op.replace(q=q, k=k, v=v, bias=RelativeBias(self.table(op.bias, op.q.shape[-2]), self.tokens))
+
+    def table(self, bias: Value, heads: int | Dim) -> Value:
+        """What a bias adds to the scores of two tokens by their distance."""
+        if isinstance(bias, RelativeBias):
+            return bias.table
+        assert isinstance(heads, int)
+        try:
+            return distance_table(Probe(self.graph), bias, heads)
+        except Unrecognised as reason:
+            raise Mixes(str(reason)) from None
 
     def iota(self, op: Iota) -> Value:
         raise Mixes("it counts tokens from 0, which is not their position in a mixture of sequences")

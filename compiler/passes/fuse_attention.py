@@ -1,8 +1,8 @@
 """fuse-attention: matmul, mask, softmax, matmul become `llm.attention`, whatever stands between them.
 
-The scores' function is recognised by its values: masks that depend on positions by what they mean (see `masks`), others
-by what they add (see `score_bias`). Which head reads which key head is followed through reshapes, transposes and
-repetitions (see `attention_operands`). The result is [..., S, heads, dim], moved back to the source's layout.
+What the scores mean, and how that is known, `attention_meaning` says. Which head reads which key head is followed
+exactly through reshapes, transposes and repetitions (see `attention_operands`). The result is [..., S, heads, dim],
+moved back to the source's layout.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, product
-from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.elementwise import Mul, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Matmul, Reshape, Transpose
 from llmc.compiler.ir.types import Shape
+from llmc.compiler.passes.attention_meaning import Meaning, MeaningReader
 from llmc.compiler.passes.attention_operands import Heads, Operand
-from llmc.compiler.passes.attention_scores import Meaning, ScoreReader
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.probe import Probe
-from llmc.compiler.passes.score_bias import STEPS, chain_of
+from llmc.compiler.passes.row_guards import require_guard
+from llmc.compiler.passes.score_chain import STEPS, chain_of
 from llmc.compiler.passes.softmaxes import softmax_operand, weighted, without_maximum
 
 
@@ -67,6 +68,7 @@ class FuseAttention(Pass, name="fuse-attention"):
 
 
 def _build(found: _Found, new: dict[Value, Value]) -> Value:
+    _renewed(found.q.source, new)  # it may be a product that the old graph lacks
     q, k, v = (part.build(new) for part in (found.q, found.k, found.v))
     scores, bias = found.meaning.scores, found.meaning.bias
     slopes = None if scores.mask.slopes is None else constant(scores.mask.slopes, "f32")
@@ -93,7 +95,7 @@ class _Finder:
 
     def __init__(self, graph: Graph, probe: Probe) -> None:
         self.graph, self.probe = graph, probe
-        self.reader = ScoreReader(graph, probe)
+        self.reader = MeaningReader(graph, probe)
 
     def acts(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
@@ -116,9 +118,11 @@ class _Finder:
         chain = chain_of(self.graph, raw, scores)
         meaning = self.reader.read(chain, batch, heads, column is not None)
         for guard in guards:
-            self.reader.require_guard(chain, guard)
+            require_guard(chain, guard)
         sinks = None if column is None else self._sinks(column, heads)
-        q = Operand(raw.a, raw.shape[:-2], False, batch, heads, scalable=True)
+        factor = meaning.query_factor
+        scaled = raw.a if factor is None else Mul(raw.a, factor)
+        q = Operand(scaled, raw.shape[:-2], False, batch, heads, scalable=True)
         k = Operand(raw.b, raw.shape[:-2], True, batch, heads, scalable=True)
         v = Operand(shares.b, shares.shape[:-2], False, batch, heads, scalable=False)
         queries, keys, values = _traced(q, shared=False), _traced(k), _traced(v)

@@ -1,35 +1,26 @@
-"""What attention scores mean: scale, softcap, causal or not, window and ALiBi, read off their values.
+"""What `llm.attention` can say of a mask, and the proof that a mask given in numbers says the same.
 
-Exporters build masks in endless ways; their values are few. A function from raw products q k to the softmax's operand
-is evaluated at a few positions and compared with what `llm.attention` can say.
+Adding one number to all of a query's scores changes nothing, so that biases count relative to what a query adds to the
+key at its own place: that key must be seen. `HIDDEN` says when a key is not.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.ir.dims import product
-from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
-from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Transpose
-from llmc.compiler.ir.types import INTEGERS, Array, numpy_dtype
-from llmc.compiler.passes.probe import LENGTH, NOT_TOKENS, Probe
-from llmc.errors import IRError
+HIDDEN = -5e3
+"""A key whose bias is this far below that of a key which the same query sees is hidden.
 
-HIDDEN = -5e3  # a bias below this hides a key: sources write -1e4, the least float or -inf
-FEW = 7  # positions that are always probed: 0, 1, ..., FEW - 1
-_TOLERANCE = 1e-9
-_LONGEST = 4096  # positions that a mask with tables is evaluated for, at most
-_MOST_POSITIONS = 64  # of those, how many are looked at
-_IDS = frozenset(("ids",))
-_ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
+Sources write -1e4, the least float or -inf. In f32, exp(x) is 0 below x = -104: a key with this bias has no weight
+unless the products of one query, scaled, lie more than 4,896 apart: beyond that its softmax picks one key in any case.
+"""
+_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic: four products or sums, relative to the greatest number
 
 Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
 
 
 class Unrecognised(Exception):
@@ -49,6 +40,18 @@ class Mask:
     window: int
     slopes: tuple[float, ...] | None
 
+    def shows(self, distances: Places) -> NDArray[np.bool_]:
+        """Whether keys at these distances (key - query) are seen."""
+        seen = np.ones(distances.shape, bool)
+        if self.causal:
+            seen &= distances <= 0
+        if self.window:
+            seen &= np.abs(distances) < self.window
+        return seen
+
+
+NO_MASK = Mask(False, 0, None)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -59,212 +62,161 @@ class Scores:
     mask: Mask
 
 
-def describe_scores(probe: Probe, raw: Value, scores: Value, exact_shift: bool = False) -> Scores:
-    """What `scores` is as a function of `raw`, both [..., S, S] with as many leading elements.
+@dataclass(frozen=True)
+class ByDistance:
+    """A bias at every distance that occurs: `distances` [D] of a key from its query, with 0 among them.
 
-    exact_shift: a constant a row counts as well (attention with sinks). Unrecognised when it is something else.
+    own: [heads, D] in the source's own dtypes. exact: the same in f64, from which slopes are read.
     """
-    positions, known = _sample(probe, raw, scores)
-    count = len(positions)
-    shape = (*probe.shape(raw, count)[:-2], count, count)
-    heads = math.prod(shape[:-2])
 
-    def apply(values: Floats | float) -> Floats:
-        full = np.broadcast_to(np.asarray(values, np.float64), (heads, count, count)).reshape(shape)
-        with np.errstate(all="ignore"):
-            try:
-                found = probe.evaluate([scores], count, positions, {**known, raw: full})[0]
-            except IRError as error:
-                raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
-        if np.isnan(found).any():
+    distances: Places
+    own: Floats
+    exact: Floats
+
+    def __post_init__(self) -> None:
+        if np.isnan(self.own).any() or np.isnan(self.exact).any():
             raise Unrecognised("its mask makes scores that are not a number")
-        return np.asarray(found, np.float64).reshape(heads, count, count)
+        if np.isposinf(self.own).any():
+            raise Unrecognised("its mask makes scores infinite")
 
-    bias = apply(0.0)
-    mask = describe_mask(bias, np.asarray(positions), exact_shift)
-    return Scores(*fit_scores(apply, bias), mask)
+    @property
+    def zero(self) -> int:
+        """Where the distance 0 is."""
+        return int(np.flatnonzero(self.distances == 0)[0])
+
+    @property
+    def relative(self) -> Floats:
+        """`own` less what each head adds at distance 0; Unrecognised where a query does not see its own place."""
+        return _relative(self.own, self.own[:, self.zero])
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether every key after its query is hidden; where there is none, whether any key is."""
+        hidden = self.relative <= HIDDEN
+        ahead = hidden[:, self.distances > 0]
+        return bool(ahead.all()) if ahead.size else bool(hidden.any())
 
 
-def fit_scores(apply: Callable[[Floats | float], Floats], bias: Floats) -> tuple[float, float]:
-    """Scale and softcap of scores that `apply` computes from products, element by element; `bias` is apply(0).
+def _relative(bias: Floats, own: Floats) -> Floats:
+    """A bias [heads, ...] less what is added to the key at the query's place, [heads, ...] without the last axis."""
+    if not (own > HIDDEN).all():
+        raise Unrecognised("the mask hides from a query the key at its own place")
+    return bias - own[..., None]
 
-    Unrecognised where they are not softcap * tanh(scale * product / softcap) + bias for all products and places.
+
+def mask_of(bias: ByDistance, exact_shift: bool = False) -> Mask:
+    """The mask that says at every distance what the bias says; Unrecognised with the first difference.
+
+    exact_shift: a constant a row counts as well (attention with sinks).
     """
-    seen = bias > HIDDEN
-    one, hundred, huge = (apply(value)[seen] - bias[seen] for value in (1.0, 100.0, 1e9))
-    if one.size == 0 or np.ptp(one) > _TOLERANCE * np.abs(one).max() or one[0] == 0:
-        raise Unrecognised("its scale differs from place to place")
-    softcap = 0.0
-    scale = float(one[0])
-    if not np.allclose(hundred, 100 * scale, rtol=1e-6):
-        softcap = float(huge[0])
-        scale = float(softcap * np.arctanh(one[0] / softcap)) if abs(one[0]) < abs(softcap) else 0.0
-    random = np.random.default_rng(0).uniform(-2, 2, bias.shape) * (abs(softcap) or 1.0) / (abs(scale) or 1.0)
-    expected = scale * random
-    if softcap:
-        expected = softcap * np.tanh(expected / softcap)
-    found = apply(random)
-    limit = _TOLERANCE * max(1.0, abs(softcap))
-    if not np.allclose(found[seen] - bias[seen], expected[seen], rtol=_TOLERANCE, atol=limit):
-        raise Unrecognised("its scores are neither scaled nor capped by softcap * tanh(score / softcap)")
-    if (found[~seen] > HIDDEN).any():
-        raise Unrecognised("what it hides depends on the scores")
-    return _snapped(scale), _snapped(softcap)
+    relative = bias.relative
+    if exact_shift and np.abs(bias.own[:, bias.zero]).max() > _ROUNDING:
+        raise Unrecognised("its mask adds a number to all keys of a query, which counts beside sinks")
+    causal = bias.is_causal
+    side = bias.distances <= 0 if causal else np.ones(bias.distances.shape, bool)
+    slopes = _slopes(bias, relative, side)
+    hidden = (relative <= HIDDEN).any(axis=0) & side
+    nearest = int(np.abs(bias.distances[hidden]).min()) if hidden.any() else 0
+    windows = dict.fromkeys((0, nearest))
+    masks = [Mask(causal, window, slopes) for window in windows]
+    for mask in masks:
+        if not _differs(mask, relative, bias.distances).any():
+            return mask
+    _require_alike(relative > HIDDEN, bias.distances)
+    _refuse(masks[-1], relative, bias.distances)
+    raise AssertionError
 
 
-def describe_mask(
-    bias: Floats,
-    positions: NDArray[np.int64],
-    exact_shift: bool = False,
-    keys: NDArray[np.int64] | None = None,
-) -> Mask:
+def _require_alike(seen: NDArray[np.bool_], distances: Places) -> None:
+    """Unrecognised where heads see different keys."""
+    unlike = np.argwhere(seen != seen[:1])
+    if len(unlike):
+        head, place = unlike[0].tolist()
+        raise Unrecognised(f"head {head} and head 0 differ in whether a query sees the key {_away(distances[place])}")
+
+
+def _away(distance: int) -> str:
+    return f"{abs(int(distance))} {'after' if distance > 0 else 'before'} it"
+
+
+def _slopes(bias: ByDistance, relative: Floats, side: NDArray[np.bool_]) -> tuple[float, ...] | None:
+    """What each head adds per position, from the furthest key that it sees; None where nothing is added."""
+    found = []
+    for own, exact in zip(relative, bias.exact - bias.exact[:, bias.zero, None], strict=True):
+        seen = np.flatnonzero(side & (own > HIDDEN) & (bias.distances != 0))
+        if not seen.size:
+            found.append(0.0)
+            continue
+        furthest = seen[np.abs(bias.distances[seen]).argmax()]
+        found.append(_snapped(float(exact[furthest] / bias.distances[furthest])))
+    return tuple(found) if any(found) else None
+
+
+def _differs(mask: Mask, relative: Floats, distances: Places) -> NDArray[np.bool_]:
+    """Where a relative bias [heads, ...] at distances [...] is not what a mask says; how hidden a key is counts not."""
+    slopes = np.asarray(mask.slopes or (0.0,)).reshape(-1, *(1,) * distances.ndim)
+    said = np.where(mask.shows(distances), slopes * distances, -np.inf)
+    limit = _ROUNDING * np.abs(slopes) * max(1, int(np.abs(distances).max()))
+    with np.errstate(invalid="ignore"):
+        equal = np.abs(said - relative) <= limit
+    both_hidden = (said <= HIDDEN) & (relative <= HIDDEN)
+    return np.asarray(~(equal | both_hidden))
+
+
+def _refuse(mask: Mask, relative: Floats, distances: Places, queries: Places | None = None) -> None:
+    """Unrecognised with the first place where a relative bias [heads, ...] at distances [...] is not the mask.
+
+    queries: the places of an axis of queries, if there is one.
+    """
+    wrong = np.argwhere(_differs(mask, relative, distances))
+    if not len(wrong):
+        return
+    place = tuple(wrong[0].tolist())
+    head, distance = place[0], int(distances[place[1:]])
+    if queries is None:
+        pair = f"a query and the key {_away(distance)}"
+        seen_pair = f"a query {{}} the key {_away(distance)}"
+    else:
+        query = int(queries[place[1]])
+        pair = f"the query at {query} and the key at {query + distance}"
+        seen_pair = f"the query at {query} {{}} the key at {query + distance}"
+    seen = bool(relative[place] > HIDDEN)
+    if seen and mask.shows(np.asarray([distance]))[0]:
+        raise Unrecognised(f"head {head} adds {relative[place]:.6g} for {pair}, which is no slope times a distance")
+    kind = "not causal" if mask.causal else "neither causal nor a window on both sides"
+    kind += f" with a window of {mask.window}" if mask.window and mask.causal else ""
+    raise Unrecognised(f"the mask is {kind}: {seen_pair.format('sees' if seen else 'does not see')}")
+
+
+def require_mask(mask: Mask, bias: Floats, queries: Places, keys: Places, exact_shift: bool = False) -> None:
+    """Unrecognised unless an additive mask [heads, Q, K] at places [Q] and [K] is `mask`, all of it.
+
+    The keys are at 0, 1, ..., and each query stands at one of them.
+    """
+    if np.isnan(bias).any():
+        raise Unrecognised("its mask makes scores that are not a number")
+    own = np.take_along_axis(bias, np.broadcast_to(queries[None, :, None], (len(bias), len(queries), 1)), axis=2)
+    if exact_shift and np.abs(own).max() > _ROUNDING:
+        raise Unrecognised("its mask adds a number to all keys of a query, which counts beside sinks")
+    relative = _relative(bias, own[..., 0])
+    _refuse(mask, relative, keys[None, :] - queries[:, None], queries)
+
+
+def describe_mask(bias: Floats, queries: Places, exact_shift: bool = False) -> Mask:
     """What an additive mask [heads, Q, K] means; Unrecognised with the first difference.
 
-    The queries are at sorted `positions` [Q], and so are the keys unless they are at other positions, `keys` [K].
+    The keys are at 0, 1, ..., the queries at consecutive places up to that of the last key.
     """
-    seen = bias > HIDDEN
-    heads = seen.shape[0]
-    if (seen != seen[:1]).any():
-        head, query, key = np.argwhere(seen != seen[:1])[0]
-        raise Unrecognised(f"head {head} and head 0 differ in whether query {query} sees key {key}")
-    at = positions if keys is None else keys
-    causal, window = describe_visible(seen[0], positions, at)
-    slopes = np.asarray([_slope(bias[h], seen[h], positions, at, exact_shift, h) for h in range(heads)])
-    return Mask(causal, window, tuple(_snapped(s) for s in slopes.tolist()) if slopes.any() else None)
-
-
-def describe_visible(seen: NDArray[np.bool_], queries: NDArray[np.int64], keys: NDArray[np.int64]) -> tuple[bool, int]:
-    """Whether what queries at positions [Q] see of keys at positions [K] is causal, and the window (0: all)."""
-    if seen.all():
-        return False, 0
-    distance = queries[:, None] - keys[None, :]
-    ahead = bool((seen & (distance < 0)).any())
-    candidates = np.ones_like(seen) if ahead else distance >= 0
-    apart = np.abs(distance)
-    inside, outside = apart[seen & candidates], apart[~seen & candidates]
-    nearest = int(outside.min()) if outside.size else 0
-    furthest = int(inside.max()) if inside.size else -1
-    expected = candidates & ((apart < nearest) if nearest else True)
-    if (expected != seen).any():
-        query, key = np.argwhere(seen & (distance < 0) if ahead else expected != seen)[0]
-        verb = "sees" if seen[query, key] else "does not see"
-        kind = "neither a window on both sides nor causal" if ahead else "not causal"
-        kind += f" with a window of {nearest}" if nearest and not ahead else ""
-        raise Unrecognised(f"the mask is {kind}: the query at {queries[query]} {verb} the key at {keys[key]}")
-    if nearest and furthest + 1 != nearest:
-        raise Unrecognised(f"its window is more than {furthest} and at most {nearest}, but which is not clear")
-    return not ahead, nearest
-
-
-def _slope(
-    bias: Floats,
-    seen: NDArray[np.bool_],
-    positions: NDArray[np.int64],
-    keys: NDArray[np.int64],
-    exact_shift: bool,
-    head: int,
-) -> float:
-    """The number that one head adds per position of the key."""
-    if not seen.any(axis=1).all():
-        raise Unrecognised(f"the query at {positions[np.flatnonzero(~seen.any(axis=1))[0]]} sees no key")
-    columns = np.flatnonzero(seen[-1])
-    last = bias[-1, columns]
-    first, end = columns[0], columns[-1]
-    slope = float((last[-1] - last[0]) / (keys[end] - keys[first])) if end > first else 0.0
-    rest = bias - slope * keys[None, :]
-    shift = -slope * positions if exact_shift else np.asarray([row[s][0] for row, s in zip(rest, seen, strict=True)])
-    limit = _TOLERANCE * (1 + abs(slope) * float(keys[-1]))
-    wrong = np.argwhere(seen & (np.abs(rest - shift[:, None]) > limit))
-    if len(wrong):
-        query, key = wrong[0]
-        raise Unrecognised(
-            f"head {head} adds {bias[query, key]:.6g} for the query at {positions[query]} and the key at "
-            f"{keys[key]}, which is no slope times a distance"
-        )
-    return slope
+    keys = np.arange(bias.shape[2])
+    # The last query sees every distance up to 0, the first one the others.
+    distances = np.concatenate([keys - queries[-1], keys[queries[0] + 1 :] - queries[0]])
+    values = np.concatenate([bias[:, -1], bias[:, 0, queries[0] + 1 :]], axis=1)
+    mask = mask_of(ByDistance(distances, values, values), exact_shift)
+    require_mask(mask, bias, queries, keys, exact_shift)
+    return mask
 
 
 def _snapped(value: float) -> float:
     """The f32 number that `value` is but for rounding, or `value`."""
     near = float(np.float32(value))
     return near if abs(near - value) <= 1e-12 * abs(value) else value
-
-
-def _sample(probe: Probe, raw: Value, scores: Value) -> tuple[list[int], dict[Value, Array]]:
-    """Positions to probe, and values at those positions for what counts them.
-
-    A mask that is computed element by element from 0, 1, ... is evaluated at far positions without those between; each
-    integer in it may be a window. Any other mask (a stored triangle, a running sum) is evaluated at 0, 1, ... to the
-    end of its tables and past such integers, and looked at where what it hides changes.
-    """
-    mask_ops, frontier = _positional_ops(probe, raw, scores)
-    constants = [op for op in mask_ops if probe.is_constant(op)]
-    windows = sorted(n for n in _integers(probe, constants) if FEW - 2 <= n <= 1 << 20)
-    counters = [op for op in mask_ops if isinstance(op, Iota) and op not in constants]
-    layout = (Iota, Reshape, Broadcast, Transpose, *_ELEMENTWISE)
-    if all(isinstance(op, layout) or op in constants for op in mask_ops) and all(
-        c.size == probe.size for c in counters
-    ):
-        positions = sorted({*range(FEW), *(n + step for n in windows for step in (-2, -1, 0, 1, 2))})
-        return positions, {op: np.asarray(positions, numpy_dtype(op.dtype)) for op in counters}
-
-    tables = [dim for value in constants for dim in value.shape if isinstance(dim, int)]
-    longest = max([FEW, *tables, *(n + 3 for n in windows)])
-    size = min([longest, *(s.high for s in probe.graph.symbols if s.high is not None)])
-    if size > _LONGEST:
-        raise Unrecognised(f"its mask would have to be evaluated for {size} positions; {_LONGEST} are the most")
-    try:
-        values = probe.evaluate(frontier, size)
-    except IRError as error:
-        raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
-    changes: set[int] = set()
-    for value, array in zip(frontier, values, strict=True):
-        if value.shape and value.shape[-1] == probe.size:
-            row = array[..., -1, :] if value.rank > 1 else array
-            hidden = row if row.dtype == np.bool_ else np.asarray(row, np.float64) < HIDDEN
-            changes |= {int(i) for i in np.argwhere(np.diff(hidden, axis=-1))[:, -1]}
-    around = {p + step for p in changes for step in (-1, 0, 1, 2)}
-    positions = sorted(p for p in {*range(FEW), *range(size - 3, size), *around} if 0 <= p < size)
-    if len(positions) > _MOST_POSITIONS:
-        raise Unrecognised(f"what its mask hides from the last query changes at {len(changes)} places")
-    known = {}
-    for value, array in zip(frontier, values, strict=True):
-        for axis, dim in enumerate(value.shape):
-            if dim == probe.size:
-                array = np.take(array, positions, axis=axis)
-        known[value] = array
-    return positions, known
-
-
-def _positional_ops(probe: Probe, raw: Value, scores: Value) -> tuple[list[Op], list[Value]]:
-    """The ops that `scores` needs besides `raw` and that no token decides; and those that meet the raw scores."""
-    found: list[Op] = []
-    frontier: dict[Value, None] = {}
-    seen: set[Value] = {raw}
-    stack = [scores]
-    while stack:
-        value = stack.pop()
-        if value in seen or not isinstance(value, Op):
-            continue
-        seen.add(value)
-        stack.extend(value.operands)
-        if not probe.sources[value] - NOT_TOKENS:
-            found.append(value)
-            continue
-        frontier.update(
-            dict.fromkeys(v for v in value.operands if v is not raw and not probe.sources.get(v, _IDS) - NOT_TOKENS)
-        )
-    return found, list(frontier)
-
-
-def _integers(probe: Probe, constants: list[Op]) -> set[int]:
-    """Whole numbers among the scalars of a mask."""
-    found: set[int] = set()
-    for op in constants:
-        if product(op.shape) != 1 or probe.sources[op] - {LENGTH}:
-            continue
-        number = abs(float(probe.evaluate([op], 1)[0].reshape(-1)[0]))
-        # Whole floats beyond are what sources fill hidden scores with.
-        if number < 1 << 40 and (op.dtype in INTEGERS or (number.is_integer() and number < -HIDDEN)):
-            found.add(int(number))
-    return found
