@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import fake_artifact
 import numpy as np
@@ -336,7 +337,7 @@ def _folder(path: Path) -> Path:
     [
         (lambda folder: folder / "roof.jpeg", ".png, .svg, .pdf"),
         (lambda folder: folder / "roof", ".png, .svg, .pdf"),
-        (lambda folder: folder / "missing" / "roof.png", "no such folder"),
+        (lambda folder: folder / "missing" / "roof.png", "there is no folder"),
         (lambda folder: _folder(folder / "roof.png"), "it is a folder"),
     ],
 )
@@ -362,8 +363,8 @@ def test_a_picture_that_cannot_be_written_leaves_nothing_behind(
     picture = tmp_path / "roof.png"
     picture.write_text("older")
 
-    def full(self: object, path: Path, **_: object) -> None:
-        path.write_text("half a picture")
+    def full(self: object, file: IO[bytes], **_: object) -> None:
+        file.write(b"half a picture")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(figure.Figure, "savefig", full)

@@ -15,7 +15,7 @@ from onnx_exports import quietly
 
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import run_pipeline
+from llmc.compiler.pipeline import run_pipeline, settled
 from llmc.frontends import lift
 
 IDS = np.random.default_rng(0).integers(0, 120, (1, 13))
@@ -92,7 +92,7 @@ def dynamically_quantized(source: Path) -> Path:
 
 def final_ops(path: Path) -> tuple[Counter[str], set[str]]:
     """The ops of a step by name, and the encodings of its linear weights."""
-    lifted = lift(str(path))
+    lifted = settled(lift(str(path)))
     assert lifted.task == "encode"
     options = CompileOptions(quantization="int8")
     graph = run_pipeline(lifted.graph, options, load=lifted.load, task=lifted.task).graph
@@ -107,7 +107,7 @@ def error_of(path: Path) -> float:
     arrays = dict(zip(INPUTS, (IDS, np.ones_like(IDS), np.zeros_like(IDS)), strict=True))
     kinds = {value.name: np.int32 if "int32" in value.type else np.int64 for value in session.get_inputs()}
     want = session.run(None, {name: arrays[name].astype(kind) for name, kind in kinds.items()})[0]
-    lifted = lift(str(path))
+    lifted = settled(lift(str(path)))
     given = {"ids": IDS, "positions": np.arange(IDS.size)[None], "token_types": np.zeros_like(IDS)}
     found = evaluate(lifted.graph, {name: array.astype(np.int32) for name, array in given.items()}, lifted.load)
     hidden = np.asarray(found["last_hidden_state"])

@@ -99,7 +99,7 @@ class PairReader(Points):
             raise Unrecognised(f"its mask depends on the input {name}")
         if not value.operands and not isinstance(value, Iota):
             return self.known(value, index)
-        if isinstance(value, ELEMENTWISE):
+        if isinstance(value, ELEMENTWISE) and value.bind({}) is value:  # no size decides what it does
             return self._elementwise(value, index)
         rule = _RULES.get(type(value)) or next((r for kind, r in _RULES.items() if isinstance(value, kind)), None)
         if rule is None:

@@ -13,12 +13,12 @@ import numpy as np
 
 from llmc.compiler.ir.elementwise import Activation, Binary, Cast, Compare, Unary, Where
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Reduce, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, CheckedIndex, Concat, Gather, Reduce, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Array, is_precise, numpy_dtype
 from llmc.compiler.passes.probe import Probe
 from llmc.errors import IRError
 
-ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation)
+ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation, CheckedIndex)
 ZERO = np.zeros((1, 1), np.int64)
 
 

@@ -32,6 +32,7 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.structural import (
     Argmax,
     Broadcast,
+    CheckedIndex,
     Concat,
     Cumsum,
     Gather,
@@ -196,6 +197,8 @@ def depends_on_size(op: Op, symbols: frozenset[Symbol]) -> bool:
         return False
     if isinstance(op, (Constant, Iota, Broadcast, Transpose, Cumsum, Embed, RopeAngles, *_ELEMENTWISE)):
         return False
+    if isinstance(op, CheckedIndex):  # what is negative counts from the end
+        return bool(symbols_of(op.size) & symbols) and not _never_negative(op.x)
     if isinstance(op, Slice):
         return bool(symbols_of(op.start) & symbols)
     if isinstance(op, Concat):
@@ -234,7 +237,7 @@ def _never_negative(index: Value) -> bool:
         return index.name in ("ids", "positions")
     if isinstance(index, Constant):
         return bool((index.value.array >= 0).all())
-    if isinstance(index, Iota):
+    if isinstance(index, (Iota, CheckedIndex)):
         return True
     if isinstance(index, (Reshape, Broadcast, Transpose, Slice, Cast, Gather, Concat)):
         values = (index.x,) if isinstance(index, Gather) else index.operands
