@@ -17,9 +17,9 @@ from llmc.compiler.ir.attention import Attention
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.evaluate import LoadParam
-from llmc.compiler.ir.graph import Graph, substitute_values
+from llmc.compiler.ir.graph import Graph, substitute_values, topological
 from llmc.compiler.ir.llm import Embed
-from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.op import Param, Value
 from llmc.compiler.ir.structural import Gather, Softmax
 from llmc.compiler.ir.types import Array, Tensor
 from llmc.compiler.passes.manager import Pass, Report, run_passes
@@ -162,7 +162,7 @@ def cuts(graph: Graph) -> list[tuple[str, Value]]:
     second: Value | None = next((op for op in attentions[1:] if op in behind), None)
     outputs = [value for _, value in graph.outputs]
     goals = [second] if second is not None else outputs
-    needed = _ancestors(goals)
+    needed = set(topological(goals))
     between = [op for op in graph.ops if op in behind and op in needed]
     place = {op: index for index, op in enumerate(between)}
     last_use = list(range(len(between)))
@@ -194,17 +194,6 @@ def _depending_on(graph: Graph, source: Value) -> set[Value]:
     for op in graph.ops:
         if any(operand in found for operand in op.operands):
             found.add(op)
-    return found
-
-
-def _ancestors(roots: list[Value]) -> set[Value]:
-    found: set[Value] = set()
-    stack = list(roots)
-    while stack:
-        value = stack.pop()
-        if value not in found:
-            found.add(value)
-            stack.extend(value.operands if isinstance(value, Op) else ())
     return found
 
 

@@ -15,6 +15,10 @@ LEAST = np.float32(np.finfo(np.float32).min)
 Scores = Callable[["Scored", str], str]
 
 
+def softmax(g: Scored, scores: str) -> str:
+    return g.add("Softmax", scores, axis=-1)
+
+
 class Scored(Nodes):
     """A model in the making: `q` [S, 1] and `k` [1, S] are the places (i64) of queries and keys, `size` is S."""
 
@@ -54,10 +58,13 @@ def whole(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int64)
 
 
-def write_scored(path: Path, scores: Scores, *, decodes: bool = True, scale: float = 1.0, layers: int = 1) -> Path:
+def write_scored(
+    path: Path, scores: Scores, *, decodes: bool = True, scale: float = 1.0, layers: int = 1, shares: Scores = softmax
+) -> Path:
     """A model with `scores(model, products)` between the products of queries and keys [1, 2, S, S] and the softmax.
 
-    decodes: its output is called logits, else it is an encoder's hidden state. scale: of its weights.
+    decodes: its output is called logits, else it is an encoder's hidden state. scale: of its weights. shares: what
+    makes probabilities of scores.
     """
     g = Scored()
     x = g.add("Gather", g.generator.standard_normal((VOCABULARY, WIDTH)).astype(np.float32), "input_ids")
@@ -71,8 +78,7 @@ def write_scored(path: Path, scores: Scores, *, decodes: bool = True, scale: flo
             for _ in range(3)
         )
         raw = g.add("MatMul", q, g.add("Transpose", k, perm=[0, 1, 3, 2]))
-        shares = g.add("Softmax", scores(g, raw), axis=-1)
-        mixed = g.add("Transpose", g.add("MatMul", shares, v), perm=[0, 2, 1, 3])
+        mixed = g.add("Transpose", g.add("MatMul", shares(g, scores(g, raw)), v), perm=[0, 2, 1, 3])
         mixed = g.add("MatMul", g.add("Reshape", mixed, whole(0, 0, WIDTH)), g.weight(WIDTH, WIDTH))
         x = g.add("Add", x, mixed)
     out = "logits" if decodes else "last_hidden_state"

@@ -126,7 +126,7 @@ def test_indices_beyond_a_table_are_errors(artifact: Path) -> None:
     np.testing.assert_array_equal(found, expected)
     for wrong in (5, -6, 2**40, -(2**40), 2**31):
         with pytest.raises(
-            RuntimeStateError, match=r"index out of range: axis 0 of .*, by chosen, which has 5 elements"
+            RuntimeStateError, match=r"index out of range: axis 0 of .*, by chosen; the axis has 5 elements"
         ):
             runtime.run({**given, "chosen": np.array([*chosen[:7], wrong])})
     np.testing.assert_array_equal(runtime.run({**given, "chosen": chosen})["scores"], expected)

@@ -83,7 +83,7 @@ def test_the_error_names_the_table_and_the_input(tmp_path: Path) -> None:
     runtime = Runtime.load(tmp_path / "m.so")
     with pytest.raises(StepError) as caught:
         runtime.run({"places": np.array([70_000])})
-    assert str(caught.value) == "index out of range: axis 0 of wte, by places, which has 70000 elements"
+    assert str(caught.value) == "index out of range: axis 0 of wte, by places; the axis has 70000 elements"
     assert runtime.run({"places": np.array([-1])})  # goes on
 
 

@@ -83,6 +83,19 @@ def test_what_outputs_are_for(name: str, tmp_path: Path) -> None:
     assert (facts and facts["kind"]) == CASES[name][2]
 
 
+@pytest.mark.parametrize("outputs", [("start_logits", "end_logits"), ("select", "select_1")])
+def test_starts_and_ends_of_answers_are_called_so(outputs: tuple[str, str], tmp_path: Path) -> None:
+    """Also beside a configuration that names a class with a head, where an exporter may have numbered them."""
+    model = onnx.load(write(tmp_path / "model.onnx", "start and end"))
+    for item, output in zip(model.graph.output, outputs, strict=True):
+        node = next(node for node in model.graph.node if item.name in node.output)
+        node.output[0] = item.name = output
+    onnx.save(model, tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForQuestionAnswering"], "model_type": "bert"}')
+    lifted = lift(tmp_path / "model.onnx")
+    assert [name for name, _ in lifted.graph.outputs] == ["start_logits", "end_logits"] and lifted.encoder is None
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in ("start and end", "labels") else pytest.mark.slow) for name in CASES],

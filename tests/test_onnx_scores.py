@@ -15,7 +15,7 @@ import pytest
 from attention_harness import run_steps
 from kernel_harness import CACHE
 from onnx import TensorProto
-from scored_models import LEAST, VOCABULARY, Scored, Scores, whole, write_scored
+from scored_models import LEAST, VOCABULARY, Scored, Scores, softmax, whole, write_scored
 from small_encoder import step_inputs
 
 from llmc.compiler.ir.attention import Attention, PagedAttention
@@ -38,13 +38,15 @@ TOLERANCE = 1e-4
 class Case:
     """Scores, and what becomes of them: causal, window W, slopes, table (all with a cache), or a reason for refusing.
 
-    encodes: the model is an encoder's; kinds are then all, band W and table. scale: of the weights.
+    encodes: the model is an encoder's; kinds are then all, band W and table. scale: of the weights. shares: what makes
+    probabilities of scores.
     """
 
     scores: Scores
     kind: str
     scale: float = 1.0
     encodes: bool = False
+    shares: Scores = softmax
 
 
 def masked(*conditions: object) -> Scores:
@@ -164,6 +166,23 @@ def far_key(g: Scored, raw: str) -> str:
     return g.add("Add", g.scaled(raw), more)
 
 
+def global_first(g: Scored, raw: str) -> str:
+    """A band of 16, and token 0 sees all and is seen by all."""
+    first = g.add("Or", *(g.add("Equal", x, np.int64(0)) for x in (g.q, g.k)))
+    return encoder_mask(g, raw, g.add("Or", less(g, g.add("Abs", g.distance), np.int64(16)), first))
+
+
+def by_length(g: Scored, raw: str) -> str:
+    """Scores times log(S) / log(64) of more than 64 tokens."""
+    grown = g.add("Div", g.add("Log", g.floats(g.size)), np.float32(np.log(64.0)))
+    return g.causal(g.add("Mul", g.scaled(raw), g.add("Max", grown, np.float32(1))))
+
+
+def none_from_100(g: Scored, scores: str) -> str:
+    """Probabilities that are zero for queries from 100 on."""
+    return g.add("Where", g.add("GreaterOrEqual", g.q, np.int64(100)), np.float32(0), softmax(g, scores))
+
+
 WINDOWS = np.array([16, 64], np.int64).reshape(2, 1, 1)
 UNLIKE, NOT_CAUSAL = "not decided by the distance", "the mask is not causal"
 CASES = {
@@ -222,6 +241,17 @@ CASES = {
         ),
         NOT_CAUSAL,
     ),
+    "global keys by a remainder": Case(
+        masked(
+            lambda g: g.add(
+                "Or",
+                less(g, g.distance, np.int64(16)),
+                g.add("Equal", g.add("Mod", g.k, np.int64(50)), np.int64(0)),
+            )
+        ),
+        NOT_CAUSAL,
+    ),
+    "no probabilities from 100 on": Case(masked(), "set to zero in rows that see keys", shares=none_from_100),
     "log-n": Case(lambda g, x: g.causal(g.add("Mul", g.scaled(x), logn(g))), "causal", 1.5),
     "log-n that divides": Case(lambda g, x: g.causal(g.add("Div", g.scaled(x), logn(g))), "causal", 1.5),
     "scale by head": Case(lambda g, x: g.causal(g.add("Mul", x, np.array([[[0.3]], [[0.5]]], np.float32))), "causal"),
@@ -258,8 +288,16 @@ CASES = {
         lambda g, x: encoder_mask(g, x, less(g, g.add("Sub", g.k, g.q), np.int64(3))), "table", encodes=True
     ),
     "encoder, chunks": Case(streaming, "neither causal nor a window", encodes=True),
+    "encoder, token 0 sees all": Case(global_first, "neither causal nor a window", encodes=True),
     "encoder, bias by logarithm": Case(log_bias, "table", encodes=True),
     "encoder, bias at one key": Case(far_key, "no slope times a distance", encodes=True),
+}
+
+# What tokens that come later change in every row: each step computes the whole text.
+WHOLE = {
+    "scale by length": Case(by_length, "causal", 1.5),
+    "softmax over heads": Case(masked(), "none", shares=lambda g, x: g.add("Softmax", x, axis=1)),
+    "softmax over queries": Case(masked(), "none", shares=lambda g, x: g.add("Softmax", x, axis=2)),
 }
 
 
@@ -269,9 +307,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_of(name: str, folder: Path) -> Path:
-    case = CASES[name]
+    case = (CASES | WHOLE)[name]
     path = folder / f"{name.replace(' ', '-')}.onnx"
-    return path if path.exists() else write_scored(path, case.scores, decodes=not case.encodes, scale=case.scale)
+    return (
+        path
+        if path.exists()
+        else write_scored(path, case.scores, decodes=not case.encodes, scale=case.scale, shares=case.shares)
+    )
 
 
 def original(path: Path, ids: Array = IDS) -> Array:
@@ -306,6 +348,21 @@ def test_scores_are_recognised_as_what_they_are_or_kept(name: str, folder: Path)
     else:
         assert case.kind in report.refusals[0][1]
     np.testing.assert_allclose(evaluated(lifted, compiled.graph), original(path), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_later_tokens_change_keeps_no_cache(name: str, folder: Path) -> None:
+    path = model_of(name, folder)
+    lifted = lift(path, max_context=CONTEXT)
+    compiled = run_pipeline(lifted.graph, CompileOptions(quantization="none"), load=lifted.load, task=lifted.task)
+    assert {kind_of(op) for op in compiled.graph.ops if isinstance(op, Attention)} <= {WHOLE[name].kind}
+    assert not any(isinstance(op, PagedAttention) for op in compiled.graph.ops)
+    assert any(report.name == "whole-sequence" and report.refusals for report in compiled.reports)
+    wanted = original(path)
+    # Shares over heads do not add up to 1: logits grow with the keys.
+    np.testing.assert_allclose(
+        evaluated(lifted, compiled.graph), wanted, rtol=0, atol=TOLERANCE * max(1, np.abs(wanted).max() / 3)
+    )
 
 
 def evaluated(lifted: Lifted, graph: Graph) -> Array:

@@ -289,16 +289,23 @@ def test_multi_query_products_broadcast_one_key_head() -> None:
     assert_same(before, after)
 
 
-def test_heads_that_are_shared_in_another_order_are_not_taken_for_groups() -> None:
+@pytest.mark.parametrize("values", ["in the same order", "in groups"])
+def test_heads_that_are_shared_in_another_order_are_not_taken_for_groups(values: str) -> None:
     def tiled(x: Value) -> Value:
         """Key heads 0, 1, 0, 1 where groups are 0, 0, 1, 1."""
         return Reshape(
             Broadcast(Reshape(x, (1, 1, KV_HEADS, S, DIM)), (1, GROUPS, KV_HEADS, S, DIM)), (1, HEADS, S, DIM)
         )
 
+    def grouped(x: Value) -> Value:
+        return Reshape(
+            Broadcast(Reshape(x, (1, KV_HEADS, 1, S, DIM)), (1, KV_HEADS, GROUPS, S, DIM)), (1, HEADS, S, DIM)
+        )
+
     def attend(q: Value, k: Value, v: Value, positions: Input) -> Value:
         scores = Mul(Matmul(q, keys(tiled(k))), constant(SCALE))
-        return finish(Softmax(Add(scores, additive(causal())), 3), tiled(v))
+        shared = tiled(v) if values == "in the same order" else grouped(v)
+        return finish(Softmax(Add(scores, additive(causal())), 3), shared)
 
     before = decoder(attend=attend)
     after, _ = run_passes(before, [FuseAttention()])

@@ -80,7 +80,7 @@ def values_at(value: Value, length: int) -> np.ndarray[tuple[int, ...], np.dtype
 @pytest.mark.parametrize("value", BY_POSITION.values(), ids=BY_POSITION)
 def test_a_value_of_positions_is_the_same_in_a_longer_sequence(value: Value) -> None:
     probe = probe_of(value)
-    assert probe.is_positional(value) and not probe.depends_on_length(value) and not probe.depends_on_tokens(value)
+    assert probe.sources[value] <= {"positions"}
     short, long = values_at(value, 7), values_at(value, 31)
     assert np.array_equal(short, long[tuple(slice(size) for size in short.shape)])
 
@@ -89,7 +89,7 @@ def test_a_value_of_positions_is_the_same_in_a_longer_sequence(value: Value) -> 
 def test_a_value_of_the_length_is_told_from_one_of_positions(value: Value) -> None:
     """Each of these does differ, so that none of them is called so for nothing."""
     probe = probe_of(value)
-    assert not probe.is_positional(value) and probe.depends_on_length(value) and not probe.depends_on_tokens(value)
+    assert probe.depends_on_length(value) and not probe.depends_on_tokens(value)
     short, long = values_at(value, 3), values_at(value, 31)
     assert not np.array_equal(short, long[tuple(slice(size) for size in short.shape)])
 

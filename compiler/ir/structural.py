@@ -233,7 +233,7 @@ class CheckedIndex(Op, name="t.checked_index"):
     def failure(self) -> str:
         """What an error says of an index that is out of range."""
         text = f"index out of range: {self.what or 'an index'}"
-        return text if self.sizes is not None else f"{text}, which has {self.size} elements"
+        return text if self.sizes is not None else f"{text}; the axis has {self.size} elements"
 
     def evaluate(self, x: Array, sizes: Array | None = None) -> Array:
         size = np.asarray(concrete(self.size, {}) if sizes is None else sizes, np.int64)

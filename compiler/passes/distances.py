@@ -20,7 +20,7 @@ from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice, Trans
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, precise
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
 from llmc.compiler.passes.pair_functions import PairReader
-from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point, Table
+from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point, Table, ends
 from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
@@ -58,14 +58,8 @@ class Affine:
         return not self.length and self.query == -self.key
 
     def ends(self, most: int) -> tuple[Fraction, Fraction]:
-        """The least and the greatest it can be, for lengths 1 to `most`: at corners, as it is linear."""
-        corners = [
-            self.query * q + self.key * k + self.length * size + self.constant
-            for size in (1, most)
-            for q in (0, size - 1)
-            for k in (0, size - 1)
-        ]
-        return min(corners), max(corners)
+        """The least and the greatest it can be, for lengths 1 to `most`."""
+        return ends(*self.parts, most)
 
     def is_exact(self, dtype: str, most: int) -> bool:
         """Whether a dtype holds each of its values."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from llmc.compiler.ir.attention import Attention, KVAppend, PagedAttention
 from llmc.compiler.ir.dims import Dim, symbol
-from llmc.compiler.ir.graph import Graph, substitute_values
+from llmc.compiler.ir.graph import Graph, substitute_values, topological
 from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.ragged import RelativeBias
@@ -81,7 +81,7 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
     def _cache_for(self, op: Attention, kind: KV, caches: list[_Cache], report: Report) -> _Cache:
         """A new cache, or, where nothing is kept, one that every attention so far has read before `op` appends."""
         if self.scratch:
-            needed = _needed((op.k, op.v))
+            needed = set(topological((op.k, op.v)))
             for cache in caches:
                 if cache.input.type == kind and all(reader in needed for reader in cache.versions[-1].readers):
                     report.hit("shared cache")
@@ -109,18 +109,6 @@ class _Cache:
     @property
     def latest(self) -> Value:
         return self.versions[-1].append if self.versions else self.input
-
-
-def _needed(roots: tuple[Value, ...]) -> set[Value]:
-    """Every value that the roots are computed from."""
-    found: set[Value] = set()
-    stack = list(roots)
-    while stack:
-        value = stack.pop()
-        if value not in found:
-            found.add(value)
-            stack.extend(value.operands if isinstance(value, Op) else ())
-    return found
 
 
 def _table(op: Attention) -> Value | None:

@@ -7,7 +7,9 @@ decides, or an op of points. `Points` evaluates them in numpy, each op by its ow
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +22,23 @@ from llmc.errors import IRError
 
 ELEMENTWISE = (Unary, Binary, Compare, Where, Cast, Activation, CheckedIndex)
 ZERO = np.zeros((1, 1), np.int64)
+
+
+Number = TypeVar("Number", int, Fraction)
+
+
+def ends(query: Number, key: Number, length: Number, constant: Number, most: int) -> tuple[Number, Number]:
+    """The least and the greatest that query * q + key * k + length * S + constant is for 0 <= q, k < S <= `most`.
+
+    It is linear, so at corners.
+    """
+    corners = [
+        query * q + key * k + length * size + constant
+        for size in (1, most)
+        for q in (0, size - 1)
+        for k in (0, size - 1)
+    ]
+    return min(corners), max(corners)
 
 
 @dataclass(frozen=True)
@@ -52,13 +71,7 @@ class Place:
 
     def ends(self, most: int) -> tuple[int, int]:
         """The least and the greatest it can be: lengths 1 to `most`, a query and a key below the length."""
-        corners = [
-            self.query * q + self.key * k + self.length * size + self.constant
-            for size in (1, most)
-            for q in (0, size - 1)
-            for k in (0, size - 1)
-        ]
-        return min(corners), max(corners)
+        return ends(self.query, self.key, self.length, self.constant, most)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,10 +112,6 @@ class Probe:
         """Whether the number of tokens may decide the value's elements, beside how many there are."""
         return LENGTH in self.sources.get(value, frozenset())
 
-    def is_positional(self, value: Value) -> bool:
-        """Whether nothing but positions and constants decides the value: see the class for what that promises."""
-        return isinstance(value, (Op, Input)) and self.sources.get(value, frozenset("?")) <= {"positions"}
-
     def is_constant(self, value: Value) -> bool:
         """Whether the value is known when compiling."""
         return isinstance(value, Param) or value in self.graph.constants

@@ -24,6 +24,7 @@ EMBEDDING, CLASSIFICATION, TOKENS = "embedding", "classification", "tokens"
 _EMBEDDINGS = ("sentence_embedding", "embedding", "embeddings", "sentence_embeddings", "text_embeds", "dense_vecs")
 _FEATURES = ("last_hidden_state", "token_embeddings", "hidden_states", "hidden_state")
 _POOLED = ("pooler_output", "pooled_output")
+_ANSWERS = ("start_logits", "end_logits")  # of transformers' question answering
 _TOKEN_TYPES = 2  # of a model that takes them: those of the two texts of a pair
 
 
@@ -106,10 +107,13 @@ def _pooled(graph: Graph, features: str, modules: tuple[object, ...], context: C
 
 
 def _named(graph: Graph, classes: tuple[str, ...]) -> Graph:
-    """Outputs that an exporter numbered get the names that the model's own class gives them."""
+    """Outputs that an exporter numbered get the names that the model's own class gives them; others keep theirs."""
     known = {*_EMBEDDINGS, *_FEATURES, *_POOLED, "logits"}
-    if not classes or any(name in known for name, _ in graph.outputs):
+    names = [name for name, _ in graph.outputs]
+    if not classes or any(name in known or name.endswith("_logits") for name in names):
         return graph
+    if any("QuestionAnswering" in name for name in classes) and len(names) == len(_ANSWERS):
+        return graph.replace_outputs(list(zip(_ANSWERS, (value for _, value in graph.outputs), strict=True)))
     has_head = any("For" in name for name in classes)
     outputs = []
     taken: set[str] = {name for name, _ in graph.outputs}

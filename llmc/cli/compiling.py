@@ -67,8 +67,7 @@ def compile(
     checkers: list[Checker] = []
     with output.progress() as progress:
         manifest = compile_model(model, path, options, progress, tokenizer, checkers.append)
-    is_file = not target_of(path).is_stream
-    file_bytes = path.stat().st_size if is_file else None
+    file_bytes = None if target_of(path).is_stream else path.stat().st_size
     if json:
         result: dict[str, object] = {
             "path": str(path),

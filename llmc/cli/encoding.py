@@ -88,12 +88,17 @@ def embed(
     if cosines is not None:
         _print_matrix(batch, cosines)
     elif path is None:
-        for text, row in zip(batch, found, strict=True):
-            numbers = " ".join(f"{number: .4f}" for number in row[:_SHOWN_NUMBERS])
-            print(f"{numbers} ...  {shortened(text)}" if len(row) > _SHOWN_NUMBERS else f"{numbers}  {shortened(text)}")
-        output.line("-o FILE.npy or --json gives all numbers, --similarity compares the texts")
+        _print_vectors(batch, found)
     where = f" in {path}" if path is not None else ""
     output.line(f"{output.count(len(batch), 'vector')} of {runtime.dimension} numbers{where}, {seconds:.3f} s")
+
+
+def _print_vectors(texts: list[str], vectors: NDArray[np.float32]) -> None:
+    """The first numbers of each text's vector, and how to get all."""
+    for text, row in zip(texts, vectors, strict=True):
+        numbers = " ".join(f"{number: .4f}" for number in row[:_SHOWN_NUMBERS])
+        print(f"{numbers} ...  {shortened(text)}" if len(row) > _SHOWN_NUMBERS else f"{numbers}  {shortened(text)}")
+    output.line("-o FILE.npy or --json gives all numbers, --similarity compares the texts")
 
 
 def _check_output(path: Path, prints: bool) -> None:
