@@ -362,3 +362,23 @@ def test_a_number_that_does_not_hide_is_refused() -> None:
     for number in (0.0, -100.0, math.nan):
         _, report = fused(attention_graph(2, 5, 7, lambda x: e.Where(mask, x, e.constant(number)), mask))  # noqa: B023
         assert "does not hide" in report.refusals[0][1]
+
+
+@pytest.mark.parametrize("size", [8, S])
+@pytest.mark.parametrize("mask_of", [
+    lambda back, count: e.Where(e.Less(back, count), e.constant(0.0), e.constant(-1e30)),
+    lambda back, count: e.Mul(e.Cast(e.Abs(back), "f32"), e.Neg(e.Cast(count, "f32"))),
+])  # fmt: skip
+def test_a_mask_that_the_size_of_a_batch_decides_stays_a_bias(
+    size: Size, mask_of: Callable[[Value, Value], Value]
+) -> None:
+    at = s.Iota(size, "i64")
+    back = e.Sub(s.Reshape(at, (size, 1)), s.Reshape(at, (1, size)))
+    count = s.Slice(s.Iota(B + 1), 0, B, B + 1)  # as a number: a size of the batch
+    before = attention_graph(B, size, size, lambda raw: e.Add(raw, mask_of(back, count)))
+    report = Report()
+    after = FuseAttention().run(before, report)
+    for batch in (1, 2, 3, 7):
+        given = arrays_for(before, {"B": batch, "S": 8})
+        found, expected = (evaluate(graph, given, {}.__getitem__) for graph in (after, before))
+        np.testing.assert_allclose(found["out"], expected["out"], atol=1e-5)

@@ -434,3 +434,21 @@ def test_what_stands_behind_a_softcap_is_no_factor_of_queries() -> None:
     assert isinstance(outcome(places, lambda raw: fill(places.causal)(e.Mul(e.Tanh(raw), factor))), str)
     inside = outcome(places, lambda raw: fill(places.causal)(e.Tanh(e.Mul(raw, factor))))
     assert isinstance(inside, Attention) and inside.softcap == 1.0
+
+
+@pytest.mark.parametrize(("added", "known"), [(0.0, True), (1.5, False)])
+def test_a_number_added_to_all_keys_counts_beside_sinks_also_where_a_solver_looks(added: float, known: bool) -> None:
+    places = Places(LONG)
+    seen = e.And(places.causal, e.GreaterEqual(quotient(places.q, 64), quotient(places.k, 64)))
+    column = s.Broadcast(e.constant(np.zeros((1, 2, 1, 1)), "f32"), (1, 2, places.size, 1))
+    bias = e.Where(seen, e.constant(added), e.constant(-1e30))
+
+    def with_sink(raw: Value) -> Value:
+        return s.Concat((e.Add(raw, bias), column), 3)
+
+    def without_sink(shares: Value) -> Value:
+        return s.Slice(shares, 3, 0, places.size)
+
+    report = Report()
+    after = FuseAttention().run(places.graph(with_sink, without_sink), report)
+    assert any(isinstance(op, Attention) for op in after.ops) == known, report.refusals

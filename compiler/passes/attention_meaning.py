@@ -118,6 +118,10 @@ class MeaningReader:
     def _positional(self, chain: Chain, part: Apart, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
         """The meaning of a mask that positions and sizes decide."""
         queries, keys = chain.scores.shape[-2:]
+        # Only the number of keys is gone through: what any other size decides is not known from one of its values.
+        others = frozenset(self.graph.symbols) - (keys.symbols() if isinstance(keys, Dim) else frozenset())
+        if any(value in self.probe.decided_by(others) for value in chain.met):
+            raise Unrecognised("a size other than the number of keys decides what is added to its scores")
         if isinstance(queries, int) and isinstance(keys, int):
             mask, scale = self._of_fixed_sizes(chain, part, queries, keys, heads, exact_shift)
             _require_heads(mask, chain, part, batch)
@@ -179,7 +183,7 @@ class MeaningReader:
                 return self._dense(reader, pairs, heads, exact_shift)
             from llmc.compiler.passes.mask_solver import proved_mask
 
-            return proved_mask(reader, pairs.bias, pairs.chosen, pairs.factor), 1.0
+            return proved_mask(reader, pairs.bias, pairs.chosen, pairs.factor, exact_shift), 1.0
         added = distances.numbers(bias)
         chosen, factor = (None if p is None else distances.numbers(p).own for p in others)
         scale = _scale(added.relative > HIDDEN, None if chosen is None else chosen > 0, factor)

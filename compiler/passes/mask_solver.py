@@ -49,15 +49,20 @@ _ARITHMETIC: dict[type[Op], Callable[..., z3.ArithRef]] = {
 }
 
 
-def proved_mask(reader: PairReader, bias: Point, chosen: Point | None, factor: Point | None) -> Mask:
+def proved_mask(
+    reader: PairReader, bias: Point, chosen: Point | None, factor: Point | None, exact_shift: bool = False
+) -> Mask:
     """The causal mask or window that a bias over pairs is, for all of them; Unrecognised with a counterexample.
 
     chosen: where the product counts, as `score_chain.Apart` has it; a `factor` is not followed.
+    exact_shift: what is added to all keys of a query counts (attention with sinks).
     """
     if factor is not None or any(math.prod(p.shape) != 1 for p in (bias, chosen) if p is not None):
         raise Unrecognised(f"{_UNLIKE}, and {reader.most} tokens are too many to look at every pair")
     terms = _Terms(reader)
-    hidden = terms.is_hidden(bias)
+    hidden, added = terms.is_hidden(bias)
+    if exact_shift and added:
+        raise Unrecognised("its mask adds a number to all keys of a query, which counts beside sinks")
     if chosen is not None and terms.possible(z3.And(z3.Not(hidden), z3.Not(terms.truth(chosen)))):
         raise Unrecognised("t.where puts a number that does not hide the key in place of a score")
     distance = terms.key - terms.query
@@ -117,14 +122,14 @@ class _Terms:
         query, key, size = (self.model.eval(x, model_completion=True) for x in (self.query, self.key, self.length))
         return f"the query at {query} and the key at {key} of {size} tokens show it"
 
-    def is_hidden(self, bias: Point) -> z3.BoolRef:
-        """Whether a bias hides the key; all others must be the same number."""
+    def is_hidden(self, bias: Point) -> tuple[z3.BoolRef, float]:
+        """Whether a bias hides the key, and what it adds to all others, which must be one number."""
         cases = self.cases(bias)
         seen = {value for value in cases if not value <= HIDDEN and self.possible(cases[value])}
         hidden = [value for value in cases if value not in seen]
         if len(seen) != 1 or not math.isfinite(max(seen)) or max(hidden, default=-math.inf) > max(seen) + HIDDEN:
             raise Unrecognised(f"{_UNLIKE}: it adds {', '.join(f'{value:g}' for value in sorted(seen))}")
-        return z3.Or(*(cases[value] for value in hidden))
+        return z3.Or(*(cases[value] for value in hidden)), max(seen)
 
     def cases(self, point: Point) -> Cases:
         """The numbers that a float may be, and when it is each."""

@@ -316,6 +316,8 @@ class PairReader(Points):
         x = here
         if here is not there:
             while isinstance(rows, Applied) and isinstance(rows.op, (Reshape, Broadcast, Transpose, Cast)):
+                if rows.dtype not in ("i32", "i64"):
+                    break  # a narrower one may not hold every place
                 rows = rows.xs[0]
             # A negative place would be counted from the end.
             if not isinstance(rows, Linear) or rows.place.ends(self.most)[0] < 0:

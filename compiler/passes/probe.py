@@ -71,6 +71,7 @@ class Probe:
         self._size = size
         self.positions: Input | None = next((v for v in graph.inputs if _counts_tokens(v)), None)
         self._stand_ins: dict[str, Array] = {}
+        self._decided: dict[frozenset[Symbol], frozenset[Value]] = {}
 
     @cached_property
     def size(self) -> Dim | None:
@@ -111,6 +112,16 @@ class Probe:
     def depends_on_length(self, value: Value) -> bool:
         """Whether the number of tokens may decide the value's elements, beside how many there are."""
         return LENGTH in self.sources.get(value, frozenset())
+
+    def decided_by(self, symbols: frozenset[Symbol]) -> frozenset[Value]:
+        """Values with elements that these sizes may decide, beside how many there are."""
+        if symbols not in self._decided:
+            found: set[Value] = set()
+            for op in self.graph.ops:
+                if any(operand in found for operand in op.operands) or depends_on_size(op, symbols):
+                    found.add(op)
+            self._decided[symbols] = frozenset(found)
+        return self._decided[symbols]
 
     def is_constant(self, value: Value) -> bool:
         """Whether the value is known when compiling."""

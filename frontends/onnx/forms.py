@@ -95,6 +95,9 @@ def axes_of(node: Node, rank: int, item: Item | None = None) -> tuple[int, ...] 
     return None if given is None else tuple(sorted(axis_of(int(axis), rank) for axis in given))
 
 
+HALVES = ("f16", "bf16")
+
+
 def cast(value: Value, dtype: str) -> Value:
     """The value in a dtype."""
     return value if value.dtype == dtype else e.Cast(value, dtype)

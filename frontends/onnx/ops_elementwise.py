@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 
 from llmc.compiler.ir import elementwise as e
-from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.types import FLOATS
-from llmc.frontends.onnx.forms import broadcast, broadcast_of, cast, dtype_named, highest, like, lowest
+from llmc.compiler.ir.op import Input, Op, Param, Value
+from llmc.compiler.ir.types import FLOATS, INTEGERS
+from llmc.frontends.onnx.forms import HALVES, broadcast, broadcast_of, cast, dtype_named, highest, like, lowest
 from llmc.frontends.onnx.translation import Handler, Item, Node, Translation, Unsupported, handles, objects
 
 
@@ -153,8 +153,24 @@ def _where(t: Translation, node: Node, condition: Item, a: Item, b: Item) -> Val
 
 @handles("Cast")
 def _cast(t: Translation, node: Node, x: Item) -> Value | Item:
-    dtype = t.dtype(dtype_named(node.attributes["to"]))
+    named = dtype_named(node.attributes["to"])
+    dtype = t.dtype(named)
+    if dtype != named and named in HALVES and (x.dtype in INTEGERS or _is_positional(x.value)):
+        return e.Cast(e.Cast(x.value, named), dtype)
     return x if dtype == x.dtype else e.Cast(x.value, dtype)
+
+
+def _is_positional(value: Value) -> bool:
+    """Whether places and sizes alone decide a value. Half floats count to 2,048 only: how these round is not noise."""
+    seen, stack = {value}, [value]
+    while stack:
+        top = stack.pop()
+        if isinstance(top, Param) or (isinstance(top, Input) and top.name != "positions"):
+            return False
+        new = [x for x in (top.operands if isinstance(top, Op) else ()) if x not in seen]
+        seen.update(new)
+        stack += new
+    return True
 
 
 @handles("CastLike")

@@ -20,7 +20,7 @@ from llmc.compiler.ir.elementwise import Constant, constant
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.errors import DimError, LlmcError
-from llmc.frontends.onnx.forms import at_most, axes_of, dtype_named, integers, larger, smaller
+from llmc.frontends.onnx.forms import HALVES, at_most, axes_of, dtype_named, integers, larger, smaller
 from llmc.frontends.onnx.translation import SMALL, Item, Node, Objects, Translation, objects
 
 Folder = Callable[..., Any]
@@ -240,8 +240,8 @@ def _sqrt(t: Translation, node: Node, x: Item) -> Objects:
 
 @folds("Cast")
 def _cast(t: Translation, node: Node, x: Item) -> Item:
-    dtype = t.dtype(dtype_named(node.attributes["to"]))
-    return Item(known=_as(_elements(x), dtype), dtype=dtype)
+    named = dtype_named(node.attributes["to"])
+    return Item(known=_as(_elements(x), named if named in HALVES else t.dtype(named)), dtype=t.dtype(named))
 
 
 @folds("CastLike")

@@ -229,7 +229,8 @@ class Translation:
     """The state of one translation: what each name stands for.
 
     functions: the model's own, by (domain, name). wide_floats: f16, bf16 and f64 become f32 (text models, where
-    nothing but rounding depends on them). fold: given an op's items, what is known of its result (`symbolic.fold`).
+    nothing but rounding depends on them; casts of places to halves still round). fold: given an op's items, what is
+    known of its result (`symbolic.fold`).
     """
 
     def __init__(self, functions: Mapping[tuple[str, str], Body] | None = None, wide_floats: bool = False) -> None:
