@@ -155,6 +155,27 @@ def test_an_adapter_is_never_left_out_without_a_word(tmp_path: Path) -> None:
     assert "take the adapter's files away" in message  # beside weights that could be compiled without it
 
 
+def test_an_adapter_without_its_settings_and_one_of_prompts(tmp_path: Path) -> None:
+    """Weights of an adapter are one, and what cannot be merged is not said to be merged."""
+    bare, prompts = tmp_path / "bare", tmp_path / "prompts"
+    shutil.copytree(tiny("llama"), bare)
+    (bare / "adapter_model.bin").write_bytes(b"")
+    message = refusal(bare)
+    assert "an adapter (adapter_model.bin)" in message and "merge_and_unload" in message
+    shutil.copytree(tiny("llama"), prompts)
+    (prompts / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    message = refusal(prompts)
+    assert "a PROMPT_TUNING adapter" in message and "cannot be merged" in message and "merge_and" not in message
+
+
+def test_adapters_in_folders_are_noted(tmp_path: Path) -> None:
+    """Where PEFT keeps adapters that have names; transformers loads the checkpoint without them."""
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    for name in ("fr", "default"):
+        with_adapter(tmp_path / "m" / name)
+    assert any("adapters in folders are left out" in n and "default, fr" in n for n in lift(tmp_path / "m").notes)
+
+
 @pytest.mark.parametrize(
     ("file", "expected"),
     [

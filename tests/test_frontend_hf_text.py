@@ -281,6 +281,17 @@ def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkey
     assert read_text(tmp_path, load_config(tmp_path)).facts is not None
 
 
+def test_a_tokenizer_that_fails_on_text_is_refused(tmp_path: Path) -> None:
+    """Its files can be read, but not every text can be encoded: no [UNK] in its vocabulary."""
+    kinds.word_piece(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["model"]["unk_token"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    _set(tmp_path, unk_token="[NONE]", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(FrontendError, match=r"its tokenizer cannot be read \(.*(Missing|\[NONE\]|\[UNK\])"):
+        read_text(tmp_path, load_config(tmp_path))
+
+
 def test_steps_for_some_texts_alone_are_noted(tmp_path: Path) -> None:
     """CodeLlama's class fills a gap that <FILL_ME> marks; all other text is as its tokenizer.json says."""
     kinds.llama2(tmp_path)

@@ -191,6 +191,22 @@ MISFITS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "shape": (lambda t: t | {"model.norm.weight": torch.ones(65)}, r"model.norm.weight is [65], the config wants [64]"),
     "unexpected": (lambda t: t | {"model.norm.bias": torch.ones(64)}, "unexpected: model.norm.bias"),
     "integers": (lambda t: t | {"model.norm.weight": torch.ones(64, dtype=torch.int8)}, "holds i8, not floats"),
+    "part of a linear layer": (
+        lambda t: t | {"model.layers.0.self_attn.q_proj.gate.weight": torch.ones(4)},
+        "unexpected: model.layers.0.self_attn.q_proj.gate.weight",
+    ),
+    "adapter": (
+        lambda t: t | {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 64)},
+        "tensors of an adapter, model.layers.0.self_attn.q_proj.lora_A.default.weight: merge it with peft",
+    ),
+    "adapter with PEFT's prefix": (
+        lambda t: t | {"base_model.model.model.layers.0.mlp.up_proj.lora_B.weight": torch.ones(4, 64)},
+        "tensors of an adapter, base_model.model.model.layers.0.mlp.up_proj.lora_B.weight: merge",
+    ),
+    "saved by PEFT whole": (
+        lambda t: {f"base_model.model.{k}".replace("q_proj", "q_proj.base_layer"): v for k, v in t.items()},
+        "tensors of an adapter, base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+    ),
     "many": (lambda t: {"model.norm.weight": torch.ones(64)}, "more"),
 }
 
@@ -202,9 +218,10 @@ def test_weights_that_do_not_fit_are_listed(fault: str, tmp_path: Path) -> None:
 
 
 def test_tensors_of_parts_that_the_model_lacks_are_noted(tmp_path: Path) -> None:
-    directory = rewritten("llama", tmp_path / "m", lambda t: t | {"vision_tower.patch.weight": torch.ones(4)})
-    lifted = lift(directory)
-    assert any("vision_tower.patch.weight" in note for note in lifted.notes)
+    """Of a tower, and of a layer more (a draft head)."""
+    more = {"vision_tower.patch.weight": torch.ones(4), "model.layers.9.self_attn.q_proj.weight": torch.ones(4)}
+    lifted = lift(rewritten("llama", tmp_path / "m", lambda t: t | more))
+    assert any(all(name in note for name in more) for note in lifted.notes)
 
 
 # Headers that lie.

@@ -317,8 +317,30 @@ def test_values_that_make_no_sense_are_named_and_left_out(tmp_path: Path) -> Non
     assert len(text.notes) == len(wild) - 1
     for name in set(wild) - {"do_sample"}:
         assert any(f"generation_config.json: {name} " in note and "ignored" in note for note in text.notes)
+    text = defaults_of(tmp_path, generation_config={"num_beams": "4"})
+    assert len(text.notes) == 1 and "num_beams '4' is not supported" in text.notes[0]
     text = defaults_of(tmp_path, generation_config={"do_sample": "yes"})
     assert text.notes == ("generation_config.json: do_sample must be true or false, and is 'yes': ignored",)
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "named"),
+    [
+        (2.0, [2], False), ([[2], 3.0], [2, 3], False), ([], [5], False), ("2", [5], True), (True, [5], True),
+        ({"a": 2}, [5], True), ([2, "x"], [2], True), (-1, [5], True), (2.5, [5], True),
+    ],
+)  # fmt: skip
+def test_end_tokens_that_are_none_are_named(value: object, ends: list[int], named: bool, tmp_path: Path) -> None:
+    """A text that does not end where its checkpoint meant it to is not left to be found out."""
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    found = generation.read_generation(tmp_path, 320)
+    assert found.end_ids == ends
+    assert [note for note in found.notes if "generation_config.json: eos_token_id must be" in note] == list(found.notes)
+    assert bool(found.notes) == named
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": value}))
+    (tmp_path / "generation_config.json").unlink()
+    assert bool(generation.read_generation(tmp_path, 320).notes) == named
 
 
 def test_settings_of_old_stand_in_the_config(tmp_path: Path) -> None:

@@ -19,11 +19,18 @@ import numpy as np
 from llmc.compiler.ir.types import FLOATS, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
+from llmc.frontends.hf.source import MERGE
 from llmc.frontends.hf.weights import STORED_CONSTANTS, is_finite, shortened, to_numpy, to_torch
 from llmc.frontends.lifted import WeightSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What PEFT calls its tensors in a model that was saved without merging them.
+_ADAPTED = re.compile(
+    r"(^|\.)(lora_[A-Za-z_]+|ia3_l|hada_w\w+|lokr_w\w+|oft_[RrSs]\w*|vera_lambda_\w+|base_layer)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,6 @@ class ModelWeights:
         # of a module that it has would change what that module computes, so the config must be wrong.
         foreign = [name for name in left_over if not self._has_module(name)]
         left_over = [name for name in left_over if name not in foreign]
-        if foreign:
-            self.notes.append(f"tensors of parts that this model does not have are left out: {shortened(foreign)}")
         wrong = []
         for name, tensor in self._plain.items():
             shape = self._checkpoint.shape(tensor)
@@ -165,6 +170,10 @@ class ModelWeights:
                 wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
             if name in self._parameters and self._checkpoint.dtype(tensor) not in FLOATS:
                 wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
+        if adapted := [name for name in (*left_over, *foreign) if _ADAPTED.search(name)]:
+            raise FrontendError(f"the checkpoint holds tensors of an adapter, {shortened(adapted, 2)}: {MERGE}")
+        if foreign:
+            self.notes.append(f"tensors of parts that this model does not have are left out: {shortened(foreign)}")
         faults = []
         if partly:
             self.missing = missing
@@ -211,10 +220,16 @@ class ModelWeights:
         )
 
     def _has_module(self, tensor: str) -> bool:
-        """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix."""
-        module = tensor.rpartition(".")[0]
-        modules = {name for name, _ in self._model.named_modules()}
-        return module in modules or f"{self._model.base_model_prefix}.{module}" in modules
+        """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix, or a
+        part of one that has no parts in the model (of a linear layer, say)."""
+        modules = {name: any(True for _ in module.children()) for name, module in self._model.named_modules()}
+        module, first = tensor.rpartition(".")[0], True
+        while module:
+            for name in (module, f"{self._model.base_model_prefix}.{module}"):
+                if name in modules and (first or not (modules[name] or _is_list(self._model, name))):
+                    return True
+            module, first = module.rpartition(".")[0], False
+        return False
 
     def _harmless(self, name: str, patterns: list[str]) -> bool:
         """Left-over tensors that say nothing: constants that older versions stored."""
@@ -222,6 +237,13 @@ class ModelWeights:
             return True
         # Stored causal masks, of four axes, unlike any bias.
         return _matches(name, patterns[-1:]) and len(self._checkpoint.shape(name)) != 1
+
+
+def _is_list(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module is a list of others, which may have none in this model."""
+    from torch.nn import ModuleDict, ModuleList
+
+    return isinstance(model.get_submodule(name), (ModuleList, ModuleDict))
 
 
 def _lazily(checkpoint: WeightSource, tensor: str) -> Any:

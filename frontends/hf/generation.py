@@ -43,7 +43,10 @@ def read_generation(directory: Path, vocabulary: int) -> Generation:
         found = generation_of(_optional_json(path), path.name, vocabulary)
     else:
         found = generation_of(config, "config.json", vocabulary)
-    return found if found.end_ids else replace(found, end_ids=token_ids(config.get("eos_token_id")))
+    if found.end_ids or not path.exists():
+        return found
+    ends, wrong = _ends(config, "config.json")
+    return replace(found, end_ids=ends, notes=(*found.notes, *wrong))
 
 
 def generation_of(settings: Mapping[str, object], source: str, vocabulary: int) -> Generation:
@@ -54,7 +57,16 @@ def generation_of(settings: Mapping[str, object], source: str, vocabulary: int) 
         forced = defaults.get(name, [])
         if max(forced if isinstance(forced, list) else [forced], default=0) >= vocabulary:
             notes.append(f"{source}: {name} {defaults.pop(name)} is not in the vocabulary of {vocabulary}: ignored")
-    return Generation(defaults, token_ids(given.get("eos_token_id")), (*notes, *_unsupported(given, source)))
+    ends, wrong = _ends(given, source)
+    return Generation(defaults, ends, (*notes, *wrong, *_unsupported(given, source)))
+
+
+def _ends(given: Mapping[str, object], source: str) -> tuple[list[int], list[str]]:
+    """The tokens that end a text, and a note where some of them are no token ids: such a text would not end."""
+    value = given.get("eos_token_id")
+    others = [item for item in _items(value) if _token(item) is None and item is not None]
+    note = f"{source}: eos_token_id must be a token id or a list of them, and is {value!r:.40}: what is none is ignored"
+    return token_ids(value), [note] if others else []
 
 
 def _optional_json(path: Path) -> dict[str, object]:
@@ -194,9 +206,18 @@ def _forced(value: object) -> list[int]:
 
 def token_ids(value: object) -> list[int]:
     """Token ids from an id, or from a list of ids or of lists; what is none is left out."""
-    if isinstance(value, (list, tuple)):
-        return [token for item in value for token in token_ids(item)]
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else []
+    return [token for token in map(_token, _items(value)) if token is not None]
+
+
+def _items(value: object) -> list[object]:
+    return [item for part in value for item in _items(part)] if isinstance(value, (list, tuple)) else [value]
+
+
+def _token(value: object) -> int | None:
+    """The id that a number is; a whole number may be written as 2.0, which transformers takes too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        return None
+    return int(value) if value == int(value) else None
 
 
 _PENALTY = ("above 0", _number(0, 1e6, low_open=True))
@@ -242,7 +263,7 @@ _Acts = Callable[[Mapping[str, object]], bool]
 def _more_than(name: str, number: float) -> _Acts:
     def acts(given: Mapping[str, object]) -> bool:
         value = given[name]
-        return isinstance(value, (int, float)) and value > number
+        return not isinstance(value, (int, float)) or value > number  # no number at all: named as well
 
     return acts
 

@@ -15,7 +15,7 @@ from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
 from llmc.frontends.hf.sentence import EMBED, read_sentence
-from llmc.frontends.hf.source import resolve
+from llmc.frontends.hf.source import adapters_below, resolve
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
@@ -61,7 +61,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     else:
         traced = trace(kind, config, context, plan.token_types, plan.outputs, untied)
     model = traced.meta.model
-    notes = [*traced.notes, *(note for own in stored for note in own.notes)]
+    notes = [*adapters_below(base_dir), *traced.notes, *(note for own in stored for note in own.notes)]
     missing = [name for own in stored for name in own.missing]
     values = _weights(model, plan, stored[0] if stored else None, dtype, seed)
     if traced.room is not None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json, read_json_list
 
 # What a model needs, and never code.
 _ALWAYS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -33,6 +34,11 @@ _FORMATS = {
     "of transformers, or take the model's own -hf version",
     "model_index.json": "a diffusion pipeline, which llmc does not compile: it compiles models of text",
 }
+MERGE = "merge it with peft (merge_and_unload, then save_pretrained) and compile the result"
+# Adapters of PEFT that add tokens or keys and values in front, or layers with gates: there is nothing to merge.
+_PROMPT_ADAPTERS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE",
+)  # fmt: skip
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?$")
 _READ = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".safetensors", ".bin")
 
@@ -75,8 +81,6 @@ def check_links(directory: Path, model: Path) -> None:
 
 def module_paths(path: Path) -> list[str]:
     """The folders that a modules.json of sentence-transformers names, below its own; empty if there is no such file."""
-    from llmc.frontends.hf.config import read_json_list
-
     if not path.exists():
         return []
     entries = read_json_list(path)
@@ -130,7 +134,9 @@ def require_checkpoint(directory: Path) -> None:
     """FrontendError for a directory in another format than that of transformers, or with an adapter in it."""
     adapter = directory / "adapter_config.json"
     if adapter.exists():
-        raise FrontendError(_adapter(adapter))
+        raise FrontendError(_adapter(directory, read_json(adapter), adapter.name))
+    for weights in sorted(path for path in directory.glob("adapter_model*") if path.suffix in _READ):
+        raise FrontendError(_adapter(directory, {}, weights.name))
     if (directory / "config.json").exists() or (directory / "modules.json").exists():
         return
     for path in sorted(directory.iterdir()):
@@ -140,16 +146,23 @@ def require_checkpoint(directory: Path) -> None:
             raise FrontendError(f"{directory} has no config.json, and {path.name} is {found}")
 
 
-def _adapter(path: Path) -> str:
-    from llmc.frontends.hf.config import read_json
+def adapters_below(directory: Path) -> tuple[str, ...]:
+    """A note on adapters in folders of a checkpoint, where PEFT keeps those that have names: transformers loads the
+    checkpoint without them."""
+    names = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    if not names:
+        return ()
+    return (f"adapters in folders are left out, as transformers does until one is loaded: {', '.join(names):.200}",)
 
-    described = read_json(path)
+
+def _adapter(directory: Path, described: dict[str, object], file: str) -> str:
     kind, base = described.get("peft_type"), described.get("base_model_name_or_path")
     what = f"a{'n' if str(kind)[:1] in 'AI' else ''} {kind} adapter" if isinstance(kind, str) else "an adapter"
     of = f" of {base}" if isinstance(base, str) and base else ""
-    beside = any(path.parent.glob("model*.safetensors*")) or any(path.parent.glob("pytorch_model*.bin*"))
-    return (
-        f"{path.parent} holds {what:.40}{of:.100} (adapter_config.json), which llmc does not apply: merge it with peft "
-        "(merge_and_unload, then save_pretrained) and compile the result"
-        + (", or take the adapter's files away to compile the weights beside it" if beside else "")
-    )
+    beside = any(directory.glob("model*.safetensors*")) or any(directory.glob("pytorch_model*.bin*"))
+    away = "take the adapter's files away to compile the weights beside it"
+    if kind in _PROMPT_ADAPTERS:
+        advice = "it is no change of weights, so that it cannot be merged" + (f"; {away}" if beside else "")
+    else:
+        advice = MERGE + (f", or {away}" if beside else "")
+    return f"{directory} holds {what:.40}{of:.100} ({file}), which llmc does not apply: {advice}"

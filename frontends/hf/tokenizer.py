@@ -63,12 +63,16 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
         return None, ("no tokenizer: the artifact takes token ids only",)
     _require_libraries(directory)
     try:
-        tokenizer, notes = _load(directory)
+        return _opened(*_load(directory))
     except FrontendError:
         raise
-    except Exception as error:  # transformers and its converters raise many kinds
+    except Exception as error:  # transformers, its converters and the tokenizer itself raise many kinds
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
+
+
+def _opened(tokenizer: Any, notes: tuple[str, ...]) -> tuple[Any | None, tuple[str, ...]]:
+    """The tokenizer without limits of its own; None and a note where the artifact cannot hold it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, (f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only",)
