@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmc.compiler.ir.elementwise import Cast, Equal, Not, NotEqual, constant
+from llmc.compiler.ir.elementwise import Add, Cast, Equal, Mul, Not, NotEqual, constant
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.pattern import number_of
@@ -11,19 +11,22 @@ from llmc.compiler.ir.structural import Broadcast, Cumsum, Reshape
 _PLAIN = (Cast, Reshape, Not)
 
 
-def without_padding(graph: Graph, pad_id: int | None) -> Graph:
-    """The graph where no token of `ids` is the padding's, for a model that counts its positions by `ids != padding`.
+def without_padding(graph: Graph, pad_id: int | None) -> tuple[Graph, int | None]:
+    """The graph where no token of `ids` is the padding's, and that id where the graph asks for it (None: it does not).
 
-    pad_id: the padding's id, as the model's config says; None: the id whose absence is counted.
+    pad_id: the padding's id, as the model's config says. None: the id that positions are counted around, where they are
+    counted as RoBERTa does: running sums of `ids != padding`, 0 at padding, from `padding + 1` on.
     """
     replaced: dict[Value, Value] = {}
+    found = None
     for op in graph.ops:
         if isinstance(op, (Equal, NotEqual)):
             compared = next((b for a, b in ((op.a, op.b), (op.b, op.a)) if _is_ids(a)), None)
             number = None if compared is None else number_of(compared)
-            if number is not None and (number == pad_id if pad_id is not None else _is_counted(graph, op)):
+            if number is not None and (number == pad_id if pad_id is not None else _counts_around(graph, op, number)):
                 replaced[op] = Broadcast(constant(isinstance(op, NotEqual), "bool"), op.shape)
-    return substitute_values(graph, replaced) if replaced else graph
+                found = int(number)
+    return (substitute_values(graph, replaced), found) if replaced else (graph, None)
 
 
 def _is_ids(value: Value) -> bool:
@@ -32,15 +35,26 @@ def _is_ids(value: Value) -> bool:
     return isinstance(value, Input) and value.name == "ids"
 
 
-def _is_counted(graph: Graph, op: Op) -> bool:
-    """Whether a running sum of what `op` says is taken."""
-    stack: list[Op] = [op]
-    seen = {op}
+def _counts_around(graph: Graph, op: Equal | NotEqual, number: float) -> bool:
+    """Whether positions are running sums of `ids != number`, times that, plus `number`."""
+    tokens = _reached(graph, op, _PLAIN)
+    for value in tokens:
+        if not isinstance(value, Cumsum):
+            continue
+        for product in _reached(graph, value, (Cast, Reshape, Add)):
+            if isinstance(product, Mul) and not tokens.isdisjoint(product.operands):
+                for total in _reached(graph, product, (Cast, Reshape)):
+                    if isinstance(total, Add) and number in (number_of(total.a), number_of(total.b)):
+                        return True
+    return False
+
+
+def _reached(graph: Graph, start: Op, through: tuple[type[Op], ...]) -> set[Op]:
+    """`start`, what is made of it by ops of these kinds alone, and the ops that use those."""
+    found, stack = {start}, [start]
     while stack:
         for user in graph.users.get(stack.pop(), ()):
-            if isinstance(user, Cumsum):
-                return True
-            if isinstance(user, _PLAIN) and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return False
+            if user not in found:
+                found.add(user)
+                stack.extend([user] if isinstance(user, through) else [])
+    return found

@@ -112,10 +112,14 @@ def _plain_graph(model: OnnxModel, bodies: Bodies, sizes: FreeSizes) -> tuple[Gr
 
 @dataclass(frozen=True)
 class _Translated:
-    """One translation: the outputs that are kept, and the inputs of the graph."""
+    """One translation: the outputs that are kept, and the inputs of the graph.
+
+    padding: the token id that the graph asks for and that is taken to be nowhere, if there is one.
+    """
 
     inputs: tuple[Input, ...]
     outputs: tuple[tuple[str, Value], ...]
+    padding: int | None
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,8 @@ class _Text:
         items = Translation(self.bodies.functions, wide_floats=True).run(self.main, given)
         values = tuple((name, item.value) for name, item in zip(self.main.outputs, items, strict=True))
         inputs = (ids, positions, types) if self.inputs.having(Role.TOKEN_TYPES) else (ids, positions)
-        graph = without_padding(Graph("model", inputs, values), self.companions.pad_id)
-        return _Translated(inputs, graph.outputs)
+        graph, padding = without_padding(Graph("model", inputs, values), self.companions.pad_id)
+        return _Translated(inputs, graph.outputs, padding)
 
     def _given(self, signature: Signature, size: Dim, ids: Input, positions: Input, types: Input) -> Item:
         """What an input of the model is for one sequence of S tokens, without padding or a past."""
@@ -188,6 +192,12 @@ class _Text:
         context, notes = self._context(max_context)
         translated = self.translate(context)
         outputs = tuple((name, cast(value, "f32")) for name, value in translated.outputs)
+        if translated.padding is not None:
+            notes = [
+                *notes,
+                f"token {translated.padding} is padding to this model, and texts are computed without padding: it is a "
+                "token like any other in them",
+            ]
         whole = _Whole(Graph("model", translated.inputs, outputs), context, tuple(notes), weights, seed)
         logits = self._vocabulary_logits(whole.graph, token_rows(whole.graph))
         decodes = self._decodes() if logits is not None else False

@@ -32,6 +32,7 @@ ONCE_WRONG: dict[int, str] = {
     171: "every seventh distance of an encoder, and rotations of another length from 218 on",
     283: "a scale by length, paged",
     611: "frequencies scaled by a stored table from row 127 on",
+    790: "running sums of `ids == 10`, which tell texts apart, were taken for a count around padding",
     907: "a stored bias of one key, 127, was none",
     1010: "a window of 60 and the first 12 keys",
     1148: "dynamic NTK beyond 32 tokens was that of short ones",
