@@ -214,11 +214,19 @@ def test_a_gate_whose_parts_are_used_elsewhere_says_so(extra: str, reason: str) 
     assert reason in reasons(report)
 
 
-def test_overrides_that_differ_keep_gate_and_up_apart() -> None:
+@pytest.mark.parametrize("overrides", ["w2=int8", "w3=int8", "w2=int8;w3=int4"])
+def test_overrides_that_differ_keep_gate_and_up_apart(overrides: str) -> None:
     body = GATE.format(kind="silu", product="%a, %u", gate_bias="none", up_bias="none")
-    after, report = check(graph_of(body, "h = %h"), MergeProjections(overrides="w3=int8"))
+    after, report = check(graph_of(body, "h = %h"), MergeProjections(overrides=overrides))
     assert len(linears(after)) == 2
     assert "overrides" in reasons(report)
+
+
+@pytest.mark.parametrize("overrides", ["w?=int8", "w2=int8;w3=int8"])
+def test_overrides_that_say_the_same_of_both_do_not(overrides: str) -> None:
+    body = GATE.format(kind="silu", product="%a, %u", gate_bias="none", up_bias="none")
+    after, _ = check(graph_of(body, "h = %h"), MergeProjections(overrides=overrides))
+    assert [op.name for op in linears(after)] == ["llm.gated_linear"]
 
 
 def test_bias_activation_and_residual_are_fused() -> None:
