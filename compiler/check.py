@@ -25,6 +25,8 @@ from llmc.errors import CompileError, IRError
 # Recognisers replace constants that sources print with seven digits, such as sqrt(2 / pi), by the exact ones; anything
 # else differs by f64 rounding only. Relative to the largest value of an output.
 TOLERANCE = 1e-7
+CLEARLY = 1e-3  # a difference in f64 that no small mistake makes
+ROUNDED = 1e-4  # of what f32 makes of one graph in two orders: 1e-6 a layer as a rule
 RUNS = 16  # about how many passes change a graph
 BUDGET = 3e12  # multiply-adds of all runs together: some minutes of one core
 
@@ -109,7 +111,11 @@ class Checker:
             return
         if exact:
             outputs = self._run(after, f"the graph after {item.name}")
-            self._compare_all(item, outputs, self.tolerance)
+            try:
+                self._compare_all(item, outputs, self.tolerance)
+            except CompileError:
+                if not self.differs_by_rounding(before, after):
+                    raise
         else:
             with np.errstate(all="ignore"):
                 unrounded = check_rounding(item, before, after, self.load_param, self._quantized_weights(after))
@@ -126,6 +132,20 @@ class Checker:
         if self.load_param is None:
             self.load_param = random_params(graph, self.seed)
         return self._run(graph, "a graph", exact)
+
+    def differs_by_rounding(self, before: Graph, after: Graph) -> bool:
+        """Whether two graphs that differ much in f64 are equal in their own dtypes, in which they run.
+
+        A threshold that lies on a rounding, such as floor(distance * (1 / 31)), is on its other side in f64. What is
+        wrong by more than CLEARLY in f64 is wrong by more than ROUNDED in f32 too.
+        """
+        gaps = []
+        for exact in (True, False):
+            pair = [self.evaluate(graph, exact) for graph in (before, after)]
+            if any(name not in pair[1] or pair[1][name].shape != array.shape for name, array in pair[0].items()):
+                return False
+            gaps.append(max(difference_of("", n, a, pair[1][n], True, None).relative for n, a in pair[0].items()))
+        return gaps[0] > CLEARLY and gaps[1] <= ROUNDED
 
     @property
     def outputs(self) -> dict[str, Array]:

@@ -36,4 +36,6 @@ ONCE_WRONG: dict[int, str] = {
     907: "a stored bias of one key, 127, was none",
     1010: "a window of 60 and the first 12 keys",
     1148: "dynamic NTK beyond 32 tokens was that of short ones",
+    1467: "floor(d * (1 / 31)) < 1 was refused: it lies on its other side in f64, where layers are compared",
+    1961: "the same beside no scale, in a graph of arrays",
 }
