@@ -1,170 +1,153 @@
-"""Changes llmc's code at random places, one at a time, and sees whether the tests notice (by cosmic-ray).
+"""Changes llmc's code, one place at a time, and sees whether the tests notice: the changes are cosmic-ray's.
 
-    python tests/mutation.py compiler/passes/merge_projections.py --share 0.2
-    python tests/mutation.py --all --share 0.05 --json build/mutation.json
+    python tests/mutation.py compiler/passes/cse.py --tests tests/test_golden.py tests/test_passes_basic_fold_cse.py
+    python tests/mutation.py --all --share 0.1 --json build/mutation.json
 
-Works on a copy of the tracked files. A mutant that no test kills is printed as a diff: kill it with a test, or see that
-it changes nothing. Not part of `make test`: a mutant takes some seconds, and there are 30 a function.
+The tests are run once to see which of them execute which lines. Then each mutant is put into a forked copy of this
+process, where the tests that execute its line run, the quickest first, until one fails. A mutant that none of them
+notices is printed: kill it with a test, or see that it changes nothing. Not part of `make test`: all mutants take an
+hour or more.
+
+Of the operators that could stand in a place instead, one is drawn by the seed. For what runs when a module is imported
+(constants, fields of classes), llmc is imported again in the copy, and all tests run that execute a line of the module.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import os
 import random
-import shlex
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("compiler", "frontends", "targets", "runtime")
-# Annotations are not evaluated, and these operators find `X | None` in them more often than anything else.
-SKIPPED = ("ReplaceBinaryOperator_BitOr",)
-PASSES = ("test_golden", "test_random_tensor_graphs", "test_passes_*")
-# Which tests look at a module, by the start of its path; the longest start wins.
-TESTS: dict[str, tuple[str, ...]] = {
-    "compiler/ir/": ("test_ir_*", "test_golden", "test_passes_basic_*"),
-    "compiler/ir/attention": ("test_ir_*", "test_golden", "test_passes_attention_*", "test_kv_cache"),
-    "compiler/ir/integers": ("test_ir_*", "test_golden", "test_onnx_quantized"),
-    "compiler/passes/": PASSES,
-    "compiler/passes/canonical": ("test_golden", "test_passes_basic_*", "test_random_tensor_graphs"),
-    "compiler/passes/cse": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fold": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fuse_activation": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fuse_embed": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fuse_linear": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fuse_norm": ("test_golden", "test_passes_basic_*"),
-    "compiler/passes/fuse_epilogues": ("test_golden", "test_passes_merge"),
-    "compiler/passes/integer_products": ("test_golden", "test_onnx_quantized"),
-    "compiler/passes/keep_integers": ("test_golden", "test_onnx_quantized"),
-    "compiler/passes/layouts": ("test_passes_layouts", "test_passes_attention_*"),
-    "compiler/passes/merge_projections": ("test_golden", "test_passes_merge"),
-    "compiler/passes/quantize": ("test_golden", "test_passes_quantize"),
-    "compiler/passes/schemes": ("test_golden", "test_passes_quantize"),
-    "compiler/passes/split_projections": ("test_golden", "test_passes_attention_projections"),
-    "frontends/hf/": ("test_frontend_hf_*",),
-    "frontends/onnx/": ("test_onnx_*", "test_encoder_onnx"),
-}
+FOLDERS = ("compiler/ir", "compiler/passes", "frontends", "frontends/hf", "frontends/onnx")
+# Operators that mostly change nothing: `X | None` in annotations, which are not evaluated; `is` for `==` and the like;
+# a decorator less, which is a cache less or an import that fails.
+SKIPPED = re.compile(r"_BitOr_|RemoveDecorator|_(?!IsNot_)\w+_Is$|_(?!Is_)\w+_IsNot$|_(Is|IsNot)_(?!Is)")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one module, and whether a test failed with it."""
+    """A module with one change: a place where an operator of cosmic-ray can be used."""
 
     module: str
     operator: str
+    occurrence: int
     line: int
-    killed: bool
-    diff: str
+    in_function: bool
+
+    def text(self) -> str:
+        """The module with the change; the module as it is if the operator finds nothing to change."""
+        from cosmic_ray.mutating import mutate_code
+        from cosmic_ray.plugins import get_operator
+
+        source = (ROOT / self.module).read_text()
+        return mutate_code(source, get_operator(self.operator)(), self.occurrence) or source
+
+    def verdict(self, outcome: str, tests: int) -> Verdict:
+        """What became of it; the changed line is made again for those that were not killed only, as that takes time."""
+        before = (ROOT / self.module).read_text().split("\n")[self.line - 1].strip()
+        after = self.text().split("\n")[self.line - 1].strip() if outcome != "killed" else ""
+        return Verdict(self.module, self.line, self.operator.rpartition("/")[2], before, after, outcome, tests)
 
 
-def tests_of(module: str, folder: Path) -> list[str]:
-    """The test files that look at a module."""
-    start = max((key for key in TESTS if module.startswith(key)), key=len, default="")
-    names = {path.relative_to(folder).as_posix() for glob in TESTS[start] for path in folder.glob(f"tests/{glob}.py")}
-    return sorted(names, key=lambda name: ("golden" not in name, name))  # goldens are quick, and see the most
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant.
+
+    "killed"; "survived"; "late" (no end in time); "unseen" (no test executes its line); "same code".
+    """
+
+    module: str
+    line: int
+    operator: str
+    before: str
+    after: str
+    outcome: str
+    tests: int  # that were to run
 
 
-def copied(folder: Path) -> None:
-    """The tracked files in `folder`, and in its `package` a tree of links where they are imported from."""
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
-    for name in filter(None, names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    package = folder / "package" / "llmc"
-    package.mkdir(parents=True)
-    for path in [*(folder / "llmc").iterdir(), *(folder / room for room in ROOMS)]:
-        (package / path.name).symlink_to(path)
+def bodies_of(source: str) -> list[tuple[int, int]]:
+    """First and last lines of the bodies of functions."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [(node.body[0].lineno, node.body[-1].end_lineno or 0) for node in functions]
 
 
-def run(module: str, folder: Path, share: float, seed: int) -> list[Mutant]:
-    """Mutants of one module, a share of them drawn at random."""
-    from cosmic_ray.work_db import use_db
-    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+def mutants_of(module: str, seed: int = 0) -> Iterator[Mutant]:
+    """One mutant for each kind of operator at each place of a module."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
 
-    # Not `python -m pytest`, which looks for llmc in the folder first, where its rooms are not below it.
-    command = [
-        str(Path(sys.executable).with_name("pytest")),
-        "-q",
-        "-x",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not slow",
-    ]
-    config, session = folder / "mutation.toml", folder / "mutation.sqlite"
-    session.unlink(missing_ok=True)
-    config.write_text(
-        f'[cosmic-ray]\nmodule-path = "{module}"\ntimeout = 900.0\nexcluded-modules = []\n'
-        f"test-command = {json.dumps(shlex.join([*command, *tests_of(module, folder)]))}\n"
-        '[cosmic-ray.distributor]\nname = "local"\n'
+    source = (ROOT / module).read_text()
+    nodes, bodies = list(ast_nodes(get_ast(source))), bodies_of(source)
+    choices: dict[tuple[tuple[int, int], str], list[tuple[str, int]]] = {}
+    for name in operator_names():
+        kind = get_operator(name)
+        if kind.arguments() or SKIPPED.search(kind.__name__):
+            continue
+        operator = kind()
+        starts = (start for node in nodes for start, _ in operator.mutation_positions(node))
+        for occurrence, start in enumerate(starts):
+            choices.setdefault((start, kind.__name__.partition("_")[0]), []).append((name, occurrence))
+    chance = random.Random(f"{seed} {module}")
+    for ((line, _), _), found in sorted(choices.items()):
+        name, occurrence = chance.choice(found)
+        yield Mutant(module, name, occurrence, line, any(first <= line <= last for first, last in bodies))
+
+
+def report(verdicts: Sequence[Verdict]) -> Iterable[str]:
+    """What was not killed, then counts a module, then all."""
+    for verdict in verdicts:
+        if verdict.outcome != "killed":
+            yield f"{verdict.outcome}: {verdict.module}:{verdict.line} {verdict.operator}, {verdict.tests} tests"
+            yield f"  - {verdict.before}\n  + {verdict.after}"
+    for module in sorted({verdict.module for verdict in verdicts}):
+        yield f"{module}: {counted(verdict for verdict in verdicts if verdict.module == module)}"
+    yield f"all: {counted(verdicts)}"
+
+
+def counted(verdicts: Iterable[Verdict]) -> str:
+    """How many of each outcome."""
+    return ", ".join(
+        f"{count} {outcome}" for outcome, count in Counter(each.outcome for each in verdicts).most_common()
     )
-    environment = {**os.environ, "PYTHONPATH": str(folder / "package"), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def ray(*arguments: object) -> None:
-        words = [str(Path(sys.executable).with_name("cosmic-ray")), "--verbosity=ERROR", *map(str, arguments)]
-        subprocess.run(words, cwd=folder, env=environment, check=True)
-
-    ray("init", config, session)
-    with use_db(str(session)) as database:
-        drawn = random.Random(f"{seed} {module}")
-        for item in list(database.work_items):
-            if any(name in item.mutations[0].operator_name for name in SKIPPED) or drawn.random() >= share:
-                database.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-    ray("baseline", config)
-    ray("exec", config, session)
-    with use_db(str(session)) as database:
-        return [
-            Mutant(
-                module, item.mutations[0].operator_name, item.mutations[0].start_pos[0], result.is_killed, result.diff
-            )
-            for item, result in database.completed_work_items
-            if result.worker_outcome == WorkerOutcome.NORMAL
-        ]
 
 
-def report(mutants: Sequence[Mutant]) -> Iterable[str]:
-    """Survivors as diffs, then counts a module."""
-    for mutant in mutants:
-        if not mutant.killed:
-            changed = [line for line in mutant.diff.split("\n") if line[:1] in "+-" and line[:3] not in ("+++", "---")]
-            yield "\n".join([f"survived: {mutant.module}:{mutant.line} {mutant.operator}", *changed, ""])
-    for module in dict.fromkeys(mutant.module for mutant in mutants):
-        own = [mutant for mutant in mutants if mutant.module == module]
-        yield f"{module}: {sum(mutant.killed for mutant in own)} of {len(own)} killed"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="files to change, such as compiler/passes/cse.py")
-    parser.add_argument("--all", action="store_true", help="every module that TESTS names a folder of")
-    parser.add_argument("--share", type=float, default=0.1, help="of the mutants of each module (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write all mutants here")
+    parser.add_argument("--all", action="store_true", help=f"every module of {', '.join(FOLDERS)}")
+    parser.add_argument("--tests", nargs="*", default=["tests"], help="test files to run (default: all)")
+    parser.add_argument("--share", type=float, default=1.0, help="of the mutants (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="which operators, and which share")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="mutants at a time")
+    parser.add_argument("--seconds", type=float, default=40, help="of tests for a mutant (default: %(default)s)")
+    parser.add_argument("--reach", type=Path, help="which tests execute which lines: read if it is there, else written")
+    parser.add_argument("--json", type=Path, help="write what became of all mutants here")
     given = parser.parse_args(arguments)
-    folders = [ROOT / start for start in TESTS if start.endswith("/")]
-    found = [path.relative_to(ROOT).as_posix() for folder in folders for path in sorted(folder.glob("*.py"))]
-    modules = found if given.all else given.modules
-    with tempfile.TemporaryDirectory(prefix="llmc-mutation-") as name:
-        folder = Path(name)
-        copied(folder)
-        mutants = []
-        for module in modules:
-            own = run(module, folder, given.share, given.seed)
-            mutants += own
-            print(*report(own), sep="\n", flush=True)
-            if given.json is not None:
-                given.json.write_text(json.dumps([asdict(mutant) for mutant in mutants], indent=1))
-    print(f"{sum(mutant.killed for mutant in mutants)} of {len(mutants)} killed")
+    modules = [path.relative_to(ROOT).as_posix() for name in FOLDERS for path in sorted((ROOT / name).glob("*.py"))]
+    modules = modules if given.all else given.modules
+    chance = random.Random(given.seed)
+    mutants = [mutant for name in modules for mutant in mutants_of(name, given.seed) if chance.random() < given.share]
+    # A copy of a process that has started threads would wait for them for ever.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", TVM_NUM_THREADS="1")
+    os.chdir(ROOT)
+    import pytest
+    from mutation_runner import OPTIONS, Runner
+
+    runner = Runner(mutants, modules, given.jobs, given.seconds)
+    runner.reach_file, runner.result = given.reach, given.json
+    status = pytest.main([*OPTIONS, *given.tests], [runner])
+    print(*report(runner.verdicts), sep="\n")
+    return 0 if runner.finished else int(status) or 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
