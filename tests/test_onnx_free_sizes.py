@@ -112,6 +112,7 @@ def test_three_sizes_become_one(tmp_path: Path) -> None:
         (lambda g: g.add("MatMul", g.add("Transpose", "a", perm=[1, 0]), W), 5),
         (lambda g: g.add("Reshape", "a", np.array([2, 9])), 6),
         (lambda g: g.add("Reshape", g.add("Concat", "a", "a", axis=0), np.array([1, 12])), 2),
+        (lambda g: g.add("Squeeze", "a", np.array([0])), 1),
     ],
 )
 def test_a_size_that_can_be_one_number_only_is_that(build: Builder, number: int, tmp_path: Path) -> None:
@@ -155,6 +156,7 @@ NUMBERS: dict[str, Builder] = {
         "LSTM", g.add("Transpose", "a", perm=[2, 0, 1]), np.ones((1, 20, 3), np.float32),
         np.ones((1, 20, 5), np.float32), hidden_size=5, outputs=3,
     )[0],
+    "squeeze": lambda g: g.add("Squeeze", g.add("MaxPool", "a", kernel_shape=[3], strides=[11]), np.array([2])),
 }  # fmt: skip
 
 

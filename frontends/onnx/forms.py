@@ -14,7 +14,7 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, bounds, exact_division, known_at_most, product
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.ranges import Ranges
-from llmc.compiler.ir.shapes import axis_of, broadcast_shapes
+from llmc.compiler.ir.shapes import axis_of, broadcast_shapes, require_equal
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Shape
 from llmc.errors import DimError
 from llmc.frontends.onnx.translation import Item, MayNotFit, Node, SizeUnknown, Unsupported
@@ -135,8 +135,8 @@ def squeeze(value: Value, *axes: int) -> Value:
     """Axes of size 1 taken out."""
     at = {axis_of(axis, value.rank) for axis in axes}
     for axis in at:
-        if value.shape[axis] != 1:
-            raise Unsupported(f"axis {axis} of {list(value.shape)} is squeezed, and its size is not 1")
+        said = f"axis {axis} of {list(value.shape)} is squeezed, and its size is not 1"
+        require_equal(said, (value.shape[axis], 1))
     return reshape(value, [dim for i, dim in enumerate(value.shape) if i not in at])
 
 
