@@ -1,13 +1,18 @@
-"""What an artifact says about itself; runtime/manifest.py says which fields the runtime checks and uses."""
+"""What an artifact says about itself; runtime/manifest.py says which fields the runtime checks and uses.
+
+The same model, options and versions give the same bytes: nothing here depends on when, where or how fast a model was
+compiled.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
@@ -49,7 +54,7 @@ def build_manifest(
     nbytes: int,
     library: Library,
     max_step: int,
-    seconds: float,
+    created: str,
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
@@ -64,7 +69,7 @@ def build_manifest(
         "task": lifted.task,
         "model": {
             "name": lifted.name,
-            "source": source,
+            "source": _source(source),
             "parameters": lifted.parameters,
             "bits_per_weight": round(8 * weight_bytes(placed) / max(1, lifted.parameters), 4),
         },
@@ -118,14 +123,33 @@ def build_manifest(
             "weight_bytes_per_token": min(nbytes, estimate(program.graph, context=PAGE).read_per_token),
         },
         "provenance": {
-            "options": options.as_json(),
+            "options": options.as_json() | ({} if options.weights_file is None else {"weights": "file"}),
             "graph": text_hash(compiled.graph),
-            "compile_seconds": round(seconds, 2),
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": platform.machine(),
+            **({"created": created} if created else {}),
             "tvm": _version("apache-tvm"),
         },
     }
+
+
+def creation_time() -> str:
+    """What $SOURCE_DATE_EPOCH says, as an artifact has it; empty where it is not set. CompileError where it is no time.
+
+    https://reproducible-builds.org/specs/source-date-epoch
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not given:
+        return ""
+    try:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(given)))
+    except (ValueError, OverflowError, OSError) as error:
+        raise CompileError(
+            f"SOURCE_DATE_EPOCH is {given!r:.40}: it should be the seconds since 1970, or not be set"
+        ) from error
+
+
+def _source(given: str) -> str:
+    """The model as a command names it: a name on the hub, or that of a file or folder, wherever it lies."""
+    return Path(os.path.abspath(given)).name if os.path.exists(given) else given
 
 
 def check_manifest(manifest: Mapping[str, object]) -> None:
@@ -199,7 +223,6 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
             "name": report.name,
             "hits": dict(report.hits),
             "refusals": [list(pair) for pair in report.refusals],
-            "seconds": round(report.seconds, 4),
             "ops_before": report.ops_before,
             "ops_after": report.ops_after,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -200,11 +199,12 @@ def compile_model(
     told of what `options.check` compared; where that finds a difference, CompileError, and what was at `output` before
     is unchanged.
     """
+    from llmc.compiler.manifest import creation_time
     from llmc.targets import lower, machine_named
     from llmc.targets.library import compiler_command
 
     told = progress or Silent()
-    started = time.perf_counter()
+    created = creation_time()
     machine = machine_named(options.target)
     compiler_command(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
@@ -220,7 +220,7 @@ def compile_model(
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         told.note(note)
     program = lower(compiled.graph, machine)
-    manifest = assemble(source, output, options, lifted, compiled, program, told, started, checker)
+    manifest = assemble(source, output, options, lifted, compiled, program, told, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
@@ -320,7 +320,7 @@ def assemble(
     compiled: Compiled,
     program: Program,
     progress: Progress,
-    started: float,
+    created: str,
     checker: Checker | None = None,
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
@@ -351,7 +351,7 @@ def assemble(
             progress.start("writing")
             manifest = build_manifest(
                 source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,
-                time.perf_counter() - started, digest,
+                created, digest,
             )  # fmt: skip
             check_manifest(manifest)
             writer.add_manifest(manifest)

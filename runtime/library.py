@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ctypes
+import contextlib
 import ctypes
 import errno
 import os
@@ -57,6 +58,8 @@ def _why_not_loaded(path: Path, error: OSError) -> str:
         forbidden = 0
     if forbidden:
         return f"{path} lies on a file system that is mounted noexec, so its code cannot run: copy it to another place"
+    if not Path("/proc/self/fd").exists():
+        return f"{path} cannot be loaded: /proc, through which its code is read, is not mounted"
     if any(os.strerror(number) in str(error) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)):
         return f"{path} cannot be loaded: {error}. Close something, or raise the limit (`ulimit -a` shows it)"
     return f"{path} cannot be loaded: {error}. Compile it again on this system"
@@ -132,10 +135,9 @@ class Library:
             kept = os.dup(artifact.descriptor)
             name = f"/proc/self/fd/{kept}"
             try:
-                shown = name if Path(name).exists() else str(artifact.path.absolute())
-                library = cls(artifact.path, shown, artifact.manifest.step.failures)
-            except BaseException:
-                os.close(kept)
+                library = cls(artifact.path, name, artifact.manifest.step.failures)
+            except BaseException:  # an interrupt too, at any point of it
+                cls._abandon(name, kept)
                 raise
             entry = cls._loaded[file] = version, weakref.ref(library)
             # Its functions are called through it only, so that none is called after it is gone.
@@ -149,13 +151,31 @@ class Library:
             if _stamp(os.fstat(kept)) != stamp:
                 return  # overwritten in place: what the loader would run to end it may be anything
             _ctypes.dlclose(handle._handle)
-            try:
-                _ctypes.dlclose(_ctypes.dlopen(handle._name, _RTLD_NOLOAD | os.RTLD_NOW))
-                return  # loaded all the same, and known by this name
-            except OSError:
-                os.close(kept)
+            if cls._is_loaded(handle._name):
+                return  # all the same, and known by this name
+            os.close(kept)
             if cls._loaded.get(file) is entry:
                 del cls._loaded[file]
+
+    @classmethod
+    def _abandon(cls, name: str, kept: int) -> None:
+        """Unloads what was refused, or interrupted, if it was loaded at all. The descriptor is closed only where the
+        loader has forgotten the name: another file's descriptor may get its number, and would be answered with this
+        code."""
+        with contextlib.suppress(OSError):
+            handle = _ctypes.dlopen(name, _RTLD_NOLOAD | os.RTLD_NOW)
+            _ctypes.dlclose(handle)
+            _ctypes.dlclose(handle)  # the one that was loaded: nobody else knows the name
+        if not cls._is_loaded(name):
+            os.close(kept)
+
+    @staticmethod
+    def _is_loaded(name: str) -> bool:
+        try:
+            _ctypes.dlclose(_ctypes.dlopen(name, _RTLD_NOLOAD | os.RTLD_NOW))
+        except OSError:
+            return False
+        return True
 
     @property
     def handle(self) -> ctypes.CDLL:

@@ -14,8 +14,10 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <errno.h>
 #include <limits.h>
+#include <link.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -304,7 +306,37 @@ static pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
 
 static void add_fork_handler(void) { pthread_atfork(NULL, NULL, restart_in_child); }
 
+/* The loaded object that this code is part of: what the search looks for, and finds. */
+typedef struct Object {
+    uintptr_t address;
+    const char *name; /* NULL: the program itself, or nothing */
+    int seen;
+} Object;
+
+static int find_object(struct dl_phdr_info *info, size_t size, void *context) {
+    Object *object = context;
+    (void)size;
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *header = &info->dlpi_phdr[i];
+        uintptr_t offset = object->address - info->dlpi_addr - header->p_vaddr;
+        if (header->p_type != PT_LOAD || offset >= header->p_memsz) continue;
+        if (object->seen > 0) object->name = info->dlpi_name; /* the program comes first, under any name */
+        return 1;
+    }
+    object->seen++;
+    return 0;
+}
+
+/* Workers run this code, and other artifacts call it through their pool, until the process ends: so the library that
+ * it is in stays loaded from now on. Others, which make no pool, may go. False where the loader does not know it. */
+static bool stay_loaded(void) {
+    Object self = {(uintptr_t)worker, NULL, 0};
+    if (!dl_iterate_phdr(find_object, &self)) return false;
+    return self.name == NULL || dlopen(self.name, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE) != NULL;
+}
+
 LlmcPool *llmc_pool_create(void) {
+    if (!stay_loaded()) return NULL;
     LlmcPool *pool = aligned_alloc(CACHE_LINE, (sizeof(LlmcPool) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
     if (pool == NULL) return NULL;
     memset(pool, 0, sizeof *pool);

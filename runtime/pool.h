@@ -25,7 +25,8 @@ void llmc_end_turn(LlmcPool *pool);
 /* Runs llmc_step on at most `threads` threads (this one included); calls from several threads take turns. */
 int llmc_run(const LlmcStep *step, int64_t threads);
 
-/* Makes a pool and makes this artifact use it. NULL when out of memory. Workers are started when first needed. */
+/* Makes a pool and makes this artifact use it. NULL when out of memory. Workers are started when first needed. The
+ * artifact stays loaded from then on, whatever dlclose is told. */
 LlmcPool *llmc_pool_create(void);
 
 /* Makes this artifact use a pool that another artifact created. */

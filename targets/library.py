@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +19,18 @@ from llmc.targets.kernel import Kernel
 from llmc.targets.limits import limit_kernels
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
+
+# What the runtime calls (pool.h, choose.h). Beside these an artifact exports its kernels, which `llmc compile --check`
+# calls one by one, and the limit kernels; everything else is its own.
+INTERFACE = (
+    "llmc_abi", "llmc_choose", "llmc_choose_bytes", "llmc_hash", "llmc_pool_create", "llmc_pool_use", "llmc_run",
+)  # fmt: skip
+
+# All artifacts have the same function names, and a process may hold several of them, in one namespace (RTLD_GLOBAL, or
+# one program linked with two). -Bsymbolic: what an artifact calls is its own, whatever was loaded before it. relro and
+# now: nobody writes over its table of functions later on. No `-z nodelete`: a dropped artifact gives back its memory
+# and the disk space of its file; the one whose code the pool's workers run keeps itself loaded (pool.c).
+_LINKER = ("-Wl,-Bsymbolic", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,--build-id=none")
 
 
 @dataclass(frozen=True)
@@ -83,10 +96,18 @@ def build_library(
     # Object files go through a response file: a long command line may be refused.
     listing = folder / "objects.txt"
     _write(listing, "\n".join(f'"{path}"' for path in compiled))
-    linker = ("-Wl,--build-id=none", "-Wl,-z,noexecstack")
-    _run(program.machine, "-shared", "-o", str(output), f"@{listing}", "-lm", *linker)
+    linking = link_options([*INTERFACE, *(item.symbol for item in kernels)], folder)
+    _run(program.machine, "-o", str(output), f"@{listing}", *linking)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
     return Library(output, calls, source, costs, facts, failures_of(program))
+
+
+def link_options(exported: Iterable[str], folder: Path) -> list[str]:
+    """What the C compiler makes an artifact's library with. exported: names (`*` allowed) that others may call."""
+    script = folder / "exports.map"
+    _write(script, "{ global: " + " ".join(f"{name};" for name in exported) + " local: *; };\n")
+    # libdl: a part of libc since glibc 2.34.
+    return ["-shared", f"-Wl,--version-script={script}", *_LINKER, "-lm", "-ldl"]
 
 
 def runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) -> list[Path]:

@@ -55,7 +55,7 @@ def measure(machine: Machine, threads: int, cache: Path | None = None) -> Limits
 
     cache: the kernel cache; by default kernels are compiled anew, which takes a second. Raises CompileError.
     """
-    from llmc.targets.library import compiler_command
+    from llmc.targets.library import compiler_command, link_options
 
     missing = machine.features - cpu.features()  # which also asks the system for registers that it gives on request
     if missing:
@@ -67,7 +67,8 @@ def measure(machine: Machine, threads: int, cache: Path | None = None) -> Limits
     objects = compile_kernels([item.kernel for item in kernels], machine, cache)
     with tempfile.TemporaryDirectory(prefix="llmc-limits-") as folder:
         library = Path(folder) / "limits.so"
-        command = [*compiler_command(machine), "-shared", "-o", str(library), *map(str, objects)]
+        linking = link_options([item.kernel.symbol for item in kernels], Path(folder))
+        command = [*compiler_command(machine), "-o", str(library), *map(str, objects), *linking]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompileError(f"the C compiler could not link the limit kernels: {result.stderr.strip()[:300]}")

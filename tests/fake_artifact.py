@@ -18,6 +18,7 @@ import numpy as np
 
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.runtime import cpu
+from llmc.targets.library import INTERFACE, link_options
 
 VOCAB = 300
 MAX_STEP = 48
@@ -129,8 +130,9 @@ def compile_library(source: str, folder: Path, *flags: str) -> Path:
     step.write_text(source)
     library = folder / "library.so"
     parts = [str(sources / name) for name in ("pool.c", "choose.c")]
-    command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{sources}", *flags]
-    subprocess.run([*command, str(step), *parts, "-o", str(library), "-lpthread", "-lm"], check=True)
+    command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", f"-I{sources}", *flags]
+    linking = link_options([*INTERFACE, "llmc_limit_*"], folder)
+    subprocess.run([*command, str(step), *parts, "-o", str(library), "-pthread", *linking], check=True)
     return library
 
 

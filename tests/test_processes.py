@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import fake_artifact
@@ -14,8 +16,10 @@ import pytest
 from fake_kinds import write_arrays, write_encoder
 
 from llmc.runtime import cpu
+from llmc.runtime.artifact import Artifact
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
+from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
 
 # A child that hangs is ended by the alarm, long after any that works. Threads of the parent are known to be at work
@@ -186,6 +190,45 @@ def test_a_dropped_model_may_be_written_over_and_loaded_again(kinds: dict[str, P
     changed = fake_artifact.STEP.replace("+ weights[v]", "+ 1u + weights[v]")
     path.write_bytes(fake_artifact.write(tmp_path / "other.so", source=changed).read_bytes())
     assert (Runtime.load(path, threads=1).forward([5]) != fake_artifact.reference_logits([5])).any()
+    assert (keep.forward([5]) == fake_artifact.reference_logits([5])).all()
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "told"),
+    [
+        ("llmc_run", KeyboardInterrupt, None),
+        ("llmc_pool_use", KeyboardInterrupt, None),
+        ("llmc_choose", AttributeError, "lacks a function"),
+    ],
+)
+def test_code_that_was_not_taken_never_answers_for_other_code(
+    kinds: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    error: type,
+    told: str | None,
+) -> None:
+    """The next file may get the same descriptor, by whose number the loader knows code."""
+
+    class Failing(ctypes.CDLL):
+        def __getattr__(self, name: str) -> object:
+            if name == function:
+                raise error(name)
+            return super().__getattr__(name)
+
+    keep = Runtime.load(kinds["generate"], threads=1)
+    changed = fake_artifact.STEP.replace("+ weights[v]", "+ 1u + weights[v]")
+    paths = [tmp_path / "refused.so", fake_artifact.write(tmp_path / "next.so", source=changed)]
+    shutil.copy(kinds["generate"], paths[0])
+    before = belongings()
+    with monkeypatch.context() as patch, closing(Artifact.open(paths[0])) as artifact:
+        patch.setattr("llmc.runtime.library.ctypes.CDLL", Failing)
+        with pytest.raises(ArtifactError if told else error, match=told):
+            Library.load(artifact)
+    del artifact
+    assert belongings() == before
+    assert (Runtime.load(paths[1], threads=1).forward([5]) != fake_artifact.reference_logits([5])).any()
     assert (keep.forward([5]) == fake_artifact.reference_logits([5])).all()
 
 

@@ -36,11 +36,12 @@ def inspect(
             )  # fmt: skip
             return
         provenance = _object(manifest.raw.get("provenance"))
+        created = provenance.get("created")  # only where the compile was told a time
         output.facts(
             {
                 "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
                 f"{manifest.model.bits_per_weight:.2f} bits each), from {manifest.model.source}",
-                "made": f"by llmc {manifest.llmc_version}, {provenance.get('created', 'at an unknown time')}",
+                "made": f"by llmc {manifest.llmc_version}" + (f", {created}" if created else ""),
                 "options": ", ".join(f"{k}={v}" for k, v in _object(provenance.get("options")).items()),
                 "target": f"{manifest.target.name} ({manifest.target.arch})",
                 "needs": " ".join(sorted(manifest.target.features)),
