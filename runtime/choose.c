@@ -15,8 +15,10 @@
 
 #include "pool.h"
 
-/* Compiled for several kinds of vectors, of which the loader takes the widest that the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+/* Compiled for several kinds of vectors, of which the loader takes the widest that the processor has. Not with the thread
+ * sanitizer: the loader chooses before that is ready, and the program would die at its start. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define WIDE
@@ -486,7 +488,9 @@ int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
         c.parts[p].begin = begin;
         c.parts[p].end = end < count ? end : count;
     }
-    /* The logits as they were are kept where a penalty changes them. */
+    /* Under the turn: another choice from these logits may be under way. The logits as they were are kept where a
+     * penalty changes them. */
+    LlmcPool *pool = llmc_take_turn(threads);
     const bool penalised = choice->penalty != 1;
     float *before = (float *)place;
     const float penalty = (float)choice->penalty;
@@ -495,9 +499,8 @@ int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
         before[i] = *logit;
         *logit = *logit < 0 ? *logit * penalty : *logit / penalty;
     }
-    LlmcPool *pool = llmc_take_turn(threads);
     int64_t chosen = choose(&c);
-    llmc_end_turn(pool);
     for (int64_t i = 0; penalised && i < choice->seen_count; i++) choice->logits[choice->seen[i]] = before[i];
+    llmc_end_turn(pool);
     return chosen;
 }
