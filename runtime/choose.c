@@ -10,6 +10,7 @@
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -454,7 +455,7 @@ static int64_t likeliest(const Choosing *c) {
             if (c->choice->logits[i] == c->largest) return i;
         }
     }
-    return -1; /* all are minus infinity */
+    return LLMC_NO_TOKEN; /* all are minus infinity */
 }
 
 static int64_t choose(Choosing *c) {
@@ -462,7 +463,7 @@ static int64_t choose(Choosing *c) {
     llmc_parallel(look, c, PARTS, 1);
     c->largest = -FLT_MAX;
     for (int p = 0; p < PARTS; p++) {
-        if (c->parts[p].broken) return -1;
+        if (c->parts[p].broken) return LLMC_NO_TOKEN;
         if (c->parts[p].largest > c->largest) c->largest = c->parts[p].largest;
     }
     int64_t best = likeliest(c);
@@ -472,7 +473,25 @@ static int64_t choose(Choosing *c) {
     return draw(c);
 }
 
+/* Whether a choice can be made as it is asked for. What is NaN fails every comparison. */
+static bool is_possible(const LlmcChoice *choice) {
+    if (choice == NULL || choice->logits == NULL || choice->scratch == NULL) return false;
+    if ((uintptr_t)choice->logits % sizeof(float) || (uintptr_t)choice->scratch % 64) return false;
+    if (choice->count < 1 || choice->count > INT32_MAX || choice->top_k < 0) return false;
+    if (!(choice->penalty > 0 && choice->penalty < INFINITY)) return false;
+    if (!(choice->temperature >= 0 && choice->temperature < INFINITY)) return false;
+    if (!(choice->top_p >= 0 && choice->top_p <= 1 && choice->min_p >= 0 && choice->min_p <= 1)) return false;
+    if (!(choice->uniform >= 0 && choice->uniform < 1)) return false;
+    if (choice->penalty == 1) return true; /* nobody reads what was seen */
+    if (choice->seen_count < 0 || choice->seen_count > choice->count) return false;
+    if (choice->seen_count > 0 && choice->seen == NULL) return false;
+    bool inside = true;
+    for (int64_t i = 0; i < choice->seen_count; i++) inside &= choice->seen[i] >= 0 && choice->seen[i] < choice->count;
+    return inside;
+}
+
 int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
+    if (!is_possible(choice)) return LLMC_NO_CHOICE;
     char *place = choice->scratch;
     const int64_t count = choice->count;
     Choosing c = {.choice = choice, .weights = (float *)place};
@@ -500,7 +519,7 @@ int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
         *logit = *logit < 0 ? *logit * penalty : *logit / penalty;
     }
     int64_t chosen = choose(&c);
-    for (int64_t i = 0; penalised && i < choice->seen_count; i++) choice->logits[choice->seen[i]] = before[i];
+    for (int64_t i = choice->seen_count - 1; penalised && i >= 0; i--) choice->logits[choice->seen[i]] = before[i];
     llmc_end_turn(pool);
     return chosen;
 }
