@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 4
+ABI = 5
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 

@@ -330,11 +330,14 @@ def assemble(
     from llmc.targets.driver import Addresses
     from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
+    from llmc.targets.step_limits import StepLimits
 
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
-    plan: Plan = plan_memory(program, greatest(program.graph, max_step, lifted.max_context, lifted.task))
+    largest = greatest(program.graph, max_step, lifted.max_context, lifted.task)
+    plan: Plan = plan_memory(program, largest)
     placed, nbytes = place(stored_values(program))
-    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task)
+    limits = StepLimits(largest, vocabulary_of(lifted), max(1, lifted.max_context))
+    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task, limits)
     cache = options.kernel_cache or default_cache()
     with scratch_folder() as folder:
         library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)

@@ -87,7 +87,7 @@ class StepRunner(StepCaller):
         self._stamps: list[int] = []
         self._last_pages: list[int] = []
         self._places: list[int] = []
-        self.step.cache = address(buffers.table)
+        self.step.cache, self.step.cache_pages = address(buffers.table), buffers.pages
 
     def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """One step over at most max_step tokens. Returns the logits, float32 [rows, vocab], in the order of the runs.

@@ -10,13 +10,16 @@
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "pool.h"
 
-/* Compiled for several kinds of vectors, of which the loader takes the widest that the processor has. */
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+/* Compiled for several kinds of vectors, of which the loader takes the widest that the processor has. Not with the thread
+ * sanitizer: the loader chooses before that is ready, and the program would die at its start. */
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12 && \
+    !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define WIDE
@@ -452,7 +455,7 @@ static int64_t likeliest(const Choosing *c) {
             if (c->choice->logits[i] == c->largest) return i;
         }
     }
-    return -1; /* all are minus infinity */
+    return LLMC_NO_TOKEN; /* all are minus infinity */
 }
 
 static int64_t choose(Choosing *c) {
@@ -460,7 +463,7 @@ static int64_t choose(Choosing *c) {
     llmc_parallel(look, c, PARTS, 1);
     c->largest = -FLT_MAX;
     for (int p = 0; p < PARTS; p++) {
-        if (c->parts[p].broken) return -1;
+        if (c->parts[p].broken) return LLMC_NO_TOKEN;
         if (c->parts[p].largest > c->largest) c->largest = c->parts[p].largest;
     }
     int64_t best = likeliest(c);
@@ -470,7 +473,25 @@ static int64_t choose(Choosing *c) {
     return draw(c);
 }
 
+/* Whether a choice can be made as it is asked for. What is NaN fails every comparison. */
+static bool is_possible(const LlmcChoice *choice) {
+    if (choice == NULL || choice->logits == NULL || choice->scratch == NULL) return false;
+    if ((uintptr_t)choice->logits % sizeof(float) || (uintptr_t)choice->scratch % 64) return false;
+    if (choice->count < 1 || choice->count > INT32_MAX || choice->top_k < 0) return false;
+    if (!(choice->penalty > 0 && choice->penalty < INFINITY)) return false;
+    if (!(choice->temperature >= 0 && choice->temperature < INFINITY)) return false;
+    if (!(choice->top_p >= 0 && choice->top_p <= 1 && choice->min_p >= 0 && choice->min_p <= 1)) return false;
+    if (!(choice->uniform >= 0 && choice->uniform < 1)) return false;
+    if (choice->penalty == 1) return true; /* nobody reads what was seen */
+    if (choice->seen_count < 0 || choice->seen_count > choice->count) return false;
+    if (choice->seen_count > 0 && choice->seen == NULL) return false;
+    bool inside = true;
+    for (int64_t i = 0; i < choice->seen_count; i++) inside &= choice->seen[i] >= 0 && choice->seen[i] < choice->count;
+    return inside;
+}
+
 int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
+    if (!is_possible(choice)) return LLMC_NO_CHOICE;
     char *place = choice->scratch;
     const int64_t count = choice->count;
     Choosing c = {.choice = choice, .weights = (float *)place};
@@ -486,7 +507,9 @@ int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
         c.parts[p].begin = begin;
         c.parts[p].end = end < count ? end : count;
     }
-    /* The logits as they were are kept where a penalty changes them. */
+    /* Under the turn: another choice from these logits may be under way. The logits as they were are kept where a
+     * penalty changes them. */
+    LlmcPool *pool = llmc_take_turn(threads);
     const bool penalised = choice->penalty != 1;
     float *before = (float *)place;
     const float penalty = (float)choice->penalty;
@@ -495,9 +518,8 @@ int64_t llmc_choose(const LlmcChoice *choice, int64_t threads) {
         before[i] = *logit;
         *logit = *logit < 0 ? *logit * penalty : *logit / penalty;
     }
-    LlmcPool *pool = llmc_take_turn(threads);
     int64_t chosen = choose(&c);
+    for (int64_t i = choice->seen_count - 1; penalised && i >= 0; i--) choice->logits[choice->seen[i]] = before[i];
     llmc_end_turn(pool);
-    for (int64_t i = 0; penalised && i < choice->seen_count; i++) choice->logits[choice->seen[i]] = before[i];
     return chosen;
 }

@@ -16,18 +16,21 @@ typedef struct LlmcChoice {
     int64_t count;
     int64_t seen_count;
     int64_t top_k;      /* 0: off */
-    double penalty;     /* seen logits are divided by it, or multiplied where they are negative; 1: off */
+    double penalty;     /* above 0: seen logits are divided by it, or multiplied where they are negative; 1: off */
     double temperature; /* 0: the likeliest token, the first of equally likely ones */
     double top_p;       /* 1: off */
     double min_p;       /* 0: off */
     double uniform;     /* from [0, 1): which token of those left, by the running sum of their probabilities, by id */
 } LlmcChoice;
 
-/* The chosen token, or -1 where a logit is NaN or infinite, or all are minus infinity. On at most `threads` threads.
+/* The chosen token; LLMC_NO_TOKEN where a logit is NaN or infinite, or all are minus infinity; LLMC_NO_CHOICE where a
+ * field of the choice is out of range: then nothing was read or written beyond it. On at most `threads` threads.
  *
  * Where the temperature is not 0, scratch starts with f32 [count] weights: 0 of tokens that were ruled out, and else
  * the probability, in proportion to that of the likeliest token. */
 int64_t llmc_choose(const LlmcChoice *choice, int64_t threads);
+
+enum { LLMC_NO_TOKEN = -1, LLMC_NO_CHOICE = -2 };
 
 /* Bytes of scratch that a choice among `count` tokens needs. */
 int64_t llmc_choose_bytes(int64_t count);

@@ -50,6 +50,11 @@ class ForkLock:
     ) -> None:
         self.release()
 
+    @property
+    def held(self) -> bool:
+        """Whether this thread holds it."""
+        return self._owner == threading.get_ident()
+
     def acquire(self) -> None:
         """Waits until no other thread holds it."""
         self._lock.acquire()

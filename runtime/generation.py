@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -239,10 +240,12 @@ class Progress:
     cached_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    closed: bool = False
 
 
 class TextStream(Iterator[str]):
-    """Pieces of text as the model writes them. Iterate over it; `close()` it, or drop it, to stop early."""
+    """Pieces of text as the model writes them. Iterate over it, from one thread at a time; `close()` it, or drop it, to
+    stop early."""
 
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
         self._writer = Writer(runtime, prompt, options)
@@ -283,8 +286,11 @@ class TextStream(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stops, and gives the sequence's cache pages back."""
-        self._pieces.close()
+        """Stops, and gives the sequence's cache pages back. From any thread: one that is in the middle of a piece gets
+        no other, and gives them back itself."""
+        self._progress.closed = True
+        with contextlib.suppress(ValueError):  # the other thread is in the middle of a token
+            self._pieces.close()
 
     def text(self) -> str:
         """All that is left, as one string."""
@@ -310,9 +316,9 @@ def _write(
             if len(writer.tokens) == 1:
                 progress.prefill_seconds = elapsed
             progress.decode_seconds = elapsed - progress.prefill_seconds
-            if piece:
+            if piece and not progress.closed:
                 yield piece
-            if writer.finish_reason is not None:
+            if writer.finish_reason is not None or progress.closed:
                 return
 
 

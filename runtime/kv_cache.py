@@ -137,6 +137,7 @@ class CacheBuffers:
     [pages, kv_heads, page, value_dim]. Reserved whole, backed by memory only where pages have been written."""
 
     def __init__(self, layers: tuple[LayerCache, ...], pages: int, page: int) -> None:
+        self.pages = pages
         self.arrays: list[NDArray[np.generic]] = []
         for layer in layers:
             self.arrays.append(reserve((pages, layer.kv_heads, layer.head_dim, page), layer.dtype))

@@ -47,6 +47,8 @@ class Step(ctypes.Structure):
         ("inputs", ctypes.c_void_p),
         ("dims", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
+        ("arena_bytes", ctypes.c_int64),
+        ("cache_pages", ctypes.c_int64),
     )
 
 

@@ -4,7 +4,7 @@ Every field that the runtime acts upon is checked for type and range here, so th
 it: a damaged or hostile manifest is an `ArtifactError`, never a crash. Fields that only people read (kernels, memory
 plan, provenance) are kept as they are.
 
-    {"schema": 1, "abi": 2, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
+    {"schema": 1, "abi": 5, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
      "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size",
@@ -43,7 +43,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 4
+ABI = 5
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.

@@ -77,9 +77,11 @@ static _Atomic(LlmcPool *) current;
 static LlmcPool *created;
 static pthread_mutex_t creation = PTHREAD_MUTEX_INITIALIZER;
 
-/* Whether this thread is inside a body (then loops run inline) or has the turn (then it does not ask again). */
+/* Whether this thread is inside a body: then loops run inline, and it takes no turn, which its owner has. */
 static _Thread_local bool inside_body;
-static _Thread_local bool has_turn;
+/* The pool whose turn this thread has, and how often it took one: what asks again is part of the first. */
+static _Thread_local LlmcPool *turn_of;
+static _Thread_local int64_t turns;
 
 static void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -239,7 +241,7 @@ static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units,
     int64_t helpers = units / grain - 1;
     if (helpers > pool->threads - 1) helpers = pool->threads - 1;
     if (helpers > pool->workers) helpers = pool->workers;
-    if (inside_body || !has_turn || helpers <= 0) {
+    if (inside_body || turn_of != pool || helpers <= 0) {
         body(context, 0, units);
         return;
     }
@@ -276,16 +278,22 @@ static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units,
     }
 }
 
+/* A thread that waited for a turn while it has one would wait for itself; and a body, for the thread that waits for it.
+ * Both go on within the turn there is: so does who asks for a second pool, whose loops then run on this thread. */
 static void enter(LlmcPool *pool, int64_t threads) {
+    if (inside_body || turns++) return;
     pthread_mutex_lock(&pool->turn);
-    has_turn = true;
+    turn_of = pool;
     pool->threads = threads < 1 ? 1 : threads;
     start_workers(pool, pool->threads - 1);
 }
 
 static void leave(LlmcPool *pool) {
-    has_turn = false;
-    pthread_mutex_unlock(&pool->turn);
+    (void)pool;
+    if (inside_body || turns == 0 || --turns) return;
+    LlmcPool *own = turn_of;
+    turn_of = NULL;
+    pthread_mutex_unlock(&own->turn);
 }
 
 /* After fork the child has this thread only: its pools start over, with workers of their own when first needed. */
@@ -297,7 +305,8 @@ static void restart_in_child(void) {
         atomic_store(&pool->state, 0);
         atomic_store(&pool->sleepers, 0);
     }
-    has_turn = false;
+    turn_of = NULL;
+    turns = 0;
     inside_body = false;
     pthread_mutex_init(&creation, NULL);
 }

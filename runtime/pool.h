@@ -18,7 +18,8 @@ typedef void (*LlmcBody)(void *context, int64_t begin, int64_t end);
 void llmc_parallel(LlmcBody body, void *context, int64_t units, int64_t grain);
 
 /* Gives llmc_parallel at most `threads` threads (this one included) until the turn ends; calls from several threads wait
- * for each other. Returns the pool that llmc_end_turn wants, which may be NULL. */
+ * for each other. Who has a turn, or is in a body, may ask again: that is part of the turn there is, with its threads.
+ * Returns the pool that llmc_end_turn wants, which may be NULL. */
 LlmcPool *llmc_take_turn(int64_t threads);
 void llmc_end_turn(LlmcPool *pool);
 

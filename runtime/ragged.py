@@ -59,7 +59,7 @@ class RaggedRunner(StepCaller):
         for name in ("ids", "positions", "token_types", "slots", "tiles", "starts", "block_table", "lengths"):
             setattr(self.step, name, address(getattr(self, name)))
         self.step.outputs = address(self._wanted)
-        self.step.cache = address(self.buffers.table)
+        self.step.cache, self.step.cache_pages = address(self.buffers.table), self.buffers.pages
 
     def fitting(self, lengths: Sequence[int]) -> int:
         """How many of the first sequences go into one step: at least one, whatever its length."""

@@ -213,10 +213,11 @@ class Runtime:
         return Sequence(self, expected)
 
     def collect_orphans(self) -> None:
-        """Gives back the pages of sequences that were dropped without being closed. Called under the lock."""
-        while self.orphans:
-            for page in reversed(self.orphans.popleft()):
-                self.pool.release(page)
+        """Gives back the pages of sequences that were dropped without being closed."""
+        with self.lock:
+            while self.orphans:
+                for page in reversed(self.orphans.popleft()):
+                    self.pool.release(page)
 
     def step(self, requests: Ids[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]]) -> NDArray[np.float32]:
         """Appends tokens to sequences, and returns the logits asked for, float32 [rows, vocab], in order.
@@ -238,18 +239,24 @@ class Runtime:
         """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
         them: hold `lock` while you use them."""
         rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
-        anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
-        if anew or sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
-            self._last = self.step(rows)
-        else:
-            self._last = self._step([(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows], None)
-        first, stride = address(self._last), self._last.strides[0]
+        with self.lock:
+            anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
+            if anew or sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
+                self._last = self.step(rows)
+            else:
+                checked = [(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows]
+                self._last = self._step(checked, None)
+            first, stride = address(self._last), self._last.strides[0]
         return [first + index * stride for index in range(len(requests))]
 
     def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[int]:
         """`step_last` of one token for each sequence, in few operations: a step leaves nothing of the interpreter in
-        the caches, so that each costs several times what it does elsewhere."""
+        the caches, so that each costs several times what it does elsewhere. Hold `lock` while you use the logits."""
         runner = self._decodes("step()")
+        with self.lock:
+            return self._decode(runner, sequences, tokens)
+
+    def _decode(self, runner: StepRunner, sequences: list[Sequence], tokens: list[int]) -> list[int]:
         anew = self.manifest.step.regimes and any(sequence.changes_regime(1) for sequence in sequences)
         if anew or not self.paged or not 0 < len(sequences) <= self.max_step:
             ids = [np.array([token], np.int32) for token in tokens]
@@ -547,11 +554,13 @@ class Runtime:
 
     def profile(self) -> list[tuple[str, int]]:
         """(what, nanoseconds) of each kernel call of a step, summed since `set_profiling(True)`."""
-        return list(zip(self.manifest.step.calls, self._caller.profile.tolist(), strict=True))
+        with self.lock:
+            return list(zip(self.manifest.step.calls, self._caller.profile.tolist(), strict=True))
 
     def profiled_steps(self) -> int:
         """The steps that `profile` sums up."""
-        return len(self._caller.profiled)
+        with self.lock:
+            return len(self._caller.profiled)
 
     def profile_kernels(self) -> list[KernelTime]:
         """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""

@@ -21,6 +21,7 @@ from llmc.runtime.library import Library
 from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
 from llmc.runtime.memory import address, reserve
 
+_NO_CHOICE = -2  # of choose.h
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
 
 
@@ -115,6 +116,8 @@ class Chooser:
     def choose(self, choice: int) -> int:
         """The token; -1 where logits are not finite. choice: the address of a filled `Choice`."""
         token: int = self._library.choose(choice, self._threads)
+        if token == _NO_CHOICE:
+            raise RuntimeStateError("a choice that cannot be: an option, a seen token id or a pointer is out of range")
         return token
 
     def likeliest(self, place: int) -> int:

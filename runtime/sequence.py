@@ -54,9 +54,10 @@ class Sequence:
         self._before: _State | None = None  # what `restart` put aside, until the first of its tokens is in the cache
 
     def __del__(self) -> None:
-        # May run at any moment, in the middle of the pool's own work: so the pages are only noted down here.
-        if not self.closed and self.page_count:
-            self.runtime.orphans.append(self.pages.tolist())
+        # May run at any moment, in the middle of the pool's own work; and before `close`, where both are called.
+        if not self.closed:
+            self.closed = True
+            self._note_down()
 
     def __len__(self) -> int:
         return self.length
@@ -139,13 +140,28 @@ class Sequence:
             self._release_surplus()
 
     def close(self) -> None:
-        """Gives the pages back. Full pages stay findable as a prefix for as long as there is room."""
+        """Gives the pages back. Full pages stay findable as a prefix for as long as there is room.
+
+        May be called at any moment by the collection of garbage, such as a stream's, in the middle of the pool's own
+        work: so where this thread has the lock, the pages are only noted down for the next step.
+        """
         if self.closed:
             return
         self.closed = True
-        with self.runtime.lock:
+        runtime = self.runtime
+        if runtime.lock.held:
+            self._note_down()
+            return
+        with runtime.lock:
             self.length = 0
             self._release_surplus()
+
+    def _note_down(self) -> None:
+        """Leaves the pages to whoever collects orphans next."""
+        if self.page_count:
+            self.runtime.orphans.append(self.pages.tolist())
+        self.length = self.page_count = 0
+        self._chain = []
 
     def regime_of(self, length: int) -> int:
         """The regime that it is computed in when it has so many tokens."""

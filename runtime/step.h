@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 4
+#define LLMC_ABI 5
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
@@ -42,10 +42,28 @@ typedef struct LlmcStep {
     const int64_t *dims;        /* the sizes, sorted by name */
     /* Texts whose angles depend on the length of the sequence (the manifest's step.regimes): */
     const int32_t *lengths;     /* [T]: a length of the regime that the token's sequence is computed in */
+    int64_t arena_bytes;        /* of the arena */
+    int64_t cache_pages;        /* of each buffer of the cache: page numbers and slots are looked at with it */
 } LlmcStep;
 
-/* Runs the model once over T tokens. Returns 0, or n > 0 when the inputs made it impossible: the manifest's
- * step.failures says what its n-th kind of failure is. What the step writes is then of no use. */
+/* What may be wrong with a step that is given to any artifact: what llmc_step returns, and then nothing has run. */
+enum {
+    LLMC_WRONG_SIZE = 1, /* negative, or beyond what the artifact was compiled for */
+    LLMC_WRONG_POINTER,  /* NULL, or not aligned, where the step would read or write */
+    LLMC_WRONG_MEMORY,   /* an arena or a cache that is too small */
+    LLMC_WRONG_ID,
+    LLMC_WRONG_POSITION,
+    LLMC_WRONG_SLOT,
+    LLMC_WRONG_PAGE,
+    LLMC_WRONG_ROW,
+    LLMC_WRONG_START,
+    LLMC_WRONG_TILE,
+    LLMC_WRONG_KINDS = LLMC_WRONG_TILE
+};
+
+/* Runs the model once over T tokens. Returns 0, or n > 0 when its inputs are impossible: one of the above, or else
+ * something that this graph has looked at, after which what the step wrote is of no use. The manifest's step.failures
+ * says what its n-th kind of failure is. */
 int llmc_step(const LlmcStep *step);
 
 #endif

@@ -23,7 +23,7 @@ class StepCaller:
         self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
         self.profile = np.zeros(len(self.facts.calls), np.int64)
         self.profiled: list[StepSizes] = []
-        self.step = Step(arena=address(self.arena), weights=weights)
+        self.step = Step(arena=address(self.arena), arena_bytes=self.arena.nbytes, weights=weights)
         self._address = ctypes.addressof(self.step)
 
     def set_profiling(self, on: bool) -> None:

@@ -29,10 +29,10 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.library import Library
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.runtime import Runtime
-from llmc.targets.driver import SIZES
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan
 from llmc.targets.replay import Replay, StepFacts, StepRun, describe, is_rounding, is_written, unrounded
+from llmc.targets.step_limits import SIZES
 
 THREADS = (1, 2)
 DECODED = 3  # tokens at a sequence's end that go in one by one

@@ -20,7 +20,7 @@ def aligned(array: np.ndarray, alignment: int = 64) -> np.ndarray:
     """A copy of `array` whose first byte is `alignment`-byte aligned."""
     flat = np.zeros(array.nbytes + alignment, np.uint8)
     start = -flat.ctypes.data % alignment
-    out = flat[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    out: np.ndarray = np.ndarray(array.shape, array.dtype, flat.data, start)  # at `start` also where it is empty
     out[...] = array
     return out
 

@@ -88,7 +88,25 @@ static void count_units(void *context, int64_t begin, int64_t end) {
 
 static _Atomic int steps_inside;
 
-enum { HELD_UP = 1000 }; /* llmc_step: as many tokens ask for the loop whose first piece waits for the others */
+/* A turn within a turn: of the thread that has it, and of all that work for it. */
+static void hash_body(void *context, int64_t begin, int64_t end) {
+    static const unsigned char data[1000];
+    uint64_t *out = context;
+    for (int64_t i = begin; i < end; i++) llmc_hash(data, (int64_t)sizeof data, &out[i], 3);
+}
+
+static void run_nested(void) {
+    uint64_t outside = 0, inside[200] = {0};
+    hash_body(&outside, 0, 1);
+    llmc_parallel(hash_body, inside, 200, 1);
+    for (int i = 0; i < 200; i++) CHECK(inside[i] == outside && outside != 0);
+    LlmcPool *again = llmc_take_turn(2);
+    run_loops(1);
+    llmc_end_turn(again);
+    run_loops(1);
+}
+
+enum { HELD_UP = 1000, NESTED = 1001 }; /* llmc_step: as many tokens ask for loops of their own */
 
 int llmc_step(const LlmcStep *step) {
     CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
@@ -101,6 +119,8 @@ int llmc_step(const LlmcStep *step) {
         _Atomic int64_t counted = 0;
         llmc_parallel(count_units, &counted, ((int64_t)1 << 40) + 7, 1); /* more than 32 bits hold */
         CHECK(counted == ((int64_t)1 << 40) + 7);
+    } else if (step->sizes[LLMC_TOKENS] == NESTED) {
+        run_nested();
     } else {
         run_loops((int)step->sizes[LLMC_TOKENS]);
     }
@@ -111,7 +131,10 @@ int llmc_step(const LlmcStep *step) {
 static void *caller(void *argument) {
     int64_t threads = *(int64_t *)argument;
     LlmcStep step = {.sizes = {3, 0, 0, 0, 5, 1}};
-    for (int i = 0; i < 10; i++) CHECK(llmc_run(&step, threads) == 5);
+    for (int i = 0; i < 10; i++) {
+        CHECK(llmc_run(&step, threads) == 5);
+        CHECK(llmc_run(&(LlmcStep){.sizes = {NESTED}}, threads) == 0);
+    }
     return NULL;
 }
 
@@ -121,6 +144,7 @@ int main(int argc, char **argv) {
     LlmcStep step = {.sizes = {4, 0, 0, 0, 0, 1}};
     run_loops(1);                    /* no pool: on this thread */
     CHECK(llmc_run(&step, 4) == 0);  /* still none */
+    alarm(300);                      /* who waits for itself is killed */
     LlmcPool *pool = llmc_pool_create();
     CHECK(pool != NULL);
     run_loops(1);                    /* outside of a run: on this thread */
@@ -164,6 +188,11 @@ int main(int argc, char **argv) {
             break;
         }
     }
+    LlmcPool *first = llmc_take_turn(3); /* and then a turn of another pool, made meanwhile */
+    CHECK(llmc_pool_create() != pool);
+    CHECK(llmc_run(&step, 3) == 0);
+    llmc_end_turn(first);
+    CHECK(llmc_run(&step, 3) == 0);
     fflush(NULL);
     _exit(0);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,12 @@ from llmc.compiler.progress import Silent
 from llmc.compiler.weights import packed_arrays, place
 from llmc.runtime.library import Step
 from llmc.targets import lower
-from llmc.targets.driver import SIZES, Addresses
+from llmc.targets.driver import Addresses
 from llmc.targets.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.memory import plan_memory
+from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits
 
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
 
@@ -33,7 +34,8 @@ class CompiledGraph:
     """A graph compiled for a machine, with its weights in memory.
 
     task "generate": `run` gives the logits and the caches after. "encode" and "run": `run_arrays` gives all outputs.
-    largest: the greatest value of sizes that have none of their own.
+    largest: the greatest value of sizes that have none of their own. limits: of a step's ids and positions. spoil: what
+    changes a step that is about to be called.
     """
 
     def __init__(
@@ -43,8 +45,10 @@ class CompiledGraph:
         params: Mapping[str, np.ndarray],
         largest: int = 256,
         task: str = "generate",
+        **limits: int,
     ) -> None:
         self.graph = graph
+        self.spoil: Callable[[Step], None] = lambda _step: None
         self.task = task
         self.program: Program = lower(graph, machine)
         sizes = dict.fromkeys(SIZES, largest) | {"SPLITS": 16}
@@ -55,7 +59,9 @@ class CompiledGraph:
         self.weights = aligned(np.zeros(nbytes + 64, np.uint8))
         for offset, _, array in packed_arrays(placed, lambda name: params[name]):
             self.weights[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
-        addresses = Addresses(self.plan, weight_addresses(placed), cache_indices(self.program.graph), task)
+        addresses = Addresses(
+            self.plan, weight_addresses(placed), cache_indices(self.program.graph), task, StepLimits(sizes, **limits)
+        )
         with tempfile.TemporaryDirectory() as folder:
             self.library = build_library(self.program, addresses, CACHE, Path(folder), Silent(), 2)
             self.handle = ctypes.CDLL(str(self.library.path))
@@ -99,14 +105,15 @@ class CompiledGraph:
     def run_or_code(
         self, inputs: Mapping[str, np.ndarray | Encoded | Pages], output: str, threads: int = 2
     ) -> np.ndarray | int:
-        """One output, or the code that the step returned: which of its failures it has found."""
+        """One output, or which of the graph's own failures the step has found: 1, 2, ..."""
         self.code = 0
         self.allowed = True
         try:
             found = self.run_arrays(inputs, threads=threads)[output]
         finally:
             self.allowed = False
-        return self.code or found
+        assert self.code == 0 or self.code > len(STEP_FAILURES)
+        return self.code - len(STEP_FAILURES) if self.code else found
 
     def _call(
         self,
@@ -127,6 +134,7 @@ class CompiledGraph:
                 pages = Pages(aligned(data.keys), aligned(data.values))
                 caches.append(pages)
                 tables += [pages.keys.ctypes.data, pages.values.ctypes.data]
+                step.cache_pages = len(pages.keys)
                 continue
             array = aligned(np.asarray(data))
             kept.append(array)
@@ -139,6 +147,8 @@ class CompiledGraph:
         table = (ctypes.c_void_p * max(1, len(tables)))(*tables)
         step.cache = ctypes.addressof(table)
         step.arena, step.weights = self.arena.ctypes.data, self.weights.ctypes.data
+        step.arena_bytes = self.plan.nbytes
+        self.spoil(step)
         self.code = self.handle.llmc_run(ctypes.byref(step), ctypes.c_int64(threads))
         assert self.code == 0 or self.allowed
         return caches

@@ -18,7 +18,7 @@ import pytest
 from llmc.runtime import cpu
 from llmc.runtime.runtime import Runtime
 
-CHECK = Path(__file__).parent / "pool_check.c"
+HERE = Path(__file__).parent
 SANITIZERS = {
     "plain": ["-O3"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
@@ -26,23 +26,36 @@ SANITIZERS = {
 }
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
-@pytest.mark.parametrize("kind", SANITIZERS)
-def test_every_unit_runs_once_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
+KINDS = [pytest.param(kind, marks=[] if kind == "plain" else [pytest.mark.slow]) for kind in SANITIZERS]
+
+
+def check(programs: list[str], kind: str, compiler: str, folder: Path, *arguments: str) -> None:
+    """Builds a checking program with C code of the runtime and runs it: it exits 0, silently, where all holds."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
     sources = Path(str(resources.files("llmc.runtime")))
-    binary = tmp_path / "check"
-    command = [compiler, "-std=c11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
-    built = subprocess.run(
-        [*command, str(CHECK), str(sources / "pool.c"), "-o", str(binary), "-lpthread"], capture_output=True, text=True
-    )
+    binary = folder / "check"
+    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
+    parts = [str((HERE if name.endswith("_check.c") else sources) / name) for name in programs]
+    built = subprocess.run([*command, *parts, "-o", str(binary), "-lpthread", "-lm"], capture_output=True, text=True)
     if built.returncode and kind != "plain" and "cannot find" in built.stderr:
         pytest.skip("the sanitizer's library is not installed")
     assert built.returncode == 0, built.stderr
-    arguments = [str(binary)] + (["fork"] if kind == "plain" else [])
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_unit_runs_once_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
+    check(["pool_check.c", "pool.c"], kind, compiler, tmp_path, *(["fork"] if kind == "plain" else []))
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_choices_hold_their_promises_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
+    rounds = {"plain": 100, "address": 3000, "thread": 1000}
+    check(["choose_check.c", "choose.c", "pool.c"], kind, compiler, tmp_path, str(rounds[kind]))
 
 
 def workers() -> int:

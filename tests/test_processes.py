@@ -1,17 +1,20 @@
-"""Processes: forks while other threads work, and what a process gives back when a model is dropped."""
+"""Processes and threads: forks while others work, what is given back when a model is dropped, what holds the lock."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 
 import fake_artifact
+import numpy as np
 import pytest
 from fake_kinds import write_arrays, write_encoder
 
@@ -21,6 +24,7 @@ from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
 from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
+from llmc.runtime.sequence import Sequence
 
 # A child that hangs is ended by the alarm, long after any that works. Threads of the parent are known to be at work
 # when the event is set; from then on they never pause.
@@ -261,3 +265,175 @@ def test_a_processor_that_cannot_be_asked_is_no_old_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(RuntimeStateError, match=r"/proc/cpuinfo cannot be read .Too many open files"):
         cpu.features.__wrapped__()
+
+
+# Threads
+
+IDS = list(range(40))
+TOKEN = np.array([7], np.int32)
+
+
+def guard(runtime: Runtime, used: list[str]) -> None:
+    """From now on, steps and the pool's operations insist on the lock; `used` has the names of those that were made."""
+
+    def guarded(function: Callable[..., object], name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            assert runtime.lock.held, f"{name} without the lock"
+            used.append(name)
+            return function(*arguments)
+
+        return call
+
+    for name in ("allocate", "share", "release", "find", "register", "forget"):
+        setattr(runtime.pool, name, guarded(getattr(runtime.pool, name), name))
+    library = runtime.caller.library
+
+    class Guarded(Library):
+        def __init__(self) -> None:
+            self.run = guarded(library.run, "run")  # type: ignore[method-assign]
+
+    runtime.caller.library = Guarded()
+
+
+def decodes(runtime: Runtime) -> None:
+    def prompt() -> Sequence:
+        sequence = runtime.sequence()
+        sequence.append(IDS)
+        return sequence
+
+    first = prompt()
+    runtime.step([(first, [1], "all")])
+    runtime.step_last([(first, TOKEN), (prompt(), TOKEN)])
+    runtime.decode([first], [3])
+    other = first.fork()
+    runtime.decode([first, other], [3, 4])
+    other.rollback(12)
+    other.close()
+    runtime.sequence().adopt_prefix(IDS)
+    runtime.collect_orphans()
+    runtime.forward(IDS)
+    runtime.generate("hello", max_tokens=3)
+    runtime.generate_batch(["hello", "good bye"], max_tokens=3, temperature=1.0)
+    stream = runtime.stream("hello", max_tokens=9)
+    next(stream)
+    stream.close()
+    runtime.chat("hello", max_tokens=3)
+
+
+CALLS: dict[str, Callable[[Runtime], object]] = {
+    "generate": decodes,
+    "encode": lambda runtime: runtime.encode(["hello", "good bye"]),
+    "run": lambda runtime: runtime.run(
+        {"x": np.ones((3, 3), np.float32), "y": np.ones((3, 2), int), "half": np.ones((3, 3), np.float32)}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_every_method_holds_the_lock_while_it_touches_what_is_shared(kinds: dict[str, Path], kind: str) -> None:
+    runtime = Runtime.load(kinds[kind], threads=1)
+    used: list[str] = []
+    guard(runtime, used)
+    CALLS[kind](runtime)
+    assert not runtime.lock.held
+    assert set(used) == (
+        {"run", "allocate", "share", "release", "find", "register", "forget"} if kind == "generate" else {"run"}
+    )
+
+
+@pytest.mark.parametrize("method", ["decode", "step_last"])
+def test_steps_of_other_threads_do_not_change_an_answer(kinds: dict[str, Path], method: str) -> None:
+    """Threads that decode and never look at their logits, beside one whose logits are compared."""
+    runtime = Runtime.load(kinds["generate"], threads=2)
+    over, failed = threading.Event(), list[BaseException]()
+
+    def work(seed: int) -> None:
+        try:
+            sequence = runtime.sequence()
+            sequence.append([seed])
+            while not over.is_set():
+                if method == "decode":
+                    runtime.decode([sequence], [seed])
+                else:
+                    runtime.step_last([(sequence, TOKEN)])
+                if len(sequence) > 300:
+                    sequence.rollback(299)
+        except BaseException as error:
+            failed.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2, 3)]
+    for worker in workers:
+        worker.start()
+    expected = fake_artifact.reference_logits(IDS)
+    wrong = sum(bool((runtime.forward(IDS) != expected).any()) for _ in range(150))
+    over.set()
+    for worker in workers:
+        worker.join()
+    assert (wrong, failed) == (0, [])
+    runtime.pool.check()
+
+
+def hold(sequence: Sequence) -> Generator[None, None, None]:
+    with sequence:
+        yield
+
+
+def test_garbage_may_be_collected_in_the_middle_of_the_pools_work(kinds: dict[str, Path]) -> None:
+    """A stream in a circle of references is closed whenever garbage is collected, in a thread that has the lock too."""
+    runtime = Runtime.load(kinds["generate"], threads=1)
+    first = runtime.sequence()
+    first.append(IDS)
+    kept = first.fork()
+
+    class Collecting(dict[int, int]):
+        def __getitem__(self, page: int) -> int:
+            value = super().__getitem__(page)
+            gc.collect(0)
+            return value
+
+    def leave_in_a_circle(sequence: Sequence) -> None:
+        circle: list[object] = [hold(sequence)]
+        next(circle[0])  # type: ignore[call-overload]
+        circle.append(circle)
+
+    gc.disable()
+    try:
+        leave_in_a_circle(first.fork())
+        runtime.pool._count = Collecting(runtime.pool._count)
+        first.close()
+    finally:
+        gc.enable()
+    runtime.collect_orphans()
+    assert [runtime.pool._count[page] for page in kept.pages.tolist()] == [1, 1]
+    kept.close()
+    runtime.pool.check()
+    assert runtime.pool.available == runtime.pool.capacity
+
+
+def test_a_stream_is_closed_by_another_thread(kinds: dict[str, Path]) -> None:
+    """One that is in the middle of a token makes no other, and gives its pages back."""
+    runtime = Runtime.load(kinds["generate"], threads=1)
+    stream = runtime.stream("hello", max_tokens=300)
+    library, inside, closed = runtime.caller.library, threading.Event(), threading.Event()
+
+    class Slow(Library):
+        def __init__(self) -> None:
+            pass
+
+        def run(self, step: int, threads: int) -> None:
+            library.run(step, threads)
+            if len(stream.tokens) == 3:
+                inside.set()
+                closed.wait()
+
+    runtime.caller.library = Slow()
+    texts: list[str] = []
+    reader = threading.Thread(target=lambda: texts.append(stream.text()))
+    reader.start()
+    inside.wait()
+    stream.close()
+    closed.set()
+    reader.join()
+    assert (len(stream.tokens), stream.finish_reason, len(texts)) == (4, None, 1)
+    assert runtime.pool.available == runtime.pool.capacity
+    runtime.pool.check()
