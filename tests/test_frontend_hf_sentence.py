@@ -19,12 +19,17 @@ from tiny_encoders import make_encoder, make_sentence, write_encoder_tokenizer
 from llmc.api import _as_source
 from llmc.artifact_cache import model_hash
 from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input
+from llmc.compiler.ir.types import Tensor
 from llmc.compiler.ir.verify import verify
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.pooling import MODES
+from llmc.frontends.hf.sentence import read_sentence
 from llmc.frontends.hf.source import is_below, module_paths
 from llmc.frontends.lifted import ENCODE, Lifted
+from llmc.frontends.onnx.encoder import _truncated
 
 Array = np.ndarray
 TOLERANCE = 2e-5  # two f32 evaluations of values of size about 1
@@ -128,6 +133,57 @@ def test_the_most_tokens_are_the_librarys(tmp_path: Path, spelling: str) -> None
     np.testing.assert_allclose(embeddings(lifted, TEXTS), expected(directory, TEXTS), atol=TOLERANCE)
 
 
+# Where a limit of 21 tokens may stand besides: (file, what it says), in order.
+_LIMITS: dict[str, list[tuple[str, dict[str, object]]]] = {
+    "arguments of old": [("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 21}})],
+    "arguments first": [
+        ("sentence_bert_config.json", {"max_seq_length": 9, "processor_kwargs": {"model_max_length": 21}})
+    ],
+    "a name of old": [("sentence_xlnet_config.json", {"max_seq_length": 21})],
+    "the first file that says something": [
+        ("sentence_bert_config.json", {}), ("sentence_roberta_config.json", {"max_seq_length": 21}),
+        ("sentence_albert_config.json", {"max_seq_length": 9}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _LIMITS)
+def test_the_most_tokens_stand_where_the_library_reads_them(case: str, tmp_path: Path) -> None:
+    (copied(sentence("bert"), tmp_path) / "sentence_bert_config.json").unlink()
+    for file, content in _LIMITS[case]:
+        (tmp_path / file).write_text(json.dumps(content))
+    found = read_sentence(tmp_path)
+    assert found is not None and found.max_tokens == 21
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    assert model.max_seq_length == 21
+
+
+def test_embeddings_are_cut_to_the_librarys_size(tmp_path: Path) -> None:
+    """`truncate_dim`: after all modules, so that what was normalized no longer has length 1."""
+    directory = copied(sentence("bert", "max", "DN"), tmp_path)
+    change(directory / "config_sentence_transformers.json", truncate_dim=16)
+    lifted = lift(directory)
+    found = embeddings(lifted, TEXTS)
+    assert found.shape == (len(TEXTS), 16) and lifted.encoder is not None and lifted.encoder["normalized"] is False
+    np.testing.assert_allclose(found, expected(directory, TEXTS), atol=TOLERANCE)
+    sentence_of = read_sentence(directory)
+    assert sentence_of is not None
+    embedding = Input("embedding", Tensor((1, 24), "f32"))
+    graph = _truncated(Graph("encoder", (embedding,), (("embedding", embedding),)), "embedding", sentence_of)
+    assert graph.output("embedding").shape == (1, 16)  # of an ONNX file with the modules in it
+
+
+def test_an_adapter_beside_a_base_model_in_a_folder_is_refused(tmp_path: Path) -> None:
+    """The library would load it."""
+    directory = copied(sentence("bert"), tmp_path)
+    (directory / "0_Transformer").mkdir()
+    entries = json.loads((directory / "modules.json").read_text())
+    entries[0]["path"] = "0_Transformer"
+    (directory / "modules.json").write_text(json.dumps(entries))
+    (directory / "0_Transformer" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert "a LORA adapter" in refusal(directory)
+
+
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "bpe", "unigram"])
 def test_tokens_are_those_of_the_library(kind: str, tmp_path: Path) -> None:
     directory = make_encoder("bert", tmp_path / "m")
@@ -158,7 +214,7 @@ def test_a_vocabulary_alone_becomes_a_tokenizer(tmp_path: Path) -> None:
 def test_letters_are_made_small_where_the_settings_say_so(tmp_path: Path) -> None:
     directory = copied(sentence("roberta", "cls", "N"), tmp_path)
     before = lift(directory)
-    change(directory / "sentence_bert_config.json", do_lower_case=True)
+    change(directory / "sentence_bert_config.json", do_lower_case=1)  # whatever Python takes for true
     after = lift(directory)
     assert tokens_of(before, "CAT").keys() == tokens_of(after, "CAT").keys()
     assert tokens_of(after, "CAT")["ids"].tolist() == tokens_of(before, "cat")["ids"].tolist()
@@ -285,11 +341,21 @@ SETTINGS: dict[str, tuple[str, dict[str, object], str]] = {
     "length": ("sentence_bert_config.json", {"max_seq_length": "long"}, "no number of tokens"),
     "task": ("sentence_bert_config.json", {"transformer_task": "text-generation"}, "transformer_task"),
     "settings": ("sentence_bert_config.json", {"config_args": {"num_hidden_layers": 1}}, "config_args"),
+    "settings of tokenizers": (
+        "sentence_bert_config.json", {"tokenizer_args": {"truncation_side": "left"}}, "tokenizer_args (truncation_s",
+    ),
+    "settings of models": ("sentence_bert_config.json", {"model_args": {"num_hidden_layers": 1}}, "model_args (num_h"),
+    "another tokenizer": ("sentence_bert_config.json", {"tokenizer_name_or_path": "/x"}, "tokenizer_name_or_path '/x'"),
+    "another output": (
+        "sentence_bert_config.json", {"module_output_name": "sentence_embedding"}, "module_output_name 'sentence_e",
+    ),
+    "weights without a place": ("2_Dense/config.json", {"bias": False}, "no place for the weights 2_Dense.linear.bias"),
+    "no features left": ("config_sentence_transformers.json", {"truncate_dim": 0}, "truncate_dim is 0"),
     "prompts": ("config_sentence_transformers.json", {"prompts": {"query": 7}}, "prompts must be texts"),
     "default": ("config_sentence_transformers.json", {"default_prompt_name": "nothing"}, "none of its prompts"),
     "scores": ("config_sentence_transformers.json", {"activation_fn": "os.system"}, "activation 'os.system'"),
     "kind": ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}, "'SparseEncoder' are not supported"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", SETTINGS)

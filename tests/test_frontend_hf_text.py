@@ -215,6 +215,7 @@ SAID: dict[str, tuple[str, Callable[[Path], object]]] = {
     "class of another model": ("gpt2", lambda path: _set(path, tokenizer_class="LlamaTokenizer")),
     "no tokenizer_config": ("gpt2", lambda path: (path / "tokenizer_config.json").unlink()),
     "chat_template": ("gpt2", lambda path: _set(path, chat_template="x")),
+    "bos is the unknown token": ("words", lambda path: _set(path, bos_token="<unk>")),
 }
 
 

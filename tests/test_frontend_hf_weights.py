@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_encoders import make_encoder
 from tiny_models import make_tiny
-from transformers import AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.errors import FrontendError
+from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.lift import lift
-from llmc.frontends.hf.weights import RandomWeights, SafetensorsFile
+from llmc.frontends.hf.weights import ArrayWeights, RandomWeights, SafetensorsFile, open_checkpoint, to_numpy
 
 Tensors = dict[str, torch.Tensor]
 
@@ -324,6 +326,87 @@ def test_an_index_may_list_constants_that_no_file_holds(tmp_path: Path) -> None:
     index = {"weight_map": dict.fromkeys(names, "a.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same_as("llama", tmp_path)
+
+
+def test_files_are_taken_whole_whatever_their_index_says(tmp_path: Path) -> None:
+    """As transformers takes them: a tensor that the index puts into another file, or leaves out, counts; and two
+    tensors of one name must not differ."""
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = list(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": [names[0], *names[1::2]]}
+    for file, some in parts.items():
+        save_file({name: tensors[name] for name in some}, tmp_path / file)
+    index = {name: "b.safetensors" if name == names[2] else file for file, some in parts.items() for name in some}
+    del index[names[4]]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    source = open_checkpoint(tmp_path)
+    assert sorted(source.names) == sorted(names)
+    assert all(np.array_equal(source.load(name), tensors[name].numpy()) for name in names)
+    save_file({name: tensors[name] + (name == names[0]) for name in parts["b.safetensors"]}, tmp_path / "b.safetensors")
+    with pytest.raises(FrontendError, match=f"'{re.escape(names[0])}' stands in another file"):
+        open_checkpoint(tmp_path)
+
+
+def test_the_file_that_the_config_names_is_the_checkpoint(tmp_path: Path) -> None:
+    """`transformers_weights`, beside a model.safetensors with other numbers."""
+    shutil.copytree(tiny("llama"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    tensors = load_file(tmp_path / "other.safetensors")
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "o.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")})
+    )
+    for named, expected in (
+        ("other.safetensors", None), ("o.safetensors.index.json", None), ("../x.safetensors", "a file beside it"),
+        ("lost.safetensors", "missing"), ("config.json", "neither"), (7, "a file beside it"),
+    ):  # fmt: skip
+        if expected is None:
+            source = open_checkpoint(tmp_path, named)
+            assert all(np.array_equal(source.load(name), tensor.numpy()) for name, tensor in tensors.items())
+        else:
+            with pytest.raises(FrontendError, match=expected):
+                open_checkpoint(tmp_path, named)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "lost.safetensors"}))
+    assert "lost.safetensors" in refusal(tmp_path)
+    (tmp_path / "shard-00000-model-00001-of-00001.safetensors").write_bytes(b"")
+    assert "a distributed checkpoint" in refusal(tmp_path)
+
+
+def test_experts_that_are_not_all_there_are_refused(tmp_path: Path) -> None:
+    """Weights that are made from many tensors: their shape is checked, and nothing is rounded where dtypes differ."""
+    tensors = load_file(tiny("qwen3_moe") / "model.safetensors")
+    first = "model.layers.0.mlp.experts.down_proj"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny("qwen3_moe")))
+
+    def weights(changed: Tensors) -> ModelWeights:
+        return ModelWeights(model, ArrayWeights({name: to_numpy(tensor) for name, tensor in changed.items()}))
+
+    mixed = weights({name: tensor.half() if ".experts.0." in name else tensor for name, tensor in tensors.items()})
+    assert mixed.dtype(first) == "f32"
+    np.testing.assert_array_equal(mixed.load(first)[1:], weights(tensors).load(first)[1:])
+    fewer = {name: tensor for name, tensor in tensors.items() if ".experts.4." not in name}
+    more = tensors | {name.replace("s.4.", "s.5."): tensors[name] for name in set(tensors) - set(fewer)}
+    for changed, size in ((fewer, 4), (more, 6)):
+        with pytest.raises(FrontendError, match=f"made from several tensors, is .{size}, .*config wants .5, "):
+            weights(changed).load(first)
+    with pytest.raises(FrontendError, match="is made from i32, not floats"):
+        weights({name: tensor.int() if ".experts." in name else tensor for name, tensor in tensors.items()})
+
+
+def test_torch_tensors_that_are_views_or_sparse(tmp_path: Path) -> None:
+    """Negated lazily: read; sparse: refused."""
+    numbers = torch.arange(6.0).reshape(2, 3)
+    torch.save({"x": torch._neg_view(numbers), "y": numbers.t()}, tmp_path / "pytorch_model.bin")
+    source = open_checkpoint(tmp_path)
+    np.testing.assert_array_equal(source.load("x"), -numbers.numpy())
+    np.testing.assert_array_equal(source.load("y"), numbers.t().numpy())
+    torch.save({"x": numbers.to_sparse()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FrontendError, match="'x' is stored as sparse_coo"):
+        open_checkpoint(tmp_path)
 
 
 # Random weights.

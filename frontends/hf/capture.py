@@ -94,6 +94,8 @@ def _captured(
             raise Refused(f"attention takes a tensor argument {name!r}")
     if isinstance(sliding_window, torch.Tensor) or isinstance(scaling, torch.Tensor):
         raise Refused("attention's scale or window is computed by the model")
+    if softcap == 0:  # the op has no cap then, and the model divides by it
+        raise Refused("attention's scores are capped at 0")
     causal = others.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)

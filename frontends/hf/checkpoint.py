@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmc.compiler.ir.types import FLOATS, Array
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import quiet
 from llmc.frontends.hf.source import MERGE
@@ -70,14 +70,25 @@ class ModelWeights:
     def dtype(self, name: str) -> str:
         if name in self.missing:
             return "f32"
-        source = self._plain.get(name) or self._converted[name].sources[0][0]
-        return self._checkpoint.dtype(source)
+        if name in self._plain:
+            return self._checkpoint.dtype(self._plain[name])
+        return self._dtype_of(self._converted[name])
+
+    def _dtype_of(self, group: _Converted) -> str:
+        """The dtype of what is made from several tensors; f32, which loses nothing, where they have several."""
+        dtypes = {self._checkpoint.dtype(source) for source, _ in group.sources}
+        return dtypes.pop() if len(dtypes) == 1 else "f32"
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._expected[name]
 
     def load(self, name: str) -> Array:
         value = self._load(name)
+        if value.shape != self._expected[name]:  # of what is made of several tensors it is known only now
+            raise FrontendError(
+                f"the checkpoint does not fit the model. weight {name}, made from several tensors, is "
+                f"{list(value.shape)}, the config wants {list(self._expected[name])}"
+            )
         # Masks that a checkpoint stores may hold infinities; its weights may not.
         if name in self._parameters and not is_finite(value):
             raise FrontendError(
@@ -149,7 +160,8 @@ class ModelWeights:
                 f"{' '.join(str(error).split())[:200]}"
             ) from error
         single = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-        return {name: to_numpy(value) for name, value in single.items()}
+        arrays = {name: to_numpy(value) for name, value in single.items()}
+        return {name: array.astype(NUMPY_DTYPES[self._dtype_of(group)], copy=False) for name, array in arrays.items()}
 
     def _check(self, unexpected: set[str], partly: bool) -> None:
         """Every weight present in its shape (or noted, if `partly`), nothing left over; else one FrontendError."""
@@ -170,6 +182,9 @@ class ModelWeights:
                 wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
             if name in self._parameters and self._checkpoint.dtype(tensor) not in FLOATS:
                 wrong.append(f"{name} holds {self._checkpoint.dtype(tensor)}, not floats")
+        for name, group in self._converted.items():
+            if name in self._parameters and (dtype := self._dtype_of(group)) not in FLOATS:
+                wrong.append(f"{name} is made from {dtype}, not floats")
         if adapted := [name for name in (*left_over, *foreign) if _ADAPTED.search(name)]:
             raise FrontendError(f"the checkpoint holds tensors of an adapter, {shortened(adapted, 2)}: {MERGE}")
         if foreign:

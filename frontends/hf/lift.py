@@ -46,7 +46,8 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     if weights not in ("checkpoint", "random"):
         raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     # The checkpoint's headers are checked before the slower export.
-    checkpoint = open_checkpoint(base_dir) if weights == "checkpoint" else None
+    named = getattr(config, "transformers_weights", None)
+    checkpoint = open_checkpoint(base_dir, named) if weights == "checkpoint" else None
     dtype = _checkpoint_dtype(config)  # building the model changes the config's
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
     stored: list[ModelWeights] = []  # the checkpoint as the weights of the model that was built last
@@ -133,4 +134,7 @@ def _max_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _checkpoint_dtype(config: PreTrainedConfig) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(getattr(config, "dtype", None) or torch.float32, "f32")
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, dict):  # by part of the model
+        dtype = dtype.get("")
+    return "bf16" if dtype == torch.bfloat16 else "f16" if dtype == torch.float16 else "f32"

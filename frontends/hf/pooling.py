@@ -74,6 +74,8 @@ class Module:
                 )
             if source.dtype(name) not in FLOATS:
                 raise FrontendError(f"{self.directory}: weight {name} holds {source.dtype(name)}, not floats")
+        if others := sorted(set(have) - set(self.shapes)):
+            raise FrontendError(f"{self.directory}: its config has no place for the weights {', '.join(others)[:200]}")
         return source
 
 
@@ -169,6 +171,22 @@ class Normalize(Module):
     def apply(self, x: Value, context: Context) -> Value:
         length = Sqrt(Sum(Mul(x, x), (x.rank - 1,)))
         return Div(x, Maximum(length, constant(1e-12, "f32")))
+
+
+@dataclass(frozen=True)
+class Truncate(Module):
+    """The first features alone, which the library does last of all and without another normalization."""
+
+    most: int = _MOST_FEATURES
+
+    def apply(self, x: Value, context: Context) -> Value:
+        return self.of(x)
+
+    def of(self, x: Value) -> Value:
+        """The first features of [1, features]."""
+        width = x.shape[x.rank - 1]
+        assert isinstance(width, int)
+        return Slice(x, x.rank - 1, 0, self.most) if self.most < width else x
 
 
 def _linear(x: Value, w: Value) -> Value:

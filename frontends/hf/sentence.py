@@ -11,14 +11,41 @@ from pathlib import Path
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json, read_json_list
-from llmc.frontends.hf.pooling import Module, Normalize, Pooling, read_module
-from llmc.frontends.hf.source import check_links, is_below
+from llmc.frontends.hf.pooling import (
+    SENTENCE,
+    TOKEN_EMBEDDINGS,
+    Module,
+    Normalize,
+    Pooling,
+    Truncate,
+    read_module,
+)
+from llmc.frontends.hf.source import check_links, is_below, require_checkpoint
 
 _LIBRARY = "sentence_transformers."
 _SETTINGS = (
     "sentence_bert_config.json",
-    *(f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta")),
+    *(
+        f"sentence_{name}_config.json"
+        for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    ),
 )
+# What the Transformer module may hand to those who load the model, its config and its tokenizer: without effect on
+# what it computes, or read here.
+_HARMLESS = {
+    "config_args": (),
+    "config_kwargs": (),
+    "processing_kwargs": (),
+    "tokenizer_args": ("use_fast", "padding_side", "model_max_length"),
+    "processor_kwargs": ("use_fast", "padding_side", "model_max_length"),
+    **dict.fromkeys(
+        ("model_args", "model_kwargs"),
+        (
+            "torch_dtype", "dtype", "attn_implementation", "device_map", "low_cpu_mem_usage", "use_safetensors",
+            "add_pooling_layer", "ignore_mismatched_sizes",
+        ),
+    ),
+}  # fmt: skip
 _NOTHING = ("Dropout",)  # modules that do nothing outside training
 _MOST_MODULES = 64
 EMBED, SCORE = "feature-extraction", "sequence-classification"
@@ -65,6 +92,8 @@ def read_sentence(directory: Path) -> Sentence | None:
             "a Transformer"
         )
     transformer = _inside(directory, first_path)
+    if transformer != directory and transformer.is_dir():
+        require_checkpoint(transformer)  # no adapter, which the library would load
     if not (transformer / "config.json").is_file():
         raise FrontendError(f"{path}: the Transformer's directory {first_path or '.'!r} has no config.json")
     modules = tuple(
@@ -79,12 +108,14 @@ def read_sentence(directory: Path) -> Sentence | None:
     if task == EMBED and not any(isinstance(module, Pooling) for module in modules):
         raise FrontendError(f"{path}: no Pooling module makes one embedding of a text's tokens, which is not supported")
     prompts, default, notes = _prompts(settings, modules, directory)
+    if task == EMBED and settings.get("truncate_dim") is not None:
+        modules = (*modules, _truncate(settings["truncate_dim"], directory))
     return Sentence(
         transformer=transformer,
         modules=modules,
         task=task,
         max_tokens=_max_tokens(base, transformer),
-        lower_case=base.get("do_lower_case") is True,
+        lower_case=bool(base.get("do_lower_case")),
         prompts=prompts,
         default_prompt=default,
         activation=_activation(settings, directory),
@@ -124,13 +155,18 @@ def _optional(path: Path) -> dict[str, object]:
 
 def _base_settings(transformer: Path) -> dict[str, object]:
     """The Transformer module's own settings; those that change the model or its inputs in unknown ways are refused."""
-    settings = next((read_json(transformer / name) for name in _SETTINGS if (transformer / name).exists()), {})
+    files = (read_json(transformer / name) for name in _SETTINGS if (transformer / name).exists())
+    settings = next((found for found in files if found), {})  # an empty one says nothing: the library reads on
     where = f"{transformer}: the Transformer module"
-    for name in ("config_args", "config_kwargs", "processing_kwargs"):
+    for name, harmless in _HARMLESS.items():
         given = settings.get(name) or {}
-        others = set(given) - {"trust_remote_code"} if isinstance(given, dict) else {name}
+        others = set(given) - {"trust_remote_code", *harmless} if isinstance(given, dict) else {name}
         if others:
             raise FrontendError(f"{where} has {name} ({', '.join(sorted(others))}), which is not supported")
+    for name, plain in (("tokenizer_name_or_path", None), ("module_output_name", TOKEN_EMBEDDINGS)):
+        wanted = settings.get(name)
+        if wanted not in (None, plain) and settings.get("transformer_task", EMBED) == EMBED:
+            raise FrontendError(f"{where} has {name} {wanted!r:.60}, which is not supported")
     ways = settings.get("modality_config")
     if ways is not None:
         text = ways.get("text") if isinstance(ways, dict) else None
@@ -138,6 +174,13 @@ def _base_settings(transformer: Path) -> dict[str, object]:
         if output not in ("last_hidden_state", "logits"):
             raise FrontendError(f"{where} takes texts in a way that is not supported: {text!r:.100}")
     return settings
+
+
+def _truncate(most: object, where: Path) -> Truncate:
+    """The module for the library's `truncate_dim`, a setting of the whole model."""
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise FrontendError(f"{where}: truncate_dim is {most!r:.40}, which is no number of features")
+    return Truncate("", where, SENTENCE, SENTENCE, {}, most)
 
 
 def _activation(settings: dict[str, object], where: Path) -> str | None:
@@ -148,7 +191,9 @@ def _activation(settings: dict[str, object], where: Path) -> str | None:
 
 
 def _max_tokens(settings: dict[str, object], where: Path) -> int | None:
-    number = settings.get("max_seq_length")
+    given = [settings.get(name) or {} for name in ("tokenizer_args", "processor_kwargs")]
+    limits = [one.get("model_max_length") for one in given if isinstance(one, dict)]
+    number = next((limit for limit in limits if limit is not None), settings.get("max_seq_length"))
     if number is None:
         return None
     if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= 1 << 28:

@@ -99,7 +99,6 @@ def text_of(
     vocabulary = vocabulary_of(config)
     stop_ids = generation.end_ids
     backend = tokenizer.backend_tokenizer
-    probe = [int(token) for token in tokenizer("a")["input_ids"]]
     highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
     if highest >= vocabulary:
         notes = (
@@ -120,13 +119,19 @@ def text_of(
         "special_tokens": {
             name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
         },
-        "add_bos": bos is not None and probe[:1] == [bos],
+        "add_bos": bos is not None and _puts_first(backend, bos),
         "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
         "clean_up_spaces": _cleans_up(tokenizer),
         "split_special_tokens": bool(tokenizer.split_special_tokens),
         "truncation_side": tokenizer.truncation_side,
     }
     return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation.defaults, notes)
+
+
+def _puts_first(backend: Any, token: int) -> bool:
+    """Whether texts get this token in front of their own: one of a text's own may be the same (unk that is bos too)."""
+    encoded = [backend.encode(text) for text in _PROBES]
+    return all(one.ids[:1] == [token] and one.special_tokens_mask[0] == 1 for one in encoded)
 
 
 def _cleans_up(tokenizer: Any) -> bool:

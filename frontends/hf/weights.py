@@ -169,17 +169,18 @@ def _are_sizes(value: object) -> TypeGuard[list[int]]:
 
 
 class ShardedFiles:
-    """Several files as one source; a name may stand in one of them only."""
+    """Several files as one source: all that they hold, whichever file the index says, as transformers takes it. A name
+    that stands in two of them means the same numbers in both."""
 
     def __init__(self, parts: Mapping[Path, WeightSource], index: Mapping[str, str] | None = None) -> None:
         self._owner: dict[str, WeightSource] = {}
         for path, part in parts.items():
             for name in part.names:
-                if index is not None and index.get(name) != path.name:
-                    continue
-                if name in self._owner:
-                    raise FrontendError(f"{path}: tensor {name!r:.100} also stands in another file")
-                self._owner[name] = part
+                if not _same(name, self._owner.setdefault(name, part), part):
+                    raise FrontendError(
+                        f"{path}: tensor {name!r:.100} stands in another file of the checkpoint with other numbers: "
+                        "download the model again"
+                    )
         lost = [name for name in (index or ()) if name not in self._owner and not STORED_CONSTANTS.search(name)]
         if lost:
             raise FrontendError(f"the checkpoint's index lists tensors that its files lack: {shortened(lost)}")
@@ -196,6 +197,15 @@ class ShardedFiles:
 
     def load(self, name: str) -> Array:
         return self._owner[name].load(name)
+
+
+def _same(name: str, one: WeightSource, other: WeightSource) -> bool:
+    """Whether a tensor is the same in two sources."""
+    if one is other:
+        return True
+    if (one.dtype(name), one.shape(name)) != (other.dtype(name), other.shape(name)):
+        return False
+    return one.load(name).tobytes() == other.load(name).tobytes()
 
 
 class TorchFile:
@@ -242,6 +252,9 @@ class TorchFile:
 
     def dtype(self, name: str) -> str:
         kind = str(self._tensors[name].dtype).removeprefix("torch.")
+        layout = str(self._tensors[name].layout).removeprefix("torch.")
+        if layout != "strided":
+            raise FrontendError(f"{self.path}: tensor {name!r:.100} is stored as {layout}, which is not supported")
         for ours, dtype in NUMPY_DTYPES.items():
             if dtype.name == kind:
                 return ours
@@ -259,7 +272,7 @@ def to_numpy(tensor: object) -> Array:
     import torch
 
     assert isinstance(tensor, torch.Tensor)
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if tensor.dtype == torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(NUMPY_DTYPES["bf16"])
@@ -276,21 +289,56 @@ def to_torch(array: Array) -> object:
     return torch.from_numpy(array.copy())
 
 
-def open_checkpoint(directory: Path) -> WeightSource:
-    """The checkpoint in a model directory: safetensors before `.bin`, sharded or in one file."""
-    for single, kind in (("model.safetensors", SafetensorsFile), ("pytorch_model.bin", TorchFile)):
-        index_path = directory / f"{single}.index.json"
+def open_checkpoint(directory: Path, named: object = None) -> WeightSource:
+    """The checkpoint in a model directory: safetensors before `.bin`, sharded or in one file.
+
+    named: the file that config.json names as the model's (`transformers_weights`), if it does.
+    """
+    for path in sorted(directory.glob(_DISTRIBUTED)):  # transformers takes it before all others
+        raise FrontendError(
+            f"{directory} holds a distributed checkpoint ({path.name}), which is not read: load it with transformers "
+            "and save it with save_pretrained"
+        )
+    if named is not None:
+        return _named_checkpoint(directory, named)
+    for single, kind in _KINDS.items():
         if (directory / single).exists():
             return kind(directory / single)
-        if index_path.exists():
-            index = _read_index(index_path)
-            return ShardedFiles({path: kind(path) for path in _shards(index_path, index)}, index)
+        if (directory / f"{single}.index.json").exists():
+            return _sharded(directory / f"{single}.index.json", kind)
     others = sorted(directory.glob("*.safetensors"))
     if len(others) == 1:
         return SafetensorsFile(others[0])
     raise FrontendError(
         f"{directory} has no weights: expected model.safetensors, pytorch_model.bin, or the index of a sharded one"
     )
+
+
+_DISTRIBUTED = f"shard-{'[0-9]' * 5}-model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
+_KINDS: dict[str, type[SafetensorsFile] | type[TorchFile]] = {
+    "model.safetensors": SafetensorsFile,
+    "pytorch_model.bin": TorchFile,
+}
+
+
+def _named_checkpoint(directory: Path, named: object) -> WeightSource:
+    """The checkpoint in the file of this name, or that this index lists."""
+    where = f"{directory / 'config.json'}: transformers_weights"
+    if not isinstance(named, str) or named != Path(named).name or named in ("", ".", ".."):
+        raise FrontendError(f"{where} must name a file beside it, and is {named!r:.100}")
+    path = directory / named
+    if not path.is_file():
+        raise FrontendError(f"{where} names {named!r:.100}, which is missing: download the model again")
+    if named.endswith(".safetensors.index.json"):
+        return _sharded(path, SafetensorsFile)
+    if path.suffix != ".safetensors":
+        raise FrontendError(f"{where} names {named!r:.100}, which is neither a .safetensors file nor an index of some")
+    return SafetensorsFile(path)
+
+
+def _sharded(index_path: Path, kind: type[SafetensorsFile] | type[TorchFile]) -> WeightSource:
+    index = _read_index(index_path)
+    return ShardedFiles({path: kind(path) for path in _shards(index_path, index)}, index)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Shape
 from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.encoder import read_encoder_text
-from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Pooling
+from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Pooling, Truncate
 from llmc.frontends.hf.sentence import Sentence, read_sentence
 from llmc.frontends.lifted import Text, WeightSource
 from llmc.frontends.onnx.text import Companions
@@ -59,6 +59,8 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
         context_of = Context(graph.input("positions"), _with_modules(weights, modules))
         graph = _pooled(graph, output, modules, context_of, keep=sentence is None)
         weights, kind, output = context_of.weights, EMBEDDING, EMBEDDING
+    elif kind == EMBEDDING and sentence is not None:
+        graph = _truncated(graph, output, sentence)
     shape = graph.output(output).shape
     if not _is_used(graph, kind, output, companions.labels, vocabulary):
         return Encoder(graph, None, weights, text.text, notes)
@@ -80,6 +82,14 @@ def _sentence(companions: Companions) -> Sentence | None:
     """The sentence-transformers directory that the model lies in."""
     path = companions.find("modules.json")
     return read_sentence(path.parent) if path is not None else None
+
+
+def _truncated(graph: Graph, output: str, sentence: Sentence) -> Graph:
+    """A graph with the modules in it, whose embedding the library cuts as it cuts theirs."""
+    made = graph.output(output)
+    for module in sentence.modules:
+        made = module.of(made) if isinstance(module, Truncate) else made
+    return graph.replace_outputs([(name, made if name == output else value) for name, value in graph.outputs])
 
 
 def _with_modules(weights: WeightSource, modules: tuple[object, ...]) -> WeightSource:
