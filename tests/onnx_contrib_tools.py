@@ -16,7 +16,7 @@ from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Param, Value
-from llmc.compiler.ir.types import Tensor, dtype_of
+from llmc.compiler.ir.types import FLOATS, Tensor, dtype_of
 from llmc.compiler.passes.manager import Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
 from llmc.frontends.onnx.symbolic import numbers_of, objects
@@ -175,7 +175,8 @@ class Model:
             self.inputs.append(Input(value.name, Tensor(tuple(dims), dtype)))
         names = tuple(value.name for value in body.output)
         whole = Body(tuple(value.name for value in self.inputs), names, nodes, initializers)
-        found = Translation(wide_floats=wide_floats).run(whole, {value.name: Item(value) for value in self.inputs})
+        translation = Translation(wide_floats=frozenset(FLOATS if wide_floats else ()))
+        found = translation.run(whole, {value.name: Item(value) for value in self.inputs})
         outputs = tuple((name, item.value) for name, item in zip(names, found, strict=True))
         self.graph = Graph("model", tuple(self.inputs), outputs)
 

@@ -28,7 +28,7 @@ from llmc.frontends.onnx.translation import Body, Item, Node, Reference
 
 
 def main_of(model: onnx.ModelProto, tmp_path: Path) -> Body:
-    return OnnxModel(write(model, tmp_path / "model.onnx")).bodies(wide_floats=False).main
+    return OnnxModel(write(model, tmp_path / "model.onnx")).bodies().main
 
 
 def one_node(node: onnx.NodeProto, tmp_path: Path) -> Node:
@@ -139,7 +139,7 @@ def test_functions_with_references_and_defaults(tmp_path: Path) -> None:
     model = model_of(nodes, [value("x", [2])], [value("one", [2]), value("two", [2])], functions=[function],
                      domains=["own"])  # fmt: skip
     path = write(model, tmp_path / "model.onnx")
-    functions = OnnxModel(path).bodies(wide_floats=False).functions
+    functions = OnnxModel(path).bodies().functions
     assert functions["own", "Leaky"].nodes[0].attributes == {"alpha": Reference("slope", 0.25)}
     graph = lift(path).graph
     found = evaluate(graph, {"x": np.float32([-1, 1])}, lambda name: np.zeros(0))
@@ -208,7 +208,7 @@ def test_raw_bytes_stay_in_the_file(tmp_path: Path) -> None:
     assert all(
         span is not None and span.end - span.begin == (4 if n == "bias" else 28) * 999 for n, span in large.items()
     )
-    weights = OnnxModel(tmp_path / "model.onnx").bodies(False).weights
+    weights = OnnxModel(tmp_path / "model.onnx").bodies().weights
     assert isinstance(weights, OnnxWeights)
     original = {t.name: numpy_helper.to_array(t) for t in mlp(7, 999).graph.initializer}
     for name in weights.names:

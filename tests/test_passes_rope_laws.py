@@ -137,6 +137,19 @@ def rounded_positions(x: Value, positions: Input) -> Value:
     return by_angles(x, Mul(Cast(Cast(at, "bf16"), "f32"), row(SLOW / 1000)))
 
 
+def rounded_cosines(x: Value, positions: Input) -> Value:
+    """Cosines and sines that pass through bf16 and multiply in f32."""
+    cos, sin = (Cast(Cast(part, "bf16"), "f32") for part in half_cos_sin(positions, SLOW))
+    return apply_half(x, cos, sin)
+
+
+def wrapped_in_i32(x: Value, positions: Input) -> Value:
+    """Multiples of positions that i32 holds up to SWITCH, and that are negative from there on."""
+    step = (2**31 - 1) // SWITCH
+    at = Mul(positions, constant(np.int32(step), "i32"))
+    return by_angles(x, Mul(column(at), row(SLOW / step)))
+
+
 def signed_sines(x: Value, positions: Input) -> Value:
     """The sign of rotate_half in the sines: (-sin, sin)."""
     cos, sin = half_cos_sin(positions, SLOW)
@@ -198,6 +211,8 @@ BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` i
     "position + 1": (shifted, 0),
     "nearly linear": (nearly_linear, 0),
     "the token before": (by_the_token_before, 0),
+    "positions that wrap": (wrapped_in_i32, 0),
+    "rounded cosines": (rounded_cosines, 0),
     "positions and a count": (by_positions_and_a_count, 1),
     "the rest by position": (rest_by_position, 1),
 }

@@ -31,7 +31,8 @@ _GATES: tuple[tuple[str, type[Op], Polynomial], ...] = (
     ("gelu", Erf, {1: math.sqrt(0.5)}),
     ("gelu_tanh", Tanh, {1: _ROOT, 3: _ROOT * 0.044715}),
 )
-_TOLERANCE = 1.5e-5  # sources print sqrt(2) and sqrt(2 / pi) with as few as five digits: 1.4142, 0.79788
+_TOLERANCE = 5e-7  # a few constants, each rounded to f32
+_PRINTED = 1.5e-5  # some sources print sqrt(2) and sqrt(2 / pi) with as few as five digits: 1.4142, 0.79788
 _DEPTH = 8  # formulas are no deeper than this; anything deeper is another one
 
 
@@ -80,7 +81,7 @@ def _power(base: Polynomial | None, exponent: float | None) -> Polynomial | None
 
 
 def _alike(a: Polynomial, b: Polynomial, tolerance: float = _TOLERANCE) -> bool:
-    """Equal to the precision with which sources print their constants; coefficients that cancelled do not count."""
+    """Equal to a relative tolerance; coefficients that cancelled do not count."""
     return all(abs(a.get(p, 0.0) - b.get(p, 0.0)) <= tolerance * max(abs(b.get(p, 0.0)), 1e-4) for p in {*a, *b})
 
 
@@ -211,7 +212,8 @@ class FuseActivation(Pass, name="fuse-activation"):
 
 @dataclass(frozen=True)
 class FuseHalfActivation(FuseActivation, name="fuse-half-activation"):
-    """fuse-activation for formulas whose constants were rounded to f16 or bf16, as models in those dtypes have them.
+    """fuse-activation for formulas whose constants were rounded to f16 or bf16, as models in those dtypes have them,
+    or printed with few digits.
 
     What they mean is the formula with its own constants, so that this changes results a little.
     """
@@ -220,7 +222,7 @@ class FuseHalfActivation(FuseActivation, name="fuse-half-activation"):
     moves: ClassVar[float] = 2.0**-6  # a few constants, each rounded to bf16 at worst: 2^-8
 
     def _tolerance(self, argument: Value, x: Value) -> float:
-        return max(_TOLERANCE, _rounding(argument, x))
+        return max(_PRINTED, _rounding(argument, x))
 
 
 def _scaled(value: Value, coefficient: float) -> Value:

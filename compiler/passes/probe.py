@@ -151,7 +151,7 @@ class Probe:
         at = np.arange(size) if positions is None else np.asarray(positions)
         given: dict[Value, Array] = dict(known or {})
         if self.positions is not None:
-            given[self.positions] = at.reshape(1, size)
+            given[self.positions] = at.reshape(1, size).astype(numpy_dtype(self.positions.dtype))
         binding = self.binding(size)
         load = self._stand_in if stand_ins else read_weight
         with precise() if exact else contextlib.nullcontext():

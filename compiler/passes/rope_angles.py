@@ -23,6 +23,7 @@ from llmc.compiler.ir.types import FLOATS, Array, Tensor
 from llmc.compiler.passes.element_numbers import ElementNumbers, Numbers, each_token_alone
 from llmc.compiler.passes.lengths import LENGTHS, Regimes, Unsettled, regimes, settled
 from llmc.compiler.passes.probe import Probe
+from llmc.compiler.passes.rewriting import holds
 from llmc.compiler.passes.rotations import Rotation
 from llmc.errors import IRError
 
@@ -204,8 +205,10 @@ class Angles:
 
     def _by_frequency(self, cos: Columns, sin: Columns) -> Value | None:
         """Position times frequency, at every position, times one scale."""
-        turns = [self._angle_of(number) for number in cos.numbers(self.numbers).tolist()]
-        others = [self._angle_of(number) for number in sin.numbers(self.numbers).tolist()]
+        turns, others = (
+            [self._angle_of(number, part.factor.dtype) for number in part.numbers(self.numbers).tolist()]
+            for part in (cos, sin)
+        )
         first = turns[0]
         if first is None or None in turns or any(t[:2] != (Cos, first[1]) for t in turns if t is not None):
             return None
@@ -216,14 +219,17 @@ class Angles:
         frequencies = None if among is None else self._frequencies(among)
         return None if frequencies is None else RopeAngles(self.positions, constant(frequencies, "f32"), first[1])
 
-    def _angle_of(self, number: int) -> tuple[object, float, int] | None:
-        """(Cos or Sin, scale, number of the angle) of an element that is scale * cos(angle) or scale * sin(angle)."""
+    def _angle_of(self, number: int, least: str) -> tuple[object, float, int] | None:
+        """(Cos or Sin, scale, number of the angle) of an element that is scale * cos(angle) or scale * sin(angle).
+
+        It may have been rounded to what holds the dtype `least`, in which the rotation multiplies.
+        """
         for scale, inner in self.numbers.unscaled(number):
             element = self.numbers.element(inner)
             if element is None:
                 return None
-            if element.op is Cast and element.attributes[0] in FLOATS:  # of a cosine that was rounded
-                found = self._angle_of(element.operands[0])
+            if element.op is Cast and element.attributes[0] in FLOATS and holds(str(element.attributes[0]), least):
+                found = self._angle_of(element.operands[0], least)
                 return None if found is None else (found[0], scale * found[1], found[2])
             if element.op in (Cos, Sin):
                 return element.op, scale, element.operands[0]

@@ -20,6 +20,7 @@ from llmc.compiler.ir.types import FLOATS
 from llmc.compiler.passes.element_numbers import ONE, ElementNumbers, Numbers
 from llmc.compiler.passes.linear_maps import LinearMaps, Term
 from llmc.compiler.passes.probe import LENGTH, Probe
+from llmc.compiler.passes.rewriting import holds
 from llmc.errors import IRError
 
 _MOST = 1 << 20  # elements of a value that is followed, at most
@@ -140,6 +141,8 @@ class Rotations(LinearMaps):
             return None
         if not all(self._acts_on_rows(value) for value in nodes):
             return None
+        if any(isinstance(v, Cast) and not (holds(v.to, x.dtype) or holds(v.to, y.dtype)) for v in nodes):
+            return None  # it rounds to less than what it rotates and makes of it
         factors = tuple(dict.fromkeys(f for v in nodes if isinstance(v, Mul) and (f := self._factor(v)) is not None))
         try:
             terms = self.terms(x, nodes, self.numbers)

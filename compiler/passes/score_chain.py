@@ -37,7 +37,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Matmul, Reshape
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape
 from llmc.compiler.passes.masks import HIDDEN, Unrecognised
-from llmc.compiler.passes.rewriting import number_of, shaped
+from llmc.compiler.passes.rewriting import holds, number_of, shaped
 
 STEPS = (Unary, Binary, Compare, Where, Cast, Activation, Reshape)  # a score depends on one product only
 LOWEST = float(np.finfo(np.float32).min)
@@ -103,16 +103,18 @@ def take_apart(chain: Chain) -> Apart:
     """The scores as an equation; Unrecognised names the op that makes them anything else."""
     parts: dict[Value, Apart] = {chain.raw: Apart(1.0, constant(0.0, chain.raw.dtype))}
     for op in chain.steps:
-        parts[op] = _after(op, parts)
+        parts[op] = _after(op, parts, chain.raw)
     return parts[chain.scores]
 
 
-def _after(op: Op, parts: dict[Value, Apart]) -> Apart:
+def _after(op: Op, parts: dict[Value, Apart], raw: Matmul) -> Apart:
     """The scores behind one more op."""
     if isinstance(op, Reshape):
         return _reshaped_parts(parts[op.x], op)
     if isinstance(op, Cast) and op.to in FLOATS:
         part = parts[op.x]
+        if not holds(op.to, raw.dtype):
+            raise Unrecognised(f"its scores, products in {raw.dtype}, are rounded to {op.to}")
         factor = None if part.factor is None else Cast(part.factor, op.to)
         return replace(part, bias=Cast(part.bias, op.to), factor=factor)
     if isinstance(op, Neg):

@@ -8,7 +8,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Matmul, Max, Reshape, Slice, Softmax, Sum
 from llmc.compiler.ir.types import FLOATS
 from llmc.compiler.passes.masks import Unrecognised
-from llmc.compiler.passes.rewriting import number_of
+from llmc.compiler.passes.rewriting import holds, number_of
 
 
 def softmax_operand(op: Op) -> Value | None:
@@ -53,6 +53,7 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
     """
     outputs = {value for _, value in graph.outputs}
     guards: list[Value] = []
+    roundings: list[str] = []
     value: Op = softmax
     keys = softmax.shape[-1] - 1 if drops_column else softmax.shape[-1]
     while True:
@@ -65,6 +66,9 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
         if isinstance(user, Matmul) and user.a is value and user.b is not value:
             if drops_column or value.shape[-1] != keys:
                 raise Unrecognised("its probabilities keep the column of sinks")
+            coarse = next((dtype for dtype in roundings if not holds(dtype, user.dtype)), None)
+            if coarse is not None:
+                raise Unrecognised(f"its probabilities, which weigh values in {user.dtype}, are rounded to {coarse}")
             return user, guards
         same_last = user.rank >= 2 and user.shape[-2:] == value.shape[-2:]
         if isinstance(user, Slice) and drops_column and user.axis % user.rank == user.rank - 1:
@@ -80,6 +84,8 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
                 guards.append(user.condition)
         elif not ((isinstance(user, Reshape) and same_last) or (isinstance(user, Cast) and user.dtype in FLOATS)):
             raise Unrecognised(f"its probabilities pass through {user.name}")
+        if isinstance(user, Cast):
+            roundings.append(user.to)
         value = user
 
 

@@ -15,7 +15,7 @@ from llmc.compiler.ir.integers import parameter_count
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape, Softmax
-from llmc.compiler.ir.types import FLOATS, Tensor
+from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.lifted import ENCODE, GENERATE, RUN, Lifted, Text, WeightSource
 from llmc.frontends.onnx.conventions import (
@@ -74,7 +74,7 @@ def lift(
 
 def _run_graph(model: OnnxModel, sizes: FreeSizes, why_not_text: str) -> Lifted:
     """A graph of any kind, with the inputs and outputs that the file gives it."""
-    bodies = model.bodies(wide_floats=False)
+    bodies = model.bodies()
     graph, sizes = _plain_graph(model, bodies, sizes)
     notes = [f"compiled as a graph of plain tensors, not as text: {why_not_text}"] if why_not_text else []
     return Lifted(
@@ -140,7 +140,8 @@ class _Text:
         self.model = model
         self.inputs = inputs
         self.companions = companions
-        self.bodies = model.bodies(wide_floats=True)
+        self.wide_floats = model.wide_floats()
+        self.bodies = model.bodies(self.wide_floats)
         self.has_past = bool(inputs.having(Role.PAST))
         self.kept = [output for output in model.outputs if not is_present(output)]
         if not self.kept:
@@ -159,7 +160,7 @@ class _Text:
         given = {}
         for signature in self.model.inputs:
             given[signature.name] = self._given(signature, size, ids, positions, types)
-        items = Translation(self.bodies.functions, wide_floats=True).run(self.main, given)
+        items = Translation(self.bodies.functions, self.wide_floats).run(self.main, given)
         values = tuple((name, item.value) for name, item in zip(self.main.outputs, items, strict=True))
         inputs = (ids, positions, types) if self.inputs.having(Role.TOKEN_TYPES) else (ids, positions)
         graph, padding = without_padding(Graph("model", inputs, values), self.companions.pad_id)
@@ -169,7 +170,7 @@ class _Text:
         """What an input of the model is for one sequence of S tokens, without padding or a past."""
         role = self.inputs.roles[signature.name]
         dtype = signature_dtype(signature, "input")
-        dtype = "f32" if dtype in FLOATS else dtype
+        dtype = "f32" if dtype in self.wide_floats else dtype
         dims = signature.dims or ()
         if role is Role.PAST:
             shape = empty_past(signature, self._ids())

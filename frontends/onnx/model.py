@@ -20,6 +20,7 @@ from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.onnx import ordering
+from llmc.frontends.onnx.forms import DTYPES, HALVES
 from llmc.frontends.onnx.initializers import OnnxWeights, Stored, TensorReader, element_count, ir_dtype, text_of
 from llmc.frontends.onnx.protobuf import Parsed, Span, parse
 from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Reference, objects
@@ -69,8 +70,21 @@ class OnnxModel:
         for kind, infos in (("inputs", self.inputs), ("outputs", self.outputs)):
             _require_distinct([info.name for info in infos], f"{self.path} has two {kind} called")
 
-    def bodies(self, wide_floats: bool) -> Bodies:
-        """The model's graph and functions. wide_floats: floats of all sizes become f32."""
+    def wide_floats(self) -> frozenset[str]:
+        """The dtypes that are f32 in a text model: f64, and halves if those are what most of its weights are.
+
+        How such a model rounds is noise. One whose weights are f32 rounds to halves where it says so, and nowhere else.
+        """
+        counts = dict.fromkeys(FLOATS, 0)
+        for tensor in self._parsed.message.graph.initializer:
+            dtype = DTYPES.get(tensor.data_type)
+            if dtype in FLOATS:
+                counts[dtype] += math.prod(tensor.dims)
+        halves = sum(counts[dtype] for dtype in HALVES)
+        return frozenset(("f64", *(HALVES if halves >= sum(counts.values()) - halves else ())))
+
+    def bodies(self, wide_floats: frozenset[str] = frozenset()) -> Bodies:
+        """The model's graph and functions. wide_floats: dtypes that become f32."""
         try:
             return _Decoder(self, self._parsed, wide_floats).bodies()
         except UnicodeDecodeError as error:
@@ -141,7 +155,7 @@ def _require_distinct(names: Sequence[str], what: str) -> None:
 class _Decoder:
     """From messages to bodies."""
 
-    def __init__(self, model: OnnxModel, parsed: Parsed, wide_floats: bool) -> None:
+    def __init__(self, model: OnnxModel, parsed: Parsed, wide_floats: frozenset[str]) -> None:
         self._path = model.path
         self._message = parsed.message
         self._raw = parsed.raw
@@ -319,7 +333,7 @@ class _Decoder:
         """What an initializer's name stands for: a constant whose elements are known, or a param."""
         stored = self._tensors.stored(message, f"tensor {name!r:.100}", raw)
         self._sizes[name] = count = element_count(stored.shape, stored.what)
-        dtype = "f32" if self._wide and stored.dtype in FLOATS else stored.dtype
+        dtype = "f32" if stored.dtype in self._wide else stored.dtype
         if count <= SMALL and not _is_matrix(stored):
             array = stored.read().astype(NUMPY_DTYPES[dtype])
             return Item(constant(array, dtype), objects(array.tolist(), array.shape))

@@ -21,7 +21,7 @@ from llmc.compiler.ir.dims import Atom, Dim, FloorDiv, symbol
 from llmc.compiler.ir.elementwise import Add, Cast, FloorDivide, Mul, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Concat, Iota, Reshape, Slice
-from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Shape
+from llmc.compiler.ir.types import NUMPY_DTYPES, Shape
 from llmc.errors import FrontendError, IRError, LlmcError
 
 SMALL = 4096  # elements of a tensor whose contents are followed, and of an initializer that becomes a constant
@@ -228,18 +228,19 @@ class MayNotFit(SizeUnknown):
 class Translation:
     """The state of one translation: what each name stands for.
 
-    functions: the model's own, by (domain, name). wide_floats: f16, bf16 and f64 become f32 (text models, where
-    nothing but rounding depends on them; casts of places to halves still round). fold: given an op's items, what is
-    known of its result (`symbolic.fold`).
+    functions: the model's own, by (domain, name). wide_floats: dtypes that become f32 (see `OnnxModel.wide_floats`;
+    casts of places to halves still round). fold: given an op's items, what is known of its result (`symbolic.fold`).
     """
 
-    def __init__(self, functions: Mapping[tuple[str, str], Body] | None = None, wide_floats: bool = False) -> None:
+    def __init__(
+        self, functions: Mapping[tuple[str, str], Body] | None = None, wide_floats: frozenset[str] = frozenset()
+    ) -> None:
         self.functions = dict(functions or {})
         self.wide_floats = wide_floats
 
     def dtype(self, dtype: str) -> str:
         """The dtype that this translation gives to a tensor of the source's dtype."""
-        return "f32" if self.wide_floats and dtype in FLOATS else dtype
+        return "f32" if dtype in self.wide_floats else dtype
 
     def run(self, body: Body, given: Mapping[str, Item]) -> list[Item]:
         """Translate what a body's outputs need. given: its inputs, and the names around it that it may use."""

@@ -52,6 +52,8 @@ def norm_rows(op: Op, context: Context) -> Lowered | str:
     assert isinstance(op, (RMSNorm, LayerNorm))
     if op.dtype != "f32":
         return f"rows are {op.dtype}, not f32"
+    if isinstance(op.shape[-1], Dim):
+        return f"the rows of {op.type} are of a size that is not known when compiling"
     size = features_of(op)
     bias = op.b if isinstance(op, LayerNorm) else None
     if (op.w is not None and op.w.dtype != "f32") or (bias is not None and bias.dtype != "f32"):
