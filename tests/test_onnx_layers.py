@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Nodes, compare, evaluated
 
 from llmc.errors import FrontendError
@@ -164,3 +165,106 @@ def test_responses_of_near_channels(size: int) -> None:
         low, high = max(0, channel - (size - 1) // 2), min(6, channel + size // 2)
         total[:, channel] = (x[:, low : high + 1] ** 2).sum(1)
     np.testing.assert_allclose(found, x / (2 + 0.3 / size * total) ** 0.6, rtol=1e-5)
+
+
+def refers(op: str, x: np.ndarray, *constants: object, outputs: int = 1, opset: int = 21, **attributes: object) -> None:
+    """As the standard's reference does it, all outputs."""
+    nodes = Nodes({"x": (str(x.dtype), x.shape)}, opset)
+    names = nodes.many(op, "x", *constants, outputs=outputs, **attributes)
+    expected = ReferenceEvaluator(nodes.model(*names)).run(None, {"x": x})
+    for own, other in zip(evaluated(nodes.graph(*names), {"x": x}), expected, strict=True):
+        assert (own.shape, own.dtype) == (other.shape, other.dtype)
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 2, 1, 2)], ids=str)
+def test_batch_norms_of_every_rank(shape: tuple[int, ...]) -> None:
+    x, channels = floats(*shape), [np.abs(floats(3)) for _ in range(4)]
+    one("BatchNormalization", x, *channels)
+    one("BatchNormalization", x, *channels, epsilon=0.3)
+    refers("BatchNormalization", x, *channels, outputs=3, training_mode=1, momentum=0.7, epsilon=0.3)
+    refers("BatchNormalization", x, *channels, outputs=3, training_mode=1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_batch_norms_of_other_floats(dtype: type) -> None:
+    """Halves are widened, as onnxruntime does; f64 stays f64."""
+    x, channels = floats(2, 3, 5), [np.abs(floats(3)) + np.float32(0.5) for _ in range(4)]
+    nodes = Nodes({"x": (np.dtype(dtype).name, x.shape)})
+    graph = nodes.graph(nodes.add("BatchNormalization", "x", *(c.astype(dtype) for c in channels), epsilon=0.1))
+    (found,) = evaluated(graph, {"x": x.astype(dtype)})
+    scale, bias, mean, variance = (c.astype(dtype).astype(np.float64)[:, None] for c in channels)
+    expected = (x.astype(dtype).astype(np.float64) - mean) / np.sqrt(variance + np.float32(0.1)) * scale + bias
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        found, expected, rtol=2**-10 if dtype is np.float16 else 1e-8, atol=1e-3 * (dtype is np.float16)
+    )
+
+
+def test_norms_of_instances_and_groups() -> None:
+    x = floats(2, 6, 5)
+    one("InstanceNormalization", x, floats(6), floats(6), epsilon=0.2)
+    one("InstanceNormalization", floats(2, 6, 3, 2), floats(6), floats(6))
+    refers("GroupNormalization", x, floats(6), floats(6), num_groups=2, epsilon=0.2)
+    refers("GroupNormalization", x, floats(6), floats(6), num_groups=6)
+    refers("GroupNormalization", floats(2, 6, 3, 2), floats(6), floats(6), num_groups=3)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_before_opset_21_groups_have_one_scale_each(groups: int) -> None:
+    """As many as groups, even where that is said for channels since."""
+    x, scale, bias = floats(2, 6, 5), floats(groups), floats(groups)
+    each = 6 // groups
+    nodes = Nodes({"x": ("float32", x.shape)}, 18)
+    (found,) = evaluated(nodes.graph(nodes.add("GroupNormalization", "x", scale, bias, num_groups=groups)), {"x": x})
+    now = Nodes({"x": ("float32", x.shape)}, 21)
+    output = now.add("GroupNormalization", "x", scale.repeat(each), bias.repeat(each), num_groups=groups)
+    np.testing.assert_array_equal(found, evaluated(now.graph(output), {"x": x})[0])
+
+
+def test_norms_over_some_axes() -> None:
+    x = floats(2, 3, 4, 5)
+    one("MeanVarianceNormalization", x)
+    one("MeanVarianceNormalization", x, axes=[1, -1])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignored", [None, 1, -1])
+def test_losses(reduction: str, weighted: bool, ignored: int | None) -> None:
+    options: dict[str, object] = {"reduction": reduction}
+    if ignored is not None:
+        options["ignore_index"] = ignored
+    for shape in ((3,), (3, 2)):
+        target = np.array([0, 1, 3, 1, ignored or 0, 2])[: int(np.prod(shape))].reshape(shape)
+        weights = [np.array([1, 2, 0.5, 3], np.float32)] if weighted else []
+        x = floats(3, 4, *shape[1:])
+        one("NegativeLogLikelihoodLoss", x, target, *weights, **options)
+        one("SoftmaxCrossEntropyLoss", x, target, *weights, outputs=2, **options)
+
+
+def test_a_loss_that_is_not_reduced_as_any() -> None:
+    nodes = Nodes({"x": ("float32", (3, 4))})
+    with pytest.raises(FrontendError, match="reduction 'odd' is not supported"):
+        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction="odd"))
+
+
+@pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])
+def test_pools_of_everything(op: str) -> None:
+    one(op, floats(2, 3, 5))
+    one(op, floats(2, 3, 4, 1))
+    nodes = Nodes({"x": ("float32", (2, 3))})
+    with pytest.raises(FrontendError, match="has no spatial axes"):
+        nodes.graph(nodes.add(op, "x"))
+
+
+def test_elements_put_back_where_they_were() -> None:
+    x = RNG.permutation(2 * 36).reshape(1, 2, 6, 6).astype(np.float32)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    largest, places = nodes.many("MaxPool", "x", outputs=2, kernel_shape=[2, 2], strides=[2, 2])
+    back = nodes.add("MaxUnpool", largest, places, kernel_shape=[2, 2], strides=[2, 2])
+    compare(nodes, [back], {"x": x})
+    shaped = nodes.add("MaxUnpool", largest, places, np.array([1, 2, 7, 8]), kernel_shape=[2, 2], strides=[2, 2])
+    (found,) = evaluated(nodes.graph(shaped), {"x": x})
+    (plain,) = evaluated(nodes.graph(back), {"x": x})
+    np.testing.assert_array_equal(found, np.pad(plain, ((0, 0), (0, 0), (0, 1), (0, 2))))
