@@ -109,6 +109,16 @@ def test_transposed_convolutions_to_a_given_shape(mode: str) -> None:
         compare(nodes, [output], {"x": floats(1, 2, 4, 5)})
 
 
+def test_transposed_convolutions_to_a_whole_shape() -> None:
+    """Old files name the batch and the channels too."""
+    x, w = floats(1, 2, 4, 5), floats(2, 3, 3, 3)
+    whole, spatial = (
+        convolved("ConvTranspose", x, w, kernel_shape=[3, 3], strides=[2, 3], output_shape=shape)
+        for shape in ([1, 3, 8, 14], [8, 14])
+    )
+    np.testing.assert_array_equal(whole, spatial)
+
+
 def test_transposed_convolutions_with_pads_larger_than_their_reach() -> None:
     """More is cut off than the windows add: elements of the input go, not zeros."""
     for pads in ([3, 0], [0, 3], [2, 2]):
@@ -136,7 +146,7 @@ def test_windows_over_a_free_size(kernel: int, stride: int, dilation: int) -> No
 
 
 @pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("kernel", [1, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 4])
 def test_causal_convolutions_with_a_state(past: bool, kernel: int) -> None:
     """The same over all of a sequence, and over its parts one after another."""
     x, w, bias = floats(2, 3, 7), floats(3, 1, kernel), floats(3)

@@ -258,13 +258,45 @@ def test_pools_of_everything(op: str) -> None:
         nodes.graph(nodes.add(op, "x"))
 
 
-def test_elements_put_back_where_they_were() -> None:
-    x = RNG.permutation(2 * 36).reshape(1, 2, 6, 6).astype(np.float32)
+def unpooled(x: np.ndarray, shape: list[int] | None, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest elements of x put back: x, where they stand in it, and what is found."""
     nodes = Nodes({"x": ("float32", x.shape)})
-    largest, places = nodes.many("MaxPool", "x", outputs=2, kernel_shape=[2, 2], strides=[2, 2])
-    back = nodes.add("MaxUnpool", largest, places, kernel_shape=[2, 2], strides=[2, 2])
-    compare(nodes, [back], {"x": x})
-    shaped = nodes.add("MaxUnpool", largest, places, np.array([1, 2, 7, 8]), kernel_shape=[2, 2], strides=[2, 2])
-    (found,) = evaluated(nodes.graph(shaped), {"x": x})
-    (plain,) = evaluated(nodes.graph(back), {"x": x})
-    np.testing.assert_array_equal(found, np.pad(plain, ((0, 0), (0, 0), (0, 1), (0, 2))))
+    largest, places = nodes.many("MaxPool", "x", outputs=2, **options)
+    back = nodes.add("MaxUnpool", largest, places, *([] if shape is None else [np.array(shape)]), **options)
+    (found,) = evaluated(nodes.graph(back), {"x": x})
+    kept, flat = evaluated(nodes.graph(largest, places), {"x": x})
+    expected = np.zeros(x.size, np.float32)
+    expected[flat.reshape(-1)] = kept.reshape(-1)
+    return found, expected.reshape(x.shape), kept
+
+
+def test_elements_put_back_where_they_were() -> None:
+    x = RNG.permutation(2 * 24).reshape(1, 2, 6, 4).astype(np.float32)
+    for options in ({"strides": [2, 2]}, {}, {"strides": [2, 2], "pads": [1, 0, 1, 0]}):
+        found, expected, _ = unpooled(x, None, kernel_shape=[2, 2], **options)
+        np.testing.assert_array_equal(found, expected)
+    found, expected, _ = unpooled(x, [1, 2, 7, 6], kernel_shape=[2, 2], strides=[2, 2])
+    np.testing.assert_array_equal(found, np.pad(expected, ((0, 0), (0, 0), (0, 1), (0, 2))))
+    line, block = x.reshape(2, 3, 8), x.reshape(1, 1, 4, 2, 6)
+    np.testing.assert_array_equal(*unpooled(line, None, kernel_shape=[2], strides=[2])[:2])
+    np.testing.assert_array_equal(*unpooled(block, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3])[:2])
+    with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
+        unpooled(line, [2, 3, 9], kernel_shape=[2], strides=[2])
+    with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
+        unpooled(block, [1, 1, 4, 2, 9], kernel_shape=[2, 1, 3], strides=[2, 1, 3])
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
+def test_strides_beyond_the_window_need_no_padding(mode: str) -> None:
+    """onnxruntime fails: the padding would be negative."""
+    x = floats(1, 2, 8)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    output = nodes.add("MaxPool", "x", kernel_shape=[1], strides=[3], auto_pad=mode)
+    np.testing.assert_array_equal(evaluated(nodes.graph(output), {"x": x})[0], x[:, :, ::3])
+
+
+def test_windows_side_by_side_are_a_reshape() -> None:
+    """As those of patch embeddings: nothing is gathered."""
+    nodes = Nodes({"x": ("float32", (1, 3, 9, 8))})
+    output = nodes.add("Conv", "x", floats(5, 3, 4, 4), kernel_shape=[4, 4], strides=[4, 4])
+    assert "t.gather" not in {op.name for op in nodes.graph(output).ops}

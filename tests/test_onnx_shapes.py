@@ -63,15 +63,27 @@ def test_joining_leaves_out_what_is_empty(axis: int) -> None:
     empty = np.zeros([0 if i == axis % 3 else d for i, d in enumerate(x.shape)], np.float32)
     one("Concat", x, empty, x, axis=axis)
     one("Concat", empty, empty, axis=axis)
+    one("Concat", empty, axis=axis)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    assert not nodes.graph(nodes.add("Concat", empty, "x", empty, axis=axis)).ops
 
 
-@pytest.mark.parametrize(("size", "parts"), [(7, 3), (6, 3), (4, 2), (5, 2), (3, 3)])
+def test_the_first_version_joined_along_the_second_axis() -> None:
+    nodes = Nodes({"x": ("float32", (2, 3, 4))}, 1)
+    assert nodes.graph(nodes.add("Concat", "x", "x")).outputs[0][1].shape == (2, 6, 4)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(7, 3), (6, 3), (4, 3), (5, 2), (3, 3)])
 @pytest.mark.parametrize("axis", [0, -1])
 def test_splits_into_a_number_of_parts(size: int, parts: int, axis: int) -> None:
     one("Split", counted(size, size), outputs=parts, num_outputs=parts, axis=axis)
     one("Split", counted(size, size), at(1, 0, size - 1), outputs=3, axis=axis)
     if size % parts == 0:
         one("Split", counted(size, size), outputs=parts, axis=axis, opset=13)
+
+
+def test_splits_of_the_first_axis_where_none_is_said() -> None:
+    one("Split", counted(4, 6), at(1, 3), outputs=2)
 
 
 def test_a_free_size_splits_into_equal_parts() -> None:
@@ -234,6 +246,11 @@ def test_gathers_of_batches(batch: int, depth: int) -> None:
     ("op", "constants", "attributes", "message"),
     [
         ("Reshape", (at(-1, 2, -1),), {}, "leaves more than one size open"),
+        ("Reshape", (at(6, -1, -1),), {}, "leaves more than one size open"),
+        ("Slice", (at(0, 0), at(1)), {}, "is not valid"),
+        ("Slice", (at(0), at(1), at(0, 1)), {}, "is not valid"),
+        ("Pad", (at(1, 0, 0),), {}, "is not valid"),
+        ("Pad", (at(1, 0, 0, 0, 0, 0, 0),), {}, "is not valid"),
         ("Reshape", (at(5, -1),), {}, "do not split evenly"),
         ("Reshape", (at(0, 0, -1),), {"allowzero": 1}, "a size cannot be inferred"),
         ("Reshape", (), {}, "no shape is given"),
