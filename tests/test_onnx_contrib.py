@@ -457,6 +457,130 @@ def test_relative_position_bias(bidirectional: int, tokens: int, buckets: int, d
     np.testing.assert_array_equal(found, table[bucket.numpy()].transpose(2, 0, 1)[None])
 
 
+# What is left out, and what is refused
+
+
+def test_epsilons_that_are_left_out() -> None:
+    """Numbers so small that the epsilon decides."""
+    x, skip, gamma = 1e-3 * normal(1, 7, 33), 1e-3 * normal(1, 7, 33, seed=1), Fixed(normal(33, seed=2))
+    compare(Case("SimplifiedLayerNormalization", [x, gamma], {"axis": -1, "stash_type": 1}, 2, domain=""))
+    tiny, other = x * np.float32(1e-3), skip * np.float32(1e-3)
+    compare(Case("SkipLayerNormalization", [tiny, other, gamma, gamma], {}, 1))
+    compare(Case("SkipSimplifiedLayerNormalization", [tiny, other, gamma], {}, 1))
+    tables = [Fixed(1e-6 * normal(50, 33)), Fixed(1e-6 * normal(20, 33, seed=1))]
+    ids = choice(1, 7, high=50).astype(np.int32)
+    compare(Case("EmbedLayerNormalization", [ids, None, *tables, None, gamma, gamma], {}, 2), outputs=[0])
+
+
+def test_embeddings_without_a_mask_have_no_ends() -> None:
+    tables = [Fixed(normal(50, 33)), Fixed(normal(20, 33)), None, Fixed(normal(33)), Fixed(normal(33))]
+    ids = choice(3, 7, high=50).astype(np.int32)
+    compare(Case("EmbedLayerNormalization", [ids, None, *tables], {}, 3, symbols=S_AND_BATCH))
+
+
+def test_hidden_keys_have_ten_thousand_less() -> None:
+    """Scores of those that are seen are made as low: all keys count alike then."""
+    case = multi_head(mask=VISIBLE, attention_bias=(3, 1))
+    case.inputs[5] = np.where(VISIBLE, np.float32(-1e4), np.float32(0))[:, None, None].repeat(7, 2)
+    compare(case, tolerance=1e-3)  # a score near 1e4 is rounded to 1e-3
+
+
+def test_norms_of_queries_have_a_small_epsilon() -> None:
+    case = grouped_query(norms=True)
+    for index in (0, 1):
+        case.inputs[index] = 1e-3 * normal(1, 7, (4, 2)[index] * 16, seed=index)
+    exact = grouped_query(norms=True, qk_norm_epsilon=1e-6)
+    exact.inputs = case.inputs
+    for expected, found in zip(exact.translated(), case.translated(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_one_number_of_a_mask_hides_keys() -> None:
+    """Ones but for one zero are no mask of ones."""
+    mask = np.ones((3, 7), np.int32)
+    mask[1, 2] = 0
+    case = multi_head(mask=mask)
+    case.inputs[4] = Fixed(mask)
+    case.symbols = {}
+    compare(case)
+
+
+def test_a_mask_for_one_sequence_or_two_numbers_each() -> None:
+    """[2 B] ends and starts: with one sequence too."""
+    for mask in ([5], [5, 2]):
+        inputs = [normal(1, 7, 20), Fixed(normal(20, 96) / 4), Fixed(normal(96)), np.array(mask, np.int32)]
+        compare(Case("Attention", inputs, {"num_heads": 2}))
+
+
+def without(case: Case, *places: int) -> Case:
+    """The case without some of its inputs."""
+    for place in places:
+        case.inputs[place], case.names[place] = None, ""
+    return case
+
+
+def having(case: Case, **inputs: np.ndarray | Fixed) -> Case:
+    """The case with inputs more, at `at_N`."""
+    for name, array in inputs.items():
+        place = int(name.removeprefix("at_"))
+        while len(case.inputs) <= place:
+            case.inputs.append(None)
+            case.names.append("")
+        case.inputs[place], case.names[place] = array, f"in{place}"
+    return case
+
+
+def giving(case: Case, outputs: int) -> Case:
+    case.outputs, case.symbols = outputs, {}
+    return case
+
+
+ROWS = np.array([1], np.int32)
+REFUSED = {
+    "values in integers": (grouped_query(v_quant_type="PER_TENSOR"), "v_quant_type=PER_TENSOR is not supported"),
+    "a cache of bits": (grouped_query(kv_cache_bit_width=4), "kv_cache_bit_width=4 is not supported, only 0"),
+    "all see all": (grouped_query(causal=0), "causal=0 is not supported, only 1"),
+    "scales of keys": (having(grouped_query(), at_12=normal(1)), "its input k_scale is not supported"),
+    "scales of values": (having(grouped_query(), at_13=normal(1)), "its input v_scale is not supported"),
+    "keys of a past": (having(grouped_query(), at_3=normal(1, 2, 4, 16)), "a past of some length"),
+    "values of a past": (having(grouped_query(), at_4=normal(1, 2, 4, 16)), "a past of some length"),
+    "a key alone": (without(grouped_query(), 2), "key and value come together or not at all"),
+    "a value alone": (without(grouped_query(), 1), "key and value come together or not at all"),
+    "a norm of queries alone": (without(grouped_query(norms=True), 15), "normalised together or not at all"),
+    "no cosines": (without(grouped_query(do_rotary=1), 7), "do_rotary=1 needs cos_cache and sin_cache"),
+    "no sines": (without(grouped_query(do_rotary=1), 8), "do_rotary=1 needs cos_cache and sin_cache"),
+    "more pairs than channels": (grouped_query(dim=8, do_rotary=1), "a cache of 8 pairs for heads of 8"),
+    "a length of the past": (having(multi_head(), at_8=ROWS), "its input past_sequence_length is not supported"),
+    "beams": (having(multi_head(), at_9=ROWS), "its input cache_indirection is not supported"),
+    "scores": (giving(multi_head(), 4), "its output qk is not supported"),
+    "packed, and a key": (having(multi_head("packed"), at_1=normal(3, 7, 32)), "comes without key and value"),
+    "packed, and a value": (having(multi_head("packed"), at_2=normal(3, 7, 32)), "comes without key and value"),
+    "packed for other heads": (multi_head("packed", num_heads=3), "needs [B, S, heads, 3, dim]"),
+    "packed keys, and a value": (having(multi_head("packed keys"), at_2=normal(3, 7, 32)), "comes without a value"),
+    "packed keys for other heads": (multi_head("packed keys", num_heads=4), "needs [B, K, heads, 2, dim]"),
+    "no value": (without(multi_head(), 2), "a key without a value"),
+    "a length of the past of all": (having(projected(), at_6=ROWS), "its input past_sequence_length is not supported"),
+    "unequal sizes together": (giving(projected(sizes=(32, 32, 10)), 2), "keys and values of different sizes"),
+    "a vector times a matrix": (Case("FusedMatMul", [normal(3), normal(3, 3)]), "factors without two axes"),
+    "a matrix times a vector": (Case("FusedMatMul", [normal(3, 3), normal(3)]), "factors without two axes"),
+    "no halves": (Case("BiasSplitGelu", [normal(3, 7), normal(7)]), "does not split into 2 parts"),
+    "an inner axis": (
+        Case("SimplifiedLayerNormalization", [normal(3, 7), normal(7)], {"axis": 0}, domain=""),
+        "axis=0 of rank 2: only the last axis",
+    ),
+    "segments without a table": (
+        Case("EmbedLayerNormalization", [choice(1, 7, high=9), choice(1, 7, high=2), normal(9, 5), normal(9, 5), None,
+                                         normal(5), normal(5)]),
+        "segment ids and their table come together",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_computed_is_refused(name: str) -> None:
+    refused(*REFUSED[name])
+
+
 def refused(case: Case, why: str) -> None:
     """The translation is refused in one line that says why and where."""
     with pytest.raises(FrontendError) as error:

@@ -5,18 +5,22 @@ Each case runs in its own dtypes and is held to its own tolerances; nothing that
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import functools
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
+import onnx
 import pytest
 from onnx_node_cases import NodeCase, lifted_case, node_cases
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.text import print_graph
 from llmc.compiler.passes.manager import parse_pipeline, run_passes
 from llmc.errors import LlmcError
 from llmc.frontends.onnx.supported import supported_ops
@@ -159,6 +163,46 @@ def test_passes_change_no_case() -> None:
         except (LlmcError, AssertionError) as error:
             failed.append(f"{case.name}: {' '.join(str(error).split())[:300]}")
     assert not failed, "\n".join(failed)
+
+
+def leaving_out() -> Mapping[tuple[str, str], NodeCase]:
+    """The smallest case of one node that leaves out an attribute which has a default; by op and attribute."""
+    found: dict[tuple[str, str], list[NodeCase]] = {}
+    for case in node_cases():
+        if len(case.model.graph.node) == 1 and reason_for(case.name) is None:
+            node = case.model.graph.node[0]
+            present = {attribute.name for attribute in node.attribute}
+            for name, attribute in schema_of(case).attributes.items():
+                if name not in present and attribute.default_value.type:
+                    found.setdefault((node.op_type, name), []).append(case)
+    return {key: min(cases, key=elements) for key, cases in found.items()}
+
+
+def elements(case: NodeCase) -> int:
+    return sum(np.asarray(array).size for array in case.inputs.values())
+
+
+def schema_of(case: NodeCase) -> onnx.defs.OpSchema:
+    node = case.model.graph.node[0]
+    version = next(entry.version for entry in case.model.opset_import if entry.domain == node.domain)
+    return onnx.defs.get_schema(node.op_type, version, node.domain)
+
+
+def printed(case: NodeCase) -> str:
+    """The case's graph, its numbers to six digits: a file holds attributes as floats of 32 bits."""
+    text = print_graph(lifted_case(case))
+    return re.sub(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+", lambda match: f"{float(match[0]):.6g}", text)
+
+
+def test_an_attribute_left_out_is_the_standards_default() -> None:
+    wrong = []
+    for (op, name), case in leaving_out().items():
+        model = onnx.ModelProto()
+        model.CopyFrom(case.model)
+        model.graph.node[0].attribute.append(schema_of(case).attributes[name].default_value)
+        if printed(case) != printed(dataclasses.replace(case, model=model)):
+            wrong.append(f"{op}: {name}, as in {case.name}")
+    assert not wrong
 
 
 def test_most_of_the_standard_is_covered() -> None:

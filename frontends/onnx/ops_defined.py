@@ -43,6 +43,8 @@ def body_of(message: GraphProto | FunctionProto, versions: Mapping[str, int]) ->
             return known_item(found)
         if isinstance(found, GraphProto):
             return body_of(found, versions)
+        if isinstance(found, list):
+            return [each.decode() if isinstance(each, bytes) else each for each in found]
         return found.decode() if isinstance(found, bytes) else found
 
     nodes = tuple(

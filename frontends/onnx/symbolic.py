@@ -148,20 +148,26 @@ def _division(t: Translation, node: Node, a: Item, b: Item) -> Objects:
     return _each(lambda x, y: _quotient(x, y) if whole else exact(x, y), _elements(a), _elements(b))
 
 
-def _rest(a: Any, b: Any) -> Any:
-    return a - b * (a // b)
+def _rest(t: Translation, node: Node, a: Item, b: Item) -> Objects:
+    def rest(x: Any, y: Any) -> Any:
+        x, y = _whole(x), _whole(y)
+        # As in C the rest has the sign of x, else that of y.
+        quotient = _quotient(x, y) if node.get("fmod", 0) else x // y
+        return x - y * quotient
+
+    return _each(rest, _elements(a), _elements(b))
 
 
 folds("Add")(_arithmetic(operator.add))
 folds("Sub")(_arithmetic(operator.sub))
 folds("Mul")(_arithmetic(operator.mul))
 folds("Div")(_division)
-folds("Mod")(_arithmetic(_rest))
+folds("Mod")(_rest)
 
 
 def _extreme(choose: Callable[[Any, Any], Any]) -> Folder:
     def folder(t: Translation, node: Node, *items: Item) -> Objects:
-        return functools.reduce(functools.partial(_each, choose), (_elements(item) for item in items))
+        return functools.reduce(functools.partial(_each, choose), (_each(_whole, _elements(item)) for item in items))
 
     return folder
 
@@ -274,7 +280,11 @@ def _gather(t: Translation, node: Node, x: Item, indices: Item) -> Objects:
 
 @folds("GatherElements")
 def _gather_elements(t: Translation, node: Node, x: Item, indices: Item) -> Objects:
-    return np.take_along_axis(_elements(x), np.asarray(_elements(indices).tolist(), np.int64), node.get("axis", 0))
+    given, at = _elements(x), np.asarray(_elements(indices).tolist(), np.int64)
+    axis = range(x.rank)[node.get("axis", 0)]
+    # Of the other axes, only as much as the indices have: numpy would repeat these.
+    within = tuple(slice(None) if i == axis else slice(size) for i, size in enumerate(at.shape))
+    return np.take_along_axis(given[within], at, axis)
 
 
 @folds("ScatterND")
@@ -332,7 +342,8 @@ def _split(t: Translation, node: Node, x: Item, sizes: Item | None = None) -> li
     lengths = integers(sizes, "the parts") if sizes is not None else node.get("split")
     if lengths is None:
         parts = node.get("num_outputs") or len(node.outputs)
-        return np.array_split(_elements(x), range(-(-size // parts), size, -(-size // parts)), axis)
+        each = -(-size // parts)
+        return np.split(_elements(x), [min(each * i, size) for i in range(1, parts)], axis)
     return np.split(_elements(x), np.cumsum(lengths)[:-1], axis)
 
 
@@ -356,8 +367,10 @@ def _reshape(t: Translation, node: Node, x: Item, shape: Item) -> Objects:
 
 @folds("Flatten")
 def _flatten(t: Translation, node: Node, x: Item) -> Objects:
-    given, axis = _elements(x), node.get("axis", 1) % (x.rank + 1)
-    return given.reshape((math.prod(given.shape[:axis]), -1))
+    given, axis = _elements(x), node.get("axis", 1)
+    # From the end it counts axes, not the places between them.
+    axis = axis + x.rank if axis < 0 else axis
+    return given.reshape((math.prod(given.shape[:axis]), math.prod(given.shape[axis:])))
 
 
 @folds("Transpose")
@@ -435,7 +448,10 @@ def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) ->
 
 @folds("Clip")
 def _clip(t: Translation, node: Node, x: Item, low: Item | None = None, high: Item | None = None) -> Objects:
-    result = _elements(x)
-    if low is not None:
-        result = _each(larger, result, _elements(low))
-    return result if high is None else _each(smaller, result, _elements(high))
+    result = _each(_whole, _elements(x))
+    # Before opset 11 the bounds were attributes.
+    for choose, bound, name in ((larger, low, "min"), (smaller, high, "max")):
+        limit = node.get(name) if bound is None else _elements(bound).item()
+        if limit is not None:
+            result = _each(lambda size, choose=choose, limit=limit: choose(size, _whole(limit)), result)
+    return result

@@ -1,0 +1,302 @@
+"""Layers of ONNX (recurrent ones, pooling, resizing, losses) against onnxruntime: every attribute, odd sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx_graphs import Nodes, compare, evaluated
+
+from llmc.errors import FrontendError
+
+RNG = np.random.default_rng(11)
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def one(op: str, x: np.ndarray, *constants: object, outputs: int = 1, opset: int = 21, **attributes: object) -> None:
+    """The op over x and constants of the file is what onnxruntime gives, all its outputs."""
+    nodes = Nodes({"x": (str(x.dtype), x.shape)}, opset)
+    compare(nodes, nodes.many(op, "x", *constants, outputs=outputs, **attributes), {"x": x}, 2e-5)
+
+
+STEPS, BATCH, INPUTS, HIDDEN = 4, 3, 5, 2
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+
+
+def recurrent(op: str, directions: int, full: bool) -> list[np.ndarray | None]:
+    """The weights of a layer; full: with biases, lengths, initial states and peepholes."""
+    gates = GATES[op] * HIDDEN
+    found: list[np.ndarray | None] = [floats(directions, gates, INPUTS), floats(directions, gates, HIDDEN)]
+    if full:
+        found += [floats(directions, 2 * gates), np.array([4, 1, 3], np.int32), floats(directions, BATCH, HIDDEN)]
+        if op == "LSTM":
+            found += [floats(directions, BATCH, HIDDEN), floats(directions, 3 * HIDDEN)]
+    return found
+
+
+@pytest.mark.parametrize("op", GATES)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("full", [False, True])
+def test_recurrent_layers(op: str, direction: str, full: bool) -> None:
+    x, directions = floats(STEPS, BATCH, INPUTS), 2 if direction == "bidirectional" else 1
+    outputs = 3 if op == "LSTM" else 2
+    weights = recurrent(op, directions, full)
+    attributes: dict[str, object] = {"hidden_size": HIDDEN, "direction": direction}
+    one(op, x, *weights, outputs=outputs, **attributes)
+    if op == "GRU":
+        one(op, x, *weights, outputs=outputs, linear_before_reset=1, **attributes)
+    names = {"RNN": ["Relu", "Sigmoid"], "GRU": ["Tanh", "Relu", "Sigmoid", "Tanh"]}.get(
+        op, ["Tanh", "Sigmoid", "Relu", "Sigmoid", "Relu", "Tanh"]
+    )
+    chosen = names[: len(names) // 2 * directions]
+    one(op, x, *weights, outputs=outputs, activations=chosen, **attributes)
+
+
+@pytest.mark.parametrize("op", GATES)
+def test_a_recurrent_layer_with_the_batch_in_front(op: str) -> None:
+    """onnxruntime does not have it: it is the other layout with its axes turned."""
+    x, (w, r, bias, lengths, *states) = floats(STEPS, BATCH, INPUTS), recurrent(op, 2, True)
+    peepholes = states[2:]
+    options = {"hidden_size": HIDDEN, "direction": "bidirectional", "outputs": 3 if op == "LSTM" else 2}
+    found = []
+    for layout in (0, 1):
+        own, start = (x, states[:2]) if layout == 0 else (
+            x.swapaxes(0, 1), [state.swapaxes(0, 1) for state in states[:2] if state is not None]
+        )  # fmt: skip
+        nodes = Nodes({"x": ("float32", own.shape)})
+        outputs = nodes.many(op, "x", w, r, bias, lengths, *start, *peepholes, layout=layout, **options)
+        found.append(evaluated(nodes.graph(*outputs), {"x": own}))
+    (y, *last), (turned, *turned_last) = found
+    np.testing.assert_array_equal(turned, y.transpose(2, 0, 1, 3))
+    for a, b in zip(last, turned_last, strict=True):
+        np.testing.assert_array_equal(b, a.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "message"),
+    [
+        ("LSTM", {"clip": 1.0}, "clip and input_forget"),
+        ("LSTM", {"input_forget": 1}, "clip and input_forget"),
+        ("RNN", {"activations": ["Affine"]}, "activations .'Affine'. are not supported"),
+        ("RNN", {"activations": ["Relu"], "activation_alpha": [2.0]}, "without parameters"),
+        ("RNN", {"activations": ["Relu"], "activation_beta": [2.0]}, "without parameters"),
+    ],
+)
+def test_what_recurrent_layers_do_not_have(op: str, attributes: dict[str, object], message: str) -> None:
+    nodes = Nodes({"x": ("float32", (STEPS, BATCH, INPUTS))})
+    with pytest.raises(FrontendError, match=message):
+        nodes.graph(nodes.add(op, "x", *recurrent(op, 1, False), hidden_size=HIDDEN, **attributes))
+
+
+@pytest.mark.parametrize("steps", [0, 513, "S"])
+def test_a_recurrent_layer_needs_a_number_of_steps(steps: int | str) -> None:
+    nodes = Nodes({"x": ("float32", (steps, BATCH, INPUTS))})
+    with pytest.raises(FrontendError, match=f"runs over {steps} steps; a known number from 1 to 512"):
+        nodes.graph(nodes.add("RNN", "x", *recurrent("RNN", 1, False), hidden_size=HIDDEN))
+
+
+POOLS = ("MaxPool", "AveragePool", "LpPool")
+
+
+@pytest.mark.parametrize("op", POOLS)
+@pytest.mark.parametrize("mode", ["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"])
+def test_pooling_with_every_padding(op: str, mode: str) -> None:
+    for kernel, stride, dilation in itertools.product(([3], [2]), ([1], [2], [3]), ([1], [2])):
+        if mode.startswith("SAME") and (dilation != [1] or stride > kernel):
+            continue  # onnxruntime pads for the kernel without its dilation, and fails where nothing is to be padded
+        options = {"kernel_shape": kernel, "strides": stride, "dilations": dilation, "auto_pad": mode}
+        for size in (7, 8, 9):
+            one(op, floats(2, 3, size), **options)
+            if mode == "NOTSET":
+                one(op, floats(2, 3, size), pads=[1, 0], **options)
+                one(op, floats(2, 3, size), pads=[0, 1], **options)
+
+
+@pytest.mark.parametrize("size", range(5, 12))
+@pytest.mark.parametrize("stride", [2, 3, 4])
+def test_pooling_with_a_last_window_that_is_not_whole(size: int, stride: int) -> None:
+    for pads in ([0, 0], [1, 0], [0, 1], [1, 1]):
+        options = {"kernel_shape": [3], "strides": [stride], "pads": pads, "ceil_mode": 1}
+        one("MaxPool", floats(1, 2, size), **options)
+        one("AveragePool", floats(1, 2, size), opset=19, **options)
+
+
+def test_average_pools_over_free_sizes_are_those_of_numbers() -> None:
+    for stride, pads, counted in ((1, [1, 1], 0), (2, [2, 0], 0), (2, [0, 2], 1), (3, [2, 1], 1)):
+        nodes = Nodes({"x": ("float32", (1, 2, "S"))})
+        output = nodes.add("AveragePool", "x", kernel_shape=[3], strides=[stride], pads=pads, count_include_pad=counted)
+        for size in (1, 7, 8):
+            compare(nodes, [output], {"x": floats(1, 2, size)})
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_places_of_largest_elements(order: int) -> None:
+    x = RNG.permutation(2 * 3 * 7 * 5).reshape(2, 3, 7, 5).astype(np.float32)
+    for kernel, pads in (([2, 3], [0, 0, 0, 0]), ([3, 2], [1, 1, 0, 1])):
+        one("MaxPool", x, outputs=2, kernel_shape=kernel, strides=[2, 1], pads=pads, storage_order=order)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_norms_of_windows_and_channels(p: int) -> None:
+    x = floats(2, 3, 7)
+    one("LpPool", x, kernel_shape=[3], p=p)
+    one("GlobalLpPool", x, p=p)
+    one("LpNormalization", x, p=min(p, 2), axis=1)
+
+
+def test_rows_of_zeros_have_no_length() -> None:
+    one("LpNormalization", np.array([[0, 0], [3, -4]], np.float32))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_responses_of_near_channels(size: int) -> None:
+    x = floats(2, 7, 3, 2)
+    if size % 2:
+        one("LRN", x, size=size, alpha=0.3, beta=0.6, bias=2.0)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    (found,) = evaluated(nodes.graph(nodes.add("LRN", "x", size=size, alpha=0.3, beta=0.6, bias=2.0)), {"x": x})
+    total = np.zeros_like(x)
+    for channel in range(7):
+        low, high = max(0, channel - (size - 1) // 2), min(6, channel + size // 2)
+        total[:, channel] = (x[:, low : high + 1] ** 2).sum(1)
+    np.testing.assert_allclose(found, x / (2 + 0.3 / size * total) ** 0.6, rtol=1e-5)
+
+
+def refers(op: str, x: np.ndarray, *constants: object, outputs: int = 1, opset: int = 21, **attributes: object) -> None:
+    """As the standard's reference does it, all outputs."""
+    nodes = Nodes({"x": (str(x.dtype), x.shape)}, opset)
+    names = nodes.many(op, "x", *constants, outputs=outputs, **attributes)
+    expected = ReferenceEvaluator(nodes.model(*names)).run(None, {"x": x})
+    for own, other in zip(evaluated(nodes.graph(*names), {"x": x}), expected, strict=True):
+        assert (own.shape, own.dtype) == (other.shape, other.dtype)
+        np.testing.assert_allclose(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 5), (2, 3, 2, 1, 2)], ids=str)
+def test_batch_norms_of_every_rank(shape: tuple[int, ...]) -> None:
+    x, channels = floats(*shape), [np.abs(floats(3)) for _ in range(4)]
+    one("BatchNormalization", x, *channels)
+    one("BatchNormalization", x, *channels, epsilon=0.3)
+    refers("BatchNormalization", x, *channels, outputs=3, training_mode=1, momentum=0.7, epsilon=0.3)
+    refers("BatchNormalization", x, *channels, outputs=3, training_mode=1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_batch_norms_of_other_floats(dtype: type) -> None:
+    """Halves are widened, as onnxruntime does; f64 stays f64."""
+    x, channels = floats(2, 3, 5), [np.abs(floats(3)) + np.float32(0.5) for _ in range(4)]
+    nodes = Nodes({"x": (np.dtype(dtype).name, x.shape)})
+    graph = nodes.graph(nodes.add("BatchNormalization", "x", *(c.astype(dtype) for c in channels), epsilon=0.1))
+    (found,) = evaluated(graph, {"x": x.astype(dtype)})
+    scale, bias, mean, variance = (c.astype(dtype).astype(np.float64)[:, None] for c in channels)
+    expected = (x.astype(dtype).astype(np.float64) - mean) / np.sqrt(variance + np.float32(0.1)) * scale + bias
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        found, expected, rtol=2**-10 if dtype is np.float16 else 1e-8, atol=1e-3 * (dtype is np.float16)
+    )
+
+
+def test_norms_of_instances_and_groups() -> None:
+    x = floats(2, 6, 5)
+    one("InstanceNormalization", x, floats(6), floats(6), epsilon=0.2)
+    one("InstanceNormalization", floats(2, 6, 3, 2), floats(6), floats(6))
+    refers("GroupNormalization", x, floats(6), floats(6), num_groups=2, epsilon=0.2)
+    refers("GroupNormalization", x, floats(6), floats(6), num_groups=6)
+    refers("GroupNormalization", floats(2, 6, 3, 2), floats(6), floats(6), num_groups=3)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_before_opset_21_groups_have_one_scale_each(groups: int) -> None:
+    """As many as groups, even where that is said for channels since."""
+    x, scale, bias = floats(2, 6, 5), floats(groups), floats(groups)
+    each = 6 // groups
+    nodes = Nodes({"x": ("float32", x.shape)}, 18)
+    (found,) = evaluated(nodes.graph(nodes.add("GroupNormalization", "x", scale, bias, num_groups=groups)), {"x": x})
+    now = Nodes({"x": ("float32", x.shape)}, 21)
+    output = now.add("GroupNormalization", "x", scale.repeat(each), bias.repeat(each), num_groups=groups)
+    np.testing.assert_array_equal(found, evaluated(now.graph(output), {"x": x})[0])
+
+
+def test_norms_over_some_axes() -> None:
+    x = floats(2, 3, 4, 5)
+    one("MeanVarianceNormalization", x)
+    one("MeanVarianceNormalization", x, axes=[1, -1])
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ignored", [None, 1, -1])
+def test_losses(reduction: str, weighted: bool, ignored: int | None) -> None:
+    options: dict[str, object] = {"reduction": reduction}
+    if ignored is not None:
+        options["ignore_index"] = ignored
+    for shape in ((3,), (3, 2)):
+        target = np.array([0, 1, 3, 1, ignored or 0, 2])[: int(np.prod(shape))].reshape(shape)
+        weights = [np.array([1, 2, 0.5, 3], np.float32)] if weighted else []
+        x = floats(3, 4, *shape[1:])
+        one("NegativeLogLikelihoodLoss", x, target, *weights, **options)
+        one("SoftmaxCrossEntropyLoss", x, target, *weights, outputs=2, **options)
+
+
+def test_a_loss_that_is_not_reduced_as_any() -> None:
+    nodes = Nodes({"x": ("float32", (3, 4))})
+    with pytest.raises(FrontendError, match="reduction 'odd' is not supported"):
+        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction="odd"))
+
+
+@pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])
+def test_pools_of_everything(op: str) -> None:
+    one(op, floats(2, 3, 5))
+    one(op, floats(2, 3, 4, 1))
+    nodes = Nodes({"x": ("float32", (2, 3))})
+    with pytest.raises(FrontendError, match="has no spatial axes"):
+        nodes.graph(nodes.add(op, "x"))
+
+
+def unpooled(x: np.ndarray, shape: list[int] | None, **options: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The largest elements of x put back: x, where they stand in it, and what is found."""
+    nodes = Nodes({"x": ("float32", x.shape)})
+    largest, places = nodes.many("MaxPool", "x", outputs=2, **options)
+    back = nodes.add("MaxUnpool", largest, places, *([] if shape is None else [np.array(shape)]), **options)
+    (found,) = evaluated(nodes.graph(back), {"x": x})
+    kept, flat = evaluated(nodes.graph(largest, places), {"x": x})
+    expected = np.zeros(x.size, np.float32)
+    expected[flat.reshape(-1)] = kept.reshape(-1)
+    return found, expected.reshape(x.shape), kept
+
+
+def test_elements_put_back_where_they_were() -> None:
+    x = RNG.permutation(2 * 24).reshape(1, 2, 6, 4).astype(np.float32)
+    for options in ({"strides": [2, 2]}, {}, {"strides": [2, 2], "pads": [1, 0, 1, 0]}):
+        found, expected, _ = unpooled(x, None, kernel_shape=[2, 2], **options)
+        np.testing.assert_array_equal(found, expected)
+    found, expected, _ = unpooled(x, [1, 2, 7, 6], kernel_shape=[2, 2], strides=[2, 2])
+    np.testing.assert_array_equal(found, np.pad(expected, ((0, 0), (0, 0), (0, 1), (0, 2))))
+    line, block = x.reshape(2, 3, 8), x.reshape(1, 1, 4, 2, 6)
+    np.testing.assert_array_equal(*unpooled(line, None, kernel_shape=[2], strides=[2])[:2])
+    np.testing.assert_array_equal(*unpooled(block, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3])[:2])
+    with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
+        unpooled(line, [2, 3, 9], kernel_shape=[2], strides=[2])
+    with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
+        unpooled(block, [1, 1, 4, 2, 9], kernel_shape=[2, 1, 3], strides=[2, 1, 3])
+
+
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
+def test_strides_beyond_the_window_need_no_padding(mode: str) -> None:
+    """onnxruntime fails: the padding would be negative."""
+    x = floats(1, 2, 8)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    output = nodes.add("MaxPool", "x", kernel_shape=[1], strides=[3], auto_pad=mode)
+    np.testing.assert_array_equal(evaluated(nodes.graph(output), {"x": x})[0], x[:, :, ::3])
+
+
+def test_windows_side_by_side_are_a_reshape() -> None:
+    """As those of patch embeddings: nothing is gathered."""
+    nodes = Nodes({"x": ("float32", (1, 3, 9, 8))})
+    output = nodes.add("Conv", "x", floats(5, 3, 4, 4), kernel_shape=[4, 4], strides=[4, 4])
+    assert "t.gather" not in {op.name for op in nodes.graph(output).ops}

@@ -1,0 +1,131 @@
+"""Resizing against onnxruntime and the standard's reference: every mode, coordinates and policy, up and down."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx_graphs import Nodes, compare, evaluated
+
+from llmc.errors import FrontendError
+
+RNG = np.random.default_rng(13)
+COORDINATES = ("half_pixel", "asymmetric", "pytorch_half_pixel", "align_corners", "half_pixel_symmetric")
+
+
+def floats(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def referenced(x: np.ndarray, *operands: object, **attributes: object) -> None:
+    """As the standard's reference does it."""
+    nodes = Nodes({"x": (str(x.dtype), x.shape)})
+    output = nodes.add("Resize", "x", *operands, **attributes)
+    (found,) = evaluated(nodes.graph(output), {"x": x})
+    (expected,) = ReferenceEvaluator(nodes.model(output)).run(None, {"x": x})
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_scales_up_and_down(mode: str, coordinates: str) -> None:
+    for scale in (0.4, 0.75, 1.5, 2.0, 2.6):
+        scales = np.array([1, 1, scale, 1], np.float32)
+        referenced(floats(1, 1, 5, 2), None, scales, mode=mode, coordinate_transformation_mode=coordinates)
+
+
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_sizes_up_and_down(mode: str, coordinates: str) -> None:
+    for size in (1, 2, 4, 7, 10):
+        sizes = np.array([1, 1, size, 3])
+        referenced(floats(1, 1, 5, 3), None, None, sizes, mode=mode, coordinate_transformation_mode=coordinates)
+
+
+@pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+def test_the_nearest_element(rounding: str, coordinates: str) -> None:
+    for scale in (0.5, 1.5, 2.0, 3.0):
+        nodes = Nodes({"x": ("float32", (1, 2, 6, 4))})
+        options = {"nearest_mode": rounding, "coordinate_transformation_mode": coordinates}
+        output = nodes.add("Resize", "x", None, np.array([1, 1, scale, scale], np.float32), **options)
+        compare(nodes, [output], {"x": floats(1, 2, 6, 4)})
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("options", [{"antialias": 1}, {"exclude_outside": 1}, {"cubic_coeff_a": -0.5}], ids=str)
+def test_kernels(mode: str, options: dict[str, object]) -> None:
+    if mode == "linear" and "exclude_outside" in options:
+        return
+    for scale in (0.3, 0.6, 2.0):
+        referenced(floats(1, 1, 9, 7), None, np.array([1, 1, scale, 0.5], np.float32), mode=mode, **options)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_a_region_of_the_input(mode: str) -> None:
+    for first, last in ((0.0, 1.0), (0.2, 0.7), (-0.2, 1.3)):
+        roi = np.array([0, 0, first, 0.1, 1, 1, last, 0.9], np.float32)
+        options = {"coordinate_transformation_mode": "tf_crop_and_resize", "extrapolation_value": 7.0, "mode": mode}
+        for size in (1, 3, 8):
+            referenced(floats(1, 1, 5, 4), roi, None, np.array([1, 1, size, 3]), **options)
+
+
+@pytest.mark.parametrize("policy", ["stretch", "not_larger", "not_smaller"])
+def test_sizes_that_keep_the_proportions(policy: str) -> None:
+    for sizes, mode in itertools.product(((3, 9), (10, 4), (5, 5)), ("nearest", "linear")):
+        options = {"axes": [2, 3], "keep_aspect_ratio_policy": policy, "mode": mode}
+        referenced(floats(1, 1, 4, 6), None, None, np.array(sizes), **options)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_the_first_versions(mode: str) -> None:
+    scales = np.array([1, 1, 2, 1.5], np.float32)
+    for op, opset in (("Upsample", 9), ("Resize", 10)):
+        nodes = Nodes({"x": ("float32", (1, 2, 3, 4))}, opset)
+        compare(nodes, [nodes.add(op, "x", scales, mode=mode)], {"x": floats(1, 2, 3, 4)})
+    nodes = Nodes({"x": ("float32", (1, 2, 3, 4))}, 8)
+    compare(nodes, [nodes.add("Upsample", "x", scales=scales.tolist(), mode=mode)], {"x": floats(1, 2, 3, 4)})
+
+
+def test_integers_are_rounded() -> None:
+    x = RNG.integers(0, 255, (1, 1, 4, 5)).astype(np.uint8)
+    nodes = Nodes({"x": ("uint8", x.shape)})
+    output = nodes.add("Resize", "x", None, np.array([1, 1, 2, 2], np.float32), mode="linear")
+    (found,) = evaluated(nodes.graph(output), {"x": x})
+    wide = Nodes({"x": ("float32", x.shape)})
+    output = wide.add("Resize", "x", None, np.array([1, 1, 2, 2], np.float32), mode="linear")
+    (exact,) = evaluated(wide.graph(output), {"x": x.astype(np.float32)})
+    np.testing.assert_array_equal(found, np.round(exact).astype(np.uint8))
+
+
+def test_what_stays_as_it_is_may_have_any_size() -> None:
+    nodes = Nodes({"x": ("float32", ("B", 1, 3, 4))})
+    outputs = [
+        nodes.add("Resize", "x", None, np.array([1, 1, 2, 1], np.float32), mode="linear"),
+        nodes.add("Resize", "x", None, None, np.array([6, 5]), axes=[2, -1]),
+    ]
+    for batch in (1, 5):
+        compare(nodes, outputs, {"x": floats(batch, 1, 3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("shape", "operands", "attributes", "message"),
+    [
+        ((1, 1, 4), (None, np.array([1, 1, 2], np.float32)), {"mode": "odd"}, "mode 'odd' is not supported"),
+        ((1, 1, 4), (None, np.array([1, 1, 2], np.float32)), {"nearest_mode": "odd"}, "nearest_mode 'odd'"),
+        ((1, 1, 4), (None, np.array([1, 1, 2], np.float32)), {"coordinate_transformation_mode": "odd"}, "mode 'odd'"),
+        ((1, 1, 4), (), {}, "neither scales nor sizes are given"),
+        ((1, 1, 4), (None, np.zeros(0, np.float32), np.zeros(0, np.int64)), {}, "neither scales nor sizes are given"),
+        (("B", 1, 4), (None, np.array([2, 1, 2], np.float32)), {}, "resized axes need sizes that are known"),
+        (("B", 1, 4), (None, None, np.array([2, 1, 4])), {}, "resized axes need sizes that are known"),
+    ],
+)  # fmt: skip
+def test_what_is_not_resized(
+    shape: tuple[int | str, ...], operands: tuple[object, ...], attributes: dict[str, object], message: str
+) -> None:
+    nodes = Nodes({"x": ("float32", shape)})
+    with pytest.raises(FrontendError, match=message):
+        nodes.graph(nodes.add("Resize", "x", *operands, **attributes))

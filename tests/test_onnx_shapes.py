@@ -1,0 +1,296 @@
+"""Shapes asked for and changed, and elements chosen by index: every form of an op against onnxruntime."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from onnx_graphs import Nodes, compare, evaluated
+
+from llmc.errors import FrontendError
+from llmc.frontends.onnx.translation import SMALL
+
+RNG = np.random.default_rng(7)
+
+
+def counted(*shape: int, dtype: type = np.float32) -> np.ndarray:
+    return np.arange(int(np.prod(shape))).reshape(shape).astype(dtype)
+
+
+def at(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.int64)
+
+
+def one(op: str, x: np.ndarray, *constants: object, outputs: int = 1, opset: int = 21, **attributes: object) -> None:
+    """The op over x and constants of the file is what onnxruntime gives, all its outputs."""
+    nodes = Nodes({"x": (str(x.dtype), x.shape)}, opset)
+    compare(nodes, nodes.many(op, "x", *constants, outputs=outputs, **attributes), {"x": x})
+
+
+def free(op: str, shape: tuple[int | str, ...], *constants: object, **attributes: object) -> None:
+    """The same over free sizes."""
+    nodes = Nodes({"x": ("float32", shape)})
+    output = nodes.add(op, "x", *constants, **attributes)
+    for size in (3, 7, 33):
+        compare(nodes, [output], {"x": counted(*(size if isinstance(d, str) else d for d in shape))})
+
+
+def test_reshapes_with_zeros_and_what_is_left() -> None:
+    one("Reshape", counted(2, 3, 4), at(0, -1))
+    one("Reshape", counted(2, 3, 4), at(4, 0, -1))
+    one("Reshape", counted(2, 0, 4), at(0, 7), allowzero=1)
+    one("Reshape", counted(2, 0, 4), at(4, 0, 0), allowzero=0)
+    free("Reshape", ("S", 4, 6), at(0, 3, -1))
+
+
+@pytest.mark.parametrize("axis", [-3, -2, -1, 0, 1, 2, 3])
+def test_flattening_from_each_axis(axis: int) -> None:
+    one("Flatten", counted(2, 3, 4), axis=axis)
+    free("Flatten", ("S", 3, 4), axis=axis)
+
+
+@pytest.mark.parametrize("axes", [(0,), (-1,), (2, 0), (0, -1, 1)], ids=str)
+def test_axes_put_in_and_taken_out(axes: tuple[int, ...]) -> None:
+    one("Unsqueeze", counted(2, 3), at(*axes))
+    one("Squeeze", counted(1, 1, 1, 3, 1), at(*{axis % 5 for axis in axes if axis != 3}))
+    one("Squeeze", counted(1, 2, 1))
+
+
+@pytest.mark.parametrize("axis", [-3, -1, 0, 1, 2])
+def test_joining_leaves_out_what_is_empty(axis: int) -> None:
+    x = counted(2, 3, 4)
+    empty = np.zeros([0 if i == axis % 3 else d for i, d in enumerate(x.shape)], np.float32)
+    one("Concat", x, empty, x, axis=axis)
+    one("Concat", empty, empty, axis=axis)
+    one("Concat", empty, axis=axis)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    assert not nodes.graph(nodes.add("Concat", empty, "x", empty, axis=axis)).ops
+
+
+def test_the_first_version_joined_along_the_second_axis() -> None:
+    nodes = Nodes({"x": ("float32", (2, 3, 4))}, 1)
+    assert nodes.graph(nodes.add("Concat", "x", "x")).outputs[0][1].shape == (2, 6, 4)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(7, 3), (6, 3), (4, 3), (5, 2), (3, 3)])
+@pytest.mark.parametrize("axis", [0, -1])
+def test_splits_into_a_number_of_parts(size: int, parts: int, axis: int) -> None:
+    one("Split", counted(size, size), outputs=parts, num_outputs=parts, axis=axis)
+    one("Split", counted(size, size), at(1, 0, size - 1), outputs=3, axis=axis)
+    if size % parts == 0:
+        one("Split", counted(size, size), outputs=parts, axis=axis, opset=13)
+
+
+def test_splits_of_the_first_axis_where_none_is_said() -> None:
+    one("Split", counted(4, 6), at(1, 3), outputs=2)
+
+
+def test_a_free_size_splits_into_equal_parts() -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    doubled = nodes.add("Concat", "x", "x", axis=0)
+    outputs = nodes.many("Split", doubled, outputs=2, num_outputs=2)
+    compare(nodes, outputs, {"x": counted(7)})
+
+
+def test_repeats_of_each_axis() -> None:
+    for repeats in itertools.product((1, 2, 3), repeat=3):
+        one("Tile", counted(2, 1, 3), at(*repeats))
+    one("Tile", counted(2, 1, 3), at(2, 0, 1))
+    free("Tile", ("S", 2), at(3, 2))
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+@pytest.mark.parametrize("pads", [(0, 2), (2, 0), (1, 2), (2, 1), (2, 2), (0, 0)], ids=str)
+def test_pads_of_a_free_size(mode: str, pads: tuple[int, int]) -> None:
+    """Of three sizes, so that there is something to mirror."""
+    filling: list[object] = [np.float32(1.5)] if mode == "constant" else [None]
+    nodes = Nodes({"x": ("float32", (2, "S"))})
+    thrice = nodes.add("Concat", "x", "x", "x", axis=1)
+    outputs = [
+        nodes.add("Pad", thrice, at(0, pads[0], 0, pads[1]), *filling, mode=mode),
+        nodes.add("Pad", thrice, at(*pads), *filling, at(-1), mode=mode),
+    ]
+    for size in (1, 7, 33):
+        compare(nodes, outputs, {"x": counted(2, size)})
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+def test_pads_that_take_elements_off(mode: str) -> None:
+    for pads in ((-1, 0), (0, -2), (-1, 2), (2, -1), (-1, -1)):
+        x = counted(3, 7)
+        nodes = Nodes({"x": ("float32", x.shape)})
+        (found,) = evaluated(nodes.graph(nodes.add("Pad", "x", at(*pads), None, at(1), mode=mode)), {"x": x})
+        left = x[:, max(0, -pads[0]) : 7 - max(0, -pads[1])]
+        expected = np.pad(left, ((0, 0), (max(0, pads[0]), max(0, pads[1]))), mode=mode)  # type: ignore[call-overload]
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32, np.float64, np.int16])
+@pytest.mark.parametrize(
+    ("start", "limit", "delta"), [(0, 5, 1), (2, 9, 3), (9, 2, -3), (5, 5, 1), (5, 2, 1), (-3, 4, 2)]
+)
+def test_ranges(dtype: type, start: int, limit: int, delta: int) -> None:
+    nodes = Nodes({})
+    compare(nodes, [nodes.add("Range", *(np.array(x, dtype) for x in (start, limit, delta)))], {})
+
+
+@pytest.mark.parametrize("size", [SMALL, SMALL + 1])
+@pytest.mark.parametrize(("start", "delta"), [(0, 1), (3, 1), (0, 2), (3, -2)])
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
+def test_long_ranges(size: int, start: int, delta: int, dtype: type) -> None:
+    nodes = Nodes({})
+    compare(nodes, [nodes.add("Range", *(np.array(x, dtype) for x in (start, start + delta * size, delta)))], {})
+
+
+def test_ranges_of_fractions() -> None:
+    for start, limit, delta in ((0, 1, 0.25), (1, 0, -0.3), (0.5, 2.1, 0.4)):
+        nodes = Nodes({})
+        compare(nodes, [nodes.add("Range", *(np.float32(x) for x in (start, limit, delta)))], {})
+
+
+@pytest.mark.parametrize("delta", [1, 2, 3, -1, -2])
+@pytest.mark.parametrize("start", [0, 2])
+def test_ranges_up_to_a_free_size(delta: int, start: int) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Gather", nodes.add("Shape", "x"), np.int64(0))
+    end = nodes.add("Add", nodes.add("Mul", size, np.int64(2)), np.int64(start))
+    bounds = (np.int64(start), end) if delta > 0 else (end, np.int64(start))
+    output = nodes.add("Range", *bounds, np.int64(delta))
+    for count in (1, 7, 64):
+        compare(nodes, [output], {"x": counted(count)})
+
+
+@pytest.mark.parametrize("upper", [0, 1])
+@pytest.mark.parametrize("k", [None, -2, -1, 0, 1, 3])
+def test_triangles(upper: int, k: int | None) -> None:
+    moved = [] if k is None else [np.int64(k)]
+    for shape in ((3, 3), (2, 3, 5), (5, 2), (0, 3)):
+        one("Trilu", counted(*shape) + 1, *moved, upper=upper)
+    one("Trilu", counted(4, 4, dtype=np.int64) + 1, *moved, upper=upper)
+    free("Trilu", (2, "S", "S"), *moved, upper=upper)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 2])
+def test_ones_on_a_diagonal(k: int) -> None:
+    one("EyeLike", counted(3, 5), k=k)
+    one("EyeLike", counted(5, 3, dtype=np.int32), k=k, dtype=11)
+    free("EyeLike", ("S", 4), k=k)
+
+
+@pytest.mark.parametrize("mode", ["DCR", "CRD"])
+def test_blocks_of_places_and_channels(mode: str) -> None:
+    x = counted(2, 18, 2, 5)
+    one("DepthToSpace", x, blocksize=3, mode=mode)
+    nodes = Nodes({"x": ("float32", x.shape)})
+    turned = nodes.add("DepthToSpace", "x", blocksize=3, mode=mode)
+    back = nodes.add("SpaceToDepth", turned, blocksize=3, mode=mode)
+    (found,) = evaluated(nodes.graph(back), {"x": x})
+    np.testing.assert_array_equal(found, x)
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (4, 3), (8, 9), (9, 8), (5, 6), (2, 9)], ids=str)
+def test_crops_and_pads_at_the_centre(sizes: tuple[int, int]) -> None:
+    one("CenterCropPad", counted(5, 6), at(*sizes), opset=18)
+    one("CenterCropPad", counted(5, 2, 6), at(*sizes), opset=18, axes=[0, -1])
+
+
+@pytest.mark.parametrize("axis", [-3, -1, 0, 1])
+def test_rows_by_a_known_index(axis: int) -> None:
+    size = (4, 3, 5)[axis]
+    for index in (np.int64(-1), np.int64(0), np.int64(size - 1), at(-size), np.array([[1]]), at(1, -1)):
+        one("Gather", counted(4, 3, 5), index, axis=axis)
+    nodes = Nodes({"x": ("float32", ("S", 3))})
+    compare(nodes, [nodes.add("Gather", "x", np.int64(-1)), nodes.add("Gather", "x", at(0))], {"x": counted(7, 3)})
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_the_largest_of_an_axis(axis: int) -> None:
+    x = RNG.permutation(60).reshape(3, 4, 5).astype(np.float32)
+    for largest, count in itertools.product((0, 1), (0, 1, 3)):
+        one("TopK", x, at(count), outputs=2, axis=axis, largest=largest)
+    one("TopK", x, outputs=2, opset=1 + 8, k=2, axis=axis)
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_ones_at_indices(axis: int) -> None:
+    nodes = Nodes({"i": ("int64", (3, 2))})
+    output = nodes.add("OneHot", "i", at(4), np.array([2.5, -1.5], np.float32), axis=axis)
+    compare(nodes, [output], {"i": np.array([[0, 3], [-1, -4], [4, -5]])})
+
+
+def test_elements_kept_by_a_mask() -> None:
+    one("Compress", counted(3, 4), np.array([False, True, True]), axis=0)
+    one("Compress", counted(3, 4), np.array([True, False, False, True]), axis=-1)
+    one("Compress", counted(3, 4), np.array([False, True, False, False, True]))
+
+
+@pytest.mark.parametrize(("batch", "time"), [(0, 1), (1, 0)])
+def test_beginnings_of_sequences_reversed(batch: int, time: int) -> None:
+    x = counted(*((3, 5, 2) if batch == 0 else (5, 3, 2)))
+    one("ReverseSequence", x, at(1, 5, 3), batch_axis=batch, time_axis=time)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gathers_of_batches(batch: int, depth: int) -> None:
+    x = counted(2, 3, 4, 5)
+    lead = x.shape[:batch]
+    index = np.stack([RNG.integers(-n, n, (*lead, 6)) for n in x.shape[batch : batch + depth]], -1)
+    one("GatherND", x, index, batch_dims=batch)
+    nodes = Nodes({"x": ("float32", x.shape), "i": ("int64", index.shape)})
+    compare(nodes, [nodes.add("GatherND", "x", "i", batch_dims=batch)], {"x": x, "i": index})
+
+
+@pytest.mark.parametrize(
+    ("op", "constants", "attributes", "message"),
+    [
+        ("Reshape", (at(-1, 2, -1),), {}, "leaves more than one size open"),
+        ("Reshape", (at(6, -1, -1),), {}, "leaves more than one size open"),
+        ("Slice", (at(0, 0), at(1)), {}, "is not valid"),
+        ("Slice", (at(0), at(1), at(0, 1)), {}, "is not valid"),
+        ("Pad", (at(1, 0, 0),), {}, "is not valid"),
+        ("Pad", (at(1, 0, 0, 0, 0, 0, 0),), {}, "is not valid"),
+        ("Reshape", (at(5, -1),), {}, "do not split evenly"),
+        ("Reshape", (at(0, 0, -1),), {"allowzero": 1}, "a size cannot be inferred"),
+        ("Reshape", (), {}, "no shape is given"),
+        ("Unsqueeze", (), {}, "no axes are given"),
+        ("Squeeze", (at(0),), {}, "its size is not 1"),
+        ("Tile", (at(2, 2),), {}, "2 repeats for 3 axes"),
+        ("Split", (at(1, 2),), {"axis": 2}, "are not the 4 of axis 2"),
+        ("Slice", (at(0),), {}, "a slice needs starts and ends"),
+        ("Slice", (None, at(1)), {}, "a slice needs starts and ends"),
+        ("Slice", (at(0), at(1), at(0), at(0)), {}, "a step is zero"),
+        ("Pad", (), {}, "no pads are given"),
+        ("Pad", (at(1, 0, 0, 0, 0, 0),), {"mode": "odd"}, "pads of mode 'odd'"),
+        ("TopK", (at(5),), {}, "5 elements of an axis of 4"),
+        ("TensorScatter", (np.zeros((2, 3, 4), np.float32),), {"axis": 0}, "cannot be its batch"),
+        ("Gather", (at(0, 2),), {}, "index 2 is out of range: axis 0 of x has 2 elements"),
+        ("Gather", (at(-3, 0),), {}, "index -3 is out of range"),
+        ("GatherElements", (np.full((1, 1, 1), 3),), {"axis": 1}, "index 3 is out of range: axis 1 of x"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_shape(
+    op: str, constants: tuple[object, ...], attributes: dict[str, object], message: str
+) -> None:
+    nodes = Nodes({"x": ("float32", (2, 3, 4))})
+    with pytest.raises(FrontendError, match=message):
+        nodes.graph(nodes.add(op, "x", *constants, **attributes))
+
+
+@pytest.mark.parametrize(
+    ("op", "constants", "attributes", "message"),
+    [
+        ("Pad", (at(70, 0),), {"mode": "wrap"}, "take more elements than the axis of S has"),
+        ("Pad", (at(1, 0),), {"mode": "reflect"}, "take more elements than the axis of S has"),
+        ("TopK", (at(2),), {}, "2 elements of an axis of S"),
+        ("CenterCropPad", (at(3),), {}, "cropping needs sizes that are known"),
+        ("Slice", (at(3), at(9)), {}, "whether 3 is within an axis of S depends on the input"),
+    ],
+)  # fmt: skip
+def test_what_a_free_size_leaves_open(
+    op: str, constants: tuple[object, ...], attributes: dict[str, object], message: str
+) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    with pytest.raises(FrontendError, match=message):
+        nodes.graph(nodes.add(op, "x", *constants, **attributes))
