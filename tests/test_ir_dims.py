@@ -88,6 +88,50 @@ def test_bounds_of_products_of_factors_below_zero() -> None:
         bounds(x * U)
 
 
+def test_bounds_are_those_of_the_factors() -> None:
+    v, zero = symbol("V", 1), symbol("Z", 0, 4)
+    half = (U - 7) // 2  # from -4 on
+    near = (T - 3) // 2  # from -1 to 254
+    for size, expected in (
+        (S * T, (2, 40 * 512)),
+        (S * S, (4, 1600)),
+        (2 * S - T, (4 - 512, 80 - 1)),
+        (S * v, (2, None)),
+        (U * v, (0, None)),
+        (v * v + 3, (4, None)),
+        (near * near, (-254, 254 * 254)),
+        (near * -3, (-3 * 254, 3)),
+        (half * S, (-4 * 40, None)),
+        (half * zero, (-4 * 4, None)),
+        (S // 7, (0, 5)),
+    ):
+        assert bounds(size) == expected, size
+
+
+@pytest.mark.parametrize("d", [2, 3, 5])
+@pytest.mark.parametrize("e", [-3, -2, -1, 1, 2, 3])
+def test_what_two_floors_leave_is_known_exactly(d: int, e: int) -> None:
+    """e (S - d (S // d)) + T - 7 (T // 7) + k: the first rest goes up to d - 1, the second one to 6."""
+    rests = e * S - e * d * (S // d) + T - 7 * (T // 7)
+    low, high = min(0, e * (d - 1)), max(0, e * (d - 1)) + 6
+    for k in {-high - 1, -high, -low - 1, -low, 0}:
+        if low + k >= 0:
+            assert known_at_most(0, rests + k) and known_at_most(-k, rests)
+        elif high + k < 0:
+            assert not known_at_most(0, rests + k)
+        else:
+            with pytest.raises(DimError, match="cannot settle"):
+                known_at_most(0, rests + k)
+
+
+def test_the_better_of_two_bounds_decides() -> None:
+    a, b = symbol("A", 3, 9), symbol("B", 7, 9)
+    assert not known_at_most(a // 3 + b // 7, 1)  # each floor by itself: at least 1
+    assert known_at_most(2 * (S // 2), S + S * T)  # together with what is floored
+    assert known_at_most(S // 2 * 2 + U, S + U + S * T)
+    assert not known_at_most(S + U, S // 2 * 2 + U - 1)
+
+
 def test_an_inequality_that_depends_on_the_sizes_is_an_error() -> None:
     with pytest.raises(DimError, match="cannot settle"):
         known_at_most(S, T)
@@ -113,6 +157,9 @@ def test_a_free_symbol_is_named() -> None:
 def test_division_by_a_size_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(DimError, match="cannot divide"):
         (S + 1) // T
+    with pytest.raises(DimError, match="cannot divide"):
+        (S + 1) // -2
+    assert (2 * S + 4) // -2 == -S - 2
     with pytest.raises(DimError, match="by zero"):
         exact_division(S, 0)
 
@@ -120,6 +167,9 @@ def test_division_by_a_size_that_does_not_divide_is_an_error() -> None:
 def test_sizes_print_canonically() -> None:
     assert str(1 + S * 2 + S * S) == "S*S + 2*S + 1"
     assert str((S + 3) // 4) == "(S + 3)//4"
+    assert str(3 * ((S + 3) // 4)) == "3*((S + 3)//4)" and str(S // 4 * (T // 3)) == "((S)//4)*((T)//3)"
+    assert str((S + 3) // 4 * ((S + 3) // 4)) == "((S + 3)//4)*((S + 3)//4)"
+    assert S * T == T * S and (S + 1) + (T - S) == T + 1 and (S + 1) - S == 1
     assert isinstance(S * 2 // 2, Dim) and S * 2 // 2 == S
     assert product((2, S, 3)) == 6 * S
     assert {s.name for s in symbols_of((S + T) // 7)} == {"S", "T"}

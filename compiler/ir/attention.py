@@ -126,7 +126,7 @@ class Attention(Op, name="llm.attention"):
         if self.bias is not None:
             shape = self.scores_shape
             require(self.bias.dtype in FLOATS, f"the bias must be floats, not {self.bias.dtype}")
-            fits = self.bias.rank <= len(shape) and broadcast_shapes(self.bias.shape, shape) == shape
+            fits = broadcast_shapes(self.bias.shape, shape) == shape
             require(fits, f"a bias of {list(self.bias.shape)} does not broadcast to scores {list(shape)}")
         return Tensor((*self.q.shape[:-1], self.v.shape[-1]), self.q.dtype)
 

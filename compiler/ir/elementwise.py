@@ -420,30 +420,16 @@ class BitXor(Bitwise, name="t.bit_xor"):
     commutative = True
 
 
-def _shift_left(a: Array, b: Array) -> Array:
-    bits = 8 * a.dtype.itemsize
-    within = (b >= 0) & (b < bits)
-    return np.where(within, np.left_shift(a, np.where(within, b, 0).astype(a.dtype)), 0)
-
-
-def _shift_right(a: Array, b: Array) -> Array:
-    bits = 8 * a.dtype.itemsize
-    within = (b >= 0) & (b < bits)
-    return np.where(
-        within, np.right_shift(a, np.where(within, b, 0).astype(a.dtype)), np.where(a < 0, -1, 0).astype(a.dtype)
-    )
-
-
 class ShiftLeft(Bitwise, name="t.shift_left"):
     """a with its bits moved up by b; 0 where b is negative, or a's number of bits or more."""
 
-    function = staticmethod(_shift_left)
+    function = staticmethod(np.left_shift)
 
 
 class ShiftRight(Bitwise, name="t.shift_right"):
     """a with its bits moved down by b, its sign kept: as far as they go where b is negative or too large."""
 
-    function = staticmethod(_shift_right)
+    function = staticmethod(np.right_shift)
 
 
 class Bitcast(Op, name="t.bitcast"):

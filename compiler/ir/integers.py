@@ -63,7 +63,7 @@ class ScaleIntegers(Op, name="llm.scale_integers"):
             expected[self.axis] = (expected[self.axis] + (self.block - 1)) // self.block
         for what, value in (("scales", self.scales), ("zeros", self.zeros)):
             if value is not None:
-                fits = value.rank <= len(expected) and broadcast_shapes(value.shape, tuple(expected)) == tuple(expected)
+                fits = broadcast_shapes(value.shape, tuple(expected)) == tuple(expected)
                 require(fits, f"{what} of {list(value.shape)} for integers of {list(self.q.shape)}")
         return Tensor(self.q.shape, self.scales.dtype)
 

@@ -25,6 +25,8 @@ Bound = int | Dim  # a size may bound an index: below S + 1
 
 _EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 _LARGEST = {"f64": 1.7976931348623157e308, "f32": 3.4028234663852886e38, "f16": 65504.0, "bf16": 3.3895313892515355e38}
+# What is rounded to a number below these loses more than an epsilon of itself, up to all of it.
+_SMALLEST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-14, "bf16": 2.0**-126}
 _LOADED = 1 << 22  # elements of a stored table of integers that is looked through, at most
 
 
@@ -209,10 +211,11 @@ def _fitting(found: AnyRange, op: Op) -> AnyRange:
 
 def _rounded(low: float, high: float, nan: bool, dtype: str) -> FloatRange:
     """Bounds of results that were rounded once to a dtype."""
-    nan = nan or math.isnan(low) or math.isnan(high)
-    low = -math.inf if math.isnan(low) else low - abs(low) * _EPSILON[dtype] - 1e-300
-    high = math.inf if math.isnan(high) else high + abs(high) * _EPSILON[dtype] + 1e-300
-    return FloatRange(low, high, nan)
+
+    def slack(end: float) -> float:
+        return max(abs(end), _SMALLEST[dtype]) * _EPSILON[dtype] if math.isfinite(end) else 0.0
+
+    return FloatRange(low - slack(low), high + slack(high), nan)
 
 
 def _corners(a: AnyRange, b: AnyRange, op: Op, function: Callable[[float, float], float]) -> AnyRange:
@@ -348,7 +351,7 @@ def _union(op: Op, *items: AnyRange) -> AnyRange:
 
 def _pad(op: Op, x: AnyRange) -> AnyRange:
     assert isinstance(op, s.Pad)
-    return _union(op, x, FloatRange(op.value, op.value) if op.dtype in FLOATS else Range(int(op.value), int(op.value)))
+    return _union(op, x, of_array(np.asarray(op.value, NUMPY_DTYPES[op.dtype])))
 
 
 def _cast(op: Op, x: AnyRange) -> AnyRange:
@@ -357,7 +360,9 @@ def _cast(op: Op, x: AnyRange) -> AnyRange:
         return _BOOL
     if op.to in FLOATS:
         if isinstance(x, FloatRange):
-            return x if _EPSILON[op.to] <= _EPSILON[op.x.dtype] else _rounded(x.low, x.high, x.nan, op.to)
+            own = op.x.dtype
+            holds_all = _EPSILON[op.to] <= _EPSILON[own] and _SMALLEST[op.to] <= _SMALLEST[own]
+            return x if holds_all else _rounded(x.low, x.high, x.nan, op.to)
         low, high = _numbers(x)
         exact = max(abs(low), abs(high)) <= 1 / _EPSILON[op.to]
         return FloatRange(low, high) if exact else _rounded(float(low), float(high), False, op.to)
@@ -402,9 +407,9 @@ def _sum(op: Op, x: AnyRange) -> AnyRange:
     """Of integers: as many as there are of them, or none."""
     assert isinstance(op, (s.Sum, s.Cumsum))
     axes = op.axes if isinstance(op, s.Sum) else (op.axis,)
-    if not isinstance(x, Range) or op.x.dtype == "bool":
+    count = _extreme(product(tuple(op.x.shape[axis] for axis in axes)), 1)
+    if not isinstance(x, Range) or count is None:
         return anything(op)
-    _, count = _numbers(Range(0, product(tuple(op.x.shape[axis] for axis in axes))))
     low, high = _numbers(x)
     return Range(min(0, low * count), max(0, high * count))
 
@@ -424,8 +429,9 @@ def _checked(op: Op, x: AnyRange, *sizes: AnyRange) -> AnyRange:
     assert isinstance(op, s.CheckedIndex)
     if op.sizes is None:
         return Range(0, op.size - 1)
-    most = sizes[0].high if isinstance(sizes[0], Range) else 1 << 80
-    return Range(0, most - 1)
+    (of_each,) = sizes
+    assert isinstance(of_each, Range)
+    return Range(0, of_each.high - 1)
 
 
 def _scatter(op: Op, x: AnyRange, updates: AnyRange) -> AnyRange:

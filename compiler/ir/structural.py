@@ -298,9 +298,7 @@ class Prod(Reduce, name="t.prod"):
 
 def _mean(x: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
     count = int(np.prod([x.shape[i] for i in axis], dtype=np.int64))
-    if count and x.dtype.kind not in "iub":
-        return np.asarray(np.mean(x, axis=axis, keepdims=keepdims))
-    return np.asarray(np.sum(x, axis=axis, keepdims=keepdims) / np.float64(count))
+    return np.asarray(np.sum(x, axis=axis, keepdims=keepdims) / count)
 
 
 class Mean(Reduce, name="t.mean"):

@@ -125,7 +125,9 @@ def _softplus(t: Translation, node: Node, x: Value, beta: float = 1, threshold: 
     # log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which cannot overflow.
     tail = e.Log(e.Add(e.Exp(e.Neg(e.Abs(scaled))), e.constant(1.0)))
     soft: Value = e.Add(e.Relu(scaled), tail)
-    return soft if beta == 1 else e.Mul(soft, e.constant(1 / beta))
+    soft = soft if beta == 1 else e.Mul(soft, e.constant(1 / beta))
+    # From 20 on, torch's own threshold, the tail is less than a rounding: only a lower one shows.
+    return soft if threshold >= 20 else e.Where(e.Greater(scaled, e.constant(float(threshold))), x, soft)
 
 
 @handles("clamp", "clamp_min", "clamp_max", "clip")
@@ -221,18 +223,11 @@ def _argmax(t: Translation, node: Node, x: Value, dim: int, keepdim: bool = Fals
 def _topk(t: Translation, node: Node, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> (
     tuple[Value, Value]
 ):  # fmt: skip
-    """The largest is taken k times, each time hiding those before."""
-    if not largest or not isinstance(k, int):
-        raise FrontendError(f"{node.name}: topk needs a fixed k and the largest elements")
-    index, left, values, indices = axis(x, dim), x, [], []
-    at = reshape(s.Iota(x.shape[index]), tuple(x.shape[index] if i == index else 1 for i in range(x.rank)))
-    one = (*x.shape[:index], 1, *x.shape[index + 1 :])
-    for _ in range(k):
-        best = reshape(s.Argmax(left, index), one)
-        values.append(s.GatherElements(x, best, index))
-        indices.append(best)
-        left = e.Where(e.Equal(at, best), e.constant(-math.inf, x.dtype), left)
-    return s.Concat(tuple(values), index), s.Concat(tuple(indices), index)
+    if not isinstance(k, int):
+        raise FrontendError(f"{node.name}: topk needs a fixed k")
+    index = axis(x, dim)
+    indices = s.TopK(x, k, index, largest)
+    return s.GatherElements(x, indices, index), indices
 
 
 @handles("cumsum")

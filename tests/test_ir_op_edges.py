@@ -1,0 +1,169 @@
+"""What ops mean at the edges: indices at both ends, nothing to reduce, numbers that a narrower sum would lose."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from test_ir_ops import run
+
+from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.op import Input, Op
+from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, SIGNED, Tensor, dtype_of
+from llmc.errors import IRError
+
+Array = np.ndarray
+
+
+def of(make: object, *arrays: Array) -> Array:
+    """An op of arrays, evaluated."""
+    inputs = [Input(f"i{n}", Tensor(a.shape, dtype_of(a.dtype))) for n, a in enumerate(arrays)]
+    op = make(*inputs)  # type: ignore[operator]
+    assert isinstance(op, Op)
+    found = np.asarray(run(op, dict(zip(inputs, arrays, strict=True))))
+    assert found.shape == tuple(op.shape) and found.dtype == NUMPY_DTYPES[op.dtype]
+    return found
+
+
+@pytest.mark.parametrize("dtype", SIGNED)
+@pytest.mark.parametrize("sized", [False, True])
+def test_places_are_checked_at_both_ends(dtype: str, sized: bool) -> None:
+    def checked(*places: int) -> Array:
+        x = np.array(places, NUMPY_DTYPES[dtype])
+        if sized:
+            return of(s.CheckedIndex, x, np.full(x.shape, 5))
+        return of(lambda i: s.CheckedIndex(i, None, 5, "a table"), x)
+
+    assert checked(-5, -1, 0, 4).tolist() == [0, 4, 0, 4]
+    said = "index out of range: an index: {}$" if sized else "index out of range: a table; the axis has 5 elements: {}$"
+    for first in (5, 6, -6, -7):
+        with pytest.raises(IRError, match=said.format(first)):
+            checked(1, first, 9)
+
+
+def test_places_without_a_sign_are_not_from_the_end() -> None:
+    def checked(*places: int) -> Array:
+        return of(lambda i: s.CheckedIndex(i, None, 5), np.array(places, np.uint8))
+
+    assert checked(0, 4).tolist() == [0, 4]
+    for place in (5, 251, 255):
+        with pytest.raises(IRError, match=f"an index; the axis has 5 elements: {place}$"):
+            checked(place)
+
+
+def test_places_are_checked_with_the_size_of_each() -> None:
+    places, sizes = np.array([[-1, 2], [0, -3]]), np.array([[4, 3], [1, 3]])
+    assert of(s.CheckedIndex, places, sizes).tolist() == [[3, 2], [0, 0]]
+    with pytest.raises(IRError, match=r"an index: 2$"):
+        of(s.CheckedIndex, places, sizes - np.array([[0, 1], [0, 0]]))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_halves_are_added_up_in_f32(dtype: str, axis: int) -> None:
+    """4096 ones: in halves a sum stays at 2048 (f16) or 256 (bf16)."""
+    ones = np.ones((4096, 2) if axis == 0 else (2, 4096), NUMPY_DTYPES[dtype])
+    assert of(lambda x: s.Sum(x, (axis,), False), ones).astype(float).tolist() == [4096, 4096]
+    assert of(lambda x: s.Mean(x, (axis,), False), ones).astype(float).tolist() == [1, 1]
+    product = of(s.Matmul, ones.T, ones) if axis == 0 else of(s.Matmul, ones, ones.T)
+    assert (product.astype(float) == 4096).all()
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_are_multiplied_exactly(dtype: str) -> None:
+    large = int(np.iinfo(NUMPY_DTYPES[dtype]).max)
+    a = np.array([[large - 2, 1]], NUMPY_DTYPES[dtype])
+    assert of(s.Matmul, a, np.array([[1], [2]], NUMPY_DTYPES[dtype])).tolist() == [[large]]
+
+
+def test_f64_is_multiplied_in_f64() -> None:
+    a = np.array([[1.0, 1e-12]])
+    assert of(s.Matmul, a, np.ones((2, 1))).tolist() == [[1 + 1e-12]]
+    assert of(lambda x: s.Softmax(x, 0), np.array([0.0, -30.0]))[1] == np.exp(-30) / (1 + np.exp(-30))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_reducing_nothing(keep: bool) -> None:
+    none = np.zeros((2, 0), np.float32)
+    shape = (2, 1) if keep else (2,)
+    expected: dict[type[s.Reduce], float] = {s.Sum: 0, s.Prod: 1, s.Max: -np.inf, s.Min: np.inf, s.Mean: np.nan}
+    for kind, value in expected.items():
+        np.testing.assert_array_equal(of(lambda x, kind=kind: kind(x, (1,), keep), none), np.full(shape, value))
+    for kind, end in ((s.Max, "min"), (s.Min, "max")):
+        for dtype in INTEGERS:
+            found = of(lambda x, kind=kind: kind(x, (1,), keep), none.astype(NUMPY_DTYPES[dtype]))
+            assert (found == getattr(np.iinfo(NUMPY_DTYPES[dtype]), end)).all()
+        found = of(lambda x, kind=kind: kind(x, (1,), keep), none.astype(bool))
+        assert (found == (kind is s.Min)).all()
+    for one, value in ((s.Any, False), (s.All, True)):
+        assert (of(lambda x, one=one: one(x, (1,), keep), none.astype(bool)) == value).all()
+
+
+def test_a_mean_of_integers_is_cut_off() -> None:
+    x = np.array([[7, 8], [-7, -8]], np.int32)
+    assert of(lambda i: s.Mean(i, (1,), False), x).tolist() == [7, -7]
+    assert of(lambda i: s.Mean(i, (0, 1)), x).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32", "f16", "bf16"])
+def test_the_best_of_floats_not_a_number_first(dtype: str) -> None:
+    x = np.array([1.0, np.nan, 3.0, -np.inf, np.nan, 3.0, np.inf]).astype(NUMPY_DTYPES[dtype])
+    assert of(lambda i: s.TopK(i, 7, 0), x).tolist() == [1, 4, 6, 2, 5, 0, 3]
+    assert of(lambda i: s.TopK(i, 7, 0, False), x).tolist() == [3, 0, 2, 5, 6, 1, 4]
+
+
+@pytest.mark.parametrize("dtype", (*INTEGERS, "f64"))
+def test_the_best_of_neighbours(dtype: str) -> None:
+    """Numbers that differ by their last bit only."""
+    if dtype == "f64":
+        x = np.array([1.0, 1 + 2**-52, 1.0])
+    else:
+        large = int(np.iinfo(NUMPY_DTYPES[dtype]).max)
+        x = np.array([large - 1, large, large - 1], NUMPY_DTYPES[dtype])
+    assert of(lambda i: s.TopK(i, 3, 0), x).tolist() == [1, 0, 2]
+    assert of(lambda i: s.TopK(i, 3, 0, False), x).tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_bits_are_moved_as_far_as_they_go(dtype: str) -> None:
+    own = NUMPY_DTYPES[dtype]
+    info, bits = np.iinfo(own), 8 * own.itemsize
+    a = np.array([0, 1, 5, info.max, info.min, 0 if dtype[0] == "u" else -1], own)
+    for by in (0, 1, bits - 1, bits, bits + 1, 127, *(() if dtype[0] == "u" else (-1, -bits))):
+        b = np.full(a.shape, by).astype(own)
+        left, right = of(e.ShiftLeft, a, b), of(e.ShiftRight, a, b)
+        for x, up, down in zip(a.tolist(), left.tolist(), right.tolist(), strict=True):
+            within = 0 <= by < bits
+            wrapped = (x << by) % (1 << bits) if within else 0
+            assert up % (1 << bits) == wrapped
+            assert down == (x >> by if within else -1 if x < 0 else 0)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_are_divided_towards_zero_and_down(dtype: str) -> None:
+    numbers = [0, 1, 2, 3, 7, 31, 100, 127] + ([] if dtype[0] == "u" else [-1, -2, -3, -7, -31, -100])
+    pairs = [(x, y) for x, y in itertools.product(numbers, numbers) if y]
+    a, b = (np.array(part, NUMPY_DTYPES[dtype]) for part in zip(*pairs, strict=True))
+    assert of(e.Div, a, b).tolist() == [int(x / y) for x, y in pairs]
+    assert of(e.FloorDivide, a, b).tolist() == [x // y for x, y in pairs]
+    assert of(e.Mod, a, b).tolist() == [x % y for x, y in pairs]
+    assert of(e.Fmod, a, b).tolist() == [x - y * int(x / y) for x, y in pairs]
+
+
+def test_powers_of_integers() -> None:
+    pairs = list(itertools.product([-3, -2, -1, 0, 1, 2, 3], [-3, -2, -1, 0, 1, 2, 3]))
+    a, b = (np.array(part) for part in zip(*pairs, strict=True))
+    expected = [x**y if y >= 0 else x ** (-y) if abs(x) == 1 else 0 for x, y in pairs]
+    assert of(e.Pow, a, b).tolist() == expected
+
+
+def test_a_part_of_a_part() -> None:
+    x = np.arange(24).reshape(2, 3, 4)
+    assert of(lambda i: s.Slice(i, 1, 0, 3, 2), x).tolist() == x[:, ::2].tolist()
+    assert of(lambda i: s.Slice(i, -1, 1, 4, 3), x).tolist() == x[..., 1:4:3].tolist()
+    assert of(lambda i: s.Pad(i, (0, 1, 0), (1, 0, 2), 5.0), x)[2, 0, 5] == 5
+    n = symbol("n", 0, 4)
+    assert s.Slice(Input("x", Tensor((n,), "f32")), 0, 0, n, 3).shape == ((n + 2) // 3,)
