@@ -118,6 +118,7 @@ ALONE: dict[str, tuple[Value, bool]] = {
     "rows of ones in front": (s.Reshape(ROWS, (1, T, 4)), True),
     "channels as two axes": (s.Reshape(ROWS, (T, 2, 2)), True),
     "rows cut anew": (s.Reshape(ROWS, (2, 2 * T)), False),
+    "rows put together": (s.Reshape(x(2, 2 * T, name="halves"), (T, 4)), False),
     "rows one after the other": (s.Reshape(ROWS, (4 * T,)), True),
     "two axes of one size": (s.Reshape(x(T, FREE, name="two"), (T, 1, FREE)), True),
     "a row spread": (s.Broadcast(x(4, name="x"), (T, 4)), True),
