@@ -14,7 +14,7 @@ from llmc.compiler.ir.elementwise import Add, Cast, Cos, Mul, Neg, Sin, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Rope
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Concat, Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes.fuse_rope import FuseRope
 from llmc.compiler.passes.manager import Report
@@ -266,6 +266,12 @@ IN_ARRAYS: dict[str, tuple[Value, tuple[object, ...], bool]] = {  # and the rope
     "[batch, heads, tokens, dim]": (half(X, *wide(5, PAIRS)), (5, 6, DIM), False),
     "one angle a batch and token": (half(X, *wide(2, 1, 5, PAIRS)), (10, 3, DIM), False),
     "one angle a head": (half(X, *wide(3, 1, PAIRS)), (3, 10, DIM), False),
+    "sines by batch, cosines by token too": (
+        half(X, wide(2, 1, 5, PAIRS)[0], wide(2, 1, 1, PAIRS)[1]),
+        (10, 3, DIM),
+        False,
+    ),
+    "sines by token, cosines by batch too": (half(X, wide(2, 1, 5, PAIRS)[0], wide(5, PAIRS)[1]), (10, 3, DIM), False),
     "[tokens, heads, dim]": (half(given("x", 5, 2, DIM), *wide(5, 1, PAIRS)), (5, 2, DIM), False),
     "[batch, tokens, heads, dim]": (half(given("x", 2, 5, 3, DIM), *wide(1, 5, 1, PAIRS)), (5, 6, DIM), False),
     "free tokens": (half(given("x", 1, 3, T, DIM), *wide(T, PAIRS)), (T, 3, DIM), False),
@@ -292,7 +298,10 @@ def test_a_rotation_of_arrays_is_one_rope_by_columns_of_what_is_given(name: str)
     after, (report,) = run_checked(graph_of(value), "fuse-rope", SEEDS, tolerance=1e-12)
     (rope,) = ropes(after)
     assert rope.shape == shape and rope.interleaved == interleaved and report.refusals == []
-    assert report.hits == {"interleaved" if interleaved else "half": 1}
+    assert report.hits == {"interleaved" if interleaved else "half": 1} and rope.angles.dtype == "f32"
+    for op in after.ops:
+        if isinstance(op, (Broadcast, Cast, Reshape, Slice)) and op not in graph_of(value).ops:
+            assert op.type != op.x.type, "an op that does nothing"
     assert not any(isinstance(op, Mul) and op.rank == value.rank and op.shape == value.shape for op in after.ops) or (
         name == "beside a free input"
     )
@@ -387,6 +396,14 @@ def test_what_is_no_rotation_of_arrays_is_left_alone(name: str) -> None:
     before, report = graph_of(value), Report()
     assert FuseRope().run(before, report).ops == before.ops
     assert [why for _, why in report.refusals] == ([reason] if reason else [])
+
+
+def test_a_rotation_behind_a_refused_one_is_found() -> None:
+    refused, _ = NOT_IN_ARRAYS["equal sines, other cosines"]
+    cos, sin = (Concat((given(name, 5, PAIRS),) * 2, 1) for name in ("other c", "other s"))
+    found = half(X, cos, sin)
+    after, (report,) = run_checked(graph_of(refused, found, Neg(refused)), "fuse-rope", tolerance=1e-12)
+    assert len(ropes(after)) == 1 and len(report.refusals) == 1
 
 
 def test_of_a_wider_value_the_slice_turns() -> None:
