@@ -202,6 +202,7 @@ def test_what_becomes_of_a_gate_and_what_it_multiplies(name: str) -> None:
 
 
 A, B, C = linear("a"), linear("b", 3), linear("c", 5, bias=vector("cb", 5))
+COMPUTED = "its weight or bias is computed at run time"
 DIFFER = "not merged: their roundings, encodings or the schemes that overrides give them differ"
 SIBLINGS: dict[str, Case] = {
     "three": Case((A, B, C), 1),
@@ -234,7 +235,7 @@ SIBLINGS: dict[str, Case] = {
         (A, B, Linear(X, x(4, WIDTH, name="m"))),
         2,
         0,
-        ((f"llm.linear : {RESIDUAL.type}", "not merged with its siblings: its weight or bias is computed at run time"),),
+        (("llm.linear : tensor<[S, 4], f32>", f"not merged with its siblings: {COMPUTED}"),),
     ),
     "known when compiling": Case(
         (e.Add(linear("a", value=param("k", 3, WIDTH, dtype="f32")), x(3, 4, name="z")), B, C), 2
