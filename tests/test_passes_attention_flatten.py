@@ -118,6 +118,43 @@ TOKEN_WISE: dict[str, Build] = {
         Linear(Reshape(x, (S, HIDDEN)), weight("w", 3, HIDDEN)), (1, S, 3)
     ),
     "attention": lambda x: Attention(*(Reshape(x, (1, S, HEADS, DIM)),) * 3),
+    "attention without a batch axis": lambda x: Attention(*(Reshape(x, (S, HEADS, DIM)),) * 3),
+    "a number a token for each head": lambda x: Mul(heads(x), Reshape(Sum(x, (2,)), (S, 1))),
+    "a weight of more axes": lambda x: Add(x, weight("b", 1, 1, 1, 3, 1, HIDDEN)),
+    "a weight of several in front": lambda x: Add(x, weight("b", 3, 1, HIDDEN)),
+    "a weight with a one for the tokens": lambda x: Add(Reshape(x, (S, HIDDEN)), weight("b", 1, HIDDEN)),
+    "a choice by weights": lambda x: Where(Greater(weight("c", 1, HIDDEN), constant(0.0)), x, weight("b", HIDDEN)),
+    "columns of a table by token": lambda x: Gather(weight("columns", 7, 5), Argmax(scores(x), 2), 1),
+    "elements of a table by token": lambda x: GatherElements(
+        weight("rows", 5, 1), Reshape(Argmax(scores(x), 2), (S, 1)), 0
+    ),
+    "elements of a wide table by token": lambda x: GatherElements(
+        weight("rows", 1, 5), Reshape(Argmax(scores(x), 2), (1, S)), 1
+    ),
+    "elements of heads by token": lambda x: GatherElements(
+        heads(x), Broadcast(Reshape(Argmax(scores(x), 2), (1, 1, S, 1)), (1, HEADS, S, 2)), 3
+    ),
+    "softmax of the last axis, counted from the end": lambda x: Softmax(heads(x), -1),
+    "mean of axes counted from the end": lambda x: Mean(heads(x), (-1, -3)),
+    "sum of the batch axis and channels": lambda x: Sum(x, (0, -1)),
+    "gather along the batch axis": lambda x: Gather(x, constant([0, 0, 0]), 0),
+    "slice of the batch axis": lambda x: Slice(x, 0, 0, 1),
+    "pad the batch axis and channels": lambda x: Pad(heads(x), (1, 2, 0, 0), (0, 0, 0, 1), -1.0),
+    "concat with one of several": lambda x: Concat((x, Broadcast(x, (3, S, HIDDEN))), 0),
+    "concat along an axis from the end": lambda x: Concat((heads(x), heads(x)), -3),
+    "matmul without a batch axis": lambda x: Matmul(Reshape(x, (S, HIDDEN)), weight("w", HIDDEN, 6)),
+    "matmul with a matrix under ones": lambda x: Matmul(x, weight("w", 1, 1, HIDDEN, 6)),
+    "matmul with several matrices": lambda x: Matmul(x, weight("w", 3, HIDDEN, 6)),
+    "matmul of heads with one matrix": lambda x: Matmul(heads(x), weight("w", DIM, 6)),
+    "matmul of tokens in front with a matrix": lambda x: Matmul(Reshape(x, (S, HEADS, DIM)), weight("w", DIM, 6)),
+    "matmul of tokens in front with several": lambda x: Matmul(Reshape(x, (S, 1, HEADS, DIM)), weight("w", 3, DIM, 6)),
+    "matmul of a token with another token's shape": lambda x: Matmul(
+        Reshape(x, (1, S, HEADS, DIM)), Transpose(Reshape(x, (S, HEADS, DIM)), (0, 2, 1))
+    ),
+    "transpose of ones": lambda x: Transpose(Reshape(x, (1, S, 1, HIDDEN)), (2, 1, 0, 3)),
+    "transpose without a batch axis": lambda x: Transpose(Reshape(x, (S, HEADS, DIM)), (2, 0, 1)),
+    "broadcast of the batch axis": lambda x: Broadcast(x, (3, S, HIDDEN)),
+    "reshape that takes the batch axis": lambda x: Reshape(x, (S, 1, HEADS, DIM)),
 }
 
 
@@ -152,6 +189,28 @@ MIXING: dict[str, tuple[Build, str]] = {
     "mixed by a matrix of tokens": (lambda x: Concat((x, x), 1), "token axis 1"),
     "tokens of two axes": (lambda x: Add(Reshape(x, (S, 1, HIDDEN)), Reshape(x, (1, S, HIDDEN))), "count tokens"),
     "counted": (lambda x: Add(x, Reshape(Cast(Iota(S), "f32"), (1, S, 1))), "counts tokens"),
+    "gathered along tokens": (lambda x: Gather(x, constant([0, 0]), 1), "one value of all tokens"),
+    "gathered by token": (
+        lambda x: Gather(Reshape(x, (S, HIDDEN)), Argmax(Linear(x, weight("r", 2, HIDDEN)), 2), 0),
+        "gathers tokens by token",
+    ),
+    "elements of one place": (
+        lambda x: GatherElements(x, Broadcast(constant(np.zeros((1, 1, 1)), "i64"), (1, S, HIDDEN)), 1),
+        "along the token axis",
+    ),
+    "summed by a matrix": (
+        lambda x: Matmul(Transpose(x, (0, 2, 1)), Broadcast(weight("w", 1, 5), (S, 5))),
+        "one value of all tokens",
+    ),
+    "two texts of attention": (
+        lambda x: Attention(*(Broadcast(Reshape(x, (1, S, HEADS, DIM)), (2, S, HEADS, DIM)),) * 3),
+        "holds more than one sequence",
+    ),
+    "slices that depend on the size": (
+        lambda x: Slice(Broadcast(Reshape(x, (1, S, 1, HIDDEN)), (1, S, S, HIDDEN)), 2, 0, 1),
+        "count tokens",
+    ),
+    "pads behind": (lambda x: Pad(x, (0, 0, 0), (0, 1, 0)), "pads the token axis"),
     "attention of channels": (
         lambda x: Attention(*(Transpose(Reshape(x, (1, S, HEADS, DIM)), (0, 2, 1, 3)),) * 3),
         "not on axis",

@@ -159,6 +159,13 @@ def signed_sines(x: Value, positions: Input) -> Value:
     return Add(Mul(x, Reshape(cos, shape)), Mul(turned, Reshape(Concat((Neg(half), half), 2), shape)))
 
 
+def negated_sines(x: Value, positions: Input) -> Value:
+    """The sines are negative, and so are the other channels."""
+    cos, sin = (Reshape(value, (1, 1, S, DIM)) for value in half_cos_sin(positions, SLOW))
+    turned = Concat((Slice(x, 3, PAIRS, DIM), Neg(Slice(x, 3, 0, PAIRS))), 3)
+    return Add(Mul(x, cos), Mul(turned, Neg(sin)))
+
+
 def stretched(x: Value, positions: Input) -> Value:
     """Linear scaling: position / 4 times frequency."""
     return by_angles(x, Mul(Div(column(positions), constant(4.0, "f32")), row(SLOW)))
@@ -206,6 +213,7 @@ BY_POSITION: dict[str, tuple[Form, int]] = {  # and how many `llm.rope_angles` i
     "second half of a table": (second_half_of_a_table, 0),
     "rounded positions": (rounded_positions, 0),
     "signed sines": (signed_sines, 1),
+    "negated sines": (negated_sines, 1),
     "position / 4": (stretched, 1),
     "position * (1 / 3)": (by_a_third, 1),
     "position + 1": (shifted, 0),
@@ -360,7 +368,35 @@ def one_token_late(x: Value, positions: Input) -> Value:
     return apply_half(x, Cos(both), Sin(both))
 
 
+def signs_that_differ(x: Value, positions: Input) -> Value:
+    """Half of the sines are negative, and what they multiply is too: columns of no one scale."""
+    cos, sin = (Reshape(value, (1, 1, S, DIM)) for value in half_cos_sin(positions, SLOW))
+    low, high = Slice(sin, 3, 0, PAIRS // 2), Neg(Slice(sin, 3, PAIRS // 2, PAIRS))
+    a, b, c, d = (Slice(x, 3, i, i + PAIRS // 2) for i in range(0, DIM, PAIRS // 2))
+    turned = Concat((Neg(c), d, a, Neg(b)), 3)
+    return Add(Mul(x, cos), Mul(turned, Concat((low, high, low, high), 3)))
+
+
+def scales_that_differ(x: Value, positions: Input) -> Value:
+    """Half of the pairs are scaled, behind what they are multiplied by."""
+    cos, sin = (Reshape(value, (1, 1, S, DIM)) for value in half_cos_sin(positions, SLOW))
+    scale = constant(np.tile([1.0, 1.0, 2.0, 2.0], 2).reshape(1, 1, 1, DIM), "f32")
+    turned = Concat((Neg(Slice(x, 3, PAIRS, DIM)), Slice(x, 3, 0, PAIRS)), 3)
+    return Add(Mul(Mul(x, cos), scale), Mul(Mul(turned, sin), scale))
+
+
+def spread_over_heads(x: Value, positions: Input) -> Value:
+    cos, sin = (Reshape(value, (1, 1, S, DIM)) for value in half_cos_sin(positions, SLOW))
+    cos, sin = (Broadcast(value, (1, HEADS, S, DIM)) for value in (cos, sin))
+    turned = Concat((Neg(Slice(x, 3, PAIRS, DIM)), Slice(x, 3, 0, PAIRS)), 3)
+    return Add(Mul(x, cos), Mul(turned, sin))
+
+
+ONE_VALUE = "what it multiplies by is not one value by position"
 REFUSED: dict[str, tuple[Form, str]] = {
+    "signs that differ": (signs_that_differ, ONE_VALUE),
+    "scales that differ": (scales_that_differ, ONE_VALUE),
+    "spread over heads": (spread_over_heads, ONE_VALUE),
     "every length its own": (growing, "as a sequence grows; --max-context 8 keeps"),
     "from the end": (from_the_end, "as a sequence grows"),
     "halves that part": (stored_pairs(0.5), f"no rotation at position {SWITCH}"),
@@ -403,6 +439,18 @@ def test_a_table_that_ends_before_the_context_is_believed_up_to_its_end() -> Non
     assert report.hits["half"] == 1 and report.refusals == []
     assert sum(isinstance(op, Embed) for op in after.ops) == 0  # two tables: kept as they are
     np.testing.assert_allclose(run(after, 41), run(before, 41), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", [0, 13, 39, 40])
+def test_a_table_that_ends_before_the_context_is_looked_at_to_its_end(row: int) -> None:
+    """Its two halves differ in one row."""
+    angles = np.arange(41)[:, None] * SLOW[None] + 1
+    other = np.where(np.arange(41)[:, None] == row, -angles, angles)
+    tables = [np.concatenate([function(angles), function(other)], axis=1) for function in (np.cos, np.sin)]
+    before = rotation(lambda x, positions: apply_half(x, *(looked_up(table, positions) for table in tables)))
+    report = Report()
+    assert FuseRope().run(before, report).ops == before.ops
+    assert f"no rotation at position {row}" in report.refusals[0][1]
 
 
 def test_weights_are_compared_by_what_the_graph_does_with_them_alone() -> None:

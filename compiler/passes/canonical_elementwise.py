@@ -96,8 +96,7 @@ def strip_broadcast(op: Op) -> Value | None:
 
 
 def _adds_leading_ones(value: Reshape) -> bool:
-    extra = value.rank - value.x.rank
-    return extra >= 0 and value.to == (1,) * extra + value.x.shape
+    return value.to == (1,) * (value.rank - value.x.rank) + value.x.shape
 
 
 def constant_to_the_right(op: Op) -> Value | None:
@@ -274,9 +273,9 @@ def divide_by_power_of_two(op: Op) -> Value | None:
     """x / c -> x * (1 / c) for floats where 1 / c is exact."""
     assert isinstance(op, Div)
     divisor = number_of(op.b)
-    if divisor is None or not _is_float(op) or divisor == 0 or not math.isfinite(divisor):
+    if divisor is None or not _is_float(op):
         return None
-    # 2^-14 .. 2^14 and their reciprocals are normal in every float dtype.
+    # The factor, 2^-13 .. 2^15, is normal in every float dtype. 0, inf and nan have another mantissa.
     mantissa, exponent = math.frexp(divisor)
     if abs(mantissa) != 0.5 or abs(exponent) > 14:
         return None

@@ -87,10 +87,8 @@ def broadcast_of_broadcast(op: Op) -> Value | None:
     assert isinstance(op, Broadcast)
     if isinstance(op.x, Broadcast):
         return Broadcast(op.x.x, op.to)
-    if isinstance(op.x, Reshape):
-        extra = op.x.rank - op.x.x.rank
-        if extra >= 0 and op.x.to == (1,) * extra + op.x.x.shape:
-            return Broadcast(op.x.x, op.to)
+    if isinstance(op.x, Reshape) and op.x.to == (1,) * (op.x.rank - op.x.x.rank) + op.x.x.shape:
+        return Broadcast(op.x.x, op.to)
     return None
 
 

@@ -114,8 +114,8 @@ def _columns(factor: Value, wanted: Numbers, y: Op, finder: Rotations, tokens: t
     shape = finder.numbers.shape(y)
     rows = np.broadcast_to(finder.numbers.of(factor), (*shape[:-1], columns)).reshape(-1, columns)
     place = {number: at for at, number in enumerate(rows[0].tolist())}
-    at = np.array([place.get(number, -1) for number in wanted[0].tolist()])
-    if (at < 0).any() or not np.array_equal(rows[:, at], wanted):
+    at = np.array([place.get(number, 0) for number in wanted[0].tolist()])
+    if not np.array_equal(rows[:, at], wanted):
         return None
     padded: Shape = (*(1,) * (y.rank - factor.rank), *factor.shape)
     own: Shape = (*(padded[axis] for axis in tokens), columns)

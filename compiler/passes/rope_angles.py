@@ -104,7 +104,7 @@ class Angles:
     def _columns(self, wanted: Numbers, factors: Sequence[Value]) -> Columns:
         """Where coefficients [pairs] are among the factors' columns, all with one scale."""
         for factor in factors:
-            if not self.probe.has_size(factor) or product(factor.shape) != self.size * product(factor.shape[-1:]):
+            if product(factor.shape) != self.size * product(factor.shape[-1:]):
                 continue
             own = self.numbers.of(factor).reshape(-1)
             column = {abs(number): at for at, number in enumerate(own.tolist())}
@@ -240,7 +240,7 @@ class Angles:
         for op in topological(roots):
             if not isinstance(op, Cos) or op.x.dtype not in ("f32", "f64"):
                 continue
-            if not self.probe.has_size(op.x) or product(op.x.shape) != self.size * product(op.x.shape[-1:]):
+            if product(op.x.shape) != self.size * product(op.x.shape[-1:]):
                 continue
             column = {number: at for at, number in enumerate(self.numbers.of(op.x).reshape(-1).tolist())}
             if all(number in column for number in wanted):

@@ -98,15 +98,10 @@ class Rotations(LinearMaps):
         return bool(self.probe.sources.get(factor, frozenset()) & {"positions", LENGTH})
 
     def linear_operands(self, value: Value) -> tuple[Value, ...]:
-        if not isinstance(value, Op) or value.dtype not in FLOATS:
-            return ()
-        if isinstance(value, (Neg, Slice, Concat, Reshape, Transpose)):
+        if isinstance(value, (Neg, Slice, Concat, Reshape, Transpose, Add, Sub)):
             return value.operands if self._acts(*value.operands) else ()
         if isinstance(value, Cast):
-            return (value.x,) if value.x.dtype in FLOATS else ()
-        if isinstance(value, (Add, Sub)):
-            same = self.is_text or value.a.shape == value.b.shape
-            return value.operands if same and self._acts(value.a, value.b) else ()
+            return (value.x,) if value.dtype in FLOATS and value.x.dtype in FLOATS else ()
         if isinstance(value, Mul):
             factor = self._factor(value)
             return () if factor is None else (value.a if value.b is factor else value.b,)
@@ -136,8 +131,6 @@ class Rotations(LinearMaps):
         if not self.is_text and x.type != y.type:
             return None
         if any(np.prod(self.numbers.shape(value), dtype=np.int64) > _MOST for value in (x, *nodes)):
-            return None
-        if self.is_text and (self._token(x) is None or self._token(x) == x.rank - 1):
             return None
         if not all(self._acts_on_rows(value) for value in nodes):
             return None
@@ -207,7 +200,7 @@ def _turn(terms: list[Term], width: int) -> tuple[int, Turn] | None:
     start = int(places[places >= 0].min(initial=width))
     if start + channels > width:
         return None
-    entries = _entries(np.where(places < 0, -1, places - start))
+    entries = _entries(places - start)
     paired = None if entries is None else _paired(entries)
     if entries is None or paired is None:
         return None
@@ -228,7 +221,10 @@ Entries = list[dict[int, int]]  # for each channel of y: the term of each channe
 
 
 def _entries(places: Numbers) -> Entries | None:
-    """None where a channel is made of several terms of one channel, or not of itself, or of more than two."""
+    """From the channels [terms, channels] of x, less than 0 where nothing is added.
+
+    None where a channel is made of several terms of one channel, or not of itself, or of more than two.
+    """
     found: Entries = []
     for channel in range(places.shape[1]):
         own = {int(source): term for term, source in enumerate(places[:, channel]) if source >= 0}
@@ -243,8 +239,8 @@ def _paired(entries: Entries) -> tuple[bool, list[int], list[int]] | None:
     partner = {c: next(i for i in own if i != c) for c, own in enumerate(entries) if len(own) == 2}
     if 0 not in partner or any(partner.get(other) != c for c, other in partner.items()):
         return None
-    pairs, distance = len(partner) // 2, partner[0]
-    interleaved = distance == 1 and len(entries) > 2
+    pairs = len(partner) // 2
+    interleaved = partner[0] == 1 and pairs > 1
     if interleaved:
         first, second = list(range(0, 2 * pairs, 2)), list(range(1, 2 * pairs, 2))
     else:
