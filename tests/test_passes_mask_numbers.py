@@ -120,6 +120,7 @@ def test_scores_that_are_no_numbers_are_refused(own: list[float], exact: list[fl
 def test_a_number_for_all_keys_counts_beside_sinks(shift: float) -> None:
     """Up to the rounding of f32."""
     back = back_of(4, 5)
+    assert told(back, back >= 0, exact_shift=True) == Mask(True, 0, None)
     bias = np.where(back >= 0, shift, -1e30)[None]
     assert describe_mask(bias, np.arange(4) + 1) == Mask(True, 0, None)
     two = np.concatenate([bias - shift, bias])
@@ -153,6 +154,16 @@ def test_slopes_hold_to_four_roundings_of_the_furthest(slope: float, side: int) 
         own[0, place] += side * limit
         with pytest.raises(Unrecognised, match="which is no slope times a distance"):
             mask_of(ByDistance(at, own, exact))
+    # So it is at a distance of one, where there is no other.
+    at, own = np.arange(-1, 1), np.asarray([[-slope, 0.0]])
+    for roundings, known in ((0.99, True), (1.5, False)):
+        rounded = own.copy()
+        rounded[0, 0] += side * roundings * 2.0**-21 * abs(slope)
+        if known:
+            assert mask_of(ByDistance(at, rounded, own)).slopes == pytest.approx((slope,), rel=1e-15)
+            continue
+        with pytest.raises(Unrecognised, match="which is no slope times a distance"):
+            mask_of(ByDistance(at, rounded, own))
 
 
 def test_slopes_are_those_of_the_furthest_key_in_f64() -> None:
@@ -167,6 +178,15 @@ def test_slopes_are_those_of_the_furthest_key_in_f64() -> None:
     assert (found.causal, found.window) == (True, 9)
     assert found.slopes == pytest.approx((1 / 3.0, float(np.float32(0.1)), 0), abs=1e-15)
     assert found.slopes[1] == float(np.float32(0.1)), "an f32 number but for the last bits is that number"
+
+
+@pytest.mark.parametrize("slope", [0.1, 0.3, -0.7, 1e-3])
+def test_slopes_are_f32_numbers_but_for_rounding(slope: float) -> None:
+    near = float(np.float32(slope))
+    for off, snaps in ((3e-13, True), (-3e-13, True), (3e-12, False)):
+        at = np.arange(-8, 1)
+        exact = (at * near * (1 + off))[None]
+        assert (mask_of(ByDistance(at, exact, exact)).slopes == (near,)) == snaps
 
 
 def test_a_query_that_sees_its_own_place_alone_shows_no_slope() -> None:
@@ -185,6 +205,10 @@ OTHERS: dict[str, tuple[ByDistance, str]] = {
     "heads, a key after": (
         at_distances((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (-math.inf, 0.0), first=-1),
         "head 1 and head 0 differ in whether a query sees the key 2 after it",
+    ),
+    "heads, the last sees its own place alone": (
+        at_distances((-1.0, -1.0, -math.inf), (0.0, 0.0, 0.0), first=-1),
+        "head 2 and head 0 differ in whether a query sees the key 1 before it",
     ),
     "a bias, before": (
         at_distances(1.0, 0.75, 0.0, first=-2),

@@ -157,6 +157,8 @@ FILLS: dict[str, tuple[float, Steps, bool]] = {
     "plus too much": (-6000.0, lambda x: e.Add(x, c(2000.0)), False),
     "less": (-4000.0, lambda x: e.Sub(x, c(2000.0)), True),
     "less too much": (-6000.0, lambda x: e.Sub(x, c(-2000.0)), False),
+    "less not enough": (-4000.0, lambda x: e.Sub(x, c(600.0)), False),
+    "plus not enough": (-4000.0, lambda x: e.Add(x, c(-600.0)), False),
     "turned": (4000.0, lambda x: e.Sub(c(-2000.0), x), True),
     "turned too high": (4000.0, lambda x: e.Sub(c(2000.0), x), False),
     "not turned": (-6000.0, lambda x: e.Sub(c(0.0), x), False),
