@@ -240,3 +240,16 @@ def test_a_guard_of_other_rows_is_refused(name: str) -> None:
     assert not hides(name, scores, guard), "this test is of guards that hold in rows which see keys"
     with pytest.raises(Unrecognised, match=r"^its probabilities are set to zero in rows that see keys$"):
         require_guard(scores.chain, guard)
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "f16", "bf16", "f32"])
+def test_a_count_that_wraps_is_none(dtype: str) -> None:
+    """In i8, 256 keys that are seen are 0, and in i16 65,536."""
+    scores = row(filled)
+    guard = e.Equal(count(SEEN, dtype), c(0, dtype))
+    assert hides(dtype, scores, guard), "so few keys are counted right"
+    if dtype in ("i8", "u8", "i16", "u16"):
+        with pytest.raises(Unrecognised):
+            require_guard(scores.chain, guard)
+    else:
+        require_guard(scores.chain, guard)
