@@ -253,3 +253,16 @@ def test_a_count_that_wraps_is_none(dtype: str) -> None:
             require_guard(scores.chain, guard)
     else:
         require_guard(scores.chain, guard)
+
+
+def test_a_guard_that_loses_its_axis_is_one_of_other_rows() -> None:
+    """As many heads as queries: what a head hides stands where queries do."""
+    q, k = (Input(name, Tensor((5, 5, 3), "f32")) for name in "qk")
+    seen = Input("seen", Tensor((5, 1, 5), "bool"))
+    raw = s.Matmul(q, s.Transpose(k, (0, 2, 1)))
+    scores = e.Where(seen, raw, NONE)
+    chain = chain_of(Graph("g", (seen, q, k), (("out", scores),)), raw, scores)
+    require_guard(chain, e.Not(s.Any(seen, (2,))))
+    for guard in (e.Not(s.Any(seen, (2,), False)), e.Equal(s.Max(s.Reshape(scores, (5, 5, 5)), (2,), False), NONE)):
+        with pytest.raises(Unrecognised):
+            require_guard(chain, guard)

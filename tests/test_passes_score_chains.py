@@ -26,6 +26,7 @@ LEAST = float(np.finfo(np.float32).min)
 SEEN = Input("seen", Tensor((QUERIES, KEYS), "bool"))
 BIAS = Input("bias", Tensor((HEADS, QUERIES, KEYS), "f32"))
 ROWS = Input("rows", Tensor((HEADS, QUERIES, 1), "f32"))  # one number a query
+ROW = s.Slice(ROWS, 0, 0, 1)
 NUMBER = Input("number", Tensor((), "f32"))
 GIVEN = (SEEN, BIAS, ROWS, NUMBER)
 Steps = Callable[[Value], Value]
@@ -87,6 +88,14 @@ def then(*steps: Steps) -> Steps:
     return all_of
 
 
+def merged(x: Value) -> Value:
+    return s.Reshape(x, (BATCH * HEADS, QUERIES, KEYS))
+
+
+def split(x: Value) -> Value:
+    return s.Reshape(x, (BATCH, HEADS, QUERIES, KEYS))
+
+
 def halves(x: Value) -> Value:
     return e.Cast(e.Cast(x, "f16"), "f32")
 
@@ -107,6 +116,14 @@ SAID: dict[str, tuple[Steps, Said]] = {
     "a bias, then turned": (lambda x: e.Neg(e.Add(x, BIAS)), Said(-1.0, bias=True)),
     "two biases": (lambda x: e.Sub(ROWS, e.Add(x, BIAS)), Said(-1.0, bias=True)),
     "a bias, cast": (lambda x: halves(e.Add(x, BIAS)), Said(bias=True)),
+    "a bias twice": (lambda x: e.Add(BIAS, e.Add(x, BIAS)), Said(bias=True)),
+    "a row's and hidden, merged": (
+        then(lambda x: e.Mul(x, ROW), merged, lambda x: e.Where(s.Broadcast(SEEN, (6, 5, 7)), x, c(-math.inf)), split),
+        Said(bias=True),
+    ),
+    "hidden and a row's, merged": (then(lambda x: e.Mul(x, ROW), hidden(-math.inf), merged, split), Said(bias=True)),
+    "flat": (then(lambda x: s.Reshape(x, (3, 2, 35)), lambda x: e.Add(x, s.Reshape(BIAS, (2, 35))), split),
+             Said(bias=True)),
     "a number for all": (lambda x: e.Sub(e.Add(x, c(2.0)), c(0.5)), Said()),
     "capped": (capped, Said(0.75, 3.0)),
     "capped by another op": (lambda x: e.Div(e.Activation(x, "tanh"), c(0.5)), Said(2.0, 2.0)),

@@ -126,7 +126,7 @@ class _Terms:
         """Whether a bias hides the key, and what it adds to all others, which must be one number."""
         cases = self.cases(bias)
         seen = {value for value in cases if not value <= HIDDEN and self.possible(cases[value])}
-        hidden = [value for value in cases if value not in seen]
+        hidden = [value for value in cases if value <= HIDDEN]
         if len(seen) != 1 or not max(seen) <= FURTHEST_SHIFT or max(hidden, default=-math.inf) > max(seen) + HIDDEN:
             raise Unrecognised(f"{_UNLIKE}: it adds {', '.join(f'{value:g}' for value in sorted(seen))}")
         return z3.Or(*(cases[value] for value in hidden)), max(seen)
