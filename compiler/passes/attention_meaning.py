@@ -28,6 +28,7 @@ from llmc.compiler.ir.types import Array, Shape, precise
 from llmc.compiler.passes.distance_tables import table_of
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.masks import (
+    FURTHEST_SHIFT,
     HIDDEN,
     NO_MASK,
     ByDistance,
@@ -271,7 +272,7 @@ class MeaningReader:
 
     @staticmethod
     def _fixed_mask(bias: Floats, at: Array, exact_shift: bool) -> Mask:
-        same = bool(np.isfinite(bias).all() and (bias > HIDDEN).all() and (bias == bias[..., :1]).all())
+        same = bool(((bias > HIDDEN) & (bias <= FURTHEST_SHIFT) & (bias == bias[..., :1])).all())
         if same and not (exact_shift and bias.any()):
             return NO_MASK
         return describe_mask(bias, at, exact_shift)

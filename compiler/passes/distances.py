@@ -18,14 +18,14 @@ from llmc.compiler.ir.elementwise import Add, And, Cast, Compare, Constant, Div,
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, precise
-from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
+from llmc.compiler.passes.masks import FURTHEST_SHIFT, HIDDEN, ByDistance, Unrecognised
 from llmc.compiler.passes.pair_functions import PairReader
 from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point, Table, ends
 from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
-_FURTHEST_SHIFT = 1e6  # of all scores of a query: beside a greater number f32 would lose the scores
 _SLOPE_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic
+_TINY = float(np.finfo(np.float64).tiny)
 _UNLIKE = "its mask is not decided by the distance of key and query alone"
 _MOVES = (Reshape, Transpose, Broadcast)
 
@@ -287,33 +287,36 @@ class Distances:
 
     # Up to one number a row
 
-    def up_to_rows(self, point: Point) -> Point:
+    def up_to_rows(self, point: Point, times: float = 1.0) -> Point:
         """A bias over distances, but for what it adds to all keys of a query, which softmax does not see.
 
-        So slope * key place (ALiBi) is slope * distance, to f32's rounding.
+        So slope * key place (ALiBi) is slope * distance, to f32's rounding. times: what the bias is times in the end.
         """
         if self._of_one(point) in ({"query"}, {"length"}):
-            found = self._numbers(point)
-            if np.isfinite(found).all() and np.abs(found).max() <= _FURTHEST_SHIFT:
+            if float(np.abs(self._numbers(point)).max()) * times <= FURTHEST_SHIFT:
                 return self.reader.number(0.0, point.dtype, len(point.shape))
+            return self.by_distance(point)
         if self._of_one(point) == {"key"} and point.dtype in FLOATS:
-            sloped = self._sloped(point)
+            sloped = self._sloped(point, times)
             if sloped is not None:
                 return sloped
         if isinstance(point, Applied):
             op, xs = point.op, point.xs
             if isinstance(op, (Add, Sub)) or (isinstance(op, (*_MOVES, Cast)) and point.dtype in FLOATS
                                               and xs[0].dtype in FLOATS):  # fmt: skip
-                return self.reader.applied(op, tuple(self.up_to_rows(x) for x in xs), point.shape)
+                return self.reader.applied(op, tuple(self.up_to_rows(x, times) for x in xs), point.shape)
             if isinstance(op, (Mul, Div)) and not xs[1].variables:
-                return self.reader.applied(op, (self.up_to_rows(xs[0]), xs[1]), point.shape)
+                more = np.abs(self._known_numbers(xs[1]))
+                times = times * float(more.max()) if isinstance(op, Mul) else times / max(float(more.min()), _TINY)
+                return self.reader.applied(op, (self.up_to_rows(xs[0], times), xs[1]), point.shape)
             if isinstance(op, Mul) and not xs[0].variables:
-                return self.reader.applied(op, (xs[0], self.up_to_rows(xs[1])), point.shape)
+                times *= float(np.abs(self._known_numbers(xs[0])).max())
+                return self.reader.applied(op, (xs[0], self.up_to_rows(xs[1], times)), point.shape)
             if isinstance(op, Where):
-                return self._selected(point)
+                return self._selected(point, times)
         return self.by_distance(point)
 
-    def _selected(self, point: Applied) -> Point:
+    def _selected(self, point: Applied, times: float) -> Point:
         """A choice between a bias and a number that hides: that number hides as well where the rows are shifted."""
         whole = self.found_by_distance(point)
         if isinstance(whole, Point):
@@ -326,7 +329,7 @@ class Distances:
         built = []
         for branch in branches:
             if branch is shifted[0]:
-                built.append(self.up_to_rows(branch))
+                built.append(self.up_to_rows(branch, times))
                 continue
             raised = self._known_numbers(branch) + furthest
             if not (raised <= 2 * HIDDEN).all():
@@ -353,12 +356,12 @@ class Distances:
         except IRError as error:
             raise Unrecognised(f"its mask cannot be evaluated: {error}") from None
 
-    def _sloped(self, point: Point) -> Point | None:
+    def _sloped(self, point: Point, times: float) -> Point | None:
         """What adds a slope a place of the key, at every place, as slope * distance."""
         own = self._numbers(point)
         with precise():
             exact = self._numbers(point)
-        if np.abs(exact[0]).max() > _FURTHEST_SHIFT:
+        if not float(np.abs(exact[0]).max()) * times <= FURTHEST_SHIFT:
             return None
         last = max(1, self.most - 1)
         slopes = (exact[-1] - exact[0]) / last

@@ -20,7 +20,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES
-from llmc.compiler.passes.masks import HIDDEN, Mask, Unrecognised
+from llmc.compiler.passes.masks import FURTHEST_SHIFT, HIDDEN, Mask, Unrecognised
 from llmc.compiler.passes.pair_functions import PairReader
 from llmc.compiler.passes.points import ZERO, Applied, Known, Linear, Place, Point
 from llmc.errors import IRError
@@ -126,8 +126,8 @@ class _Terms:
         """Whether a bias hides the key, and what it adds to all others, which must be one number."""
         cases = self.cases(bias)
         seen = {value for value in cases if not value <= HIDDEN and self.possible(cases[value])}
-        hidden = [value for value in cases if value not in seen]
-        if len(seen) != 1 or not math.isfinite(max(seen)) or max(hidden, default=-math.inf) > max(seen) + HIDDEN:
+        hidden = [value for value in cases if value <= HIDDEN]
+        if len(seen) != 1 or not max(seen) <= FURTHEST_SHIFT or max(hidden, default=-math.inf) > max(seen) + HIDDEN:
             raise Unrecognised(f"{_UNLIKE}: it adds {', '.join(f'{value:g}' for value in sorted(seen))}")
         return z3.Or(*(cases[value] for value in hidden)), max(seen)
 

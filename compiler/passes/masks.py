@@ -17,6 +17,7 @@ HIDDEN = -5e3
 Sources write -1e4, the least float or -inf. In f32, exp(x) is 0 below x = -104: a key with this bias has no weight
 unless the products of one query, scaled, lie more than 4,896 apart: beyond that its softmax picks one key in any case.
 """
+FURTHEST_SHIFT = 1e6  # of all scores of a query: beside a greater number f32 would lose the scores
 _ROUNDING = 2.0**-21  # of a source's own f32 arithmetic: four products or sums, relative to the greatest number
 
 Floats = NDArray[np.float64]
@@ -101,6 +102,8 @@ def _relative(bias: Floats, own: Floats) -> Floats:
     """A bias [heads, ...] less what is added to the key at the query's place, [heads, ...] without the last axis."""
     if not (own > HIDDEN).all():
         raise Unrecognised("the mask hides from a query the key at its own place")
+    if not (own <= FURTHEST_SHIFT).all():
+        raise Unrecognised(f"the mask adds {own.max():g} to scores, which f32 loses beside such a number")
     return bias - own[..., None]
 
 

@@ -90,7 +90,7 @@ class _Guards:
             if isinstance(x, Max) and number_of(other) == -math.inf:
                 return is_least and self.is_added(x.x)
             if isinstance(x, Sum) and number_of(other) == 0 and isinstance(x.x, Cast) and x.x.x.dtype == "bool":
-                return is_least and self.key_is_hidden(x.x.x, False)
+                return is_least and x.dtype in _COUNTS and self.key_is_hidden(x.x.x, False)
         return False
 
     def key_is_hidden(self, condition: Value, holds: bool) -> bool:
@@ -119,6 +119,7 @@ class _Guards:
         return any(value is _unmoved(each) for each in self.sums)
 
 
+_COUNTS = (*FLOATS, "i32", "u32", "i64", "u64")  # in i8, 256 keys are 0 again
 _MIRRORED: dict[type[Compare], type[Compare]] = {
     Equal: Equal,
     NotEqual: NotEqual,

@@ -218,7 +218,7 @@ def _reshaped_parts(part: Apart, op: Reshape) -> Apart:
     )
 
 
-def general_bias(part: Apart, exact_shift: bool = False) -> Value:
+def general_bias(part: Apart, exact_shift: bool) -> Value:
     """A bias to add to the scaled products that gives the same shares; Unrecognised where there is none.
 
     exact_shift: what is added to all keys of a query counts (attention with sinks).

@@ -63,7 +63,7 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
         if len(users) != 1:
             raise Unrecognised(f"its probabilities are used {len(users)} times")
         user = users[0]
-        if isinstance(user, Matmul) and user.a is value and user.b is not value:
+        if isinstance(user, Matmul) and user.a is value:  # and not user.b, which would be a second use
             if drops_column or value.shape[-1] != keys:
                 raise Unrecognised("its probabilities keep the column of sinks")
             coarse = next((dtype for dtype in roundings if not holds(dtype, user.dtype)), None)

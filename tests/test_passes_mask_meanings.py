@@ -1,0 +1,293 @@
+"""What a mask means for one attention: of which sizes it is known, and what is added where it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import Dim, symbol
+from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.ragged import RelativeBias
+from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.passes.fuse_attention import FuseAttention
+from llmc.compiler.passes.manager import Report
+from llmc.compiler.passes.masks import Mask
+
+S, T = symbol("S", 1, 60), symbol("T", 1, 60)
+FREE = symbol("F", 1)  # nothing bounds it
+HEADS, DIM = 3, 4
+Steps = Callable[[Value], Value]
+Size = int | Dim
+c = e.constant
+NONE = c(-math.inf)
+
+
+def graph_of(
+    steps: Steps, queries: Size = S, keys: Size = S, text: bool = False, *extra: Input,
+    keeps: Steps = lambda x: x, leading: tuple[Size, ...] = (1, HEADS),
+) -> Graph:  # fmt: skip
+    """One attention; `steps` make scores of products."""
+    q, k, v = (
+        Input(name, Tensor((*leading, rows, DIM), "f32"))
+        for name, rows in zip("qkv", (queries, keys, keys), strict=True)
+    )
+    inputs = [Input(name, Tensor((1, S), "i32")) for name in ("ids", "positions")] if text else []
+    order = (*range(len(leading)), len(leading) + 1, len(leading))
+    shares = s.Softmax(steps(s.Matmul(q, s.Transpose(k, order))), len(leading) + 1)
+    return Graph("g", (*inputs, q, k, v, *extra), (("out", s.Matmul(keeps(shares), v)),))
+
+
+def result(graph: Graph, limit: float = 1e-11, **sizes: int) -> Attention | str:
+    """The attention that becomes of a graph, which computes the same at sizes, or why none does."""
+    report = Report()
+    after = FuseAttention().run(graph, report)
+    found = [op for op in after.ops if isinstance(op, Attention)]
+    if not found:
+        assert after.ops == graph.ops
+        return report.refusals[0][1]
+    generator = np.random.default_rng(5)
+    given: dict[str, Array] = {}
+    for x in graph.inputs:
+        shape = tuple(dim if isinstance(dim, int) else sizes[str(dim)] for dim in x.shape)
+        given[x.name] = generator.standard_normal(shape)
+        if x.dtype != "f32":
+            given[x.name] = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+    with precise(), np.errstate(invalid="ignore"):
+        before, now = (np.asarray(evaluate(g, given, given.__getitem__)["out"]) for g in (graph, after))
+    np.testing.assert_allclose(now, before, rtol=0, atol=limit)
+    return found[0]
+
+
+def said(graph: Graph, **sizes: int) -> Mask:
+    """The mask, where it says all."""
+    op = result(graph, **sizes)
+    assert isinstance(op, Attention), op
+    assert op.bias is None
+    slopes = None if op.slopes is None else tuple(op.slopes.value.array.tolist())  # type: ignore[union-attr]
+    return Mask(op.causal, op.window, slopes)
+
+
+def back(queries: Size = S, keys: Size = S) -> Value:
+    return e.Sub(s.Reshape(s.Iota(queries), (queries, 1)), s.Reshape(s.Iota(keys), (1, keys)))
+
+
+def causal(queries: Size = S, keys: Size = S) -> Steps:
+    return lambda x: e.Where(e.GreaterEqual(back(queries, keys), c(0)), x, NONE)
+
+
+def number_of(size: Size) -> Value:
+    """[1, 1]"""
+    return s.Reshape(s.Slice(s.Iota(size + 1), 0, size, size + 1), (1, 1))
+
+
+# Sizes
+
+KNOWN = Mask(True, 0, None)
+SIZED = Input("sized", Tensor((S, T), "f32"))  # tells the sizes
+SIZES: dict[str, tuple[Graph, dict[str, int], Mask | None]] = {
+    "as many queries as keys": (graph_of(causal()), {"S": 7}, KNOWN),
+    "fixed": (graph_of(causal(5, 5), 5, 5), {}, KNOWN),
+    "no mask, of unlike sizes": (graph_of(lambda x: x, S, T), {"S": 5, "T": 7}, Mask(False, 0, None)),
+    "no mask, of sizes without bounds": (graph_of(lambda x: x, FREE, FREE), {"F": 5}, Mask(False, 0, None)),
+    "no mask, fixed": (graph_of(lambda x: x, 3, 5), {}, Mask(False, 0, None)),
+    "no mask of more queries than keys": (graph_of(lambda x: x, 5, 3), {}, Mask(False, 0, None)),
+    "unlike sizes": (graph_of(causal(S, T), S, T), {"S": 5, "T": 7}, None),
+    "fixed queries": (graph_of(causal(5, S), 5, S), {"S": 7}, None),
+    "fixed keys": (graph_of(causal(S, 5), S, 5), {"S": 3}, None),
+    "more queries than keys": (graph_of(causal(5, 3), 5, 3), {}, None),
+    "twice a size": (graph_of(causal(S * 2, S * 2), S * 2, S * 2, False, SIZED), {"S": 4, "T": 3, "2*S": 8}, None),
+    "one more than a size": (
+        graph_of(causal(S + 1, S + 1), S + 1, S + 1, False, SIZED),
+        {"S": 4, "T": 3, "S + 1": 5},
+        None,
+    ),
+    "two sizes": (graph_of(causal(S * T, S * T), S * T, S * T, False, SIZED), {"S": 2, "T": 3, "S*T": 6}, None),
+    "a size without bounds": (graph_of(causal(FREE, FREE), FREE, FREE), {"F": 5}, None),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_mask_is_known_of_one_sequence_with_itself(name: str) -> None:
+    """Of other sizes it is added as it is."""
+    graph, sizes, mask = SIZES[name]
+    if mask is not None:
+        assert said(graph, **sizes) == mask
+        return
+    op = result(graph, **sizes)
+    assert isinstance(op, Attention), op
+    assert (op.causal, op.window, op.slopes) == (False, 0, None) and op.bias is not None
+
+
+def test_a_text_attends_over_its_own_tokens() -> None:
+    assert said(graph_of(causal(), text=True), S=7) == KNOWN
+    found = result(graph_of(causal(T, T), T, T, text=True), S=7, T=7)
+    assert found == "scores tensor<[1, 3, T, T], f32> are not those of one sequence with itself"
+    found = result(graph_of(causal(5, S), 5, S, text=True), S=7)
+    assert found == "scores tensor<[1, 3, 5, S], f32> are not those of one sequence with itself"
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3), (2, 1, 3), (2, 2, 3), (S, 3)], ids=str)
+@pytest.mark.parametrize("own", [0, 1, 2, 3])
+def test_a_bias_reaches_the_heads_that_it_is_for(shape: tuple[Size, ...], own: int) -> None:
+    """Products of heads, of sequences and heads, or of more axes; a bias of all, or of the last of them."""
+    own = min(own, len(shape))
+    bias = Input("bias", Tensor((*shape[len(shape) - own :], 5, 7), "f32"))
+    op = result(graph_of(lambda x: e.Add(x, bias), 5, 7, False, bias, leading=shape), S=2)
+    assert isinstance(op, Attention), op
+    assert op.bias is not None
+
+
+# Numbers that are added to all keys of a query
+
+
+def late(number: float) -> Value:
+    """[S, 1]: a number for queries from 30 on."""
+    condition = e.GreaterEqual(s.Reshape(s.Iota(S), (S, 1)), c(30))
+    return e.Mul(e.Cast(condition, "f32"), c(number))
+
+
+ROWS: dict[str, Callable[[float], Value]] = {
+    "a product": late,
+    "a quotient": lambda n: e.Div(late(1.0), c(1 / n)),
+    "a product in front": lambda n: e.Mul(c(n), late(1.0)),
+    "a product of products": lambda n: e.Mul(e.Mul(late(1.0), c(-10.0)), c(n / -10)),
+    "a choice": lambda n: e.Where(e.GreaterEqual(s.Reshape(s.Iota(S), (S, 1)), c(30)), c(n), c(0.0)),
+    "a number for all queries": lambda n: e.Mul(c(n), c([[1.0]])),
+    "by place": lambda n: e.Mul(e.Cast(s.Reshape(s.Iota(S), (S, 1)), "f32"), c(n / 59)),
+    "by length": lambda n: e.Mul(e.Cast(number_of(S), "f32"), c(n / 60)),
+    "slopes that start far away": lambda n: e.Mul(e.Cast(e.Add(s.Reshape(s.Iota(S), (1, S)), c(1000)), "f32"),
+                                                  c(n / 1000)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("number", [0.9e6, 1.2e6, -1.2e6, 1e30, -1e30])
+def test_a_number_for_all_keys_counts_where_scores_are_lost_beside_it(name: str, number: float) -> None:
+    """In f32, beside 1e30 all scores of a query are alike."""
+
+    def masked(raw: Value) -> Value:
+        return e.Add(causal()(raw), ROWS[name](number))
+
+    report = Report()
+    after = FuseAttention().run(graph_of(masked, text=True), report)
+    (op,) = [op for op in after.ops if isinstance(op, Attention)] or [None]
+    assert (op is not None and op.bias is None) == (number == 0.9e6), report.refusals or op
+
+
+def test_a_number_for_all_keys_that_is_lost_stays_where_sizes_are_fixed() -> None:
+    for number, known in ((0.0, True), (-4999.0, True), (-5000.0, False), (1e6, True), (1.1e6, False), (1e30, False)):
+        # f64 beside 1e6 keeps 2e-10.
+        op = result(graph_of(lambda x: e.Add(x, c([[number]])), 5, 7), 1e-9)  # noqa: B023
+        assert isinstance(op, Attention) and (op.bias is None) == known
+        steps: Steps = lambda x: causal(5, 5)(e.Add(x, c(number)))  # noqa: B023, E731
+        op = result(graph_of(steps, 5, 5), 1e-9)
+        assert isinstance(op, Attention) and op.causal == known
+
+
+# Scales
+
+
+SCALES: dict[str, tuple[Steps, float | None]] = {
+    "of the seen": (lambda x: e.Mul(x, e.Where(e.GreaterEqual(back(), c(0)), c(2.0), c(3.0))), 2.0),
+    "of other dtypes": (lambda x: e.Mul(x, e.Cast(e.Where(e.GreaterEqual(back(), c(0)), c(2), c(3)), "f32")), 2.0),
+    "none of the hidden": (lambda x: e.Mul(x, e.Cast(e.GreaterEqual(back(), c(0)), "f32")), 1.0),
+    "of near keys": (lambda x: e.Mul(x, e.Where(e.Less(back(), c(9)), c(2.0), c(3.0))), None),
+    "nothing": (lambda x: e.Mul(x, e.Where(e.GreaterEqual(back(), c(0)), c(0.0), c(3.0))), None),
+    "by key": (lambda x: e.Mul(x, e.Add(e.Cast(s.Reshape(s.Iota(S), (1, S)), "f32"), c(1.0))), None),
+    "by the last key": (
+        lambda x: e.Mul(x, e.Cast(e.Add(e.Div(s.Reshape(s.Iota(S), (1, S)), c(59)), c(1)), "f32")), None,
+    ),
+    "by the last key after all": (
+        lambda x: e.Mul(x, e.Cast(e.Add(e.Div(s.Reshape(s.Iota(S), (1, S)), c(60)), c(1)), "f32")), 1.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_scale_is_one_where_keys_are_seen(name: str, dense: bool) -> None:
+    """dense: something else in the mask is no function of distance, so that every pair is looked at."""
+    scaled, scale = SCALES[name]
+    extra = e.GreaterEqual(*(e.Div(s.Reshape(s.Iota(S), shape), c(7)) for shape in ((S, 1), (1, S))))
+
+    def steps(x: Value) -> Value:
+        x = causal()(scaled(x))
+        return e.Where(extra, x, NONE) if dense else x
+
+    found = result(graph_of(steps, text=True), S=60)
+    if scale is None:
+        assert found == "its scale differs from place to place"
+    else:
+        assert isinstance(found, Attention) and found.scale == scale and found.causal
+
+
+def test_a_choice_that_does_not_hide_is_refused_at_any_pair() -> None:
+    at = [s.Reshape(s.Iota(S), shape) for shape in ((S, 1), (1, S))]
+    quotients = e.GreaterEqual(*(e.Div(x, c(7)) for x in at))
+    for dense, seen in enumerate((e.GreaterEqual(back(), c(0)), e.And(e.GreaterEqual(back(), c(0)), quotients))):
+        for number, hides in ((-1e4, True), (-5e3, True), (-4e3, False), (0.0, False)):
+            found = result(graph_of(lambda x: e.Where(seen, x, c(number)), text=True), S=40)  # noqa: B023
+            if hides:
+                assert isinstance(found, Attention) and found.causal
+            else:
+                adds = "head 0 adds -4000 for a query and the key 1 after it, which is no slope times a distance"
+                puts = "t.where puts a number that does not hide the key in place of a score"
+                assert found == (adds if number and dense else puts)
+
+
+# Tables of distances
+
+
+def chosen(number: float, *, near: int = 9) -> Steps:
+    """A logarithm of the distance, and a choice between scores and a number."""
+    grown = e.Log(e.Add(e.Cast(e.Abs(back()), "f32"), c(1.0)))
+    return lambda x: e.Where(e.Less(e.Abs(back()), c(near)), e.Sub(x, grown), c(number))
+
+
+def test_a_table_is_said_where_the_product_counts_for_every_key_that_is_seen() -> None:
+    found = result(graph_of(chosen(-1e30), text=True), S=40)
+    assert isinstance(found, Attention) and isinstance(found.bias, RelativeBias)
+    for number in (-4e3, 0.0):
+        why = "t.where puts a number that does not hide the key in place of a score"
+        assert result(graph_of(chosen(number), text=True), S=40) == why
+    # A factor of the distance has no place in a table.
+    factor = e.Add(e.Cast(e.Abs(back()), "f32"), c(1.0))
+    found = result(graph_of(lambda x: e.Mul(chosen(-1e30)(x), factor), text=True), S=40)
+    assert isinstance(found, str)
+
+
+@pytest.mark.parametrize(("heads", "known"), [(1, True), (HEADS, True), (2, False)])
+def test_a_table_has_one_row_or_one_a_head(heads: int, known: bool) -> None:
+    grown = e.Log(e.Add(e.Cast(e.Abs(back()), "f32"), c(1.0)))
+    bias = e.Mul(c(np.reshape([0.5, 1.0, 2.0][:heads], (heads, 1, 1)), "f32"), grown)
+    if not known:
+        # Two sequences of a batch: no head has this bias in all of them.
+        bias = s.Reshape(bias, (2, 1, S, S))
+        graph = graph_of(lambda x: e.Sub(x, bias), text=True, leading=(2, HEADS))
+        assert isinstance(result(graph, S=40), str)
+        return
+    found = result(graph_of(lambda x: e.Sub(x, bias), text=True), S=40)
+    assert isinstance(found, Attention) and isinstance(found.bias, RelativeBias)
+
+
+def test_slopes_are_one_a_head_or_one_for_all() -> None:
+    distance = e.Cast(e.Neg(back()), "f32")
+    for numbers, expected in (([0.5], (0.5,) * 3), ([0.5, 0.25, 2.0], (0.5, 0.25, 2.0))):
+        slopes = c(np.reshape(numbers, (-1, 1, 1)), "f32")
+        assert said(graph_of(lambda x: causal()(e.Add(x, e.Mul(slopes, distance))), text=True), S=20) == Mask(  # noqa: B023
+            True, 0, expected
+        )
+    # Of two sequences, whose three heads share them: alike or not, they are added as they are.
+    for pair in ([0.5, 0.5], [0.5, 0.25]):
+        slopes = c(np.reshape(pair, (2, 1, 1, 1)), "f32")
+        graph = graph_of(lambda x: causal()(e.Add(x, e.Mul(slopes, distance))), leading=(2, HEADS))  # noqa: B023
+        op = result(graph, S=20)
+        assert isinstance(op, Attention) and op.slopes is None and op.bias is not None

@@ -1,0 +1,243 @@
+"""Values as functions of a query, a key and a length: the evaluator's numbers for every length, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from mask_harness import Pairs
+
+from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.llm import Embed
+from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.types import numpy_dtype
+from llmc.compiler.passes.masks import Unrecognised
+
+c = e.constant
+
+
+def heads(*numbers: float, dtype: str = "i64") -> Value:
+    return c(np.reshape(numbers, (-1, 1, 1)), dtype)
+
+
+def table(*shape: int, dtype: str = "i64") -> Value:
+    """Numbers that are all different."""
+    return c(np.arange(np.prod(shape)).reshape(shape) * 3 + 1, dtype)
+
+
+def both(p: Pairs) -> Value:
+    """[S, S]: different for every pair."""
+    return e.Add(e.Mul(p.q, c(100)), p.k)
+
+
+def six(p: Pairs) -> Value:
+    """[6, S, S]"""
+    return e.Add(e.Mul(heads(1, 2, 3, 5, 7, 11), p.q), p.k)
+
+
+READ: dict[str, Callable[[Pairs], Value]] = {
+    "a query": lambda p: p.q,
+    "a key": lambda p: p.k,
+    "keys, of rank 1": lambda p: p.at,
+    "a number": lambda p: c(3),
+    "the only place": lambda p: e.Add(s.Iota(1), p.q),
+    "positions": lambda p: e.Sub(s.Reshape(p.positions, (p.size, 1)), p.positions),
+    "in a narrow dtype": lambda p: e.Cast(e.Mul(p.q, c(40)), "i8"),
+    "the length": lambda p: p.length,
+    "twice the length": lambda p: s.Slice(s.Iota(p.size * 2 + 3), 0, p.size * 2 + 1, p.size * 2 + 2),
+    "from the third on": lambda p: s.Reshape(s.Slice(s.Iota(p.size + 5), 0, 3, p.size + 3), (p.size, 1)),
+    "from the length on": lambda p: s.Slice(s.Iota(p.size * 2), 0, p.size, p.size * 2),
+    "every other": lambda p: s.Slice(s.Iota(p.size * 2), 0, 0, p.size * 2, 2),
+    "every other from the second on": lambda p: s.Slice(s.Iota(p.size * 2 + 1), -1, 1, p.size * 2, 2),
+    "the second row": lambda p: s.Slice(s.Broadcast(e.Add(p.k, c(1)), (4, p.size)), 0, 1, 2),
+    "heads, sliced": lambda p: s.Slice(six(p), 0, 1, 6, 2),
+    "heads, sliced by a negative axis": lambda p: s.Slice(six(p), -3, 2, 4),
+    "heads, all of them": lambda p: s.Slice(six(p), 0, 0, 6),
+    "one head": lambda p: s.Slice(six(p), 0, 4, 5),
+    "turned": lambda p: s.Transpose(both(p), (1, 0)),
+    "heads, turned": lambda p: s.Transpose(six(p), (0, 2, 1)),
+    "heads behind": lambda p: s.Transpose(
+        s.Reshape(e.Mul(s.Reshape(p.at, (1, p.size, 1)), c([[[2, 3]]])), (1, p.size, 2)), (2, 0, 1)
+    ),
+    "two axes of heads, turned": lambda p: s.Transpose(s.Reshape(six(p), (2, 3, p.size, p.size)), (1, 0, 3, 2)),
+    "spread": lambda p: s.Broadcast(p.q, (3, p.size, p.size)),
+    "a number, spread": lambda p: e.Add(s.Broadcast(c(4), (2, p.size, p.size)), s.Broadcast(heads(1, 2), (2, 1, 1))),
+    "axes of size 1": lambda p: s.Reshape(s.Reshape(both(p), (1, p.size, 1, p.size)), (p.size, p.size)),
+    "axes of size 1 around": lambda p: s.Reshape(both(p), (1, 1, p.size, p.size)),
+    "heads, split": lambda p: s.Reshape(six(p), (2, 3, p.size, p.size)),
+    "heads, merged": lambda p: s.Reshape(s.Reshape(six(p), (3, 2, p.size, p.size)), (6, p.size, p.size)),
+    "heads in place of the first axis": lambda p: s.Reshape(s.Broadcast(p.q, (6, p.size, 1)), (2, 3, p.size, 1)),
+    "heads that are alike, merged": lambda p: s.Reshape(s.Broadcast(p.k, (2, 3, 1, p.size)), (6, 1, p.size)),
+    "heads that are alike in part, merged": lambda p: s.Reshape(
+        s.Broadcast(e.Mul(p.k, c(np.reshape([2, 3], (2, 1, 1, 1)))), (2, 3, 1, p.size)), (6, 1, p.size)
+    ),
+    "heads, one after another": lambda p: s.Concat((six(p), e.Neg(six(p))), 0),
+    "heads, one after another, by a negative axis": lambda p: s.Concat(
+        (s.Broadcast(p.q, (1, p.size, 1)), e.Mul(p.q, heads(2, 3))), -3
+    ),
+    "heads, one after another, that are alike": lambda p: s.Concat(
+        (s.Broadcast(p.q, (2, p.size, 1)), s.Broadcast(c(5), (3, p.size, 1))), 0
+    ),
+    "the greatest of heads": lambda p: s.Max(six(p), (0,)),
+    "the least of heads, without the axis": lambda p: s.Min(six(p), (-3,), False),
+    "the sum of heads that are alike": lambda p: s.Sum(s.Broadcast(p.q, (3, p.size, 1)), (0,)),
+    "the product of axes": lambda p: s.Prod(s.Reshape(e.Mod(six(p), c(3)), (2, 3, p.size, p.size)), (1, 0), False),
+    "the sum of one axis of two": lambda p: s.Sum(s.Reshape(six(p), (2, 3, p.size, p.size)), (1,), False),
+    "the mean in f16": lambda p: s.Mean(e.Cast(six(p), "f16"), (0,)),
+    "any and all": lambda p: e.And(
+        s.Any(e.Less(six(p), c(9)), (0,), False), e.Not(s.All(e.Less(six(p), c(9)), (-3,), False))
+    ),
+    "the largest place": lambda p: s.Max(p.k, (1,)),
+    "the largest place, without the axis": lambda p: s.Max(s.Slice(s.Iota(p.size + 3), 0, 3, p.size + 3), (-1,), False),
+    "the largest of queries": lambda p: s.Max(p.q, (0, 1)),
+    "the least place": lambda p: s.Min(s.Slice(s.Iota(p.size + 3), 0, 3, p.size + 3), (0,)),
+    "the largest place spread": lambda p: s.Max(s.Broadcast(p.k, (1, p.size)), (-1,)),
+    "how many": lambda p: s.Sum(s.Broadcast(c(1), (1, p.size)), (1,)),
+    "three times how many": lambda p: s.Sum(s.Broadcast(c(3), (p.size,)), (0,), False),
+    "counted": lambda p: s.Cumsum(s.Broadcast(c(2), (p.size,)), 0),
+    "counted along queries": lambda p: s.Cumsum(s.Broadcast(c(3), (p.size, 1)), -2),
+    "counted by itself": lambda p: s.Cumsum(e.Mul(p.q, p.q), 0),
+    "counted by itself, of keys": lambda p: s.Cumsum(e.Add(e.Mul(p.k, p.k), c(1)), 1),
+    "counted in floats": lambda p: s.Cumsum(s.Broadcast(c(0.1), (p.size,)), 0),
+    "counted of heads": lambda p: s.Cumsum(e.Mul(p.q, heads(1, 2)), 1),
+    "counted of each head": lambda p: s.Cumsum(s.Broadcast(heads(1, 2), (2, p.size, 1)), 1),
+    "looked up": lambda p: s.Gather(table(40), e.Add(p.back, c(9))),
+    "looked up of each head": lambda p: s.Gather(table(2, 40), e.Add(p.back, c(9)), 1),
+    "looked up of each head, by a negative axis": lambda p: s.Gather(table(2, 40), e.Add(p.back, c(9)), -1),
+    "looked up from the end": lambda p: s.Gather(table(40), e.Sub(p.back, c(20))),
+    "rows looked up": lambda p: s.Transpose(s.Gather(table(40, 3), e.Add(p.back, c(9)), 0), (2, 0, 1)),
+    "looked up between": lambda p: s.Gather(table(2, 40, 1), p.at, 1),
+    "a row for each": lambda p: s.Reshape(s.Transpose(s.Gather(table(20, 2), p.at), (1, 0)), (2, 1, p.size)),
+    "all of them, looked up": lambda p: s.Gather(s.Broadcast(c(7), (p.size,)), s.Broadcast(p.k, (p.size, p.size))),
+    "a place, looked up": lambda p: s.Gather(s.Iota(p.size), s.Reshape(e.Cast(p.k, "i32"), (p.size,))),
+    "a later place, looked up": lambda p: s.Gather(e.Mul(s.Iota(p.size + 5), c(2)), e.Add(p.at, c(3))),
+    "a place of heads, looked up": lambda p: s.Gather(e.Mul(p.k, heads(3, 5)), p.at, 2),
+    "a diagonal": lambda p: s.Gather(p.causal, s.Iota(p.size), 0),
+    "embedded": lambda p: Embed(table(20, 1, dtype="f32"), p.positions),
+    "not followed, of places": lambda p: s.GatherElements(both(p), s.Broadcast(p.k, (p.size, p.size)), 0),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_value_is_read_as_the_evaluator_computes_it(name: str) -> None:
+    """For every pair, of texts of one token, of two, of some and of the most."""
+    places = Pairs()
+    value = READ[name](places)
+    reader = places.reader(value)
+    point = reader.pair(value)
+    assert len(point.shape) == value.rank and point.dtype == value.dtype
+    for length in (1, 2, 5, 9):
+        expected = places.numbers(reader, value, length)
+        found = places.read(reader, point, length)
+        np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
+        assert found.dtype == numpy_dtype(value.dtype)
+
+
+REFUSED: dict[str, tuple[Callable[[Pairs], Value], str]] = {
+    "tokens": (lambda p: e.Add(p.token, p.token), "its mask depends on the input x"),
+    "another op": (
+        lambda p: s.Softmax(e.Add(p.token, p.token), 0), "its mask passes through t.softmax: tensor<[S, S], f32>",
+    ),
+    "places of no query": (
+        lambda p: e.Add(s.Reshape(p.at, (p.size, 1, 1)), p.length),
+        "its mask depends on a value of all tokens, tensor<[S, 1, 1], i64>",
+    ),
+    "positions of no query": (
+        lambda p: e.Add(s.Reshape(p.positions, (p.size, 1, 1)), e.Cast(p.length, "i32")),
+        "its mask depends on a value of all tokens, tensor<[S, 1, 1], i32>",
+    ),
+    "a square of the length": (
+        lambda p: s.Slice(s.Iota(p.size * p.size + 1), 0, p.size * p.size, p.size * p.size + 1),
+        "its mask depends on the size S*S",
+    ),
+    "some tokens": (
+        lambda p: s.Reshape(s.Slice(s.Iota(p.size + 3), 0, p.size, p.size + 3), (3, 1, 1)),
+        "its mask takes some tokens only: t.slice : tensor<[3], i64>",
+    ),
+    "put together": (
+        lambda p: e.Add(s.Slice(s.Concat((p.length, p.k), 1), 1, 0, p.size), p.q),
+        "its mask is put together along tokens: t.concat : tensor<[1, S + 1], i64>",
+    ),
+    "put together of no query": (
+        lambda p: s.Max(s.Reshape(s.Concat((s.Slice(s.Iota(p.size + 1), 0, p.size, p.size + 1), p.at), 0),
+                                  (p.size + 1, 1, 1)), (0,)),
+        "its mask is reduced over tokens by t.max of tensor<[S + 1, 1, 1], i64>",
+    ),
+    "counted of pairs": (
+        lambda p: s.Cumsum(e.Add(both(p), p.length), 0),
+        "its mask sums along an axis that is not one of tokens: t.cumsum : tensor<[S, S], i64>",
+    ),
+    "counted of heads": (
+        lambda p: s.Cumsum(e.Mul(e.Add(p.q, p.length), heads(1, 2)), 0),
+        "its mask sums along an axis that is not one of tokens: t.cumsum : tensor<[2, S, 1], i64>",
+    ),
+    "counted lengths": (
+        lambda p: s.Cumsum(s.Broadcast(p.length, (1, p.size)), 1),
+        "its mask depends on the length by t.cumsum : tensor<[1, S], i64>",
+    ),
+    "the largest of pairs": (
+        lambda p: s.Max(e.Sub(p.length, both(p)), (1,)),
+        "its mask is reduced over tokens by t.max of tensor<[S, S], i64>",
+    ),
+    "the largest of both": (
+        lambda p: s.Max(both(p), (0, 1)), "its mask is reduced over tokens by t.max of tensor<[S, S], i64>",
+    ),
+    "the largest square": (
+        lambda p: s.Max(e.Mul(p.k, p.k), (1,)), "its mask is reduced over tokens by t.max of tensor<[1, S], i64>",
+    ),
+    "the largest of some": (
+        lambda p: s.Max(s.Slice(s.Iota(p.size + 1), 0, 0, p.size + 1), (0,)),
+        "its mask is reduced over tokens by t.max of tensor<[S + 1], i64>",
+    ),
+    "the sum of places": (
+        lambda p: s.Sum(p.k, (1,)), "its mask is reduced over tokens by t.sum of tensor<[1, S], i64>",
+    ),
+    "the sum of floats": (
+        lambda p: s.Sum(s.Broadcast(c(0.1), (1, p.size)), (1,)),
+        "its mask is reduced over tokens by t.sum of tensor<[1, S], f32>",
+    ),
+    "the sum of heads": (
+        lambda p: s.Sum(s.Broadcast(heads(1, 2), (2, p.size, 1)), (1,)),
+        "its mask is reduced over tokens by t.sum of tensor<[2, S, 1], i64>",
+    ),
+    "the product of ones": (
+        lambda p: s.Prod(s.Broadcast(c(1), (1, p.size)), (1,)),
+        "its mask is reduced over tokens by t.prod of tensor<[1, S], i64>",
+    ),
+    "tokens merged": (
+        lambda p: s.Reshape(e.Add(both(p), p.length), (1, p.size * p.size)),
+        "its mask merges or splits tokens: t.reshape of tensor<[S, S], i64> to tensor<[1, S*S], i64>",
+    ),
+    "rows that differ": (
+        lambda p: s.Gather(s.Broadcast(s.Reshape(p.length, (1,)), (p.size,)), e.Add(p.q, heads(0, 0))),
+        "its mask looks up several rows of tensor<[S], i64> for each pair",
+    ),
+    "rows before the first": (
+        lambda p: s.Gather(e.Add(p.at, s.Reshape(p.length, (1,))), e.Sub(p.q, c(1))),
+        "its mask looks up tensor<[S], i64>, which is no table known when compiling",
+    ),
+    "rows by a remainder": (
+        lambda p: s.Gather(e.Add(p.at, s.Reshape(p.length, (1,))), e.Mod(p.q, c(3))),
+        "its mask looks up tensor<[S], i64>, which is no table known when compiling",
+    ),
+    "rows in few bits": (
+        lambda p: s.Gather(e.Add(p.at, s.Reshape(p.length, (1,))), e.Cast(p.q, "i8")),
+        "its mask looks up tensor<[S], i64>, which is no table known when compiling",
+    ),
+    "by two axes of tokens": (
+        lambda p: s.Gather(table(40, 20), e.Add(p.at, s.Reshape(p.length, (1,)))),
+        "its mask looks up a table tensor<[40, 20], i64> by two axes of tokens",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_followed_is_refused_by_its_name(name: str) -> None:
+    places = Pairs()
+    build, why = REFUSED[name]
+    value = build(places)
+    with pytest.raises(Unrecognised) as refused:
+        places.reader(value).pair(value)
+    assert str(refused.value) == why
