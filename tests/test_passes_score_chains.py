@@ -96,8 +96,8 @@ def split(x: Value) -> Value:
     return s.Reshape(x, (BATCH, HEADS, QUERIES, KEYS))
 
 
-def halves(x: Value) -> Value:
-    return e.Cast(e.Cast(x, "f16"), "f32")
+def widened(x: Value) -> Value:
+    return e.Cast(e.Cast(x, "f64"), "f32")
 
 
 SAID: dict[str, tuple[Steps, Said]] = {
@@ -106,7 +106,7 @@ SAID: dict[str, tuple[Steps, Said]] = {
     "a number times": (lambda x: e.Mul(c(0.5), x), Said(0.5)),
     "over": (lambda x: e.Div(x, c(4.0)), Said(0.25)),
     "less than nothing": (lambda x: e.Neg(e.Mul(x, c(0.5))), Said(-0.5)),
-    "cast": (halves, Said()),
+    "cast": (widened, Said()),
     "plus a bias": (lambda x: e.Add(x, BIAS), Said(bias=True)),
     "a bias plus": (lambda x: e.Add(BIAS, x), Said(bias=True)),
     "less a bias": (lambda x: e.Sub(x, BIAS), Said(bias=True)),
@@ -115,7 +115,7 @@ SAID: dict[str, tuple[Steps, Said]] = {
     "a bias, then over": (lambda x: e.Div(e.Add(x, BIAS), c(4.0)), Said(0.25, bias=True)),
     "a bias, then turned": (lambda x: e.Neg(e.Add(x, BIAS)), Said(-1.0, bias=True)),
     "two biases": (lambda x: e.Sub(ROWS, e.Add(x, BIAS)), Said(-1.0, bias=True)),
-    "a bias, cast": (lambda x: halves(e.Add(x, BIAS)), Said(bias=True)),
+    "a bias, cast": (lambda x: widened(e.Add(x, BIAS)), Said(bias=True)),
     "a bias twice": (lambda x: e.Add(BIAS, e.Add(x, BIAS)), Said(bias=True)),
     "a row's and hidden, merged": (
         then(lambda x: e.Mul(x, ROW), merged, lambda x: e.Where(s.Broadcast(SEEN, (6, 5, 7)), x, c(-math.inf)), split),
@@ -138,7 +138,7 @@ SAID: dict[str, tuple[Steps, Said]] = {
     "a bias, then times a row's": (lambda x: e.Mul(e.Add(x, BIAS), ROWS), Said(bias=True)),
     "a bias, then over a row's": (lambda x: e.Div(e.Add(x, BIAS), ROWS), Said(bias=True)),
     "times an unknown number": (lambda x: e.Mul(x, NUMBER), Said()),
-    "times a row's, cast": (lambda x: halves(e.Mul(x, ROWS)), Said()),
+    "times a row's, cast": (lambda x: widened(e.Mul(x, ROWS)), Said()),
     "bounded by the least number": (lambda x: e.Maximum(e.Add(x, BIAS), c(LEAST)), Said(bias=True)),
     "bounded by the greatest number": (lambda x: e.Minimum(c(-LEAST), e.Add(x, BIAS)), Said(bias=True)),
     "hidden": (hidden(-math.inf), Said(bias=True)),
@@ -223,6 +223,9 @@ REFUSED: dict[str, tuple[Steps, str]] = {
     "whole numbers": (
         lambda x: e.Cast(e.Cast(x, "i32"), "f32"),
         "its scores pass through t.cast, which is neither scale, softcap nor mask",
+    ),
+    "rounded": (
+        lambda x: e.Cast(e.Cast(x, "f16"), "f32"), "its scores, products in f32, are rounded to f16",
     ),
     "squared": (
         lambda x: e.Mul(x, x), "its scores meet themselves in t.mul, which is neither scale, softcap nor mask",
