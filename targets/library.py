@@ -13,9 +13,9 @@ from pathlib import Path
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
-from llmc.targets.codegen import compile_kernels, is_whole, keep_object
 from llmc.targets.driver import Addresses, failures_of, generate_step
 from llmc.targets.kernel import Kernel
+from llmc.targets.kernel_cache import compile_kernels, keep_object, take_objects
 from llmc.targets.limits import limit_kernels
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
@@ -124,7 +124,7 @@ def runtime_objects(machine: Machine, runtime: Path, cache: Path, folder: Path) 
     found = []
     for source in sorted(runtime.glob("*.c")):
         kept = cache / f"{source.stem}-{digest.hexdigest()}.o"
-        if not is_whole(kept):
+        if not take_objects(cache, [kept]):
             made = folder / f"{source.stem}.o"
             _run(machine, "-O3", "-c", str(source), "-o", str(made))  # the pool hashes weights: -O3 vectorises that
             keep_object(kept, made.read_bytes())

@@ -18,8 +18,8 @@ from llmc.errors import CompileError
 from llmc.runtime import cpu
 from llmc.runtime.limits import Limits, load_functions, measure_limits
 from llmc.runtime.manifest import LimitFacts
-from llmc.targets.codegen import compile_kernels
 from llmc.targets.kernel import Kernel
+from llmc.targets.kernel_cache import compile_kernels
 from llmc.targets.machine import Machine
 
 

@@ -12,8 +12,9 @@ class Machine:
     """A target machine. Equal machines produce equal code.
 
     name: what the user asked for (`native`, `x86-64-v4`, ...). arch: the folder under targets/ that serves it.
-    mcpu: LLVM's name for the code generator. features: the ISA features that kernels may ask for, in LLVM's spelling
-    ("avx2", "avxvnni", "avx512f", "avx512vnni", "avx512bf16", "f16c", ...). vector_bits: the widest vector to use.
+    mcpu: LLVM's name of a CPU, which says how long instructions take. features: the ISA features that code may use, and
+    that an artifact therefore needs, in LLVM's spelling ("avx2", "avxvnni", "avx512f", "avx512vnni", "f16c", ...).
+    Kernels ask for them, and the code generator has these and no others. vector_bits: the widest vector to use.
     Cache sizes are bytes per core (l3: shared). The thread count is not here: it is chosen when an artifact is loaded.
     """
 
