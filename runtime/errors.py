@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from llmc.errors import ArtifactError, LlmcError, RuntimeStateError
 
 
@@ -17,12 +19,27 @@ class TextError(RuntimeStateError):
     """Text that cannot be made or read: no tokenizer, no chat template, or a template that fails."""
 
 
+class BatchError(RuntimeStateError):
+    """Some texts of a batch could not be written to their end; the others were.
+
+    texts: by prompt, None for those that failed. errors: why, by the number of the prompt.
+    """
+
+    def __init__(self, texts: Sequence[str | None], errors: Mapping[int, RuntimeStateError]) -> None:
+        self.texts, self.errors = tuple(texts), dict(errors)
+        first = min(self.errors)
+        more = f" (and {len(self.errors) - 1} more)" if len(self.errors) > 1 else ""
+        rest = "; the other texts are in the error's `texts`" if len(self.errors) < len(self.texts) else ""
+        super().__init__(f"prompt {first} of {len(self.texts)}{more}: {self.errors[first]}{rest}")
+
+
 class StepError(RuntimeStateError):
     """The artifact's step function reported a failure."""
 
 
 __all__ = [
     "ArtifactError",
+    "BatchError",
     "CacheFullError",
     "ContextError",
     "LlmcError",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.errors import BatchError, RuntimeStateError
 from llmc.runtime.logits import LogitsProcessors, acts
 from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
 from llmc.runtime.settings import GenerationSettings
@@ -322,10 +322,19 @@ def _write(
                 return
 
 
+def _attempt(writer: Writer, place: int) -> tuple[str, RuntimeStateError | None]:
+    """The next piece of a text, or why there is none."""
+    try:
+        return writer.write(place), None
+    except RuntimeStateError as error:
+        return "", error
+
+
 def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: Options) -> list[str]:
     """Texts of several prompts, written side by side: each step serves all that are not finished.
 
-    With a seed, prompt number i draws with seed + i.
+    With a seed, prompt number i draws with seed + i. `BatchError` where no token could be chosen for some of them, such
+    as from logits that are NaN: when the others are finished.
     """
     seed = options.get("seed")
     writers = []
@@ -334,6 +343,7 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
         writers.append(Writer(runtime, prompt, own))
         writers[-1].begin()
     texts = [""] * len(prompts)
+    errors: dict[int, RuntimeStateError] = {}
     sequences = [runtime.sequence() for _ in prompts]
     try:
         fresh = [(one, prompt[one.adopt_prefix(prompt) :]) for one, prompt in zip(sequences, prompts, strict=True)]
@@ -346,12 +356,17 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
                     last = [writers[index].tokens[-1] for index in pending]
                     places = runtime.decode([sequences[index] for index in pending], last)
                 for place, index in zip(places, pending, strict=True):
-                    texts[index] += writers[index].write(place)
-            for index in pending:
-                if writers[index].finish_reason is not None:
-                    sequences[index].close()
-            pending = [index for index in pending if writers[index].finish_reason is None]
+                    piece, error = _attempt(writers[index], place)
+                    texts[index] += piece
+                    if error is not None:
+                        errors[index] = error
+            going = [index for index in pending if writers[index].finish_reason is None and index not in errors]
+            for index in set(pending).difference(going):
+                sequences[index].close()
+            pending = going
     finally:
         for sequence in sequences:
             sequence.close()
+    if errors:
+        raise BatchError([None if index in errors else text for index, text in enumerate(texts)], errors)
     return texts

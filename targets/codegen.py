@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
+from llmc.targets.stack import check_stack
 
 if TYPE_CHECKING:
     import tvm
@@ -41,8 +42,9 @@ def _build(kernels: Iterable[Kernel], machine: Machine) -> tvm.runtime.Module:
     from tvm import tirx
 
     target = llvm_target(machine)
-    functions = {}
+    functions, names = {}, {}
     for item in kernels:
+        names[item.symbol] = item.describe()
         function = item.template(machine, **dict(item.params))
         attributes = {"global_symbol": item.symbol, "target": target, "tirx.noalias": True}
         functions[item.symbol] = function.with_attr(attributes)
@@ -58,6 +60,8 @@ def _build(kernels: Iterable[Kernel], machine: Machine) -> tvm.runtime.Module:
     ]
     with target:
         module = tvm.transform.Sequential(passes)(tvm.IRModule(functions))
+        for symbol, name in names.items():
+            check_stack(name, module[symbol])
         return tvm.get_global_func("target.build.llvm")(module, target)
 
 

@@ -25,8 +25,11 @@ def linear(x: Value, name: str, outputs: int, inputs: int = WIDTH) -> Value:
     return s.Matmul(x, s.Transpose(param(name, outputs, inputs), (1, 0)))
 
 
-def small_decoder() -> Graph:
-    """ids, positions i32[1, S] -> logits f32[1, S, 33]: learned positions, grouped attention, gated MLP, tied head."""
+def small_decoder(head: str = "embed") -> Graph:
+    """ids, positions i32[1, S] -> logits f32[1, S, 33]: learned positions, grouped attention, gated MLP.
+
+    head: the name of its weight, by default that of the embedding.
+    """
     ids, positions = (Input(name, Tensor((1, S), "i32")) for name in ("ids", "positions"))
     x: Value = s.Gather(param("embed", VOCABULARY, WIDTH), ids, 0)
     x = e.Add(x, s.Gather(param("positions", 128, WIDTH), positions, 0))
@@ -38,4 +41,4 @@ def small_decoder() -> Graph:
     h = rms_norm(x, "norm2")
     gate = linear(h, "gate", INNER)
     x = e.Add(x, linear(e.Mul(e.Mul(gate, e.Sigmoid(gate)), linear(h, "up", INNER)), "down", WIDTH, INNER))
-    return Graph("decoder", (ids, positions), (("logits", linear(rms_norm(x, "norm"), "embed", VOCABULARY)),))
+    return Graph("decoder", (ids, positions), (("logits", linear(rms_norm(x, "norm"), head, VOCABULARY)),))

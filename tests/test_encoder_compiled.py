@@ -29,7 +29,7 @@ from test_encoder_passes import ATTENTION
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import symbol
-from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.evaluate import LoadParam, evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.ragged import POOLINGS, PoolTokens
@@ -46,10 +46,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 class Encoder:
     """A small encoder, compiled, with its weights."""
 
-    def __init__(self, source: Graph, quantization: str = "none", machine: str = "native") -> None:
+    def __init__(
+        self, source: Graph, quantization: str = "none", machine: str = "native", load: LoadParam | None = None
+    ) -> None:
         self.source = source
-        self.load = random_params(source, 3)
-        options = CompileOptions(quantization=quantization)
+        self.load = load or random_params(source, 3)
+        options = CompileOptions(quantization=quantization, embedding=None if load is None else "none")
         self.graph = run_pipeline(source, options, load=self.load, task=ENCODE).graph
         params = {param.name: self.load(param.name) for param in self.graph.params}
         self.program = CompiledGraph(self.graph, machine_named(machine), params, largest=512, task="encode")
@@ -144,6 +146,37 @@ def test_rounded_models_stay_near(kind: str, quantization: str) -> None:
     for found, expected in zip(model.run(sequences), model.expected(sequences), strict=True):
         cosine = float(found["embedding"][0] @ expected["embedding"][0])
         assert cosine > 0.999
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("both", "none"), ("windows", "int8"), ("bias by distance", "bf16")]
+)
+def test_a_broken_sequence_changes_no_other(kind: str, quantization: str, number: float) -> None:
+    """A token whose embedding is NaN, infinite or overflows: the bits of all other sequences are those beside a sound
+    one, whichever pages and rows lie next to it."""
+    source = small_encoder(everything, ATTENTION[kind]) if kind != "both" else small_encoder(everything)
+    sound = random_params(source, 3)
+
+    def load(name: str) -> Array:
+        found = sound(name)
+        if name == "embed":
+            found = found.copy()
+            found[VOCABULARY - 1] = number
+        return found
+
+    model = Encoder(source, quantization, load=load)
+    sequences = random_sequences((7, 33, 1, 64, 2), seed=1)
+    sequences = [([min(token, VOCABULARY - 2) for token in ids], types) for ids, types in sequences]
+    beside = model.run(sequences)
+    for broken in (1, 3):
+        ids, types = sequences[broken]
+        for place in (0, len(ids) - 1):
+            spoilt = [*ids[:place], VOCABULARY - 1, *ids[place + 1 :]]
+            found = model.run([*sequences[:broken], (spoilt, types), *sequences[broken + 1 :]])
+            for index in set(range(len(sequences))) - {broken}:
+                assert all((found[index][name] == array).all() for name, array in beside[index].items())
+            assert np.isfinite(number) or not all(np.isfinite(array).all() for array in found[broken].values())
 
 
 def test_one_sequence_at_a_time_where_tokens_meet_their_mean() -> None:

@@ -91,6 +91,29 @@ def test_compiled_equals_meaning(machine: str, scheme: str, rounding: str) -> No
         assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf, -3e38])
+@pytest.mark.parametrize(("machine", "scheme", "rounding"), CASES)
+def test_a_broken_row_changes_no_other(machine: str, scheme: str, rounding: str, number: float) -> None:
+    """Rows of NaN, infinities or numbers that overflow, anywhere in a step of any size: the bits of all other rows are
+    those beside a row that is sound. Nor does a broken row look sound."""
+    graph = small_graph(scheme, rounding)
+    params = params_of(graph)
+    params["table"][7] = number
+    params["table"][8, 3::16] = number
+    compiled = CompiledGraph(graph, machine_named(machine), params)
+    rng = np.random.default_rng(1)
+    for tokens in (2, 7, 12, 17, 129):
+        ids = rng.integers(10, 50, tokens).astype(np.int32)
+        beside, _ = compiled.run({"ids": ids})
+        for places in ([0], [tokens - 1], [tokens // 2], rng.permutation(tokens)[: tokens // 2]):
+            broken = ids.copy()
+            broken[places] = rng.integers(7, 9, len(places))
+            found, _ = compiled.run({"ids": broken})
+            others = np.setdiff1d(np.arange(tokens), places)
+            assert (found[others].view(np.uint32) == beside[others].view(np.uint32)).all()
+            assert np.isfinite(number) or not np.isfinite(found[places]).all(-1).any()
+
+
 @pytest.mark.parametrize("features", [7, 129])
 @pytest.mark.parametrize(("scheme", "machine"), [("q6g32", "native"), ("q6g64", "x86-64-v3")])
 def test_tables_of_six_bits(scheme: str, machine: str, features: int) -> None:

@@ -18,7 +18,7 @@ from tokenizers import decoders
 
 from llmc.runtime.chat_template import ChatTemplate
 from llmc.runtime.decoder_steps import CLEAN_UP, clean_up_steps, common, replaced, steps_of
-from llmc.runtime.errors import ContextError, LlmcError, RuntimeStateError, TextError
+from llmc.runtime.errors import BatchError, ContextError, LlmcError, RuntimeStateError, TextError
 from llmc.runtime.manifest import TextFacts
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher, Tokenizer
@@ -295,6 +295,33 @@ def test_a_batch_writes_what_single_prompts_write(runtime: Runtime) -> None:
             alone.append(runtime.generate(prompt, max_tokens=30, **own))  # type: ignore[arg-type]
         assert runtime.generate_batch(prompts, max_tokens=30, **options) == alone  # type: ignore[arg-type]
     assert runtime.generate_batch([]) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 2}])
+def test_a_text_whose_logits_are_broken_ends_alone(tmp_path: Path, options: dict[str, float]) -> None:
+    """NaN in one row of a step is an error of that row's text: the others of the batch and other streams go on."""
+    value = 's->ids[s->rows[r]] == 7 && s->positions[s->rows[r]] > 0 ? __builtin_nanf("") : '
+    source = fake_artifact.STEP.replace("] = (float)(mix(sums[s->rows", f"] = {value}(float)(mix(sums[s->rows")
+    assert source != fake_artifact.STEP
+    runtime = Runtime.load(fake_artifact.write(tmp_path / "broken.so", source=source), threads=2)
+    good, bad = [[1, 2, 3], [7], [5] * 40], [4, 7]
+    alone = [
+        runtime.generate(prompt, max_tokens=12, **{**options, **({"seed": 2 + place} if options else {})})  # type: ignore[arg-type]
+        for prompt, place in zip(good, (0, 2, 3), strict=True)
+    ]
+    going = runtime.stream(good[0], max_tokens=12, **options)  # type: ignore[arg-type]
+    pieces = [next(going)]
+    with pytest.raises(BatchError, match=r"prompt 1 of 4: .*not finite.*`texts`") as caught:
+        runtime.generate_batch([good[0], bad, *good[1:]], max_tokens=12, **options)  # type: ignore[arg-type]
+    assert caught.value.texts == (alone[0], None, *alone[1:])
+    assert list(caught.value.errors) == [1]
+    with pytest.raises(RuntimeStateError, match="not finite"):
+        runtime.generate(bad, max_tokens=12, **options)  # type: ignore[arg-type]
+    assert "".join([*pieces, *going]) == alone[0]
+    with pytest.raises(BatchError, match=r"prompt 0 of 2 \(and 1 more\): .*broken$"):
+        runtime.generate_batch([bad, bad], **options)  # type: ignore[arg-type]
+    runtime.pool.check()
+    assert runtime.pool.available == runtime.pool.capacity
 
 
 def test_stops_end_the_text(runtime: Runtime) -> None:

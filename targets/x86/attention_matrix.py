@@ -55,6 +55,7 @@ BIAS = 127  # of the exponent of f32 and bf16
 FIXED = 65536.0  # f32 from here on are multiples of 1/128
 FIXED_BITS = 0x47800000  # its bits
 STEP_PAGES = 2  # pages between two looks at the greatest score: their pairs stay in L1, beside scores and weights
+WIDE = 768  # elements of a key and a value together
 CHUNK_BYTES = 256 << 10  # queries and sums of the rows that share a conversion; they stay in L2
 
 
@@ -102,9 +103,11 @@ def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
 
 
 def chunk_rows(head_dim: int, value_dim: int) -> int:
-    """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16."""
+    """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16. Half of that
+    for wide heads, whose pages take more of the stack (`targets/stack.py`)."""
     row_bytes = 2 * round_up(head_dim, DEPTH) + 4 * round_up(value_dim, COLUMNS) + 4 * COLUMNS
-    return max(ROWS, CHUNK_BYTES // row_bytes // ROWS * ROWS)
+    room = CHUNK_BYTES if head_dim + value_dim <= WIDE else CHUNK_BYTES // 2
+    return max(ROWS, room // row_bytes // ROWS * ROWS)
 
 
 def round_up(value: int, multiple: int) -> int:
