@@ -282,6 +282,16 @@ def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkey
     assert read_text(tmp_path, load_config(tmp_path)).facts is not None
 
 
+def test_a_tokenizer_whose_library_panics_is_refused(tmp_path: Path) -> None:
+    """What is not Python's own error: a decoder that reads before a token's start."""
+    kinds.llama3(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.decoder = tokenizers.decoders.Strip("a", 0, 2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(FrontendError, match=r"its tokenizer cannot be read \(PanicException"):
+        read_text(tmp_path, load_config(tmp_path))
+
+
 def test_a_tokenizer_that_fails_on_text_is_refused(tmp_path: Path) -> None:
     """Its files can be read, but not every text can be encoded: no [UNK] in its vocabulary."""
     kinds.word_piece(tmp_path)

@@ -66,7 +66,9 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
         return _opened(*_load(directory))
     except FrontendError:
         raise
-    except Exception as error:  # transformers, its converters and the tokenizer itself raise many kinds
+    except BaseException as error:  # transformers, its converters and the tokenizer itself raise many kinds
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of what is not Python
+            raise
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
 
