@@ -206,7 +206,7 @@ class Sampler:
         """Why the artifact could not choose: the settings, or else logits that came as they are."""
         given = np.empty(self._chooser.vocab_size, np.float32)
         ctypes.memmove(address(given), place, given.nbytes)
-        if not given.max() < np.inf:  # NaN or infinite
+        if not np.isfinite(given.max()):
             return RuntimeStateError(BROKEN)
         if not self._plain and (self._chooser.row == -np.inf).all():
             return RuntimeStateError(
@@ -215,5 +215,5 @@ class Sampler:
             )
         return RuntimeStateError(
             "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
-            "too large"
+            "too large, or a penalty too small"
         )
