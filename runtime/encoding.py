@@ -93,7 +93,8 @@ class Encoder:
         found: list[dict[str, object]] = []
         for _, outputs in self._run(batch, progress):
             row = outputs[facts.output].astype(np.float32).reshape(-1)
-            chosen = activation or ("sigmoid" if facts.multi_label else "none" if len(row) == 1 else "softmax")
+            plain = facts.plain_scores or len(row) == 1
+            chosen = activation or ("sigmoid" if facts.multi_label else "none" if plain else "softmax")
             scores = activated(row, chosen)
             names = _labels(facts, len(row))
             best = int(scores.argmax())

@@ -16,7 +16,7 @@ plan, provenance) are kept as they are.
      "inputs", "outputs": [{"name", "dtype": numpy's name, "shape": [4, "batch", "2*batch + 1", ...]}],
      "symbols": [{"name", "low", "high"}], in the order of the step's `dims`,
      "encoder": null | {"kind": "embedding" | "classification" | "tokens", "output": name, "labels": null | [...],
-                        "multi_label", "max_tokens", "prompts": {name: text},
+                        "multi_label", "plain_scores", "max_tokens", "prompts": {name: text},
                         "default_prompt": null | name, "normalized"},
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
@@ -160,8 +160,8 @@ class EncoderFacts:
     """What an encoder's outputs mean, and how texts become its inputs.
 
     kind: "embedding" (`output` is one vector a text), "classification" (one number a label and text) or "tokens" (one
-    row a token). multi_label: labels do not exclude each other. max_tokens: longer texts are cut. prompts: texts that
-    go in front, by name. normalized: embeddings have length 1.
+    row a token). multi_label: labels do not exclude each other. plain_scores: a text's numbers are no probabilities.
+    max_tokens: longer texts are cut. prompts: texts that go in front, by name. normalized: embeddings have length 1.
     """
 
     kind: str
@@ -172,6 +172,7 @@ class EncoderFacts:
     prompts: Mapping[str, str]
     default_prompt: str | None
     normalized: bool
+    plain_scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,7 @@ def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], most_tokens: int) 
         prompts={key: prompts.string(key) for key in prompts.value},
         default_prompt=None if reader.value.get("default_prompt") is None else reader.string("default_prompt"),
         normalized=reader.boolean("normalized", False),
+        plain_scores=reader.boolean("plain_scores", False),
     )
     if facts.default_prompt is not None and facts.default_prompt not in facts.prompts:
         raise refuse("encoder.default_prompt", "the name of a prompt", facts.default_prompt)

@@ -209,14 +209,14 @@ class Sampler:
         """Why the artifact could not choose: the settings, or else logits that came as they are."""
         given = np.empty(self._chooser.vocab_size, np.float32)
         ctypes.memmove(address(given), place, given.nbytes)
-        if not given.max() < np.inf or self._plain:  # NaN or infinite
+        if not np.isfinite(given.max()):
             return RuntimeStateError(BROKEN)
-        if (self._chooser.row == -np.inf).all():
+        if not self._plain and (self._chooser.row == -np.inf).all():
             return RuntimeStateError(
                 "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "
                 "no_repeat_ngram_size and the like; an empty list or 0 turns one off)"
             )
         return RuntimeStateError(
             "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
-            "too large"
+            "too large, or a penalty too small"
         )

@@ -132,6 +132,8 @@ def test_classes(tmp_path: Path, model: Runtime) -> None:
     sigmoid = 1 / (1 + np.exp(-logits[1].astype(np.float64)))
     assert list(several.classify("b dog")["scores"].values()) == pytest.approx(sigmoid.tolist(), abs=1e-6)  # type: ignore[call-overload,index]
     assert one.classify("b dog", activation="none")["score"] == logits[1].max()  # type: ignore[call-overload]
+    plain = classifier(tmp_path / "plain.so", plain_scores=True)
+    assert plain.classify("b dog") == one.classify("b dog", activation="none")
     with pytest.raises(RuntimeStateError, match="softmax, sigmoid or none"):
         one.classify("a", activation="relu")  # type: ignore[arg-type]
 

@@ -6,10 +6,13 @@ import copy
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hf_models
 import numpy as np
 import pytest
+import sentence_transformers
 import torch
 import transformers
 from tiny_encoders import ENCODERS, HEADS, VOCAB, make_encoder
@@ -24,7 +27,9 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
+from llmc.frontends.hf.sentence import activation_of_scores
 from llmc.frontends.lifted import ENCODE, Lifted
+from llmc.runtime.encoding import activated
 
 Array = np.ndarray
 # Two f32 evaluations of values of size about 1, whose products are summed in different orders.
@@ -184,6 +189,7 @@ def test_facts_of_a_classifier(tmp_path: Path) -> None:
         "output": "logits",
         "labels": ["bad", "so so", "good"],
         "multi_label": False,
+        "plain_scores": False,
         "max_tokens": 160,
         "prompts": {},
         "default_prompt": None,
@@ -200,10 +206,50 @@ def test_facts_of_other_heads() -> None:
     assert bare is not None and (bare["kind"], bare["output"], bare["normalized"]) == ("embedding", "embedding", False)
 
 
-def test_labels_that_do_not_exclude_each_other(tmp_path: Path) -> None:
-    path = make_encoder("bert", tmp_path / "m", "SequenceClassification", problem_type="multi_label_classification")
-    found = lift(path).encoder
-    assert found is not None and found["multi_label"] is True
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    [
+        *((kind, width) for kind in (None, "regression", "multi_label_classification") for width in (1, 3)),
+        ("single_label_classification", 3),
+    ],
+)
+def test_scores_are_those_of_the_pipeline(kind: str | None, width: int) -> None:
+    config = transformers.BertConfig(num_labels=width, problem_type=kind)
+    logits = np.linspace(-1, 2, width, dtype=np.float32)
+    pipeline: Any = SimpleNamespace(model=SimpleNamespace(config=config))
+    outputs = {"logits": torch.from_numpy(logits)[None]}
+    scores = transformers.TextClassificationPipeline.postprocess(pipeline, outputs, top_k=None, _legacy=False)
+    found = activated(logits, activation_of_scores(vars(config), width, "config.json"))
+    assert sorted(entry["score"] for entry in scores) == pytest.approx(sorted(found.tolist()), abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("named", [None, "Sigmoid", "Identity"])
+@pytest.mark.parametrize("old", [False, True])
+def test_scores_are_those_of_the_cross_encoder(named: str | None, old: bool, width: int) -> None:
+    """Without modules.json: where config.json is one of that library."""
+    full = None if named is None else f"torch.nn.modules.activation.{named}"
+    config: dict[str, Any] = {"sentence_transformers": {"version": "5", **({"activation_fn": full} if full else {})}}
+    if old and full:
+        config = {"sbert_ce_default_activation_function": full}
+    own: Any = SimpleNamespace(
+        config=SimpleNamespace(**config),
+        num_labels=width,
+        _resolve_activation_fn=lambda path: getattr(torch.nn, named)(),
+    )
+    wanted = sentence_transformers.CrossEncoder.get_default_activation_fn(own)
+    found = activation_of_scores(config, width, "config.json")
+    logits = torch.linspace(-1, 2, width)
+    np.testing.assert_allclose(activated(logits.numpy(), found), wanted(logits).numpy(), atol=1e-6)
+
+
+def test_an_activation_of_scores_that_is_not_known_is_refused() -> None:
+    for key in ("activation_fn", "sbert_ce_default_activation_function"):
+        config = (
+            {key: "torch.nn.Tanh"} if key.startswith("sbert") else {"sentence_transformers": {key: "torch.nn.Tanh"}}
+        )
+        with pytest.raises(FrontendError, match=r"config\.json: the activation 'torch\.nn\.Tanh'"):
+            activation_of_scores(config, 1, "config.json")
 
 
 def test_without_architectures_a_model_with_a_masked_head_is_an_encoder(tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_facts_are_the_directorys_settings(tmp_path: Path) -> None:
         "output": "embedding",
         "labels": None,
         "multi_label": False,
+        "plain_scores": False,
         "max_tokens": 48,
         "prompts": prompts,
         "default_prompt": "query",

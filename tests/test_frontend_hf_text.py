@@ -215,6 +215,10 @@ SAID: dict[str, tuple[str, Callable[[Path], object]]] = {
     "class of another model": ("gpt2", lambda path: _set(path, tokenizer_class="LlamaTokenizer")),
     "no tokenizer_config": ("gpt2", lambda path: (path / "tokenizer_config.json").unlink()),
     "chat_template": ("gpt2", lambda path: _set(path, chat_template="x")),
+    "special no longer": (
+        "llama3",
+        lambda path: _set(path, added_tokens_decoder={"2": _UNTYPED | {"content": "<|eot_id|>", "special": False}}),
+    ),
     "bos is the unknown token": ("words", lambda path: _set(path, bos_token="<unk>")),
 }
 
@@ -225,7 +229,7 @@ def test_what_tokenizer_files_say_takes_effect_as_in_transformers(case: str, tmp
     kinds.KINDS[kind](tmp_path)
     change(tmp_path)
     pair = read(tmp_path)
-    for text in [*kinds.strings(40, seed=5), "a <new> def <new>Hello</s> <s>", "It 's , x ."]:
+    for text in [*kinds.strings(40, seed=5), "a <new> def <new>Hello</s> <s> <|eot_id|> a", "It 's , x ."]:
         check_decoding(pair, check_encoding(pair, text), [2])
 
 
@@ -280,6 +284,28 @@ def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkey
             text = read_text(tmp_path, load_config(tmp_path))
         assert text.facts is None and "steps of its own" in text.notes[0] and "GPT2Tokenizer" in text.notes[0]
     assert read_text(tmp_path, load_config(tmp_path)).facts is not None
+
+
+def test_merges_are_never_dropped_at_random(tmp_path: Path) -> None:
+    """A setting of training, which a note names: transformers would encode otherwise each time."""
+    kinds.llama3(tmp_path)
+    plain = read_text(tmp_path, load_config(tmp_path))
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    text = read_text(tmp_path, load_config(tmp_path))
+    assert text.files == plain.files and text.facts == plain.facts
+    assert text.notes == ("the tokenizer drops merges at random (dropout 0.5): the artifact does not",)
+
+
+def test_a_tokenizer_whose_library_panics_is_refused(tmp_path: Path) -> None:
+    """What is not Python's own error: a decoder that reads before a token's start."""
+    kinds.llama3(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.decoder = tokenizers.decoders.Strip("a", 0, 2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(FrontendError, match=r"its tokenizer cannot be read \(PanicException"):
+        read_text(tmp_path, load_config(tmp_path))
 
 
 def test_a_tokenizer_that_fails_on_text_is_refused(tmp_path: Path) -> None:

@@ -235,6 +235,14 @@ def test_broken_logits_are_an_error(value: float, options: dict[str, float]) -> 
         choose(logits, Sampler(SamplingOptions(**options), chooser(9)))  # type: ignore[arg-type]
 
 
+def test_a_penalty_that_breaks_logits_is_named() -> None:
+    """The artifact is not said to be broken."""
+    sampler = Sampler(SamplingOptions(repetition_penalty=1e-300), chooser(9))
+    sampler.observe([3])
+    with pytest.raises(RuntimeStateError, match="the settings make logits infinite"):
+        choose(np.ones(9, np.float32), sampler)
+
+
 def test_very_hot_and_very_cold_stay_finite() -> None:
     logits = np.array([-1e30, -5, 0, 88, 1e4], np.float32)
     for temperature in (1e-300, 1e-30, 1e-6, 1e6, 1e30, 1e300):

@@ -12,7 +12,7 @@ from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
 from llmc.frontends.hf.generation import NOTHING
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
-from llmc.frontends.hf.sentence import SCORE, Sentence
+from llmc.frontends.hf.sentence import SCORE, Sentence, activation_of_scores
 from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
 from llmc.frontends.lifted import Text, WeightSource
 
@@ -111,11 +111,10 @@ class EncoderPlan:
     def facts(self, config: PreTrainedConfig, outputs: Outputs, context: int) -> dict[str, object] | None:
         """The manifest's `encoder`, for texts of up to `context` tokens; None for heads without a known use."""
         if self.modules:
-            use: dict[str, object] = {"kind": "embedding", "output": EMBEDDING, "labels": None, "multi_label": False}
+            use: dict[str, object] = {"kind": "embedding", "output": EMBEDDING, "labels": None, **NO_SCORES}
         elif self.kind.head in (SEQUENCES, TOKENS) and LOGITS in outputs:
             kind = "classification" if self.kind.head == SEQUENCES else "tokens"
-            several = kind == "classification" and _labels_stand_alone(config, self.sentence)
-            use = {"kind": kind, "output": LOGITS, "labels": _labels(config), "multi_label": several}
+            use = {"kind": kind, "output": LOGITS, "labels": _labels(config), **_scores(kind, config, self.sentence)}
         else:
             return None
         sentence = self.sentence
@@ -154,17 +153,15 @@ def plan_encoder(
     return EncoderPlan(kind, text, types, None, (Pooling("", directory, TOKEN_EMBEDDINGS, SENTENCE),), None, notes)
 
 
-def _labels_stand_alone(config: PreTrainedConfig, sentence: Sentence | None) -> bool:
-    """Whether each label has a probability of its own (a sigmoid), as transformers and cross encoders decide."""
-    activation = sentence.activation if sentence is not None else None
-    if activation is None:  # where older cross encoders have it
-        nested = getattr(config, "sentence_transformers", None)
-        activation = nested.get("activation_fn") if isinstance(nested, dict) else None
-        activation = activation or getattr(config, "sbert_ce_default_activation_function", None)
-    if activation is not None:
-        return str(activation).rpartition(".")[2] == "Sigmoid"
-    kind = config.problem_type
-    return kind == "multi_label_classification" or (config.num_labels == 1 and kind != "regression")
+NO_SCORES = {"multi_label": False, "plain_scores": False}
+
+
+def _scores(kind: str, config: PreTrainedConfig, sentence: Sentence | None) -> dict[str, bool]:
+    """What the manifest says of a classifier's scores."""
+    if kind != "classification":
+        return NO_SCORES
+    activation = activation_of_scores(vars(config), config.num_labels or 0, "config.json", sentence)
+    return {"multi_label": activation == "sigmoid", "plain_scores": activation == "none"}
 
 
 def _labels(config: PreTrainedConfig) -> list[str]:

@@ -6,6 +6,7 @@ is imported, no path leaves the directory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ _HARMLESS = {
 }  # fmt: skip
 _NOTHING = ("Dropout",)  # modules that do nothing outside training
 _MOST_MODULES = 64
+_ACTIVATIONS = {"Sigmoid": "sigmoid", "Identity": "none", "Softmax": "softmax"}  # of scores, by torch's names
 EMBED, SCORE = "feature-extraction", "sequence-classification"
 
 
@@ -185,9 +187,35 @@ def _truncate(most: object, where: Path) -> Truncate:
 
 def _activation(settings: dict[str, object], where: Path) -> str | None:
     activation = settings.get("activation_fn")
-    if activation is not None and str(activation).rpartition(".")[2] not in ("Sigmoid", "Identity"):
-        raise FrontendError(f"{where}: the activation {activation!r:.80} of scores is not supported")
-    return None if activation is None else str(activation)
+    return None if activation is None else _known_activation(activation, where)
+
+
+def _known_activation(named: object, where: object) -> str:
+    """The last part of the name of an activation of scores; FrontendError for one that scores cannot have here."""
+    name = str(named).rpartition(".")[2]
+    if name not in _ACTIVATIONS:
+        raise FrontendError(f"{where}: the activation {named!r:.80} of scores is not supported")
+    return name
+
+
+def activation_of_scores(config: Mapping[str, object], width: int, where: object, own: Sentence | None = None) -> str:
+    """What makes a text's scores of its `width` logits: "softmax", "sigmoid" or "none", as transformers' pipeline or,
+    where the config or the directory (`own`) is one of it, the library's CrossEncoder decides."""
+    crossed = own is not None and own.task == SCORE
+    named = own.activation if own is not None else None
+    nested, old = config.get("sentence_transformers"), config.get("sbert_ce_default_activation_function")
+    if named is None and isinstance(nested, Mapping):
+        crossed, named = True, nested.get("activation_fn")
+    elif named is None and old is not None:
+        named = old
+    if named is not None:
+        return _ACTIVATIONS[_known_activation(named, where)]
+    kind = config.get("problem_type")
+    if not crossed and kind == "regression":
+        return "none"
+    if width == 1 or (not crossed and kind == "multi_label_classification"):
+        return "sigmoid"
+    return "none" if crossed else "softmax"
 
 
 def _max_tokens(settings: dict[str, object], where: Path) -> int | None:

@@ -18,6 +18,7 @@ What tokenizer files say takes effect as in transformers, by one of these ways:
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +67,9 @@ def open_tokenizer(directory: Path) -> tuple[Any | None, tuple[str, ...]]:
         return _opened(*_load(directory))
     except FrontendError:
         raise
-    except Exception as error:  # transformers, its converters and the tokenizer itself raise many kinds
+    except BaseException as error:  # transformers, its converters and the tokenizer itself raise many kinds
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of what is not Python
+            raise
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{directory}: its tokenizer cannot be read ({type(error).__name__}: {why})") from error
 
@@ -76,6 +79,12 @@ def _opened(tokenizer: Any, notes: tuple[str, ...]) -> tuple[Any | None, tuple[s
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, (f"{type(tokenizer).__name__} has no tokenizer.json form: the artifact takes token ids only",)
+    if getattr(backend.model, "dropout", None):
+        notes = (
+            *notes,
+            f"the tokenizer drops merges at random (dropout {backend.model.dropout:g}): the artifact does not",
+        )
+        backend.model.dropout = None
     if not _is_whole(tokenizer, backend):
         name = type(tokenizer).__name__
         return None, (f"{name} has steps of its own around its tokenizer.json: the artifact takes token ids only",)
@@ -125,7 +134,25 @@ def text_of(
         "split_special_tokens": bool(tokenizer.split_special_tokens),
         "truncation_side": tokenizer.truncation_side,
     }
-    return Text({"tokenizer.json": backend.to_str().encode()}, facts, generation.defaults, notes)
+    return Text({"tokenizer.json": _written(backend).encode()}, facts, generation.defaults, notes)
+
+
+def _written(backend: Any) -> str:
+    """The tokenizer as its file holds it. A token that was special before tokenizer_config.json said otherwise stays so
+    for the library's decoding, which the library itself does not write."""
+    text: str = backend.to_str()
+    kept = [
+        number
+        for number, token in backend.get_added_tokens_decoder().items()
+        if not token.special
+        and backend.decode([number], skip_special_tokens=True) != backend.decode([number], skip_special_tokens=False)
+    ]
+    if not kept:
+        return text
+    state = json.loads(text)
+    for token in state["added_tokens"]:
+        token["special"] |= token["id"] in kept
+    return json.dumps(state, ensure_ascii=False)
 
 
 def _puts_first(backend: Any, token: int) -> bool:

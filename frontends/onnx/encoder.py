@@ -65,11 +65,13 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
     if not _is_used(graph, kind, output, companions.labels, vocabulary):
         return Encoder(graph, None, weights, text.text, notes)
     longest = (sentence.max_tokens if sentence is not None else None) or text.longest or context
+    activation = companions.activation_of_scores(_width(shape), sentence) if kind == CLASSIFICATION else None
     facts: dict[str, object] = {
         "kind": kind,
         "output": output,
         "labels": _labels(companions, shape) if kind != EMBEDDING else None,
-        "multi_label": kind == CLASSIFICATION and companions.labels_stand_alone(_width(shape)),
+        "multi_label": activation == "sigmoid",
+        "plain_scores": activation == "none",
         "max_tokens": min(longest, context),
         "prompts": dict(sentence.prompts) if sentence is not None else {},
         "default_prompt": sentence.default_prompt if sentence is not None else None,

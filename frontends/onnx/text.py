@@ -9,6 +9,7 @@ from typing import Any
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
 from llmc.frontends.hf.generation import Generation, generation_of, read_generation, token_ids
+from llmc.frontends.hf.sentence import Sentence, activation_of_scores
 from llmc.frontends.hf.tokenizer import has_tokenizer, open_tokenizer, text_of
 from llmc.frontends.lifted import Text
 
@@ -84,14 +85,10 @@ class Companions:
         labels = [found.get(str(index)) for index in range(len(found))]
         return [str(label) for label in labels] if all(isinstance(label, str) for label in labels) else None
 
-    def labels_stand_alone(self, width: int) -> bool:
-        """Whether each of `width` labels has a probability of its own, as transformers and cross encoders decide."""
-        nested = _object(self.config.get("sentence_transformers"))
-        activation = nested.get("activation_fn") or self.config.get("sbert_ce_default_activation_function")
-        if activation is not None:
-            return str(activation).rpartition(".")[2] == "Sigmoid"
-        kind = self.config.get("problem_type")
-        return kind == "multi_label_classification" or (width == 1 and kind != "regression")
+    def activation_of_scores(self, width: int, sentence: Sentence | None) -> str:
+        """What makes scores of `width` logits; see `hf.sentence`."""
+        where = self.find("config.json") or self.folders[0]
+        return activation_of_scores(self.config, width, where, sentence)
 
     @property
     def pad_id(self) -> int | None:

@@ -29,7 +29,8 @@ def load(model: str, quantization: str, threads: int | None, weights: Path | Non
     if path.is_file() or path.suffix == ".so":
         return Runtime.load(path, threads, weights=weights)
     if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise LlmcError(f"{model}: no such file or directory; give a compiled model, a model's directory or a hub name")
+        found = "neither a file nor a directory" if path.exists() else "no such file or directory"
+        raise LlmcError(f"{model}: {found}; give a compiled model, a model's directory or a hub name")
     from llmc.api import cached_artifact
 
     options = o.compile_options(quantization=quantization)
