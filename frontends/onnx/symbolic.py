@@ -59,7 +59,21 @@ def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> 
         return None
     results = found if isinstance(found, list) else [found]
     made: list[Item | None] = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
-    return made if all(item is not None and item.known.size <= SMALL for item in made) else None  # type: ignore[union-attr]
+    small = all(item is not None and item.known.size <= SMALL for item in made)  # type: ignore[union-attr]
+    return made if small and all(_holds(item) for item in made if item is not None) else None
+
+
+_LAST = {"i32": 2**31 - 1, "i64": 2**63 - 1, "f32": 2**24, "f64": 2**53}  # up to which every whole number is held
+
+
+def _holds(item: Item) -> bool:
+    """Whether the item's dtype holds all that its sizes may be: beyond it integers wrap, and floats round."""
+    last = _LAST.get(item.dtype)
+    sizes = [] if last is None or item.known is None else [x for x in item.known.flat if isinstance(x, Dim)]
+    for low, high in map(bounds, sizes):
+        if last is not None and (low < -last or (high is not None and high > last)):
+            return False
+    return True
 
 
 def numbers_of(value: Value) -> Item:
@@ -152,11 +166,21 @@ def _rest(a: Any, b: Any) -> Any:
     return a - b * (a // b)
 
 
+def _rest_of_quotient(a: Any, b: Any) -> Any:
+    return a - b * _quotient(a, b)
+
+
 folds("Add")(_arithmetic(operator.add))
 folds("Sub")(_arithmetic(operator.sub))
 folds("Mul")(_arithmetic(operator.mul))
 folds("Div")(_division)
-folds("Mod")(_arithmetic(_rest))
+
+
+@folds("Mod")
+def _modulo(t: Translation, node: Node, a: Item, b: Item) -> Objects:
+    """The rest has the divisor's sign; with fmod the dividend's."""
+    rest = _rest_of_quotient if node.get("fmod", 0) else _rest
+    return _arithmetic(rest)(t, node, a, b)  # type: ignore[no-any-return]
 
 
 def _extreme(choose: Callable[[Any, Any], Any]) -> Folder:
