@@ -212,7 +212,15 @@ class _Collected:
             where, count = (sequences, self.sequences) if axis is None else (rows, self.tokens)
             flat = (data if axis is None else np.moveaxis(data, axis, 0)).reshape(len(where), -1)
             target = self.outputs.setdefault(name, np.full((count, flat.shape[1]), np.nan, flat.dtype))
-            target[where] = flat
+            # What has a column a token too is wider for longer sequences: zeros fill what others lack.
+            width = max(target.shape[1], flat.shape[1])
+            target = self.outputs[name] = _widened(target, width)
+            target[where] = _widened(flat, width)
+
+
+def _widened(rows: Array, width: int) -> Array:
+    missing = width - rows.shape[1]
+    return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
 
 
 def _token_axis(value: Value) -> int | None:

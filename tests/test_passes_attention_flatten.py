@@ -289,6 +289,22 @@ def test_a_cache_in_f16_rounds_keys_and_values_only() -> None:
     np.testing.assert_allclose(found, run_sequence(decoder(), LOAD, own), rtol=0, atol=1e-11)  # precise: f64
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_attention_in_halves_is_kept_in_f32(dtype: str) -> None:
+    """The cache holds halves exactly, and what reads it gives halves again."""
+
+    def in_halves(q: Value, k: Value, v: Value, positions: Input) -> Value:
+        return Cast(Attention(*(Cast(Transpose(x, (0, 2, 1, 3)), dtype) for x in (q, k, v))), "f32")
+
+    source = decoder(attend=in_halves, layers=1)
+    after, _ = run_passes(source, [FlattenTokens(), InsertKVCache(kv_dtype="f32"), SelectRows()])
+    (append,) = (op for op in after.ops if isinstance(op, KVAppend))
+    assert append.k.dtype == append.v.dtype == "f32"
+    load = random_weights(source)
+    (found,) = run_steps(after, load, [list(range(9))], [[(0, 4)], [(0, 5)]])
+    np.testing.assert_allclose(found, run_sequence(source, load, list(range(9))), rtol=0, atol=1e-11)
+
+
 def test_two_attentions_over_the_same_keys_share_a_cache() -> None:
     def twice(q: Value, k: Value, v: Value, positions: Input) -> Value:
         q, k, v = (Transpose(x, (0, 2, 1, 3)) for x in (q, k, v))

@@ -20,7 +20,7 @@ from attention_harness import (
 )
 from test_passes_attention_softmax import written
 
-from llmc.compiler.ir.elementwise import Add, Maximum, Mul, Sub, constant
+from llmc.compiler.ir.elementwise import Add, Cast, Maximum, Mul, Sub, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention, RopeAngles
 from llmc.compiler.ir.op import Input, Value
@@ -107,6 +107,13 @@ def test_other_integers_stay_and_flattening_refuses(count: Callable[[], Value]) 
     np.testing.assert_allclose(run_sequence(after, load, own), expected, rtol=0, atol=1e-12)
     report = Report()
     assert FlattenTokens().run(before, report) is before and "counts tokens" in report.refusals[0][1]
+
+
+def test_a_count_that_rounds_is_none() -> None:
+    """bf16 counts to 256 only: what is a count in f64 is none in the graph's own dtypes."""
+    long = Cast(Cast(Add(Reshape(Iota(S), (1, S)), constant(200)), "bf16"), "i64")
+    after, _ = run_passes(counted_by(lambda: Sub(long, constant(200))), [UsePositions()])
+    assert any(isinstance(op, Cast) and op.to == "bf16" for op in after.ops)
 
 
 def test_a_sum_that_is_a_count_only_for_short_sequences_stays() -> None:

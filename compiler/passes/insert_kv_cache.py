@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from llmc.compiler.ir.attention import Attention, KVAppend, PagedAttention
 from llmc.compiler.ir.dims import Dim, symbol
+from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, substitute_values, topological
 from llmc.compiler.ir.llm import static
 from llmc.compiler.ir.op import Input, Op, Value
@@ -61,17 +62,17 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
             if cache is None or version is None or cache.versions[-1] is not version:
                 kind = KV(static(op.k.shape[1]), static(op.k.shape[2]), static(op.v.shape[2]), self.kv_dtype)
                 cache = self._cache_for(op, kind, caches, report)
-                version = _Version(KVAppend(cache.latest, op.k, op.v, slots))
+                version = _Version(KVAppend(cache.latest, _wide(op.k), _wide(op.v), slots))
                 versions[op.k, op.v] = cache, version
                 cache.versions.append(version)
             report.hit("attention")
             paged = PagedAttention(
-                op.q, version.append, tiles, block_table, op.sinks, op.slopes,
+                _wide(op.q), version.append, tiles, block_table, op.sinks, op.slopes,
                 starts=None if op.causal else starts, bias=_table(op), scale=op.scale, causal=op.causal,
                 window=op.window, softcap=op.softcap,
             )  # fmt: skip
             version.readers.append(paged)
-            return paged
+            return paged if op.dtype == paged.dtype else Cast(paged, op.dtype)
 
         after = substitute_values(graph, {}, rule)
         following = () if self.scratch else tuple((f"{c.input.name}.next", c.latest) for c in caches)
@@ -109,6 +110,11 @@ class _Cache:
     @property
     def latest(self) -> Value:
         return self.versions[-1].append if self.versions else self.input
+
+
+def _wide(value: Value) -> Value:
+    """Halves as f32, which caches are read and written in."""
+    return Cast(value, "f32") if value.dtype in ("f16", "bf16") else value
 
 
 def _table(op: Attention) -> Value | None:

@@ -65,10 +65,10 @@ def _offset(probe: Probe, op: Op) -> int | None:
             if others:
                 return None
             counted = settled(op, own)
-        if not _counts(probe.evaluate([counted], _FEW)[0]):
+        if not _counts(probe.evaluate([counted], _FEW, exact=False)[0]):
             return None  # most other integers
         # What no length decides is the same in a shorter sequence: the longest one says all.
-        found = probe.evaluate([counted], probe.longest)[0]
+        found = probe.evaluate([counted], probe.longest, exact=False)[0]
     except (IRError, Unsettled):
         return None
     return int(found.reshape(-1)[0]) if _counts(found) else None

@@ -154,8 +154,8 @@ class _Text:
         return Body(main.inputs, tuple(output.name for output in self.kept), main.nodes, main.initializers)
 
     def translate(self, longest: int) -> _Translated:
-        """The graph for sequences of 2 to `longest` tokens."""
-        size = symbol("S", 2, longest)
+        """The graph for sequences of 1 to `longest` tokens."""
+        size = symbol("S", 1, longest)
         ids, positions, types = (Input(name, Tensor((1, size), "i32")) for name in ("ids", "positions", "token_types"))
         given = {}
         for signature in self.model.inputs:

@@ -59,7 +59,21 @@ def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> 
         return None
     results = found if isinstance(found, list) else [found]
     made: list[Item | None] = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
-    return made if all(item is not None and item.known.size <= SMALL for item in made) else None  # type: ignore[union-attr]
+    small = all(item is not None and item.known.size <= SMALL for item in made)  # type: ignore[union-attr]
+    return made if small and all(_holds(item) for item in made if item is not None) else None
+
+
+_LAST = {"i32": 2**31 - 1, "i64": 2**63 - 1, "f32": 2**24, "f64": 2**53}  # up to which every whole number is held
+
+
+def _holds(item: Item) -> bool:
+    """Whether the item's dtype holds all that its sizes may be: beyond it integers wrap, and floats round."""
+    last = _LAST.get(item.dtype)
+    sizes = [] if last is None or item.known is None else [x for x in item.known.flat if isinstance(x, Dim)]
+    for low, high in map(bounds, sizes):
+        if last is not None and (low < -last or (high is not None and high > last)):
+            return False
+    return True
 
 
 def numbers_of(value: Value) -> Item:
