@@ -44,6 +44,12 @@ def clipped(n: Nodes, v: str, *bounds: object, **attributes: float) -> str:
     return whole(n, n.add("Clip", floats(n, v), *bounds, **attributes))
 
 
+def split_before(n: Nodes, v: str) -> str:
+    """As before opset 13: the lengths are an attribute."""
+    n.opset = 11
+    return n.many("Split", v, outputs=2, split=[1, 2])[1]
+
+
 KNOWN: dict[str, Build] = {
     "a part of a shape": lambda n, v: n.add("Shape", "x", start=1, end=2),
     "a shape from its end": lambda n, v: n.add("Shape", "x", start=-2, end=-1),
@@ -119,6 +125,11 @@ KNOWN: dict[str, Build] = {
     "spread from one": lambda n, v: n.add("Expand", one(n, v), at(3)),
     "repeated": lambda n, v: n.add("Tile", square(n, v), at(1, 2)),
     "repeated down": lambda n, v: n.add("Tile", square(n, v), at(2, 1)),
+    "parts": lambda n, v: n.many("Split", v, at(1, 2), outputs=2)[1],
+    "equal parts": lambda n, v: n.many("Split", square(n, v), outputs=3, num_outputs=3, axis=1)[2],
+    "parts as before": lambda n, v: split_before(n, v),
+    "the empty last part": lambda n, v: n.many("Split", n.add("Concat", v, at(4), axis=0), outputs=3, num_outputs=3)[2],
+    "the short last part": lambda n, v: n.many("Split", v, outputs=2, num_outputs=2)[1],
     "squeezed": lambda n, v: n.add("Squeeze", n.add("Unsqueeze", v, at(0, 2))),
     "squeezed where said": lambda n, v: n.add("Squeeze", n.add("Unsqueeze", v, at(0, -1)), at(-1)),
     "product of all": lambda n, v: n.add("ReduceProd", v, keepdims=0),
@@ -141,6 +152,16 @@ KNOWN: dict[str, Build] = {
     "cut off above": lambda n, v: clipped(n, v, None, np.float32(64)),
     "cut off nowhere by attributes": lambda n, v: clipped(n, v, min=0.0, max=64.0),
 }
+POLYNOMIALS: dict[str, Build] = {
+    "of squares": lambda n, v: n.add("Sub", n.add("Mul", n.add("Mul", v, v), at(3)), n.add("Mul", v, at(7))),
+    "of two sizes": lambda n, v: n.add("Sub", n.add("Mul", one(n, v), v), n.add("Add", v, at(5))),
+    "of halves": lambda n, v: n.add("Mul", n.add("Div", v, at(2)), n.add("Add", n.add("Div", v, at(3)), at(-2))),
+    "of halves of halves": lambda n, v: n.add("Div", n.add("Add", n.add("Div", v, at(2)), one(n, v)), at(3)),
+    "of the last one": lambda n, v: n.add("Mul", n.add("Sub", n.add("Neg", v), at(1)), at(-1)),
+}
+KNOWN |= {f"a polynomial {name}": build for name, build in POLYNOMIALS.items()}
+KNOWN |= {f"a polynomial {name} in i32": lambda n, v, b=build: n.add("Cast", b(n, v), to=INT32)
+          for name, build in POLYNOMIALS.items()}  # fmt: skip
 COMPUTED: dict[str, Build] = {
     "rest by what is below zero": lambda n, v: n.add("Mod", v, at(-3)),
     "rest as in C of what is below zero": lambda n, v: n.add("Mod", n.add("Sub", v, at(70)), at(3), fmod=1),

@@ -195,6 +195,12 @@ def test_crops_and_pads_at_the_centre(sizes: tuple[int, int]) -> None:
     one("CenterCropPad", counted(5, 2, 6), at(*sizes), opset=18, axes=[0, -1])
 
 
+@pytest.mark.parametrize("size", [1, 4096, 4097])
+def test_long_axes_in_reverse(size: int) -> None:
+    one("Slice", counted(2, size), at(-1), at(-(2**63)), at(1), at(-1))
+    free("Slice", ("S", 2), at(-1), at(-(2**63)), at(0), at(-1))
+
+
 @pytest.mark.parametrize("axis", [-3, -1, 0, 1])
 def test_rows_by_a_known_index(axis: int) -> None:
     size = (4, 3, 5)[axis]
