@@ -216,6 +216,52 @@ def test_attention_within_windows(window: tuple[int, int], causal: int, kind: st
     np.testing.assert_allclose(np.where(some, found, 0), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
+    """Since opset 24; over a free number of keys too."""
+    arrays = attending(3, 5)
+    for shape in ((1,), (3, 2), (2, 1, 3, 4)):
+        for mask in (np.ones(shape, bool), floats(*shape)):
+            whole = np.full((*shape[:-1], 5), -np.inf, np.float32)
+            whole[..., : shape[-1]] = 0 if mask.dtype == bool else mask
+            found = []
+            for given, keys in ((mask, 5), (mask, "K"), (whole, 5)):
+                sizes = {n: [*a.shape[:2], keys if n in "kv" else a.shape[2], a.shape[3]] for n, a in arrays.items()}
+                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, 24)
+                at_least = nodes.add("Concat", "k", np.zeros((2, 2, 0, 6), np.float32), axis=2)
+                if keys == "K" and shape[-1] > 1:
+                    continue  # one key at least is there
+                output = nodes.add("Attention", "q", at_least, "v", given)
+                found.append(evaluated(nodes.graph(output), arrays)[0])
+            for other in found[:-1]:
+                np.testing.assert_allclose(other, found[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_one_number_is_for_all() -> None:
+    arrays = attending(3, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 24)
+    found, plain = evaluated(
+        nodes.graph(nodes.add("Attention", "q", "k", "v", np.array(True)), nodes.add("Attention", "q", "k", "v")),
+        arrays,
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window", [{}, {"left_window_size": 1, "right_window_size": 2}, {"left_window_size": 0}], ids=str
+)
+def test_scores_of_keys_that_are_seen_are_not_moved(window: dict[str, int]) -> None:
+    """With lengths and windows: the scores are the raw ones, or -inf."""
+    arrays = attending(5, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 26)
+    operands = ("q", "k", "v", None, None, None, np.array([5, 4]))
+    raw, biased = (
+        nodes.many("Attention", *operands, outputs=4, qk_matmul_output_mode=mode, **window)[3] for mode in (0, 2)
+    )
+    plain, found = evaluated(nodes.graph(raw, biased), arrays)
+    assert np.isinf(found).any()
+    np.testing.assert_array_equal(found[np.isfinite(found)], plain[np.isfinite(found)])
+
+
 # Branches and loops
 
 
