@@ -286,7 +286,9 @@ def test_scans_of_each_axis_in_each_direction(backward: int, axis: int, turned: 
     compare(nodes, outputs, {"s": floats(3), "x": x})
 
 
-def looped(most: object, going: object, stop: float | None, rows: bool = True) -> tuple[Nodes, list[str]]:
+def looped(
+    most: object, going: object, stop: float | None, rows: bool = True, shape: tuple[int, ...] = ()
+) -> tuple[Nodes, list[str]]:
     """x = x * 2 + i, while it is below `stop` (None: what the loop is given), with a row of each step."""
     made = [
         helper.make_node("Cast", ["i"], ["step"], to=TensorProto.FLOAT),
@@ -303,9 +305,12 @@ def looped(most: object, going: object, stop: float | None, rows: bool = True) -
         ]
     ends = [info("on", TensorProto.BOOL), info("more"), *([info("twice")] if rows else [])]
     body = helper.make_graph(
-        made, "body", [info("i", TensorProto.INT64, 0), info("going", TensorProto.BOOL, 0), info("x", rank=0)], ends
+        made,
+        "body",
+        [info("i", TensorProto.INT64, 0), info("going", TensorProto.BOOL, 0), info("x", rank=len(shape))],
+        ends,
     )
-    nodes = Nodes({"a": ("float32", ())})
+    nodes = Nodes({"a": ("float32", shape)})
     return nodes, nodes.many("Loop", most, going, "a", outputs=2 if rows else 1, body=body)
 
 
@@ -314,6 +319,46 @@ def looped(most: object, going: object, stop: float | None, rows: bool = True) -
 def test_loops_of_a_number_of_steps(most: int, going: bool | None) -> None:
     nodes, outputs = looped(np.int64(most), None if going is None else np.array(going), None)
     compare(nodes, outputs, {"a": np.float32(0.5)})
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3)])
+def test_rows_of_loops_come_first(shape: tuple[int, ...]) -> None:
+    nodes, outputs = looped(np.int64(4), None, None, shape=shape)
+    compare(nodes, outputs, {"a": floats(*shape)})
+
+
+def chosen(then: list[object], other: list[object]) -> tuple[Nodes, str]:
+    """One branch or the other by `flag`; each gives what its last node computes of x [3], i and a table [4, 3]."""
+    table = helper.make_tensor("table", TensorProto.FLOAT, [4, 3], np.arange(12, dtype=np.float32))
+    graphs = {}
+    for name, nodes in (("then_branch", then), ("else_branch", other)):
+        last = nodes[-1].output[0]  # type: ignore[attr-defined]
+        graphs[name] = helper.make_graph(nodes, name, [], [info(last)], [table])
+    found = Nodes({"x": ("float32", (3,)), "i": ("int64", ()), "flag": ("bool", ())})
+    return found, found.add("If", "flag", **graphs)
+
+
+ROW = [helper.make_node("Gather", ["table", "i"], ["row"]), helper.make_node("Neg", ["row"], ["turned"])]
+OWN = [helper.make_node("Abs", ["x"], ["own"])]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lookup_of_a_branch_that_is_not_taken_may_be_out_of_range(first: bool) -> None:
+    nodes, output = chosen(ROW, OWN) if first else chosen(OWN, ROW)
+    graph, x = nodes.graph(output), floats(3)
+    for index, taken in ((2, True), (2, False), (99, False)):
+        (found,) = evaluated(graph, {"x": x, "i": np.array(index), "flag": np.array(taken == first)})
+        row = -np.arange(12, dtype=np.float32).reshape(4, 3)[index % 4]
+        np.testing.assert_array_equal(found, row if taken else np.abs(x))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT32, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8])
+def test_branches_of_different_types_are_no_choice(kind: int) -> None:
+    cast = [helper.make_node("Cast", ["x"], ["cast"], to=kind)]
+    for branches in ((cast, OWN), (OWN, cast)):
+        nodes, output = chosen(*branches)
+        with pytest.raises(FrontendError, match="its condition is known only when running, and its branches differ"):
+            nodes.graph(output)
 
 
 @pytest.mark.parametrize("start", [0.1, 3.0, 20.0])

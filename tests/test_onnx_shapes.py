@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from onnx_graphs import Nodes, compare, evaluated
 
+from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input
+from llmc.compiler.ir.structural import CheckedIndex
+from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
-from llmc.frontends.onnx.translation import SMALL
+from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation
 
 RNG = np.random.default_rng(7)
 
@@ -208,6 +213,51 @@ def test_rows_by_a_known_index(axis: int) -> None:
         one("Gather", counted(4, 3, 5), index, axis=axis)
     nodes = Nodes({"x": ("float32", ("S", 3))})
     compare(nodes, [nodes.add("Gather", "x", np.int64(-1)), nodes.add("Gather", "x", at(0))], {"x": counted(7, 3)})
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_elements_of_one_number_are_that_number(axis: int) -> None:
+    nodes = Nodes({"i": ("int64", (3, 2))})
+    same = nodes.add("Expand", np.float32(7), at(2, 3, 4))
+    compare(nodes, [nodes.add("Gather", same, "i", axis=axis)], {"i": np.array([[0, 1], [1, 0], [-1, -2]])})
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_elements_at_fewer_indices_than_there_are_rows(axis: int) -> None:
+    x = counted(4, 3, 5)
+    index = RNG.integers(-3, 3, (2, 2, 2))
+    one("GatherElements", x, index, axis=axis)
+    one("GatherElements", x, index)
+    nodes = Nodes({"x": ("float32", x.shape), "i": ("int64", index.shape)})
+    compare(nodes, [nodes.add("GatherElements", "x", "i", axis=axis)], {"x": x, "i": index})
+
+
+def test_features_by_index() -> None:
+    for x, expected in ((counted(5), [[3, 0]]), (counted(2, 5), [[3, 0], [8, 5]])):
+        node = Node("ArrayFeatureExtractor", "ai.onnx.ml", 1, "n", ("x", "i"), ("y",))
+        given = Input("x", Tensor(x.shape, "f32"))
+        index = Item(constant([3, 0], "i64"))
+        (item,) = Translation().run(Body(("x", "i"), ("y",), (node,)), {"x": Item(given), "i": index})
+        (found,) = evaluated(Graph("g", (given,), (("y", item.value),)), {"x": x})
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "index", "updates", "attributes", "checked"),
+    [
+        ("GatherND", (6, 2), None, {}, ["axis 0 of x", "axis 1 of x"]),
+        ("GatherND", (2, 6, 1), None, {"batch_dims": 1}, ["axis 1 of x"]),
+        ("ScatterND", (6, 2), (6, 4), {}, ["axis 0 of x", "axis 1 of x"]),
+        ("ScatterElements", (2, 3, 4), (2, 3, 4), {"axis": 1}, ["axis 1 of x"]),
+    ],
+)
+def test_an_index_that_is_checked_names_its_axis(
+    op: str, index: tuple[int, ...], updates: tuple[int, ...] | None, attributes: dict[str, int], checked: list[str]
+) -> None:
+    more = {} if updates is None else {"u": ("float32", updates)}
+    nodes = Nodes({"x": ("float32", (2, 3, 4)), "i": ("int64", index), **more})
+    graph = nodes.graph(nodes.add(op, *nodes.inputs, **attributes))
+    assert [each.what for each in graph.ops if isinstance(each, CheckedIndex)] == checked
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])
