@@ -60,7 +60,7 @@ def _reshape(t: Translation, node: Node, x: Item, shape: Item | None = None) -> 
     return reshape(x.value, target_shape(x.shape, target, bool(node.get("allowzero", 0))))
 
 
-def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: bool = False) -> list[int | Dim]:
+def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: bool) -> list[int | Dim]:
     """A reshape's target with 0 (the operand's size there) and -1 (what is left) settled."""
     sizes = [shape[i] if dim == 0 and not zero_is_zero and i < len(shape) else dim for i, dim in enumerate(target)]
     if -1 not in sizes:
