@@ -17,10 +17,11 @@ from onnx_graphs import Nodes, compare, evaluated
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Input
-from llmc.compiler.ir.types import Array, Tensor
+from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.errors import FrontendError
+from llmc.frontends.onnx.forms import DTYPES, OTHER_DTYPES, dtype_named
 from llmc.frontends.onnx.supported import supported_ops
-from llmc.frontends.onnx.translation import Body, Item, Node, Reference, Translation
+from llmc.frontends.onnx.translation import Body, Item, Node, Reference, Translation, Unsupported
 
 RNG = np.random.default_rng(5)
 SPECIAL = np.array(
@@ -219,6 +220,18 @@ def test_constants_of_each_kind() -> None:
         nodes.graph(nodes.add("Constant", value_string="a"))
     with pytest.raises(FrontendError, match="a constant given by nothing is not supported"):
         nodes.graph(nodes.add("Constant"))
+
+
+def test_every_data_type_has_its_number() -> None:
+    for name, number in TensorProto.DataType.items():
+        if number in DTYPES:
+            assert dtype_of(helper.tensor_dtype_to_np_dtype(number)) == DTYPES[number]
+        elif number in OTHER_DTYPES:
+            assert OTHER_DTYPES[number] == name.lower()
+            with pytest.raises(Unsupported, match=f"the data type {name.lower()} is not supported"):
+                dtype_named(number)
+    with pytest.raises(Unsupported, match="the data type 99 is not supported"):
+        dtype_named(99)
 
 
 def test_broadcasting_from_an_axis_on_is_refused() -> None:

@@ -8,7 +8,13 @@ from onnx.reference import ReferenceEvaluator
 from onnx_contrib_tools import Case, Fixed
 from onnx_graphs import Nodes, compare, evaluated
 
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.integers import RoundToIntegers
+from llmc.compiler.ir.op import Input
+from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
+from llmc.frontends.onnx.ops_defined import body_of
+from llmc.frontends.onnx.translation import Item, Translation
 
 RNG = np.random.default_rng(23)
 X = (RNG.standard_normal((4, 6, 8)) * 40).astype(np.float32)
@@ -137,3 +143,42 @@ def test_tables_by_axes_from_the_end(changes: dict[str, object]) -> None:
     plain, other = table(), table(**changes)
     other.inputs = plain.inputs
     np.testing.assert_array_equal(plain.translated()[0], other.translated()[0])
+
+
+def test_tables_without_axes_are_looked_up_by_rows() -> None:
+    plain, other = table(), table()
+    other.inputs = plain.inputs
+    del other.attributes["gather_axis"], other.attributes["quantize_axis"]
+    np.testing.assert_array_equal(plain.translated()[0], other.translated()[0])
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((), 1), ((8,), 1), ((8,), 2), ((8,), -1)])
+def test_rows_of_integers_are_scaled_along_their_own_axes(shape: tuple[int, ...], axis: int) -> None:
+    """The tokens' axis is none of the table's, though both have eight elements."""
+    nodes = Nodes({"i": ("int64", (2, 8))})
+    rows = nodes.add("Gather", integers((9, 8), np.int8), "i")
+    output = nodes.add("DequantizeLinear", rows, scales(shape), integers(shape, np.int8), axis=axis)
+    compare(nodes, [output], {"i": RNG.integers(0, 9, (2, 8))})
+
+
+SCALE, ZERO = np.float32(0.5), np.uint8(3)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "vanishes"),
+    [
+        ((SCALE, ZERO), (SCALE, ZERO), True), ((SCALE, ZERO), (np.float32(0.25), ZERO), False),
+        ((SCALE, ZERO), (SCALE, np.uint8(4)), False), ((SCALE,), (SCALE, ZERO), False),
+        ((SCALE, ZERO), (SCALE,), False),
+        ((np.array([0.5], np.float32), ZERO), (SCALE, ZERO), True),
+    ],
+)  # fmt: skip
+def test_a_rounding_of_a_text_model_goes_where_it_is_undone(
+    first: tuple[object, ...], second: tuple[object, ...], vanishes: bool
+) -> None:
+    nodes = Nodes({"x": ("float32", (2, 3))})
+    output = nodes.add("DequantizeLinear", nodes.add("QuantizeLinear", "x", *first), *second)
+    given = {"x": Item(Input("x", Tensor((2, 3), "f32")))}
+    (item,) = Translation(wide_floats=True).run(body_of(nodes.model(output).graph, {"": 21}), given)
+    ops = Graph("g", (given["x"].value,), (("y", item.value),)).ops  # type: ignore[arg-type]
+    assert any(isinstance(op, RoundToIntegers) for op in ops) is not vanishes

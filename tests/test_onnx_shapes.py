@@ -242,6 +242,23 @@ def test_features_by_index() -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize(("rows", "checks"), [(6, 0), (5, 0), (4, 1), (3, 1)])
+@pytest.mark.parametrize("op", ["GatherND", "ScatterND", "ScatterElements"])
+def test_an_index_is_checked_unless_it_cannot_be_out_of_range(op: str, rows: int, checks: int) -> None:
+    nodes = Nodes({"x": ("float32", (rows, 1)), "i": ("int64", (3, 1))})
+    index = nodes.add("Mod", "i", np.int64(5))
+    graph = nodes.graph(nodes.add(op, "x", index, *([] if op == "GatherND" else [np.ones((3, 1), np.float32)])))
+    assert sum(isinstance(each, CheckedIndex) for each in graph.ops) == checks
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"), [((3,), (2, 3)), ((3, 1), (2,)), ((1, 3), (2, 1)), ((3,), (3, 1)), ((), (2,))]
+)
+def test_spreads(shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    one("Expand", counted(*shape), at(*target))
+    free("Expand", ("S", 1), at(2, 1, 3))
+
+
 @pytest.mark.parametrize(
     ("op", "index", "updates", "attributes", "checked"),
     [
