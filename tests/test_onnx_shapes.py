@@ -106,7 +106,7 @@ def test_repeats_of_each_axis() -> None:
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
-@pytest.mark.parametrize("pads", [(0, 2), (2, 0), (1, 2), (2, 1), (2, 2), (0, 0)], ids=str)
+@pytest.mark.parametrize("pads", [(0, 2), (2, 0), (1, 0), (0, 1), (1, 2), (2, 1), (2, 2), (0, 0)], ids=str)
 def test_pads_of_a_free_size(mode: str, pads: tuple[int, int]) -> None:
     """Of three sizes, so that there is something to mirror."""
     filling: list[object] = [np.float32(1.5)] if mode == "constant" else [None]
@@ -118,6 +118,23 @@ def test_pads_of_a_free_size(mode: str, pads: tuple[int, int]) -> None:
     ]
     for size in (1, 7, 33):
         compare(nodes, outputs, {"x": counted(2, size)})
+
+
+@pytest.mark.parametrize("fill", [2**53 - 1, 2**53, 2**53 + 1, 2**60 + 1, -(2**53) - 1, -(2**63)])
+def test_pads_of_large_integers_are_exact(fill: int) -> None:
+    nodes = Nodes({"x": ("int64", (2, 3))})
+    compare(
+        nodes, [nodes.add("Pad", "x", at(0, 1, 2, 0), np.int64(fill))], {"x": counted(2, 3, dtype=np.int64)}, rtol=0
+    )
+
+
+@pytest.mark.parametrize("pads", [(0, "S"), ("S", 0)], ids=str)
+def test_mirrored_pads_are_numbers(pads: tuple[int | str, int | str]) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Shape", "x")
+    row = nodes.add("Concat", *(size if pad == "S" else at(0) for pad in pads), axis=0)
+    with pytest.raises(FrontendError, match="pads of mode 'edge' must be known numbers when compiling"):
+        nodes.graph(nodes.add("Pad", "x", row, mode="edge"))
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
@@ -152,6 +169,31 @@ def test_ranges_of_fractions() -> None:
     for start, limit, delta in ((0, 1, 0.25), (1, 0, -0.3), (0.5, 2.1, 0.4)):
         nodes = Nodes({})
         compare(nodes, [nodes.add("Range", *(np.float32(x) for x in (start, limit, delta)))], {})
+
+
+def test_ranges_of_large_integers_and_of_decimal_fractions() -> None:
+    nodes = Nodes({})
+    outputs = [
+        nodes.add("Range", *(np.int64(2**60 + i) for i in (1, 4)), np.int64(1)),
+        nodes.add("Range", *(np.int64(2**60 + i) for i in (4, -1)), np.int64(-2)),
+        nodes.add("Range", np.float32(0.1), np.float32(1.1), np.float32(0.1)),
+        nodes.add("Range", np.float32(0.3), np.float32(0.9), np.float32(0.2)),
+    ]
+    compare(nodes, outputs[:2], {}, rtol=0)
+    compare(nodes, outputs[2:], {})
+
+
+@pytest.mark.parametrize("bounds", ["to S", "from S", "from S to S + 4"])
+@pytest.mark.parametrize("delta", [0.5, 1.5, -1.5])
+def test_steps_of_sizes_are_whole(bounds: str, delta: float) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Cast", nodes.add("Gather", nodes.add("Shape", "x"), np.int64(0)), to=1)
+    start, limit = {
+        "to S": (np.float32(0), size), "from S": (size, np.float32(0)),
+        "from S to S + 4": (size, nodes.add("Add", size, np.float32(4))),
+    }[bounds]  # fmt: skip
+    with pytest.raises(FrontendError, match=rf"in steps of {delta} sizes are not counted"):
+        nodes.graph(nodes.add("Range", start, limit, np.float32(delta)))
 
 
 @pytest.mark.parametrize("delta", [1, 2, 3, -1, -2])
