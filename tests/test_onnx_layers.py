@@ -126,6 +126,12 @@ def test_pooling_with_a_last_window_that_is_not_whole(size: int, stride: int) ->
         one("AveragePool", floats(1, 2, size), opset=19, **options)
 
 
+@pytest.mark.parametrize("size", [7, 8, 9])
+def test_padding_that_counts(size: int) -> None:
+    for pads in ([1, 1], [0, 1], [1, 0], [2, 2]):
+        one("AveragePool", floats(1, 2, size), kernel_shape=[3], strides=[2], pads=pads, count_include_pad=1)
+
+
 def test_average_pools_over_free_sizes_are_those_of_numbers() -> None:
     for stride, pads, counted in ((1, [1, 1], 0), (2, [2, 0], 0), (2, [0, 2], 1), (3, [2, 1], 1)):
         nodes = Nodes({"x": ("float32", (1, 2, "S"))})
@@ -298,6 +304,10 @@ def test_elements_put_back_where_they_were() -> None:
     line, block = x.reshape(2, 3, 8), x.reshape(1, 1, 4, 2, 6)
     np.testing.assert_array_equal(*unpooled(line, None, kernel_shape=[2], strides=[2])[:2])
     np.testing.assert_array_equal(*unpooled(block, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3])[:2])
+    ragged = block[..., :5]
+    np.testing.assert_array_equal(
+        *unpooled(ragged, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3], pads=[0, 0, 0, 0, 0, 1])[:2]
+    )
     with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
         unpooled(line, [2, 3, 9], kernel_shape=[2], strides=[2])
     with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
