@@ -337,6 +337,18 @@ def test_packed_inputs_are_the_same_inputs_side_by_side() -> None:
         np.testing.assert_allclose(case.translated()[0], expected, rtol=2e-5, atol=2e-5)
 
 
+def test_biases_of_packed_inputs_are_those_of_inputs_apart() -> None:
+    apart = multi_head(keys=7, bias=True)
+    q, k, v = (x.reshape(3, 7, 2, 16) for x in apart.inputs[:3] if isinstance(x, np.ndarray))
+    packed, whole = multi_head(layout="packed", bias=True), multi_head(layout="whole", bias=True)
+    packed.inputs[0] = np.stack([q, k, v], axis=3)
+    whole.inputs[:3] = [q.reshape(3, 7, 32), k.swapaxes(1, 2).copy(), v.swapaxes(1, 2).copy()]
+    [expected] = apart.onnxruntime()
+    for case in (packed, whole):
+        case.symbols = {}
+        np.testing.assert_allclose(case.translated()[0], expected, rtol=2e-5, atol=2e-5)
+
+
 def test_a_mask_of_ones_adds_nothing() -> None:
     case = multi_head()
     case.inputs += [None, Fixed(np.ones((3, 7), np.int32))]
@@ -457,7 +469,7 @@ def test_relative_position_bias(bidirectional: int, tokens: int, buckets: int, d
     np.testing.assert_array_equal(found, table[bucket.numpy()].transpose(2, 0, 1)[None])
 
 
-# What is left out, and what is refused
+# What is left out
 
 
 def test_epsilons_that_are_left_out() -> None:
@@ -510,75 +522,6 @@ def test_a_mask_for_one_sequence_or_two_numbers_each() -> None:
     for mask in ([5], [5, 2]):
         inputs = [normal(1, 7, 20), Fixed(normal(20, 96) / 4), Fixed(normal(96)), np.array(mask, np.int32)]
         compare(Case("Attention", inputs, {"num_heads": 2}))
-
-
-def without(case: Case, *places: int) -> Case:
-    """The case without some of its inputs."""
-    for place in places:
-        case.inputs[place], case.names[place] = None, ""
-    return case
-
-
-def having(case: Case, **inputs: np.ndarray | Fixed) -> Case:
-    """The case with inputs more, at `at_N`."""
-    for name, array in inputs.items():
-        place = int(name.removeprefix("at_"))
-        while len(case.inputs) <= place:
-            case.inputs.append(None)
-            case.names.append("")
-        case.inputs[place], case.names[place] = array, f"in{place}"
-    return case
-
-
-def giving(case: Case, outputs: int) -> Case:
-    case.outputs, case.symbols = outputs, {}
-    return case
-
-
-ROWS = np.array([1], np.int32)
-REFUSED = {
-    "values in integers": (grouped_query(v_quant_type="PER_TENSOR"), "v_quant_type=PER_TENSOR is not supported"),
-    "a cache of bits": (grouped_query(kv_cache_bit_width=4), "kv_cache_bit_width=4 is not supported, only 0"),
-    "all see all": (grouped_query(causal=0), "causal=0 is not supported, only 1"),
-    "scales of keys": (having(grouped_query(), at_12=normal(1)), "its input k_scale is not supported"),
-    "scales of values": (having(grouped_query(), at_13=normal(1)), "its input v_scale is not supported"),
-    "keys of a past": (having(grouped_query(), at_3=normal(1, 2, 4, 16)), "a past of some length"),
-    "values of a past": (having(grouped_query(), at_4=normal(1, 2, 4, 16)), "a past of some length"),
-    "a key alone": (without(grouped_query(), 2), "key and value come together or not at all"),
-    "a value alone": (without(grouped_query(), 1), "key and value come together or not at all"),
-    "a norm of queries alone": (without(grouped_query(norms=True), 15), "normalised together or not at all"),
-    "no cosines": (without(grouped_query(do_rotary=1), 7), "do_rotary=1 needs cos_cache and sin_cache"),
-    "no sines": (without(grouped_query(do_rotary=1), 8), "do_rotary=1 needs cos_cache and sin_cache"),
-    "more pairs than channels": (grouped_query(dim=8, do_rotary=1), "a cache of 8 pairs for heads of 8"),
-    "a length of the past": (having(multi_head(), at_8=ROWS), "its input past_sequence_length is not supported"),
-    "beams": (having(multi_head(), at_9=ROWS), "its input cache_indirection is not supported"),
-    "scores": (giving(multi_head(), 4), "its output qk is not supported"),
-    "packed, and a key": (having(multi_head("packed"), at_1=normal(3, 7, 32)), "comes without key and value"),
-    "packed, and a value": (having(multi_head("packed"), at_2=normal(3, 7, 32)), "comes without key and value"),
-    "packed for other heads": (multi_head("packed", num_heads=3), "needs [B, S, heads, 3, dim]"),
-    "packed keys, and a value": (having(multi_head("packed keys"), at_2=normal(3, 7, 32)), "comes without a value"),
-    "packed keys for other heads": (multi_head("packed keys", num_heads=4), "needs [B, K, heads, 2, dim]"),
-    "no value": (without(multi_head(), 2), "a key without a value"),
-    "a length of the past of all": (having(projected(), at_6=ROWS), "its input past_sequence_length is not supported"),
-    "unequal sizes together": (giving(projected(sizes=(32, 32, 10)), 2), "keys and values of different sizes"),
-    "a vector times a matrix": (Case("FusedMatMul", [normal(3), normal(3, 3)]), "factors without two axes"),
-    "a matrix times a vector": (Case("FusedMatMul", [normal(3, 3), normal(3)]), "factors without two axes"),
-    "no halves": (Case("BiasSplitGelu", [normal(3, 7), normal(7)]), "does not split into 2 parts"),
-    "an inner axis": (
-        Case("SimplifiedLayerNormalization", [normal(3, 7), normal(7)], {"axis": 0}, domain=""),
-        "axis=0 of rank 2: only the last axis",
-    ),
-    "segments without a table": (
-        Case("EmbedLayerNormalization", [choice(1, 7, high=9), choice(1, 7, high=2), normal(9, 5), normal(9, 5), None,
-                                         normal(5), normal(5)]),
-        "segment ids and their table come together",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_computed_is_refused(name: str) -> None:
-    refused(*REFUSED[name])
 
 
 def refused(case: Case, why: str) -> None:

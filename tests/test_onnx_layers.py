@@ -126,6 +126,12 @@ def test_pooling_with_a_last_window_that_is_not_whole(size: int, stride: int) ->
         one("AveragePool", floats(1, 2, size), opset=19, **options)
 
 
+@pytest.mark.parametrize("size", [7, 8, 9])
+def test_padding_that_counts(size: int) -> None:
+    for pads in ([1, 1], [0, 1], [1, 0], [2, 2]):
+        one("AveragePool", floats(1, 2, size), kernel_shape=[3], strides=[2], pads=pads, count_include_pad=1)
+
+
 def test_average_pools_over_free_sizes_are_those_of_numbers() -> None:
     for stride, pads, counted in ((1, [1, 1], 0), (2, [2, 0], 0), (2, [0, 2], 1), (3, [2, 1], 1)):
         nodes = Nodes({"x": ("float32", (1, 2, "S"))})
@@ -155,7 +161,7 @@ def test_rows_of_zeros_have_no_length() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
 def test_responses_of_near_channels(size: int) -> None:
-    x = floats(2, 7, 3, 2)
+    x = floats(3, 7, 5, 2)
     if size % 2:
         one("LRN", x, size=size, alpha=0.3, beta=0.6, bias=2.0)
     nodes = Nodes({"x": ("float32", x.shape)})
@@ -211,15 +217,33 @@ def test_norms_of_instances_and_groups() -> None:
 
 
 @pytest.mark.parametrize("groups", [2, 3])
-def test_before_opset_21_groups_have_one_scale_each(groups: int) -> None:
+@pytest.mark.parametrize("opset", [18, 20])
+def test_before_opset_21_groups_have_one_scale_each(groups: int, opset: int) -> None:
     """As many as groups, even where that is said for channels since."""
     x, scale, bias = floats(2, 6, 5), floats(groups), floats(groups)
     each = 6 // groups
-    nodes = Nodes({"x": ("float32", x.shape)}, 18)
+    nodes = Nodes({"x": ("float32", x.shape)}, opset)
     (found,) = evaluated(nodes.graph(nodes.add("GroupNormalization", "x", scale, bias, num_groups=groups)), {"x": x})
     now = Nodes({"x": ("float32", x.shape)}, 21)
     output = now.add("GroupNormalization", "x", scale.repeat(each), bias.repeat(each), num_groups=groups)
     np.testing.assert_array_equal(found, evaluated(now.graph(output), {"x": x})[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_moments_of_groups_are_wide_unless_said(dtype: type) -> None:
+    """Halves whose squares no half holds; f64 keeps its places."""
+    x = (floats(2, 6, 5) * 300).astype(dtype)
+    wide = x.astype(np.float64).reshape(2, 2, 15)
+    expected = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + np.float32(1e-5))
+    weights = [np.ones(6, dtype), np.zeros(6, dtype)]
+    nodes = Nodes({"x": (np.dtype(dtype).name, x.shape)})
+    output = nodes.add("GroupNormalization", "x", *weights, num_groups=2)
+    (found,) = evaluated(nodes.graph(output), {"x": x})
+    tolerance = 2**-10 if dtype is np.float16 else 1e-10
+    np.testing.assert_allclose(found.reshape(2, 2, 15), expected, rtol=tolerance, atol=tolerance)
+    if dtype is np.float16:
+        narrow = nodes.add("GroupNormalization", "x", *weights, num_groups=2, stash_type=10)
+        assert not any(op.dtype == "f32" for op in nodes.graph(narrow).ops)
 
 
 def test_norms_over_some_axes() -> None:
@@ -280,6 +304,10 @@ def test_elements_put_back_where_they_were() -> None:
     line, block = x.reshape(2, 3, 8), x.reshape(1, 1, 4, 2, 6)
     np.testing.assert_array_equal(*unpooled(line, None, kernel_shape=[2], strides=[2])[:2])
     np.testing.assert_array_equal(*unpooled(block, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3])[:2])
+    ragged = block[..., :5]
+    np.testing.assert_array_equal(
+        *unpooled(ragged, None, kernel_shape=[2, 1, 3], strides=[2, 1, 3], pads=[0, 0, 0, 0, 0, 1])[:2]
+    )
     with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):
         unpooled(line, [2, 3, 9], kernel_shape=[2], strides=[2])
     with pytest.raises(FrontendError, match="a larger result is supported for two spatial axes only"):

@@ -5,6 +5,7 @@ The standard's own node tests (test_onnx_node_tests.py) cover each op once; thes
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -16,10 +17,11 @@ from onnx_graphs import Nodes, compare, evaluated
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Input
-from llmc.compiler.ir.types import Array, Tensor
+from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.errors import FrontendError
+from llmc.frontends.onnx.forms import DTYPES, OTHER_DTYPES, dtype_named
 from llmc.frontends.onnx.supported import supported_ops
-from llmc.frontends.onnx.translation import Body, Item, Node, Reference, Translation
+from llmc.frontends.onnx.translation import Body, Item, Node, Reference, Translation, Unsupported
 
 RNG = np.random.default_rng(5)
 SPECIAL = np.array(
@@ -166,6 +168,150 @@ def test_pads(mode: str) -> None:
     for pads in ([0, 2, 1, 0], [1, -1, 0, 3], [0, 0, 0, 0]):
         if mode == "constant" or min(pads) >= 0:
             stored("Pad", floats(3, 5), np.array(pads), np.float32(1.5) if mode == "constant" else None, mode=mode)
+
+
+@pytest.mark.parametrize("negative", [0, 1])
+@pytest.mark.parametrize("positive", [0, 1])
+def test_infinities_of_each_sign(negative: int, positive: int) -> None:
+    one("IsInf", SPECIAL.astype(np.float32), detect_negative=negative, detect_positive=positive)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("op", ["Min", "Max", "Sum", "Mean"])
+def test_any_number_of_operands(op: str, count: int) -> None:
+    one(op, *(floats(3, 1 if i else 7) for i in range(count)))
+
+
+def test_powers_of_other_types() -> None:
+    one("Pow", np.array([2, 3, 10], np.int64), np.array([0.5, 2.0, -1.0], np.float32))
+    one("Pow", np.array([2, 3, 10], np.int32), np.array([1.5, 2.0, 0.0], np.float64))
+    one("Pow", np.array([2, 3, 10], np.float32), np.array([2, -1, 0], np.int64))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.int64, np.uint8])
+def test_clips(dtype: type) -> None:
+    x = np.array([0, 1, 5, 100, 127], dtype)
+    info = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype)
+    for low, high in ((1, 5), (None, 5), (1, None), (None, None), (7, 3), (info.min, 5), (1, info.max)):
+        operands = [None if bound is None else np.array(bound, dtype) for bound in (low, high)]
+        while operands and operands[-1] is None:
+            operands.pop()
+        stored("Clip", x, *operands)
+    one("Clip", np.array([-2.5, 0, 9], np.float32), opset=10, min=-1.0, max=3.0)
+    one("Clip", np.array([-2.5, 0, 9], np.float32), opset=10, max=3.0)
+    one("Clip", np.array([-2.5, 0, 9], np.float32), opset=10, min=1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint8, np.float32])
+def test_signs_of_numbers_of_each_type(dtype: type) -> None:
+    one("Sign", np.array([0, 1, 5, 100] if np.dtype(dtype).kind == "u" else [-7, 0, 3, -1], dtype))
+
+
+def test_constants_of_each_kind() -> None:
+    nodes = Nodes({})
+    outputs = [
+        nodes.add("Constant", value_int=5),
+        nodes.add("Constant", value_ints=[1, -2, 3]),
+        nodes.add("Constant", value_float=0.1),
+        nodes.add("Constant", value_floats=[0.1, -2.5]),
+    ]
+    compare(nodes, outputs, {}, rtol=0)
+    with pytest.raises(FrontendError, match="a constant given by value_string is not supported"):
+        nodes.graph(nodes.add("Constant", value_string="a"))
+    with pytest.raises(FrontendError, match="a constant given by nothing is not supported"):
+        nodes.graph(nodes.add("Constant"))
+
+
+def test_every_data_type_has_its_number() -> None:
+    for name, number in TensorProto.DataType.items():
+        if number in DTYPES:
+            assert dtype_of(helper.tensor_dtype_to_np_dtype(number)) == DTYPES[number]
+        elif number in OTHER_DTYPES:
+            assert OTHER_DTYPES[number] == name.lower()
+            with pytest.raises(Unsupported, match=f"the data type {name.lower()} is not supported"):
+                dtype_named(number)
+    with pytest.raises(Unsupported, match="the data type 99 is not supported"):
+        dtype_named(99)
+
+
+def test_broadcasting_from_an_axis_on_is_refused() -> None:
+    nodes = Nodes({"x": ("float32", (2, 3)), "y": ("float32", (2,))}, 6)
+    with pytest.raises(FrontendError, match="as before opset 7, is not supported"):
+        nodes.graph(nodes.add("Add", "x", "y", axis=0, broadcast=1))
+
+
+@pytest.mark.parametrize("op", ["Sinh", "Softplus", "Tan", "Mish"])
+def test_functions_of_floats_refuse_integers(op: str) -> None:
+    nodes = Nodes({"x": ("int32", (3,))})
+    with pytest.raises(FrontendError, match="needs floats, not i32"):
+        nodes.graph(nodes.add(op, "x"))
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [
+        ("LeakyRelu", {"alpha": 0.3}), ("ThresholdedRelu", {"alpha": 0.3}), ("Elu", {"alpha": 0.3}),
+        ("Celu", {"alpha": 0.3}), ("Selu", {"alpha": 0.3, "gamma": 1.2}), ("HardSigmoid", {"alpha": 0.3, "beta": 0.4}),
+        ("Shrink", {"lambd": 0.4, "bias": 0.3}), ("Shrink", {"lambd": 0.4}), ("Gelu", {"approximate": "tanh"}),
+        ("Gelu", {}),
+    ],
+)  # fmt: skip
+def test_nonlinearities_with_parameters(op: str, attributes: dict[str, object]) -> None:
+    one(op, np.linspace(-3, 3, 61).astype(np.float32), **attributes)
+
+
+def test_a_gelu_of_another_form_is_refused() -> None:
+    nodes = Nodes({"x": ("float32", (3,))})
+    with pytest.raises(FrontendError, match="approximate='odd' is neither of none, tanh"):
+        nodes.graph(nodes.add("Gelu", "x", approximate="odd"))
+
+
+def test_dropout_outside_training_is_nothing() -> None:
+    x = floats(3, 7)
+    for operands in ((), (np.float32(0.5),), (np.float32(0.5), np.array(False)), (np.float32(0), np.array(True))):
+        nodes = Nodes({"x": ("float32", x.shape)})
+        outputs = nodes.many("Dropout", "x", *operands, outputs=2)
+        found, mask = evaluated(nodes.graph(*outputs), {"x": x})
+        np.testing.assert_array_equal(found, x)
+        np.testing.assert_array_equal(mask, np.ones(x.shape, bool))
+    for operands in ((np.float32(0.5), np.array(True)), (None, np.array(True))):
+        nodes = Nodes({"x": ("float32", x.shape)})
+        with pytest.raises(FrontendError, match="dropout while training is random"):
+            nodes.graph(nodes.add("Dropout", "x", *operands))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.float32])
+def test_running_sums_and_products(dtype: type) -> None:
+    x = RNG.integers(-3, 4, (3, 4, 2)).astype(dtype)
+    for axis, exclusive, reverse in itertools.product((0, 1, -1), (0, 1), (0, 1)):
+        stored("CumSum", x, np.int64(axis), exclusive=exclusive, reverse=reverse)
+        nodes = Nodes({"x": (np.dtype(dtype).name, x.shape)}, 26)
+        output = nodes.add("CumProd", "x", np.int64(axis), exclusive=exclusive, reverse=reverse)
+        turned = np.flip(x, axis) if reverse else x
+        ones = np.ones_like(turned.take([0], axis))
+        before = np.concatenate([ones, turned.take(range(x.shape[axis] - 1), axis)], axis) if exclusive else turned
+        products = np.cumprod(before, axis)
+        expected = np.flip(products, axis) if reverse else products
+        np.testing.assert_array_equal(evaluated(nodes.graph(output), {"x": x})[0], expected)
+
+
+def test_reductions_of_truths_and_integers() -> None:
+    truths = np.array([[True, False], [True, True]])
+    for op in ("ReduceMax", "ReduceMin"):
+        stored(op, truths, np.array([1]), keepdims=0)
+        stored(op, truths, np.zeros(0, np.int64), noop_with_empty_axes=1)
+    x = RNG.integers(1, 9, (3, 4)).astype(np.int32)
+    for op in ("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceSumSquare",
+               "ReduceL2", "ReduceLogSum"):  # fmt: skip
+        stored(op, x, np.array([-1]), keepdims=0)
+        one(op, x, opset=11, axes=[0], keepdims=1)
+
+
+def test_sums_of_exponentials_do_not_overflow() -> None:
+    x = np.array([[500, 501, -500], [-np.inf, -np.inf, -np.inf], [-np.inf, 0, 1]], np.float32)
+    for keep in (0, 1):
+        stored("ReduceLogSumExp", x, np.array([1]), keepdims=keep)
+    stored("ReduceLogSum", np.abs(floats(3, 7)), np.array([1]))
 
 
 def test_what_is_reduced_of_nothing() -> None:

@@ -216,6 +216,52 @@ def test_attention_within_windows(window: tuple[int, int], causal: int, kind: st
     np.testing.assert_allclose(np.where(some, found, 0), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
+    """Since opset 24; over a free number of keys too."""
+    arrays = attending(3, 5)
+    for shape in ((1,), (3, 2), (2, 1, 3, 4)):
+        for mask in (np.ones(shape, bool), floats(*shape)):
+            whole = np.full((*shape[:-1], 5), -np.inf, np.float32)
+            whole[..., : shape[-1]] = 0 if mask.dtype == bool else mask
+            found = []
+            for given, keys in ((mask, 5), (mask, "K"), (whole, 5)):
+                sizes = {n: [*a.shape[:2], keys if n in "kv" else a.shape[2], a.shape[3]] for n, a in arrays.items()}
+                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, 24)
+                at_least = nodes.add("Concat", "k", np.zeros((2, 2, 0, 6), np.float32), axis=2)
+                if keys == "K" and shape[-1] > 1:
+                    continue  # one key at least is there
+                output = nodes.add("Attention", "q", at_least, "v", given)
+                found.append(evaluated(nodes.graph(output), arrays)[0])
+            for other in found[:-1]:
+                np.testing.assert_allclose(other, found[-1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_of_one_number_is_for_all() -> None:
+    arrays = attending(3, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 24)
+    found, plain = evaluated(
+        nodes.graph(nodes.add("Attention", "q", "k", "v", np.array(True)), nodes.add("Attention", "q", "k", "v")),
+        arrays,
+    )
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window", [{}, {"left_window_size": 1, "right_window_size": 2}, {"left_window_size": 0}], ids=str
+)
+def test_scores_of_keys_that_are_seen_are_not_moved(window: dict[str, int]) -> None:
+    """With lengths and windows: the scores are the raw ones, or -inf."""
+    arrays = attending(5, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 26)
+    operands = ("q", "k", "v", None, None, None, np.array([5, 4]))
+    raw, biased = (
+        nodes.many("Attention", *operands, outputs=4, qk_matmul_output_mode=mode, **window)[3] for mode in (0, 2)
+    )
+    plain, found = evaluated(nodes.graph(raw, biased), arrays)
+    assert np.isinf(found).any()
+    np.testing.assert_array_equal(found[np.isfinite(found)], plain[np.isfinite(found)])
+
+
 # Branches and loops
 
 
@@ -240,7 +286,9 @@ def test_scans_of_each_axis_in_each_direction(backward: int, axis: int, turned: 
     compare(nodes, outputs, {"s": floats(3), "x": x})
 
 
-def looped(most: object, going: object, stop: float | None, rows: bool = True) -> tuple[Nodes, list[str]]:
+def looped(
+    most: object, going: object, stop: float | None, rows: bool = True, shape: tuple[int, ...] = ()
+) -> tuple[Nodes, list[str]]:
     """x = x * 2 + i, while it is below `stop` (None: what the loop is given), with a row of each step."""
     made = [
         helper.make_node("Cast", ["i"], ["step"], to=TensorProto.FLOAT),
@@ -257,9 +305,12 @@ def looped(most: object, going: object, stop: float | None, rows: bool = True) -
         ]
     ends = [info("on", TensorProto.BOOL), info("more"), *([info("twice")] if rows else [])]
     body = helper.make_graph(
-        made, "body", [info("i", TensorProto.INT64, 0), info("going", TensorProto.BOOL, 0), info("x", rank=0)], ends
+        made,
+        "body",
+        [info("i", TensorProto.INT64, 0), info("going", TensorProto.BOOL, 0), info("x", rank=len(shape))],
+        ends,
     )
-    nodes = Nodes({"a": ("float32", ())})
+    nodes = Nodes({"a": ("float32", shape)})
     return nodes, nodes.many("Loop", most, going, "a", outputs=2 if rows else 1, body=body)
 
 
@@ -268,6 +319,46 @@ def looped(most: object, going: object, stop: float | None, rows: bool = True) -
 def test_loops_of_a_number_of_steps(most: int, going: bool | None) -> None:
     nodes, outputs = looped(np.int64(most), None if going is None else np.array(going), None)
     compare(nodes, outputs, {"a": np.float32(0.5)})
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 3)])
+def test_rows_of_loops_come_first(shape: tuple[int, ...]) -> None:
+    nodes, outputs = looped(np.int64(4), None, None, shape=shape)
+    compare(nodes, outputs, {"a": floats(*shape)})
+
+
+def chosen(then: list[object], other: list[object]) -> tuple[Nodes, str]:
+    """One branch or the other by `flag`; each gives what its last node computes of x [3], i and a table [4, 3]."""
+    table = helper.make_tensor("table", TensorProto.FLOAT, [4, 3], np.arange(12, dtype=np.float32))
+    graphs = {}
+    for name, nodes in (("then_branch", then), ("else_branch", other)):
+        last = nodes[-1].output[0]  # type: ignore[attr-defined]
+        graphs[name] = helper.make_graph(nodes, name, [], [info(last)], [table])
+    found = Nodes({"x": ("float32", (3,)), "i": ("int64", ()), "flag": ("bool", ())})
+    return found, found.add("If", "flag", **graphs)
+
+
+ROW = [helper.make_node("Gather", ["table", "i"], ["row"]), helper.make_node("Neg", ["row"], ["turned"])]
+OWN = [helper.make_node("Abs", ["x"], ["own"])]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lookup_of_a_branch_that_is_not_taken_may_be_out_of_range(first: bool) -> None:
+    nodes, output = chosen(ROW, OWN) if first else chosen(OWN, ROW)
+    graph, x = nodes.graph(output), floats(3)
+    for index, taken in ((2, True), (2, False), (99, False)):
+        (found,) = evaluated(graph, {"x": x, "i": np.array(index), "flag": np.array(taken == first)})
+        row = -np.arange(12, dtype=np.float32).reshape(4, 3)[index % 4]
+        np.testing.assert_array_equal(found, row if taken else np.abs(x))
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT32, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8])
+def test_branches_of_different_types_are_no_choice(kind: int) -> None:
+    cast = [helper.make_node("Cast", ["x"], ["cast"], to=kind)]
+    for branches in ((cast, OWN), (OWN, cast)):
+        nodes, output = chosen(*branches)
+        with pytest.raises(FrontendError, match="its condition is known only when running, and its branches differ"):
+            nodes.graph(output)
 
 
 @pytest.mark.parametrize("start", [0.1, 3.0, 20.0])

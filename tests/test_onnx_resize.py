@@ -106,6 +106,7 @@ def test_what_stays_as_it_is_may_have_any_size() -> None:
     outputs = [
         nodes.add("Resize", "x", None, np.array([1, 1, 2, 1], np.float32), mode="linear"),
         nodes.add("Resize", "x", None, None, np.array([6, 5]), axes=[2, -1]),
+        nodes.add("Resize", "x", None, None, np.array([6]), axes=[2]),
     ]
     for batch in (1, 5):
         compare(nodes, outputs, {"x": floats(batch, 1, 3, 4)})

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from onnx_graphs import Nodes, compare, evaluated
 
+from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input
+from llmc.compiler.ir.structural import CheckedIndex
+from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
-from llmc.frontends.onnx.translation import SMALL
+from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation
 
 RNG = np.random.default_rng(7)
 
@@ -101,7 +106,7 @@ def test_repeats_of_each_axis() -> None:
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
-@pytest.mark.parametrize("pads", [(0, 2), (2, 0), (1, 2), (2, 1), (2, 2), (0, 0)], ids=str)
+@pytest.mark.parametrize("pads", [(0, 2), (2, 0), (1, 0), (0, 1), (1, 2), (2, 1), (2, 2), (0, 0)], ids=str)
 def test_pads_of_a_free_size(mode: str, pads: tuple[int, int]) -> None:
     """Of three sizes, so that there is something to mirror."""
     filling: list[object] = [np.float32(1.5)] if mode == "constant" else [None]
@@ -113,6 +118,23 @@ def test_pads_of_a_free_size(mode: str, pads: tuple[int, int]) -> None:
     ]
     for size in (1, 7, 33):
         compare(nodes, outputs, {"x": counted(2, size)})
+
+
+@pytest.mark.parametrize("fill", [2**53 - 1, 2**53, 2**53 + 1, 2**60 + 1, -(2**53) - 1, -(2**63)])
+def test_pads_of_large_integers_are_exact(fill: int) -> None:
+    nodes = Nodes({"x": ("int64", (2, 3))})
+    compare(
+        nodes, [nodes.add("Pad", "x", at(0, 1, 2, 0), np.int64(fill))], {"x": counted(2, 3, dtype=np.int64)}, rtol=0
+    )
+
+
+@pytest.mark.parametrize("pads", [(0, "S"), ("S", 0)], ids=str)
+def test_mirrored_pads_are_numbers(pads: tuple[int | str, int | str]) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Shape", "x")
+    row = nodes.add("Concat", *(size if pad == "S" else at(0) for pad in pads), axis=0)
+    with pytest.raises(FrontendError, match="pads of mode 'edge' must be known numbers when compiling"):
+        nodes.graph(nodes.add("Pad", "x", row, mode="edge"))
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
@@ -147,6 +169,31 @@ def test_ranges_of_fractions() -> None:
     for start, limit, delta in ((0, 1, 0.25), (1, 0, -0.3), (0.5, 2.1, 0.4)):
         nodes = Nodes({})
         compare(nodes, [nodes.add("Range", *(np.float32(x) for x in (start, limit, delta)))], {})
+
+
+def test_ranges_of_large_integers_and_of_decimal_fractions() -> None:
+    nodes = Nodes({})
+    outputs = [
+        nodes.add("Range", *(np.int64(2**60 + i) for i in (1, 4)), np.int64(1)),
+        nodes.add("Range", *(np.int64(2**60 + i) for i in (4, -1)), np.int64(-2)),
+        nodes.add("Range", np.float32(0.1), np.float32(1.1), np.float32(0.1)),
+        nodes.add("Range", np.float32(0.3), np.float32(0.9), np.float32(0.2)),
+    ]
+    compare(nodes, outputs[:2], {}, rtol=0)
+    compare(nodes, outputs[2:], {})
+
+
+@pytest.mark.parametrize("bounds", ["to S", "from S", "from S to S + 4"])
+@pytest.mark.parametrize("delta", [0.5, 1.5, -1.5])
+def test_steps_of_sizes_are_whole(bounds: str, delta: float) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Cast", nodes.add("Gather", nodes.add("Shape", "x"), np.int64(0)), to=1)
+    start, limit = {
+        "to S": (np.float32(0), size), "from S": (size, np.float32(0)),
+        "from S to S + 4": (size, nodes.add("Add", size, np.float32(4))),
+    }[bounds]  # fmt: skip
+    with pytest.raises(FrontendError, match=rf"in steps of {delta} sizes are not counted"):
+        nodes.graph(nodes.add("Range", start, limit, np.float32(delta)))
 
 
 @pytest.mark.parametrize("delta", [1, 2, 3, -1, -2])
@@ -195,6 +242,12 @@ def test_crops_and_pads_at_the_centre(sizes: tuple[int, int]) -> None:
     one("CenterCropPad", counted(5, 2, 6), at(*sizes), opset=18, axes=[0, -1])
 
 
+@pytest.mark.parametrize("size", [1, 4096, 4097])
+def test_long_axes_in_reverse(size: int) -> None:
+    one("Slice", counted(2, size), at(-1), at(-(2**63)), at(1), at(-1))
+    free("Slice", ("S", 2), at(-1), at(-(2**63)), at(0), at(-1))
+
+
 @pytest.mark.parametrize("axis", [-3, -1, 0, 1])
 def test_rows_by_a_known_index(axis: int) -> None:
     size = (4, 3, 5)[axis]
@@ -202,6 +255,68 @@ def test_rows_by_a_known_index(axis: int) -> None:
         one("Gather", counted(4, 3, 5), index, axis=axis)
     nodes = Nodes({"x": ("float32", ("S", 3))})
     compare(nodes, [nodes.add("Gather", "x", np.int64(-1)), nodes.add("Gather", "x", at(0))], {"x": counted(7, 3)})
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_elements_of_one_number_are_that_number(axis: int) -> None:
+    nodes = Nodes({"i": ("int64", (3, 2))})
+    same = nodes.add("Expand", np.float32(7), at(2, 3, 4))
+    compare(nodes, [nodes.add("Gather", same, "i", axis=axis)], {"i": np.array([[0, 1], [1, 0], [-1, -2]])})
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_elements_at_fewer_indices_than_there_are_rows(axis: int) -> None:
+    x = counted(4, 3, 5)
+    index = RNG.integers(-3, 3, (2, 2, 2))
+    one("GatherElements", x, index, axis=axis)
+    one("GatherElements", x, index)
+    nodes = Nodes({"x": ("float32", x.shape), "i": ("int64", index.shape)})
+    compare(nodes, [nodes.add("GatherElements", "x", "i", axis=axis)], {"x": x, "i": index})
+
+
+def test_features_by_index() -> None:
+    for x, expected in ((counted(5), [[3, 0]]), (counted(2, 5), [[3, 0], [8, 5]])):
+        node = Node("ArrayFeatureExtractor", "ai.onnx.ml", 1, "n", ("x", "i"), ("y",))
+        given = Input("x", Tensor(x.shape, "f32"))
+        index = Item(constant([3, 0], "i64"))
+        (item,) = Translation().run(Body(("x", "i"), ("y",), (node,)), {"x": Item(given), "i": index})
+        (found,) = evaluated(Graph("g", (given,), (("y", item.value),)), {"x": x})
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("rows", "checks"), [(6, 0), (5, 0), (4, 1), (3, 1)])
+@pytest.mark.parametrize("op", ["GatherND", "ScatterND", "ScatterElements"])
+def test_an_index_is_checked_unless_it_cannot_be_out_of_range(op: str, rows: int, checks: int) -> None:
+    nodes = Nodes({"x": ("float32", (rows, 1)), "i": ("int64", (3, 1))})
+    index = nodes.add("Mod", "i", np.int64(5))
+    graph = nodes.graph(nodes.add(op, "x", index, *([] if op == "GatherND" else [np.ones((3, 1), np.float32)])))
+    assert sum(isinstance(each, CheckedIndex) for each in graph.ops) == checks
+
+
+@pytest.mark.parametrize(
+    ("shape", "target"), [((3,), (2, 3)), ((3, 1), (2,)), ((1, 3), (2, 1)), ((3,), (3, 1)), ((), (2,))]
+)
+def test_spreads(shape: tuple[int, ...], target: tuple[int, ...]) -> None:
+    one("Expand", counted(*shape), at(*target))
+    free("Expand", ("S", 1), at(2, 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("op", "index", "updates", "attributes", "checked"),
+    [
+        ("GatherND", (6, 2), None, {}, ["axis 0 of x", "axis 1 of x"]),
+        ("GatherND", (2, 6, 1), None, {"batch_dims": 1}, ["axis 1 of x"]),
+        ("ScatterND", (6, 2), (6, 4), {}, ["axis 0 of x", "axis 1 of x"]),
+        ("ScatterElements", (2, 3, 4), (2, 3, 4), {"axis": 1}, ["axis 1 of x"]),
+    ],
+)
+def test_an_index_that_is_checked_names_its_axis(
+    op: str, index: tuple[int, ...], updates: tuple[int, ...] | None, attributes: dict[str, int], checked: list[str]
+) -> None:
+    more = {} if updates is None else {"u": ("float32", updates)}
+    nodes = Nodes({"x": ("float32", (2, 3, 4)), "i": ("int64", index), **more})
+    graph = nodes.graph(nodes.add(op, *nodes.inputs, **attributes))
+    assert [each.what for each in graph.ops if isinstance(each, CheckedIndex)] == checked
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1])

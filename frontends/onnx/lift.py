@@ -258,8 +258,6 @@ class _Text:
         graph = Graph("model", first.inputs, first.outputs)
         size = next(iter(symbols_of(first.inputs[0].shape[1])))
         room = longest_sequence(graph, size, self.bodies.weights)
-        if room is not None and room < 2:
-            raise FrontendError(f"{self.model.path} has room for {room} positions: its tables of positions are damaged")
         declared = self.companions.max_positions
         context = max_context or min((n for n in (declared, room) if n is not None), default=_DEFAULT_CONTEXT)
         if room is not None and context > room:

@@ -60,7 +60,7 @@ def _reshape(t: Translation, node: Node, x: Item, shape: Item | None = None) -> 
     return reshape(x.value, target_shape(x.shape, target, bool(node.get("allowzero", 0))))
 
 
-def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: bool = False) -> list[int | Dim]:
+def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: bool) -> list[int | Dim]:
     """A reshape's target with 0 (the operand's size there) and -1 (what is left) settled."""
     sizes = [shape[i] if dim == 0 and not zero_is_zero and i < len(shape) else dim for i, dim in enumerate(target)]
     if -1 not in sizes:
@@ -295,14 +295,14 @@ def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) ->
     found = [start.numbers, limit.numbers, delta.numbers]
     if all(array is not None for array in found):
         begin, end, step = (array.reshape(()) for array in found)  # type: ignore[union-attr]
-        size = max(int(np.ceil((float(end) - float(begin)) / float(step))), 0)
+        size = max(_steps(begin, end, step), 0)
         if size <= SMALL:
             wide = begin.astype(np.float64) if begin.dtype.kind not in "iu" else begin
             return e.constant((wide + np.arange(size).astype(wide.dtype) * step.astype(wide.dtype)), start.dtype)
         length: int | Dim = size
     else:
         first, last = known(start, "the start")[0], known(limit, "the limit")[0]
-        step = integers(delta, "the step")[0]
+        step = _whole_step(delta)
         span = last - first if step > 0 else first - last
         length = (span + (abs(step) - 1)) // abs(step)
         if at_most(0, length) is not True:
@@ -372,3 +372,17 @@ def _center_crop_pad(t: Translation, node: Node, x: Item, shape: Item) -> Value:
             low[axis], high[axis] = (size - have) // 2, size - have - (size - have) // 2
             value = padded(value, low, high, like(0, value))
     return value
+
+
+def _steps(begin: Any, end: Any, step: Any) -> int:
+    """How many steps there are from `begin` to before `end`. Integers may be too large for floats to tell apart."""
+    if begin.dtype.kind in "iu":
+        return -(-(int(end) - int(begin)) // int(step))
+    return int(np.ceil((float(end) - float(begin)) / float(step)))
+
+
+def _whole_step(delta: Item) -> int:
+    step = numbers(delta, "the step").item()
+    if step != int(step):
+        raise SizeUnknown(f"in steps of {step} sizes are not counted: only whole steps are supported")
+    return int(step)

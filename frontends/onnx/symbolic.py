@@ -452,8 +452,8 @@ def _non_zero(t: Translation, node: Node, x: Item) -> Item:
 @folds("Range")
 def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) -> Objects:
     """Sizes in steps: from S to S + 4."""
-    first, last = _elements(start).reshape(-1)[0], _elements(limit).reshape(-1)[0]
-    step = integers(delta, "the step")[0]
+    first, last = (_whole(_elements(item).reshape(-1)[0]) for item in (start, limit))
+    step = _whole(_elements(delta).reshape(-1)[0])
     count = last - first
     if isinstance(count, Dim) or (count := -(-count // step)) > SMALL:
         raise DimError("how many depends on the sizes")

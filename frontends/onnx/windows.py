@@ -39,11 +39,6 @@ class Window:
     count: Size
     extra: int = 0
 
-    @property
-    def reach(self) -> int:
-        """From a window's first element to one past its last."""
-        return self.dilation * (self.kernel - 1) + 1
-
     def places(self) -> np.ndarray:
         """[count, kernel]: the element that each window has at each place, counted without padding."""
         if not isinstance(self.count, int):
