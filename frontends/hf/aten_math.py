@@ -76,7 +76,7 @@ for _names, _make in (
 
 def _logical(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
     def handler(t: Translation, node: Node, a: Meaning, b: Meaning) -> Value:
-        if "bitwise" in str(node.target) and promoted(a, b) != "bool":
+        if "logical" not in str(node.target) and promoted(a, b) != "bool":
             raise FrontendError(f"{node.name}: bitwise operations on integers are not supported")
         return make(_truth(t, a), _truth(t, b))
 
@@ -371,6 +371,10 @@ def _sdpa(
     assert isinstance(width, int)
     scale = width**-0.5 if scale is None else scale
     swap = (*range(q.rank - 3), q.rank - 2, q.rank - 3, q.rank - 1)
+    queries, keys = q.shape[-2], k.shape[-2]
+    if is_causal and queries != keys:
+        # torch's first query stands at the first key, whatever their numbers; ours stand at the end.
+        mask = e.LessEqual(s.Iota(keys), reshape(s.Iota(queries), (queries, 1)))
     if mask is None:
         q, k, v = (s.Transpose(x, swap) for x in (q, k, v))
         return s.Transpose(Attention(q, k, v, scale=scale, causal=is_causal), swap)
