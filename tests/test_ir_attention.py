@@ -99,6 +99,40 @@ def test_a_bias_that_hides_every_key_gives_zeros() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", [1, 2])
+def test_heads_share_keys_in_groups_of_any_size(shared: int) -> None:
+    arrays = operands((2,), 7, 9)
+    q = np.concatenate(arrays[:1] * shared, axis=-2)[..., : 2 * shared, :]
+    for found in both_ways(*attention((q, *arrays[1:]), None)):
+        for head in range(2 * shared):
+            alone = (q[..., head : head + 1, :], *(x[..., head // shared : head // shared + 1, :] for x in arrays[1:]))
+            np.testing.assert_allclose(
+                found[..., head, :], both_ways(*attention(alone, None))[0][..., 0, :], rtol=1e-12
+            )
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_scores_far_from_0_are_shared_as_those_near_it(shift: float) -> None:
+    arrays = operands((), 7, 9)
+    plain = both_ways(*attention(arrays, None))[0]
+    for found in both_ways(*attention(arrays, np.full((7, 9), shift))):
+        # Scores of 1000 have steps of 1e-13.
+        np.testing.assert_allclose(found, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "f16", "f16"), ("f16", "f32", "f32"), ("f32", "f32", "bf16")], ids=str)
+def test_keys_and_values_of_another_dtype_than_queries(dtypes: tuple[str, str, str]) -> None:
+    arrays = operands((), 7, 9)
+    values = [Input(n, Tensor(x.shape, d)) for n, x, d in zip("qkv", arrays, dtypes, strict=True)]
+    sinks, slopes, bias = (
+        Input(n, Tensor((HEADS, *more), "bf16")) for n, more in (("s", ()), ("l", ()), ("b", (7, 9)))
+    )
+    given = (*arrays, *(RNG.standard_normal(x.shape) for x in (sinks, slopes, bias)))
+    op = Attention(*values, sinks, slopes, bias, scale=0.4, window=4)
+    first, second = both_ways(op, dict(zip((*values, sinks, slopes, bias), given, strict=True)))
+    np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12)
+
+
 def test_a_capped_score_is_capped_before_the_bias() -> None:
     arrays, bias = operands((), 7, 9), RNG.standard_normal((HEADS, 7, 9))
     bias[:, :, 3] = -np.inf

@@ -133,6 +133,7 @@ REFUSED: dict[str, tuple[Callable[[], Op], str]] = {
     "attention of ranks": (lambda: a.Attention(x(1, 3, 6, 8), K, V), "one rank"),
     "attention of a value's rank": (lambda: a.Attention(Q, K, x(1, 5, 2, 4)), "one rank"),
     "attention of other keys": (lambda: a.Attention(Q, x(5, 2, 7), V), "different sizes"),
+    "attention of longer keys": (lambda: a.Attention(Q, x(5, 2, 9), V), "different sizes"),
     "attention of fewer values": (lambda: a.Attention(Q, K, x(4, 2, 4)), "keys and values"),
     "attention of other value heads": (lambda: a.Attention(Q, K, x(5, 1, 4)), "keys and values"),
     "attention of batches": (
