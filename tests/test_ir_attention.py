@@ -9,10 +9,11 @@ import pytest
 
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.encoded import PAGE, Pages
 from llmc.compiler.ir.evaluate import evaluate_values
-from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.llm import Attention, PagedAttention
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.types import KV, Array, Tensor, precise
 from llmc.errors import IRError
 
 RNG = np.random.default_rng(11)
@@ -150,6 +151,55 @@ def test_a_bias_of_a_symbolic_size_fits() -> None:
     bias = Input("bias", Tensor((HEADS, size, size), "f32"))
     op = Attention(q, k, v, None, None, bias, causal=False)
     assert op.decompose().type == op.type == Tensor((1, size, HEADS, DIM), "f32")
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (7, 0), (3, 2)])
+@pytest.mark.parametrize("window", [0, 3])
+def test_queries_of_a_symbolic_size_stand_at_the_last_keys(queries: int, keys: int, window: int) -> None:
+    """`keys` more than there are queries."""
+    t, s = symbol("T", 1), symbol("S", 0)
+    arrays = operands((), queries, queries + keys)
+    values = [
+        Input(n, Tensor((size, *x.shape[1:]), "f32"))
+        for n, x, size in zip("qkv", arrays, (t, t + s, t + s), strict=True)
+    ]
+    op = Attention(*values, scale=0.4, window=window)
+    expected = by_hand(*arrays, np.zeros((HEADS, queries, queries + keys)), True, window, 0.4)
+    given: dict[Value, Array] = dict(zip(values, arrays, strict=True))
+    with precise():
+        found = evaluate_values([op, op.decompose()], given, lambda name: np.zeros(0), {"T": queries, "S": keys})
+    for one in found.values():
+        np.testing.assert_allclose(np.asarray(one), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_paged_attention_to_both_sides_is_attention_over_each_sequence(biased: bool) -> None:
+    """Sequences of 37 and 3 tokens, in tiles of 16 at most, at pages in no order; a bias by distance up to 40."""
+    lengths, span = (37, 3), 40
+    parts = [operands((), n, n) for n in lengths]
+    kind = KV(KV_HEADS, DIM, VALUE_DIM, "f32")
+    table, starts = np.array([[2, 0], [1, 0]], np.int32), np.array([0, *np.cumsum(lengths)], np.int32)
+    bias = RNG.standard_normal((HEADS, 2 * span - 1)) if biased else None
+    with precise():
+        pages = Pages.empty(kind, 3)
+        for i, (_, k, v) in enumerate(parts):
+            at = np.arange(lengths[i])
+            pages = pages.append(k, v, table[i, at // PAGE] * PAGE + at % PAGE)
+    tiles = [(i, starts[i] + p, min(16, n - p), p) for i, n in enumerate(lengths) for p in range(0, n, 16)]
+    arrays = [np.concatenate([q for q, _, _ in parts]), np.array(tiles, np.int32), table, starts]
+    names = [Input(n, Tensor(x.shape, d)) for n, x, d in zip("qtbs", arrays, ("f32", "i32", "i32", "i32"), strict=True)]
+    cache, added = Input("cache", kind), Input("bias", Tensor((HEADS, 2 * span - 1), "f32"))
+    q, tile, block_table, rows = names
+    op = PagedAttention(
+        q, cache, tile, block_table, starts=rows, bias=added if biased else None, scale=0.4, causal=False
+    )
+    given: dict[Value, object] = {**dict(zip(names, arrays, strict=True)), cache: pages, added: bias}
+    with precise():
+        found = np.asarray(evaluate_values([op], given, lambda name: np.zeros(0), {})["0"])  # type: ignore[arg-type]
+    for i, n in enumerate(lengths):
+        distance = np.arange(n)[None, :] - np.arange(n)[:, None] + span - 1
+        expected = by_hand(*parts[i], np.zeros((HEADS, n, n)) if bias is None else bias[:, distance], False, 0, 0.4)
+        np.testing.assert_allclose(found[starts[i] : starts[i + 1]], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 9), (7, 8), (1, 3, HEADS, 7, 9), (2, HEADS, 7, 9)], ids=str)
