@@ -125,6 +125,7 @@ REFUSED: dict[str, tuple[Callable[[], Op], str]] = {
     "angles of a matrix": (lambda: llm.RopeAngles(at(3, 1), x(2)), r"positions \[T\]"),
     "angles by a matrix": (lambda: llm.RopeAngles(at(3), x(2, 1)), r"frequencies \[pairs\]"),
     "rope of a matrix": (lambda: llm.Rope(x(3, 8), x(3, 2, 4)), "not rank 2"),
+    "rope of a batch": (lambda: llm.Rope(x(3, 1, 8, 1), x(3, 2, 4)), "not rank 4"),
     "rope by a matrix": (lambda: llm.Rope(x(3, 1, 8), x(3, 2)), "needs angles"),
     "rope by three": (lambda: llm.Rope(x(3, 1, 8), x(3, 3, 4)), "needs angles"),
     "rope of other tokens": (lambda: llm.Rope(x(2, 1, 8), x(3, 2, 4)), "different token counts"),
