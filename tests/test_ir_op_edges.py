@@ -231,3 +231,34 @@ def test_activations_of_zeros_and_of_none_are_rounded() -> None:
     for shape in ((2, 21), (0, 21), (2, 8), (1,)):
         x = Input("x", Tensor(shape, "f32"))
         assert not run(llm.QuantizeActivations(x, 8), {x: np.zeros(shape, np.float32)}).any()
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_scales_and_zeros_of_blocks_broadcast_like_any_others(block: int, axis: int) -> None:
+    """Of [7, 7, 7] integers: one a block of an axis, or one for all of it, with all leading axes or without some."""
+    rng = np.random.default_rng(3)
+    q = rng.integers(-8, 8, (7, 7, 7))
+    count = -(-7 // block)
+    whole = [tuple(count if i == axis else 7 for i in range(3)), tuple(count if i == axis else 1 for i in range(3))]
+    shapes = [*whole, tuple(1 if i == axis else 7 for i in range(3)), (), (1,)]
+    shapes += [shape[start:] for shape in whole for start in (1, 2)]
+    for shape in shapes:
+        scales, zeros = rng.random(shape), rng.integers(-3, 3, shape)
+        values = [
+            Input(n, Tensor(x.shape, d)) for n, x, d in zip("qsz", (q, scales, zeros), ("i8", "f64", "i8"), strict=True)
+        ]
+        op = integers.ScaleIntegers(values[0], values[1], values[2], axis, block)
+
+        def spread(values: Array, shape: tuple[int, ...] = shape) -> Array:
+            full = values.reshape((1,) * (3 - len(shape)) + shape)
+            return full if full.shape[axis] == 1 else full.take(np.arange(7) // block, axis)
+
+        given = dict(zip(values, (q.astype(np.int8), scales, zeros.astype(np.int8)), strict=True))
+        expected = (q - spread(zeros)) * spread(scales)
+        np.testing.assert_allclose(run(op, given), expected, rtol=1e-15)
+        np.testing.assert_allclose(run(op.decompose(), given), expected, rtol=1e-15)
+
+
+def test_nibbles_of_a_vector() -> None:
+    assert of(integers.UnpackNibbles, np.array([0x21, 0xF0], np.uint8)).tolist() == [1, 2, 0, 15]
