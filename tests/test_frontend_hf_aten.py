@@ -77,6 +77,10 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     ),
     "division towards zero": (lambda n: torch.div(n - 3, 2, rounding_mode="trunc"), (N,)),
     "extremes of two": (lambda x, y: torch.max(x, y) - torch.min(x, y) + torch.maximum(x, y) * x.max(), (X, Y)),
+    "a scalar tensor follows when compared": (
+        lambda x: (x.bfloat16() <= torch.full((), 0.1)) & (x >= torch.full((), 0.1).half()),
+        (torch.full((3,), 0.1),),
+    ),
     "compare integers with a float": (lambda n: n <= 1.5, (N,)),
     "logical": (lambda n: torch.logical_and(n, n > 1) ^ torch.logical_not(n), (N,)),
     "where with numbers": (lambda x: torch.where(x > 0, x, -1.0), (X,)),

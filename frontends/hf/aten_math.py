@@ -15,7 +15,18 @@ from llmc.compiler.ir.llm import Attention, LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS
 from llmc.errors import FrontendError
-from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, promoted, reshape
+from llmc.frontends.hf.aten import (
+    Meaning,
+    Scalar,
+    Translation,
+    axis,
+    broadcast,
+    cast,
+    dtype_name,
+    handles,
+    promoted,
+    reshape,
+)
 
 Node = torch.fx.Node
 
@@ -60,7 +71,15 @@ def _div(t: Translation, node: Node, a: Meaning, b: Meaning, rounding_mode: str 
 
 
 def _comparison(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
-    return lambda t, node, a, b: make(*t.pair(a, b))
+    def handler(t: Translation, node: Node, a: Meaning, b: Meaning) -> Value:
+        tensors = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, Node)]
+        if len(tensors) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            # A scalar tensor follows the other operand here, too: it is rounded to it before they are compared.
+            dtype = dtype_name(torch.result_type(*tensors))
+            return make(t.tensor(a, dtype), t.tensor(b, dtype))
+        return make(*t.pair(a, b))
+
+    return handler
 
 
 for _names, _make in (
