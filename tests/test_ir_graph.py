@@ -117,6 +117,18 @@ def paged(readers: str) -> Graph:
     return Graph("g", inputs, outputs)
 
 
+def test_a_cache_that_branches_is_rejected_after_one_that_is_only_read() -> None:
+    cache, x = Input("cache.1", KV(1, 4, 4, "f32")), an_input("x", S, 1, 4)
+    slots = an_input("slots", S, dtype="i32")
+    read = paged("before")
+    q, tiles, table, other = (read.input(name) for name in ("q", "tiles", "block_table", "cache.0"))
+    reader = PagedAttention(q, other, tiles, table)
+    appends = [KVAppend(cache, x, made, slots) for made in (x, Neg(x))]
+    outputs = (("read", reader), *((f"next{i}", append) for i, append in enumerate(appends)))
+    with pytest.raises(IRError, match="appended to 2 times"):
+        verify(Graph("g", (q, tiles, table, other, cache, x, slots), outputs))
+
+
 def test_a_cache_is_read_before_it_is_overwritten() -> None:
     verify(paged("before"))
 
