@@ -71,6 +71,16 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "powers": (lambda x: x**2 + x**3 + x.abs() ** 0.5 + (x.abs() + 1) ** -0.5 + x.abs() ** 1.7, (X,)),
     "power of a number": (lambda x: torch.pow(10000.0, x), (X,)),
     "comparisons": (lambda x, y: (x < y) | (x > 0.5) & (x != y) | ~(x >= y), (X, Y)),
+    "arithmetic with a factor": (
+        lambda x, y: torch.rsub(x, y, alpha=2) + torch.sub(x, y, alpha=3) + torch.rsub(x, 2.0, alpha=0.5),
+        (X, Y),
+    ),
+    "division towards zero": (lambda n: torch.div(n - 3, 2, rounding_mode="trunc"), (N,)),
+    "extremes of two": (lambda x, y: torch.max(x, y) - torch.min(x, y) + torch.maximum(x, y) * x.max(), (X, Y)),
+    "a scalar tensor follows when compared": (
+        lambda x: (x.bfloat16() <= torch.full((), 0.1)) & (x >= torch.full((), 0.1).half()),
+        (torch.full((3,), 0.1),),
+    ),
     "compare integers with a float": (lambda n: n <= 1.5, (N,)),
     "logical": (lambda n: torch.logical_and(n, n > 1) ^ torch.logical_not(n), (N,)),
     "where with numbers": (lambda x: torch.where(x > 0, x, -1.0), (X,)),
@@ -85,8 +95,29 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     "layer norm": (lambda x, w, b: F.layer_norm(x, (5,), w, b, 1e-3), (X, floats(5), floats(5, seed=3))),
     "layer norm without weights": (lambda x: F.layer_norm(x, (5,)), (X,)),
     "rms norm": (lambda x, w: F.rms_norm(x, (5,), w, 1e-3), (X, floats(5))),
+    "rms norm of halves": (
+        lambda x: F.rms_norm(x.bfloat16(), (5,)).float() + F.rms_norm(x.half(), (5,), eps=0.1),
+        (X,),
+    ),
     "reductions": (lambda x: x.mean(-1) + x.sum((0, 2))[None] + x.amax(2) + x.amin(-1), (X,)),
     "variance": (lambda x: x.var(-1) + x.var(-1, unbiased=False), (X,)),
+    "reductions that keep their axes": (
+        lambda x: (
+            x.max(-1, keepdim=True)[1]
+            + x.max(1, keepdim=True)[0]
+            + x.argmax(-2, keepdim=True)
+            + x.sum(-2, keepdim=True)
+            + x.mean((0, -1), keepdim=True)
+            + x.var((0, 2), keepdim=True, correction=2)
+        ),
+        (X,),
+    ),
+    "reductions of everything": (
+        lambda x, n: x.sum() + x.mean() + x.amax() + x.any() + x.all() + x.var(correction=0) + n.sum() + n.any(),
+        (X, N),
+    ),
+    "variance and mean": (lambda x: torch.var_mean(x, 1)[0] * torch.var_mean(x, 1, correction=0)[1], (X,)),
+    "vector norms": (lambda x: torch.linalg.vector_norm(x, dim=(0, -1)) + x.norm(dim=1, keepdim=True).sum(), (X,)),
     "max with indices": (lambda x: x.max(1)[0] + x.max(1)[1] + x.argmax(1), (X,)),
     "any and all": (lambda x: (x > 1).any(1) ^ (x > -1).all(1), (X,)),
     "cumsum": (lambda n: n.cumsum(1), (N,)),
@@ -99,6 +130,18 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
     ),
     "linear": (lambda x, w, b: F.linear(x, w, b), (X, floats(4, 5), floats(4))),
     "addmm": (lambda b, x, w: torch.addmm(b, x, w, beta=0.5, alpha=2), (floats(4), floats(3, 5), floats(5, 4))),
+    "addmm without the first": (
+        lambda b, x, w: torch.addmm(b, x, w, beta=0) + torch.addmm(b, x, w, alpha=-0.5),
+        (floats(4), floats(3, 5), floats(5, 4)),
+    ),
+    "vector times vector": (
+        lambda a, b, w: a @ b + F.linear(a, w) + F.linear(a, w, b[:4]),
+        (floats(5), floats(5, seed=1), floats(4, 5)),
+    ),
+    "einsum with letters in other orders": (
+        lambda a, b: torch.einsum("qbd, kdb -> kqb", a, b),
+        (floats(2, 3, 4), floats(5, 4, 3)),
+    ),
     "baddbmm": (lambda c, a, b: torch.baddbmm(c, a, b), (floats(3, 7, 2), X, floats(3, 5, 2))),
     "matrix times vector": (lambda x, v: x @ v, (X, floats(5))),
     "vector times matrix": (lambda v, x: v @ x, (floats(7), X)),
@@ -114,30 +157,86 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, torch.ones(4, 4).tril().bool(), enable_gqa=True),
         (Q, K, V),
     ),
+    "causal attention of fewer queries": (
+        lambda q, k, v: F.scaled_dot_product_attention(q[:, :, :3], k, v, is_causal=True, enable_gqa=True),
+        (Q, K, V),
+    ),
+    "causal attention of more queries": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, q[:, :, 1:], q[:, :, :3], is_causal=True),
+        (Q, K, V),
+    ),
     "biased attention": (lambda q, b: F.scaled_dot_product_attention(q, q, q, b), (Q, floats(4, 4))),
     "views": (lambda x: x.reshape(3, -1).unsqueeze(1).squeeze().unflatten(1, (5, 7)).flatten(0, 1), (X,)),
     "permutations": (lambda x: x.permute(2, 0, 1).transpose(-1, 0).swapaxes(0, 1), (X,)),
     "expand": (lambda x: x[:, :1].expand(-1, 4, -1), (X,)),
     "slices": (lambda x: x[1:, -3:, 1::2] + x[:2, :3, ::2][..., :2], (X,)),
     "select": (lambda x: x[-1] + x[:, 2:3].sum() + x.select(1, -2).sum(), (X,)),
+    "slices that go beyond": (
+        lambda x: x[:, -10:] + torch.cat([x[:, 9:], x[:, 5:99], x[:, -99:-2]], 1) + x.narrow(1, -7, 7),
+        (X,),
+    ),
+    "slices with a step": (lambda x: x[:, 1:6:2] + x[:, -6:-1:2] + x[:, ::3] + x.narrow(1, 2, 3), (X,)),
+    "pieces from behind": (
+        lambda x: (
+            torch.stack([*x.split(2, -1)[:2], *x.chunk(3, -1)[:2], *x.tensor_split(2, -1)[1:]], 1)
+            + torch.stack(x.unbind(-3)[:2], 0).sum()
+        ),
+        (X,),
+    ),
     "split and chunk": (lambda x: torch.cat([*x.split([2, 5], 1), *x.chunk(3, 2)][:2], 1), (X,)),
     "unbind and stack": (lambda x: torch.stack(x.unbind(1), -1), (X,)),
     "repeat": (lambda x: x.repeat(2, 1, 3), (X,)),
     "repeat to a higher rank": (lambda x: x.repeat(2, 1, 1, 2), (X,)),
+    "repeat interleave of all": (lambda x: x.repeat_interleave(2) + x.repeat_interleave(2, -1).flatten(), (X,)),
+    "turned matrices": (lambda x: x[0].t() @ x[0] + x[1].T @ x[1] + x[2].swapdims(0, -1) @ x[2], (X,)),
+    "joined with nothing": (lambda x, n: torch.cat([torch.zeros(0), x[0, 0], n[0, 0]]), (X, N)),
     "repeat interleave": (lambda x: x.repeat_interleave(3, dim=1), (X,)),
     "flip": (lambda x: x.flip(0, 2), (X,)),
     "pad": (lambda x: F.pad(x, (1, 2, -1, 1), value=3.0), (X,)),
+    "pad and cut": (lambda x: F.pad(x, (-1, -2, 0, 3, -1, 0)) + F.pad(x[1:, :, :2], (0, 0, 3, 0), value=None), (X,)),
     "roll by concatenation": (lambda x: torch.cat((-x[..., 2:], x[..., :2]), -1), (X,)),
     "embedding": (lambda t, n: F.embedding(n, t), (floats(5, 4), N)),
     "gather": (lambda x, n: x.gather(2, n[..., :2]), (X, N)),
     "index select": (lambda x, n: x.index_select(2, n[0, 0]), (X, N)),
     "index by one": (lambda x, n: x[:, n[0, 0]], (X, N)),
     "index by several": (lambda x, n: x[n[0] % 3, n[1]], (X, N)),
+    "index by several that broadcast": (lambda x, n: x[:, n[0, :, :1], n[0, 0]], (X, N)),
+    "index by three": (lambda x, n: x[n[0] % 3, n[1], n[2]], (X, N)),
     "index from the end": (lambda x, n: x[:, -1 - n[0, 0] % 3, -1 - n[0, 1] % 2], (X, N)),
     "write a slice": (lambda x, y: torch.slice_scatter(x, y[:, :2], 1, 3, 5), (X, Y)),
+    "write slices at the ends": (
+        lambda x, y: (
+            torch.slice_scatter(x, y[:, :2], 1, -2)
+            + torch.slice_scatter(x, y[:, 1:3], 1, 0, 2)
+            + torch.slice_scatter(x, y, -1)
+        ),
+        (X, Y),
+    ),
+    "write numbers along other axes": (
+        lambda x, n: x.scatter(0, n[:1] % 3, 2.0) + x.scatter(-1, n[..., :1], -1.0),
+        (X, N),
+    ),
     "write a number": (lambda x, n: x.scatter(1, n[:, :2], 9.0), (X, N)),
     "make": (lambda x: torch.zeros_like(x) + torch.ones(5) + torch.full((7, 1), 2.5) + x.new_full((1,), 3.0), (X,)),
+    "make as asked": (
+        lambda x: (
+            torch.full_like(x, 2.5)
+            + torch.zeros(7, 1)
+            + torch.scalar_tensor(3.0)
+            + (x * 1).fill_(2.0)
+            + (x * 1).copy_(x[:1])
+            + x.new_zeros(5)
+            + x.new_ones(1)
+            + torch.ones_like(x)
+        ),
+        (X,),
+    ),
+    "arange with fractions": (
+        lambda x: x + torch.arange(0.5, 3.0, 0.5) + torch.arange(5.0) + torch.arange(9, -1, -2),
+        (X,),
+    ),
     "arange": (lambda x: x + torch.arange(5) + torch.arange(2, 7) + torch.arange(1, 11, 2), (X,)),
+    "triangles of integers": (lambda n: n.tril(-2) + n.triu(2) + (n > 2).tril() + n.triu(), (N,)),
     "triangles": (lambda x: x.tril(1) + x.triu(-1) + x.tril() * 2, (X,)),
     "casts": (lambda x: x.bfloat16().float() + x.half().float() + x.int() + x.long() + x.bool(), (X,)),
     "complex rotation": (
@@ -147,6 +246,19 @@ CASES: dict[str, tuple[Function, tuple[torch.Tensor, ...]]] = {
         (floats(3, 7, 4), floats(3, 2)),
     ),
     "one hot": (lambda n: F.one_hot(n, 5), (N,)),
+    "complex parts": (
+        lambda x, a: (
+            (torch.complex(x, a) * torch.polar(a.abs(), x)).real
+            + (torch.complex(x, a) * 2.0).imag
+            + (a * torch.complex(a, x)).transpose(0, 1).reshape(2, 3).imag
+        ),
+        (floats(2, 3), floats(2, 3, seed=1)),
+    ),
+    "limits by tensors": (
+        lambda x, y: torch.clamp(x, y - 1, y + 1) + torch.clamp_min(x, 0.2) + torch.clamp_max(x, y),
+        (X, Y),
+    ),
+    "powers of integers": (lambda n: n**2 + n**3 + torch.pow(n, n) + 2**n, (N,)),
     "changed in place": (lambda x: (x * 1).add_(2).mul_(3).masked_fill_(x > 0, 0.0), (X,)),
 }
 
@@ -166,6 +278,27 @@ def test_all_unsupported_ops_are_listed_at_once() -> None:
         translated(lambda x: torch.fft.rfft(x).abs() + torch.special.i0(x[..., :3]) + torch.special.i0(x[..., 1:4]), X)
     assert "special_i0" in str(caught.value) or "i0" in str(caught.value)
     assert "(2x" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x, n: torch.div(x, 0.3, rounding_mode="trunc"), "rounded towards zero"),
+        (lambda x, n: n & 1, "bitwise operations on integers"),
+        (lambda x, n: F.layer_norm(x, (7, 5)), "a norm over 2 axes"),
+        (lambda x, n: F.rms_norm(x, (7, 5)), "a norm over 2 axes"),
+        (lambda x, n: torch.linalg.vector_norm(x, 1, dim=1), "a norm of order 1"),
+        (lambda x, n: F.pad(x, (1, 1), mode="reflect"), "not supported"),
+        (lambda x, n: x[n[0] % 3, :, n[0] % 2], r"indices on axes \[0, 2\]"),
+        (lambda x, n: torch.slice_scatter(x, x[:, :3], 1, 0, 6, 2), "every 2th element"),
+        (lambda x, n: x.scatter(1, n[:2, :2], 9.0), "scattering over a part"),
+        (lambda x, n: torch.einsum("abc,abc->ab", x, x).sum() + torch.einsum("abc,dbc->a", x, x), "einsum"),
+        (lambda x, n: torch.complex(x, x).tanh().real, "of complex numbers"),
+    ],
+)
+def test_what_is_not_translated_is_refused(function: Function, message: str) -> None:
+    with pytest.raises(FrontendError, match=message):
+        translated(function, X, N)
 
 
 def test_ops_that_the_output_does_not_need_may_be_unsupported() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import constant
+from llmc.compiler.ir.encoded import PAGE, Pages
 from llmc.compiler.ir.evaluate import evaluate_values
-from llmc.compiler.ir.llm import Attention
+from llmc.compiler.ir.llm import Attention, PagedAttention
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.types import KV, Array, Tensor, precise
 from llmc.errors import IRError
 
 RNG = np.random.default_rng(11)
@@ -99,6 +100,40 @@ def test_a_bias_that_hides_every_key_gives_zeros() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", [1, 2])
+def test_heads_share_keys_in_groups_of_any_size(shared: int) -> None:
+    arrays = operands((2,), 7, 9)
+    q = np.concatenate(arrays[:1] * shared, axis=-2)[..., : 2 * shared, :]
+    for found in both_ways(*attention((q, *arrays[1:]), None)):
+        for head in range(2 * shared):
+            alone = (q[..., head : head + 1, :], *(x[..., head // shared : head // shared + 1, :] for x in arrays[1:]))
+            np.testing.assert_allclose(
+                found[..., head, :], both_ways(*attention(alone, None))[0][..., 0, :], rtol=1e-12
+            )
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_scores_far_from_0_are_shared_as_those_near_it(shift: float) -> None:
+    arrays = operands((), 7, 9)
+    plain = both_ways(*attention(arrays, None))[0]
+    for found in both_ways(*attention(arrays, np.full((7, 9), shift))):
+        # Scores of 1000 have steps of 1e-13.
+        np.testing.assert_allclose(found, plain, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtypes", [("f32", "f16", "f16"), ("f16", "f32", "f32"), ("f32", "f32", "bf16")], ids=str)
+def test_keys_and_values_of_another_dtype_than_queries(dtypes: tuple[str, str, str]) -> None:
+    arrays = operands((), 7, 9)
+    values = [Input(n, Tensor(x.shape, d)) for n, x, d in zip("qkv", arrays, dtypes, strict=True)]
+    sinks, slopes, bias = (
+        Input(n, Tensor((HEADS, *more), "bf16")) for n, more in (("s", ()), ("l", ()), ("b", (7, 9)))
+    )
+    given = (*arrays, *(RNG.standard_normal(x.shape) for x in (sinks, slopes, bias)))
+    op = Attention(*values, sinks, slopes, bias, scale=0.4, window=4)
+    first, second = both_ways(op, dict(zip((*values, sinks, slopes, bias), given, strict=True)))
+    np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12)
+
+
 def test_a_capped_score_is_capped_before_the_bias() -> None:
     arrays, bias = operands((), 7, 9), RNG.standard_normal((HEADS, 7, 9))
     bias[:, :, 3] = -np.inf
@@ -116,6 +151,55 @@ def test_a_bias_of_a_symbolic_size_fits() -> None:
     bias = Input("bias", Tensor((HEADS, size, size), "f32"))
     op = Attention(q, k, v, None, None, bias, causal=False)
     assert op.decompose().type == op.type == Tensor((1, size, HEADS, DIM), "f32")
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (7, 0), (3, 2)])
+@pytest.mark.parametrize("window", [0, 3])
+def test_queries_of_a_symbolic_size_stand_at_the_last_keys(queries: int, keys: int, window: int) -> None:
+    """`keys` more than there are queries."""
+    t, s = symbol("T", 1), symbol("S", 0)
+    arrays = operands((), queries, queries + keys)
+    values = [
+        Input(n, Tensor((size, *x.shape[1:]), "f32"))
+        for n, x, size in zip("qkv", arrays, (t, t + s, t + s), strict=True)
+    ]
+    op = Attention(*values, scale=0.4, window=window)
+    expected = by_hand(*arrays, np.zeros((HEADS, queries, queries + keys)), True, window, 0.4)
+    given: dict[Value, Array] = dict(zip(values, arrays, strict=True))
+    with precise():
+        found = evaluate_values([op, op.decompose()], given, lambda name: np.zeros(0), {"T": queries, "S": keys})
+    for one in found.values():
+        np.testing.assert_allclose(np.asarray(one), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_paged_attention_to_both_sides_is_attention_over_each_sequence(biased: bool) -> None:
+    """Sequences of 37 and 3 tokens, in tiles of 16 at most, at pages in no order; a bias by distance up to 40."""
+    lengths, span = (37, 3), 40
+    parts = [operands((), n, n) for n in lengths]
+    kind = KV(KV_HEADS, DIM, VALUE_DIM, "f32")
+    table, starts = np.array([[2, 0], [1, 0]], np.int32), np.array([0, *np.cumsum(lengths)], np.int32)
+    bias = RNG.standard_normal((HEADS, 2 * span - 1)) if biased else None
+    with precise():
+        pages = Pages.empty(kind, 3)
+        for i, (_, k, v) in enumerate(parts):
+            at = np.arange(lengths[i])
+            pages = pages.append(k, v, table[i, at // PAGE] * PAGE + at % PAGE)
+    tiles = [(i, starts[i] + p, min(16, n - p), p) for i, n in enumerate(lengths) for p in range(0, n, 16)]
+    arrays = [np.concatenate([q for q, _, _ in parts]), np.array(tiles, np.int32), table, starts]
+    names = [Input(n, Tensor(x.shape, d)) for n, x, d in zip("qtbs", arrays, ("f32", "i32", "i32", "i32"), strict=True)]
+    cache, added = Input("cache", kind), Input("bias", Tensor((HEADS, 2 * span - 1), "f32"))
+    q, tile, block_table, rows = names
+    op = PagedAttention(
+        q, cache, tile, block_table, starts=rows, bias=added if biased else None, scale=0.4, causal=False
+    )
+    given: dict[Value, object] = {**dict(zip(names, arrays, strict=True)), cache: pages, added: bias}
+    with precise():
+        found = np.asarray(evaluate_values([op], given, lambda name: np.zeros(0), {})["0"])  # type: ignore[arg-type]
+    for i, n in enumerate(lengths):
+        distance = np.arange(n)[None, :] - np.arange(n)[:, None] + span - 1
+        expected = by_hand(*parts[i], np.zeros((HEADS, n, n)) if bias is None else bias[:, distance], False, 0, 0.4)
+        np.testing.assert_allclose(found[starts[i] : starts[i + 1]], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 9), (7, 8), (1, 3, HEADS, 7, 9), (2, HEADS, 7, 9)], ids=str)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
 
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, constant
-from llmc.compiler.ir.evaluate import evaluate, evaluate_values
+from llmc.compiler.ir.encoded import Pages
+from llmc.compiler.ir.evaluate import bind_symbols, evaluate, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
 from llmc.compiler.ir.llm import KVAppend, Linear, PagedAttention
 from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.structural import Concat, Matmul, Reshape, Slice
+from llmc.compiler.ir.structural import Concat, Iota, Matmul, Reshape, Slice
 from llmc.compiler.ir.types import KV, Tensor, dtype_of, is_precise, parse_encoding, precise
 from llmc.compiler.ir.verify import verify
 from llmc.errors import DimError, IRError
 
-S = symbol("S", 2, 40)
+S, T = symbol("S", 2, 40), symbol("T", 1)
 
 
 def an_input(name: str = "x", *shape: object, dtype: str = "f32") -> Input:
@@ -95,9 +97,6 @@ def test_a_cache_that_branches_is_rejected() -> None:
     verify(Graph("g", (x, slots, cache), (("a", KVAppend(one, x, x, slots)),)))
 
 
-T = symbol("T", 1)
-
-
 def paged(readers: str) -> Graph:
     """Two appends to one cache, and readers of the version between: the second append's keys come of them, or not."""
     q, k, v = (Input(name, Tensor((T, 2, 16), "f32")) for name in "qkv")
@@ -116,6 +115,18 @@ def paged(readers: str) -> Graph:
         after = Add(after, PagedAttention(early, first, tiles, table))
     outputs = (("a", after), ("next", first if readers == "kept" else second))
     return Graph("g", inputs, outputs)
+
+
+def test_a_cache_that_branches_is_rejected_after_one_that_is_only_read() -> None:
+    cache, x = Input("cache.1", KV(1, 4, 4, "f32")), an_input("x", S, 1, 4)
+    slots = an_input("slots", S, dtype="i32")
+    read = paged("before")
+    q, tiles, table, other = (read.input(name) for name in ("q", "tiles", "block_table", "cache.0"))
+    reader = PagedAttention(q, other, tiles, table)
+    appends = [KVAppend(cache, x, made, slots) for made in (x, Neg(x))]
+    outputs = (("read", reader), *((f"next{i}", append) for i, append in enumerate(appends)))
+    with pytest.raises(IRError, match="appended to 2 times"):
+        verify(Graph("g", (q, tiles, table, other, cache, x, slots), outputs))
 
 
 def test_a_cache_is_read_before_it_is_overwritten() -> None:
@@ -172,6 +183,27 @@ def test_a_graph_holds_what_its_outputs_need_operands_first() -> None:
     assert [symbol.name for symbol in graph.symbols] == ["S"]
 
 
+def test_a_size_that_only_an_attribute_names_is_a_symbol_of_the_graph() -> None:
+    x = an_input("x", S)
+    graph = Graph("g", (x,), (("y", Concat((Slice(Iota(T + 1), 0, T, T + 1), Iota(T)), 0)),))
+    assert [symbol.name for symbol in graph.symbols] == ["S", "T"]
+    assert not graph.constants
+    count = Iota(3)
+    assert count in Graph("g", (), (("y", count),)).constants
+
+
+def test_a_stored_constant_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        constant([1.0, 2.0]).value.array[0] = 5
+
+
+def test_an_operand_after_an_absent_one_is_rewritten() -> None:
+    x, w, residual = an_input(), Param("w", Tensor((4, 4), "f32")), an_input("residual")
+    graph = Graph("g", (x, residual), (("y", Linear(x, w, None, Neg(residual))),))
+    found = rewrite(graph, lambda op: op.x if isinstance(op, Neg) else None).output("y")
+    assert isinstance(found, Linear) and found.residual is residual and found.bias is None
+
+
 def test_a_deep_graph_needs_no_deep_stack() -> None:
     value: Value = an_input()
     source = value
@@ -203,6 +235,8 @@ def test_an_input_that_is_replaced_is_no_input_any_more() -> None:
     x, z = an_input(), an_input("z")
     graph = substitute_values(Graph("g", (x, z), (("y", Add(x, z)),)), {z: constant(1.0, "f32")})
     assert [value.name for value in graph.inputs] == ["x"]
+    unused = substitute_values(Graph("g", (x, z), (("y", Neg(x)),)), {z: constant(1.0, "f32")})
+    assert [value.name for value in unused.inputs] == ["x"]
 
 
 def test_evaluation_binds_symbols_from_shapes() -> None:
@@ -214,6 +248,48 @@ def test_evaluation_binds_symbols_from_shapes() -> None:
         evaluate(graph, {"x": ones, "y": np.ones(6, np.float32)}, no_params)
     with pytest.raises(IRError, match="input x has shape"):
         evaluate(graph, {"x": ones[None], "y": ones}, no_params)
+
+
+@pytest.mark.parametrize(
+    ("dim", "size", "expected"),
+    [
+        (S, 5, {"S": 5}), (S + 1, 6, {"S": 5}), (S - 2, 3, {"S": 5}), (7, 7, {}), (2 * S, 10, {}), (2 * S + 1, 11, {}),
+        (S + T, 9, {}), (S + T + 1, 10, {}), (S * T, 20, {}), (S * S, 25, {}), (S * S + 1, 26, {}), (S * T + 1, 21, {}),
+        (S // 2, 2, {}), (S // 2 + 1, 3, {}), (S - T, 1, {}), (3 - S, 1, {}), (S * S + S, 30, {}),
+    ],
+)  # fmt: skip
+def test_sizes_are_read_off_where_one_symbol_is_plain(dim: object, size: int, expected: dict[str, int]) -> None:
+    cache = Input("cache", KV(1, 4, 4, "f32"))
+    x = an_input("x", dim)
+    given = {"cache": Pages.empty(cache.kv, 1), "x": np.ones(size, np.float32)}
+    assert bind_symbols(Graph("g", (cache, x), (("y", x),)), given) == expected
+    y = an_input("y", S + 1, 2)
+    both = {**given, "y": np.ones((6, 2), np.float32)}
+    assert bind_symbols(Graph("g", (cache, x, y), (("y", x),)), both) == {"S": 5}
+    for other in (5, 7):
+        if expected:
+            with pytest.raises(IRError, match=f"input y: S is {other - 1} here and 5 elsewhere"):
+                bind_symbols(Graph("g", (x, y), (("y", x),)), {**both, "y": np.ones((other, 2), np.float32)})
+
+
+def test_a_long_chain_keeps_two_results_at_most() -> None:
+    made: list[weakref.ref[np.ndarray]] = []
+
+    class Watched(Neg):
+        """A negation that is looked at."""
+
+        def evaluate(self, x: np.ndarray) -> np.ndarray:
+            assert sum(one() is not None for one in made) <= 1
+            result = super().evaluate(x)
+            made.append(weakref.ref(result))
+            return result
+
+    x = an_input("x", 3)
+    value: Value = x
+    for _ in range(9):
+        value = Watched(value)
+    evaluate_values([value], {x: np.ones(3, np.float32)}, no_params, {})
+    assert len(made) == 9
 
 
 def test_evaluation_names_a_missing_input() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from test_ir_ops import run
 
 from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir import integers, llm
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.op import Input, Op
-from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, SIGNED, Tensor, dtype_of
+from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, SIGNED, Tensor, dtype_of, precise
 from llmc.errors import IRError
 
 Array = np.ndarray
@@ -167,3 +169,96 @@ def test_a_part_of_a_part() -> None:
     assert of(lambda i: s.Pad(i, (0, 1, 0), (1, 0, 2), 5.0), x)[2, 0, 5] == 5
     n = symbol("n", 0, 4)
     assert s.Slice(Input("x", Tensor((n,), "f32")), 0, 0, n, 3).shape == ((n + 2) // 3,)
+
+
+def mixed(name: str) -> tuple[Op, list[Input]]:
+    """An op whose operands are of several dtypes."""
+    made: list[Input] = []
+
+    def x(*shape: int, dtype: str = "f32") -> Input:
+        made.append(Input(f"x{len(made)}", Tensor(shape, dtype)))
+        return made[-1]
+
+    ops: dict[str, Callable[[], Op]] = {
+        "linear": lambda: llm.Linear(
+            x(2, 3, 5), x(4, 5, dtype="bf16"), x(4, dtype="f16"), x(2, 3, 4), activation="silu"
+        ),
+        "linear of halves": lambda: llm.Linear(x(3, 5, dtype="f16"), x(4, 5), x(4), x(3, 4, dtype="f16")),
+        "gated linear": lambda: llm.GatedLinear(x(3, 5), x(8, 5, dtype="f16"), x(8, dtype="bf16"), "gelu"),
+        "rms norm": lambda: llm.RMSNorm(x(3, 5, dtype="f16"), x(5, dtype="bf16"), 0.1, 1.0),
+        "layer norm": lambda: llm.LayerNorm(x(3, 5, dtype="bf16"), x(5), x(5, dtype="f16"), 0.1),
+        "rope angles": lambda: llm.RopeAngles(x(3), x(4, dtype="f16"), 0.5),
+        "rope": lambda: llm.Rope(x(3, 2, 9, dtype="f16"), x(3, 2, 4), True),
+        "rope of halves": lambda: llm.Rope(x(3, 2, 9, dtype="f16"), x(3, 2, 4)),
+        "embed": lambda: llm.Embed(x(7, 3, dtype="f16"), e.constant([6, 0, 2]), "f32"),
+        "scale integers": lambda: integers.ScaleIntegers(
+            e.constant([[1, 2, -3]]), x(3, dtype="f16"), e.constant([[7]], "i8")
+        ),
+        "round to integers": lambda: integers.RoundToIntegers(x(3, 5, dtype="f16"), x(5, dtype="f64"), None, "i8"),
+    }
+    return ops[name](), made
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear", "linear of halves", "gated linear", "rms norm", "layer norm", "rope angles", "rope", "rope of halves",
+        "embed", "scale integers", "round to integers",
+    ],
+)  # fmt: skip
+def test_operands_of_other_dtypes_decompose_to_the_same(name: str) -> None:
+    op, inputs = mixed(name)
+    simpler = op.decompose()
+    assert simpler is not None and simpler.type == op.type
+    rng = np.random.default_rng(3)
+    data = {value: 3 * rng.standard_normal(value.shape) for value in inputs}
+    with precise():
+        np.testing.assert_allclose(run(simpler, data), run(op, data), rtol=1e-12, atol=1e-12)
+
+
+def test_activations_are_rounded_without_other_roundings_where_that_is_asked() -> None:
+    x = np.random.default_rng(3).standard_normal((2, 3, 21))
+    value = Input("x", Tensor(x.shape, "f32"))
+    with precise():
+        found = run(llm.QuantizeActivations(value, 8), {value: x})
+    padded = np.pad(x, ((0, 0), (0, 0), (0, 3))).reshape(2, 3, 3, 8)
+    scale = np.abs(padded).max(-1, keepdims=True) / 127
+    expected = (np.round(padded / scale) * scale).reshape(2, 3, 24)[..., :21]
+    np.testing.assert_allclose(found, expected, rtol=1e-15, atol=0)
+
+
+def test_activations_of_zeros_and_of_none_are_rounded() -> None:
+    for shape in ((2, 21), (0, 21), (2, 8), (1,)):
+        x = Input("x", Tensor(shape, "f32"))
+        assert not run(llm.QuantizeActivations(x, 8), {x: np.zeros(shape, np.float32)}).any()
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_scales_and_zeros_of_blocks_broadcast_like_any_others(block: int, axis: int) -> None:
+    """Of [7, 7, 7] integers: one a block of an axis, or one for all of it, with all leading axes or without some."""
+    rng = np.random.default_rng(3)
+    q = rng.integers(-8, 8, (7, 7, 7))
+    count = -(-7 // block)
+    whole = [tuple(count if i == axis else 7 for i in range(3)), tuple(count if i == axis else 1 for i in range(3))]
+    shapes = [*whole, tuple(1 if i == axis else 7 for i in range(3)), (), (1,)]
+    shapes += [shape[start:] for shape in whole for start in (1, 2)]
+    for shape in shapes:
+        scales, zeros = rng.random(shape), rng.integers(-3, 3, shape)
+        values = [
+            Input(n, Tensor(x.shape, d)) for n, x, d in zip("qsz", (q, scales, zeros), ("i8", "f64", "i8"), strict=True)
+        ]
+        op = integers.ScaleIntegers(values[0], values[1], values[2], axis, block)
+
+        def spread(values: Array, shape: tuple[int, ...] = shape) -> Array:
+            full = values.reshape((1,) * (3 - len(shape)) + shape)
+            return full if full.shape[axis] == 1 else full.take(np.arange(7) // block, axis)
+
+        given = dict(zip(values, (q.astype(np.int8), scales, zeros.astype(np.int8)), strict=True))
+        expected = (q - spread(zeros)) * spread(scales)
+        np.testing.assert_allclose(run(op, given), expected, rtol=1e-15)
+        np.testing.assert_allclose(run(op.decompose(), given), expected, rtol=1e-15)
+
+
+def test_nibbles_of_a_vector() -> None:
+    assert of(integers.UnpackNibbles, np.array([0x21, 0xF0], np.uint8)).tolist() == [1, 2, 0, 15]

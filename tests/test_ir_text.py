@@ -99,6 +99,34 @@ def test_the_hash_changes_with_an_attribute() -> None:
     assert len(hashes) == 2
 
 
+T = symbol("T", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("S - 1", S - 1), ("S -1", S - 1), ("40 - S", 40 - S), ("S - T + 2", S - T + 2), ("7", 7),
+        ("S + T - 1 + S", 2 * S + T - 1), ("2*S*3", 6 * S), ("2*(S + 1)", 2 * S + 2), ("(S*T)//3", S * T // 3),
+        ("(S)//4*3", S // 4 * 3), ("(S + 3)//4*2//3", (S + 3) // 4 * 2 // 3), ("(S)//1", S), ("-1*S + 40", 40 - S),
+        ("S - 2*T + 512", S - 2 * T + 512), ("-1 + S", S - 1),
+    ],
+)  # fmt: skip
+def test_sizes_are_read_as_they_are_written(text: str, size: object) -> None:
+    head = f"graph @g {{S in [2, 40], T in [1, inf]}} (%a: tensor<[S, T], f32>, %x: tensor<[{text}, 3], f32>) {{"
+    assert parse(f"{head}\n  return y = %x\n}}").input("x").shape == (size, 3)
+
+
+@pytest.mark.parametrize("divisor", ["0", "-2", "S", "(1 - 1)"])
+def test_a_size_is_divided_by_positive_numbers_only(divisor: str) -> None:
+    with pytest.raises(IRError, match="line 1: a size can be divided by a positive number only"):
+        parse(f"graph @g {{S in [2, 40]}} (%x: tensor<[S, (S + 1)//{divisor}], f32>) {{\n  return y = %x\n}}")
+
+
+def test_a_cache_keeps_its_sizes_in_order() -> None:
+    cache = Input("cache", KV(2, 8, 4, "bf16"))
+    assert parse(print_graph(Graph("g", (cache,), (("y", cache),)))).input("cache").type == cache.type
+
+
 _HEAD = "graph @g {S in [2, 40]} (%x: tensor<[S, 4], f32>) {\n"
 
 

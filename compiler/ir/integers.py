@@ -16,7 +16,7 @@ from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.op import Op, Param, Tokens, Value
 from llmc.compiler.ir.shapes import broadcast_shapes, require
 from llmc.compiler.ir.structural import Broadcast, Concat, Reshape, Slice
-from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Tensor, numpy_dtype, parse_encoding
+from llmc.compiler.ir.types import FLOATS, INTEGERS, NUMPY_DTYPES, Array, Shape, Tensor, numpy_dtype, parse_encoding
 
 
 class UnpackNibbles(Op, name="llm.unpack_nibbles"):
@@ -32,11 +32,6 @@ class UnpackNibbles(Op, name="llm.unpack_nibbles"):
 
     def evaluate(self, x: Array) -> Array:
         return np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], -1)
-
-
-def _spread(values: Array, axis: int, block: int, size: int) -> Array:
-    """Each value of an axis over `block` elements, `size` in all."""
-    return values if not block else np.repeat(values, block, axis).take(np.arange(size), axis)
 
 
 class ScaleIntegers(Op, name="llm.scale_integers"):
@@ -69,15 +64,21 @@ class ScaleIntegers(Op, name="llm.scale_integers"):
 
     def evaluate(self, q: Array, scales: Array, zeros: Array | None) -> Array:
         wide = np.result_type(scales.dtype, np.float32)
-        size = q.shape[self.axis] if self.block else 0
         y = q.astype(wide)
         if zeros is not None:
-            y -= self._whole(zeros.astype(wide), size)
-        return np.asarray(y * self._whole(scales.astype(wide), size), scales.dtype)
+            y -= self._whole(zeros.astype(wide), q)
+        return np.asarray(y * self._whole(scales.astype(wide), q), scales.dtype)
 
-    def _whole(self, values: Array, size: int) -> Array:
-        narrow = values.ndim <= self.axis or values.shape[self.axis] == 1
-        return values if narrow else _spread(values, self.axis, self.block, size)
+    def _whole(self, values: Array, q: Array) -> Array:
+        axis = self._blocked(values.shape)
+        if axis is None:
+            return values
+        return np.repeat(values, self.block, axis).take(np.arange(q.shape[self.axis]), axis)
+
+    def _blocked(self, shape: Shape) -> int | None:
+        """Which axis of scales or zeros has one element a block; None where one is for all. Shapes align at the end."""
+        axis = self.axis - self.q.rank + len(shape)
+        return axis if self.block and axis >= 0 and shape[axis] != 1 else None
 
     def decompose(self) -> Value:
         q: Value = Cast(self.q, self.dtype)
@@ -87,9 +88,8 @@ class ScaleIntegers(Op, name="llm.scale_integers"):
 
     def broadcast(self, values: Value) -> Value:
         """Scales or zeros as they meet the integers."""
-        if not self.block or values.rank <= self.axis or values.shape[self.axis] == 1:
-            return values
-        return repeat_blocks(values, self.axis, self.block, self.q.shape[self.axis])
+        axis = self._blocked(values.shape)
+        return values if axis is None else repeat_blocks(values, axis, self.block, self.q.shape[self.axis])
 
 
 def repeat_blocks(values: Value, axis: int, block: int, size: int | Dim) -> Value:

@@ -134,7 +134,7 @@ def round_activations(x: Array, rounding: str, group: int) -> Array:
         return x
     size = x.shape[-1]
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -size % group)])
-    groups = padded.reshape(*x.shape[:-1], -1, group)
+    groups = padded.reshape(-1, group)
     scale = np.abs(groups).max(axis=-1, keepdims=True) / 127
     if not is_precise():
         scale = scale.astype(np.float32)

@@ -15,8 +15,8 @@ from llmc.frontends.hf.aten import HANDLERS, Meaning, Translation, handles, resh
 Node = torch.fx.Node
 # Ops that do the same to the real and the imaginary part.
 _BY_PART = (
-    "view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "permute", "transpose", "slice", "select",
-    "contiguous", "clone", "detach", "alias",
+    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "permute", "transpose", "slice",
+    "select", "contiguous", "clone", "detach", "alias",
 )  # fmt: skip
 
 

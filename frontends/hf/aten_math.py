@@ -15,7 +15,18 @@ from llmc.compiler.ir.llm import Attention, LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS
 from llmc.errors import FrontendError
-from llmc.frontends.hf.aten import Meaning, Scalar, Translation, axis, broadcast, cast, handles, promoted, reshape
+from llmc.frontends.hf.aten import (
+    Meaning,
+    Scalar,
+    Translation,
+    axis,
+    broadcast,
+    cast,
+    dtype_name,
+    handles,
+    promoted,
+    reshape,
+)
 
 Node = torch.fx.Node
 
@@ -60,7 +71,15 @@ def _div(t: Translation, node: Node, a: Meaning, b: Meaning, rounding_mode: str 
 
 
 def _comparison(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
-    return lambda t, node, a, b: make(*t.pair(a, b))
+    def handler(t: Translation, node: Node, a: Meaning, b: Meaning) -> Value:
+        tensors = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, Node)]
+        if len(tensors) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            # A scalar tensor follows the other operand here, too: it is rounded to it before they are compared.
+            dtype = dtype_name(torch.result_type(*tensors))
+            return make(t.tensor(a, dtype), t.tensor(b, dtype))
+        return make(*t.pair(a, b))
+
+    return handler
 
 
 for _names, _make in (
@@ -76,7 +95,7 @@ for _names, _make in (
 
 def _logical(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
     def handler(t: Translation, node: Node, a: Meaning, b: Meaning) -> Value:
-        if "bitwise" in str(node.target) and promoted(a, b) != "bool":
+        if "logical" not in str(node.target) and promoted(a, b) != "bool":
             raise FrontendError(f"{node.name}: bitwise operations on integers are not supported")
         return make(_truth(t, a), _truth(t, b))
 
@@ -371,6 +390,10 @@ def _sdpa(
     assert isinstance(width, int)
     scale = width**-0.5 if scale is None else scale
     swap = (*range(q.rank - 3), q.rank - 2, q.rank - 3, q.rank - 1)
+    queries, keys = q.shape[-2], k.shape[-2]
+    if is_causal and queries != keys:
+        # torch's first query stands at the first key, whatever their numbers; ours stand at the end.
+        mask = e.LessEqual(s.Iota(keys), reshape(s.Iota(queries), (queries, 1)))
     if mask is None:
         q, k, v = (s.Transpose(x, swap) for x in (q, k, v))
         return s.Transpose(Attention(q, k, v, scale=scale, causal=is_causal), swap)
