@@ -191,6 +191,7 @@ def test_weights_decide_an_index_where_they_can_be_read() -> None:
 
 # use-positions
 
+TOKENS = given("ids", 1, S)
 SIZE = s.Slice(s.Iota(S + 1, "i32"), 0, S, S + 1)
 X = Input("x", Tensor((1, S, 6), "f32"))
 PLACES = given("positions", 1, S)
@@ -234,12 +235,15 @@ def test_a_count_of_tokens_is_their_positions(name: str) -> None:
         return
     assert report.hits == {"count": 1}
     assert not any(isinstance(op, (s.Iota, s.Cumsum)) for op in after.ops)
+    assert not any(isinstance(op, e.Cast) and op.x.dtype == op.to for op in after.ops), "a cast that does nothing"
     assert after.output("y").shape == used.shape and found.dtype == value.dtype
 
 
 def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
     count = e.Mul(X, s.Reshape(e.Cast(s.Iota(S), "f32"), (1, S, 1)))
     other = Graph("g", (X,), (("y", count),))
+    assert UsePositions().run(other, Report()) is other
+    other = Graph("g", (TOKENS,), (("y", s.Iota(S)),))
     assert UsePositions().run(other, Report()) is other
     free = symbol("S", 2)
     places = given("positions", 1, free)
@@ -251,7 +255,6 @@ def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
 
 # whole-sequence
 
-TOKENS = given("ids", 1, S)
 HIDDEN = Embed(param("table", 9, 6), TOKENS)
 
 
