@@ -108,7 +108,7 @@ def test_each_sequence_gets_what_it_gives_alone(name: str) -> None:
     starts = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
     with precise():
         found = np.asarray(evaluate(after, {"ids": ids, "starts": starts}, load)["y"])
-        for row, (begin, end) in zip(found, zip(starts, starts[1:], strict=False), strict=True):
+        for row, (begin, end) in zip(found, itertools.pairwise(starts), strict=True):
             expected = np.asarray(evaluate(before, {"ids": ids[None, begin:end]}, load)["y"])
             np.testing.assert_allclose(row.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
 
@@ -160,7 +160,7 @@ def test_what_has_no_row_of_its_own_says_why(name: str) -> None:
     ids=["the last", "the first from the end", "another from the end", "behind", "before", "of the tokens"],
 )  # fmt: skip
 def test_an_index_that_may_be_outside_of_its_sequence_is_looked_at(index: Value, checked: bool) -> None:
-    before, after, _ = flattened(s.Gather(EMBEDDED, index, 1))
+    _, after, _ = flattened(s.Gather(EMBEDDED, index, 1))
     checks = [op for op in after.ops if isinstance(op, CheckedIndex)]
     assert bool(checks) == checked and {op.what for op in checks} <= {"the token that is taken of a text"}
     if index in (LAST, LARGEST):
