@@ -84,6 +84,9 @@ OF_TOKENS = e.Neg(IDS)
 IN_TEXT: dict[str, tuple[Value, int]] = {  # and how many checks it needs
     "rows asked for": (Gather(OF_TOKENS, ROWS, 0), 0),
     "rows asked for, and the one behind": (Gather(OF_TOKENS, e.Add(ROWS, number(1)), 0), 1),
+    "rows asked for, and the one before": (Gather(OF_TOKENS, e.Sub(ROWS, number(1)), 0), 1),
+    "the row before each start": (Gather(OF_TOKENS, e.Sub(STARTS, number(1)), 0), 1),
+    "positions among the tokens": (Gather(OF_TOKENS, POSITIONS, 0), 1),
     "first rows": (Gather(OF_TOKENS, first_rows(STARTS), 0), 0),
     "last rows": (Gather(OF_TOKENS, last_rows(STARTS), 0), 0),
     "rows behind the last": (Gather(OF_TOKENS, end_rows(STARTS), 0), 1),
@@ -155,6 +158,7 @@ DECIDED: dict[str, tuple[Value, list[int] | None]] = {
     "beyond a table": (Gather(e.constant([5, 6], "i32"), A, 0), None),
     "its own entries": (Gather(A, A, 0), None),
     "a running sum": (s.Cumsum(A, 0), None),
+    "a running sum of a table's entries": (s.Cumsum(Gather(TABLE, A, 0), 0), None),
     "two inputs": (e.Add(A, B), None),
     "another input": (B, None),
     "no input": (TABLE, None),
