@@ -103,9 +103,7 @@ class Layout:
 class Flattener:
     """Builds the new graph's values; `new` maps old values to new ones, `refused` others to an op and its reason."""
 
-    def __init__(
-        self, graph: Graph, size: Dim, tokens: int | Dim, inputs: dict[Value, Value], sequences: bool
-    ) -> None:
+    def __init__(self, graph: Graph, size: Dim, tokens: int | Dim, inputs: dict[Value, Value], sequences: bool) -> None:
         self.graph, self.size, self.tokens, self.sequences = graph, size, tokens, sequences
         self.symbols = size.symbols()
         self.new: dict[Value, Value] = inputs
