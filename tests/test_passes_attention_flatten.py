@@ -165,6 +165,8 @@ def test_a_token_wise_op_gives_each_token_the_same_row(name: str) -> None:
     assert reports[0].refusals == [] and [str(s) for s in after.symbols] == ["T"]
     value = before.output("y")
     axis = next(i for i, dim in enumerate(value.shape) if dim == S)
+    others = [dim for i, dim in enumerate(value.shape) if i != axis and (i or dim != 1)]
+    assert [str(dim) for dim in after.output("y").shape] == ["T", *map(str, others)]
     load = random_weights(before)
     for count in (2, 7):
         ids = np.random.default_rng(count).integers(0, VOCABULARY, count)
@@ -210,6 +212,10 @@ MIXING: dict[str, tuple[Build, str]] = {
         lambda x: Slice(Broadcast(Reshape(x, (1, S, 1, HIDDEN)), (1, S, S, HIDDEN)), 2, 0, 1),
         "count tokens",
     ),
+    "attention of what is mixed": (
+        lambda x: Attention(*(Reshape(Softmax(x, 1), (1, S, HEADS, DIM)),) * 3),
+        "works along the token axis 1",
+    ),
     "pads behind": (lambda x: Pad(x, (0, 0, 0), (0, 1, 0)), "pads the token axis"),
     "attention of channels": (
         lambda x: Attention(*(Transpose(Reshape(x, (1, S, HEADS, DIM)), (0, 2, 1, 3)),) * 3),
@@ -227,9 +233,43 @@ def test_what_mixes_tokens_is_refused_with_the_reason(name: str) -> None:
     assert len(report.refusals) == 1 and reason in report.refusals[0][1]
 
 
-def test_the_range_of_tokens_is_the_option() -> None:
-    after, _ = run_passes(decoder(), [FlattenTokens(max_step=64)])
-    assert [(s.name, s.low, s.high) for s in after.symbols] == [("T", 1, 64)]
+@pytest.mark.parametrize(
+    ("options", "high"),
+    [
+        (FlattenTokens(max_step=16), 16), (FlattenTokens(max_step=100), 100), (FlattenTokens(), 512),
+        (FlattenTokens(max_step=16, sequences=True), 64), (FlattenTokens(max_step=100, sequences=True), 100),
+    ],
+)  # fmt: skip
+def test_the_range_of_tokens_is_the_option_and_what_is_not_cut_fits(options: FlattenTokens, high: int) -> None:
+    after, _ = run_passes(graph_of(lambda x: x), [options])
+    sequences = [("B", 1, None)] if options.sequences else []
+    assert [(s.name, s.low, s.high) for s in after.symbols] == [*sequences, ("T", 1, high)]
+    assert [value.name for value in after.inputs] == ["ids", "positions", *(["starts"] if sequences else [])]
+
+
+def of_inputs(*inputs: tuple[str, tuple[object, ...]]) -> Graph:
+    values = [Input(name, Tensor(shape, "i32")) for name, shape in inputs]  # type: ignore[arg-type]
+    return Graph("main", tuple(values), (("y", Cast(values[0], "f32")),))
+
+
+NEEDS = "needs inputs ids and positions and token_types and lengths of one shape [1, S]"
+INPUTS: dict[str, tuple[Graph, tuple[str, str] | None]] = {
+    "all": (of_inputs(*((name, (1, S)) for name in ("ids", "positions", "token_types", "lengths"))), None),
+    "no ids": (of_inputs(("positions", (1, S))), ("input ids", "needs ids: [1, S] with a symbolic S")),
+    "flat ids": (of_inputs(("ids", (S,))), ("input ids", "needs ids: [1, S] with a symbolic S")),
+    "a known number": (of_inputs(("ids", (1, 7))), ("input ids", "needs ids: [1, S] with a symbolic S")),
+    "several": (of_inputs(("ids", (2, S))), ("input ids", NEEDS)),
+    "another input": (of_inputs(("ids", (1, S)), ("mask", (1, S)), ("more", (1, S))), ("input mask", NEEDS)),
+    "another shape": (of_inputs(("ids", (1, S)), ("positions", (S, 1))), ("input positions", NEEDS)),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_text_has_inputs_of_one_shape(name: str) -> None:
+    before, refusal = INPUTS[name]
+    report = Report()
+    after = FlattenTokens().run(before, report)
+    assert report.refusals == ([refusal] if refusal else []) and (after is before) == bool(refusal)
 
 
 FLAT, _ = run_passes(decoder(), [FlattenTokens()])

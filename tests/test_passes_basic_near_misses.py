@@ -92,16 +92,33 @@ NORMS: dict[str, tuple[Value, list[str]]] = {
         ["t.mean", "t.sub", "t.mul", "t.mean", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
     ),
     "an expanded variance of another mean": (
-        e.Mul(centred(X), root(e.Abs(expanded(X, Y, (2,), (2,))))),
-        ["t.mean", "t.sub", "t.mul", "t.mean", "t.mean", "t.mul", "t.sub", "t.abs", "t.add", "t.rsqrt", "t.mul"],
+        e.Mul(centred(X), root(expanded(X, Y, (2,), (2,)), 1e3)),
+        ["t.mean", "t.sub", "t.mul", "t.mean", "t.mean", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
     ),
     "an expanded variance of the columns": (
         e.Mul(centred(ROWS, 0), root(expanded(ROWS, ROWS, (0,), (0,)))),
         ["t.mean", "t.sub", "t.mul", "t.mean", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
     ),
     "a product in place of the squares": (
-        e.Mul(centred(X), root(e.Abs(e.Sub(s.Mean(e.Mul(X, Y), (2,)), e.Mul(s.Mean(X, (2,)), s.Mean(X, (2,))))))),
-        ["t.mean", "t.sub", "t.mul", "t.mean", "t.mul", "t.sub", "t.abs", "t.add", "t.rsqrt", "t.mul"],
+        e.Mul(centred(X), root(e.Sub(s.Mean(e.Mul(X, Y), (2,)), e.Mul(s.Mean(X, (2,)), s.Mean(X, (2,)))), 1e3)),
+        ["t.mean", "t.sub", "t.mul", "t.mean", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
+    ),
+    "a double in place of the square": (
+        e.Mul(centred(X), root(e.Sub(squares(X), e.Add(s.Mean(X, (2,)), s.Mean(X, (2,)))), 1e3)),
+        ["t.mean", "t.sub", "t.mul", "t.mean", "t.add", "t.sub", "t.add", "t.rsqrt", "t.mul"],
+    ),
+    "a sum in place of the mean of squares": (
+        e.Mul(centred(X), root(e.Sub(s.Sum(e.Mul(X, X), (2,)), e.Mul(s.Mean(X, (2,)), s.Mean(X, (2,)))), 1e3)),
+        ["t.mean", "t.sub", "t.mul", "t.sum", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
+    ),
+    "over a last axis of free size": (rms(x(3, S, name="free")), ["llm.rms_norm"]),
+    "an axis of one that is dropped": (
+        e.Mul(s.Reshape(rms(x(5, 1, name="ones")), (5,)), param("w", 5, dtype="f32")),
+        ["llm.rms_norm", "t.reshape", "t.mul"],
+    ),
+    "channels of a cube as two axes": (
+        e.Mul(s.Reshape(rms(CUBE), (3, 4, 2, 3)), param("w", 2, 3, dtype="f32")),
+        ["t.reshape", "llm.rms_norm", "t.reshape"],
     ),
     "two weights": (e.Mul(e.Mul(rms(X), W), param("v", 6, dtype="f32")), ["llm.rms_norm", "t.mul"]),
     "a weight behind a bias": (

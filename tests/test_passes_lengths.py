@@ -141,12 +141,18 @@ def steps(*ends: int) -> Value:
 @pytest.mark.parametrize("ends", [(), (1,), (2, 3), (6, 7, 8), (LONGEST - 1,), tuple(range(3, 3 + MOST_REGIMES - 1))])
 def test_regimes_end_where_a_number_changes(ends: tuple[int, ...], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lengths, "_CHUNK", chunk)
-    value = e.Mul(COLUMN, s.Reshape(e.Add(steps(*ends), e.Mul(FLOAT, number(0))), (1, 1)))
+    one = e.Add(steps(*ends), e.Mul(FLOAT, number(0)))
+    value = e.Mul(COLUMN, s.Reshape(e.Mul(one, row(1, 2)), (1, 2)))
     probe = probe_of(value)
     found = regimes(probe, [value])
+    for index, values in enumerate(found.values):
+        (constant,) = (v for v in values.values() if isinstance(v, e.Constant))
+        exact = (1 / 3 + 0.1 * index) * np.array([[1, 2]])  # before rounding to f32
+        np.testing.assert_allclose(constant.value.array.reshape(1, 2), exact, rtol=1e-14)
     assert found.last == ends and len(found.values) == len(ends) + 1
     for length in range(1, LONGEST + 1):
         own = settled(value, found.values[sum(length > end for end in ends)])
+        assert not probe_of(own).depends_on_length(own)
         expected = probe.evaluate([value], length, exact=False)[0]
         np.testing.assert_allclose(probe.evaluate([own], length, exact=False)[0], expected, rtol=2**-20, atol=0)
 

@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 
 from llmc.compiler.ir.dims import symbol
-from llmc.compiler.ir.elementwise import Add, Cast, Greater, Mul, Sub, Where, constant
+from llmc.compiler.ir.elementwise import (
+    Add,
+    Cast,
+    FloorDivide,
+    Greater,
+    Maximum,
+    Minimum,
+    Mul,
+    Sub,
+    Where,
+    constant,
+)
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import (
     Broadcast,
+    CheckedIndex,
     Concat,
     Cumsum,
     Gather,
@@ -106,3 +118,74 @@ def test_sources_add_up() -> None:
     assert probe.longest == 64
     ids = Add(IDS, SIZE)
     assert probe_of(ids).sources[ids] == {"ids", LENGTH} and probe_of(ids).depends_on_tokens(ids)
+
+
+COUNT = Iota(S, "i32")
+LESS = Sub(COUNT, constant(1, "i32"))
+INDICES: dict[str, tuple[Value, bool]] = {  # and whether one may be negative, which counts from the end
+    "ids": (IDS, False),
+    "positions": (POSITIONS, False),
+    "another input": (Input("other", Tensor((1, S), "i32")), True),
+    "a count": (COUNT, False),
+    "one less": (LESS, True),
+    "constants": (constant(np.array([0, 2]), "i32"), False),
+    "constants, one below 0": (constant(np.array([1, -1]), "i32"), True),
+    "a larger and one less": (Maximum(LESS, constant(0, "i32")), False),
+    "a count or one less": (Maximum(COUNT, LESS), False),
+    "two that are one less": (Maximum(LESS, LESS), True),
+    "the smaller of two counts": (Minimum(COUNT, Reshape(POSITIONS, (S,))), False),
+    "the smaller of a count and one less": (Minimum(COUNT, LESS), True),
+    "a sum": (Add(COUNT, Reshape(POSITIONS, (S,))), False),
+    "a sum with one less": (Add(COUNT, LESS), True),
+    "a product": (Mul(COUNT, constant(2, "i32")), False),
+    "a product with one less": (Mul(LESS, COUNT), True),
+    "a whole quotient": (FloorDivide(COUNT, constant(2, "i32")), False),
+    "a whole quotient of one less": (FloorDivide(LESS, constant(2, "i32")), True),
+    "in another shape": (Reshape(Cast(COUNT, "i64"), (S, 1)), False),
+    "one less in another shape": (Reshape(Cast(LESS, "i64"), (S, 1)), True),
+    "a piece": (Slice(COUNT, 0, 0, 1), False),
+    "spread": (Broadcast(COUNT, (2, S)), False),
+    "two pieces": (Concat((constant([0], "i32"), COUNT), 0), False),
+    "two pieces, one below 0": (Concat((constant([-1], "i32"), COUNT), 0), True),
+    "entries of a table": (Gather(constant(np.array([3, 1, 2] * 30), "i32"), POSITIONS, 0), False),
+    "entries below 0": (Gather(constant(np.array([3, -1, 2] * 30), "i32"), POSITIONS, 0), True),
+    "a check": (CheckedIndex(LESS, None, 64), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_that_may_count_from_the_end_depends_on_the_length(name: str) -> None:
+    index, negative = INDICES[name]
+    value = Gather(COUNT, index, 0)
+    inputs = (IDS, POSITIONS, *((index,) if isinstance(index, Input) and negative else ()))
+    assert Probe(Graph("main", inputs, (("y", value),))).depends_on_length(value) == negative
+    table = Gather(constant(np.arange(64), "i32"), index, 0)  # a table of a known size has one end
+    assert not Probe(Graph("main", inputs, (("y", table),))).depends_on_length(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "counts"),
+    [
+        ("positions", (1, S), "i32", True), ("positions", (1, 7), "i32", True), ("positions", (S,), "i32", False),
+        ("positions", (2, S), "i32", False), ("positions", (1, S), "i64", False), ("places", (1, S), "i32", False),
+        ("positions", (1, 1, S), "i32", False),
+    ],
+)  # fmt: skip
+def test_positions_are_an_input_of_one_form(name: str, shape: tuple[object, ...], dtype: str, counts: bool) -> None:
+    given = Input(name, Tensor(shape, dtype))  # type: ignore[arg-type]
+    probe = Probe(Graph("main", (IDS, given), (("y", given),)))
+    assert probe.positions is (given if counts else None)
+
+
+def test_sizes_that_count_no_tokens_are_small_numbers_that_they_may_be() -> None:
+    sizes = [symbol("A", 1, 9), symbol("B", 3, 5), symbol("C", 1, 1), symbol("D", 0), symbol("E", 2)]
+    inputs = tuple(Input(f"x{i}", Tensor((size, 4), "f32")) for i, size in enumerate(sizes))
+    probe = Probe(Graph("main", (*inputs, IDS), (("y", IDS), *((f"y{i}", x) for i, x in enumerate(inputs)))))
+    assert probe.size == S and probe.longest == 64
+    assert probe.binding(7) == {"S": 7, "A": 2, "B": 3, "C": 1, "D": 2, "E": 2}
+    assert probe.shape(inputs[1], 7) == (3, 4) and probe.shape(IDS, 7) == (1, 7)
+    other = Probe(probe.graph, symbol("B", 3, 5))
+    assert other.binding(4)["B"] == 4 and other.binding(4)["S"] == 2 and other.longest == 5
+    both = symbol("P", 0, 30) + symbol("Q", 1, 40)
+    assert Probe(probe.graph, both).longest == 30
+    assert Probe(Graph("main", inputs[:1], (("y", inputs[0]),))).longest is None

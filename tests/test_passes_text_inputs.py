@@ -10,7 +10,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Embed, Linear, RMSNorm
+from llmc.compiler.ir.llm import Embed, Linear, RMSNorm, Rope
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.ragged import end_rows, first_rows, last_rows, token_counts
 from llmc.compiler.ir.structural import CheckedIndex, Gather
@@ -84,6 +84,9 @@ OF_TOKENS = e.Neg(IDS)
 IN_TEXT: dict[str, tuple[Value, int]] = {  # and how many checks it needs
     "rows asked for": (Gather(OF_TOKENS, ROWS, 0), 0),
     "rows asked for, and the one behind": (Gather(OF_TOKENS, e.Add(ROWS, number(1)), 0), 1),
+    "rows asked for, and the one before": (Gather(OF_TOKENS, e.Sub(ROWS, number(1)), 0), 1),
+    "the row before each start": (Gather(OF_TOKENS, e.Sub(STARTS, number(1)), 0), 1),
+    "positions among the tokens": (Gather(OF_TOKENS, POSITIONS, 0), 1),
     "first rows": (Gather(OF_TOKENS, first_rows(STARTS), 0), 0),
     "last rows": (Gather(OF_TOKENS, last_rows(STARTS), 0), 0),
     "rows behind the last": (Gather(OF_TOKENS, end_rows(STARTS), 0), 1),
@@ -155,6 +158,7 @@ DECIDED: dict[str, tuple[Value, list[int] | None]] = {
     "beyond a table": (Gather(e.constant([5, 6], "i32"), A, 0), None),
     "its own entries": (Gather(A, A, 0), None),
     "a running sum": (s.Cumsum(A, 0), None),
+    "a running sum of a table's entries": (s.Cumsum(Gather(TABLE, A, 0), 0), None),
     "two inputs": (e.Add(A, B), None),
     "another input": (B, None),
     "no input": (TABLE, None),
@@ -191,6 +195,7 @@ def test_weights_decide_an_index_where_they_can_be_read() -> None:
 
 # use-positions
 
+TOKENS = given("ids", 1, S)
 SIZE = s.Slice(s.Iota(S + 1, "i32"), 0, S, S + 1)
 X = Input("x", Tensor((1, S, 6), "f32"))
 PLACES = given("positions", 1, S)
@@ -234,12 +239,15 @@ def test_a_count_of_tokens_is_their_positions(name: str) -> None:
         return
     assert report.hits == {"count": 1}
     assert not any(isinstance(op, (s.Iota, s.Cumsum)) for op in after.ops)
+    assert not any(isinstance(op, e.Cast) and op.x.dtype == op.to for op in after.ops), "a cast that does nothing"
     assert after.output("y").shape == used.shape and found.dtype == value.dtype
 
 
 def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
     count = e.Mul(X, s.Reshape(e.Cast(s.Iota(S), "f32"), (1, S, 1)))
     other = Graph("g", (X,), (("y", count),))
+    assert UsePositions().run(other, Report()) is other
+    other = Graph("g", (TOKENS,), (("y", s.Iota(S)),))
     assert UsePositions().run(other, Report()) is other
     free = symbol("S", 2)
     places = given("positions", 1, free)
@@ -251,7 +259,6 @@ def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
 
 # whole-sequence
 
-TOKENS = given("ids", 1, S)
 HIDDEN = Embed(param("table", 9, 6), TOKENS)
 
 
@@ -339,6 +346,28 @@ ROW_ONLY: dict[str, tuple[Value, list[tuple[str, str]]]] = {
             ("llm.embed", "T"), ("t.reshape", "T"), ("t.reshape", "T"), ("t.matmul", "T"), GATHERED, ("t.reshape", "T"),
         ],
     ),
+    "a product of each token's rows by one matrix": (
+        s.Reshape(s.Matmul(s.Reshape(EMBEDDED, (T, 2, 3)), param("m", 3, 2)), (T, 4)),
+        [("llm.embed", "T"), ("t.reshape", "T"), ("t.matmul", "T"), ("t.reshape", "T"), GATHERED],
+    ),
+    "tokens by tokens": (
+        s.Sum(e.Neg(s.Matmul(EMBEDDED, s.Transpose(EMBEDDED, (1, 0)))), (1,)),
+        [("llm.embed", "T"), ("t.transpose", "6"), ("t.matmul", "T"), ("t.neg", "T"), ("t.sum", "T"), GATHERED],
+    ),
+    "tokens on the last axis": (
+        s.Transpose(e.Neg(s.Transpose(EMBEDDED, (1, 0))), (1, 0)),
+        [("llm.embed", "T"), ("t.transpose", "6"), ("t.neg", "6"), ("t.transpose", "T"), GATHERED],
+    ),
+    "a norm over all tokens": (
+        e.Mul(EMBEDDED, s.Reshape(RMSNorm(e.Cast(IDS, "f32"), None, 1e-6), (T, 1))),
+        [
+            GATHERED, EMBED, ("t.cast", "T"), ("llm.rms_norm", "T"), ("t.reshape", "T"), GATHERED, ("t.mul", "R"),
+        ],
+    ),
+    "a rotation": (
+        s.Reshape(Rope(s.Reshape(EMBEDDED, (T, 1, 6)), s.Reshape(EMBEDDED, (T, 2, 3))), (T, 6)),
+        [GATHERED, EMBED, ("t.reshape", "R"), ("t.reshape", "R"), ("llm.rope", "R"), ("t.reshape", "R")],
+    ),
     "a mean over all tokens": (
         e.Add(EMBEDDED, s.Mean(EMBEDDED, (0,))),
         [("llm.embed", "T"), ("t.mean", "1"), GATHERED, ("t.add", "R")],
@@ -361,6 +390,10 @@ def test_a_reshape_in_front_is_gathered_behind() -> None:
 def test_outputs_that_are_wanted_whole_are_computed_whole() -> None:
     hidden = norm(EMBEDDED)
     found, _ = selected(Linear(hidden, HEAD), ("hidden", hidden))
+    whole_too = Graph("g", (IDS,), (("hidden", hidden), ("logits", Linear(hidden, HEAD)), ("more", EMBEDDED)))
+    after = SelectRows().run(whole_too, Report())
+    assert [str(value.shape[0]) for _, value in after.outputs] == ["T", "R", "T"]
+    assert [(symbol.name, symbol.low) for symbol in after.symbols if symbol.name == "R"] == [("R", 1)]
     assert found == [("llm.embed", "T"), ("llm.rms_norm", "T"), GATHERED, ("llm.linear", "R")]
     found, report = selected(EMBEDDED, ("same", EMBEDDED))
     assert found == [("llm.embed", "T"), GATHERED] and report.hits == {"gather": 1}
@@ -378,3 +411,52 @@ def test_what_has_no_rows_is_refused(output: str, value: Value, reason: str) -> 
     graph, report = Graph("g", (IDS,), (("logits", value),)), Report()
     assert SelectRows(output).run(graph, report) is graph
     assert [what for what, _ in report.refusals] == [f"output {output}"] and reason in report.refusals[0][1]
+
+
+FIRST = first_rows(STARTS)
+NORMED, NEGATED = norm(EMBEDDED), e.Neg(EMBEDDED)
+PICKED: dict[str, tuple[tuple[Value, ...], list[tuple[str, str]]]] = {  # what is left of tokens and sequences
+    "a norm": ((Gather(NORMED, FIRST, 0),), [("t.gather", "B"), ("llm.embed", "B"), ("llm.rms_norm", "B")]),
+    "counted from the end": (
+        (Gather(NORMED, FIRST, -2),), [("t.gather", "B"), ("llm.embed", "B"), ("llm.rms_norm", "B")]
+    ),
+    "an output": ((Gather(NORMED, FIRST, 0), NORMED), [("llm.embed", "T"), ("llm.rms_norm", "T"), ("t.gather", "B")]),
+    "used by two": (
+        (Gather(NORMED, FIRST, 0), e.Neg(NORMED)),
+        [("llm.embed", "T"), ("llm.rms_norm", "T"), ("t.gather", "B"), ("t.neg", "T")],
+    ),
+    "of channels": ((Gather(NORMED, FIRST, 1),), [("llm.embed", "T"), ("llm.rms_norm", "T"), ("t.gather", "T")]),
+    "by a table of rows": (
+        (Gather(NORMED, s.Reshape(FIRST, (SEQUENCES, 1)), 0),),
+        [("llm.embed", "T"), ("llm.rms_norm", "T"), ("t.reshape", "B"), ("t.gather", "B")],
+    ),
+    "by other rows": ((Gather(NORMED, ROWS, 0),), [("llm.embed", "T"), ("llm.rms_norm", "T"), ("t.gather", "R")]),
+    "of a table": (
+        (Gather(e.Neg(param("table", 9, 6)), FIRST, 0), Gather(NORMED, FIRST, 0)),
+        [("t.neg", "9"), ("t.gather", "B"), ("t.gather", "B"), ("llm.embed", "B"), ("llm.rms_norm", "B")],
+    ),
+    "of what tokens decide together": (
+        (Gather(s.Softmax(EMBEDDED, 0), FIRST, 0),), [("llm.embed", "T"), ("t.softmax", "T"), ("t.gather", "B")]
+    ),
+    "one that stays and one that moves": (
+        (Gather(NEGATED, FIRST, 0), Gather(s.Softmax(NORMED, 1), FIRST, 0), NEGATED),
+        [
+            ("llm.embed", "T"), ("t.neg", "T"), ("t.gather", "B"), ("t.gather", "B"),
+            ("llm.rms_norm", "B"), ("t.softmax", "B"),
+        ],
+    ),
+    "two that move": (
+        (Gather(e.Neg(e.Cast(IDS, "f32")), FIRST, 0), Gather(e.Abs(e.Cast(POSITIONS, "f32")), FIRST, 0)),
+        [("t.gather", "B"), ("t.cast", "B"), ("t.neg", "B"), ("t.gather", "B"), ("t.cast", "B"), ("t.abs", "B")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_rows_that_sequences_pick_are_computed_alone(name: str) -> None:
+    values, expected = PICKED[name]
+    outputs = tuple((f"out{i}", value) for i, value in enumerate(values))
+    after = SelectRows(sequences=True).run(Graph("g", (IDS, POSITIONS, ROWS, STARTS), outputs), Report())
+    found = [(op.name, str(op.shape[0])) for op in after.ops if op is not FIRST]
+    assert sorted(found) == sorted(expected)
+    assert [value.type for _, value in after.outputs] == [value.type for value in values]

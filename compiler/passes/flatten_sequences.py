@@ -88,6 +88,8 @@ def _rows(f: Flattener, x: Value, rows: Value) -> Value:
 
 def _sliced_row(f: Flattener, op: Slice) -> Value:
     starts = f.starts
+    if op.shape[op.axis] != 1:
+        raise Mixes("it takes several tokens of a sequence")
     if op.start == 0:
         return first_rows(starts)
     if op.start == f.size - 1:
@@ -126,9 +128,7 @@ def _one_element(value: Value) -> Value:
 def _pooled(f: Flattener, op: Reduce) -> Value:
     """A reduction over the token axis, and over others after it."""
     token = f.layout(op.x).token
-    assert token is not None
-    if token not in {axis % op.x.rank for axis in op.axes}:
-        raise Mixes("it makes one value of all tokens")
+    assert token is not None and token in {axis % op.x.rank for axis in op.axes}, "no token is left"
     kind = POOLING.get(type(op))
     if kind is None and not isinstance(op, Min):
         raise Mixes(f"{op.name} has no rule for the tokens of a sequence")
@@ -164,11 +164,10 @@ def _constant_pooled(f: Flattener, op: Reduce, kind: str | None, rest: tuple[int
 
 def _weighted_sum(f: Flattener, op: Matmul) -> Value:
     """[M, S] times [S, N]: for each sequence, the sum over tokens of a column times a row."""
-    for value in (op.a, op.b):
-        if not f.has_tokens(value) or product(value.shape[:-2]) != 1:
-            raise Mixes("it multiplies tokens of a sequence in a way without a rule")
-    if f.layout(op.a).token != op.a.rank - 1 or f.layout(op.b).token != op.b.rank - 2:
-        raise Mixes("it multiplies tokens with tokens")
+    if product(op.shape[:-2]) != 1:
+        raise Mixes("it multiplies tokens of a sequence in a way without a rule")
+    for value, axis in ((op.a, op.a.rank - 1), (op.b, op.b.rank - 2)):
+        assert f.layout(value).token == axis, "no token is left"
     left = Reshape(f.new[op.a], (f.tokens, op.a.shape[-2], 1))
     right = Reshape(f.new[op.b], (f.tokens, 1, op.b.shape[-1]))
     return PoolTokens(Mul(left, right), f.starts, "sum")

@@ -103,9 +103,7 @@ class Layout:
 class Flattener:
     """Builds the new graph's values; `new` maps old values to new ones, `refused` others to an op and its reason."""
 
-    def __init__(
-        self, graph: Graph, size: Dim, tokens: int | Dim, inputs: dict[Value, Value], sequences: bool = False
-    ) -> None:
+    def __init__(self, graph: Graph, size: Dim, tokens: int | Dim, inputs: dict[Value, Value], sequences: bool) -> None:
         self.graph, self.size, self.tokens, self.sequences = graph, size, tokens, sequences
         self.symbols = size.symbols()
         self.new: dict[Value, Value] = inputs
@@ -159,7 +157,7 @@ class Flattener:
         if value.shape[axes[0]] != self.size:
             raise Mixes(f"axis {axes[0]} of {value.type} is not one element a token")
         token = axes[0]
-        batch = 0 if token != 0 and value.shape[0] == 1 else None
+        batch = 0 if value.shape[0] == 1 else None
         return Layout(token, batch, tuple(i for i in range(value.rank) if i not in (token, batch)))
 
     def rows(self, value: Value) -> int | Dim:
@@ -209,8 +207,8 @@ class Flattener:
         token, wanted = self.layout(value).token, self.layout(result).token
         if token is None and wanted is not None:
             raise Mixes("it gives each token one value of all tokens of its sequence")
-        if token is not None and token + offset != wanted:
-            raise Mixes(f"the token axis of {value.type} meets another axis of the result")
+        # An axis of S broadcasts to one of S, and the result has one of them.
+        assert token is None or token + offset == wanted
 
     def elementwise(self, op: Op) -> Value:
         return op.map_operands(lambda value: self.aligned(value, op))
@@ -255,10 +253,8 @@ class Flattener:
         return Slice(x, axis, op.start, op.stop, op.step)
 
     def concat(self, op: Concat) -> Value:
+        # A first axis of size 1 is dropped from all operands, or it is the one that they are put together along.
         parts = [self.along(x, (op.axis,), "concatenates along") for x in op.xs]
-        if any(axis != parts[0][1] for _, axis in parts):
-            # A first axis of size 1 is dropped from some operands only.
-            return Concat(tuple(self.full(x)[0] for x in op.xs), 1)
         return Concat(tuple(x for x, _ in parts), parts[0][1][0])
 
     def pad(self, op: Pad) -> Value:
@@ -305,9 +301,7 @@ class Flattener:
     def matmul(self, op: Matmul) -> Value:
         """A token's rows times a matrix: each token is a stack of matrices of its own."""
         if op.a in self.decided and op.b not in self.decided:
-            token = self.layout(op.a).token
-            if token == op.a.rank - 1:
-                raise Mixes("it sums over the token axis")
+            token = self.layout(op.a).token  # not the axis that is summed over: op.b would have tokens too
             if token == op.a.rank - 2 or (token is None and product(op.a.shape[:-1]) == 1):
                 return self._rows_times_matrix(op)
         token = self.layout(op).token

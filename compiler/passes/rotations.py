@@ -41,10 +41,6 @@ class Turn:
     sin_b: Numbers
 
     @property
-    def pairs(self) -> int:
-        return int(self.cos_a.shape[1])
-
-    @property
     def is_certain(self) -> bool:
         """Whether the two cosines are one number of the graph, and the two sines."""
         return np.array_equal(self.cos_a, self.cos_b) and np.array_equal(self.sin_a, self.sin_b)

@@ -124,11 +124,9 @@ def _treats_tokens_alone(op: Op, tokens: Dim) -> bool:
     with_tokens = [value for value in op.operands if isinstance(value.type, Tensor) and tokens in value.shape]
     if not with_tokens or any(value.shape[0] != tokens or tokens in value.shape[1:] for value in with_tokens):
         return False
-    if op.tokens is Tokens.ELEMENTS:
-        return all(value.rank == op.rank for value in with_tokens)
     if op.tokens is Tokens.ROWS:
         return op.rank > 1 and all(value.rank > 1 for value in with_tokens)
-    if op.tokens is Tokens.FIRST:
+    if op.tokens in (Tokens.ELEMENTS, Tokens.FIRST):  # an operand of fewer axes would have its tokens on another one
         return True
     if op.tokens is Tokens.AXES:
         return 0 not in axes_of(op)
