@@ -10,10 +10,12 @@ from mask_harness import Pairs
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.elementwise import Constant
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.points import Known, Table
 
 c = e.constant
 
@@ -133,6 +135,21 @@ def test_a_value_is_read_as_the_evaluator_computes_it(name: str) -> None:
         found = places.read(reader, point, length)
         np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
         assert found.dtype == numpy_dtype(value.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in READ if not name.startswith("not followed")])
+def test_what_can_be_followed_is_not_evaluated_for_every_pair(name: str) -> None:
+    """So that it is known at any context, and of texts whose length matters: tables are those of constants alone."""
+    places = Pairs()
+    value = READ[name](places)
+    reader = places.reader(value)
+    stack = [reader.pair(value)]
+    while stack:
+        point = stack.pop()
+        stack.extend(point.inputs)
+        if isinstance(point, (Known, Table)):
+            assert point.value is not None
+            assert isinstance(point.value, Constant) or reader.probe.is_constant(point.value)
 
 
 REFUSED: dict[str, tuple[Callable[[Pairs], Value], str]] = {

@@ -237,6 +237,7 @@ COLUMNS: dict[str, tuple[Callable[[Value], Value], Value, str]] = {
     "cut off": (lambda x: s.Slice(x, 2, 0, 4), FOUR, ""),
     "cut off, by a negative axis": (lambda x: s.Slice(e.Cast(x, "f32"), -1, 0, 4), FOUR, ""),
     "kept": (lambda x: x, V, KEEP_SINKS),
+    "kept and cast": (lambda x: e.Cast(e.Cast(x, "f16"), "f32"), V, KEEP_SINKS),
     "the first cut off": (lambda x: s.Slice(x, 2, 1, 5), FOUR, KEEP_SINKS),
     "two cut off": (lambda x: s.Slice(x, 2, 0, 3), Input("three", Tensor((2, 3, 3), "f32")), KEEP_SINKS),
     "every other": (lambda x: s.Slice(x, 2, 0, 4, 2), Input("two", Tensor((2, 2, 3), "f32")), KEEP_SINKS),
