@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mask_harness import Pairs
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import Dim, product, symbol
 from llmc.compiler.ir.elementwise import Constant
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.pair_functions import _groups
 from llmc.compiler.passes.points import Known, Table
 
+S = symbol("S", 1, 9)
 c = e.constant
 
 
@@ -114,7 +121,9 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     "a row for each": lambda p: s.Reshape(s.Transpose(s.Gather(table(20, 2), p.at), (1, 0)), (2, 1, p.size)),
     "all of them, looked up": lambda p: s.Gather(s.Broadcast(c(7), (p.size,)), s.Broadcast(p.k, (p.size, p.size))),
     "a place, looked up": lambda p: s.Gather(s.Iota(p.size), s.Reshape(e.Cast(p.k, "i32"), (p.size,))),
-    "a later place, looked up": lambda p: s.Gather(e.Mul(s.Iota(p.size + 5), c(2)), e.Add(p.at, c(3))),
+    "a later place, looked up": lambda p: s.Gather(
+        e.Mul(s.Iota(p.size + 5), c(2)), s.Slice(s.Iota(p.size + 3), 0, 3, p.size + 3)
+    ),
     "a place of heads, looked up": lambda p: s.Gather(e.Mul(p.k, heads(3, 5)), p.at, 2),
     "a diagonal": lambda p: s.Gather(p.causal, s.Iota(p.size), 0),
     "embedded": lambda p: Embed(table(20, 1, dtype="f32"), p.positions),
@@ -258,3 +267,51 @@ def test_what_is_not_followed_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(Unrecognised) as refused:
         places.reader(value).pair(value)
     assert str(refused.value) == why
+
+
+# Axes that are merged or split together
+
+
+@st.composite
+def reshapes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Two shapes of as many elements."""
+    factors = draw(st.lists(st.integers(2, 3), max_size=5))
+    shapes = []
+    for _ in range(2):
+        shape: list[int] = []
+        for factor in factors:
+            if shape and draw(st.booleans()):
+                shape[-1] *= factor
+            else:
+                shape.append(factor)
+        shapes.append(shape)
+    return shapes[0], shapes[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes=reshapes(), token=st.booleans(), data=st.data())
+def test_axes_are_grouped_as_far_as_elements_say(
+    shapes: tuple[list[int], list[int]], token: bool, data: st.DataObject
+) -> None:
+    """Every axis is in one group, in order; no group could be two. An axis of tokens is one beside itself."""
+    old, new = (list[int | Dim](shape) for shape in shapes)
+    ends = [set(itertools.accumulate(shape, operator.mul)) for shape in shapes]
+    count = len(ends[0] & ends[1])
+    if token:
+        old, new = [*old, S], [*new, S]
+        count += 1
+    groups = _groups(tuple(old), tuple(new))
+    assert len(groups) == count
+    for side, shape in ((0, old), (1, new)):
+        assert [axis for group in groups for axis in group[side]] == list(range(len(shape)))
+    for left, right in groups:
+        assert product(tuple(old[axis] for axis in left)) == product(tuple(new[axis] for axis in right))
+    # Axes of size 1 change none of that.
+    place = data.draw(st.integers(0, len(new)))
+    wider = (*new[:place], 1, *new[place:])
+    for a, b in ((tuple(old), wider), (wider, tuple(old))):
+        groups = _groups(a, b)
+        assert [axis for left, _ in groups for axis in left] == list(range(len(a)))
+        assert [axis for _, right in groups for axis in right] == list(range(len(b)))
+        for left, right in groups:
+            assert product(tuple(a[axis] for axis in left)) == product(tuple(b[axis] for axis in right))
