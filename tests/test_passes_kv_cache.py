@@ -75,6 +75,7 @@ def test_what_an_attention_says_it_says_of_the_cache() -> None:
     assert types == {
         "slots": "tensor<[T], i32>", "tiles": "tensor<[Q, 4], i32>", "block_table": "tensor<[B, M], i32>",
     }  # fmt: skip
+    assert all((symbol.low, symbol.high) == (1, None) for symbol in after.symbols if symbol.name in "QMB")
     assert after.inputs[-1].type == KV(2, 8, 6, "f16")
     assert [name for name, _ in after.outputs] == ["out0", "cache.0.next"]
     (append,) = [op for op in after.ops if isinstance(op, KVAppend)]
