@@ -163,6 +163,7 @@ def test_weights_are_sinks() -> None:
         after = FuseAttention().run(graph_of(attention((1, 3), scores=joined(column), shares=cut)), Report())
         (op,) = [op for op in after.ops if isinstance(op, Attention)]
         found = op.sinks
+        assert found is not None and found.shape == (3,)
         while isinstance(found, s.Reshape):
             found = found.x
         assert found is param
@@ -292,3 +293,16 @@ def test_scales_of_queries_and_keys_are_one_scale() -> None:
             assert op.v is not v
             if scale != 1.0:
                 assert op.q is q and op.k is k
+
+
+@pytest.mark.parametrize("way", [e.Add, e.Mul])
+def test_a_bias_or_a_factor_of_an_attention_is_that_of_the_new_one(way: type[e.Binary]) -> None:
+    """A layer whose scores take what the layer before gives: nothing of the old one is left."""
+    first = attention((1, 3))
+    rows = s.Max(first, (3,))
+    scores = e.Mul(way(s.Matmul(x("q2", 1, 3, 5, 4), keys(x("k2", 1, 3, 7, 4))), rows), c(0.5))
+    graph = graph_of(s.Matmul(softmax(scores), x("v2", 1, 3, 7, 6)), first)
+    assert isinstance(result(graph), Attention)
+    after = FuseAttention().run(graph, Report())
+    assert sum(isinstance(op, Attention) for op in after.ops) == 2
+    assert not any(isinstance(op, (s.Softmax, s.Matmul)) for op in after.ops)
