@@ -66,6 +66,10 @@ BIASES: dict[str, tuple[int, Build]] = {
     "some heads": (3, lambda p: s.Slice(six(p), 0, 1, 6, 2)),
     "some heads, by a negative axis": (2, lambda p: s.Slice(six(p), -3, 3, 5)),
     "heads, one after another": (8, lambda p: s.Concat((e.Mul(heads(1, 2), far(p)), e.Neg(six(p))), -3)),
+    "groups, one after another": (
+        12,
+        lambda p: s.Concat(tuple(s.Reshape(x, (2, 3, p.size, p.size)) for x in (six(p), e.Neg(six(p)))), 1),
+    ),
     "the greatest of heads": (1, lambda p: s.Max(six(p), (0,))),
     "the sum of groups": (3, lambda p: s.Sum(s.Reshape(six(p), (2, 3, p.size, p.size)), (0,), False)),
     "the least of groups": (2, lambda p: s.Min(s.Reshape(six(p), (2, 3, p.size, p.size)), (-3,), False)),

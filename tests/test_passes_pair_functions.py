@@ -22,6 +22,7 @@ from llmc.compiler.ir.types import numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.pair_functions import _groups
 from llmc.compiler.passes.points import Known, Table
+from llmc.errors import IRError
 
 S = symbol("S", 1, 9)
 c = e.constant
@@ -89,6 +90,11 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     "heads, one after another, that are alike": lambda p: s.Concat(
         (s.Broadcast(p.q, (2, p.size, 1)), s.Broadcast(c(5), (3, p.size, 1))), 0
     ),
+    "groups, one after another": lambda p: s.Concat(
+        tuple(s.Reshape(x, (2, 3, p.size, p.size)) for x in (six(p), e.Neg(six(p)))), 1
+    ),
+    "the sum in f16": lambda p: s.Sum(e.Add(e.Cast(p.q, "f16"), heads(2048, 1, 1, 1, dtype="f16")), (0,)),
+    "the sum in f64": lambda p: s.Sum(e.Mul(e.Cast(p.q, "f64"), heads(1 / 3, 0.1, 0.7, dtype="f64")), (0,)),
     "the greatest of heads": lambda p: s.Max(six(p), (0,)),
     "the least of heads, without the axis": lambda p: s.Min(six(p), (-3,), False),
     "the sum of heads that are alike": lambda p: s.Sum(s.Broadcast(p.q, (3, p.size, 1)), (0,)),
@@ -267,6 +273,36 @@ def test_what_is_not_followed_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(Unrecognised) as refused:
         places.reader(value).pair(value)
     assert str(refused.value) == why
+
+
+def test_a_table_ends() -> None:
+    """What is beyond its rows is no number of another one."""
+    places = Pairs()
+    row = s.Slice(table(12), 0, 0, places.size)
+    looked_up = s.Gather(table(40), e.Add(places.back, c(9)))
+    reader = places.reader(row, looked_up)
+    zero = np.zeros((1, 1), np.int64)
+    for value, query, key, why in (
+        (row, 0, 11, ""), (row, 0, 12, "its mask has 12 rows, and row 12 is looked up"), (row, 0, 0, ""),
+        (row, 0, -1, "its mask has 12 rows, and row -1 is looked up"), (looked_up, 30, 0, ""),
+        (looked_up, 31, 0, "its mask looks up row 40 of 40"), (looked_up, 0, 49, ""),
+        (looked_up, 0, 50, "its mask looks up row -41 of 40"),
+    ):  # fmt: skip
+        point = reader.pair(value)
+        if not why:
+            assert reader.evaluate(point, zero + query, zero + key).shape == (1, 1, *point.shape)
+            continue
+        with pytest.raises(IRError, match=f"^{why}$"):
+            reader.evaluate(point, zero + query, zero + key)
+
+
+def test_a_number_of_no_pair_is_one() -> None:
+    """Of the longest text, unless lengths are given."""
+    places = Pairs()
+    reader = places.reader(places.length)
+    zero = np.zeros((1, 1), np.int64)
+    found = reader.evaluate(reader.pair(places.length), zero, zero)
+    assert found.shape == (1, 1, 1, 1) and found.item() == 9
 
 
 # Axes that are merged or split together
