@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from mask_harness import Pairs
+from pass_harness import param
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
@@ -17,6 +18,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.types import Tensor
+from llmc.compiler.passes import causality
 from llmc.compiler.passes.causality import attends_causally
 
 c = e.constant
@@ -68,15 +70,18 @@ def squares(p: Pairs) -> Value:
     return e.GreaterEqual(e.Mul(p.q, p.q), e.Mul(p.k, p.k))
 
 
+def spaced(p: Pairs) -> Value:
+    """Every query's own place, and keys at some places: no function of distance, nor causal."""
+    return e.Or(e.Equal(p.q, p.k), e.NotEqual(e.Mod(p.k, c(3)), c(0)))
+
+
 SHOWN: dict[str, Scores] = {
     "filled": lambda p, x: fill(p.causal)(x),
     "filled by a number": lambda p, x: fill(p.causal, -1e30)(x),
     "filled the other way": lambda p, x: e.Where(later(p), NONE, x),
     "filled where not": lambda p, x: fill(e.Not(later(p)))(x),
     "filled of two conditions": lambda p, x: fill(e.And(p.causal, e.Less(p.back, c(3))))(x),
-    "filled of two conditions of which one is no distance": lambda p, x: fill(
-        e.And(e.Or(e.Equal(p.q, p.k), e.NotEqual(e.Mod(p.k, c(3)), c(0))), p.causal)
-    )(x),
+    "filled of two conditions of which one is no distance": lambda p, x: fill(e.And(spaced(p), p.causal))(x),
     "filled of either": lambda p, x: e.Where(e.Or(later(p), e.Greater(p.back, c(3))), NONE, x),
     "filled of either of which one is no distance": lambda p, x: e.Where(
         e.Or(e.And(e.Less(p.k, p.q), e.Equal(e.Mod(p.k, c(3)), c(0))), later(p)), NONE, x
@@ -93,6 +98,12 @@ SHOWN: dict[str, Scores] = {
     "added to what is no product": lambda p, x: e.Add(e.Mul(x, x), bias(p)),
     "cast": lambda p, x: e.Cast(e.Cast(fill(p.causal)(x), "f64"), "f32"),
     "without the first axis": lambda p, x: s.Reshape(fill(p.causal)(x), (2, p.size, p.size)),
+    "with another axis": lambda p, x: s.Reshape(
+        s.Reshape(fill(p.causal)(x), (2, p.size, p.size)), (1, 2, 1, p.size, p.size)
+    ),
+    "moved, of two conditions": lambda p, x: fill(
+        s.Reshape(s.Broadcast(e.And(spaced(p), p.causal), (2, p.size, p.size)), (1, 2, p.size, p.size))
+    )(x),
     "less the largest": lambda p, x: e.Sub(y := fill(p.causal)(x), s.Max(y, (3,))),
     "behind a bound": lambda p, x: fill(p.causal)(e.Minimum(x, c(1.0))),
 }
@@ -179,6 +190,34 @@ def test_a_text_without_a_longest_length_is_not_shown_to() -> None:
         places.positions = Input("positions", Tensor((1, places.size), "i32"))
         places.causal = e.LessEqual(s.Reshape(at, (1, places.size)), s.Reshape(at, (places.size, 1)))
         assert attends_causally(graph_of(places, SHOWN["filled"])) == known
+
+
+def test_conditions_that_are_not_known_show_nothing() -> None:
+    places = Pairs()
+    size = places.size
+    unread = s.Slice(s.Slice(param("table", 12, 12), 0, 0, size), 1, 0, size)
+    for condition in (
+        lambda x: e.Greater(x, c(0.0)),
+        lambda x: e.And(places.causal, e.Greater(x, c(0.0))),
+        lambda x: e.Greater(unread, c(0.0)),
+        lambda x: e.And(places.causal, e.Greater(unread, c(0.0))),
+    ):
+        assert not attends_causally(graph_of(places, lambda p, x: e.Where(condition(x), x, NONE)))  # noqa: B023
+    assert not attends_causally(graph_of(places, lambda p, x: e.Add(x, unread)))
+    scores = Input("scores", Tensor((1, 2, size, size), "f32"))
+    x = Input("x", Tensor((1, 2, size, 4), "f32"))
+    inputs = (Input("ids", Tensor((1, size), "i32")), places.positions, scores, x)
+    assert not attends_causally(Graph("g", inputs, (("out", s.Matmul(s.Softmax(scores, 3), x)),)))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_pairs_are_looked_at_where_they_are_few(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Pairs()
+    condition = e.And(squares(places), c(np.ones((heads, 1, 1), bool)))
+    for most, known in ((81 * heads, True), (81 * heads - 1, False)):
+        monkeypatch.setattr(causality, "MOST_PAIRS", most)
+        seen = e.Not(e.Not(condition)) if heads == 1 else e.Equal(condition, c(True))
+        assert attends_causally(graph_of(places, lambda p, x: fill(seen)(x))) == known  # noqa: B023
 
 
 @pytest.mark.parametrize("most", [255, 256, 257, 513])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_harness import Pairs
+from pass_harness import param
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
@@ -134,6 +135,17 @@ def test_a_function_of_distance_is_the_same_at_every_pair(name: str) -> None:
     np.testing.assert_allclose(table.exact, table.own, rtol=1e-6)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("name", ["linear by its numbers", "the length is in both", "causal", "stored", "a remainder"])
+def test_a_short_context_is_followed_as_well(name: str, most: int) -> None:
+    places = Pairs(most)
+    value = BY_DISTANCE[name](places)
+    reader = places.reader(value)
+    point = Distances(reader).by_distance(reader.pair(value))
+    expected = places.numbers(reader, value, most)
+    np.testing.assert_array_equal(places.read(reader, point, most, by_distance=True), expected)
+
+
 NOT_BY_DISTANCE: dict[str, tuple[Build, str]] = {
     "a key": (lambda p: p.k, UNLIKE),
     "a sum": (lambda p: e.Add(p.q, p.k), UNLIKE),
@@ -171,6 +183,10 @@ NOT_BY_DISTANCE: dict[str, tuple[Build, str]] = {
     ),
     "stored by key": (
         lambda p: s.Slice(c(np.arange(12.0)[None] ** 2, "f32"), 1, 0, p.size),
+        "its mask looks up a table by one place, not by a distance",
+    ),
+    "weights by key": (
+        lambda p: s.Slice(param("row", 1, 12), 1, 0, p.size),
         "its mask looks up a table by one place, not by a distance",
     ),
     "stored, and the length": (
@@ -310,7 +326,8 @@ def test_a_dtype_has_room_for_places(dtype: str, greatest: int, exact: bool) -> 
         half = Fraction(1, 2)
         assert Affine(none, half, none, Fraction(greatest - 3, 2)).is_exact(dtype, 4) == exact
         assert Affine(none, 8 * one, none, Fraction(8 * (greatest - 3))).is_exact(dtype, 4) == exact
-        assert not Affine(none, Fraction(1, 3), none, none).is_exact(dtype, 4)
+        for parts in (3, 5, 6, 9):
+            assert not Affine(none, Fraction(1, parts), none, none).is_exact(dtype, 4)
     assert Affine(none, none, none, none).is_exact(dtype, 4) == (dtype != "bool")
     assert not Affine(none, Fraction(1, 2), none, none).is_exact("i64", 4)
 
@@ -318,7 +335,7 @@ def test_a_dtype_has_room_for_places(dtype: str, greatest: int, exact: bool) -> 
 @settings(max_examples=100, deadline=None)
 @given(
     parts=st.tuples(*[st.integers(-70, 70)] * 3, st.integers(-300, 300)),
-    unit=st.sampled_from([Fraction(1), Fraction(1, 2), Fraction(1, 3), Fraction(8)]),
+    unit=st.sampled_from([Fraction(1), Fraction(1, 2), Fraction(1, 3), Fraction(1, 5), Fraction(8)]),
     dtype=st.sampled_from(["i8", "u8", "i16", "f16", "bf16", "f32"]),
     most=st.integers(1, 7),
 )

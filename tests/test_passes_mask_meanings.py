@@ -17,6 +17,7 @@ from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.passes import attention_meaning
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.masks import Mask
@@ -66,9 +67,9 @@ def result(graph: Graph, limit: float = 1e-11, **sizes: int) -> Attention | str:
     return found[0]
 
 
-def said(graph: Graph, **sizes: int) -> Mask:
+def said(graph: Graph, limit: float = 1e-11, **sizes: int) -> Mask:
     """The mask, where it says all."""
-    op = result(graph, **sizes)
+    op = result(graph, limit, **sizes)
     assert isinstance(op, Attention), op
     assert op.bias is None
     slopes = None if op.slopes is None else tuple(op.slopes.value.array.tolist())  # type: ignore[union-attr]
@@ -291,3 +292,102 @@ def test_slopes_are_one_a_head_or_one_for_all() -> None:
         graph = graph_of(lambda x: causal()(e.Add(x, e.Mul(slopes, distance))), leading=(2, HEADS))  # noqa: B023
         op = result(graph, S=20)
         assert isinstance(op, Attention) and op.slopes is None and op.bias is not None
+
+
+def test_slopes_of_some_axes_of_heads() -> None:
+    """Of two groups of three heads: one slope for all, or refused."""
+    distance = e.Cast(e.Neg(back()), "f32")
+    for pair, expected in (([0.5, 0.5], (0.5,) * 6), ([0.5, 0.25], None)):
+        slopes = c(np.reshape(pair, (2, 1, 1, 1)), "f32")
+        graph = graph_of(lambda x: causal()(e.Add(x, e.Mul(slopes, distance))), text=True, leading=(1, 2, 3))  # noqa: B023
+        if expected is None:
+            assert result(graph, S=20) == "it adds 2 slopes to scores of 6 heads"
+        else:
+            assert said(graph, S=20) == Mask(True, 0, expected)
+
+
+def test_slopes_where_every_pair_is_looked_at_are_those_before_rounding() -> None:
+    slopes = c(np.reshape([0.1, 0.3, 0.7], (3, 1, 1)), "f32")
+    sloped = e.Mul(slopes, e.Cast(e.Neg(back()), "f32"))
+    quotients = e.GreaterEqual(*(e.Div(s.Reshape(s.Iota(S), shape), c(7)) for shape in ((S, 1), (1, S))))
+    found = said(graph_of(lambda x: e.Where(quotients, causal()(e.Add(x, sloped)), NONE), text=True), S=20)
+    assert found == Mask(True, 0, (0.1, 0.3, 0.7))
+    sloped = e.Mul(slopes, e.Cast(e.Neg(back(7, 7)), "f32"))
+    # Fixed ones are read in f32.
+    found = said(graph_of(lambda x: e.Add(x, sloped), 7, 7), 1e-6)
+    assert found.slopes is not None and found.slopes == pytest.approx((0.1, 0.3, 0.7), rel=1e-6)
+
+
+def test_rounding_of_a_source_is_looked_at() -> None:
+    """In f16, 2,049 is 2,048: in f64 this were causal."""
+
+    def rounds(size: Size) -> Steps:
+        at = [e.Cast(e.Add(s.Reshape(s.Iota(size), shape), c(2048)), "f16") for shape in ((size, 1), (1, size))]
+        return lambda x: e.Where(e.GreaterEqual(*at), x, NONE)
+
+    for text in (False, True):
+        report = Report()
+        after = FuseAttention().run(graph_of(rounds(S), text=text), report)
+        found = [op for op in after.ops if isinstance(op, Attention)]
+        assert not any(op.causal for op in found) and bool(found) != text
+    (op,) = [op for op in FuseAttention().run(graph_of(rounds(5), 5, 5), Report()).ops if isinstance(op, Attention)]
+    assert not op.causal and op.bias is not None
+
+
+@pytest.mark.parametrize("block", [1 << 21, 120, 1])
+def test_pairs_are_looked_at_in_blocks(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scale that differs from the 30th query on is seen, whichever is the greater."""
+    monkeypatch.setattr(attention_meaning, "_BLOCK", block)
+    late = s.Broadcast(e.GreaterEqual(s.Reshape(s.Iota(S), (S, 1)), c(30)), (S, S))
+    for numbers in ((2.0, 3.0), (3.0, 2.0), (2.0, 2.0)):
+        factor = e.Where(late, *(c(number) for number in numbers))
+        found = result(graph_of(lambda x: causal()(e.Mul(x, factor)), text=True), S=60)  # noqa: B023
+        if numbers == (2.0, 2.0):
+            assert isinstance(found, Attention) and found.scale == 2.0
+        else:
+            assert found == "its scale differs from place to place"
+
+
+def test_a_fixed_mask_that_is_too_large_stays_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many heads, queries and keys as are looked at, and of one more head."""
+    monkeypatch.setattr(attention_meaning, "MOST_PAIRS", 2 * 5 * 5)
+    for heads, known in ((1, True), (2, True), (3, False)):
+        mask = c(np.where(np.tril(np.ones((heads, 5, 5), bool)), 0.0, -math.inf), "f32")
+        op = result(graph_of(lambda x: e.Add(x, mask), 5, 5, leading=(1, heads)))  # noqa: B023
+        assert isinstance(op, Attention) and op.causal == known == (op.bias is None)
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0, 0.0], [0.0, -1.0, -3.0], [0.0, 1.0, 3.0], [-9.0, -9.0, -9.0]])
+def test_a_fixed_bias_of_keys_is_kept_unless_it_is_one_number(row: list[float]) -> None:
+    op = result(graph_of(lambda x: e.Add(x, c([row])), 2, 3))
+    assert isinstance(op, Attention) and (op.bias is None) == (len(set(row)) == 1)
+
+
+@pytest.mark.parametrize("number", [0.0, 1.5])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 7), (S, S)])
+def test_a_number_for_all_keys_counts_beside_sinks(number: float, queries: Size, keys: Size) -> None:
+    column = c(np.reshape([0.5, -1.0, 2.0], (1, HEADS, 1, 1)), "f32")
+
+    def with_sinks(x: Value) -> Value:
+        scores = e.Add(x, s.Broadcast(c([[number]]), (queries, keys)))
+        return s.Concat((scores, s.Broadcast(column, (1, HEADS, queries, 1))), 3)
+
+    op = result(graph_of(with_sinks, queries, keys, keeps=lambda x: s.Slice(x, 3, 0, keys)), S=7)
+    assert isinstance(op, Attention) and op.sinks is not None and (op.bias is None) == (number == 0)
+
+
+def test_a_factor_of_queries_is_moved_to_their_products() -> None:
+    """Products of [batch * heads]; scores and their factor over a batch; and factors of other dtypes, which stay."""
+    factor = Input("factor", Tensor((1, 1, 5, 1), "f32"))
+
+    def steps(x: Value) -> Value:
+        return s.Reshape(e.Mul(s.Reshape(x, (2, 3, 5, 7)), factor), (6, 5, 7))
+
+    op = result(graph_of(steps, 5, 7, False, factor, leading=(6,)))
+    assert isinstance(op, Attention) and op.bias is None
+
+    def narrow(x: Value) -> Value:
+        return e.Mul(e.Cast(x, "f16"), e.Cast(factor, "f16"))
+
+    found = result(graph_of(narrow, 5, 7, False, factor, keeps=lambda x: e.Cast(x, "f32")))
+    assert found == "its scale differs from place to place: it is a tensor<[1, 1, 5, 1], f16>"

@@ -206,9 +206,13 @@ OTHERS: dict[str, tuple[ByDistance, str]] = {
         at_distances((0.0, 0.0), (0.0, 0.0), (0.0, 0.0), (-math.inf, 0.0), first=-1),
         "head 1 and head 0 differ in whether a query sees the key 2 after it",
     ),
-    "heads, the last sees its own place alone": (
-        at_distances((-1.0, -1.0, -math.inf), (0.0, 0.0, 0.0), first=-1),
-        "head 2 and head 0 differ in whether a query sees the key 1 before it",
+    "heads, the second sees its own place alone": (
+        at_distances((-1.0, -math.inf, -1.0), (0.0, 0.0, 0.0), first=-1),
+        "head 1 and head 0 differ in whether a query sees the key 1 before it",
+    ),
+    "heads, two keys before": (
+        at_distances((0.0, -math.inf), (0.0, -math.inf), (0.0, 0.0), first=-2),
+        "head 1 and head 0 differ in whether a query sees the key 2 before it",
     ),
     "a bias, before": (
         at_distances(1.0, 0.75, 0.0, first=-2),

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import z3
 from mask_harness import Pairs
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Value
-from llmc.compiler.passes.mask_solver import proved_mask
+from llmc.compiler.passes.mask_solver import _Terms, proved_mask
 from llmc.compiler.passes.masks import Mask, Unrecognised
 
 c = e.constant
@@ -116,6 +117,40 @@ def test_what_is_proved_is_so_at_every_pair(name: str) -> None:
     np.testing.assert_array_equal(mask.shows(at - at[:, None]), np.squeeze(shown_by(places, bias)))
 
 
+WHOLE: dict[str, Build] = {
+    "sums": lambda p: e.Sub(e.Add(p.q, p.q), p.k),
+    "products": lambda p: e.Mul(p.back, e.Neg(p.k)),
+    "absolute": lambda p: e.Abs(p.back),
+    "the greater": lambda p: e.Maximum(p.back, c(2)),
+    "the less": lambda p: e.Minimum(c(2), p.back),
+    "a quotient": lambda p: e.Div(p.back, c(3)),
+    "a quotient rounded down": lambda p: e.FloorDivide(p.back, c(3)),
+    "a rest": lambda p: e.Mod(p.back, c(3)),
+    "a rest of the other sign": lambda p: e.Fmod(p.back, c(3)),
+    "over 1": lambda p: e.Add(e.Div(p.back, c(1)), e.Mod(p.back, c(1))),
+    "truth": lambda p: e.Cast(p.causal, "i64"),
+    "a choice": lambda p: e.Where(p.causal, p.q, p.k),
+    "a length": lambda p: e.Sub(p.length, p.k),
+    "moved": lambda p: s.Reshape(s.Transpose(p.back, (1, 0)), (1, p.size, p.size)),
+    "cast": lambda p: e.Cast(e.Cast(p.back, "i8"), "i32"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_term_is_what_the_evaluator_computes(name: str) -> None:
+    places = Pairs(MOST)
+    value = WHOLE[name](places)
+    reader = places.reader(value)
+    terms = _Terms(reader)
+    term = terms.whole(reader.pair(value))
+    for length in (1, 2, 9):
+        numbers = np.broadcast_to(places.numbers(reader, value, length), (1, length, length))[0]
+        for query, key in np.ndindex(length, length):
+            at = [(terms.query, query), (terms.key, key), (terms.length, length)]
+            given = [(place, z3.IntVal(number)) for place, number in at]
+            assert z3.simplify(z3.substitute(term, *given)).as_long() == numbers[query, key]
+
+
 # Ways of making a bias of conditions
 BIASES: dict[str, Build] = {
     "a choice": lambda p: bias_of(p.causal),
@@ -212,6 +247,10 @@ REFUSED: dict[str, tuple[Build, str]] = {
     ),
     "too small": (
         lambda p: bias_of(e.LessEqual(e.Mul(e.Cast(p.k, "i8"), c(-4, "i8")), c(99, "i8"))),
+        "its mask computes numbers that do not fit i8",
+    ),
+    "too small at no limit": (
+        lambda p: bias_of(e.LessEqual(e.Mul(e.Cast(p.k, "i8"), c(-5, "i8")), c(99, "i8"))),
         "its mask computes numbers that do not fit i8",
     ),
     "cast to too few bits": (

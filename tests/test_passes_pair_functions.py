@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mask_harness import Pairs
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import Dim, product, symbol
+from llmc.compiler.ir.elementwise import Constant
 from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
+from llmc.compiler.passes.pair_functions import _groups
+from llmc.compiler.passes.points import Known, Table
+from llmc.errors import IRError
 
+S = symbol("S", 1, 9)
 c = e.constant
 
 
@@ -80,6 +90,11 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     "heads, one after another, that are alike": lambda p: s.Concat(
         (s.Broadcast(p.q, (2, p.size, 1)), s.Broadcast(c(5), (3, p.size, 1))), 0
     ),
+    "groups, one after another": lambda p: s.Concat(
+        tuple(s.Reshape(x, (2, 3, p.size, p.size)) for x in (six(p), e.Neg(six(p)))), 1
+    ),
+    "the sum in f16": lambda p: s.Sum(e.Add(e.Cast(p.q, "f16"), heads(2048, 1, 1, 1, dtype="f16")), (0,)),
+    "the sum in f64": lambda p: s.Sum(e.Mul(e.Cast(p.q, "f64"), heads(1 / 3, 0.1, 0.7, dtype="f64")), (0,)),
     "the greatest of heads": lambda p: s.Max(six(p), (0,)),
     "the least of heads, without the axis": lambda p: s.Min(six(p), (-3,), False),
     "the sum of heads that are alike": lambda p: s.Sum(s.Broadcast(p.q, (3, p.size, 1)), (0,)),
@@ -112,7 +127,9 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     "a row for each": lambda p: s.Reshape(s.Transpose(s.Gather(table(20, 2), p.at), (1, 0)), (2, 1, p.size)),
     "all of them, looked up": lambda p: s.Gather(s.Broadcast(c(7), (p.size,)), s.Broadcast(p.k, (p.size, p.size))),
     "a place, looked up": lambda p: s.Gather(s.Iota(p.size), s.Reshape(e.Cast(p.k, "i32"), (p.size,))),
-    "a later place, looked up": lambda p: s.Gather(e.Mul(s.Iota(p.size + 5), c(2)), e.Add(p.at, c(3))),
+    "a later place, looked up": lambda p: s.Gather(
+        e.Mul(s.Iota(p.size + 5), c(2)), s.Slice(s.Iota(p.size + 3), 0, 3, p.size + 3)
+    ),
     "a place of heads, looked up": lambda p: s.Gather(e.Mul(p.k, heads(3, 5)), p.at, 2),
     "a diagonal": lambda p: s.Gather(p.causal, s.Iota(p.size), 0),
     "embedded": lambda p: Embed(table(20, 1, dtype="f32"), p.positions),
@@ -133,6 +150,21 @@ def test_a_value_is_read_as_the_evaluator_computes_it(name: str) -> None:
         found = places.read(reader, point, length)
         np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
         assert found.dtype == numpy_dtype(value.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in READ if not name.startswith("not followed")])
+def test_what_can_be_followed_is_not_evaluated_for_every_pair(name: str) -> None:
+    """So that it is known at any context, and of texts whose length matters: tables are those of constants alone."""
+    places = Pairs()
+    value = READ[name](places)
+    reader = places.reader(value)
+    stack = [reader.pair(value)]
+    while stack:
+        point = stack.pop()
+        stack.extend(point.inputs)
+        if isinstance(point, (Known, Table)):
+            assert point.value is not None
+            assert isinstance(point.value, Constant) or reader.probe.is_constant(point.value)
 
 
 REFUSED: dict[str, tuple[Callable[[Pairs], Value], str]] = {
@@ -241,3 +273,81 @@ def test_what_is_not_followed_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(Unrecognised) as refused:
         places.reader(value).pair(value)
     assert str(refused.value) == why
+
+
+def test_a_table_ends() -> None:
+    """What is beyond its rows is no number of another one."""
+    places = Pairs()
+    row = s.Slice(table(12), 0, 0, places.size)
+    looked_up = s.Gather(table(40), e.Add(places.back, c(9)))
+    reader = places.reader(row, looked_up)
+    zero = np.zeros((1, 1), np.int64)
+    for value, query, key, why in (
+        (row, 0, 11, ""), (row, 0, 12, "its mask has 12 rows, and row 12 is looked up"), (row, 0, 0, ""),
+        (row, 0, -1, "its mask has 12 rows, and row -1 is looked up"), (looked_up, 30, 0, ""),
+        (looked_up, 31, 0, "its mask looks up row 40 of 40"), (looked_up, 0, 49, ""),
+        (looked_up, 0, 50, "its mask looks up row -41 of 40"),
+    ):  # fmt: skip
+        point = reader.pair(value)
+        if not why:
+            assert reader.evaluate(point, zero + query, zero + key).shape == (1, 1, *point.shape)
+            continue
+        with pytest.raises(IRError, match=f"^{why}$"):
+            reader.evaluate(point, zero + query, zero + key)
+
+
+def test_a_number_of_no_pair_is_one() -> None:
+    """Of the longest text, unless lengths are given."""
+    places = Pairs()
+    reader = places.reader(places.length)
+    zero = np.zeros((1, 1), np.int64)
+    found = reader.evaluate(reader.pair(places.length), zero, zero)
+    assert found.shape == (1, 1, 1, 1) and found.item() == 9
+
+
+# Axes that are merged or split together
+
+
+@st.composite
+def reshapes(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    """Two shapes of as many elements."""
+    factors = draw(st.lists(st.integers(2, 3), max_size=5))
+    shapes = []
+    for _ in range(2):
+        shape: list[int] = []
+        for factor in factors:
+            if shape and draw(st.booleans()):
+                shape[-1] *= factor
+            else:
+                shape.append(factor)
+        shapes.append(shape)
+    return shapes[0], shapes[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes=reshapes(), token=st.booleans(), data=st.data())
+def test_axes_are_grouped_as_far_as_elements_say(
+    shapes: tuple[list[int], list[int]], token: bool, data: st.DataObject
+) -> None:
+    """Every axis is in one group, in order; no group could be two. An axis of tokens is one beside itself."""
+    old, new = (list[int | Dim](shape) for shape in shapes)
+    ends = [set(itertools.accumulate(shape, operator.mul)) for shape in shapes]
+    count = len(ends[0] & ends[1])
+    if token:
+        old, new = [*old, S], [*new, S]
+        count += 1
+    groups = _groups(tuple(old), tuple(new))
+    assert len(groups) == count
+    for side, shape in ((0, old), (1, new)):
+        assert [axis for group in groups for axis in group[side]] == list(range(len(shape)))
+    for left, right in groups:
+        assert product(tuple(old[axis] for axis in left)) == product(tuple(new[axis] for axis in right))
+    # Axes of size 1 change none of that.
+    place = data.draw(st.integers(0, len(new)))
+    wider = (*new[:place], 1, *new[place:])
+    for a, b in ((tuple(old), wider), (wider, tuple(old))):
+        groups = _groups(a, b)
+        assert [axis for left, _ in groups for axis in left] == list(range(len(a)))
+        assert [axis for _, right in groups for axis in right] == list(range(len(b)))
+        for left, right in groups:
+            assert product(tuple(a[axis] for axis in left)) == product(tuple(b[axis] for axis in right))

@@ -237,6 +237,7 @@ COLUMNS: dict[str, tuple[Callable[[Value], Value], Value, str]] = {
     "cut off": (lambda x: s.Slice(x, 2, 0, 4), FOUR, ""),
     "cut off, by a negative axis": (lambda x: s.Slice(e.Cast(x, "f32"), -1, 0, 4), FOUR, ""),
     "kept": (lambda x: x, V, KEEP_SINKS),
+    "kept and cast": (lambda x: e.Cast(e.Cast(x, "f16"), "f32"), V, KEEP_SINKS),
     "the first cut off": (lambda x: s.Slice(x, 2, 1, 5), FOUR, KEEP_SINKS),
     "two cut off": (lambda x: s.Slice(x, 2, 0, 3), Input("three", Tensor((2, 3, 3), "f32")), KEEP_SINKS),
     "every other": (lambda x: s.Slice(x, 2, 0, 4, 2), Input("two", Tensor((2, 2, 3), "f32")), KEEP_SINKS),
@@ -262,3 +263,12 @@ def test_a_column_of_sinks_is_cut_off(name: str) -> None:
     with pytest.raises(Unrecognised) as refused:
         weighted(graph, softmax, True)
     assert str(refused.value) == why
+
+
+@pytest.mark.parametrize(("rows", "sinks"), [(3, True), (3, False), (7, True), (7, False)])
+def test_rows_need_not_be_as_many_as_keys(rows: int, sinks: bool) -> None:
+    """Four keys and a column of sinks, or five keys."""
+    softmax = s.Softmax(Input("x", Tensor((2, rows, 5), "f32")), 2)
+    product = s.Matmul(s.Slice(softmax, 2, 0, 4) if sinks else softmax, FOUR if sinks else V)
+    inputs = (softmax.x, FOUR, V)
+    assert weighted(Graph("g", inputs, (("out", product),)), softmax, sinks) == (product, [])  # type: ignore[arg-type]

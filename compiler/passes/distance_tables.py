@@ -71,11 +71,6 @@ def distance_table(probe: Probe, bias: Value, heads: int) -> Value:
     return table_of(distances, distances.by_distance(reader.pair(bias)), heads)
 
 
-def _op(point: Applied) -> Op:
-    assert point.op is not None
-    return point.op
-
-
 @dataclass(eq=False)
 class _Builder:
     """Builds functions of distance as values [2 * most - 1 (or 1), *shape], the distance first."""

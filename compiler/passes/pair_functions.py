@@ -218,12 +218,6 @@ class PairReader(Points):
         shape = tuple(
             dim if place is None and isinstance(dim, int) else 1 for dim, place in zip(op.shape, index, strict=True)
         )
-        if math.prod(x.shape) != math.prod(shape):
-            # Something was the same along an axis, and is one element there: give it back its size.
-            full = tuple(
-                dim if before[axis] is None and isinstance(dim, int) else 1 for axis, dim in enumerate(op.x.shape)
-            )
-            x = self.applied(Broadcast(op.x, op.x.shape), (x,), full)
         return self.applied(op, (x,), shape)
 
     def _concat(self, op: Value, index: tuple[Place | None, ...]) -> Point:
