@@ -286,6 +286,24 @@ def test_a_tokenizer_with_steps_of_its_own_takes_ids_only(tmp_path: Path, monkey
     assert read_text(tmp_path, load_config(tmp_path)).facts is not None
 
 
+def test_a_tokenizer_that_changes_as_it_is_written_takes_ids_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the artifact holds is what is compared, token by token: here one that the file makes special."""
+    kinds.flags(tmp_path)
+    whole = hf_tokenizer._written
+
+    def written(backend: tokenizers.Tokenizer) -> str:
+        state = json.loads(whole(backend))
+        next(token for token in state["added_tokens"] if token["content"] == "Hello")["special"] = True
+        return json.dumps(state)
+
+    assert read_text(tmp_path, load_config(tmp_path)).facts is not None
+    monkeypatch.setattr(hf_tokenizer, "_written", written)
+    text = read_text(tmp_path, load_config(tmp_path))
+    assert text.facts is None and "added tokens that this file cannot hold" in text.notes[0]
+
+
 def test_merges_are_never_dropped_at_random(tmp_path: Path) -> None:
     """A setting of training, which a note names: transformers would encode otherwise each time."""
     kinds.llama3(tmp_path)

@@ -87,7 +87,10 @@ def _opened(tokenizer: Any, notes: tuple[str, ...]) -> tuple[Any | None, tuple[s
         backend.model.dropout = None
     if not _is_whole(tokenizer, backend):
         name = type(tokenizer).__name__
-        return None, (f"{name} has steps of its own around its tokenizer.json: the artifact takes token ids only",)
+        return None, (
+            f"{name} has steps of its own around its tokenizer.json, or added tokens that this file cannot hold: the "
+            "artifact takes token ids only",
+        )
     backend.no_truncation()
     backend.no_padding()
     return tokenizer, (*notes, *_own_methods(tokenizer))
@@ -171,22 +174,30 @@ def _cleans_up(tokenizer: Any) -> bool:
 
 
 def _is_whole(tokenizer: Any, backend: Any) -> bool:
-    """Whether a tokenizer does what its backend does, and the artifact can hold that."""
+    """Whether a tokenizer does what its backend does, once written and read again as the artifact holds it."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     try:
-        backend.to_str()
+        held = Tokenizer.from_str(_written(backend))
     except Exception:  # the library cannot write steps that are Python
         return False
+    held.no_truncation()
+    held.no_padding()
+    held.encode_special_tokens = tokenizer.split_special_tokens
     for text in _PROBES:
         ids = list(tokenizer(text)["input_ids"])
-        decoded = backend.decode(ids, skip_special_tokens=True)
+        decoded = held.decode(ids, skip_special_tokens=True)
         if _cleans_up(tokenizer):
             decoded = PreTrainedTokenizerBase.clean_up_tokenization(tokenizer, decoded)
         with quiet():
-            if backend.encode(text).ids != ids or tokenizer.decode(ids, skip_special_tokens=True) != decoded:
+            if held.encode(text).ids != ids or tokenizer.decode(ids, skip_special_tokens=True) != decoded:
                 return False
-    return True
+    return all(
+        held.id_to_token(number) == backend.id_to_token(number)
+        and held.decode([number], skip_special_tokens=True) == backend.decode([number], skip_special_tokens=True)
+        for number in backend.get_added_tokens_decoder()
+    )
 
 
 def _own_methods(tokenizer: Any) -> tuple[str, ...]:
