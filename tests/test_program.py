@@ -14,8 +14,8 @@ from llmc.compiler.ir.llm import Embed, GatedLinear, LayerNorm, Linear, Quantize
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import CompileError
-from llmc.targets import machine_named
-from llmc.targets.lowering import Lowered, Rules
+from llmc.targets import lower, machine_named
+from llmc.targets.lowering import Lowered, Rules, values_of
 from llmc.targets.memory import _lifetimes
 from llmc.targets.x86.tile_plan import ROWS_FROM, usable
 
@@ -49,6 +49,15 @@ def small_graph(scheme: str, rounding: str) -> Graph:
 def params_of(graph: Graph) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {p.name: rng.standard_normal([int(d) for d in p.shape]).astype(np.float32) for p in graph.params}
+
+
+@pytest.mark.parametrize(("scheme", "rounds"), [("f32", True), ("bf16", False)])
+def test_rounding_activations_is_a_permission_unless_weights_are_f32(scheme: str, rounds: bool) -> None:
+    """Beside weights in f32 there is nothing to gain by it: who writes it there means it."""
+    program = lower(small_graph(scheme, "bf16"), machine_named("x86-64-v3"))
+    read = {value for item in program.ops if isinstance(item.op, (Linear, GatedLinear)) for call in item.calls
+            for value in values_of(call)}  # fmt: skip
+    assert any(isinstance(value, Cast) and value.dtype == "f32" for value in read) == rounds
 
 
 CASES = [

@@ -148,6 +148,8 @@ def writes_tiles(value: Value, context: Context) -> Scratch | None:
         read = again if isinstance(again, Cast) and unrounded(again) is value else read
     if not isinstance(reader, (Linear, GatedLinear)) or reader.x is not read or not _on_tiles(reader, context):
         return None
+    if read_by(reader) is not value:
+        return None
     alike = tile_plan.split_of(bits) == tile_plan.split_of(_tile_bits(reader))
     if not alike or features_of(value) != _tile_inputs(reader):
         return None
@@ -159,6 +161,11 @@ def unrounded(x: Value) -> Value:
     if isinstance(x, Cast) and isinstance(x.x, Cast) and x.dtype == x.x.x.dtype == "f32" and x.x.dtype == "bf16":
         return x.x.x
     return x
+
+
+def read_by(op: Linear | GatedLinear) -> Value:
+    """What a linear op's kernels read: beside weights in f32 nothing is to be gained, and a rounding is on purpose."""
+    return op.x if op.w.dtype == "f32" and op.w.tensor.encoding is None else unrounded(op.x)
 
 
 def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
@@ -389,7 +396,7 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
             activations="f32",
             **epilogue,  # type: ignore[arg-type]
         )
-    x, rows = unrounded(op.x), rows_of(op)
+    x, rows = read_by(op), rows_of(op)
     given: dict[str, object] = {"x": x}
     if plan.activations == "bf16":  # the machine multiplies pairs of bf16
         given["x"] = pairs = Scratch(context.scratch_name(x, "pairs"), "uint16", rows * (-(-k // 2) * 2))
