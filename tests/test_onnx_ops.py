@@ -230,6 +230,8 @@ def test_every_data_type_has_its_number() -> None:
             assert OTHER_DTYPES[number] == name.lower()
             with pytest.raises(Unsupported, match=f"the data type {name.lower()} is not supported"):
                 dtype_named(number)
+        else:
+            assert name == "UNDEFINED" or number > max(OTHER_DTYPES), name
     with pytest.raises(Unsupported, match="the data type 99 is not supported"):
         dtype_named(99)
 
