@@ -103,6 +103,9 @@ def test_bounds_are_those_of_the_factors() -> None:
         (near * -3, (-3 * 254, 3)),
         (half * S, (-4 * 40, None)),
         (half * zero, (-4 * 4, None)),
+        (near * S, (-40, 254 * 40)),
+        (U * symbol("W", 0), (0, None)),
+        (symbol("A", 0) * S, (0, None)),
         (S // 7, (0, 5)),
     ):
         assert bounds(size) == expected, size

@@ -263,13 +263,13 @@ def test_sizes_are_read_off_where_one_symbol_is_plain(dim: object, size: int, ex
     x = an_input("x", dim)
     given = {"cache": Pages.empty(cache.kv, 1), "x": np.ones(size, np.float32)}
     assert bind_symbols(Graph("g", (cache, x), (("y", x),)), given) == expected
-    y = an_input("y", S + 1, 2)
-    both = {**given, "y": np.ones((6, 2), np.float32)}
+    y = an_input("y", 2, S + 1)
+    both = {**given, "y": np.ones((2, 6), np.float32)}
     assert bind_symbols(Graph("g", (cache, x, y), (("y", x),)), both) == {"S": 5}
     for other in (5, 7):
         if expected:
             with pytest.raises(IRError, match=f"input y: S is {other - 1} here and 5 elsewhere"):
-                bind_symbols(Graph("g", (x, y), (("y", x),)), {**both, "y": np.ones((other, 2), np.float32)})
+                bind_symbols(Graph("g", (x, y), (("y", x),)), {**both, "y": np.ones((2, other), np.float32)})
 
 
 def test_a_long_chain_keeps_two_results_at_most() -> None:
