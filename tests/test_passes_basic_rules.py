@@ -216,6 +216,8 @@ BECOMES: dict[str, tuple[Value, list[str]]] = {
         ["t.mod", "t.gather"],
     ),
     "a gather in another order stays": (s.Gather(MATRIX, e.constant([2, 1], "i64"), 0), ["t.gather"]),
+    "a gather of the first two": (s.Gather(MATRIX, e.constant([0, 1], "i64"), 0), ["t.slice"]),
+    "a gather of the middle": (s.Gather(MATRIX, e.constant([2, 3, 4], "i64"), 1), ["t.slice"]),
     "a gather with a gap stays": (s.Gather(MATRIX, e.constant([0, 2], "i64"), 1), ["t.gather"]),
     "a gather of a table of indices stays": (s.Gather(MATRIX, e.constant([[0, 1]], "i64"), 1), ["t.gather"]),
     "a pad at the end stays": (s.Pad(MATRIX, (0, 0), (0, 1)), ["t.pad"]),
