@@ -72,8 +72,9 @@ def _div(t: Translation, node: Node, a: Meaning, b: Meaning, rounding_mode: str 
 
 def _comparison(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
     def handler(t: Translation, node: Node, a: Meaning, b: Meaning) -> Value:
-        tensors = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, Node)]
-        if len(tensors) == 2 and all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        given = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, Node)]
+        tensors = [value for value in given if isinstance(value, torch.Tensor)]
+        if len(tensors) == 2:
             # A scalar tensor follows the other operand here, too: it is rounded to it before they are compared.
             dtype = dtype_name(torch.result_type(*tensors))
             return make(t.tensor(a, dtype), t.tensor(b, dtype))
