@@ -202,7 +202,7 @@ def activation_of_scores(config: Mapping[str, object], width: int, where: object
     """What makes a text's scores of its `width` logits: "softmax", "sigmoid" or "none", as transformers' pipeline or,
     where the config or the directory (`own`) is one of it, the library's CrossEncoder decides."""
     crossed = own is not None and own.task == SCORE
-    named = own.activation if own is not None else None
+    named: object = own.activation if own is not None else None
     nested, old = config.get("sentence_transformers"), config.get("sbert_ce_default_activation_function")
     if named is None and isinstance(nested, Mapping):
         crossed, named = True, nested.get("activation_fn")
