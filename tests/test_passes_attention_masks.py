@@ -32,6 +32,12 @@ LONG = 131_072  # too many for every pair: 1.7e10
 SLOPES = [0.125, 0.3125]
 
 
+def length_over(p: Places, by: int) -> Value:
+    """The length over a number, rounded down, as sizes are written: the element of a count that it is the index of."""
+    size = p.size // by
+    return s.Slice(s.Iota(size + 1), 0, size, size + 1)
+
+
 class Places:
     """Queries [S, 1], keys [1, S] and the length of texts of at most `most` tokens."""
 
@@ -143,6 +149,7 @@ UNLIKE: dict[str, Callable[[Places], Value]] = {
     "one query far away": lambda p: e.And(p.causal, e.NotEqual(p.q, e.constant(p.most - 3))),
     "by a length": lambda p: e.And(p.causal, e.Less(e.Sub(p.length, p.k), e.constant(100))),
     "by distance and length": lambda p: e.LessEqual(e.Add(p.k, p.length), e.Add(p.q, e.constant(150))),
+    "within a seventh of the length": lambda p: e.And(p.causal, e.LessEqual(e.Sub(p.q, p.k), length_over(p, 7))),
     "ahead for the longest": lambda p: e.LessEqual(p.k, e.Add(p.q, e.Div(p.length, e.constant(p.most)))),
 }
 

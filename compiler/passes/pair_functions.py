@@ -176,8 +176,9 @@ class PairReader(Points):
         if isinstance(size, int):
             return Place(constant=size)
         (name,) = {symbol.name for symbol in self.size.symbols()} if len(self.size.symbols()) == 1 else ("",)
-        zero, one, two = (substitute(size, {name: n}) for n in (0, 1, 2))
-        if not (isinstance(zero, int) and isinstance(one, int) and isinstance(two, int) and two - one == one - zero):
+        zero, one = (substitute(size, {name: n}) for n in (0, 1))
+        # A quotient of the size is linear at a few lengths only.
+        if not (isinstance(zero, int) and isinstance(one, int) and size == self.size * (one - zero) + zero):
             raise Unrecognised(f"its mask depends on the size {size}")
         first = substitute(self.size, {name: 0}), substitute(self.size, {name: 1})
         if first != (0, 1):
