@@ -20,6 +20,7 @@ from llmc.targets.driver import Addresses
 from llmc.targets.library import INTERFACE, build_library, kernels_of
 from llmc.targets.limits import limit_kernels
 from llmc.targets.memory import plan_memory
+from llmc.targets.step_limits import StepLimits
 
 # A step that says which library's it is, by way of the library's own pool.
 STEP = """
@@ -122,7 +123,7 @@ def test_an_artifact_shows_what_others_may_call_and_looks_up_nothing_of_its_own(
     """Names that it looked up could be answered by others; the tables of those that it must are read-only."""
     x, machine = Input("x", Tensor((4,), "f32")), machine_named("native")
     program = lower(Graph("main", (x,), (("out", Mul(x, x)),)), machine)
-    addresses = Addresses(plan_memory(program, {}), {}, {}, "run")
+    addresses = Addresses(plan_memory(program, {}), {}, {}, "run", StepLimits())
     path = build_library(program, addresses, CACHE, tmp_path, Silent()).path
     kernels = [item.symbol for item in kernels_of(program)]
     limits = [item.kernel.symbol for item in limit_kernels(machine)]

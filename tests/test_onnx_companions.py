@@ -73,18 +73,18 @@ def test_labels(names: object, labels: list[str] | None, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("config", "width", "expected"),
     [
-        ({}, 1, True), ({}, 2, False), ({"problem_type": "regression"}, 1, False),
-        ({"problem_type": "multi_label_classification"}, 3, True),
-        ({"problem_type": "single_label_classification"}, 3, False),
-        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, 3, True),
-        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, 1, False),
-        ({"sbert_ce_default_activation_function": "torch.nn.Sigmoid"}, 3, True),
-        ({"sbert_ce_default_activation_function": "torch.nn.Identity"}, 1, False),
-        ({"sentence_transformers": "odd"}, 1, True),
+        ({}, 1, "sigmoid"), ({}, 2, "softmax"), ({"problem_type": "regression"}, 1, "none"),
+        ({"problem_type": "regression"}, 3, "none"), ({"problem_type": "multi_label_classification"}, 3, "sigmoid"),
+        ({"problem_type": "single_label_classification"}, 3, "softmax"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}, 3, "sigmoid"),
+        ({"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}, 1, "none"),
+        ({"sbert_ce_default_activation_function": "torch.nn.Sigmoid"}, 3, "sigmoid"),
+        ({"sbert_ce_default_activation_function": "torch.nn.Identity"}, 1, "none"),
+        ({"sentence_transformers": "odd"}, 1, "sigmoid"), ({"sentence_transformers": {}}, 3, "none"),
     ],
 )  # fmt: skip
-def test_labels_that_stand_alone(config: dict[str, object], width: int, expected: bool, tmp_path: Path) -> None:
-    assert beside(tmp_path, **config).labels_stand_alone(width) is expected
+def test_what_makes_scores_of_logits(config: dict[str, object], width: int, expected: str, tmp_path: Path) -> None:
+    assert beside(tmp_path, **config).activation_of_scores(width, None) == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (3, 3), (True, None), ("3", None), (None, None)])

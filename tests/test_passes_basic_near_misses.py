@@ -111,7 +111,9 @@ NORMS: dict[str, tuple[Value, list[str]]] = {
         e.Mul(centred(X), root(e.Sub(s.Sum(e.Mul(X, X), (2,)), e.Mul(s.Mean(X, (2,)), s.Mean(X, (2,)))), 1e3)),
         ["t.mean", "t.sub", "t.mul", "t.sum", "t.mul", "t.sub", "t.add", "t.rsqrt", "t.mul"],
     ),
-    "over a last axis of free size": (rms(x(3, S, name="free")), ["llm.rms_norm"]),
+    "over a last axis of free size": (
+        rms(x(3, S, name="free")), ["t.mul", "t.mean", "t.add", "t.rsqrt", "t.mul"],
+    ),
     "an axis of one that is dropped": (
         e.Mul(s.Reshape(rms(x(5, 1, name="ones")), (5,)), param("w", 5, dtype="f32")),
         ["llm.rms_norm", "t.reshape", "t.mul"],
@@ -356,8 +358,8 @@ ACTIVATIONS: dict[str, tuple[Value, list[str] | None]] = {  # None: no activatio
     "tanh and erf mixed up": (halved(e.Tanh(e.Mul(X, c(math.sqrt(0.5))))), None),
     "silu by tanh": (halved(e.Tanh(e.Mul(X, c(1)))), None),
     "gelu by sigmoid": (gate(e.Mul(X, c(math.sqrt(0.5)))), None),
-    "a constant of five digits": (gate(e.Mul(X, c(1.70202))), ACTIVE),
-    "a constant of four digits": (gate(e.Mul(X, c(1.7021))), None),
+    "a constant of eight digits": (gate(e.Mul(X, c(1.7020002))), ACTIVE),
+    "a constant of five digits": (gate(e.Mul(X, c(1.70202))), None),
     "one minus": (e.Mul(e.Mul(c(0.5), X), e.Sub(c(1), HALF_ERF)), None),
     "twice the error function": (e.Mul(e.Mul(c(0.5), X), e.Add(c(1), e.Mul(c(2), HALF_ERF))), None),
     "no one at all": (e.Mul(e.Mul(c(0.5), X), HALF_ERF), None),
