@@ -23,11 +23,7 @@ def llvm_target(machine: Machine) -> tvm.target.Target:
     """TVM's target for a CPU machine."""
     import tvm
 
-    from llmc.targets.x86.features import attributes
-
-    facts: dict[str, object] = {"kind": "llvm", "mcpu": machine.mcpu, "opt-level": 3}
-    if machine.arch == "x86":
-        facts["mattr"] = attributes(machine.features)
+    facts = {"kind": "llvm", "mcpu": machine.mcpu, "mattr": machine.attributes(), "opt-level": 3}
     return tvm.target.Target(facts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from dataclasses import asdict, dataclass
 
@@ -30,6 +31,12 @@ class Machine:
     def has(self, *features: str) -> bool:
         """Whether the machine has every one of these features."""
         return self.features.issuperset(features)
+
+    def attributes(self) -> list[str]:
+        """LLVM's attributes, by which it uses the features and no others: the architecture's folder knows them."""
+        module = importlib.import_module(f"llmc.targets.{self.arch}.features")
+        attributes: list[str] = module.attributes(self.features)
+        return attributes
 
     @property
     def key(self) -> str:

@@ -14,15 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "pool.h"
-
-#define CHECK(condition) \
-    do { \
-        if (!(condition)) { \
-            fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-            _exit(1); \
-        } \
-    } while (0)
 
 int llmc_step(const LlmcStep *step) { return (int)step->sizes[LLMC_ROWS]; } /* of no use here, but part of the pool */
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import resource
 import sys
@@ -161,6 +162,8 @@ class Runner:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         if session.testsfailed:
             raise session.Interrupted("the tests could not be collected")
+        for module in self.files.values():  # some are imported when they are first needed
+            importlib.import_module("llmc." + module.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
         gc.collect()
         self.functions = functions_of(self.files)
         gc.freeze()  # a collection in a copy would touch, and so copy, all that is there

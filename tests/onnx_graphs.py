@@ -22,6 +22,22 @@ OPSET = 21
 Shape = Sequence[int | str]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Arrays of random numbers, the same ones for the same seed and calls."""
+
+    rng: np.random.Generator
+
+    def floats(self, *shape: int) -> Array:
+        """Normal f32."""
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    def integers(self, *shape: int, dtype: type = np.uint8) -> Array:
+        """Anything that the dtype holds."""
+        info = np.iinfo(dtype)
+        return self.rng.integers(info.min, info.max, shape, dtype=dtype, endpoint=True)
+
+
 @dataclass
 class Nodes:
     """A graph in the making. `add` gives the name of an op's output; numbers become initializers.

@@ -26,9 +26,9 @@ def run_checked(
     return run_passes(graph, parse_pipeline(pipeline), checkers)
 
 
-def graph_of(*outputs: Value) -> Graph:
-    """A graph that computes these values from whatever inputs they use, in order of name."""
-    inputs: dict[str, Input] = {}
+def graph_of(*outputs: Value, also: Sequence[Input] = ()) -> Graph:
+    """A graph that computes these values from whatever inputs they use, in order of name; `also` are inputs too."""
+    inputs = {value.name: value for value in also}
     seen: set[Value] = set()
     stack = list(outputs)
     while stack:

@@ -58,6 +58,7 @@ def keys(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("compiler/passes/fuse_norm.py", '"""', '"""Other words. ', (False, False)),
         ("targets/x86/vectors.py", '"""', '"""Other words. ', (True, True)),
         ("targets/codegen.py", '"opt-level": 3', '"opt-level": 2', (True, True)),
+        ("targets/x86/features.py", '"""', '"""Other words. ', (True, True)),
         ("targets/kernel_cache.py", '"""', '"""Other words. ', (False, False)),
     ],
 )

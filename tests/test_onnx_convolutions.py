@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from onnx_graphs import Nodes, compare, evaluated
+from onnx_graphs import Draws, Nodes, compare, evaluated
 
 from llmc.compiler.ir.structural import Matmul
 from llmc.errors import FrontendError
 
 RNG = np.random.default_rng(3)
-
-
-def floats(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def bytes_(*shape: int, dtype: type = np.uint8) -> np.ndarray:
-    info = np.iinfo(dtype)
-    return RNG.integers(info.min, info.max, shape, endpoint=True).astype(dtype)
+floats = Draws(RNG).floats
+integers = Draws(RNG).integers
 
 
 def convolved(op: str, x: np.ndarray, *operands: object, **attributes: object) -> np.ndarray:
@@ -46,7 +39,7 @@ ZEROS = (None, np.uint8(7), np.array([7], np.uint8), np.array([0, 1, 2, 250, 4, 
 @pytest.mark.parametrize("zero", ZEROS, ids=("none", "one", "a vector of one", "one a channel"))
 def test_integer_convolutions_with_zero_points(zero: np.ndarray | None) -> None:
     """What is padded stands for zero: it is the zero point of x."""
-    x, w = bytes_(2, 4, 7), bytes_(6, 2, 3)
+    x, w = integers(2, 4, 7), integers(6, 2, 3)
     found = convolved("ConvInteger", x, w, np.uint8(9), zero, **INTEGERS)
     moved = w.astype(np.int64) - (0 if zero is None else zero.reshape(-1, 1, 1).astype(np.int64))
     np.testing.assert_array_equal(found, sums(x.astype(np.int64) - 9, moved, 2))
@@ -58,7 +51,7 @@ def test_integer_convolutions_with_zero_points(zero: np.ndarray | None) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_integer_convolutions_that_are_rounded_again(scale: float | list[float], bias: bool) -> None:
     """Scales are powers of two, so that f32 has every product exactly; halves are rounded to even."""
-    x, w, own = bytes_(2, 4, 7), bytes_(6, 2, 3, dtype=np.int8), np.array(scale, np.float32)
+    x, w, own = integers(2, 4, 7), integers(6, 2, 3, dtype=np.int8), np.array(scale, np.float32)
     offsets = [RNG.integers(-99, 99, 6).astype(np.int32)] if bias else []
     found = convolved(
         "QLinearConv", x, np.float32(0.5), np.uint8(9), w, own, np.zeros(own.shape, np.int8),

@@ -9,20 +9,13 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
-from onnx_graphs import Nodes, compare, evaluated
+from onnx_graphs import Draws, Nodes, compare, evaluated
 
 from llmc.errors import FrontendError
 
 RNG = np.random.default_rng(17)
-
-
-def floats(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
-
-
-def bytes_(*shape: int, dtype: type = np.uint8) -> np.ndarray:
-    info = np.iinfo(dtype)
-    return RNG.integers(info.min, info.max, shape, endpoint=True).astype(dtype)
+floats = Draws(RNG).floats
+integers = Draws(RNG).integers
 
 
 @pytest.mark.parametrize(("turn_a", "turn_b"), list(itertools.product((0, 1), repeat=2)))
@@ -40,14 +33,14 @@ def test_gemm(turn_a: int, turn_b: int) -> None:
 
 @pytest.mark.parametrize(("left", "right"), [((3, 5), (5, 7)), ((2, 3, 5), (5, 7)), ((5,), (5, 7)), ((3, 5), (5,))])
 def test_products_of_integers_with_zero_points(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    a, b = bytes_(*left), bytes_(*right, dtype=np.int8)
+    a, b = integers(*left), integers(*right, dtype=np.int8)
     rows, columns = (left[-2] if len(left) > 1 else 1), (right[-1] if len(right) > 1 else 1)
-    points_a = [None, np.uint8(3), np.array([200], np.uint8), *([bytes_(rows)] if len(left) == 2 else [])]
+    points_a = [None, np.uint8(3), np.array([200], np.uint8), *([integers(rows)] if len(left) == 2 else [])]
     points_b = [
         None,
         np.int8(-3),
         np.array([9], np.int8),
-        *([bytes_(columns, dtype=np.int8)] if len(right) > 1 else []),
+        *([integers(columns, dtype=np.int8)] if len(right) > 1 else []),
     ]
     for zero_a, zero_b in itertools.product(points_a, points_b):
         nodes = Nodes({"a": ("uint8", left)})
@@ -62,7 +55,7 @@ def test_products_of_integers_with_zero_points(left: tuple[int, ...], right: tup
 
 def test_products_of_integers_that_are_rounded_again() -> None:
     """Scales are powers of two, so that f32 has every product exactly; halves are rounded to even."""
-    a, b = bytes_(3, 5), bytes_(5, 7, dtype=np.int8)
+    a, b = integers(3, 5), integers(5, 7, dtype=np.int8)
     powers = 2.0 ** RNG.integers(-3, 3, 7)
     scales_a = (0.5, [0.25], [0.5, 1, 0.25])
     scales_b = (0.25, [0.5], powers.tolist())

@@ -7,16 +7,13 @@ import itertools
 import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
-from onnx_graphs import Nodes, compare, evaluated
+from onnx_graphs import Draws, Nodes, compare, evaluated
 
 from llmc.errors import FrontendError
 
 RNG = np.random.default_rng(13)
+floats = Draws(RNG).floats
 COORDINATES = ("half_pixel", "asymmetric", "pytorch_half_pixel", "align_corners", "half_pixel_symmetric")
-
-
-def floats(*shape: int) -> np.ndarray:
-    return RNG.standard_normal(shape).astype(np.float32)
 
 
 def referenced(x: np.ndarray, *operands: object, **attributes: object) -> None:

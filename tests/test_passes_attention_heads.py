@@ -6,15 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from attention_of_graphs import result
+from pass_harness import graph_of
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
-from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
-from llmc.compiler.ir.op import Input, Op, Param, Value
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
 
@@ -36,37 +37,7 @@ def softmax(value: Value) -> Value:
     return s.Softmax(value, value.rank - 1)
 
 
-def graph_of(*outputs: Value, text: bool = False) -> Graph:
-    found = {name: Input(name, Tensor((1, S), "i32")) for name in ("ids", "positions")} if text else {}
-    stack = list(outputs)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Input):
-            found[value.name] = value
-        stack.extend(value.operands if isinstance(value, Op) else ())
-    return Graph("g", tuple(found.values()), tuple((f"out{i}", value) for i, value in enumerate(outputs)))
-
-
-def result(graph: Graph, **sizes: int) -> Attention | str:
-    """The attention that becomes of a graph, which computes the same, or why none does; "": nothing is said."""
-    report = Report()
-    after = FuseAttention().run(graph, report)
-    found = [op for op in after.ops if isinstance(op, Attention)]
-    if not found:
-        assert after.ops == graph.ops
-        return report.refusals[0][1] if report.refusals else ""
-    generator = np.random.default_rng(5)
-    given: dict[str, Array] = {}
-    for value in graph.inputs:
-        shape = tuple(dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape)
-        given[value.name] = generator.standard_normal(shape)
-        if value.dtype != "f32":
-            given[value.name] = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-    with precise():
-        before, now = (evaluate(g, given, {}.__getitem__) for g in (graph, after))
-    for name, expected in before.items():
-        np.testing.assert_allclose(np.asarray(now[name]), np.asarray(expected), rtol=0, atol=1e-11)
-    return found[0]
+TEXT = tuple(Input(name, Tensor((1, S), "i32")) for name in ("ids", "positions"))
 
 
 def attention(leading: tuple[Size, ...], queries: Size = 5, count: Size = 7, *, scores: Step = lambda x: x,
@@ -91,7 +62,7 @@ def test_leading_axes_are_a_batch_and_heads(
 ) -> None:
     """Of one text all are heads; otherwise the first of several is a batch."""
     queries, count = (S, S) if text else (5, 7)
-    op = result(graph_of(attention(leading, queries, count), text=text), B=2, S=5)
+    op = result(graph_of(attention(leading, queries, count), also=TEXT if text else ()), B=2, S=5)
     assert isinstance(op, Attention), op
     assert op.q.shape == (*batch, queries, heads, 4)
     assert op.k.shape == (*batch, count, heads, 4) and op.v.shape == (*batch, count, heads, 6)
@@ -239,7 +210,7 @@ def test_what_is_no_attention_is_refused(name: str) -> None:
 
 def test_a_bias_of_tokens_is_added_but_to_a_text() -> None:
     bias = x("bias", 3, S, S)
-    graph = [graph_of(attention((1, 3), S, S, scores=lambda y: e.Add(y, bias)), text=text) for text in (False, True)]
+    graph = [graph_of(attention((1, 3), S, S, scores=lambda y: e.Add(y, bias)), also=also) for also in ((), TEXT)]
     op = result(graph[0], S=5)
     assert isinstance(op, Attention) and op.bias is not None
     assert result(graph[1]) == ("its scores depend on an input: tensor<[3, S, S], f32>, which is no product of q and k")

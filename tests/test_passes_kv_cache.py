@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from pass_harness import graph_of
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
@@ -12,7 +13,7 @@ from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention, KVAppend, PagedAttention
-from llmc.compiler.ir.op import Input, Op, Param, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.passes.flatten_tokens import SEQUENCES
@@ -34,17 +35,6 @@ def x(name: str, heads: int = 2, dim: int = 8, tokens: Size = T) -> Input:
 
 def attention(q: Value, k: Value, v: Value, **said: object) -> Attention:
     return Attention(q, k, v, **{"causal": True, "scale": 0.5, **said})  # type: ignore[arg-type]
-
-
-def graph_of(*outputs: Value, starts: bool = False, extra: tuple[Input, ...] = ()) -> Graph:
-    found: dict[str, Input] = {"starts": STARTS} if starts else {}
-    stack = list(outputs)
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Input):
-            found[value.name] = value
-        stack.extend(value.operands if isinstance(value, Op) else ())
-    return Graph("g", (*found.values(), *extra), tuple((f"out{i}", value) for i, value in enumerate(outputs)))
 
 
 def run(graph: Graph, **options: object) -> tuple[Graph, Report]:
@@ -70,7 +60,7 @@ def test_what_an_attention_says_it_says_of_the_cache() -> None:
     (found,) = paged(after)
     assert (found.q, found.sinks, found.slopes, found.bias, found.starts) == (Q, sinks, slopes, TABLE, None)
     assert (found.scale, found.causal, found.window, found.softcap) == (0.5, True, 5, 3.0)
-    assert [value.name for value in after.inputs] == ["v", "k", "q", "slots", "tiles", "block_table", "cache.0"]
+    assert [value.name for value in after.inputs] == ["k", "q", "v", "slots", "tiles", "block_table", "cache.0"]
     types = {value.name: str(value.type) for value in after.inputs[3:6]}
     assert types == {
         "slots": "tensor<[T], i32>", "tiles": "tensor<[Q, 4], i32>", "block_table": "tensor<[B, M], i32>",
@@ -103,7 +93,7 @@ def layered(*kinds: int, parallel: bool = False, dim: int = 8) -> Graph:
         read = attention(value, e.Neg(keys), e.Abs(keys), causal=False)
         outputs.append(read)
         value = value if parallel else read
-    return graph_of(*(outputs if parallel else outputs[-1:]), starts=True)
+    return graph_of(*(outputs if parallel else outputs[-1:]), also=[STARTS])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +126,7 @@ def test_a_cache_is_not_taken_over_while_someone_reads_it() -> None:
         keys = s.Slice(behind, 1, 0, 2)
         padded = s.Concat((keys, s.Slice(keys, 2, 0, 2)), 2)
         last = attention(x("queries", 4), padded, keys, causal=False)
-        after, _ = run(graph_of(beside, last, starts=True), scratch=True)
+        after, _ = run(graph_of(beside, last, also=[STARTS]), scratch=True)
         assert len(caches(after)) == count
         # A decoder keeps what each layer has.
         causal = graph_of(attention(x("a", 4), K, V), attention(x("b", 4), e.Neg(K), V))
@@ -144,7 +134,7 @@ def test_a_cache_is_not_taken_over_while_someone_reads_it() -> None:
 
 
 def test_a_causal_layer_of_an_encoder_needs_no_lengths() -> None:
-    after, _ = run(graph_of(attention(Q, K, V), starts=True), scratch=True)
+    after, _ = run(graph_of(attention(Q, K, V), also=[STARTS]), scratch=True)
     (op,) = paged(after)
     assert op.starts is None and op.causal
 
@@ -165,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[], Graph], bool, str]] = {
         "it does not stand over tokens [T, heads, dim]: flatten-tokens comes first",
     ),
     "a batch of an encoder": (
-        lambda: graph_of(four(False), starts=True), True,
+        lambda: graph_of(four(False), also=[STARTS]), True,
         "it does not stand over tokens [T, heads, dim]: flatten-tokens comes first",
     ),
     "other keys": (
@@ -185,7 +175,7 @@ REFUSED: dict[str, tuple[Callable[[], Graph], bool, str]] = {
         "the number of tokens, 7, is fixed",
     ),
     "another size": (
-        lambda: graph_of(attention(Q, K, V), extra=(Input("more", Tensor((S,), "f32")),)), False,
+        lambda: graph_of(attention(Q, K, V), also=[Input("more", Tensor((S,), "f32"))]), False,
         "the graph has sizes besides T: flatten-tokens comes first",
     ),
 }  # fmt: skip

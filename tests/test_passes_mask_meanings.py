@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from attention_of_graphs import result
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
-from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.ragged import RelativeBias
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes import attention_meaning
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
@@ -44,27 +44,6 @@ def graph_of(
     order = (*range(len(leading)), len(leading) + 1, len(leading))
     shares = s.Softmax(steps(s.Matmul(q, s.Transpose(k, order))), len(leading) + 1)
     return Graph("g", (*inputs, q, k, v, *extra), (("out", s.Matmul(keeps(shares), v)),))
-
-
-def result(graph: Graph, limit: float = 1e-11, **sizes: int) -> Attention | str:
-    """The attention that becomes of a graph, which computes the same at sizes, or why none does."""
-    report = Report()
-    after = FuseAttention().run(graph, report)
-    found = [op for op in after.ops if isinstance(op, Attention)]
-    if not found:
-        assert after.ops == graph.ops
-        return report.refusals[0][1]
-    generator = np.random.default_rng(5)
-    given: dict[str, Array] = {}
-    for x in graph.inputs:
-        shape = tuple(dim if isinstance(dim, int) else sizes[str(dim)] for dim in x.shape)
-        given[x.name] = generator.standard_normal(shape)
-        if x.dtype != "f32":
-            given[x.name] = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-    with precise(), np.errstate(invalid="ignore"):
-        before, now = (np.asarray(evaluate(g, given, given.__getitem__)["out"]) for g in (graph, after))
-    np.testing.assert_allclose(now, before, rtol=0, atol=limit)
-    return found[0]
 
 
 def said(graph: Graph, limit: float = 1e-11, **sizes: int) -> Mask:
