@@ -5,8 +5,8 @@
 
 The tests are run once to see which of them execute which lines. Then each mutant is put into a forked copy of this
 process, where the tests that execute its line run, the quickest first, until one fails. A mutant that none of them
-notices is printed: kill it with a test, or see that it changes nothing. Not part of `make test`: all mutants take an
-hour or more.
+notices is printed: kill it with a test, or write down in tests/equivalent_mutants why it changes nothing
+(`mutation_record.py` has the form). Not part of `make test`: all mutants take an hour or more.
 
 Of the operators that could stand in a place instead, one is drawn by the seed. For what runs when a module is imported
 (constants, fields of classes), llmc is imported again in the copy, and all tests run that execute a line of the module.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import random
 import re
@@ -24,6 +25,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import mutation_record
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("compiler/ir", "compiler/passes", "frontends", "frontends/hf", "frontends/onnx")
@@ -54,6 +57,8 @@ class Mutant:
         """What became of it; the changed line is made again for those that were not killed only, as that takes time."""
         before = (ROOT / self.module).read_text().split("\n")[self.line - 1].strip()
         after = self.text().split("\n")[self.line - 1].strip() if outcome != "killed" else ""
+        if outcome != "killed" and (self.module, before, after) in known_equivalents():
+            outcome = "equivalent"
         return Verdict(self.module, self.line, self.operator.rpartition("/")[2], before, after, outcome, tests)
 
 
@@ -61,7 +66,8 @@ class Mutant:
 class Verdict:
     """What became of a mutant.
 
-    "killed"; "survived"; "late" (no end in time); "unseen" (no test executes its line); "same code".
+    "killed"; "survived"; "late" (no end in time); "unseen" (no test executes its line); "same code"; "equivalent"
+    (not killed, and tests/equivalent_mutants says why).
     """
 
     module: str
@@ -71,6 +77,12 @@ class Verdict:
     after: str
     outcome: str
     tests: int  # that were to run
+
+
+@functools.cache
+def known_equivalents() -> dict[tuple[str, str, str], str]:
+    """Why mutants are equivalent, by module, line and line of the mutant."""
+    return mutation_record.reasons(mutation_record.load())
 
 
 def bodies_of(source: str) -> list[tuple[int, int]]:
@@ -105,7 +117,7 @@ def mutants_of(module: str, seed: int = 0) -> Iterator[Mutant]:
 def report(verdicts: Sequence[Verdict]) -> Iterable[str]:
     """What was not killed, then counts a module, then all."""
     for verdict in verdicts:
-        if verdict.outcome != "killed":
+        if verdict.outcome not in ("killed", "equivalent"):
             yield f"{verdict.outcome}: {verdict.module}:{verdict.line} {verdict.operator}, {verdict.tests} tests"
             yield f"  - {verdict.before}\n  + {verdict.after}"
     for module in sorted({verdict.module for verdict in verdicts}):
