@@ -20,7 +20,7 @@ class Child:
 
     folder: Path
     deadline: float
-    done: Callable[[int | None], None]
+    done: Callable[[int | None, Path], None]
 
 
 class Forks:
@@ -30,8 +30,9 @@ class Forks:
         self.jobs = jobs
         self.children: dict[int, Child] = {}
 
-    def start(self, work: Callable[[Path], int], seconds: float, done: Callable[[int | None], None]) -> None:
-        """Runs `work(folder)` in a copy as soon as there is room; `done` gets what it returned, None if it was late."""
+    def start(self, work: Callable[[Path], int], seconds: float, done: Callable[[int | None, Path], None]) -> None:
+        """Runs `work(folder)` in a copy as soon as there is room; `done` gets what it returned, None if it was late,
+        and the folder before it goes."""
         while len(self.children) >= self.jobs:
             self.wait()
         folder = Path(tempfile.mkdtemp(prefix="llmc-mutation-"))
@@ -60,9 +61,9 @@ class Forks:
                     os.killpg(process, signal.SIGKILL)  # with all that it has started
                 if not ended:
                     os.waitpid(process, 0)
-                shutil.rmtree(child.folder, ignore_errors=True)
                 del self.children[process]
-                child.done(os.waitstatus_to_exitcode(status) if ended else None)
+                child.done(os.waitstatus_to_exitcode(status) if ended else None, child.folder)
+                shutil.rmtree(child.folder, ignore_errors=True)
                 return
             time.sleep(0.01)
 

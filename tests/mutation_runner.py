@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.machinery import SourceFileLoader
@@ -24,6 +25,7 @@ MEMORY = 8 << 30  # bytes that a mutant may ask for besides what is there
 FILE_SECONDS = 3000.0  # for the tests of one file, with nothing changed
 OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow")
 PASSED, FAILED, SAME = 0, 1, 3
+KILLER = "killer.txt"  # in a copy's folder: the test that failed
 OUTCOMES = {PASSED: "survived", SAME: "same code", None: "late"}
 
 
@@ -41,8 +43,12 @@ class Reach:
             for line, tests in lines.items():
                 self.lines.setdefault(module, {}).setdefault(line, []).extend(tests)
 
-    def tests_of(self, mutant: Mutant, limit: float) -> list[str]:
-        """The tests that execute a mutant's line, the quickest first, for `limit` seconds in all."""
+    def tests_of(self, mutant: Mutant, limit: float, killers: Counter[str]) -> list[str]:
+        """The tests that execute a mutant's line, the quickest first, for `limit` seconds in all.
+
+        killers: how many mutants of the module each test has killed. The best of them come first; they are not chosen
+        for that, so that what becomes of a mutant does not depend on the order in which mutants are run.
+        """
         lines = self.lines.get(mutant.module, {})
         tests = lines.get(mutant.line, []) if mutant.in_function else [test for of in lines.values() for test in of]
         chosen, total = [], 0.0
@@ -51,7 +57,7 @@ class Reach:
             if chosen and total > limit:
                 break
             chosen.append(test)
-        return chosen
+        return sorted(chosen, key=lambda test: -killers[test])
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -63,14 +69,16 @@ class Reach:
         return cls(stored["seconds"], lines)
 
 
-def passes(items: Sequence[pytest.Item], before: Callable[[pytest.Item], None] = lambda item: None) -> bool:
-    """Whether all tests pass; stops at the first that does not."""
+def failing(
+    items: Sequence[pytest.Item], before: Callable[[pytest.Item], None] = lambda item: None
+) -> pytest.Item | None:
+    """The first test that does not pass, after which none is run; None if all pass."""
     for item, following in zip(items, [*items[1:], None], strict=True):
         before(item)
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if item.session.testsfailed:
-            return False
-    return True
+            return item
+    return None
 
 
 def reach_of(items: Sequence[pytest.Item], files: Mapping[str, str]) -> Reach | None:
@@ -84,7 +92,7 @@ def reach_of(items: Sequence[pytest.Item], files: Mapping[str, str]) -> Reach | 
         tracer.switch_context(item.nodeid)
 
     tracer.start()
-    passed = passes(items, before)
+    passed = failing(items, before) is None
     tracer.stop()
     ends = [*starts[1:], time.monotonic()]
     reach.seconds = {item.nodeid: end - start for item, start, end in zip(items, starts, ends, strict=False)}
@@ -193,7 +201,7 @@ class Runner:
                     found.save(part)
                 return PASSED if found is not None else FAILED
 
-            def done(status: int | None, name: str = name, part: Path = part) -> None:
+            def done(status: int | None, folder: Path, name: str = name, part: Path = part) -> None:
                 if status == PASSED:
                     reach.update(Reach.load(part))
                     print(f"\n{name}: seen which lines it executes", flush=True)
@@ -207,18 +215,22 @@ class Runner:
     def run(self, session: pytest.Session, reach: Reach) -> None:
         """Every mutant, in a copy of its own."""
         items = {item.nodeid: item for item in session.items}
+        killers: dict[str, Counter[str]] = {module: Counter() for module in self.files.values()}
         started = time.monotonic()
         for mutant in self.mutants:
-            tests = [test for test in reach.tests_of(mutant, self.seconds) if test in items]
+            tests = [test for test in reach.tests_of(mutant, self.seconds, killers[mutant.module]) if test in items]
             if not tests:
                 self.verdicts.append(mutant.verdict("unseen", 0))
                 continue
 
             def work(folder: Path, mutant: Mutant = mutant, tests: Sequence[str] = tests) -> int:
                 session.config._tmp_path_factory._basetemp = folder  # type: ignore[attr-defined]
-                return self.attempt(mutant, [items[test] for test in tests])
+                return self.attempt(mutant, [items[test] for test in tests], folder)
 
-            def done(status: int | None, mutant: Mutant = mutant, tests: Sequence[str] = tests) -> None:
+            def done(status: int | None, folder: Path, mutant: Mutant = mutant, tests: Sequence[str] = tests) -> None:
+                killer = folder / KILLER
+                if killer.exists():
+                    killers[mutant.module][killer.read_text()] += 1
                 self.verdicts.append(mutant.verdict(OUTCOMES.get(status, "killed"), len(tests)))
                 if len(self.verdicts) % 100 == 0:
                     print(
@@ -230,8 +242,8 @@ class Runner:
         self.forks.finish()
         self.write()
 
-    def attempt(self, mutant: Mutant, items: Sequence[pytest.Item]) -> int:
-        """Runs tests with a mutant in this process."""
+    def attempt(self, mutant: Mutant, items: Sequence[pytest.Item], folder: Path) -> int:
+        """Runs tests with a mutant in this process; the name of the one that fails is left in `folder`."""
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         path, text = ROOT / mutant.module, mutant.text()
@@ -241,7 +253,11 @@ class Runner:
             return run_anew(path, text, [item.nodeid for item in items])
         if not swap(self.functions[mutant.module], path, text):
             return SAME
-        return PASSED if passes(items) else FAILED
+        killer = failing(items)
+        if killer is None:
+            return PASSED
+        (folder / KILLER).write_text(killer.nodeid)
+        return FAILED
 
     def write(self) -> None:
         if self.result is not None:
