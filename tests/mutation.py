@@ -57,7 +57,7 @@ class Mutant:
         """What became of it; the changed line is made again for those that were not killed only, as that takes time."""
         before = (ROOT / self.module).read_text().split("\n")[self.line - 1].strip()
         after = self.text().split("\n")[self.line - 1].strip() if outcome != "killed" else ""
-        if outcome != "killed" and (self.module, before, after) in known_equivalents():
+        if outcome != "killed" and mutation_record.reason(known_equivalents(), self.module, before, after):
             outcome = "equivalent"
         return Verdict(self.module, self.line, self.operator.rpartition("/")[2], before, after, outcome, tests)
 

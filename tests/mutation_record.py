@@ -15,11 +15,22 @@ argument was about other code.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "equivalent_mutants"
+
+# (what the line has somewhere, a part of it, what the mutant has instead of that part, why nothing changes)
+RULES = (
+    ("zip(", "strict=True", "strict=False", "only a check is lost: the lengths are equal by construction"),
+    ("@dataclass", "frozen=True", "frozen=False", "only a check is lost: nothing assigns to these fields"),
+    (".astype(", "copy=False", "copy=True", "a copy more, with the same numbers"),
+    ("reshape(", "reshape(-1", "reshape(~1", "numpy finds the size that any negative number stands for"),
+    ("reshape(", "reshape(-1", "reshape(- 2", "numpy finds the size that any negative number stands for"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,15 @@ def load(folder: Path = FOLDER) -> list[Equivalent]:
 def reasons(blocks: list[Equivalent]) -> dict[tuple[str, str, str], str]:
     """(module, line, line of the mutant) -> why it is equivalent."""
     return {(block.module, block.before, after): block.why for block in blocks for after in block.after}
+
+
+def reason(known: Mapping[tuple[str, str, str], str], module: str, before: str, after: str) -> str:
+    """Why a mutant is equivalent, by what is known or by a rule; empty if nothing says so."""
+    for where, part, instead, why in RULES:
+        changed = (before[: at.start()] + instead + before[at.end() :] for at in re.finditer(re.escape(part), before))
+        if where in before and after in changed:
+            return why
+    return known.get((module, before, after), "")
 
 
 def stale(blocks: list[Equivalent], root: Path = ROOT) -> list[str]:

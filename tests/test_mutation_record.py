@@ -39,6 +39,22 @@ def test_what_is_out_of_place_is_an_error(text: str) -> None:
         mutation_record.parse(text, "example.txt")
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("for a, b in zip(x, y, strict=True):", "for a, b in zip(x, y, strict=False):", True),
+        ("for a, b in parts(x, y, strict=True):", "for a, b in parts(x, y, strict=False):", False),
+        ("return x.reshape(-1, n - 1)", "return x.reshape(~1, n - 1)", True),
+        ("return x.reshape(-1, n-1)", "return x.reshape(- 2, n-1)", True),
+        ("return x.reshape(-1, n-1)", "return x.reshape(-1, n- 2)", False),
+        ("return x.reshape(-1, 2)", "return x.reshape(+1, 2)", False),
+        ("return x[-1]", "return x[- 2]", False),
+    ],
+)
+def test_some_changes_are_the_same_everywhere(before: str, after: str, same: bool) -> None:
+    assert bool(mutation_record.reason({}, "compiler/example.py", before, after)) == same
+
+
 def test_a_line_that_is_gone_makes_its_block_stale(tmp_path: Path) -> None:
     (tmp_path / "compiler").mkdir()
     (tmp_path / "compiler" / "example.py").write_text("    if a > 1:\n        pass\n")
