@@ -100,7 +100,27 @@ static void run_nested(void) {
     run_loops(1);
 }
 
-enum { HELD_UP = 1000, NESTED = 1001 }; /* llmc_step: as many tokens ask for loops of their own */
+static uint64_t drawn = 1;
+
+static int64_t draw(int64_t below) {
+    drawn = drawn * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (int64_t)(drawn >> 33) % below;
+}
+
+/* Loops one right after the other, of as many threads as it happens: most workers come too late for most of them. */
+static void run_random(void) {
+    static Count count;
+    for (int loop = 0; loop < 40; loop++) {
+        count.units = draw(draw(4) == 0 ? MOST : 150);
+        count.grain = 1 + draw(draw(4) == 0 ? 100 : 3);
+        llmc_parallel(count_body, &count, count.units, count.grain);
+        for (int64_t i = 0; i < count.units; i++) CHECK(count.times[i] == 1);
+        memset(count.times, 0, sizeof count.times);
+    }
+}
+
+/* llmc_step: as many tokens ask for loops of their own */
+enum { HELD_UP = 1000, NESTED = 1001, RANDOM = 1002 };
 
 int llmc_step(const LlmcStep *step) {
     CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
@@ -115,6 +135,8 @@ int llmc_step(const LlmcStep *step) {
         CHECK(counted == ((int64_t)1 << 40) + 7);
     } else if (step->sizes[LLMC_TOKENS] == NESTED) {
         run_nested();
+    } else if (step->sizes[LLMC_TOKENS] == RANDOM) {
+        run_random();
     } else {
         run_loops((int)step->sizes[LLMC_TOKENS]);
     }
@@ -147,6 +169,14 @@ int main(int argc, char **argv) {
     for (int64_t threads = 2; threads <= 6; threads++) {
         CHECK(llmc_run(&(LlmcStep){.sizes = {HELD_UP}}, threads) == 0);
     }
+
+    /* Many more than cores, in groups that are full and not, and in numbers that grow and shrink. */
+    static const int64_t many[] = {7, 8, 9, 16, 17, 33, 64, 3, 40};
+    for (unsigned i = 0; i < sizeof many / sizeof *many; i++) {
+        CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, many[i]) == 0);
+        if (i % 2 == 0) CHECK(llmc_run(&(LlmcStep){.sizes = {HELD_UP}}, many[i]) == 0);
+    }
+    for (int i = 0; i < 100; i++) CHECK(llmc_run(&(LlmcStep){.sizes = {RANDOM}}, 3 + draw(62)) == 0);
 
     pthread_t callers[4];
     int64_t limits[4] = {1, 2, 3, 4};

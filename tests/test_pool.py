@@ -48,7 +48,7 @@ def check(programs: list[str], kind: str, compiler: str, folder: Path, *argument
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_unit_runs_once_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
-    check(["pool_check.c", "pool.c"], kind, compiler, tmp_path, *(["fork"] if kind == "plain" else []))
+    check(["pool_check.c", "pool.c", "hash.c"], kind, compiler, tmp_path, *(["fork"] if kind == "plain" else []))
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
