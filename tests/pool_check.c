@@ -119,8 +119,19 @@ static void run_random(void) {
     }
 }
 
+static pid_t program;
+static _Atomic int fork_wanted;
+
+static void wait_for_fork(void *context, int64_t begin, int64_t end) {
+    (void)context, (void)end;
+    CHECK(getpid() == program); /* the child has its own jobs */
+    if (begin > 0) return;
+    atomic_store(&fork_wanted, 1);
+    while (atomic_load(&fork_wanted)) sched_yield();
+}
+
 /* llmc_step: as many tokens ask for loops of their own */
-enum { HELD_UP = 1000, NESTED = 1001, RANDOM = 1002 };
+enum { HELD_UP = 1000, NESTED = 1001, RANDOM = 1002, FORKED = 1003 };
 
 int llmc_step(const LlmcStep *step) {
     CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
@@ -137,6 +148,8 @@ int llmc_step(const LlmcStep *step) {
         run_nested();
     } else if (step->sizes[LLMC_TOKENS] == RANDOM) {
         run_random();
+    } else if (step->sizes[LLMC_TOKENS] == FORKED) {
+        llmc_parallel(wait_for_fork, NULL, 64, 1);
     } else {
         run_loops((int)step->sizes[LLMC_TOKENS]);
     }
@@ -152,6 +165,35 @@ static void *caller(void *argument) {
         CHECK(llmc_run(&(LlmcStep){.sizes = {NESTED}}, threads) == 0);
     }
     return NULL;
+}
+
+static void *run_forked(void *argument) {
+    (void)argument;
+    CHECK(llmc_run(&(LlmcStep){.sizes = {FORKED}}, 64) == 0);
+    return NULL;
+}
+
+/* A fork in the middle of a job that few workers have joined yet. */
+static void fork_within_job(void) {
+    program = getpid();
+    pthread_t stepping;
+    CHECK(pthread_create(&stepping, NULL, run_forked, NULL) == 0);
+    while (!atomic_load(&fork_wanted)) sched_yield();
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        alarm(60);
+        atomic_store(&steps_inside, 0);
+        LlmcPool *turn = llmc_take_turn(64); /* workers start, and find no job */
+        usleep(50000);
+        CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, 64) == 0);
+        llmc_end_turn(turn);
+        _exit(0);
+    }
+    atomic_store(&fork_wanted, 0);
+    CHECK(pthread_join(stepping, NULL) == 0);
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
 }
 
 int main(int argc, char **argv) {
@@ -198,6 +240,7 @@ int main(int argc, char **argv) {
         CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, 3) == 0);
     }
     if (with_fork) {
+        fork_within_job();
         for (int generation = 0; generation < 3; generation++) {
             pid_t child = fork();
             CHECK(child >= 0);
