@@ -37,6 +37,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef LLMC_POOL_GROUP /* fewer in tests: 2, 4 or 8 */
+#define LLMC_POOL_GROUP 8
+#endif
+
 enum {
     CACHE_LINE = 64,
     MOST_WORKERS = 1023,
@@ -45,7 +49,7 @@ enum {
     YIELD_NANOSECONDS = 60000,      /* then sched_yield until this long after the last work, then sleep */
     GIVE_WAY_NANOSECONDS = 1000000, /* how often a worker gives way between jobs, while it holds nothing */
     PIECES = 4,                     /* a thread takes this part of what is left of its slice */
-    GROUP = 8,                      /* threads that join at one word */
+    GROUP = LLMC_POOL_GROUP,        /* threads that join at one word */
     GROUPS = (MOST_WORKERS + GROUP) / GROUP,
     WOKEN = 4,                      /* sleepers that one thread wakes; these wake the others */
     LEVELS = 10,                    /* of sleepers: worker n is at the level of n's highest bit */
@@ -64,7 +68,7 @@ void LLMC_POOL_TOUCH(const void *address, int writes);
 #define SERIAL_MASK ((UINT64_C(1) << SERIAL_BITS) - 1)
 #define LEFT_SHIFT SERIAL_BITS
 #define JOINED_SHIFT (SERIAL_BITS + GROUP)
-#define MEMBERS UINT64_C(0xff)
+#define MEMBERS ((UINT64_C(1) << GROUP) - 1)
 
 /* What is left of a thread's part of the job, in blocks of `grain` units: begin << 44 | end << 24 | tag. The tag is the
  * end of the job's serial, and never 0: when it has been through all its values, all slices are set to 0. */

@@ -63,6 +63,13 @@ def test_every_unit_runs_once_when_the_tags_of_slices_come_again(tmp_path: Path,
     check(POOL, kind, "gcc", tmp_path, *(["fork"] if kind == "plain" else []), flags=(SHORT_TAGS,))
 
 
+@pytest.mark.parametrize("flags", [(), ("-DLLMC_POOL_GROUP=2", "-DLLMC_POOL_TAG_BITS=2")], ids=["real", "small"])
+def test_every_unit_runs_once_under_drawn_schedules(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Any thread may be held up at any access to what they share, for longer than a loop."""
+    programs = ["pool_schedule_check.c", "pool.c"]
+    check(programs, "plain", "gcc", tmp_path, "3000", flags=(*flags, "-DLLMC_POOL_TOUCH=schedule"))
+
+
 def test_the_cost_of_a_loop_does_not_grow_with_the_square_of_the_threads(tmp_path: Path) -> None:
     """Cache lines that move between threads in a loop. Where each thread looks at all others they are N * N; at a word
     that all threads write to, the last one waits for 2 * N transfers."""
