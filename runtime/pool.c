@@ -100,7 +100,7 @@ struct LlmcPool {
     _Atomic int64_t named; /* of these, the ones that know their number */
     LlmcPool *next;       /* all pools of this artifact, for the fork handler */
 
-    /* The description of the job. */
+    /* The description of the job, in a line of its own. */
     _Alignas(CACHE_LINE) LlmcBody body;
     void *context;
     int64_t units;
@@ -155,8 +155,8 @@ static void sleep_at(LlmcPool *pool, int64_t self, uint64_t seen) {
     atomic_fetch_sub(&pool->sleepers[level], 1);
 }
 
-/* Wakes some of the workers that a job of so many threads wants, if any sleep. Those that are woken do the same, so that
- * the owner can begin; of the last level some may be woken for nothing. */
+/* Wakes some of the workers that a job of so many threads wants, if any sleep. Those that are woken do the same, so
+ * that the owner can begin; of the last level some may be woken for nothing. */
 static void wake(LlmcPool *pool, int64_t threads) {
     if (threads < 2) return;
     const int level = level_of(threads - 1);

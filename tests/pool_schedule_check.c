@@ -1,5 +1,5 @@
-/* Runs the pool under schedules that are drawn: one thread at a time, and before each access to what threads share it is
- * drawn which one goes on. Some threads are held up for long, anywhere. So a worker comes late at every point of a
+/* Runs the pool under schedules that are drawn: one thread at a time, and before each access to what threads share it
+ * is drawn which one goes on. Some threads are held up for long, anywhere. So a worker comes late at every point of a
  * loop, and of the loops after it. Argument: how many loops. tests/test_pool.py builds it with pool.c and
  * -DLLMC_POOL_TOUCH=schedule. */
 #define _GNU_SOURCE
