@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-from llmc.runtime import control_groups
+from llmc.runtime import control_groups, topology
 from llmc.runtime.errors import RuntimeStateError
 
 # The kernel's flag names whose LLVM feature has another spelling. The rest differ at most by "_" (see `_spell`).
@@ -107,9 +107,27 @@ def _tiles_allowed(found: frozenset[str]) -> bool:
 
 def available_threads() -> int:
     """How many threads can run at once: the CPUs this process may use, or fewer under a cgroup quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = len(allowed_cpus())
     quota = control_groups.cpu_quota()
     return max(1, count if quota is None else min(count, math.ceil(quota)))
+
+
+def allowed_cpus() -> frozenset[int]:
+    """The numbers of the CPUs that this thread, and those that it starts, may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+def default_threads(devices: Path = topology.DEVICES) -> topology.DefaultThreads:
+    """How many threads a step has where nobody asks for a number, and where they run.
+
+    Under a quota that is smaller they run anywhere: others use the machine too, and may come to the same node.
+    """
+    found, most = topology.default_threads(allowed_cpus(), devices), available_threads()
+    if found.threads <= most:
+        return found
+    return topology.DefaultThreads(most, None, "as many as the control group's quota of CPU time allows")
 
 
 def available_memory() -> int:

@@ -201,6 +201,11 @@ class Library:
         """Bytes of scratch that a choice among `count` tokens needs."""
         return int(self._choose_bytes(count))
 
+    def start_threads(self, threads: int) -> None:
+        """Starts the pool's workers for so many threads now, which inherit the CPUs that this thread may use. Else they
+        start when they are first needed."""
+        self.hash(np.zeros(0, np.uint8), threads)
+
     def hash(self, data: NDArray[np.uint8], threads: int) -> NDArray[np.uint64]:
         """The 64-bit hashes of the 4 MiB chunks of `data`."""
         out = np.zeros(-(-len(data) // HASH_CHUNK), np.uint64)

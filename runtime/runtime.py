@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmc.files import OutputFile, write_all, writing
-from llmc.runtime import cpu
+from llmc.runtime import cpu, topology
 from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Run, StepRunner
@@ -123,8 +123,9 @@ class Runtime:
     ) -> Runtime:
         """Loads an artifact.
 
-        threads: at most so many for a step; by default as many as this process may use. verify: check the hashes of
-        the weights and the tokenizer now (the rest is always checked). kv_memory: bytes for the KV cache, which grows
+        threads: at most so many for a step; by default one for each physical core of one NUMA node, which the pool's
+        threads then keep to (`cpu.default_threads`). verify: check the hashes of the weights and the tokenizer now (the
+        rest is always checked). kv_memory: bytes for the KV cache, which grows
         up to that as it is used; by default as much as some whole contexts need, within half of the free memory.
         weights: the file with the weights of an artifact that was compiled without them. share_weights: True to use
         the mapped file, which processes share, False to copy it into huge pages, which are read faster; by default it
@@ -137,7 +138,10 @@ class Runtime:
         for name, given in (("path", path), ("weights", weights)):
             if not isinstance(given, str | os.PathLike) and not (name == "weights" and given is None):
                 raise RuntimeStateError(f"{name} must be a file's path, not {given!r:.40}")
-        threads = threads or cpu.available_threads()
+        cpus = None
+        if threads is None:
+            default = cpu.default_threads()
+            threads, cpus = default.threads, default.cpus
         artifact = Artifact.open(Path(path))
         try:
             artifact.check_machine()
@@ -146,7 +150,10 @@ class Runtime:
                 artifact.check_tokenizer()
             library = Library.load(artifact)
             external = None if weights is None else Path(weights)
-            data = load_weights(artifact, library, external, threads, verify, share_weights)
+            with topology.confined(cpus):  # memory is of the node where it is written first: that of who reads it
+                if cpus is not None:
+                    library.start_threads(threads)
+                data = load_weights(artifact, library, external, threads, verify, share_weights)
             return cls(artifact, library, data, threads, kv_memory)
         finally:
             artifact.close()

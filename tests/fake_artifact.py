@@ -129,7 +129,7 @@ def compile_library(source: str, folder: Path, *flags: str) -> Path:
     step = folder / "step.c"
     step.write_text(source)
     library = folder / "library.so"
-    parts = [str(sources / name) for name in ("pool.c", "choose.c")]
+    parts = [str(sources / name) for name in ("pool.c", "hash.c", "choose.c")]
     command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", f"-I{sources}", *flags]
     linking = link_options([*INTERFACE, "llmc_limit_*"], folder)
     subprocess.run([*command, str(step), *parts, "-o", str(library), "-pthread", *linking], check=True)

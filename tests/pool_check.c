@@ -100,7 +100,38 @@ static void run_nested(void) {
     run_loops(1);
 }
 
-enum { HELD_UP = 1000, NESTED = 1001 }; /* llmc_step: as many tokens ask for loops of their own */
+static uint64_t drawn = 1;
+
+static int64_t draw(int64_t below) {
+    drawn = drawn * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+    return (int64_t)(drawn >> 33) % below;
+}
+
+/* Loops one right after the other, of as many threads as it happens: most workers come too late for most of them. */
+static void run_random(void) {
+    static Count count;
+    for (int loop = 0; loop < 40; loop++) {
+        count.units = draw(draw(4) == 0 ? MOST : 150);
+        count.grain = 1 + draw(draw(4) == 0 ? 100 : 3);
+        llmc_parallel(count_body, &count, count.units, count.grain);
+        for (int64_t i = 0; i < count.units; i++) CHECK(count.times[i] == 1);
+        memset(count.times, 0, sizeof count.times);
+    }
+}
+
+static pid_t program;
+static _Atomic int fork_wanted;
+
+static void wait_for_fork(void *context, int64_t begin, int64_t end) {
+    (void)context, (void)end;
+    CHECK(getpid() == program); /* the child has its own jobs */
+    if (begin > 0) return;
+    atomic_store(&fork_wanted, 1);
+    while (atomic_load(&fork_wanted)) sched_yield();
+}
+
+/* llmc_step: as many tokens ask for loops of their own */
+enum { HELD_UP = 1000, NESTED = 1001, RANDOM = 1002, FORKED = 1003 };
 
 int llmc_step(const LlmcStep *step) {
     CHECK(atomic_fetch_add(&steps_inside, 1) == 0); /* steps take turns */
@@ -115,6 +146,10 @@ int llmc_step(const LlmcStep *step) {
         CHECK(counted == ((int64_t)1 << 40) + 7);
     } else if (step->sizes[LLMC_TOKENS] == NESTED) {
         run_nested();
+    } else if (step->sizes[LLMC_TOKENS] == RANDOM) {
+        run_random();
+    } else if (step->sizes[LLMC_TOKENS] == FORKED) {
+        llmc_parallel(wait_for_fork, NULL, 64, 1);
     } else {
         run_loops((int)step->sizes[LLMC_TOKENS]);
     }
@@ -132,6 +167,35 @@ static void *caller(void *argument) {
     return NULL;
 }
 
+static void *run_forked(void *argument) {
+    (void)argument;
+    CHECK(llmc_run(&(LlmcStep){.sizes = {FORKED}}, 64) == 0);
+    return NULL;
+}
+
+/* A fork in the middle of a job that few workers have joined yet. */
+static void fork_within_job(void) {
+    program = getpid();
+    pthread_t stepping;
+    CHECK(pthread_create(&stepping, NULL, run_forked, NULL) == 0);
+    while (!atomic_load(&fork_wanted)) sched_yield();
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        alarm(60);
+        atomic_store(&steps_inside, 0);
+        LlmcPool *turn = llmc_take_turn(64); /* workers start, and find no job */
+        usleep(50000);
+        CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, 64) == 0);
+        llmc_end_turn(turn);
+        _exit(0);
+    }
+    atomic_store(&fork_wanted, 0);
+    CHECK(pthread_join(stepping, NULL) == 0);
+    int status = -1;
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+}
+
 int main(int argc, char **argv) {
     (void)argv;
     int with_fork = argc > 1;
@@ -147,6 +211,14 @@ int main(int argc, char **argv) {
     for (int64_t threads = 2; threads <= 6; threads++) {
         CHECK(llmc_run(&(LlmcStep){.sizes = {HELD_UP}}, threads) == 0);
     }
+
+    /* Many more than cores, in groups that are full and not, and in numbers that grow and shrink. */
+    static const int64_t many[] = {7, 8, 9, 16, 17, 33, 64, 3, 40};
+    for (unsigned i = 0; i < sizeof many / sizeof *many; i++) {
+        CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, many[i]) == 0);
+        if (i % 2 == 0) CHECK(llmc_run(&(LlmcStep){.sizes = {HELD_UP}}, many[i]) == 0);
+    }
+    for (int i = 0; i < 100; i++) CHECK(llmc_run(&(LlmcStep){.sizes = {RANDOM}}, 3 + draw(62)) == 0);
 
     pthread_t callers[4];
     int64_t limits[4] = {1, 2, 3, 4};
@@ -168,6 +240,7 @@ int main(int argc, char **argv) {
         CHECK(llmc_run(&(LlmcStep){.sizes = {1}}, 3) == 0);
     }
     if (with_fork) {
+        fork_within_job();
         for (int generation = 0; generation < 3; generation++) {
             pid_t child = fork();
             CHECK(child >= 0);

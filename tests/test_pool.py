@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -24,18 +25,23 @@ SANITIZERS = {
     "thread": ["-O1", "-g", "-fsanitize=thread"],
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
+SHORT_TAGS = "-DLLMC_POOL_TAG_BITS=3"  # slices are set back after every seventh loop, and not after 16 million
 
 
+POOL = ["pool_check.c", "pool.c", "hash.c"]
 KINDS = [pytest.param(kind, marks=[] if kind == "plain" else [pytest.mark.slow]) for kind in SANITIZERS]
 
 
-def check(programs: list[str], kind: str, compiler: str, folder: Path, *arguments: str) -> None:
-    """Builds a checking program with C code of the runtime and runs it: it exits 0, silently, where all holds."""
+def check(
+    programs: list[str], kind: str, compiler: str, folder: Path, *arguments: str, flags: tuple[str, ...] = ()
+) -> str:
+    """Builds a checking program with C code of the runtime and runs it: it exits 0, and says nothing on stderr, where
+    all holds. Returns what it prints."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
     sources = Path(str(resources.files("llmc.runtime")))
     binary = folder / "check"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
+    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], *flags, f"-I{sources}"]
     parts = [str((HERE if name.endswith("_check.c") else sources) / name) for name in programs]
     built = subprocess.run([*command, *parts, "-o", str(binary), "-lpthread", "-lm"], capture_output=True, text=True)
     if built.returncode and kind != "plain" and "cannot find" in built.stderr:
@@ -43,12 +49,37 @@ def check(programs: list[str], kind: str, compiler: str, folder: Path, *argument
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(binary), *arguments], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_unit_runs_once_and_nothing_races(tmp_path: Path, kind: str, compiler: str) -> None:
-    check(["pool_check.c", "pool.c"], kind, compiler, tmp_path, *(["fork"] if kind == "plain" else []))
+    check(POOL, kind, compiler, tmp_path, *(["fork"] if kind == "plain" else []))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_unit_runs_once_when_the_tags_of_slices_come_again(tmp_path: Path, kind: str) -> None:
+    check(POOL, kind, "gcc", tmp_path, *(["fork"] if kind == "plain" else []), flags=(SHORT_TAGS,))
+
+
+@pytest.mark.parametrize("flags", [(), ("-DLLMC_POOL_GROUP=2", "-DLLMC_POOL_TAG_BITS=2")], ids=["real", "small"])
+def test_every_unit_runs_once_under_drawn_schedules(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """Any thread may be held up at any access to what they share, for longer than a loop."""
+    programs = ["pool_schedule_check.c", "pool.c"]
+    check(programs, "plain", "gcc", tmp_path, "3000", flags=(*flags, "-DLLMC_POOL_TOUCH=schedule"))
+
+
+def test_the_cost_of_a_loop_does_not_grow_with_the_square_of_the_threads(tmp_path: Path) -> None:
+    """Cache lines that move between threads in a loop. Where each thread looks at all others they are N * N; at a word
+    that all threads write to, the last one waits for 2 * N transfers."""
+    programs = ["pool_touch_check.c", "pool.c"]
+    flags = ("-DLLMC_POOL_TOUCH=count_touch",)
+    counts = check(programs, "plain", "gcc", tmp_path, "2", "8", "32", "96", flags=flags).split()
+    for threads, uneven, moved, taken in zip(*[map(float, counts)] * 4, strict=True):
+        growth = threads * math.log2(threads)
+        assert moved < 8 * growth + (16 * threads if uneven else 0), counts
+        assert uneven or taken < 24, counts
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])

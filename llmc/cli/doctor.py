@@ -94,14 +94,20 @@ def _processor() -> list[Finding]:
     try:
         machine = machine_named("native")
     except LlmcError as error:
-        return [Finding("cpu", platform.machine(), False, str(error)), Finding("cores", cores)]
+        return [Finding("cpu", platform.machine(), False, str(error)), Finding("cores", cores), _threads()]
     caches = " + ".join(size(count) for count in (machine.l1_bytes, machine.l2_bytes, machine.l3_bytes))
     return [
         Finding("cpu", f"{_model_name()} ({cpu.architecture()})"),
         Finding("native target", f"{machine.mcpu}, {machine.vector_bits}-bit vectors, caches {caches}"),
         Finding("features", " ".join(sorted(machine.features))),
         Finding("cores", cores),
+        _threads(),
     ]
+
+
+def _threads() -> Finding:
+    default = cpu.default_threads()
+    return Finding("threads", f"{default.threads} by default: {default.reason}")
 
 
 def _model_name() -> str:

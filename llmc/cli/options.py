@@ -24,7 +24,7 @@ ModelOrArtifact = Annotated[
     typer.Argument(metavar="MODEL_OR_SO", help="A compiled model, or a model that is compiled into the cache first."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
-Threads = Annotated[int | None, typer.Option("--threads", help="Threads at most; default: all that may be used.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads at most; default: see `llmc doctor`.")]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="The weights' file, for a model compiled with --weights FILE.")
 ]
