@@ -103,6 +103,7 @@ class Loading:
         self.whole = False  # the hash was found right
         self.done = False
         self.copy = copy
+        self.checking = hash_of is not None
         self._source, self._used, self._hash_of = source, used, hash_of
         self._descriptor = os.dup(source.descriptor)
         weakref.finalize(self, os.close, self._descriptor).atexit = False

@@ -153,6 +153,11 @@ class Runtime:
         """Whether the weights are known to be what was written: checked by now, or before and unchanged since."""
         return self._weights.verified
 
+    @property
+    def verifying(self) -> bool:
+        """Whether the weights are being checked at present."""
+        return self._weights.verifying
+
     def wait_verified(self) -> bool:
         """Waits until the weights are checked, if they are to be, and says whether they were. Raises `ArtifactError`
         where they are damaged: what steps gave before it is not to be relied on."""

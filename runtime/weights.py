@@ -55,6 +55,11 @@ class Weights:
         """Whether they are known to be what was written: hashed in this process, or before and unchanged since."""
         return self._whole or (self._loading is not None and self._loading.done and self._loading.whole)
 
+    @property
+    def verifying(self) -> bool:
+        """Whether a check of them is under way."""
+        return self._loading is not None and self._loading.checking and not self._loading.done
+
     def settle(self) -> int:
         """The address that the next step reads from: that of the copy, once it is there.
 
