@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,19 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 @pytest.mark.parametrize(
     "arguments", [["run", "MODEL", "hello", "-n", "2"], ["run", "MODEL", "hello", "-n", "2", "--json"]]
 )
-def test_a_command_ends_with_the_check(path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_ends_with_the_check(
+    path: Path, arguments: list[str], gate: Gate, capsys: pytest.CaptureFixture[str]
+) -> None:
     """However short the text: a file that was not known is known after it, or the command failed."""
+    gate.opened.set()
     given = [str(path) if argument == "MODEL" else argument for argument in arguments]
     assert command(given) == 0
     assert Runtime.load(path, threads=1).verified
     capsys.readouterr()
     time.sleep(0.05)
     flip(path, place_of(path)[0] + NBYTES // 2)
+    gate.opened.clear()
+    threading.Timer(0.5, gate.opened.set).start()  # long after the text
     assert command(given) == 1
     assert "is damaged" in capsys.readouterr().err
 
@@ -74,13 +80,24 @@ def test_a_chat_ends_with_damage(
 ) -> None:
     """It is no error of a line, behind which the talk could go on; and with --json there is one object."""
     flip(path, place_of(path)[0] + NBYTES // 2)
-    for lines in (b"hello\nagain\n", b""):
+    real = Runtime.load
+
+    def load(*given: object, **named: object) -> Runtime:
+        runtime = real(*given, **named)  # type: ignore[arg-type]
+        runtime._weights.join()
+        return runtime
+
+    monkeypatch.setattr(Runtime, "load", load)
+    for index, lines in enumerate((b"hello\nagain\n", b"")):
+        monkeypatch.setenv("LLMC_CACHE_DIR", str(path.with_name(f"cache{index}")))
         read, write_end = os.pipe()
         os.write(write_end, lines)
         os.close(write_end)
         with os.fdopen(read) as text:
             monkeypatch.setattr(sys, "stdin", text)
             assert command(["chat", str(path), "-n", "1", "--json"]) == 1
-        found = json.loads(capfd.readouterr().out)
+        shown = capfd.readouterr()
+        found = json.loads(shown.out)
+        assert "left out" not in shown.err
         assert list(found) == ["error"]
         assert "is damaged" in found["error"]

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,19 @@ def test_a_file_that_changed_is_not_known(path: Path, change: Callable[[Path], o
     change(path)
     assert facts_of(path) != facts
     assert verified.recall(facts_of(path)) is None
+
+
+def test_every_fact_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one, whatever a file system makes of the others."""
+    real = os.fstat(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    names = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    values = {name: getattr(real, name) for name in names}
+    found = set()
+    for changed in (None, *names):
+        told = SimpleNamespace(**{name: value + (name == changed) for name, value in values.items()})
+        monkeypatch.setattr(os, "fstat", lambda _, told=told: told)
+        found.add(verified.facts_of(0, 0, 5, HASH))
+    assert len(found) == 1 + len(names)
 
 
 @pytest.mark.usefixtures("cache")
