@@ -158,6 +158,11 @@ class Runtime:
         """Whether the weights are being checked at present."""
         return self._weights.verifying
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether anything is left of what `load` left for later."""
+        return self._weights.pending
+
     def wait_verified(self) -> bool:
         """Waits until the weights are checked, if they are to be, and says whether they were. Raises `ArtifactError`
         where they are damaged: what steps gave before it is not to be relied on."""

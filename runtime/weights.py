@@ -48,7 +48,7 @@ class Weights:
         self._closed = False
         self.pending = loading is not None
         if loading is not None:
-            weakref.finalize(self, loading.cancel)
+            weakref.finalize(self, loading.cancel).atexit = False  # `loading` sees to that itself
 
     @property
     def verified(self) -> bool:
