@@ -78,12 +78,12 @@ class Runtime:
         self.lock = ForkLock(STEPS)
         if not self.paged:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
+        self._weights = weights
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
         self._last: NDArray[np.float32] = np.zeros((0, self.vocab_size), np.float32)  # what `step_last` told of
         self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
-        self._weights = weights
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._decoder: StepRunner | None = None
@@ -208,7 +208,7 @@ class Runtime:
         per_page = max(1, self.manifest.bytes_per_page)
         context = -(-self.max_context // self.page)
         if kv_memory is None:
-            affordable = cpu.available_memory() // 2 // per_page
+            affordable = max(0, cpu.available_memory() - self._weights.bytes_to_come) // 2 // per_page
             return min(max(context, min(_CONTEXTS_BY_DEFAULT * context, affordable)), _MOST_SLOTS // self.page)
         if kv_memory < per_page:
             raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")

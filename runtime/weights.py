@@ -56,6 +56,12 @@ class Weights:
         return self._whole or (self._loading is not None and self._loading.done and self._loading.whole)
 
     @property
+    def bytes_to_come(self) -> int:
+        """Memory that a copy will take, which is free at present."""
+        loading = self._loading
+        return 0 if loading is None or loading.done or loading.copy is None else loading.copy.nbytes
+
+    @property
     def verifying(self) -> bool:
         """Whether a check of them is under way."""
         return self._loading is not None and self._loading.checking and not self._loading.done

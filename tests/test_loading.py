@@ -22,10 +22,10 @@ from test_weights_memory import in_file
 
 from llmc.compiler.encodings import GroupQuantized
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
+from llmc.runtime import cpu, verified
 from llmc.runtime import manifest as facts
-from llmc.runtime import verified
 from llmc.runtime import weights as module
-from llmc.runtime.artifact import HASH_CHUNK
+from llmc.runtime.artifact import HASH_CHUNK, Artifact
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
@@ -70,6 +70,7 @@ def loading_threads() -> list[threading.Thread]:
 
 
 def test_steps_run_before_the_weights_are_checked(path: Path, gate: Gate, tmp_path: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     runtime = Runtime.load(path, threads=2)
     gate.arrived.wait()
     assert (runtime.forward(IDS) == RIGHT).all()
@@ -80,6 +81,9 @@ def test_steps_run_before_the_weights_are_checked(path: Path, gate: Gate, tmp_pa
     assert runtime.verified
     runtime.finish_loading()
     assert (gate.pieces, records(tmp_path), loading_threads()) == (4, 1, [])
+    own = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread: no other's is changed
+    assert own == before
+    assert gate.niceness == {min(19, own + 10)}
     assert (runtime.forward(IDS) == RIGHT).all()
 
 
@@ -103,6 +107,16 @@ def test_steps_go_on_in_the_copy(path: Path, gate: Gate) -> None:
     offset, _ = place_of(path)
     assert weights.tobytes() == path.read_bytes()[offset : offset + NBYTES]
     assert runtime.verified
+
+
+@pytest.mark.usefixtures("copying", "gate")
+def test_memory_that_a_copy_will_take_is_not_given_to_the_cache(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, extent = place_of(path)
+    page = Artifact.open(path).manifest.bytes_per_page
+    for free, copied, pages in ((2 * 50 * page, False, 50), (2 * 50 * page + extent, True, 50), (extent, True, 13)):
+        monkeypatch.setattr(cpu, "available_memory", lambda free=free: free)
+        monkeypatch.setattr(module, "worth_copying", lambda _, copied=copied: copied)
+        assert Runtime.load(path, threads=1).pool.capacity == pages
 
 
 @pytest.mark.parametrize("copied", [False, True])
