@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import llmc
 from llmc.errors import ArtifactError, CompileError
+from llmc.files import cache_folder
 
 if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
@@ -35,14 +36,6 @@ _MODEL_FILES = (
 )
 
 
-def root() -> Path:
-    """The folder of everything that llmc caches: $LLMC_CACHE_DIR, $XDG_CACHE_HOME/llmc or ~/.cache/llmc."""
-    given = os.environ.get("LLMC_CACHE_DIR")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
-
-
 def path_for(directory: Path, options: CompileOptions, by_content: bool = False, more: str = "") -> Path:
     """Where the artifact of this model with these options belongs. by_content: hash large files too.
 
@@ -62,7 +55,7 @@ def path_for(directory: Path, options: CompileOptions, by_content: bool = False,
     # A folder in the hub's cache is named by its commit; the model's name stands two levels above.
     name = directory.parent.parent.name if directory.parent.name == "snapshots" else directory.resolve().name
     name = re.sub(r"[^\w.-]+", "-", name.removeprefix("models--"))[:60]
-    return root() / "artifacts" / f"{name}-{options.quantization}-{key}.so"
+    return cache_folder() / "artifacts" / f"{name}-{options.quantization}-{key}.so"
 
 
 def model_hash(directory: Path, by_content: bool = False) -> str:

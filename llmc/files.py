@@ -23,6 +23,14 @@ _MOST_NAME = 60  # characters of a name that its temporary file repeats: names h
 _COPY_BYTES = 1 << 20
 
 
+def cache_folder() -> Path:
+    """The folder of everything that llmc caches: $LLMC_CACHE_DIR, $XDG_CACHE_HOME/llmc or ~/.cache/llmc."""
+    given = os.environ.get("LLMC_CACHE_DIR")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
+
+
 @dataclass(frozen=True)
 class Target:
     """What a path stands for when it is written to.

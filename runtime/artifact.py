@@ -58,6 +58,7 @@ class Artifact:
         self.descriptor = descriptor
         self.mapping = mapping
         self.parts = parts
+        self._beside: list[int] = []
         self.view: NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
         data = self._checked(MANIFEST)
         try:
@@ -85,7 +86,6 @@ class Artifact:
                 raise ArtifactError(f"{path} is empty: compile the model again, or copy the file again")
             mapping = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
             parts = _read_seal(path, mapping)
-            mapping.madvise(mmap.MADV_WILLNEED)  # from a slow disk: twice as fast as reading on demand
             return cls(path, descriptor, mapping, parts)
         except OSError as error:
             os.close(descriptor)
@@ -94,9 +94,16 @@ class Artifact:
             os.close(descriptor)
             raise
 
+    def open_beside(self, path: Path) -> int:
+        """Opens a file that belongs to it, such as its weights' own; `close` closes it. Raises `OSError`."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._beside.append(descriptor)
+        return descriptor
+
     def close(self) -> None:
-        """Closes the descriptor. The mapping lives for as long as arrays on it do."""
-        os.close(self.descriptor)
+        """Closes the descriptors. The mapping lives for as long as arrays on it do."""
+        for descriptor in (self.descriptor, *self._beside):
+            os.close(descriptor)
 
     def _checked(self, name: str) -> bytes:
         """The content of a part whose hash is right."""

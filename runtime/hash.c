@@ -55,7 +55,12 @@ static void hash_body(void *context, int64_t begin, int64_t end) {
 
 void llmc_hash(const void *data, int64_t bytes, uint64_t *out, int64_t threads) {
     HashJob job = {data, bytes, out};
+    const int64_t chunks = (bytes + LLMC_HASH_CHUNK - 1) / LLMC_HASH_CHUNK;
+    if (threads <= 0) { /* beside the pool: a turn would hold up the steps of others */
+        hash_body(&job, 0, chunks);
+        return;
+    }
     LlmcPool *pool = llmc_take_turn(threads);
-    llmc_parallel(hash_body, &job, (bytes + LLMC_HASH_CHUNK - 1) / LLMC_HASH_CHUNK, 1);
+    llmc_parallel(hash_body, &job, chunks, 1);
     llmc_end_turn(pool);
 }

@@ -207,7 +207,8 @@ class Library:
         self.hash(np.zeros(0, np.uint8), threads)
 
     def hash(self, data: NDArray[np.uint8], threads: int) -> NDArray[np.uint64]:
-        """The 64-bit hashes of the 4 MiB chunks of `data`."""
+        """The 64-bit hashes of the 4 MiB chunks of `data`. threads: at most so many, in a turn between steps; 0: on
+        the calling thread, beside the steps of others. (Artifacts made before that was known take a turn for it.)"""
         out = np.zeros(-(-len(data) // HASH_CHUNK), np.uint64)
         self._hash(address(data), len(data), address(out), threads)
         return out

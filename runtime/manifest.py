@@ -20,7 +20,7 @@ plan, provenance) are kept as they are.
                         "default_prompt": null | name, "normalized"},
      "max_context": 4096,
      "kv": {"layers": [{"kv_heads", "head_dim", "value_dim", "dtype": "float16" | "float32", "window": null | n}]},
-     "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes"}]},
+     "weights": {"bytes", "hash", "tensors": [{"name", "offset", "nbytes", "type"}]},
      "tokenizer": null | {"chat_template", "chat_templates": {name: text}, "bos_id", "bos_token", "eos_token",
                           "special_tokens": {"pad_token": ...}, "add_bos", "stop_ids", "clean_up_spaces",
                           "split_special_tokens", "truncation_side": null | "left" | "right", "token_types"},
@@ -56,6 +56,8 @@ _DTYPES = (
 )  # fmt: skip
 _MOST_AXES = 16
 _MOST_CONTEXT = 1 << 31
+# Floats, and what is encoded: kernels only multiply with these.
+_NO_INDICES = re.compile(r"tensor<\[[^\[\]<>]*\], (f64|f32|f16|bf16|[a-z0-9]+, [^<>]+)>")
 _COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
 
 
@@ -177,11 +179,17 @@ class EncoderFacts:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A weight's bytes in the weights section."""
+    """A weight's bytes in the weights section. type: as the compiler prints it, `tensor<[4, 8], f32, q4g32>`."""
 
     name: str
     offset: int
     nbytes: int
+    type: str = ""
+
+    @property
+    def may_be_indices(self) -> bool:
+        """Whether steps may look something up by its numbers: plain integers, and what does not say what it is."""
+        return _NO_INDICES.fullmatch(self.type) is None
 
 
 @dataclass(frozen=True)
@@ -229,6 +237,12 @@ class Manifest:
     text: TextFacts | None
     generation: GenerationSettings
     raw: Json = field(repr=False)
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether weights may hold places in a table. Compiling proved those to be in it (`compiler/ir/ranges.py` reads
+        them), so that kernels trust them: damaged ones would be read outside of it."""
+        return not self.tensors or any(tensor.may_be_indices for tensor in self.tensors)
 
     @property
     def bytes_per_page(self) -> int:
@@ -471,7 +485,8 @@ def _tensors(reader: Reader, total: int) -> tuple[Tensor, ...]:
     for index, value in enumerate(reader.array("tensors")):
         entry = Reader(value, f"weights.tensors[{index}]")
         offset = entry.integer("offset", 0, total)
-        tensors.append(Tensor(entry.string("name"), offset, entry.integer("nbytes", 0, total - offset)))
+        nbytes = entry.integer("nbytes", 0, total - offset)
+        tensors.append(Tensor(entry.string("name"), offset, nbytes, entry.string("type", default="")))
     return tuple(tensors)
 
 

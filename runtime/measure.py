@@ -24,7 +24,8 @@ class Bench:
     """Tokens a second are summed over the batch. gigabytes_per_second: weight bytes read a second while decoding.
 
     bandwidth_percent: that, of the memory bandwidth measured in this run with as many threads. It can be above 100
-    where the weights fit into a cache. peak_memory_bytes: the process's, mapped weights included.
+    where the weights fit into a cache. load_seconds: until the first step could run; what loading leaves for later is
+    over before anything else is timed. peak_memory_bytes: the process's, mapped weights included.
     """
 
     prefill_tokens_per_second: float
@@ -57,6 +58,8 @@ def bench(
     start = time.perf_counter()
     runtime = Runtime.load(path, threads, weights=weights)
     load_seconds = time.perf_counter() - start
+    say("checking and copying weights", 0)
+    runtime.finish_loading()
     total = prompt_tokens + gen_tokens
     if total > runtime.max_context:
         raise RuntimeStateError(

@@ -33,7 +33,8 @@ LlmcPool *llmc_pool_create(void);
 /* Makes this artifact use a pool that another artifact created. */
 void llmc_pool_use(LlmcPool *pool);
 
-/* Hashes `bytes` bytes in chunks of LLMC_HASH_CHUNK: out[i] is the hash of chunk i. Any changed byte changes it. */
+/* Hashes `bytes` bytes in chunks of LLMC_HASH_CHUNK: out[i] is the hash of chunk i. Any changed byte changes it.
+ * threads: at most, in a turn of the pool; 0: this thread alone, without a turn, so that no step waits for it. */
 void llmc_hash(const void *data, int64_t bytes, uint64_t *out, int64_t threads);
 
 /* LLMC_ABI of this artifact. */

@@ -7,9 +7,9 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,12 +34,12 @@ from llmc.runtime.sampling import Chooser
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 from llmc.runtime.tokenizer import Tokenizer
-from llmc.runtime.weights import load_weights
+from llmc.runtime.weights import Weights, load_weights
+from llmc.runtime.work import Rows, Work, cut_into_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Rows = Literal["all", "last", "none"]
 Prompt = str | Ids[int] | NDArray[np.integer]
 Turn = Message | tuple[str, str]
 
@@ -58,21 +58,11 @@ def _is_count(value: object, most: int) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= most
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Tokens that a step appends to a sequence: the first `again` of them it had already, and are computed anew."""
-
-    sequence: Sequence
-    ids: NDArray[np.int32]
-    rows: Rows
-    again: int
-
-
 class Runtime:
     """A loaded model. All methods may be called from several threads; steps take turns."""
 
     def __init__(
-        self, artifact: Artifact, library: Library, weights: NDArray[np.uint8], threads: int, kv_memory: int | None
+        self, artifact: Artifact, library: Library, weights: Weights, threads: int, kv_memory: int | None
     ) -> None:
         """Use `Runtime.load`."""
         self.artifact = artifact
@@ -88,18 +78,18 @@ class Runtime:
         self.lock = ForkLock(STEPS)
         if not self.paged:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
+        self._weights = weights
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
         self._last: NDArray[np.float32] = np.zeros((0, self.vocab_size), np.float32)  # what `step_last` told of
         self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
-        self._weights = weights
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._decoder: StepRunner | None = None
         self._encoder: Encoder | None = None
         self._arrays: ArrayRunner | None = None
-        place = address(weights)
+        place = address(weights.array)
         self._caller: StepCaller
         if self.task == "run":
             self._caller = self._arrays = ArrayRunner(artifact, library, place, threads)
@@ -110,13 +100,14 @@ class Runtime:
         else:
             self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
             self.chooser = Chooser(library, self.vocab_size, threads)
+        self._caller.source = weights
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],
         threads: int | None = None,
-        verify: bool = True,
+        verify: bool | None = None,
         kv_memory: int | None = None,
         weights: str | os.PathLike[str] | None = None,
         share_weights: bool | None = None,
@@ -124,17 +115,22 @@ class Runtime:
         """Loads an artifact.
 
         threads: at most so many for a step; by default one for each physical core of one NUMA node, which the pool's
-        threads then keep to (`cpu.default_threads`). verify: check the hashes of the weights and the tokenizer now (the
-        rest is always checked). kv_memory: bytes for the KV cache, which grows
-        up to that as it is used; by default as much as some whole contexts need, within half of the free memory.
-        weights: the file with the weights of an artifact that was compiled without them. share_weights: True to use
-        the mapped file, which processes share, False to copy it into huge pages, which are read faster; by default it
-        is copied where memory is plentiful. Raises `ArtifactError`.
+        threads then keep to (`cpu.default_threads`). verify: True to check every byte now. By default large weights are
+        checked beside the first steps: where they are damaged, the next step raises `ArtifactError`; a file that was
+        found right is remembered, and not read again while it is unchanged. False: weights are never checked, nor the
+        tokenizer before it is used (the rest always is, before any code runs). kv_memory: bytes for the KV cache, which
+        grows up to that as it is used; by default as much as some whole contexts need, within half of the free memory.
+        weights: the file with the weights of an artifact that was compiled without them. share_weights: True to use the
+        mapped file, which processes share, False to copy it into huge pages now, which are read faster; by default it
+        is copied where memory is plentiful, large ones beside the first steps. Raises `ArtifactError`.
         """
         if threads is not None and not _is_count(threads, _MOST_THREADS):
             raise RuntimeStateError(f"threads must be an integer from 1 to {_MOST_THREADS}, not {threads!r:.40}")
         if kv_memory is not None and not _is_count(kv_memory, 1 << 62):
             raise RuntimeStateError(f"kv_memory must be a number of bytes, not {kv_memory!r:.40}")
+        for name, choice in (("verify", verify), ("share_weights", share_weights)):
+            if choice is not None and not isinstance(choice, bool):
+                raise RuntimeStateError(f"{name} must be True, False or None, not {choice!r:.40}")
         for name, given in (("path", path), ("weights", weights)):
             if not isinstance(given, str | os.PathLike) and not (name == "weights" and given is None):
                 raise RuntimeStateError(f"{name} must be a file's path, not {given!r:.40}")
@@ -146,7 +142,7 @@ class Runtime:
         try:
             artifact.check_machine()
             artifact.check_library()
-            if verify:
+            if verify is not False:
                 artifact.check_tokenizer()
             library = Library.load(artifact)
             external = None if weights is None else Path(weights)
@@ -158,6 +154,56 @@ class Runtime:
         finally:
             artifact.close()
 
+    @property
+    def verified(self) -> bool:
+        """Whether the weights are known to be what was written: checked by now, or before and unchanged since."""
+        return self._weights.verified
+
+    @property
+    def verifying(self) -> bool:
+        """Whether the weights are being checked at present."""
+        return self._weights.verifying
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether anything is left of what `load` left for later."""
+        return self._weights.pending
+
+    def wait_verified(self) -> bool:
+        """Waits until the weights are checked, if they are to be, and says whether they were. Raises `ArtifactError`
+        where they are damaged: what steps gave before it is not to be relied on."""
+        while not self._weights.verified and self._goes_on():
+            pass
+        return self._weights.verified
+
+    def finish_loading(self) -> None:
+        """Waits for all that `load` left for later, so that steps are as fast as they will be. Raises `ArtifactError`
+        where the weights are damaged."""
+        while self._goes_on():
+            pass
+
+    def _goes_on(self) -> bool:
+        """Waits for what is left of loading. False where nothing is."""
+        with self.lock:
+            self._caller.settle()
+        if self._weights.pending:
+            self._weights.join()
+        return self._weights.pending
+
+    def close(self) -> None:
+        """Ends what is left of loading, and gives the weights up: every later step is a `RuntimeStateError`. A runtime
+        that is dropped does this by itself."""
+        with self.lock:
+            self._weights.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the loaded artifact to a file, all or nothing; a link to it stays one. Raises `ArtifactError`."""
         target = Path(path)
@@ -168,7 +214,7 @@ class Runtime:
         per_page = max(1, self.manifest.bytes_per_page)
         context = -(-self.max_context // self.page)
         if kv_memory is None:
-            affordable = cpu.available_memory() // 2 // per_page
+            affordable = max(0, cpu.available_memory() - self._weights.bytes_to_come) // 2 // per_page
             return min(max(context, min(_CONTEXTS_BY_DEFAULT * context, affordable)), _MOST_SLOTS // self.page)
         if kv_memory < per_page:
             raise RuntimeStateError(f"kv_memory of {kv_memory} bytes holds no page; a page has {per_page} bytes")
@@ -183,8 +229,8 @@ class Runtime:
 
     @property
     def weights(self) -> NDArray[np.uint8]:
-        """The artifact's weights as they lie in memory; read only."""
-        return self._weights
+        """The artifact's weights as they lie in memory at present; read only."""
+        return self._weights.array
 
     # What the artifact is for
 
@@ -303,18 +349,17 @@ class Runtime:
         self._check_sequences([sequence for sequence, _, _ in requests])
         prepared: list[Sequence] = []
         try:
-            work: list[_Work] = []
+            work: list[Work] = []
             for sequence, ids, wanted in requests:
                 prepared.append(sequence)
                 again = sequence.restart(len(ids)) if self.paged and sequence.changes_regime(len(ids)) else ids[:0]
-                work.append(_Work(sequence, np.concatenate([again, ids]) if len(again) else ids, wanted, len(again)))
+                work.append(Work(sequence, np.concatenate([again, ids]) if len(again) else ids, wanted, len(again)))
                 sequence.prepare(work[-1].ids)
             if not self.paged:
                 return self._step_whole(runner, requests, out)
             result = out
             row = 0
-            for batch in self._batches(work):
-                runs = [run for run, _ in batch]
+            for runs in cut_into_steps(work, self.max_step):
                 rows = sum(run.rows for run in runs)
                 result = runner.run(runs, None if out is None else out[row : row + rows])
                 row += rows
@@ -325,30 +370,6 @@ class Runtime:
         finally:
             for sequence in prepared:
                 sequence.abandon()
-
-    def _batches(self, work: list[_Work]) -> list[list[tuple[Run, int]]]:
-        """Runs of at most max_step tokens together, in order."""
-        batches: list[list[tuple[Run, int]]] = []
-        room = 0
-        for item in work:
-            sequence, ids, rows = item.sequence, item.ids, item.rows
-            begin = 0
-            while begin < len(ids):
-                if room == 0:
-                    batches.append([])
-                    room = self.max_step
-                count = min(room, len(ids) - begin)
-                is_end = begin + count == len(ids)
-                if rows == "all":
-                    first_row = min(max(item.again - begin, 0), count)
-                else:
-                    first_row = count - 1 if rows == "last" and is_end else count
-                batches[-1].append(
-                    (Run(sequence, ids[begin : begin + count], sequence.length + begin, first_row), count)
-                )
-                begin += count
-                room -= count
-        return batches
 
     def _step_whole(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from llmc.runtime.library import Library, Step
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.profile import StepSizes
 
+if TYPE_CHECKING:
+    from llmc.runtime.weights import Weights
+
 
 class StepCaller:
     """What every kind of step needs, allocated once; `step` points to it. One thread at a time."""
@@ -20,6 +24,7 @@ class StepCaller:
         self.facts = artifact.manifest.step
         self.library = library
         self.threads = threads
+        self.source: Weights | None = None  # where the weights are, if that may change from one step to the next
         self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
         self.profile = np.zeros(len(self.facts.calls), np.int64)
         self.profiled: list[StepSizes] = []
@@ -38,8 +43,14 @@ class StepCaller:
         """Whether `profiled` wants the sizes of the next step."""
         return bool(self.step.profile)
 
+    def settle(self) -> None:
+        """Takes up what loading has done since the last step. Raises what `Weights.settle` does."""
+        if self.source is not None and self.source.pending:
+            self.step.weights = self.source.settle()
+
     def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
+        self.settle()
         self.library.run(self._address, self.threads)
 
 

@@ -196,6 +196,29 @@ static void fork_within_job(void) {
     CHECK(waitpid(child, &status, 0) == child && status == 0);
 }
 
+typedef struct Aside {
+    const unsigned char *data;
+    int64_t bytes;
+    uint64_t out[4];
+} Aside;
+
+static void *hash_aside(void *argument) {
+    Aside *aside = argument;
+    llmc_hash(aside->data, aside->bytes, aside->out, 0);
+    return NULL;
+}
+
+/* Without threads of the pool a hash waits for no turn: not even for one that ends after it. */
+static void hash_beside(const unsigned char *data, int64_t bytes, const uint64_t *expected) {
+    Aside aside = {data, bytes, {0}};
+    pthread_t thread;
+    LlmcPool *turn = llmc_take_turn(2);
+    CHECK(pthread_create(&thread, NULL, hash_aside, &aside) == 0);
+    CHECK(pthread_join(thread, NULL) == 0);
+    llmc_end_turn(turn);
+    CHECK(memcmp(aside.out, expected, sizeof aside.out) == 0);
+}
+
 int main(int argc, char **argv) {
     (void)argv;
     int with_fork = argc > 1;
@@ -233,6 +256,7 @@ int main(int argc, char **argv) {
     llmc_hash(data, bytes, again, 1);
     CHECK(memcmp(hashes, again, sizeof hashes) == 0);
     CHECK(hashes[0] == hashes[1] && hashes[3] != hashes[0]);
+    hash_beside(data, bytes, hashes);
     free(data);
 
     for (int i = 0; i < 200; i++) { /* long pauses: workers go to sleep and are woken */

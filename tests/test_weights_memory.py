@@ -40,15 +40,15 @@ def in_file(array: np.ndarray) -> bool:
 
 def test_a_copy_holds_what_the_file_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     placed = Runtime.load(path, threads=1)
-    assert in_file(placed._weights)  # too small to be worth a copy
+    assert in_file(placed.weights)  # too small to be worth a copy
     monkeypatch.setattr(module, "worth_copying", lambda nbytes: nbytes > 0)
     for threads, read in ((1, 1), (3, 1000), (2, 1 << 20)):
-        monkeypatch.setattr(module, "_READ_BYTES", max(read, len(placed._weights) // 50))
+        monkeypatch.setattr(module, "_READ_BYTES", max(read, len(placed.weights) // 50))
         copied = Runtime.load(path, threads=threads)
-        assert not in_file(copied._weights)
-        assert (copied._weights == placed._weights).all()
-        assert copied._weights.__array_interface__["data"][0] % 4096 == 0
-        assert not copied._weights.flags.writeable
+        assert not in_file(copied.weights)
+        assert (copied.weights == placed.weights).all()
+        assert copied.weights.__array_interface__["data"][0] % 4096 == 0
+        assert not copied.weights.flags.writeable
         assert (copied.forward(IDS) == placed.forward(IDS)).all()
 
 
@@ -76,7 +76,7 @@ def test_no_room_for_a_copy_means_in_place(path: Path, monkeypatch: pytest.Monke
         raise RuntimeStateError("no address space")
 
     monkeypatch.setattr(module, "reserve", refuse)
-    assert in_file(Runtime.load(path)._weights)
+    assert in_file(Runtime.load(path).weights)
 
 
 def test_a_copy_is_made_where_it_helps_and_harms_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -97,5 +97,5 @@ def test_a_copy_is_made_where_it_helps_and_harms_nobody(monkeypatch: pytest.Monk
 def test_the_caller_may_say_which(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for worth in (False, True):
         monkeypatch.setattr(module, "worth_copying", lambda _nbytes, worth=worth: worth)
-        assert in_file(Runtime.load(path, share_weights=True)._weights)
-        assert not in_file(Runtime.load(path, share_weights=False)._weights)
+        assert in_file(Runtime.load(path, share_weights=True).weights)
+        assert not in_file(Runtime.load(path, share_weights=False).weights)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from llmc.cli import output
-from llmc.errors import LlmcError
+from llmc.errors import ArtifactError, LlmcError
 
 if TYPE_CHECKING:
     from llmc.runtime.generation import TextStream
@@ -88,6 +88,8 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": query}]
         try:
             answer = self._answer(messages)
+        except ArtifactError:
+            raise  # no answer before it is to be relied on
         except LlmcError as error:
             advice = "; /reset starts over" if isinstance(error, ContextError) else ""
             self._tell(f"{' '.join(str(error).split())}: this message is left out{advice}")
@@ -120,8 +122,9 @@ class Conversation:
         output.line(what)
 
 
-def talk(conversation: Conversation) -> None:
-    """Asks line by line until /exit or the end of the input. Nothing that goes wrong with a line ends the talk."""
+def talk(conversation: Conversation, end: Callable[[], None]) -> None:
+    """Asks line by line until /exit or the end of the input. Nothing that goes wrong with a line ends the talk, unless
+    the model itself is damaged. end: called behind the last line, unless Ctrl-C was."""
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are found when the line is read
@@ -146,6 +149,8 @@ def talk(conversation: Conversation) -> None:
             output.line(f"unknown command {query.split()[0]}; there are /reset and /exit")
         elif query:
             conversation.ask(query)
+    if not interrupted:
+        end()
     if conversation.quiet:
         errors = {"errors": conversation.errors} if conversation.errors else {}
         output.print_json({"messages": conversation.messages, **errors})

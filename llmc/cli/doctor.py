@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from llmc import artifact_cache
 from llmc.cli.output import size
 from llmc.errors import LlmcError
+from llmc.files import cache_folder
 from llmc.runtime import cpu
 
 _RUNTIME = ("numpy", "tokenizers", "jinja2")
@@ -123,7 +123,7 @@ def _memory() -> list[Finding]:
 
 
 def _caches() -> list[Finding]:
-    root = artifact_cache.root()
+    root = cache_folder()
     used = sum(path.stat().st_size for path in root.rglob("*") if path.is_file()) if root.is_dir() else 0
     existing = root
     while not existing.exists():

@@ -13,7 +13,7 @@ from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.kinds import require
 from llmc.cli.streams import read_text
-from llmc.cli.writing import load
+from llmc.cli.writing import load, wait_verified
 from llmc.errors import LlmcError
 from llmc.files import OutputFile, names_stdout, refusal, write_all, writing
 
@@ -53,6 +53,7 @@ def embed(
     threads: o.Threads = None,
     quantization: o.Quantization = "int8",
     weights: o.Weights = None,
+    verify: o.Verify = None,
     json: o.Json = False,
 ) -> None:
     """Make a vector of every text."""
@@ -61,7 +62,7 @@ def embed(
     if path is not None:
         _check_output(path, json or similarity)
     batch = read_texts(texts, file)
-    runtime = load(model, quantization, threads, weights)
+    runtime = load(model, quantization, threads, weights, verify)
     require(runtime.manifest, runtime.artifact.path, "embed", "embed")
     started = time.perf_counter()
     with output.counted("embedding", len(batch)) as advance:
@@ -69,6 +70,7 @@ def embed(
             batch, prompt=prompt_text, prompt_name=prompt, normalize=normalize or None, progress=advance
         )
     seconds = time.perf_counter() - started
+    wait_verified(runtime)
     cosines = cosine_matrix(found) if similarity else None
     if path is not None:
         data = io.BytesIO()
@@ -122,11 +124,12 @@ def classify(
     threads: o.Threads = None,
     quantization: o.Quantization = "int8",
     weights: o.Weights = None,
+    verify: o.Verify = None,
     json: o.Json = False,
 ) -> None:
     """Say which class every text, or every token of it, is of."""
     batch = read_texts(texts, file)
-    runtime = load(model, quantization, threads, weights)
+    runtime = load(model, quantization, threads, weights, verify)
     require(runtime.manifest, runtime.artifact.path, "classify", "classify")
     facts = runtime.manifest.encoder
     if facts is not None and facts.kind == "tokens":
@@ -137,6 +140,7 @@ def classify(
     pairs = batch if pair_with is None else [(pair_with, text) for text in batch]
     with output.counted("classifying", len(batch)) as advance:
         found = runtime.classify(pairs, progress=advance)
+    wait_verified(runtime)
     assert isinstance(found, list)
     if json:
         output.print_json({"texts": batch, "pair_with": pair_with, "classes": found})
@@ -151,6 +155,7 @@ def classify(
 def _tag(runtime: Runtime, batch: list[str], json: bool) -> None:
     with output.counted("tagging", len(batch)) as advance:
         found = runtime.tag(batch, progress=advance)
+    wait_verified(runtime)
     if json:
         output.print_json({"texts": batch, "tokens": found})
         return

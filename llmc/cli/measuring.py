@@ -48,8 +48,9 @@ def bench(
 ) -> None:
     """Measure tokens per second, and how near writing comes to this machine's memory bandwidth.
 
-    Of an encoder: texts per second, whose lengths are spread from 16 tokens to --prompt-tokens. Of a model of arrays:
-    the time of a call on random inputs.
+    Loading is timed until the first step could run; what is left of it, checking and copying weights, is waited for
+    before the rest is. Of an encoder: texts per second, whose lengths are spread from 16 tokens to --prompt-tokens. Of
+    a model of arrays: the time of a call on random inputs.
     """
     from llmc.runtime.measure import bench as measure
     from llmc.runtime.measure_steps import bench_arrays, bench_encoder
@@ -181,6 +182,7 @@ def eval(
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many.")] = None,
     threads: o.Threads = None,
     weights: o.Weights = None,
+    verify: o.Verify = None,
     json: o.Json = False,
 ) -> None:
     """Measure perplexity on a text; with a reference, also the divergence from it and how often both agree.
@@ -194,7 +196,7 @@ def eval(
 
     content = read_text(text, "--text")
     with output.progress() as progress:
-        runtime = Runtime.load(artifact, threads, weights=weights)
+        runtime = Runtime.load(artifact, threads, verify, weights=weights)
         require(runtime.manifest, artifact, "eval", "generate")
         cut = windows_of(runtime, content, window, windows)
         expected = None
@@ -203,6 +205,7 @@ def eval(
             expected = transformers_reference(reference)
         progress.start("reading windows", len(cut))
         found = evaluate(runtime, cut, expected, progress.advance)
+        runtime.wait_verified()
     if json:
         output.print_json({"artifact": str(artifact), "text": str(text), **asdict(found)})
         return

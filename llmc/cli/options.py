@@ -28,6 +28,15 @@ Threads = Annotated[int | None, typer.Option("--threads", help="Threads at most;
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="The weights' file, for a model compiled with --weights FILE.")
 ]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Check every byte before the first step, or no weights at all; default: beside the first steps, once for "
+        "each file.",
+        show_default=False,
+    ),
+]
 
 Target = Annotated[
     str, typer.Option("--target", "-t", help="The machine to compile for; `llmc doctor` lists them.",

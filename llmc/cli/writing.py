@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
 
 
-def load(model: str, quantization: str, threads: int | None, weights: Path | None) -> Runtime:
+def load(
+    model: str, quantization: str, threads: int | None, weights: Path | None, verify: bool | None = None
+) -> Runtime:
     """A runtime for an artifact's file; a model's directory or hub name is compiled into the cache first."""
     from llmc.runtime.runtime import Runtime
 
     path = Path(model)
     if path.is_file() or path.suffix == ".so":
-        return Runtime.load(path, threads, weights=weights)
+        return Runtime.load(path, threads, verify, weights=weights)
     if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         found = "neither a file nor a directory" if path.exists() else "no such file or directory"
         raise LlmcError(f"{model}: {found}; give a compiled model, a model's directory or a hub name")
@@ -36,7 +38,17 @@ def load(model: str, quantization: str, threads: int | None, weights: Path | Non
     options = o.compile_options(quantization=quantization)
     with output.progress() as progress:
         artifact = cached_artifact(model, None, options, progress)
-    return Runtime.load(artifact, threads, weights=weights)
+    return Runtime.load(artifact, threads, verify, weights=weights)
+
+
+def wait_verified(runtime: Runtime) -> None:
+    """Ends the check of the weights that began beside the first steps: no command that worked used damaged ones."""
+    if not runtime.verifying:
+        runtime.wait_verified()
+        return
+    with output.progress() as progress:
+        progress.start("checking the weights, once for this file")
+        runtime.wait_verified()
 
 
 def run(
@@ -58,6 +70,7 @@ def run(
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
+    verify: o.Verify = None,
     json: o.Json = False,
 ) -> None:
     """Continue a text, and say how fast that went."""
@@ -69,11 +82,12 @@ def run(
         "max_time": max_time, "typical_p": typical_p, "no_repeat_ngram_size": no_repeat_ngram_size,
         "suppress_tokens": suppress_tokens or None,
     }  # fmt: skip
-    runtime = load(model, quantization, threads, weights)
+    runtime = load(model, quantization, threads, weights, verify)
     require(runtime.manifest, runtime.artifact.path, "run", "generate")
     stream = runtime.stream(prompt, **sampling)
     if json:
         text = stream.text()
+        wait_verified(runtime)
         output.print_json({"prompt": prompt, "text": text, **facts(stream)})
         return
     if sys.stdout.isatty():
@@ -81,6 +95,7 @@ def run(
     _show(stream)
     print(flush=True)
     output.line(summary(stream))
+    wait_verified(runtime)
 
 
 def _show(stream: TextStream) -> str:
@@ -114,6 +129,7 @@ def chat(
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
+    verify: o.Verify = None,
     tools: o.Tools = None,
     documents: o.Documents = None,
     template: o.TemplateName = None,
@@ -132,14 +148,14 @@ def chat(
     from llmc.runtime.generation import resolve
 
     told = template_options(tools, documents, template, variables or [])
-    runtime = load(model, quantization, threads, weights)
+    runtime = load(model, quantization, threads, weights, verify)
     require(runtime.manifest, runtime.artifact.path, "chat", "generate")
     start = [] if system is None else [{"role": "system", "content": system}]
     # A model that cannot chat, or not with these options, says so now.
     resolve(sampling, runtime.manifest.generation, runtime.stop_ids, 0)
     runtime.chat_template.check_variables(told)
     runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}], **told)  # type: ignore[arg-type]
-    talk(Conversation(runtime, start, {**sampling, **told}, quiet=json))
+    talk(Conversation(runtime, start, {**sampling, **told}, quiet=json), lambda: wait_verified(runtime))
 
 
 COMMANDS = (
