@@ -172,23 +172,19 @@ class Runtime:
     def wait_verified(self) -> bool:
         """Waits until the weights are checked, if they are to be, and says whether they were. Raises `ArtifactError`
         where they are damaged: what steps gave before it is not to be relied on."""
-        while not self._weights.verified and self._goes_on():
-            pass
-        return self._weights.verified
+        if not self.verified:
+            self.finish_loading()
+        return self.verified
 
     def finish_loading(self) -> None:
         """Waits for all that `load` left for later, so that steps are as fast as they will be. Raises `ArtifactError`
         where the weights are damaged."""
-        while self._goes_on():
-            pass
-
-    def _goes_on(self) -> bool:
-        """Waits for what is left of loading. False where nothing is."""
-        with self.lock:
-            self._caller.settle()
-        if self._weights.pending:
+        while True:
+            with self.lock:
+                self._caller.settle()
+            if not self._weights.pending:
+                return
             self._weights.join()
-        return self._weights.pending
 
     def close(self) -> None:
         """Ends what is left of loading, and gives the weights up: every later step is a `RuntimeStateError`. A runtime
