@@ -563,10 +563,10 @@ class Runtime:
             return len(self._caller.profiled)
 
     def profile_kernels(self) -> list[KernelTime]:
-        """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""
+        """`profile` for each step, the calls of one kernel for one op and shape together, with what they cost."""
         with self.lock:
             facts, runner = self.manifest.step, self._caller
-            return kernel_times(facts.calls, runner.profile.tolist(), facts.costs, runner.profiled)
+            return kernel_times(facts.calls, [taken.tolist() for taken in runner.taken], facts.costs, runner.profiled)
 
     def measure_limits(self, memory_only: bool = False) -> Limits:
         """What this computer can do at most with as many threads: memory and multipliers; a third of a second each."""

@@ -99,6 +99,7 @@ def test_divergence_is_its_definition(runtime: Runtime) -> None:
 
 def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: fake_artifact.VOCAB - 1)
     path = fake_artifact.write(tmp_path / "fake.so")
     steps = []
     found = bench(path, 70, 5, batch=3, threads=1, repeats=2, tell=lambda phase, count: steps.append((phase, count)))
@@ -109,6 +110,14 @@ def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.gigabytes_per_second == pytest.approx(per_second / 1e9)
     assert found.bandwidth_percent == pytest.approx(100 * per_second / 1e10)
     assert found.peak_memory_bytes > 1 << 20
+
+
+def test_weights_in_the_cache_are_no_share_of_the_memory_bandwidth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: fake_artifact.VOCAB)
+    assert bench(fake_artifact.write(tmp_path / "fake.so"), 7, 5, threads=1, repeats=1).bandwidth_percent is None
 
 
 @pytest.mark.parametrize(

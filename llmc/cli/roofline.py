@@ -67,7 +67,7 @@ def draw_roofline(profile: Profile, path: Path, title: str) -> None:
             color=colour,
             alpha=0.65,
             linewidths=0,
-            label=f"{phase}, {output.count(found.tokens, 'token')} in {1e3 * found.wall_seconds:.2f} ms",
+            label=f"{phase}, {output.count(found.tokens, 'token')} in {1e3 * found.wall_seconds.median:.2f} ms",
             zorder=3,
         )
     axes.legend(

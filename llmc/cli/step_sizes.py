@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_ROWS = ("T", "S", "R")  # symbols of a step that count rows: of all tokens, or of those whose logits are wanted
+# What counts rows: symbols of a step, for all tokens or those whose logits are wanted, and a profile's word for both.
+_ROWS = ("T", "S", "R", "rows")
 
 
 def sizes_text(when: Sequence[tuple[str, int, int | None]]) -> str:
