@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.errors import BatchError, RuntimeStateError
-from llmc.runtime.logits import LogitsProcessors, acts
+from llmc.runtime.logits import LogitsProcessors, needs_processors
 from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
 from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
@@ -170,7 +170,7 @@ def make_sampler(
         eta_cutoff=settings.eta_cutoff,
     )
     processors = None
-    if acts(settings):
+    if needs_processors(settings):
         longest = len(prompt) + limits.max_tokens
         processors = LogitsProcessors(settings, prompt, limits.stop_ids, longest, chooser.vocab_size)
     sampler = Sampler(sampling, chooser, processors)

@@ -14,7 +14,7 @@ from llmc.runtime.settings import LARGEST, GenerationSettings
 _TOP_H_TOKENS = 100  # that top-h looks at, as transformers has it
 
 
-def acts(settings: GenerationSettings) -> bool:
+def needs_processors(settings: GenerationSettings) -> bool:
     """Whether any of these settings needs `LogitsProcessors`. The repetition penalty alone does not: the artifact knows
     it, unless top-h, which comes after it, is on."""
     return bool(

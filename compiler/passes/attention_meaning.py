@@ -83,7 +83,7 @@ class MeaningReader:
         self._found: dict[tuple[object, ...], tuple[Mask, float] | Unrecognised] = {}
         self._tables: dict[tuple[object, ...], tuple[Value, bool] | Unrecognised] = {}
 
-    def acts(self, value: Value) -> bool:
+    def depends_on_tokens(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
         return self.probe.depends_on_tokens(value)
 
@@ -103,7 +103,7 @@ class MeaningReader:
         if number_of(part.bias) == 0 and part.chosen is None and part.factor is None:
             return Meaning(Scores(part.scale, part.softcap, NO_MASK))
         reason = Unrecognised("tokens decide what is added to its scores")
-        if not any(self.acts(value) for value in chain.met):
+        if not any(self.depends_on_tokens(value) for value in chain.other_operands):
             try:
                 return self._positional(chain, part, batch, heads, exact_shift)
             except Unrecognised as error:
@@ -121,7 +121,7 @@ class MeaningReader:
         queries, keys = chain.scores.shape[-2:]
         # Only the number of keys is gone through: what any other size decides is not known from one of its values.
         others = frozenset(self.graph.symbols) - (keys.symbols() if isinstance(keys, Dim) else frozenset())
-        if any(value in self.probe.decided_by(others) for value in chain.met):
+        if any(value in self.probe.decided_by(others) for value in chain.other_operands):
             raise Unrecognised("a size other than the number of keys decides what is added to its scores")
         if isinstance(queries, int) and isinstance(keys, int):
             mask, scale = self._of_fixed_sizes(chain, part, queries, keys, heads, exact_shift)

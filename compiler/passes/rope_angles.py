@@ -205,15 +205,15 @@ class Angles:
 
     def _by_frequency(self, cos: Columns, sin: Columns) -> Value | None:
         """Position times frequency, at every position, times one scale."""
-        turns, others = (
+        cosines, sines = (
             [self._angle_of(number, part.factor.dtype) for number in part.numbers(self.numbers).tolist()]
             for part in (cos, sin)
         )
-        first = turns[0]
-        if first is None or None in turns or any(t[:2] != (Cos, first[1]) for t in turns if t is not None):
+        first = cosines[0]
+        if first is None or None in cosines or any(t[:2] != (Cos, first[1]) for t in cosines if t is not None):
             return None
-        angles = [turn[2] for turn in turns if turn is not None]
-        if others != [(Sin, first[1], angle) for angle in angles]:
+        angles = [cosine[2] for cosine in cosines if cosine is not None]
+        if sines != [(Sin, first[1], angle) for angle in angles]:
             return None
         among = self._angles_among((cos.factor, sin.factor), angles)
         frequencies = None if among is None else self._frequencies(among)

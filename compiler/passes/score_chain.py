@@ -46,12 +46,12 @@ _ABSORBS = -1e30  # added to any score below this, in f32, the score is lost: al
 
 @dataclass(frozen=True)
 class Chain:
-    """From the products `raw` to the scores: the ops that depend on raw, in order, and the values that meet them."""
+    """From the products `raw` to the scores: the ops that depend on raw, in order, and their operands that do not."""
 
     raw: Matmul
     scores: Value
     steps: tuple[Op, ...]
-    met: tuple[Value, ...]
+    other_operands: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def chain_of(graph: Graph, raw: Matmul, scores: Value) -> Chain:
     between = _between(raw, scores)
     steps = tuple(op for op in graph.ops if op in between)
     inside = {raw, *steps}
-    met = dict.fromkeys(value for op in steps for value in op.operands if value not in inside)
-    return Chain(raw, scores, steps, tuple(met))
+    others = dict.fromkeys(value for op in steps for value in op.operands if value not in inside)
+    return Chain(raw, scores, steps, tuple(others))
 
 
 def _between(raw: Value, scores: Value) -> set[Value]:

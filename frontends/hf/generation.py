@@ -113,8 +113,8 @@ def _unsupported(given: Mapping[str, object], source: str) -> list[str]:
     """Notes of settings that would change the text in transformers, and do not here."""
     return [
         f"{source}: {name} {given[name]!r:.60} is not supported: {instead}"
-        for name, (acts, instead) in _NOTED.items()
-        if name in given and acts(given)
+        for name, (has_effect, instead) in _NOTED.items()
+        if name in given and has_effect(given)
     ]
 
 
@@ -257,18 +257,18 @@ _EFFECT: dict[str, tuple[str, Value]] = {
 # Read elsewhere: whether temperature and the like act; tokens that end a text.
 ELSEWHERE = frozenset({"do_sample", "eos_token_id"})
 
-_Acts = Callable[[Mapping[str, object]], bool]
+_HasEffect = Callable[[Mapping[str, object]], bool]
 
 
-def _more_than(name: str, number: float) -> _Acts:
-    def acts(given: Mapping[str, object]) -> bool:
+def _more_than(name: str, number: float) -> _HasEffect:
+    def has_effect(given: Mapping[str, object]) -> bool:
         value = given[name]
         return not isinstance(value, (int, float)) or value > number  # no number at all: named as well
 
-    return acts
+    return has_effect
 
 
-def _truthy(name: str) -> _Acts:
+def _truthy(name: str) -> _HasEffect:
     return lambda given: bool(given[name])
 
 
@@ -284,7 +284,7 @@ def _guided(given: Mapping[str, object]) -> bool:
 
 _ONE_BY_ONE = "one text is written, token by token"
 # When a setting acts in transformers, and what llmc does instead.
-_NOTED: dict[str, tuple[_Acts, str]] = {
+_NOTED: dict[str, tuple[_HasEffect, str]] = {
     "num_beams": (_more_than("num_beams", 1), _ONE_BY_ONE),
     "num_beam_groups": (_more_than("num_beam_groups", 1), _ONE_BY_ONE),
     "num_return_sequences": (_more_than("num_return_sequences", 1), _ONE_BY_ONE),
