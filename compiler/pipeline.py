@@ -135,7 +135,7 @@ def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = No
 
 
 def settled(lifted: Lifted) -> Lifted:
-    """The model itself, or what it is otherwise: a decoder is one all of whose attention sees only tokens before."""
+    """The model as lifted, or `Lifted.otherwise`: it is a decoder only if no attention of it sees later tokens."""
     if lifted.otherwise is None:
         return lifted
     with reading(lifted.weights.load):

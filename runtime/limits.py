@@ -1,4 +1,4 @@
-"""Measures the machine's limits with the limit kernels of an artifact: memory, and its multipliers."""
+"""Measures how fast this machine reads memory and multiplies, with the limit kernels of an artifact."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class LogitsProcessors:
         return {ids: bias for ids, bias in biases if max(ids) < self._vocab_size}
 
     def observe(self, ids: Iterable[int]) -> None:
-        """These tokens come next in the sequence."""
+        """Notes that these tokens come next in the sequence."""
         for token in ids:
             self._ids.append(token)
             self._seen.add(token)

@@ -1,4 +1,4 @@
-"""How fast an encoder reads texts, and how fast a graph of any kind runs: `llmc bench` on what is no decoder."""
+"""`llmc bench` of encoders and of graphs of arrays: texts a second, and the time of a call."""
 
 from __future__ import annotations
 

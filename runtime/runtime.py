@@ -91,7 +91,9 @@ class Runtime:
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
-        self._last: NDArray[np.float32] = np.zeros((0, self.vocab_size), np.float32)  # what `step_last` told of
+        self._last: NDArray[np.float32] = np.zeros(
+            (0, self.vocab_size), np.float32
+        )  # the logits that `step_last` gave the addresses of
         self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
         self._weights = weights
         self._tokenizer: Tokenizer | None = None

@@ -83,7 +83,7 @@ def _build(found: _Found, new: dict[Value, Value]) -> Value:
 
 
 def _renewed(value: Value, new: dict[Value, Value]) -> Value:
-    """A value that was written over the old graph, over the new one."""
+    """A value built on the old graph's values, rebuilt on those of the new graph."""
     if value in new or not isinstance(value, Op):
         return new.get(value, value)
     new[value] = value.map_operands(lambda operand: _renewed(operand, new))

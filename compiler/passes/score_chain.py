@@ -1,7 +1,7 @@
 """The way from the products q k to the softmax's operand, taken apart op by op.
 
-What stands between the two works element by element, so that a score is a function of one product and of values that
-meet it there. `take_apart` follows that function as an equation: scale * product + bias, softcap * tanh(product / cap),
+The ops between the two work element by element, so that a score is a function of one product and of those ops' other
+operands. `take_apart` follows that function as an equation: scale * product + bias, softcap * tanh(product / cap),
 and choices between a score and a number that no product decides. Any other op is refused by its name.
 """
 
@@ -219,7 +219,7 @@ def _reshaped_parts(part: Apart, op: Reshape) -> Apart:
 
 
 def general_bias(part: Apart, exact_shift: bool) -> Value:
-    """A bias to add to the scaled products that gives the same shares; Unrecognised where there is none.
+    """A bias to add to the scaled products that gives the same probabilities; Unrecognised where there is none.
 
     exact_shift: what is added to all keys of a query counts (attention with sinks).
 

@@ -254,7 +254,7 @@ _EFFECT: dict[str, tuple[str, Value]] = {
     "max_time": ("a number of seconds", _number(0, math.inf, high_open=True)),
     "stop_strings": ("a string or a list of strings", _strings),
 }
-# Read elsewhere: whether temperature and the like act; tokens that end a text.
+# Read elsewhere: whether temperature and the like have an effect; tokens that end a text.
 ELSEWHERE = frozenset({"do_sample", "eos_token_id"})
 
 _HasEffect = Callable[[Mapping[str, object]], bool]
@@ -283,7 +283,7 @@ def _guided(given: Mapping[str, object]) -> bool:
 
 
 _ONE_BY_ONE = "one text is written, token by token"
-# When a setting acts in transformers, and what llmc does instead.
+# When a setting has an effect in transformers, and what llmc does instead.
 _NOTED: dict[str, tuple[_HasEffect, str]] = {
     "num_beams": (_more_than("num_beams", 1), _ONE_BY_ONE),
     "num_beam_groups": (_more_than("num_beam_groups", 1), _ONE_BY_ONE),

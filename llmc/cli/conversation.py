@@ -1,4 +1,4 @@
-"""A conversation on the terminal, and what is said about a text when it has been written."""
+"""A conversation on the terminal, and the line of facts after each answer."""
 
 from __future__ import annotations
 

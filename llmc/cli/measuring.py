@@ -55,7 +55,7 @@ def bench(
     from llmc.runtime.measure_steps import bench_arrays, bench_encoder
 
     if roofline is not None:
-        check_roofline(roofline)  # told before the work, not after it
+        check_roofline(roofline)  # an error comes before the work, not after it
     task = _task(artifact)
     _check_options(task, artifact, prompt_tokens, gen_tokens, batch, dims)
     found: Bench | EncoderBench | ArrayBench

@@ -37,7 +37,7 @@ def inspect(
             )  # fmt: skip
             return
         provenance = _object(manifest.raw.get("provenance"))
-        created = provenance.get("created")  # only where the compile was told a time
+        created = provenance.get("created")  # only if the compile was given a time
         output.facts(
             {
                 "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
