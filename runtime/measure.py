@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
-from llmc.runtime.profile import Profile, by_run, profile_phase
+from llmc.runtime.profile import Profile, merge_steps, profile_phase
 from llmc.runtime.runtime import Runtime
 
 Tell = Callable[[str, int], None]
@@ -114,7 +114,7 @@ def _profile(
         for seed in range(repeats):
             prefills.append(_run_once(runtime, prompt_tokens, 0, batch, seed, say)[0])
             ends.append(runtime.profiled_steps())
-        prefill = by_run(runtime.profile_kernels(), ends)
+        prefill = merge_steps(runtime.profile_kernels(), ends)
         _, steps = _run_once(runtime, prompt_tokens, gen_tokens, batch, 0, say, before_decoding=count)
         decode = runtime.profile_kernels()
     finally:

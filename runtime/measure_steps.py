@@ -15,7 +15,7 @@ from llmc.runtime.arrays import BFLOAT16, describe
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
 from llmc.runtime.measure import Tell, peak_memory
-from llmc.runtime.profile import Profile, by_run, profile_phase
+from llmc.runtime.profile import Profile, merge_steps, profile_phase
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sizes import value_of
 
@@ -161,7 +161,7 @@ def _profiled(runtime: Runtime, phase: str, once: Callable[[], float], repeats: 
         for _ in range(repeats):
             seconds.append(once())
             ends.append(runtime.profiled_steps())
-        times = by_run(runtime.profile_kernels(), ends)
+        times = merge_steps(runtime.profile_kernels(), ends)
     finally:
         runtime.set_profiling(False)
     say("measuring the machine", 0)

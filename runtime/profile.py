@@ -1,12 +1,13 @@
-"""What the kernels of some runs cost and took, and how near that is to the machine's limits.
+"""What the kernels of some steps cost and took, and how near that is to the machine's limits.
 
 A kernel can take no less than its bytes at the memory's speed, and no less than its operations at the multipliers'.
 Bytes are those that must come from memory: weights, once a call, and the keys and values of the context, once a
 sequence. Activations are not counted, as they are written and read again within a step and mostly stay in caches; a
-kernel that does nothing else has no limit here, and its percentage is None. A run that reads less than the machine's
-last cache holds finds it all there from the second time on: memory is no limit then, and percentages of it are None.
+kernel that does nothing else has no limit here, and its percentage is None. A sample that reads less than the
+machine's last cache holds finds it all there from the second time on: memory is no limit then, and percentages of it
+are None.
 
-A run is a step, or several that belong together, as those of a long prompt do.
+A sample is one step, or the several steps of a long prompt or a large batch together.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ Serves: TypeAlias = tuple[tuple[str, int, "int | None"], ...]
 
 @dataclass(frozen=True)
 class Sample:
-    """What the calls of one kernel took and cost in one run: seconds, bytes from memory, operations."""
+    """What the calls of one kernel took and cost, in one step or several: seconds, bytes from memory, operations."""
 
     calls: int = 0
     seconds: float = 0.0
@@ -100,10 +101,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Calls of one kernel for one op and shape, over some runs.
+    """Calls of one kernel for one op and shape, in some samples.
 
     serves: (size, low, high) guards of the calls, high None: no limit; "rows" are of all tokens, or of those whose
-    logits are wanted. arithmetic: what it multiplies, "f32" for instance. samples: one for each run.
+    logits are wanted. arithmetic: what it multiplies, "f32" for instance. samples: also those without a call.
     """
 
     op: str
@@ -115,7 +116,7 @@ class KernelTime:
 
     @property
     def total(self) -> Sample:
-        """All runs together."""
+        """All samples together."""
         return sum(self.samples, Sample())
 
 
@@ -155,8 +156,8 @@ def kernel_times(
 _ROWS = ("T", "S", "R")
 
 
-def by_run(times: Sequence[KernelTime], ends: Sequence[int]) -> list[KernelTime]:
-    """Samples of steps as samples of runs. ends: how many steps had run at the end of each run."""
+def merge_steps(times: Sequence[KernelTime], ends: Sequence[int]) -> list[KernelTime]:
+    """One sample of several steps each. ends: how many steps there had been at the end of each."""
     bounds = list(itertools.pairwise((0, *ends)))
     return [
         replace(item, samples=tuple(sum(item.samples[begin:end], Sample()) for begin, end in bounds)) for item in times
@@ -189,8 +190,8 @@ def spread(values: Sequence[float]) -> Spread:
 class KernelProfile:
     """One kernel of a phase.
 
-    calls, bytes, operations: of a run, on average. seconds: of the runs that called it; rates are the medians of these
-    runs. share_percent: of a run's time, on average (an unusually slow run counts no more than others). limit: what
+    calls, bytes, operations: of a sample, on average. seconds: of the samples that called it; rates are the medians of
+    these. share_percent: of a sample's time, on average (an unusually slow one counts no more than others). limit: what
     bounds it, "memory" or what it multiplies ("int8", "f32", "bf16"). limit_percent: the least time that this limit
     allows, of the time taken, the median; above 100 the limit was measured too low. Both None where no bytes and no
     operations are known of, the percentage also where the limit is memory but all lies in the cache.
@@ -213,13 +214,13 @@ class KernelProfile:
 
 @dataclass(frozen=True)
 class PhaseProfile:
-    """What a run of a phase takes: wall time, and how much of it within kernels and outside them.
+    """What a sample of a phase takes: wall time, and how much of it within kernels and outside them.
 
-    bytes, operations: of a run, on average. in_cache: what a run reads from memory fits into the machine's last cache.
+    bytes, operations: of a sample, on average. in_cache: what a sample reads fits into the machine's last cache.
     limit_percent: the least time that its kernels' limits allow, of the wall time; in a cache memory's do not count.
     """
 
-    runs: int
+    samples: int
     tokens: int
     wall_seconds: Spread
     kernel_seconds: Spread
@@ -241,23 +242,23 @@ class Profile:
 
 
 def profile_phase(times: Sequence[KernelTime], limits: Limits, walls: Sequence[float], tokens: int) -> PhaseProfile:
-    """A profile of runs that took `walls` seconds, a sample of each kernel for each. tokens: of one run."""
-    runs = len(walls)
-    within = [sum(item.samples[run].seconds for item in times) for run in range(runs)]
+    """A profile of samples that took `walls` seconds. tokens: of one sample."""
+    samples = len(walls)
+    within = [sum(item.samples[index].seconds for item in times) for index in range(samples)]
     outside = [taken - inside for taken, inside in zip(walls, within, strict=True)]
-    moved = sum(item.total.bytes for item in times) / runs
+    moved = sum(item.total.bytes for item in times) / samples
     in_cache = 0 < moved <= limits.cache_bytes
-    least = [sum(_least(item.samples[run], item, limits, in_cache) for item in times) for run in range(runs)]
+    least = [sum(_least(item.samples[index], item, limits, in_cache) for item in times) for index in range(samples)]
     kernels = [_kernel_profile(item, limits, walls, in_cache) for item in times]
     return PhaseProfile(
-        runs=runs,
+        samples=samples,
         tokens=tokens,
         wall_seconds=spread(walls),
         kernel_seconds=spread(within),
         outside_seconds=spread(outside),
         outside_percent=_share(outside, walls),
         bytes=moved,
-        operations=sum(item.total.operations for item in times) / runs,
+        operations=sum(item.total.operations for item in times) / samples,
         in_cache=in_cache,
         limit_percent=100 * statistics.median(map(truediv, least, walls)) if any(least) else None,
         kernels=tuple(sorted(kernels, key=lambda item: -item.share_percent)),
@@ -265,12 +266,12 @@ def profile_phase(times: Sequence[KernelTime], limits: Limits, walls: Sequence[f
 
 
 def _share(seconds: Sequence[float], walls: Sequence[float]) -> float:
-    """Percent of a run's wall time, the mean of all runs."""
+    """Percent of a sample's wall time, the mean of all samples."""
     return 100 * statistics.fmean(map(truediv, seconds, walls))
 
 
 def _kernel_profile(item: KernelTime, limits: Limits, walls: Sequence[float], in_cache: bool) -> KernelProfile:
-    total, runs = item.total, len(item.samples)
+    total, samples = item.total, len(item.samples)
     # A call that is shorter than the clock's step takes no time at all.
     called = [replace(sample, seconds=max(sample.seconds, 1e-9)) for sample in item.samples if sample.calls]
     limit = max(_bounds(total, item, limits), default=None)
@@ -281,11 +282,11 @@ def _kernel_profile(item: KernelTime, limits: Limits, walls: Sequence[float], in
         kernel=item.kernel,
         serves=item.serves,
         shape=item.shape,
-        calls=total.calls / runs,
+        calls=total.calls / samples,
         seconds=spread([sample.seconds for sample in called]),
         share_percent=_share([sample.seconds for sample in item.samples], walls),
-        bytes=total.bytes / runs,
-        operations=total.operations / runs,
+        bytes=total.bytes / samples,
+        operations=total.operations / samples,
         gigabytes_per_second=statistics.median(sample.bytes / sample.seconds for sample in called) / 1e9,
         gops=statistics.median(sample.operations / sample.seconds for sample in called) / 1e9,
         limit=limit[1] if limit else None,

@@ -35,10 +35,10 @@ from llmc.runtime.profile import (
     Sample,
     Spread,
     StepSizes,
-    by_run,
     evaluate,
     kernel_times,
     keys_seen,
+    merge_steps,
     pairs_seen,
     profile_phase,
 )
@@ -234,7 +234,7 @@ def test_plain_kernels_count_their_matrix_products_and_weights() -> None:
 
 
 def time(label: str, seconds: float, moved: float, operations: float, arithmetic: str = "f32") -> KernelTime:
-    """Of two runs that took and cost the same."""
+    """Of two samples that took and cost the same."""
     return KernelTime("op", label, (), "", arithmetic, (Sample(1, seconds / 2, moved / 2, operations / 2),) * 2)
 
 
@@ -273,7 +273,7 @@ def test_a_phase_adds_up() -> None:
     assert [item.kernel for item in phase.kernels] == ["a", "b", "c"]
 
 
-def test_one_slow_run_changes_no_median_and_shares_still_add_up() -> None:
+def test_one_slow_sample_changes_no_median_and_shares_still_add_up() -> None:
     slow = KernelTime("op", "slow once", (), "", "f32", tuple(Sample(1, s, 1e9, 0) for s in (0.2, 9.0, 0.2, 0.4)))
     seldom = KernelTime("op", "seldom", (), "", "f32", (Sample(), Sample(), Sample(2, 0.5, 1e9, 0), Sample()))
     phase = profile_phase([slow, seldom], LIMITS, [1.0, 10.0, 1.0, 1.0], 1)
@@ -281,7 +281,7 @@ def test_one_slow_run_changes_no_median_and_shares_still_add_up() -> None:
     assert found["slow once"].seconds == Spread(pytest.approx(0.3), pytest.approx(0.2), pytest.approx(2.55))
     assert found["slow once"].limit_percent == pytest.approx((50 + 25) / 2)
     assert found["slow once"].share_percent == pytest.approx((20 + 90 + 20 + 40) / 4)
-    assert found["seldom"].seconds == Spread(0.5, 0.5, 0.5)  # of the runs that called it
+    assert found["seldom"].seconds == Spread(0.5, 0.5, 0.5)  # of the samples that called it
     assert (found["seldom"].calls, found["seldom"].share_percent) == (0.5, pytest.approx(50 / 4))
     assert phase.wall_seconds.median == 1.0
     assert sum(item.share_percent for item in phase.kernels) + phase.outside_percent == pytest.approx(100)
@@ -312,8 +312,8 @@ def test_kernels_of_one_label_are_together_if_they_serve_the_same_rows() -> None
     assert one.samples == (Sample(3, 51e-9, 2 + 2 + 1, 6), Sample(1, 2e-9, 20, 0), Sample(3, 34e-9, 4 + 4 + 2, 6))
     assert other.serves == (("rows", 9, None),)
     assert other.samples == (Sample(), Sample(1, 20e-9, 100, 0), Sample())
-    (runs, _) = by_run([one, other], [2, 3])
-    assert runs.samples == (Sample(4, pytest.approx(53e-9), 25, 6), one.samples[2])
+    (merged, _) = merge_steps([one, other], [2, 3])
+    assert merged.samples == (Sample(4, pytest.approx(53e-9), 25, 6), one.samples[2])
 
 
 # The command
@@ -345,11 +345,11 @@ def test_bench_profiles_prefill_and_decode(tmp_path: Path, capfd: pytest.Capture
     (kernel,) = prefill["kernels"]
     assert (kernel["op"], kernel["kernel"], kernel["shape"]) == ("llm.all", "everything", "[7, 3]")
     # 3 * 20 tokens are two steps of at most 48: the third text is 8 and 12 tokens long in them.
-    assert (prefill["runs"], prefill["tokens"], kernel["calls"]) == (2, 60, 2)
+    assert (prefill["samples"], prefill["tokens"], kernel["calls"]) == (2, 60, 2)
     assert kernel["bytes"] == 2 * 300 + 8 * (20 + 20 + 8 + 20)
     assert kernel["operations"] == 40 * 60 + 4 * 3 * (20 * 21 // 2)
     (kernel,) = decode["kernels"]
-    assert (decode["runs"], decode["tokens"], kernel["calls"]) == (6, 3, 1)
+    assert (decode["samples"], decode["tokens"], kernel["calls"]) == (6, 3, 1)
     assert kernel["bytes"] == pytest.approx(300 + 8 * 3 * np.mean([21, 22, 23, 24, 25, 26]))
     assert kernel["limit"] == "memory"
 
@@ -360,9 +360,9 @@ def test_bench_prints_a_table_for_each_phase(tmp_path: Path, capfd: pytest.Captu
     assert cli(["bench", str(path), "--profile", "--prompt-tokens", "4", "--gen-tokens", "6", "--threads", "1"]) == 0
     out = capfd.readouterr().out
     assert "memory 10.0 GB/s" in out
-    assert "prefill of 4 tokens, median of 3 runs" in out
-    assert "decode of 1 token, median of 6 runs" in out
-    assert out.count("outside kernels") == out.count("whole run") == 2
+    assert "prefill of 4 tokens, median of 3 samples" in out
+    assert "decode of 1 token, median of 6 samples" in out
+    assert out.count("outside kernels") == out.count("in all") == 2
     rows = [line.split()[:5] for line in out.splitlines() if "everything" in line]
     assert sorted(rows[:2]) == [["all", "everything", "1", "[7,", "3]"], ["all", "everything", "2-4", "[7,", "3]"]]
     assert rows[2:] == [["all", "everything", "1", "[7,", "3]"]]
@@ -388,7 +388,7 @@ def test_percentages_in_the_cache_are_words(capfd: pytest.CaptureFixture[str]) -
     out = lines_of([time("read", 1.0, 2e6, 1e3), time("multiply", 0.5, 1e6, 2e10)], limits, capfd)
     assert "memory  in cache\n" in out
     assert "f32         40.0\n" in out
-    assert "in cache: all that a run reads fits into the last cache (32.0 MiB)" in out
+    assert "in cache: all that a sample reads fits into the last cache (32.0 MiB)" in out
     assert ">100" not in out
 
 

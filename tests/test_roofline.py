@@ -141,7 +141,7 @@ def test_points_above_the_roof_are_explained() -> None:
     assert "above its ceiling: the limit was measured low" in found[-2]
     cached = texts(profile(replace(NEAR, cache_bytes=1 << 40), above[1:]))
     assert "read [4096, 4096] (17 and more rows): in cache" in cached
-    assert "in cache: a run reads less than the last cache" in cached[-2]
+    assert "in cache: a sample reads less than the last cache" in cached[-2]
     assert "measured low" not in cached[-2]
 
 

@@ -17,18 +17,18 @@ HEADER = (
 IN_CACHE, ABOVE = "in cache", ">100"
 MEASURED_LOW = "the limit was measured low, as other programs used the machine"
 UNITS = """
-rows: the rows of a step that the kernel serves. ms: the median of all runs, then what the middle half of them took.
+rows: the rows of a step that the kernel serves. ms: the median of all samples, then the middle half of them.
 MB, GB: 10^6, 10^9 bytes from memory (weights, keys, values). GOPS: 10^9 operations a second; a multiply-add is two."""
 
 
 def print_profile(profile: Profile) -> None:
-    """The limits, then a table for each phase: what a run takes, the longest kernels first. Units and words last."""
+    """The limits, then a table for each phase: what a sample takes, the longest kernels first. Units and words last."""
     limits = profile.limits
     print(f"\nlimits, {output.count(limits.threads, 'thread')}: {limits_line(limits)}")
     cells: set[str] = set()
     for name, phase in profile.phases.items():
         what = f"{name} of {output.count(phase.tokens, 'token')}" if phase.tokens else name
-        print(f"\n{what}, median of {output.count(phase.runs, 'run')}")
+        print(f"\n{what}, median of {output.count(phase.samples, 'sample')}")
         rows = [*(_row(item, phase) for item in phase.kernels), *_totals(phase)]
         cells.update(row[-1] for row in rows)
         width = max(len(row[-1]) for row in (*rows, HEADER))
@@ -36,7 +36,7 @@ def print_profile(profile: Profile) -> None:
     print(UNITS)
     if IN_CACHE in cells:
         size = output.size(limits.cache_bytes)
-        print(f"{IN_CACHE}: all that a run reads fits into the last cache ({size}), so that memory is no limit.")
+        print(f"{IN_CACHE}: all that a sample reads fits into the last cache ({size}), so that memory is no limit.")
     if ABOVE in cells:
         print(f"{ABOVE}: {MEASURED_LOW}. Measure again when it is idle.")
 
@@ -84,7 +84,7 @@ def _totals(phase: PhaseProfile) -> list[tuple[str, ...]]:
     return [
         ("outside kernels", "", "", "", "", *_milliseconds(phase.outside_seconds), outside, "", "", "", "", ""),
         (
-            "whole run", "", "", "", "", *_milliseconds(wall), "100.0", _number(phase.bytes / 1e6, 1),
+            "in all", "", "", "", "", *_milliseconds(wall), "100.0", _number(phase.bytes / 1e6, 1),
             _number(rates[0], 1), _number(rates[1], 1), "", whole,
         ),
     ]  # fmt: skip

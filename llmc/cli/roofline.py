@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#1f6fb4", "#d95f02", "#1b9e77", "#7570b3")  # a phase each; told apart without red and green too
-_LABELLED_PERCENT = 1.0  # the share of a run's time from which a kernel is worth a name
-_MOST_AREA = 900.0  # points squared, of a kernel that takes the whole run
+_LABELLED_PERCENT = 1.0  # the share of the time from which a kernel is worth a name
+_MOST_AREA = 900.0  # points squared, of a kernel that takes all the time
 _LEAST_AREA = 12.0
 
 
@@ -115,7 +115,9 @@ def _notes(profile: Profile, points: list[Point]) -> list[str]:
     notes = []
     if any(point.ceiling is None for point in points):
         size = output.size(profile.limits.cache_bytes)
-        notes.append(f"{IN_CACHE}: a run reads less than the last cache ({size}) holds, so that memory is no ceiling")
+        notes.append(
+            f"{IN_CACHE}: a sample reads less than the last cache ({size}) holds, so that memory is no ceiling"
+        )
     if any(point.ceiling is not None and point.y > point.ceiling for point in points):
         notes.append(f"above its ceiling: {MEASURED_LOW}")
     return notes
