@@ -1,4 +1,4 @@
-"""A checkpoint's generation settings: what transformers' `generate` would act on, as an artifact carries it.
+"""A checkpoint's generation settings, those that transformers' `generate` uses, in the form of the manifest.
 
 Every key that transformers knows is in one of three tables: it takes effect, it has none on the text that llmc writes,
 or it is named in a note. Keys that transformers does not know have no effect there either.
