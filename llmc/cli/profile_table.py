@@ -15,7 +15,7 @@ HEADER = (
     "op", "kernel", "rows", "shape", "calls", "ms", "25-75%", "share %", "MB", "GB/s", "GOPS", "limit", "% of it",
 )  # fmt: skip
 IN_CACHE, ABOVE = "in cache", ">100"
-MEASURED_LOW = "the limit was measured low, as other programs used the machine"
+MEASURED_LOW = "the limit was measured low, most likely as other programs used the machine"
 UNITS = """
 rows: the rows of a step that the kernel serves. ms: the median of all samples, then the middle half of them.
 MB, GB: 10^6, 10^9 bytes from memory (weights, keys, values). GOPS: 10^9 operations a second; a multiply-add is two."""
