@@ -1,8 +1,9 @@
 """The check that every compile runs: the first layer as recognised, against the first layer as lifted.
 
-A recogniser that believes what is not so is wrong in every layer alike, and the first one costs little. The lifted
-graph is cut behind it, the passes of the compile run on that piece alone, without quantization, and both are evaluated
-in f64 on the same random tokens, at a length beyond the graph's constants.
+A recogniser that misreads a model misreads all of its layers in the same way, so that checking the first one finds the
+mistake at little cost. The lifted graph is cut after the first layer, the passes of the compile run on that piece
+alone, without quantization, and both are evaluated in f64 on the same random tokens, at a length beyond the graph's
+constants.
 """
 
 from __future__ import annotations

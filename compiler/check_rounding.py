@@ -1,9 +1,9 @@
 """Whether an inexact pass rounds as its encodings say: every weight element by element, and how activations round.
 
-An encoding is a promise: a 4-bit weight is no further from the model's own than half a step of its group, f16 has 11
-bits, an activation is a multiple of max|x| / 127. What a pass rounded is found by walking the graphs before and after
-it side by side; the promise is checked against the weights themselves, by formulas of its own. Then the roundings are
-undone, and what is left must compute exactly what the graph did before.
+An encoding bounds the error of each element: a 4-bit weight is at most half a step of its group away from the model's
+own, f16 has 11 bits, an activation is a multiple of max|x| / 127. What a pass rounded is found by walking the graphs
+before and after it side by side; the bounds are checked against the weights themselves, by formulas of its own. Then
+the roundings are undone, and the rest must compute exactly what the graph did before.
 """
 
 from __future__ import annotations

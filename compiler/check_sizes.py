@@ -1,7 +1,7 @@
 """How long the sequences of a check must be, and how long they may be: sizes read off a graph, and what they cost.
 
 What a graph does with positions changes at its constants: a window's end, a bucket's edge, the last row of a table. A
-check that stays below them sees nothing of that, so lengths are chosen beyond them.
+check at shorter lengths would miss a mistake there, so lengths are chosen beyond all of these constants.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _listed(values: Sequence[int]) -> str:
 
 
 def choose_sizes(graph: Graph, context: int, load: LoadParam, budget: float, runs: int = 1) -> Sizes:
-    """Lengths for a token graph whose sequences have at most `context` tokens: one beyond every constant that meets a
-    position, one of two pages, one short.
+    """Lengths for a token graph whose sequences have at most `context` tokens: one beyond every constant that a
+    position is compared or combined with, one of two pages, one short.
 
     budget: multiply-adds that `runs` evaluations may take. The longest sequence is cut where they would take more.
     """

@@ -1,4 +1,4 @@
-"""What a compile could not keep, and a user hears of at once: a cache, a step of many texts, a layer's precision."""
+"""Warnings about what a compile had to give up: a cache, steps of several texts, a layer's precision."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from llmc.compiler.pipeline import Compiled
     from llmc.compiler.weights import Placed
     from llmc.frontends.lifted import Lifted
+    from llmc.targets.kernel import Call
     from llmc.targets.library import Library
     from llmc.targets.lowering import Choice, Program
     from llmc.targets.memory import Plan
@@ -229,25 +229,38 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
         for report in compiled.reports
     ]
     groups: dict[tuple[object, ...], dict[str, object]] = {}
-    chosen = [(lowered.choice, [call.kernel.describe() for call in lowered.calls]) for lowered in program.ops]
+    chosen = [(lowered.choice, _kernels(lowered.calls)) for lowered in program.ops]
     for choice, kernels in [*chosen, *((choice, []) for choice in program.decomposed)]:
-        key = (choice.op, choice.rule, tuple(sorted(set(kernels))))
+        key = (choice.op, choice.rule, choice.rejected, json.dumps(kernels))
         entry = groups.setdefault(key, _entry(choice, kernels))
         entry["count"] = int(str(entry["count"])) + 1
     return {"passes": passes, "first_layer": compiled.first_layer, "kernels": list(groups.values())}
 
 
-def _entry(choice: Choice, kernels: list[str]) -> dict[str, object]:
-    facts = asdict(choice)
+def _entry(choice: Choice, kernels: list[dict[str, object]]) -> dict[str, object]:
     return {
-        "op": facts["op"],
-        "type": facts["type"],
+        "op": choice.op,
+        "type": choice.type,
         "count": 0,
-        "chosen": facts["rule"] or "decomposed",
-        "reason": facts["reason"],
-        "rejected": [list(pair) for pair in facts["rejected"]],
-        "kernels": sorted(set(kernels)),
+        "chosen": choice.rule or "decomposed",
+        "reason": choice.reason,
+        "rejected": [list(pair) for pair in choice.rejected],
+        "kernels": kernels,
     }
+
+
+def _kernels(calls: tuple[Call, ...]) -> list[dict[str, object]]:
+    """The kernels of an op, those for few rows first. when: (symbol, low, high) of the step's sizes, as in costs."""
+    found: list[dict[str, object]] = [
+        {
+            "kernel": call.kernel.name,
+            "parameters": call.kernel.parameters(),
+            "when": [[item.symbol, item.low, item.high] for item in call.when],
+            "origin": call.origin,
+        }
+        for call in sorted(calls, key=lambda call: [(item.symbol, item.low) for item in call.when])
+    ]
+    return [kernel for index, kernel in enumerate(found) if kernel not in found[:index]]
 
 
 def _version(package: str) -> str:

@@ -32,7 +32,8 @@ class CompileOptions:
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
     quantization: the scheme of linear weights; "none" stores and computes f32.
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
-    activations: how coarsely inputs of matmuls may be rounded; None: int8 for int8 and int4, bf16 for bf16, else f32.
+    activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for int8 and int4, bf16 for
+    bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
     that is int4, int8 for the head and int6 for the embedding. A head tied to the embedding has the embedding's scheme,
     and then both are int8. int6 is for embeddings only.
@@ -95,7 +96,7 @@ class CompileOptions:
 
     @property
     def activation_dtype(self) -> str:
-        """How coarsely the inputs of matmuls may be rounded: "int8", "bf16" or "f32"."""
+        """The lowest precision that inputs of matmuls may be rounded to: "int8", "bf16" or "f32"."""
         if self.activations is not None:
             return self.activations
         return {"int8": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")

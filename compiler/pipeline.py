@@ -111,11 +111,11 @@ def run_pipeline(
     vocabulary, max_context: how many token ids and positions the runtime lets through (default: as the graph shows).
     """
     passes = parse_pipeline(pipeline_text(options, task, vocabulary, max_context or longest_sequence(graph)))
-    told = progress or Silent()
-    told.start("passes", len(passes), "passes")
+    progress = progress or Silent()
+    progress.start("passes", len(passes), "passes")
 
     def tick(_pass: Pass, _before: Graph, _after: Graph, _report: Report) -> None:
-        told.advance()
+        progress.advance()
 
     with reading(load) if load is not None else nullcontext():
         final, reports = run_passes(graph, passes, [*observers, tick])
@@ -135,7 +135,7 @@ def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = No
 
 
 def settled(lifted: Lifted) -> Lifted:
-    """The model itself, or what it is otherwise: a decoder is one all of whose attention sees only tokens before."""
+    """The model as lifted, or `Lifted.otherwise`: it is a decoder only if no attention of it sees later tokens."""
     if lifted.otherwise is None:
         return lifted
     with reading(lifted.weights.load):
@@ -203,24 +203,24 @@ def compile_model(
     from llmc.targets import lower, machine_named
     from llmc.targets.library import compiler_command
 
-    told = progress or Silent()
+    progress = progress or Silent()
     created = creation_time()
     machine = machine_named(options.target)
     compiler_command(machine)  # a missing one is said now, not after the work
-    told.start("lifting the model")
+    progress.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
     checker = checker_of(lifted, options)
     watching = [checker] if checker is not None else []
-    compiled = run_lifted(lifted, options, watching, told)
+    compiled = run_lifted(lifted, options, watching, progress)
     if checker is None:  # which compares all layers, and each pass
         compiled.first_layer = check_layer(lifted, options)
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, vocabulary_of(lifted), lifted.weights.load)
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
-        told.note(note)
+        progress.note(note)
     program = lower(compiled.graph, machine)
-    manifest = assemble(source, output, options, lifted, compiled, program, told, created, checker)
+    manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest

@@ -1,4 +1,4 @@
-"""How long work tells a person how far it is: an interface with a silent default."""
+"""How far a long compile has come: an interface, and a default that shows nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that shows nothing."""
 
     def start(self, phase: str, total: int | None = None, unit: str = "") -> None:
         """Says nothing."""

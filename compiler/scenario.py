@@ -1,4 +1,5 @@
-"""What a graph is tried on: a few sequences of token ids, rendered into whatever inputs the graph has at its stage.
+"""The inputs that a graph is checked with: a few sequences of token ids, in the form of the inputs that it has at its
+stage.
 
 A lifted graph takes ids [1, S] and runs once a sequence; so does a flattened graph, ids [T], as long as its attention
 has no cache. A graph with a cache runs as the runtime would run it: in steps that mix prompts and continuations, over

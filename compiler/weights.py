@@ -1,4 +1,4 @@
-"""Weights on their way into the artifact: planned offsets first, then one tensor at a time, packed and freed."""
+"""Writing weights into the artifact: offsets are planned first, then each tensor is evaluated, packed and freed."""
 
 from __future__ import annotations
 

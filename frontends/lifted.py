@@ -1,4 +1,4 @@
-"""What every frontend hands to the compiler, and where the weights of it come from."""
+"""The result of every frontend: a graph, its weights and its text side."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Lifted:
       row a sequence).
     - "run": any graph, with the model's own inputs and outputs.
     encoder: for "encode", the manifest's `encoder` (see docs/architecture.md). config: the model's own settings.
-    notes: what was not as good as it could be, for the user to read.
-    otherwise: of a text model whose file does not say whether it is a decoder. It is given as one; where its attention
-    sees tokens ahead, the model is what this gives in its place (`compiler/pipeline.py: settled` looks).
+    notes: for the user to read, such as settings that have no effect here.
+    otherwise: of a text model whose file does not say whether it is a decoder. It is lifted as one; if some attention
+    of it sees later tokens, `settled` of `compiler/pipeline.py` takes the model that this function returns instead.
     """
 
     graph: Graph

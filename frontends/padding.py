@@ -1,4 +1,4 @@
-"""Sequences without padding: what a model asks of padding has one answer."""
+"""Sequences without padding: where a graph compares token ids with the padding's, the answer is always no."""
 
 from __future__ import annotations
 

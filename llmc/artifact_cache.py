@@ -1,4 +1,4 @@
-"""Where compiled artifacts are kept, and under which name: a hash of everything that could change one."""
+"""The cache folder of compiled artifacts, whose names are hashes of everything that could change an artifact."""
 
 from __future__ import annotations
 

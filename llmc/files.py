@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class Target:
-    """What a path stands for when it is written to.
+    """Where bytes go that are written to a path.
 
     path: the path with its links followed. descriptor: the open file of this process that it names, such as
     /dev/stdout; None elsewhere. is_stream: bytes can only go into it, in order; else it is a file that can be replaced.
@@ -181,7 +181,7 @@ class OutputFile:
 
 @contextmanager
 def writing(path: Path, kind: type[LlmcError] = ArtifactError) -> Iterator[None]:
-    """Every `OSError` as one of a kind that says what could not be written, why, and what to do."""
+    """Raises every `OSError` again as an error that says what could not be written, why, and what to do."""
     try:
         yield
     except OSError as error:
@@ -212,7 +212,7 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def _open_stream(target: Target) -> int:
-    """Opens what bytes go into. A FIFO that nobody reads is an error, where opening it would wait."""
+    """Opens the place that bytes go to. A FIFO without a reader is an error, as opening it would wait for one."""
     if target.descriptor is not None:
         return os.dup(target.descriptor)
     try:
@@ -245,7 +245,7 @@ def _create_locked(path: Path) -> tuple[int, Path]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes temporary files of this path whose writers are dead: nobody holds their lock."""
+    """Removes temporary files of this path whose writers have ended: no process holds their lock."""
     for stale in path.parent.glob(f".{glob.escape(path.name[:_MOST_NAME])}.*.tmp"):
         try:
             descriptor = os.open(stale, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)

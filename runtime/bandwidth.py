@@ -1,4 +1,4 @@
-"""How fast this machine can read memory: the limit that writing one token at a time runs into."""
+"""How fast this machine can read memory, which limits how fast single tokens are generated."""
 
 from __future__ import annotations
 

@@ -154,8 +154,8 @@ def _plain_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
 
 
 def _plain(value: object) -> object:
-    """The value out of JSON's types alone, so that a template reaches no method of anything; what has no such form
-    becomes a placeholder with its type's name."""
+    """A copy in JSON's types alone, so that a template can call no method of the caller's objects; a value without such
+    a form becomes a placeholder with its type's name."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, str):  # of a kind with methods of its own, such as an enumeration's

@@ -482,7 +482,7 @@ static bool is_possible(const LlmcChoice *choice) {
     if (!(choice->temperature >= 0 && choice->temperature < INFINITY)) return false;
     if (!(choice->top_p >= 0 && choice->top_p <= 1 && choice->min_p >= 0 && choice->min_p <= 1)) return false;
     if (!(choice->uniform >= 0 && choice->uniform < 1)) return false;
-    if (choice->penalty == 1) return true; /* nobody reads what was seen */
+    if (choice->penalty == 1) return true; /* what was seen has no effect */
     if (choice->seen_count < 0 || choice->seen_count > choice->count) return false;
     if (choice->seen_count > 0 && choice->seen == NULL) return false;
     bool inside = true;

@@ -1,8 +1,8 @@
 """The decoders of the tokenizers library, for tokens that come one by one.
 
-There a decoder is a chain of steps over the whole list of tokens. Here each step takes tokens as they come, and keeps
-back what a later one may still change: for every sequence of tokens, what the steps give joins to what the decoder
-makes of the whole.
+In the library a decoder is a chain of steps over the whole list of tokens. Here each step takes tokens as they come
+and holds back text that a later token may still change. For every sequence of tokens, the pieces that the steps give
+join to the text that the decoder makes of the whole.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _WORD_PIECE_CLEAN_UP = (*CLEAN_UP[:7], (" do not", " don't"), *CLEAN_UP[7:])
 
 
 class Step(Protocol):
-    """A step of a decoder. It may split, join and keep back what it is fed; `finish` gives what is left at the end.
+    """A step of a decoder. It may split, join and hold back what it is fed; `finish` gives what is left at the end.
 
     What a step keeps is never changed in place: `copy.copy` gives a step that goes on from here by itself.
     """
 
     def feed(self, parts: list[str]) -> list[str]:
-        """What is certain, now that these tokens (behind a step that joins: these pieces of text) have come."""
+        """The text that later tokens cannot change, given these (after a step that joins: these pieces of text)."""
 
     def finish(self) -> list[str]:
-        """What was kept back, if nothing more comes. Called once."""
+        """The text held back so far, when no more tokens come. Called once."""
 
 
 class Certain:
-    """A step that keeps nothing back."""
+    """A step that holds nothing back."""
 
     def finish(self) -> list[str]:
         return []

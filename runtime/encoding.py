@@ -1,4 +1,4 @@
-"""What an encoder makes of texts: embeddings, classes, labels of tokens, or its outputs as they are."""
+"""Running an encoder on texts: embeddings, classes, labels of tokens, or its outputs as they are."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class _Item:
 
 
 class Encoder:
-    """An artifact that makes something of whole texts. Methods may be called from several threads."""
+    """An artifact that computes embeddings, classes or other outputs of whole texts. Methods may be called from several
+    threads."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.errors import BatchError, RuntimeStateError
-from llmc.runtime.logits import LogitsProcessors, acts
+from llmc.runtime.logits import LogitsProcessors, needs_processors
 from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
 from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
@@ -61,7 +61,7 @@ class Options(TypedDict, total=False):
 # Options whose setting has another name, or none.
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
 _OWN = ("seed", "stop_token_ids")
-# What callers who know transformers or an API may try, and what it is called here.
+# Names of options in other libraries, and what they are called here.
 _CALLED = {
     "max_new_tokens": "max_tokens",
     "max_completion_tokens": "max_tokens",
@@ -129,7 +129,7 @@ def split_options(options: Mapping[str, object]) -> tuple[Options, dict[str, obj
 
 
 def check_names(options: Mapping[str, object]) -> None:
-    """Refuses what is no option."""
+    """Refuses names that are no option."""
     unknown = sorted(set(options) - set(Options.__annotations__))
     if not unknown:
         return
@@ -170,7 +170,7 @@ def make_sampler(
         eta_cutoff=settings.eta_cutoff,
     )
     processors = None
-    if acts(settings):
+    if needs_processors(settings):
         longest = len(prompt) + limits.max_tokens
         processors = LogitsProcessors(settings, prompt, limits.stop_ids, longest, chooser.vocab_size)
     sampler = Sampler(sampling, chooser, processors)
@@ -234,7 +234,7 @@ class Writer:
 
 @dataclass
 class Progress:
-    """What a stream has done so far. Apart from the stream, so that nothing keeps a dropped stream alive."""
+    """The state of a stream, in an object of its own, so that no reference to it keeps a dropped stream alive."""
 
     prompt_tokens: int
     cached_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Typed access to JSON that nobody vouches for: every wrong field is an `ArtifactError` that names it."""
+"""Typed access to JSON from untrusted files: every wrong field is an `ArtifactError` that names it."""
 
 from __future__ import annotations
 

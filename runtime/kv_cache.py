@@ -105,7 +105,7 @@ class PagePool:
         return self._last_serial
 
     def forget(self, page: int) -> None:
-        """A used page is about to change: nobody may find it by its old content."""
+        """A used page is about to change: from now on no prompt finds it by its old content."""
         if page in self._key_of:
             self._forget(page)
 

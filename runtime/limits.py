@@ -1,4 +1,4 @@
-"""Measures the machine's limits with the limit kernels of an artifact: memory, and its multipliers."""
+"""Measures how fast this machine reads memory and multiplies, with the limit kernels of an artifact."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.runtime.bandwidth import buffer_bytes, memory_bandwidth
+from llmc.runtime.bandwidth import buffer_bytes, cache_bytes, memory_bandwidth
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.manifest import LimitFacts
 from llmc.runtime.memory import address, reserve
@@ -41,6 +41,7 @@ class Limits:
     """What all threads together reach, in bytes and operations (a multiply-add is two) a second.
 
     None: the machine has no instruction for it, or the code was compiled without. The tile limits are a matrix unit's.
+    cache_bytes: of the largest cache, 0 where the system shows none: what is smaller is not read from memory again.
     """
 
     threads: int
@@ -50,6 +51,7 @@ class Limits:
     bf16_flops_per_second: float | None = None
     tile_int8_ops_per_second: float | None = None
     tile_bf16_flops_per_second: float | None = None
+    cache_bytes: int = 0
 
     def peaks(self) -> dict[str, float]:
         """Operations a second of each way to multiply that was measured, by its name: "int8", "f32", "tile_int8" ..."""
@@ -94,7 +96,7 @@ def measure_limits(functions: Sequence[LimitFunction], threads: int) -> Limits:
     """Times each function on `threads` threads; memory with numpy where no function reads it."""
     rates = {_FIELDS[function.name]: measure_limit(function, threads) for function in functions}
     read = rates.pop(_FIELDS["read"], None)
-    return Limits(threads, read or memory_bandwidth(threads), **rates)
+    return Limits(threads, read or memory_bandwidth(threads), **rates, cache_bytes=cache_bytes())
 
 
 def measure_limit(function: LimitFunction, threads: int, seconds: float = _SECONDS) -> float:

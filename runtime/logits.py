@@ -14,7 +14,7 @@ from llmc.runtime.settings import LARGEST, GenerationSettings
 _TOP_H_TOKENS = 100  # that top-h looks at, as transformers has it
 
 
-def acts(settings: GenerationSettings) -> bool:
+def needs_processors(settings: GenerationSettings) -> bool:
     """Whether any of these settings needs `LogitsProcessors`. The repetition penalty alone does not: the artifact knows
     it, unless top-h, which comes after it, is on."""
     return bool(
@@ -100,7 +100,7 @@ class LogitsProcessors:
         return {ids: bias for ids, bias in biases if max(ids) < self._vocab_size}
 
     def observe(self, ids: Iterable[int]) -> None:
-        """These tokens come next in the sequence."""
+        """Notes that these tokens come next in the sequence."""
         for token in ids:
             self._ids.append(token)
             self._seen.add(token)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
-from llmc.runtime.profile import Profile, profile_phase
+from llmc.runtime.profile import Profile, merge_steps, profile_phase
 from llmc.runtime.runtime import Runtime
 
 Tell = Callable[[str, int], None]
@@ -23,9 +23,10 @@ Tell = Callable[[str, int], None]
 class Bench:
     """Tokens a second are summed over the batch. gigabytes_per_second: weight bytes read a second while decoding.
 
-    bandwidth_percent: that, of the memory bandwidth measured in this run with as many threads. It can be above 100
-    where the weights fit into a cache. load_seconds: until the first step could run; what loading leaves for later is
-    over before anything else is timed. peak_memory_bytes: the process's, mapped weights included.
+    bandwidth_percent: that, of the memory bandwidth measured in this run with as many threads; None where the weights
+    fit into the machine's last cache, as memory is no limit then. Above 100 the bandwidth was measured too low.
+    load_seconds: until the first step could run; what loading leaves for later is over before anything else is timed.
+    peak_memory_bytes: the process's, mapped weights included.
     """
 
     prefill_tokens_per_second: float
@@ -33,7 +34,7 @@ class Bench:
     weight_bytes_per_token: int
     gigabytes_per_second: float
     memory_gigabytes_per_second: float
-    bandwidth_percent: float
+    bandwidth_percent: float | None
     load_seconds: float
     peak_memory_bytes: int
     threads: int
@@ -86,7 +87,7 @@ def bench(
         weight_bytes_per_token=read,
         gigabytes_per_second=read / step / 1e9,
         memory_gigabytes_per_second=limit / 1e9,
-        bandwidth_percent=100 * read / step / limit,
+        bandwidth_percent=None if read <= limits.cache_bytes else 100 * read / step / limit,
         load_seconds=load_seconds,
         peak_memory_bytes=peak,
         threads=runtime.threads,
@@ -112,8 +113,11 @@ def _profile(
 
     try:
         count()
-        prefills = [_run_once(runtime, prompt_tokens, 0, batch, seed, say)[0] for seed in range(repeats)]
-        prefill = runtime.profile_kernels()
+        prefills, ends = [], []
+        for seed in range(repeats):
+            prefills.append(_run_once(runtime, prompt_tokens, 0, batch, seed, say)[0])
+            ends.append(runtime.profiled_steps())
+        prefill = merge_steps(runtime.profile_kernels(), ends)
         _, steps = _run_once(runtime, prompt_tokens, gen_tokens, batch, 0, say, before_decoding=count)
         decode = runtime.profile_kernels()
     finally:
@@ -121,8 +125,8 @@ def _profile(
     return lambda limits: Profile(
         limits,
         {
-            "prefill": profile_phase(prefill, limits, sum(prefills), len(prefills), batch * prompt_tokens),
-            "decode": profile_phase(decode, limits, sum(steps), len(steps), batch),
+            "prefill": profile_phase(prefill, limits, prefills, batch * prompt_tokens),
+            "decode": profile_phase(decode, limits, steps, batch),
         },
     )
 

@@ -1,4 +1,4 @@
-"""How fast an encoder reads texts, and how fast a graph of any kind runs: `llmc bench` on what is no decoder."""
+"""`llmc bench` of encoders and of graphs of arrays: texts a second, and the time of a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmc.runtime.arrays import BFLOAT16, describe
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
 from llmc.runtime.measure import Tell, peak_memory
-from llmc.runtime.profile import Profile, profile_phase
+from llmc.runtime.profile import Profile, merge_steps, profile_phase
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sizes import value_of
 
@@ -158,14 +158,17 @@ def _random_inputs(runtime: Runtime, sizes: Mapping[str, int]) -> dict[str, NDAr
 
 
 def _profiled(runtime: Runtime, phase: str, once: Callable[[], float], repeats: int, tokens: int, say: Tell) -> Profile:
-    """Kernel times of `repeats` more runs of `tokens` tokens, as averages of a step, beside the machine's limits."""
+    """Kernel times of `repeats` more runs of `tokens` tokens each, beside the machine's limits."""
     say("profiling", 0)
     runtime.set_profiling(True)
+    seconds, ends = [], []
     try:
-        seconds = sum(once() for _ in range(repeats))
-        times, steps = runtime.profile_kernels(), runtime.profiled_steps()
+        for _ in range(repeats):
+            seconds.append(once())
+            ends.append(runtime.profiled_steps())
+        times = merge_steps(runtime.profile_kernels(), ends)
     finally:
         runtime.set_profiling(False)
     say("measuring the machine", 0)
     limits: Limits = runtime.measure_limits()
-    return Profile(limits, {phase: profile_phase(times, limits, seconds, steps, round(tokens * repeats / steps))})
+    return Profile(limits, {phase: profile_phase(times, limits, seconds, tokens)})

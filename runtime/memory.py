@@ -1,4 +1,4 @@
-"""Buffers as compiled code wants them: zeroed, page-aligned, and backed by memory only where they are touched."""
+"""Buffers for compiled code: zeroed, page-aligned, and backed by memory only where they are touched."""
 
 from __future__ import annotations
 

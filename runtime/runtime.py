@@ -82,7 +82,9 @@ class Runtime:
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.pool = PagePool(capacity)
         self.orphans: deque[list[int]] = deque()
-        self._last: NDArray[np.float32] = np.zeros((0, self.vocab_size), np.float32)  # what `step_last` told of
+        self._last: NDArray[np.float32] = np.zeros(
+            (0, self.vocab_size), np.float32
+        )  # the logits that `step_last` gave the addresses of
         self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
@@ -587,10 +589,10 @@ class Runtime:
             return len(self._caller.profiled)
 
     def profile_kernels(self) -> list[KernelTime]:
-        """`profile`, the calls of one kernel for one op and shape together, with the bytes and operations they cost."""
+        """`profile` for each step, the calls of one kernel for one op and shape together, with what they cost."""
         with self.lock:
             facts, runner = self.manifest.step, self._caller
-            return kernel_times(facts.calls, runner.profile.tolist(), facts.costs, runner.profiled)
+            return kernel_times(facts.calls, [taken.tolist() for taken in runner.taken], facts.costs, runner.profiled)
 
     def measure_limits(self, memory_only: bool = False) -> Limits:
         """What this computer can do at most with as many threads: memory and multipliers; a third of a second each."""

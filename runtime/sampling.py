@@ -206,7 +206,7 @@ class Sampler:
         return self._chooser.choose(ctypes.addressof(draw))
 
     def _no_token(self, place: int) -> RuntimeStateError:
-        """Why the artifact could not choose: the settings, or else logits that came as they are."""
+        """Why the artifact could not choose: the settings rule out all tokens, or the model's logits are not finite."""
         given = np.empty(self._chooser.vocab_size, np.float32)
         ctypes.memmove(address(given), place, given.nbytes)
         if not np.isfinite(given.max()):

@@ -1,5 +1,5 @@
-"""The settings of generation, by the names that transformers has for them: what each may be, and what it is when nobody
-says. A checkpoint's own come with the artifact; a caller's go over them."""
+"""The settings of generation, by the names that transformers has for them: their values, and their defaults. A
+checkpoint's own come with the artifact; a caller's take precedence."""
 
 from __future__ import annotations
 

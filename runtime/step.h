@@ -15,7 +15,7 @@ enum {
     LLMC_SEQUENCES = 2, /* B: sequences */
     LLMC_PAGES = 3,     /* M: pages a sequence in the block table */
     LLMC_ROWS = 4,      /* R: rows whose logits are wanted */
-    LLMC_SPLITS = 5,    /* S: context splits of attention */
+    LLMC_SPLITS = 5,    /* SPLITS: context splits of attention */
     LLMC_SIZES = 6
 };
 
@@ -43,7 +43,7 @@ typedef struct LlmcStep {
     /* Texts whose angles depend on the length of the sequence (the manifest's step.regimes): */
     const int32_t *lengths;     /* [T]: a length of the regime that the token's sequence is computed in */
     int64_t arena_bytes;        /* of the arena */
-    int64_t cache_pages;        /* of each buffer of the cache: page numbers and slots are looked at with it */
+    int64_t cache_pages;        /* of each buffer of the cache: page numbers and slots are checked against it */
 } LlmcStep;
 
 /* What may be wrong with a step that is given to any artifact: what llmc_step returns, and then nothing has run. */

@@ -28,20 +28,18 @@ class StepCaller:
         self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
         self.profile = np.zeros(len(self.facts.calls), np.int64)
         self.profiled: list[StepSizes] = []
+        self.taken: list[NDArray[np.int64]] = []
+        self.profiling = False
         self.step = Step(arena=address(self.arena), arena_bytes=self.arena.nbytes, weights=weights)
         self._address = ctypes.addressof(self.step)
 
     def set_profiling(self, on: bool) -> None:
-        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and their
-        sizes to `profiled`."""
+        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and append it
+        to `taken` and their sizes to `profiled`. All three start anew."""
         self.profile[:] = 0
-        self.profiled = []
-        self.step.profile = address(self.profile) if on and len(self.profile) else None
-
-    @property
-    def profiling(self) -> bool:
-        """Whether `profiled` wants the sizes of the next step."""
-        return bool(self.step.profile)
+        self.profiled, self.taken = [], []
+        self.profiling = on and len(self.profile) > 0
+        self.step.profile = address(self.profile) if self.profiling else None
 
     def settle(self) -> None:
         """Takes up what loading has done since the last step. Raises what `Weights.settle` does."""
@@ -51,7 +49,12 @@ class StepCaller:
     def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
         self.settle()
+        if not self.profiling:
+            self.library.run(self._address, self.threads)
+            return
+        before = self.profile.copy()
         self.library.run(self._address, self.threads)
+        self.taken.append(self.profile - before)
 
 
 def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -106,7 +106,7 @@ class Tokenizer:
         return replaced(text, CLEAN_UP) if self.facts.clean_up_spaces else text
 
     def decoding_steps(self) -> list[Step]:
-        """What makes text of `words`, as they come, as `decode` does of all of them at once."""
+        """Steps that decode `words` as they come into the text that `decode` gives for all of them at once."""
         steps = steps_of(self._decoder, self._decoder_state)
         return [*steps, *clean_up_steps()] if self.facts.clean_up_spaces else steps
 
@@ -156,7 +156,7 @@ class Detokenizer:
 
     @property
     def pending(self) -> str:
-        """What `finish` would give."""
+        """The text that `finish` would return."""
         text = _finish([copy.copy(step) for step in self._steps])
         return text[common(text, self._told) :]
 
@@ -182,7 +182,7 @@ def _finish(steps: Ids[Step]) -> str:
 
 
 class StopMatcher:
-    """Finds stop strings in a stream of pieces, and lets no part of one out.
+    """Finds stop strings in a stream of pieces, and returns no part of one.
 
     Text that could be the beginning of a stop string is held back until it is known not to be one. Special tokens do
     not become text, but a stop string may be one, or hold one: such a token takes part in the search, unseen.
@@ -250,7 +250,7 @@ class StopMatcher:
         return text if all(seen) else "".join(one for one, is_seen in zip(text, seen, strict=True) if is_seen)
 
     def finish(self) -> str:
-        """What was held back, at the end of the text."""
+        """The text held back, when the text has ended."""
         return self._take(len(self._held))
 
 

@@ -12,6 +12,7 @@ out, and never starts threads. Buffers are 64-byte aligned at their start; rows 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,18 @@ class Kernel:
         """`name(param=value, ...)`, for people."""
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
 
+    def parameters(self) -> list[str]:
+        """`n=512`, `k=256`, `symmetric`, ...: in the order of the template's signature, without what is switched off:
+        False, None, 0 and "none"."""
+        given = dict(self.params)
+        known = [name for name in inspect.signature(self.template).parameters if name in given]
+        names = [*known, *(name for name in given if name not in known)]
+        return [
+            name if given[name] is True else f"{name}={given[name]}"
+            for name in names
+            if given[name] and given[name] != "none"
+        ]
+
 
 def kernel(template: Callable[..., PrimFunc], machine_key: str, **params: Param) -> Kernel:
     """A `Kernel` with its parameters in canonical order."""
@@ -84,6 +97,10 @@ class Workspace:
     nbytes: int
 
 
+DEFAULT_FORMULA = "default formula"
+"""The origin of a kernel whose parameters follow from the op and the machine, with nothing measured."""
+
+
 @dataclass(frozen=True)
 class CachePart:
     """The "keys" or "values" buffer of a KV cache value."""
@@ -101,6 +118,7 @@ class Call:
     `Packed` weight, or a Dim (passed as int64). A scratch whose name starts with "@" belongs to a value, not to this op
     alone, and lives as long as that value's readers.
     units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
+    origin: where the kernel's parameters come from: the formulas of its rule, unless the rule says otherwise.
     failure: what an error says where the kernel has set the first element of its scratch `FAILED`, an i32 that is 0
     before the call; the step then ends. Empty: the call cannot fail.
     """
@@ -117,6 +135,7 @@ class Call:
     operations: object = 0
     arithmetic: str = "f32"
     failure: str = ""
+    origin: str = DEFAULT_FORMULA
 
 
 @dataclass(frozen=True)

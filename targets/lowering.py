@@ -117,7 +117,6 @@ class Rules:
                     and not isinstance(rule.function(op, context), str)
                 ):
                     raise CompileError(f"{op.name}: rules {winner[0].name} and {rule.name} tie at {rule.priority}")
-                rejected.append((rule.name, "a faster rule applies"))
                 continue
             if missing:
                 rejected.append((rule.name, f"the machine has no {', '.join(missing)}"))
@@ -136,7 +135,7 @@ class Rules:
 
 @dataclass
 class Choice:
-    """Which rule lowered an op, and why the others did not."""
+    """Which rule lowered an op, and why those of higher priority did not."""
 
     op: str
     type: str

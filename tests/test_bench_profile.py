@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tiny_models import VOCAB, make_tiny
 from x86_machines import MACHINES
 
 from llmc.cli import run as cli
+from llmc.cli.profile_table import print_profile
 from llmc.compiler.ir.dims import Dim, concrete, symbol
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
@@ -27,7 +29,19 @@ from llmc.errors import ArtifactError
 from llmc.runtime import manifest
 from llmc.runtime.json_reader import Reader
 from llmc.runtime.limits import Limits
-from llmc.runtime.profile import KernelTime, StepSizes, evaluate, kernel_times, keys_seen, pairs_seen, profile_phase
+from llmc.runtime.profile import (
+    KernelTime,
+    Profile,
+    Sample,
+    Spread,
+    StepSizes,
+    evaluate,
+    kernel_times,
+    keys_seen,
+    merge_steps,
+    pairs_seen,
+    profile_phase,
+)
 from llmc.runtime.runtime import Runtime
 from llmc.targets import lower
 from llmc.targets.call_facts import call_costs, keys, pairs, polynomial
@@ -150,13 +164,13 @@ def test_operations_are_those_of_the_model_however_its_tokens_are_split(runtime:
     linear = 2 * tokens * (LAYERS * WEIGHTS + VOCAB * HIDDEN)
     windowed, whole = pairs_seen(0, tokens, WINDOW), pairs_seen(0, tokens, 0)
     attention = 4 * HEADS * HEAD_DIM * (WINDOWED * windowed + (LAYERS - WINDOWED) * whole)
-    assert sum(item.operations for item in profiled(runtime, splits)) == linear + attention
+    assert sum(item.total.operations for item in profiled(runtime, splits)) == linear + attention
 
 
 def test_each_further_token_reads_its_keys_and_values_and_the_same_weights(runtime: Runtime) -> None:
     def moved(tokens: int) -> float:
         """Bytes of the last of so many tokens."""
-        together = (sum(item.bytes for item in profiled(runtime, [1] * count)) for count in (tokens, tokens - 1))
+        together = (sum(item.total.bytes for item in profiled(runtime, [1] * count)) for count in (tokens, tokens - 1))
         return next(together) - next(together)
 
     assert moved(3) - moved(2) == LAYERS * TOKEN_BYTES
@@ -176,8 +190,11 @@ def test_calls_are_counted_where_their_guards_hold(runtime: Runtime) -> None:
     runtime.set_profiling(False)
     assert {f"{item.op} {item.kernel} {item.shape}".strip() for item in found} == timed
     heads = [item for item in found if item.shape == f"[{VOCAB}, {HIDDEN}]"]
-    assert sum(item.calls for item in heads) == len(steps)
-    assert all(item.seconds > 0 for item in found)
+    assert sum(item.total.calls for item in heads) == len(steps)
+    assert {item.serves for item in heads} == {(("rows", 1, 1),), (("rows", 5, 8),), (("rows", 17, None),)}
+    for item in found:
+        assert len(item.samples) == len(steps)
+        assert all((sample.seconds > 0) == (sample.calls > 0) for sample in item.samples)
     assert len(labels) > len(found)
 
 
@@ -186,7 +203,11 @@ def test_profiling_stops_and_starts_from_zero(runtime: Runtime) -> None:
     with runtime.sequence() as sequence:
         runtime.step([(sequence, [1, 2, 3], "last")])
     assert runtime.profile_kernels() == []
-    assert {replace(item, seconds=0) for item in profiled(runtime, [3])} == {replace(item, seconds=0) for item in first}
+
+    def untimed(items: list[KernelTime]) -> set[KernelTime]:
+        return {replace(item, samples=tuple(replace(sample, seconds=0) for sample in item.samples)) for item in items}
+
+    assert untimed(profiled(runtime, [3])) == untimed(first)
 
 
 def test_plain_kernels_count_their_matrix_products_and_weights() -> None:
@@ -213,7 +234,8 @@ def test_plain_kernels_count_their_matrix_products_and_weights() -> None:
 
 
 def time(label: str, seconds: float, moved: float, operations: float, arithmetic: str = "f32") -> KernelTime:
-    return KernelTime("op", label, "", 2, seconds, moved, operations, arithmetic)
+    """Of two samples that took and cost the same."""
+    return KernelTime("op", label, (), "", arithmetic, (Sample(1, seconds / 2, moved / 2, operations / 2),) * 2)
 
 
 @pytest.mark.parametrize(
@@ -230,34 +252,68 @@ def time(label: str, seconds: float, moved: float, operations: float, arithmetic
     ids=lambda value: value.kernel if isinstance(value, KernelTime) else "",
 )
 def test_the_limit_is_what_takes_longest(item: KernelTime, limit: str | None, percent: float | None) -> None:
-    phase = profile_phase([item], LIMITS, 4.0, 2, 8)
+    phase = profile_phase([item], LIMITS, [2.0, 2.0], 8)
     (found,) = phase.kernels
     assert (found.limit, found.limit_percent) == (limit, pytest.approx(percent) if percent else None)
-    assert found.gigabytes_per_second == pytest.approx(item.bytes / item.seconds / 1e9)
-    assert found.gops == pytest.approx(item.operations / item.seconds / 1e9)
+    total = item.total
+    assert found.gigabytes_per_second == pytest.approx(total.bytes / total.seconds / 1e9)
+    assert found.gops == pytest.approx(total.operations / total.seconds / 1e9)
     assert found.calls == 1
 
 
 def test_a_phase_adds_up() -> None:
     items = [time("a", 1.0, 5e9, 1e9), time("b", 0.5, 0, 2.5e10), time("c", 0.1, 0, 0)]
-    phase = profile_phase(items, LIMITS, 2.0, 4, 8)
-    assert phase.wall_seconds == 0.5
-    assert phase.kernel_seconds + phase.outside_seconds == pytest.approx(phase.wall_seconds)
-    shares = sum(item.share_percent for item in phase.kernels) + 100 * phase.outside_seconds / phase.wall_seconds
-    assert shares == pytest.approx(100)
-    assert phase.bytes == pytest.approx(5e9 / 4)
-    assert phase.operations == pytest.approx(2.6e10 / 4)
+    phase = profile_phase(items, LIMITS, [1.0, 1.0], 8)
+    assert phase.wall_seconds == Spread(1.0, 1.0, 1.0)
+    assert phase.kernel_seconds.median + phase.outside_seconds.median == pytest.approx(phase.wall_seconds.median)
+    assert sum(item.share_percent for item in phase.kernels) + phase.outside_percent == pytest.approx(100)
+    assert phase.bytes == pytest.approx(5e9 / 2)
+    assert phase.operations == pytest.approx(2.6e10 / 2)
     assert phase.limit_percent == pytest.approx(100 * (0.5 + 0.25) / 2.0)
+    assert [item.kernel for item in phase.kernels] == ["a", "b", "c"]
 
 
-def test_kernels_of_one_label_are_together() -> None:
-    sizes = [StepSizes((tokens, 1, 1, 1, 1, 1), ((0, tokens),)) for tokens in (1, 20)]
+def test_one_slow_sample_changes_no_median_and_shares_still_add_up() -> None:
+    slow = KernelTime("op", "slow once", (), "", "f32", tuple(Sample(1, s, 1e9, 0) for s in (0.2, 9.0, 0.2, 0.4)))
+    seldom = KernelTime("op", "seldom", (), "", "f32", (Sample(), Sample(), Sample(2, 0.5, 1e9, 0), Sample()))
+    phase = profile_phase([slow, seldom], LIMITS, [1.0, 10.0, 1.0, 1.0], 1)
+    found = {item.kernel: item for item in phase.kernels}
+    assert found["slow once"].seconds == Spread(pytest.approx(0.3), pytest.approx(0.2), pytest.approx(2.55))
+    assert found["slow once"].limit_percent == pytest.approx((50 + 25) / 2)
+    assert found["slow once"].share_percent == pytest.approx((20 + 90 + 20 + 40) / 4)
+    assert found["seldom"].seconds == Spread(0.5, 0.5, 0.5)  # of the samples that called it
+    assert (found["seldom"].calls, found["seldom"].share_percent) == (0.5, pytest.approx(50 / 4))
+    assert phase.wall_seconds.median == 1.0
+    assert sum(item.share_percent for item in phase.kernels) + phase.outside_percent == pytest.approx(100)
+
+
+def test_what_fits_into_the_cache_has_no_share_of_the_memorys_speed() -> None:
+    items = [time("read", 1.0, 4e6, 1e3), time("multiply", 1.0, 1e6, 5e10)]
+    for cache, inside in ((2_500_000, True), (2_499_999, False)):
+        phase = profile_phase(items, replace(LIMITS, cache_bytes=cache), [1.0, 1.0], 1)
+        found = {item.kernel: item for item in phase.kernels}
+        assert phase.in_cache == inside
+        assert found["read"].limit == "memory"
+        assert (found["read"].limit_percent is None) == inside
+        assert found["multiply"].limit_percent == pytest.approx(50)
+        assert phase.limit_percent == pytest.approx(25 if inside else 25 + 100 * 2e-4, abs=0.001)
+
+
+def test_kernels_of_one_label_are_together_if_they_serve_the_same_rows() -> None:
+    sizes = [StepSizes((tokens, 1, 1, 1, 1, 1), ((0, tokens),)) for tokens in (1, 20, 2)]
     few = manifest.CallCost(((("T",), 2.0),), (((), 3.0),), "int8", (("T", 0, 8),), (0, 2))
+    last = manifest.CallCost(((("T",), 1.0),), (), "f32", (("R", 0, 8),), (3,))
     many = manifest.CallCost(((("T",), 5.0),), (), "f32", (("T", 9, None),), (1,))
-    (found,) = kernel_times(["op kernel [2]"] * 3, [10, 20, 40], [few, many], sizes)
-    assert (found.op, found.kernel, found.shape, found.calls) == ("op", "kernel", "[2]", 3)
-    assert (found.bytes, found.operations, found.arithmetic) == (2 + 2 + 100, 6, "int8")
-    assert found.seconds == pytest.approx(70e-9)
+    taken = [[10, 0, 40, 1], [0, 20, 0, 2], [30, 0, 1, 3]]
+    one, other = kernel_times(["op kernel [2]"] * 4, taken, [few, many, last], sizes)
+    assert (one.op, one.kernel, one.shape, one.serves, one.arithmetic) == (
+        "op", "kernel", "[2]", (("rows", 0, 8),), "int8",
+    )  # fmt: skip
+    assert one.samples == (Sample(3, 51e-9, 2 + 2 + 1, 6), Sample(1, 2e-9, 20, 0), Sample(3, 34e-9, 4 + 4 + 2, 6))
+    assert other.serves == (("rows", 9, None),)
+    assert other.samples == (Sample(), Sample(1, 20e-9, 100, 0), Sample())
+    (merged, _) = merge_steps([one, other], [2, 3])
+    assert merged.samples == (Sample(4, pytest.approx(53e-9), 25, 6), one.samples[2])
 
 
 # The command
@@ -275,6 +331,7 @@ def fake(tmp_path: Path, **changes: object) -> Path:
 @pytest.fixture(autouse=True)
 def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: 0)
 
 
 ARGUMENTS = ("--prompt-tokens", "20", "--gen-tokens", "6", "--batch", "3", "--repeats", "2", "--threads", "1")
@@ -288,22 +345,76 @@ def test_bench_profiles_prefill_and_decode(tmp_path: Path, capfd: pytest.Capture
     (kernel,) = prefill["kernels"]
     assert (kernel["op"], kernel["kernel"], kernel["shape"]) == ("llm.all", "everything", "[7, 3]")
     # 3 * 20 tokens are two steps of at most 48: the third text is 8 and 12 tokens long in them.
-    assert (prefill["steps"], prefill["tokens"], kernel["calls"]) == (2, 60, 2)
+    assert (prefill["samples"], prefill["tokens"], kernel["calls"]) == (2, 60, 2)
     assert kernel["bytes"] == 2 * 300 + 8 * (20 + 20 + 8 + 20)
     assert kernel["operations"] == 40 * 60 + 4 * 3 * (20 * 21 // 2)
     (kernel,) = decode["kernels"]
-    assert (decode["steps"], decode["tokens"], kernel["calls"]) == (6, 3, 1)
+    assert (decode["samples"], decode["tokens"], kernel["calls"]) == (6, 3, 1)
     assert kernel["bytes"] == pytest.approx(300 + 8 * 3 * np.mean([21, 22, 23, 24, 25, 26]))
     assert kernel["limit"] == "memory"
 
 
 def test_bench_prints_a_table_for_each_phase(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli(["bench", str(fake(tmp_path)), "--profile", *ARGUMENTS]) == 0
+    costs = [cost(bytes={"": 300}, calls=[0], when=[["R", 1, 1]]), cost(calls=[1], when=[["T", 2, 4]])]
+    path = fake(tmp_path, calls=["llm.all everything [7, 3]", "llm.all everything [7, 3]"], costs=costs)
+    assert cli(["bench", str(path), "--profile", "--prompt-tokens", "4", "--gen-tokens", "6", "--threads", "1"]) == 0
     out = capfd.readouterr().out
     assert "memory 10.0 GB/s" in out
-    assert "prefill of 60 tokens, mean of 2 steps" in out
-    assert "decode of 3 tokens, mean of 6 steps" in out
-    assert out.count("everything") == out.count("outside kernels") == out.count("whole step") == 2
+    assert "prefill of 4 tokens, median of 3 samples" in out
+    assert "decode of 1 token, median of 6 samples" in out
+    assert out.count("outside kernels") == out.count("in all") == 2
+    rows = [line.split()[:5] for line in out.splitlines() if "everything" in line]
+    assert sorted(rows[:2]) == [["all", "everything", "1", "[7,", "3]"], ["all", "everything", "2-4", "[7,", "3]"]]
+    assert rows[2:] == [["all", "everything", "1", "[7,", "3]"]]
+    assert "10^9 bytes" in out and "a multiply-add is two" in out
+
+
+def lines_of(items: list[KernelTime], limits: Limits, capfd: pytest.CaptureFixture[str]) -> str:
+    print_profile(Profile(limits, {"decode": profile_phase(items, limits, [1.0, 1.0], 1)}))
+    return capfd.readouterr().out
+
+
+def test_a_percentage_above_100_is_never_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    out = lines_of([time("read", 1.0, 23e9, 1e9), time("slower", 0.5, 3e9, 0)], LIMITS, capfd)
+    assert re.search(r"read .* memory +>100\n", out)
+    assert re.search(r"slower .* memory +60\.0\n", out)
+    assert "230" not in out.replace("23,000.0", "")
+    assert ">100: the limit was measured low" in out
+    assert "in cache" not in out
+
+
+def test_percentages_in_the_cache_are_words(capfd: pytest.CaptureFixture[str]) -> None:
+    limits = replace(LIMITS, cache_bytes=32 << 20)
+    out = lines_of([time("read", 1.0, 2e6, 1e3), time("multiply", 0.5, 1e6, 2e10)], limits, capfd)
+    assert "memory  in cache\n" in out
+    assert "f32         40.0\n" in out
+    assert "in cache: all that a sample reads fits into the last cache (32.0 MiB)" in out
+    assert ">100" not in out
+
+
+@pytest.mark.parametrize(
+    ("cache", "bandwidth_now", "said"),
+    [
+        (0, 1e15, "decode uses 0.0% of it"),
+        (0, 1e-3, "decode reads faster: the limit was measured low"),
+        (1 << 40, 1e-3, "the weights are in cache, so that memory is no limit"),
+    ],
+)
+def test_bench_says_what_a_share_of_the_bandwidth_means(
+    cache: int,
+    bandwidth_now: float,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: bandwidth_now)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: cache)
+    assert cli(["bench", str(fake(tmp_path)), *ARGUMENTS]) == 0
+    out = capfd.readouterr().out
+    assert said in out
+    assert "measured now with 1 thread;" in out
+    assert "weights read      0.0 MB a step" in out
 
 
 def test_bench_says_when_an_artifact_has_no_costs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

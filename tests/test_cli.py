@@ -44,7 +44,12 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ],
         "kernels": [
             {"op": "llm.linear", "type": "", "count": 3, "chosen": "plain", "reason": "all that is left",
-             "rejected": [["fast", "needs avx9"]], "kernels": ["gemv(k=1)"]}
+             "rejected": [["fast", "needs avx9"]],
+             "kernels": [
+                 {"kernel": "gemv", "parameters": ["n=2", "k=1"], "when": [["T", 1, 1]], "origin": "default formula"},
+                 {"kernel": "gemm", "parameters": ["n=2", "flat"], "when": [["R", 17, None]],
+                  "origin": "default formula"},
+             ]}
         ],
     }  # fmt: skip
     path = tmp_path_factory.mktemp("cli") / "fake.so"
@@ -209,6 +214,26 @@ def test_explain_names_what_was_chosen_and_what_was_refused(artifact: Path, capf
     _, out, _ = run(capfd, "explain", artifact)
     for said in ("fuse-norm (9 -> 5): rms 2", "t.mean: no weight", "3 x llm.linear: plain", "not fast: needs avx9"):
         assert said in out
+    assert out.endswith("""
+Kernels: the rows of a step that each serves, parameters by default formula
+  3 x llm.linear: plain (all that is left)
+    1            gemv(n=2, k=1)
+    17 and more  gemm(n=2, flat)
+    not fast: needs avx9
+""")
+
+
+def test_explain_tells_origins_apart_where_they_differ(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    kernels = [
+        {"kernel": name, "parameters": ["n=2"], "when": [], "origin": origin}
+        for name, origin in (("gemv", "default formula"), ("gemm", "measured"))
+    ]
+    entry = {"op": "llm.linear", "count": 1, "chosen": "linear", "reason": "", "rejected": [], "kernels": kernels}
+    fake_artifact.write(tmp_path / "fake.so", explain={"passes": [], "kernels": [entry, {**entry, "count": 7}]})
+    _, out, _ = run(capfd, "explain", tmp_path / "fake.so")
+    assert "    any  gemv(n=2) by default formula\n    any  gemm(n=2) by measured\n" in out
+    assert "parameters by" not in out
+    assert "8 x llm.linear: linear\n" in out  # what reads the same is said once
 
 
 def test_inspect_finds_a_flipped_byte_in_every_part(

@@ -74,3 +74,14 @@ def test_examples_run(program: Path, tmp_path_factory: pytest.TempPathFactory) -
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def test_the_glossary_defines_each_word_once_and_is_linked() -> None:
+    glossary = ROOT / "docs" / "glossary.md"
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \|$", glossary.read_text(encoding="utf-8"), re.MULTILINE)
+    words = [word.strip() for row in rows if row != "word" for word in row.split(",")]
+    assert len(words) == len(set(words))
+    assert {"tile", "block", "part", "unit", "chunk", "row", "slot", "page", "split", "panel", "group", "form", "step",
+            "run"} <= set(words)  # fmt: skip
+    for page in ("architecture.md", "contributing.md"):
+        assert "](glossary.md)" in (ROOT / "docs" / page).read_text(encoding="utf-8")

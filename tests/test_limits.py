@@ -160,7 +160,8 @@ def test_the_peak_of_an_arithmetic_is_that_of_its_fastest_unit() -> None:
 
 def test_memory_is_measured_without_a_function_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "memory_bandwidth", lambda threads: threads * 1e9)
-    assert measure_limits([], 3) == Limits(3, 3e9)
+    monkeypatch.setattr(limits, "cache_bytes", lambda: 9 << 20)
+    assert measure_limits([], 3) == Limits(3, 3e9, cache_bytes=9 << 20)
 
 
 def test_a_function_that_the_library_lacks_is_an_error_and_an_unknown_limit_is_not() -> None:

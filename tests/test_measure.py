@@ -11,8 +11,11 @@ import pytest
 
 from llmc.errors import LlmcError
 from llmc.runtime import bandwidth
+from llmc.runtime.limits import Limits
 from llmc.runtime.measure import bench, weight_bytes_per_token
+from llmc.runtime.measure_steps import _profiled
 from llmc.runtime.perplexity import evaluate, log_softmax, windows_of
+from llmc.runtime.profile import KernelTime, Sample
 from llmc.runtime.runtime import Runtime
 
 SHARP = fake_artifact.STEP.replace(">> 48", ">> 60")  # logits of 0..15
@@ -99,6 +102,7 @@ def test_divergence_is_its_definition(runtime: Runtime) -> None:
 
 def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: fake_artifact.VOCAB - 1)
     path = fake_artifact.write(tmp_path / "fake.so")
     steps = []
     found = bench(path, 70, 5, batch=3, threads=1, repeats=2, tell=lambda phase, count: steps.append((phase, count)))
@@ -109,6 +113,14 @@ def test_bench_counts_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.gigabytes_per_second == pytest.approx(per_second / 1e9)
     assert found.bandwidth_percent == pytest.approx(100 * per_second / 1e10)
     assert found.peak_memory_bytes > 1 << 20
+
+
+def test_weights_in_the_cache_are_no_share_of_the_memory_bandwidth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.runtime.limits.memory_bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr("llmc.runtime.limits.cache_bytes", lambda: fake_artifact.VOCAB)
+    assert bench(fake_artifact.write(tmp_path / "fake.so"), 7, 5, threads=1, repeats=1).bandwidth_percent is None
 
 
 @pytest.mark.parametrize(
@@ -137,3 +149,31 @@ def test_bandwidth_reads_all_of_a_small_buffer_with_every_thread(monkeypatch: py
     assert bandwidth.memory_bandwidth(3, 8 * 1000) > 0
     assert sum(read) == 8000
     assert len(read) == 3
+
+
+def test_a_run_of_an_encoder_or_of_arrays_is_one_sample_however_many_steps_it_takes() -> None:
+    class Stand:
+        """A runtime whose runs take two steps each, of one kernel."""
+
+        steps = 0
+
+        def set_profiling(self, on: bool) -> None: ...
+
+        def profiled_steps(self) -> int:
+            return self.steps
+
+        def profile_kernels(self) -> list[KernelTime]:
+            return [KernelTime("op", "k", (), "", "f32", tuple(Sample(1, 0.25, 1.0, 2.0) for _ in range(self.steps)))]
+
+        def measure_limits(self) -> Limits:
+            return Limits(1, 1e9)
+
+        def once(self) -> float:
+            self.steps += 2
+            return 1.0
+
+    stand = Stand()
+    found = _profiled(stand, "encode", stand.once, 3, 7, lambda *_: None)  # type: ignore[arg-type]
+    phase = found.phases["encode"]
+    assert (phase.samples, phase.tokens, phase.wall_seconds.median) == (3, 7, 1.0)
+    assert (phase.kernels[0].calls, phase.kernels[0].seconds.median, phase.bytes) == (2, 0.5, 2.0)

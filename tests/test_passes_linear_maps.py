@@ -32,7 +32,7 @@ class Maps(LinearMaps):
             return (value.b if value.a is FACTOR else value.a,)
         return ()
 
-    def turns(self, op: Value) -> bool:
+    def is_map_op(self, op: Value) -> bool:
         return isinstance(op, e.Mul)
 
 

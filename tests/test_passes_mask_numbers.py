@@ -25,7 +25,7 @@ def back_of(queries: int, keys: int) -> Array:
     return np.arange(queries)[:, None] + keys - queries - np.arange(keys)
 
 
-def told(back: Array, seen: Array, hidden: float = -math.inf, **options: bool) -> Mask:
+def described(back: Array, seen: Array, hidden: float = -math.inf, **options: bool) -> Mask:
     """What a mask means that adds 0 to keys which are seen, and `hidden` to the others."""
     return describe_mask(np.where(seen, 0.0, hidden)[None], np.arange(len(back)) + back.shape[1] - len(back), **options)
 
@@ -53,7 +53,7 @@ def test_a_mask_is_known_by_its_numbers(queries: int, keys: int, causal: bool, w
     back = back_of(queries, keys)
     seen = (back >= 0) | (not causal)
     seen &= (np.abs(back) < window) | (not window)
-    found = told(back, seen)
+    found = described(back, seen)
     ahead = seen[back < 0]
     assert found.causal == (not ahead.any() if ahead.size else not seen.all())
     assert found.window == window if keys > window else found.window in (0, window)
@@ -64,12 +64,12 @@ def test_a_mask_is_known_by_its_numbers(queries: int, keys: int, causal: bool, w
 def test_a_key_is_hidden_from_a_bias_of_minus_5000_on(number: float, hides: bool) -> None:
     back = back_of(5, 5)
     if hides:
-        assert told(back, back >= 0, number) == Mask(True, 0, None)
-        assert told(back, (back >= 0) & (back < 2), number) == Mask(True, 2, None)
-        assert told(back, np.abs(back) < 2, number) == Mask(False, 2, None)
+        assert described(back, back >= 0, number) == Mask(True, 0, None)
+        assert described(back, (back >= 0) & (back < 2), number) == Mask(True, 2, None)
+        assert described(back, np.abs(back) < 2, number) == Mask(False, 2, None)
     else:
         with pytest.raises(Unrecognised, match="adds -4999 for a query and the key 1 after it, which is no slope"):
-            told(back, back >= 0, number)
+            described(back, back >= 0, number)
     own = at_distances(number, number, number, first=-1)
     if hides:
         with pytest.raises(Unrecognised, match="hides from a query the key at its own place"):
@@ -120,7 +120,7 @@ def test_scores_that_are_no_numbers_are_refused(own: list[float], exact: list[fl
 def test_a_number_for_all_keys_counts_beside_sinks(shift: float) -> None:
     """Up to the rounding of f32."""
     back = back_of(4, 5)
-    assert told(back, back >= 0, exact_shift=True) == Mask(True, 0, None)
+    assert described(back, back >= 0, exact_shift=True) == Mask(True, 0, None)
     bias = np.where(back >= 0, shift, -1e30)[None]
     assert describe_mask(bias, np.arange(4) + 1) == Mask(True, 0, None)
     two = np.concatenate([bias - shift, bias])

@@ -195,7 +195,7 @@ class Attention(Op, name="llm.attention"):
         return self._weighted(shares, v, swap)
 
     def _weighted(self, shares: Value, v: Value, swap: tuple[int, ...]) -> Value:
-        """Values added up by their shares, in the values' dtype; the result in the queries'."""
+        """The sum of values weighted by probabilities, in the values' dtype; the result has the queries' dtype."""
         if v.dtype == self.q.dtype:
             return Transpose(Matmul(shares, v), swap)
         return Cast(Transpose(Matmul(Cast(shares, v.dtype), v), swap), self.q.dtype)

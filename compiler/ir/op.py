@@ -1,4 +1,4 @@
-"""Values and ops. An op states itself once, as a frozen dataclass; printer, parser and verifier derive from that.
+"""Values and ops. An op is one frozen dataclass; printer, parser and verifier are derived from its fields.
 
 A graph is a web of values: an op *is* the value that it computes, its operands are other values. Fields annotated
 `Value`, `Value | None` or `tuple[Value, ...]` are operands; every other field is an attribute.
@@ -75,8 +75,8 @@ class Param(Value):
 
 
 class Tokens(enum.Enum):
-    """What an op does to tokens, where one axis of what it takes counts them. Every op says so: passes that treat
-    tokens apart from each other read it, and know nothing of an op but this.
+    """What an op does along the axis of its operands that counts tokens. Every op declares it, and passes that handle
+    tokens use nothing else of an op.
     """
 
     ELEMENTS = "each element alone; operands broadcast as numpy's do"

@@ -1,8 +1,8 @@
 """Between which bounds a value's elements lie, whatever the inputs are: interval arithmetic over a graph.
 
-A range holds for every element that can occur. What an op does to ranges is in `_RULES`; an op that is not there may
-give anything that its dtype holds, which is always true. Integers wrap around: a result that may leave its dtype may be
-anything. Floats are rounded and may be not a number; only ops whose kernels are exact to a rounding have rules.
+A range holds for every element that can occur. `_RULES` says what ops do to ranges; the result of an op without a rule
+has the range of its whole dtype, and so has an integer result that may overflow, as integers wrap around. Floats are
+rounded and may be NaN; only ops whose kernels are exact to a rounding have rules.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Ranges:
     """The ranges of a graph's values, each computed when first asked for.
 
     given: what is known of some values, such as inputs that the runtime checks. load: reads weights, so that stored
-    tables of integers are known; without it they may hold anything.
+    tables of integers are known; without it their elements may have any value.
     """
 
     def __init__(self, given: Mapping[Value, Range], load: LoadParam | None = None) -> None:
@@ -125,7 +125,7 @@ class Ranges:
 
 
 def anything(value: Value) -> AnyRange:
-    """Whatever a value's dtype holds."""
+    """The range of all numbers of a value's dtype."""
     if not isinstance(value.type, Tensor) or value.dtype in FLOATS:
         return _ANY_FLOAT
     return full(value)

@@ -1,4 +1,4 @@
-"""What stands between the products q k and the softmax, said in the words of `llm.attention`.
+"""The ops between the products q k and the softmax, as parameters of `llm.attention`.
 
 The scores are taken apart by an equation (`score_chain`). Their bias is then, in this order, the first of these:
 
@@ -8,7 +8,8 @@ The scores are taken apart by an equation (`score_chain`). Their bias is then, i
 3. proved: a solver shows that whole-number conditions are a causal mask or a window at every length (`mask_solver`);
 4. general: it is added as it is, to every pair (not in a text: such a graph keeps its own ops).
 
-Nothing is believed of values that were not seen or proved. What is neither is refused, with the op or the first place.
+Only values that were evaluated or that a proof covers decide. What fits none of the four is refused: the reason names
+the op, or the first place at which it differs.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class MeaningReader:
         self._found: dict[tuple[object, ...], tuple[Mask, float] | Unrecognised] = {}
         self._tables: dict[tuple[object, ...], tuple[Value, bool] | Unrecognised] = {}
 
-    def acts(self, value: Value) -> bool:
+    def depends_on_tokens(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
         return self.probe.depends_on_tokens(value)
 
@@ -99,11 +100,11 @@ class MeaningReader:
         return replace(self._read(chain, part, batch, heads, exact_shift), query_factor=factor)
 
     def _read(self, chain: Chain, part: Apart, batch: Shape, heads: int, exact_shift: bool) -> Meaning:
-        """The meaning of scores that are apart."""
+        """The meaning of scores that `take_apart` has taken apart."""
         if number_of(part.bias) == 0 and part.chosen is None and part.factor is None:
             return Meaning(Scores(part.scale, part.softcap, NO_MASK))
         reason = Unrecognised("tokens decide what is added to its scores")
-        if not any(self.acts(value) for value in chain.met):
+        if not any(self.depends_on_tokens(value) for value in chain.other_operands):
             try:
                 return self._positional(chain, part, batch, heads, exact_shift)
             except Unrecognised as error:
@@ -121,7 +122,7 @@ class MeaningReader:
         queries, keys = chain.scores.shape[-2:]
         # Only the number of keys is gone through: what any other size decides is not known from one of its values.
         others = frozenset(self.graph.symbols) - (keys.symbols() if isinstance(keys, Dim) else frozenset())
-        if any(value in self.probe.decided_by(others) for value in chain.met):
+        if any(value in self.probe.decided_by(others) for value in chain.other_operands):
             raise Unrecognised("a size other than the number of keys decides what is added to its scores")
         if isinstance(queries, int) and isinstance(keys, int):
             mask, scale = self._of_fixed_sizes(chain, part, queries, keys, heads, exact_shift)
@@ -155,7 +156,7 @@ class MeaningReader:
         return Meaning(Scores(part.scale, part.softcap, Mask(causal, 0, None)), bias)
 
     def _reader_of(self, size: Dim) -> tuple[PairReader, Distances]:
-        """What reads masks over sequences of `size` tokens."""
+        """The readers of masks over sequences of `size` tokens."""
         if size not in self._readers:
             symbols = sorted(size.symbols(), key=str)
             most = None if len(symbols) != 1 or str(size) != symbols[0].name else symbols[0].high
@@ -204,7 +205,7 @@ class MeaningReader:
         return RelativeBias(table_of(distances, bias, heads), size), self._is_causal(distances, pairs)
 
     def _is_causal(self, distances: Distances, pairs: _Pairs) -> bool:
-        """Whether a bias by distance hides all later keys; False where it is made of weights that nobody reads."""
+        """Whether a bias by distance hides all later keys; False where it needs weights that cannot be read now."""
         added = _answer(lambda: distances.numbers(distances.by_distance(pairs.bias)))
         causal = added if isinstance(added, Unrecognised) else _answer(lambda: added.is_causal)
         return causal is True
@@ -291,7 +292,7 @@ def _query_factor(chain: Chain, part: Apart) -> Value | None:
 
 
 def _answer(question: Callable[[], _T]) -> _T | Unrecognised:
-    """What a question is answered, or why it is not."""
+    """What the function returns, or the reason why it refuses."""
     try:
         return question()
     except Unrecognised as reason:

@@ -1,8 +1,8 @@
-"""bound-indices: every place that an op reads or writes is proved to be there, or looked at when the step runs.
+"""bound-indices: every index is proved to be in range, or is checked when the step runs.
 
 Kernels trust their indices. What this pass cannot prove from the ranges of inputs (`compiler/ir/ranges.py`), or by
 trying every value of the one input that decides an index, goes through a `t.checked_index`, which ends the step with an
-error. A check that is proved to hold goes away.
+error. A check that is proved to hold is removed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NAMES = 3  # of inputs in a message
 @dataclass(frozen=True)
 class BoundIndices(Pass, name="bound-indices"):
     """text: inputs are those of a step of tokens, which the runtime checks: `ids` below `vocabulary` (0: the rows of
-    the table that they look up), `positions` below `context` (0: any). In any other graph inputs hold anything.
+    the table that they look up), `positions` below `context` (0: any). In any other graph inputs may have any value.
     """
 
     text: bool = False

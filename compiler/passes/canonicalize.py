@@ -17,7 +17,7 @@ from llmc.compiler.passes.manager import Pass, Report
 from llmc.errors import CompileError
 
 _RULES = (*ELEMENTWISE_RULES, *STRUCTURAL_RULES)
-_LIMIT = 50  # each rule makes the graph simpler; whatever takes longer than this goes round in a circle
+_LIMIT = 50  # each rule makes the graph simpler; more rewrites than this are a cycle of rules
 _rules_of: dict[type[Op], tuple[Rule, ...]] = {}
 
 

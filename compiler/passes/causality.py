@@ -108,7 +108,7 @@ def _is_later_by_pairs(distances: Distances, condition: Value, holds: bool) -> b
 
 
 def _at_own_place(distances: Distances, condition: Value) -> Array | None:
-    """A condition for every query and the key at its place; None where it cannot be told."""
+    """A condition for every query and the key at its place; None where it is not known."""
     at = np.arange(distances.most)[:, None]
     try:
         return distances.reader.evaluate(distances.reader.pair(condition), at, at)

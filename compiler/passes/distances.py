@@ -380,7 +380,7 @@ class Distances:
     # All distances
 
     def numbers(self, point: Point) -> ByDistance:
-        """A function of distance at each of them; Unrecognised where it needs weights that nobody reads."""
+        """A function of distance at each of them; Unrecognised where it needs weights that cannot be read now."""
         distances = np.arange(1 - self.most, self.most)
         return ByDistance(distances, self._over(point, distances, False), self._over(point, distances, True))
 

@@ -1,4 +1,4 @@
-"""flatten-tokens, where tokens of a sequence become one value: pooling, the first or the last token, their count.
+"""The part of flatten-tokens that makes one value of a sequence's tokens: pooling, the first or last token, a count.
 
 The new value has a row a sequence, [B, ...]; `starts` i32[B + 1] says which rows of [T, ...] are its tokens.
 """
@@ -37,7 +37,7 @@ POOLING: dict[type[Reduce], str] = {Mean: "mean", Max: "max", Sum: "sum"}
 
 
 class Mixes(Exception):
-    """An op that mixes tokens, or that has no rule: its text is the reason for refusing."""
+    """Raised for an op that mixes tokens or has no rule; the text says why."""
 
 
 def token_count(f: Flattener, op: Op) -> Value | None:

@@ -45,7 +45,8 @@ SEQUENCES = symbol("B", 1)
 class FlattenTokens(Pass, name="flatten-tokens"):
     """`max_step`: the most tokens that one step of the new graph may have (the range of T).
 
-    `sequences`: values a sequence are welcome, and tables of what attention adds by relative position (an encoder).
+    `sequences`: values with one row a sequence are allowed, and tables of what attention adds by relative position (an
+    encoder).
     """
 
     max_step: int = 512
@@ -133,7 +134,7 @@ class Flattener:
             self.refused[op] = op, str(reason)
 
     def rebuilt(self, op: Op) -> Value:
-        """What its own rule makes of an op, or else that of what it says of tokens."""
+        """The new value by the op's own rule, or else by the rule for its `tokens`."""
         for kind, rule in RULES.items():
             if isinstance(op, kind):
                 return rule(self, op)
@@ -369,7 +370,7 @@ _TRAIT_RULES: dict[Tokens, Rule] = {
     Tokens.FIRST: Flattener.token_first,
     Tokens.AXES: Flattener.along_axes,
 }
-# Every op that moves elements has a rule of its own, as have those whose tokens meet in a way that can be told apart.
+# Every op that moves elements has a rule of its own; so has each op that mixes tokens in a form that rules can handle.
 RULES: dict[type[Op], Rule] = {
     Transpose: Flattener.transpose,
     Reshape: Flattener.reshape,

@@ -23,7 +23,7 @@ class Fold(Pass, name="fold"):
 
     Params stay symbolic: what depends on them is evaluated, streamed, when an artifact is written. Arithmetic is done
     in f64 and rounded once at the end, unless the values pass through a 16-bit float, whose rounding is then intended;
-    what jumps (a cast to integers, a floor) is decided in the source's own dtypes, as its author saw it.
+    functions that jump (a cast to integers, a floor) are evaluated in the source's own dtypes, as its author saw them.
     A broadcast is no gain by itself and stays.
     """
 

@@ -48,7 +48,7 @@ class FuseAttention(Pass, name="fuse-attention"):
         found: dict[Op, _Found] = {}
         for op in graph.ops:
             logits = softmax_operand(op)
-            if logits is None or not finder.acts(logits):
+            if logits is None or not finder.depends_on_tokens(logits):
                 continue
             try:
                 attention = finder.find(op, logits)
@@ -83,7 +83,7 @@ def _build(found: _Found, new: dict[Value, Value]) -> Value:
 
 
 def _renewed(value: Value, new: dict[Value, Value]) -> Value:
-    """A value that was written over the old graph, over the new one."""
+    """A value built on the old graph's values, rebuilt on those of the new graph."""
     if value in new or not isinstance(value, Op):
         return new.get(value, value)
     new[value] = value.map_operands(lambda operand: _renewed(operand, new))
@@ -97,9 +97,9 @@ class _Finder:
         self.graph, self.probe = graph, probe
         self.reader = MeaningReader(graph, probe)
 
-    def acts(self, value: Value) -> bool:
+    def depends_on_tokens(self, value: Value) -> bool:
         """Whether the value depends on more than positions, sizes and weights."""
-        return self.reader.acts(value)
+        return self.reader.depends_on_tokens(value)
 
     def find(self, softmax: Op, logits: Value) -> _Found:
         """The attention; Unrecognised says what is in the way."""
@@ -146,7 +146,7 @@ class _Finder:
         """The scores, and the column of sinks [..., S, 1] that is concatenated to them."""
         if not isinstance(logits, Concat) or logits.axis % logits.rank != logits.rank - 1:
             return logits, None
-        if len(logits.xs) != 2 or logits.xs[1].shape[-1] != 1 or self.acts(logits.xs[1]):
+        if len(logits.xs) != 2 or logits.xs[1].shape[-1] != 1 or self.depends_on_tokens(logits.xs[1]):
             raise Unrecognised("something other than one column of sinks is concatenated to its scores")
         return without_maximum(logits.xs[0]), logits.xs[1]
 
@@ -167,10 +167,10 @@ class _Finder:
         stack = [scores]
         while stack:
             value = stack.pop()
-            if value in seen or not self.acts(value):
+            if value in seen or not self.depends_on_tokens(value):
                 continue
             seen.add(value)
-            if isinstance(value, Matmul) and self.acts(value.a) and self.acts(value.b):
+            if isinstance(value, Matmul) and self.depends_on_tokens(value.a) and self.depends_on_tokens(value.b):
                 leaves.append(value)
             elif isinstance(value, STEPS):
                 stack.extend(value.operands)

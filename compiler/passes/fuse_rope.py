@@ -45,7 +45,7 @@ class FuseRope(Pass, name="fuse-rope"):
         found: dict[Op, _Turned] = {}
         covered: set[Value] = set()
         for op in graph.ops:
-            if op in covered or op in graph.constants or not finder.turns(op):
+            if op in covered or op in graph.constants or not finder.is_map_op(op):
                 continue
             rotation = finder.find(op)
             if rotation is None:

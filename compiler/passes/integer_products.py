@@ -23,8 +23,8 @@ class IntegerProducts(Pass, name="integer-products"):
     """(round(x / s) + z - z) @ (q - zero) * s * scale -> llm.linear(x, what q stands for), activations rounded to int8.
 
     s is computed from x at run time. Kernels round each row by its own largest element, where the source rounds the
-    whole tensor by one: a rounding in the graph says how coarse a kernel may be. Products by scales that are known when
-    compiling stay: such scales also cut off what is beyond them.
+    whole tensor by one: a rounding in the graph is the lowest precision that kernels may use. Products by scales that
+    are known when compiling stay: such scales also cut off what is beyond them.
     """
 
     exact: ClassVar[bool] = False

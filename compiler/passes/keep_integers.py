@@ -143,7 +143,7 @@ def _is_nibbles(q: Value) -> bool:
     if found is None or not found.size:
         return False
     lowest, highest = (-8, 7) if q.dtype == "i8" else (0, 15)
-    # A row tells as a rule.
+    # The first row alone decides most cases: it is looked at before the whole.
     return all(bool(part.min() >= lowest and part.max() <= highest) for part in (found[:1], found))
 
 

@@ -1,4 +1,4 @@
-"""What a sequence's length decides, at every length up to the context: whether it is constant, or has a few regimes.
+"""Values that depend on a sequence's length, at every length up to the context: constant, or of a few regimes.
 
 Rotary frequencies may change as a sequence grows: at once beyond the trained length (longrope), in steps (Qwen's
 dynamic NTK), or with every token (dynamic NTK). The numbers that the length alone decides are evaluated for all
@@ -56,7 +56,7 @@ _RUNNING: dict[type[Op], Callable[..., Array]] = {
 
 
 class Unsettled(Exception):
-    """Values that the length decides in a way that cannot be taken apart; the text says which."""
+    """Raised for values that depend on the length in other ways than by a few regimes; the text says which."""
 
 
 @dataclass(frozen=True)

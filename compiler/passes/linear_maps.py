@@ -27,7 +27,7 @@ class Term:
 
 
 class LinearMaps:
-    """Base: says by `linear_operands` and `turns` what counts as linear, and where the map itself begins."""
+    """Base: says by `linear_operands` and `is_map_op` what counts as linear, and where the map itself begins."""
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -37,8 +37,8 @@ class LinearMaps:
         """The operands that `value` is a linear function of; none where it is not such a function."""
         raise AssertionError
 
-    def turns(self, op: Value) -> bool:
-        """Whether this op is the map's own work: what is before the first of them is its source."""
+    def is_map_op(self, op: Value) -> bool:
+        """Whether this op belongs to the map: what is before the first such op is the map's source."""
         raise AssertionError
 
     def terms(self, x: Value, nodes: Sequence[Value], numbers: ElementNumbers) -> list[Term] | None:
@@ -104,7 +104,7 @@ class LinearMaps:
         found: tuple[Value, list[Value]] | None = None
         reaches = 0  # the last use of any value before the present one
         for i, value in enumerate(order):
-            if isinstance(value, Op) and self.turns(value) and i > 0:
+            if isinstance(value, Op) and self.is_map_op(value) and i > 0:
                 break
             if reaches <= i and value is not y and holds_channels(value, y):
                 found = value, order[i + 1 :]

@@ -1,4 +1,4 @@
-"""What `llm.attention` can say of a mask, and the proof that a mask given in numbers says the same.
+"""The masks that `llm.attention` can express, and the check that a mask given in numbers is one of them.
 
 Adding one number to all of a query's scores changes nothing, so that biases count relative to what a query adds to the
 key at its own place: that key must be seen. `HIDDEN` says when a key is not.
@@ -156,7 +156,7 @@ def _slopes(bias: ByDistance, relative: Floats, side: NDArray[np.bool_]) -> tupl
 
 
 def _differs(mask: Mask, relative: Floats, distances: Places) -> NDArray[np.bool_]:
-    """Where a relative bias [heads, ...] at distances [...] is not what a mask says; how hidden a key is counts not."""
+    """Where a relative bias [heads, ...] at distances [...] is not the mask; hidden keys may be so by any number."""
     slopes = np.asarray(mask.slopes or (0.0,)).reshape(-1, *(1,) * distances.ndim)
     said = np.where(mask.shows(distances), slopes * distances, -np.inf)
     limit = _ROUNDING * np.abs(slopes) * max(1, int(np.abs(distances).max()))

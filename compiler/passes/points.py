@@ -202,7 +202,7 @@ class Points:
         return front.reshape(*front.shape[:2], *point.shape)
 
     def array(self, value: Value | None) -> Array:
-        """A value known when compiling; IRError where it needs weights that nobody reads."""
+        """A value known when compiling; IRError where it needs weights that cannot be read now."""
         assert value is not None
         key = (id(value), is_precise())
         if key not in self._arrays:

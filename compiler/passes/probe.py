@@ -1,4 +1,4 @@
-"""Values that depend on positions and sizes only, evaluated at a few of them: how recognisers see meaning, not form."""
+"""Values of positions and sizes, evaluated at some of them: recognisers compare values, not spellings."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class Probe:
 
         What depends on the length is for a sequence of `size` tokens, wherever they are: give positions of your own for
         values that do not (`depends_on_length`), and use `at_lengths` for those that do. Weights are random
-        (`stand_ins`) or read (see `reading`). IRError when the roots need weights that nobody reads, or need token ids,
+        (`stand_ins`) or read (see `reading`). IRError when the roots need weights that cannot be read, or token ids,
         or index beyond a table.
         """
         at = np.arange(size) if positions is None else np.asarray(positions)

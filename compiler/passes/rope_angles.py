@@ -1,4 +1,4 @@
-"""Angles of rotations in a text: one value [S, 2, pairs] for all that turn alike, by position or by table.
+"""Angles of rotations in a text: one value [S, 2, pairs], shared by all rotations by the same angles.
 
 What a rotation multiplies by is settled for every position below the context, in the graph's own dtypes: that its
 angles are position times frequency (`llm.rope_angles`), and that cosines and sines which the graph computes or stores
@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 
 
 class NoAngles(Exception):
-    """A rotation whose angles cannot be told; the text says why."""
+    """A rotation whose angles are not known at every position; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -201,19 +201,19 @@ class Angles:
                 where = int(at[np.argwhere(one != other)[0, 0]])
                 raise NoAngles(f"it is no rotation at position {where}: two channels of a pair differ in their angle")
 
-    # Ways to say them
+    # The forms that angles can take
 
     def _by_frequency(self, cos: Columns, sin: Columns) -> Value | None:
         """Position times frequency, at every position, times one scale."""
-        turns, others = (
+        cosines, sines = (
             [self._angle_of(number, part.factor.dtype) for number in part.numbers(self.numbers).tolist()]
             for part in (cos, sin)
         )
-        first = turns[0]
-        if first is None or None in turns or any(t[:2] != (Cos, first[1]) for t in turns if t is not None):
+        first = cosines[0]
+        if first is None or None in cosines or any(t[:2] != (Cos, first[1]) for t in cosines if t is not None):
             return None
-        angles = [turn[2] for turn in turns if turn is not None]
-        if others != [(Sin, first[1], angle) for angle in angles]:
+        angles = [cosine[2] for cosine in cosines if cosine is not None]
+        if sines != [(Sin, first[1], angle) for angle in angles]:
             return None
         among = self._angles_among((cos.factor, sin.factor), angles)
         frequencies = None if among is None else self._frequencies(among)

@@ -84,7 +84,7 @@ class Rotations(LinearMaps):
                 best = self._as_rotation(y) or best
         return best
 
-    def turns(self, op: Value) -> bool:
+    def is_map_op(self, op: Value) -> bool:
         """Whether this multiplies activations by a factor."""
         if not isinstance(op, Mul) or op.dtype not in FLOATS:
             return False
@@ -95,7 +95,7 @@ class Rotations(LinearMaps):
 
     def linear_operands(self, value: Value) -> tuple[Value, ...]:
         if isinstance(value, (Neg, Slice, Concat, Reshape, Transpose, Add, Sub)):
-            return value.operands if self._acts(*value.operands) else ()
+            return value.operands if self._are_activations(*value.operands) else ()
         if isinstance(value, Cast):
             return (value.x,) if value.dtype in FLOATS and value.x.dtype in FLOATS else ()
         if isinstance(value, Mul):
@@ -103,7 +103,7 @@ class Rotations(LinearMaps):
             return () if factor is None else (value.a if value.b is factor else value.b,)
         return ()
 
-    def _acts(self, *values: Value) -> bool:
+    def _are_activations(self, *values: Value) -> bool:
         """Whether all these are activations."""
         return not self.is_text or all(self.probe.depends_on_tokens(value) for value in values)
 

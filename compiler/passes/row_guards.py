@@ -1,4 +1,4 @@
-"""Guards: conditions under which a source sets the shares of a whole row to zero, shown to be those of empty rows.
+"""Guards: conditions under which a source sets the probabilities of a whole row to zero, where the row is empty.
 
 A softmax of a row that hides every key by -inf is 0 / 0; sources put zeros there, as `llm.attention` does. A guard is
 believed where it implies that the row is empty: by its structure, or because it holds for no query at all.

@@ -1,7 +1,7 @@
 """The way from the products q k to the softmax's operand, taken apart op by op.
 
-What stands between the two works element by element, so that a score is a function of one product and of values that
-meet it there. `take_apart` follows that function as an equation: scale * product + bias, softcap * tanh(product / cap),
+The ops between the two work element by element, so that a score is a function of one product and of those ops' other
+operands. `take_apart` follows that function as an equation: scale * product + bias, softcap * tanh(product / cap),
 and choices between a score and a number that no product decides. Any other op is refused by its name.
 """
 
@@ -46,12 +46,12 @@ _ABSORBS = -1e30  # added to any score below this, in f32, the score is lost: al
 
 @dataclass(frozen=True)
 class Chain:
-    """From the products `raw` to the scores: the ops that depend on raw, in order, and the values that meet them."""
+    """From the products `raw` to the scores: the ops that depend on raw, in order, and their operands that do not."""
 
     raw: Matmul
     scores: Value
     steps: tuple[Op, ...]
-    met: tuple[Value, ...]
+    other_operands: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def chain_of(graph: Graph, raw: Matmul, scores: Value) -> Chain:
     between = _between(raw, scores)
     steps = tuple(op for op in graph.ops if op in between)
     inside = {raw, *steps}
-    met = dict.fromkeys(value for op in steps for value in op.operands if value not in inside)
-    return Chain(raw, scores, steps, tuple(met))
+    others = dict.fromkeys(value for op in steps for value in op.operands if value not in inside)
+    return Chain(raw, scores, steps, tuple(others))
 
 
 def _between(raw: Value, scores: Value) -> set[Value]:
@@ -219,7 +219,7 @@ def _reshaped_parts(part: Apart, op: Reshape) -> Apart:
 
 
 def general_bias(part: Apart, exact_shift: bool) -> Value:
-    """A bias to add to the scaled products that gives the same shares; Unrecognised where there is none.
+    """A bias to add to the scaled products that gives the same probabilities; Unrecognised where there is none.
 
     exact_shift: what is added to all keys of a query counts (attention with sinks).
 

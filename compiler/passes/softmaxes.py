@@ -1,4 +1,4 @@
-"""Softmaxes, however they are written, and what stands between one and the product that its shares weigh."""
+"""Softmaxes, however they are written, and the ops between a softmax and its product with the values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _axes(op: Max | Sum) -> tuple[int, ...]:
 
 
 def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, list[Value]]:
-    """The product of the shares with the values; and conditions [..., Q, 1] under which shares are made zeros.
+    """The product of the probabilities with the values; and conditions [..., Q, 1] under which they are set to zero.
 
     drops_column: a last column, of sinks, is cut off in between. Unrecognised says what else is in between.
     """

@@ -38,7 +38,7 @@ class SplitProjections(Pass, name="split-projections"):
 
 
 def _strided_slices(graph: Graph, linear: Linear) -> list[Slice]:
-    """The slices that all of a projection's use consists of, if they take its outputs apart within heads; else none."""
+    """The slices through which a projection is used, if nothing else uses it and they cut within heads; else none."""
     if linear.residual is not None or linear in {value for _, value in graph.outputs}:
         return []
     slices: list[Slice] = []

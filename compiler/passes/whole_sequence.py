@@ -1,4 +1,4 @@
-"""Settle a graph that could not be flattened to tokens: it sees one whole sequence a step and keeps no cache."""
+"""For a graph that could not be flattened to tokens: each step computes one whole sequence, without a cache."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from llmc.compiler.ir.types import FLOATS, Shape
 from llmc.errors import FrontendError, IRError
 
 Scalar = bool | int | float
-# What a node of the traced graph stands for: a tensor, a size, a plain number, several of them, or nothing of ours.
+# The translation of a traced node: a tensor, a size, a plain number, several of them, or none.
 Meaning = Any
 Handler = Callable[..., Meaning]
 _H = TypeVar("_H", bound=Handler)

@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to a model's weights: renamed, merged or split as transformers does on loading.
 
-transformers says how: each model has a list of renamings and converters (regular expressions and operations on
-tensors). They are asked for names now, and run on tensors only when a weight is loaded.
+transformers has for each model a list of renamings and converters (regular expressions and operations on tensors). The
+names are mapped when the checkpoint is opened; tensors are converted only when a weight is loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which transformers class a model directory means, and what is to be made of it: a decoder or an encoder.
+"""Which transformers class a model directory is for, and whether that is compiled as a decoder or an encoder.
 
 The class is the one that config.json names under `architectures`, where transformers itself has it for this model type;
 else its auto classes decide. Nothing here knows any model by its name.

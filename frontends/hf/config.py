@@ -1,4 +1,4 @@
-"""A model's config.json, checked before anything is built from it."""
+"""A model's config.json, checked before a model is built from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LIMITS = {
     "head_dim": (1, 1 << 16),
     "vocab_size": (1, 1 << 24),
 }
-# Beyond these a model says nothing: roots of negative numbers, divisions by zero.
+# Beyond these a model computes nothing meaningful: roots of negative numbers, divisions by zero.
 _REAL_LIMITS = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps"), (0, 1)),
     **dict.fromkeys(("rope_theta", "rotary_emb_base"), (1e-3, 1e15)),

@@ -1,4 +1,4 @@
-"""What a manifest says of an encoder: how texts become its inputs, and what its outputs mean."""
+"""The facts of an encoder for the manifest: how texts become its inputs, and what its outputs mean."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def _export(model: torch.nn.Module, call: Call, longest: int) -> Exported:
     tokens = torch.export.Dim("S", min=2, max=longest)
     # Positions that restart would mean several sequences packed into one row; ours hold one.
     one_sequence = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    # Stack traces take a third of the time, and nobody reads them.
+    # Stack traces take a third of the time, and are not used.
     untraced = mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
     # A trace that fails would be printed whole; `refusal` says where it failed.
     unprinted = mock.patch.object(torch.export._trace, "print", lambda *given, **options: None, create=True)

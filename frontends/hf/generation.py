@@ -1,4 +1,4 @@
-"""A checkpoint's generation settings: what transformers' `generate` would act on, as an artifact carries it.
+"""A checkpoint's generation settings, those that transformers' `generate` uses, in the form of the manifest.
 
 Every key that transformers knows is in one of three tables: it takes effect, it has none on the text that llmc writes,
 or it is named in a note. Keys that transformers does not know have no effect there either.
@@ -113,8 +113,8 @@ def _unsupported(given: Mapping[str, object], source: str) -> list[str]:
     """Notes of settings that would change the text in transformers, and do not here."""
     return [
         f"{source}: {name} {given[name]!r:.60} is not supported: {instead}"
-        for name, (acts, instead) in _NOTED.items()
-        if name in given and acts(given)
+        for name, (has_effect, instead) in _NOTED.items()
+        if name in given and has_effect(given)
     ]
 
 
@@ -254,21 +254,21 @@ _EFFECT: dict[str, tuple[str, Value]] = {
     "max_time": ("a number of seconds", _number(0, math.inf, high_open=True)),
     "stop_strings": ("a string or a list of strings", _strings),
 }
-# Read elsewhere: whether temperature and the like act; tokens that end a text.
+# Read elsewhere: whether temperature and the like have an effect; tokens that end a text.
 ELSEWHERE = frozenset({"do_sample", "eos_token_id"})
 
-_Acts = Callable[[Mapping[str, object]], bool]
+_HasEffect = Callable[[Mapping[str, object]], bool]
 
 
-def _more_than(name: str, number: float) -> _Acts:
-    def acts(given: Mapping[str, object]) -> bool:
+def _more_than(name: str, number: float) -> _HasEffect:
+    def has_effect(given: Mapping[str, object]) -> bool:
         value = given[name]
         return not isinstance(value, (int, float)) or value > number  # no number at all: named as well
 
-    return acts
+    return has_effect
 
 
-def _truthy(name: str) -> _Acts:
+def _truthy(name: str) -> _HasEffect:
     return lambda given: bool(given[name])
 
 
@@ -283,8 +283,8 @@ def _guided(given: Mapping[str, object]) -> bool:
 
 
 _ONE_BY_ONE = "one text is written, token by token"
-# When a setting acts in transformers, and what llmc does instead.
-_NOTED: dict[str, tuple[_Acts, str]] = {
+# When a setting has an effect in transformers, and what llmc does instead.
+_NOTED: dict[str, tuple[_HasEffect, str]] = {
     "num_beams": (_more_than("num_beams", 1), _ONE_BY_ONE),
     "num_beam_groups": (_more_than("num_beam_groups", 1), _ONE_BY_ONE),
     "num_return_sequences": (_more_than("num_return_sequences", 1), _ONE_BY_ONE),

@@ -1,4 +1,4 @@
-"""sentence-transformers directories: what stands behind the base model, and how texts are given to it.
+"""sentence-transformers directories: the modules after the base model, and how texts become its inputs.
 
 Everything is data: JSON and safetensors. Modules are known by the last part of the library's own class names; no class
 is imported, no path leaves the directory.

@@ -42,7 +42,7 @@ _MOST_TEMPLATE_BYTES = 4 << 20
 
 
 def read_text(directory: Path, config: PreTrainedConfig) -> Text:
-    """Collect what turns text into tokens and back. A model without a tokenizer is served by token ids alone."""
+    """Collect tokenizer, special tokens and templates. A model without a tokenizer takes token ids only."""
     generation = read_generation(directory, vocabulary_of(config))
     return text_of(*open_tokenizer(directory), directory, config, generation)
 

@@ -118,7 +118,7 @@ def _is_mask(node: torch.fx.Node) -> bool:
 
 
 def _why_not_captured(program: torch.export.ExportedProgram, layers: int) -> str:
-    """Empty when every layer's attention is one op and every mask goes to one; else what is amiss."""
+    """Empty when every layer's attention is one op and every mask goes to one; else the reason why not."""
     calls, strays = 0, set()
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():

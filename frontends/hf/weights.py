@@ -48,7 +48,7 @@ _SAFETENSORS_DTYPES = {
     "U8": "u8",
     "BOOL": "bool",
 }
-# What older versions of transformers stored and every version computes: no weights.
+# Buffers that older versions of transformers stored and every version computes: they are no weights.
 STORED_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$")
 _MOST_HEADER_BYTES = 100 << 20  # the format's own limit
 
@@ -64,7 +64,7 @@ class _Place:
 
 
 class SafetensorsFile:
-    """One `.safetensors` file, mapped. The header is checked before anything in it is believed."""
+    """One `.safetensors` file, mapped. The header is checked before anything in it is used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

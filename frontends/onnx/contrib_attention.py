@@ -300,7 +300,7 @@ def attention(
 
 @handles("QAttention", domain=MICROSOFT)
 def quantized_attention(t: Translation, node: Node, *items: Item | None) -> Result:
-    """Refused: what it fuses cannot be told from integers alone."""
+    """Refused: integers alone do not say which operations it fuses."""
     raise Unsupported(
         "fused integer attention: quantize the model without ONNX Runtime's fusions, or take a float model"
     )

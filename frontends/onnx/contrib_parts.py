@@ -1,4 +1,4 @@
-"""What the handlers of ONNX Runtime's own operations share."""
+"""Helpers of the handlers of ONNX Runtime's own operations."""
 
 from __future__ import annotations
 

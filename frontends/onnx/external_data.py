@@ -1,8 +1,8 @@
 """Weights in files beside the model, confined to its folder.
 
-A location in an ONNX file is text by whoever wrote the file. It may only lead to a regular file in the model's folder
+A location in an ONNX file is text from an untrusted author. It may only lead to a regular file in the model's folder
 or below, without `..`, absolute paths, links, devices or pipes: else a model could read (and put into an artifact) any
-file that the user can. Hard links are refused too: they are another file under an innocent name.
+file that the user can. Hard links are refused too: they name a file elsewhere under a name in the folder.
 """
 
 from __future__ import annotations

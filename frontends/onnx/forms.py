@@ -1,4 +1,4 @@
-"""What the handlers of ONNX ops share: known sizes, attributes that became inputs, casts, flips, index arithmetic."""
+"""Helpers of the handlers of ONNX ops: known sizes, attributes that became inputs, casts, flips, index arithmetic."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The inputs of a graph that is not text: its free sizes as symbols with bounds, or as numbers.
 
-What a file leaves free is often not free: two inputs are added, so their sizes are equal; a window has to fit. Where
-a translation finds such a thing, it is decided here, and the graph is translated again. Only sizes that the graph could
-not run with anyway are given up so, but for one case: of two sizes that are broadcast, one may be 1, and then `--dim`
-has to say so. Inputs of other sizes are refused when running.
+A size that a file leaves free is often bound by the graph: two inputs are added, so their sizes are equal; a window has
+to fit. Where translation finds such a condition, it is settled here, and the graph is translated again. That rules out
+only sizes that the graph could not run with anyway, but for one case: of two sizes that are broadcast, one may be 1,
+and then `--dim` has to say so. Inputs of other sizes are refused when running.
 """
 
 from __future__ import annotations

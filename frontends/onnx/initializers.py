@@ -1,4 +1,4 @@
-"""Tensors of an ONNX file: checked when met, read when asked for.
+"""Tensors of an ONNX file: checked when the file is decoded, read when their values are used.
 
 Whatever a tensor claims (its dtype, its dims) is compared with the bytes that it has before anything is made of it.
 Elements of less than a byte are unpacked to `i8` and `u8`.

@@ -1,7 +1,7 @@
 """An ONNX file as bodies of nodes: decoded once, every claim of it checked, no weight read.
 
-What comes out can be translated without fear: names mean one thing each, nodes stand in order of use, every input is
-computed by something, functions end, and everything has a bounded size.
+The bodies keep what translation relies on: names are unique, nodes stand in order of use, every input is computed by
+some node, functions do not call themselves, and everything has a bounded size.
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ def _domain(domain: str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name for messages: of bounded length, and without characters that do things to a terminal."""
+    """A name for messages: of bounded length, and without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in name[:_MOST_SHOWN])
 
 

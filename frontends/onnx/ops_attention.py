@@ -43,7 +43,7 @@ def attention(
     """Q [B, heads, Q, dim] or [B, Q, heads * dim], K and V alike; a mask of bools or floats that broadcasts to scores.
 
     lengths: i64[B], how many of the keys count. Outputs: the result in Q's layout; keys and values [B, heads, P + K,
-    dim], the past's in front; the scores or shares [B, heads, Q, P + K].
+    dim], the past's in front; the scores or probabilities [B, heads, Q, P + K].
     """
     heads, kv_heads = node.get("q_num_heads"), node.get("kv_num_heads")
     q = _tokens_first(query.value, heads)

@@ -32,7 +32,7 @@ def _if(t: Translation, node: Node, condition: Item) -> Sequence[Item | Value]:
 
 
 def _looking_up_if(condition: Value, items: Sequence[Item], around: Mapping[str, Item]) -> list[Item]:
-    """What a body computes, with index 0 in its lookups where the condition fails: nobody asks for that result then,
+    """What a body computes, with index 0 in its lookups where the condition fails: its result is not used then,
     and an index that is out of range is no error."""
     outer = [item.value for item in around.values() if item.known is None]
     new: dict[Value, Value] = {}

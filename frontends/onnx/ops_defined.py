@@ -1,4 +1,4 @@
-"""Operators that the standard itself defines by other operators: what they are defined as is put in their place."""
+"""Operators that the standard defines by other operators: they are replaced by their definitions."""
 
 from __future__ import annotations
 

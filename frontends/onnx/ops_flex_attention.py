@@ -1,4 +1,4 @@
-"""FlexAttention: attention whose scores and shares graphs of the model may change. The standard calls it a preview."""
+"""FlexAttention, a preview in the standard: attention with graphs of the model that change scores and probabilities."""
 
 from __future__ import annotations
 

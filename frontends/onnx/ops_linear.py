@@ -93,7 +93,7 @@ def _without_diagonals(value: Value, term: str) -> Value:
 
 
 def _summed(value: Value, term: str, wanted: set[str]) -> tuple[Value, str]:
-    """Axes that nobody wants any more, summed."""
+    """The sum over axes that neither the result nor another operand has."""
     gone = tuple(i for i, letter in enumerate(term) if letter not in wanted)
     if not gone:
         return value, term

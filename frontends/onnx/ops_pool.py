@@ -123,7 +123,7 @@ def _global_lp_pool(t: Translation, node: Node, x: Item) -> Value:
 
 @handles("MaxUnpool")
 def _max_unpool(t: Translation, node: Node, x: Item, places: Item, shape: Item | None = None) -> Value:
-    """Elements put back where `MaxPool` found them, zeros elsewhere."""
+    """Elements written to where `MaxPool` found them, zeros elsewhere."""
     rank = x.rank - 2
     kernel, strides = node.attributes["kernel_shape"], node.get("strides") or [1] * rank
     pads = node.get("pads") or [0] * (2 * rank)

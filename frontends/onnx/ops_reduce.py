@@ -1,4 +1,4 @@
-"""What makes one number of many: Reduce*, ArgMax, Softmax and its kin, CumSum."""
+"""Reductions and functions along an axis: Reduce*, ArgMax, Softmax and its kin, CumSum."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ for _name, _make, _before in (
 
 
 def _opposite(x: Value) -> Value:
-    """Something that is large where x is small, without overflow."""
+    """A function of x that grows as x falls, without overflow."""
     if x.dtype in FLOATS:
         return e.Neg(x)
     return e.Sub(like(highest(x.dtype) if x.dtype.startswith("u") else -1, x), x)

@@ -1,4 +1,4 @@
-"""Shapes asked for and changed: Shape, Reshape, Expand, Transpose, Concat, Split, Slice, Tile, Pad and their kin."""
+"""Ops that read or change shapes: Shape, Reshape, Expand, Transpose, Concat, Split, Slice, Tile, Pad and their kin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether bodies of nodes make sense as a whole: one producer a name, an order of use, functions that end."""
+"""Checks of bodies of nodes as a whole: one producer a name, an order of use, no function that calls itself."""
 
 from __future__ import annotations
 

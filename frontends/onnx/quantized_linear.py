@@ -84,8 +84,8 @@ def dequantize_linear(t: Translation, node: Node, q: Item, scale: Item, zero: It
 def _unrounded(rounded: RoundToIntegers, scale: Item, zero: Item | None) -> Value | None:
     """Activations that are rounded by calibrated scales and scaled back, as they were; None where the scales differ.
 
-    For text models, where a rounding says how coarse a kernel may be. Quantizers leave out a relu in front of integers
-    that begin at 0: it is put back, unless nothing there is negative.
+    For text models, where a rounding is the lowest precision that kernels may use. Quantizers leave out a relu in front
+    of integers that begin at 0: it is put back, unless nothing there is negative.
     """
     if zero is None or rounded.zero is None or not (_same(rounded.scale, scale) and _same(rounded.zero, zero)):
         return None

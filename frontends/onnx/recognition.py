@@ -1,4 +1,4 @@
-"""What a lifted graph shows of the model that it came from."""
+"""Facts about a model that its lifted graph shows: vocabulary, token types, weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_rows(graph: Graph) -> int:
 
 
 def without_token_types(graph: Graph, types: Input) -> Graph:
-    """The graph for texts that are one piece: all types 0."""
+    """The graph for single texts, whose token types are all 0."""
     return substitute_values(graph, {types: Broadcast(constant(np.zeros((1, 1)), types.dtype), types.shape)})
 
 

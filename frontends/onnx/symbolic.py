@@ -1,4 +1,4 @@
-"""What is known of small tensors when compiling: numbers are folded, sizes are followed through shape arithmetic.
+"""The known elements of small tensors: numbers are folded, sizes are followed through shape arithmetic.
 
 A folder does to arrays of Python numbers and `Dim`s what an op does to tensors. Where a result depends on how large a
 size is (the smaller of two, whether they are equal) and the sizes' ranges do not settle it, the folder raises, nothing

@@ -1,4 +1,4 @@
-"""What lies beside an ONNX model: its config, its labels, its tokenizer."""
+"""The files beside an ONNX model: config, labels and tokenizer."""
 
 from __future__ import annotations
 

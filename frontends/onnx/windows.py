@@ -1,4 +1,4 @@
-"""Windows over the spatial axes of a tensor [batch, channels, ...]: what convolutions and pooling have in common.
+"""Windows over the spatial axes of a tensor [batch, channels, ...]: shared by convolutions and pooling.
 
 An axis of windows [windows, elements of one] is gathered from an axis by a table of indices; windows that lie side by
 side, as those of patch embeddings, are a reshape.

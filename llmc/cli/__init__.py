@@ -1,4 +1,4 @@
-"""The command line: `llmc COMMAND ...`. What commands do stands in other rooms; here are options and output."""
+"""The command line: `llmc COMMAND ...`. Here are options and output; the work is done in other rooms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compile, ir, estimate: from a model to a file, or to what is known before there is one."""
+"""compile, ir, estimate: compile a model into a file, or show its graph or memory need without that."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _print_result(
 
 
 def _print_use(path: Path) -> None:
-    """What a compiled model is for, where it does not continue texts, and what to try next."""
+    """What a compiled model is for, if not for continuing texts, and which command to try next."""
     from llmc.cli.kinds import kind_of, next_command
     from llmc.runtime.arrays import describe
     from llmc.runtime.artifact import Artifact

@@ -1,4 +1,4 @@
-"""A conversation on the terminal, and what is said about a text when it has been written."""
+"""A conversation on the terminal, and the line of facts after each answer."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def template_options(
     from llmc.runtime.chat_template import ARGUMENTS
     from llmc.runtime.generation import Options
 
-    told: dict[str, object] = {}
+    settings: dict[str, object] = {}
     for name, path in (("tools", tools), ("documents", documents)):
         if path is not None:
-            told[name] = _json_list(path, name)
+            settings[name] = _json_list(path, name)
     if template is not None:
-        told["chat_template"] = template
+        settings["chat_template"] = template
     for pair in variables:
         name, equals, text = pair.partition("=")
         if not equals or not name.isidentifier():
@@ -43,10 +43,10 @@ def template_options(
                 f"--set {name}: {name} is no variable of a template's own; `llmc chat --help` has the options"
             )
         try:
-            told[name] = json.loads(text)
+            settings[name] = json.loads(text)
         except ValueError:
-            told[name] = text
-    return told
+            settings[name] = text
+    return settings
 
 
 def _json_list(path: Path, what: str) -> list[object]:

@@ -1,4 +1,4 @@
-"""What `llmc doctor` looks at."""
+"""The checks of `llmc doctor`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""embed, classify: what encoders make of texts."""
+"""embed, classify: vectors and labels of texts, from encoders."""
 
 from __future__ import annotations
 

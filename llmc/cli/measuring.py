@@ -12,7 +12,7 @@ import typer
 from llmc.cli import options as o
 from llmc.cli import output
 from llmc.cli.kinds import require
-from llmc.cli.profile_table import print_profile
+from llmc.cli.profile_table import MEASURED_LOW, print_profile
 from llmc.cli.roofline import check_roofline, draw_roofline
 from llmc.cli.streams import read_text
 from llmc.errors import LlmcError
@@ -56,7 +56,7 @@ def bench(
     from llmc.runtime.measure_steps import bench_arrays, bench_encoder
 
     if roofline is not None:
-        check_roofline(roofline)  # told before the work, not after it
+        check_roofline(roofline)  # an error comes before the work, not after it
     task = _task(artifact)
     _check_options(task, artifact, prompt_tokens, gen_tokens, batch, dims)
     found: Bench | EncoderBench | ArrayBench
@@ -145,14 +145,14 @@ def _facts(found: Bench | EncoderBench | ArrayBench) -> dict[str, str]:
 
     rows: dict[str, str]
     if isinstance(found, Bench):
-        read, limit = found.weight_bytes_per_token, found.memory_gigabytes_per_second
         rows = {
             "prefill": f"{found.prefill_tokens_per_second:,.1f} tokens/s "
             f"({found.batch} x {found.prompt_tokens} tokens)",
             "decode": f"{found.decode_tokens_per_second:,.1f} tokens/s ({found.batch} x {found.gen_tokens} tokens)",
-            "weights read": f"{output.size(read)} a step, {found.gigabytes_per_second:.2f} GB/s",
-            "memory bandwidth": f"{limit:.2f} GB/s measured now with {found.threads} threads; "
-            f"decode uses {found.bandwidth_percent:.1f}% of it",
+            "weights read": f"{found.weight_bytes_per_token / 1e6:,.1f} MB a step, "
+            f"{found.gigabytes_per_second:.2f} GB/s",
+            "memory bandwidth": f"{found.memory_gigabytes_per_second:.2f} GB/s measured now with "
+            f"{output.count(found.threads, 'thread')}; {_share(found)}",
         }
     elif isinstance(found, EncoderBench):
         rows = {
@@ -168,6 +168,14 @@ def _facts(found: Bench | EncoderBench | ArrayBench) -> dict[str, str]:
             **({"sizes": sizes} if sizes else {}),
         }
     return {**rows, "load": f"{found.load_seconds:.3f} s", "peak memory": output.size(found.peak_memory_bytes)}
+
+
+def _share(found: Bench) -> str:
+    """How much of the memory bandwidth decoding uses, where that means something."""
+    percent = found.bandwidth_percent
+    if percent is None:
+        return "the weights are in cache, so that memory is no limit"
+    return f"decode uses {percent:.1f}% of it" if percent <= 100 else f"decode reads faster: {MEASURED_LOW}"
 
 
 def eval(

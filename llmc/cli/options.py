@@ -56,7 +56,7 @@ Symmetric = Annotated[
 ]  # fmt: skip
 Activations = Annotated[
     str | None, typer.Option("--activations", metavar="int8|bf16|f32", rich_help_panel=_COMPILING,
-                             help="How coarsely layers may round inputs; default: int8 for int4, int8; bf16 for bf16."),
+                             help="Lowest precision of layers' inputs; default: int8 for int4, int8; bf16 for bf16."),
 ]  # fmt: skip
 Embedding = Annotated[
     str | None, typer.Option("--embedding", metavar="SCHEME", rich_help_panel=_COMPILING,

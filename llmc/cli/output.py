@@ -1,4 +1,4 @@
-"""What goes where: results to stdout, everything else to stderr; progress as bars for a person, as lines for a log."""
+"""Printing: results to stdout, everything else to stderr; progress as bars on a terminal, as lines in a log."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.step_sizes import sizes_text
 from llmc.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def inspect(
             )  # fmt: skip
             return
         provenance = _object(manifest.raw.get("provenance"))
-        created = provenance.get("created")  # only where the compile was told a time
+        created = provenance.get("created")  # only if the compile was given a time
         output.facts(
             {
                 "model": f"{manifest.model.name} ({manifest.model.parameters:,} parameters, "
@@ -144,14 +145,37 @@ def explain(
             print(f"    not: {what}: {why}")
     if raw.get("first_layer"):
         print(f"  first layer as recognised and as lifted: {raw['first_layer']}")
-    print("\nKernels")
-    for entry in _objects(raw.get("kernels")):
-        print(f"  {entry.get('count')} x {entry.get('op')}: {entry.get('chosen')} ({entry.get('reason')})")
-        kernels = entry.get("kernels")
-        for kernel in kernels if isinstance(kernels, list) else []:
-            print(f"    {kernel}")
-        for what, why in _pairs(entry.get("rejected")):
-            print(f"    not {what}: {why}")
+    _print_kernels(_objects(raw.get("kernels")))
+
+
+def _print_kernels(entries: list[Mapping[str, object]]) -> None:
+    """Which rule lowered which ops, and which rows each kernel serves. What is the same of several ops is said once."""
+    origins = {str(kernel.get("origin")) for entry in entries for kernel in _objects(entry.get("kernels"))}
+    shared = f", parameters by {next(iter(origins))}" if len(origins) == 1 else ""
+    print(f"\nKernels: the rows of a step that each serves{shared}")
+    counts: dict[tuple[str, ...], int] = {}
+    for entry in entries:
+        lines = tuple(_choice_lines(entry, tell_origin=len(origins) > 1))
+        counts[lines] = counts.get(lines, 0) + int(str(entry.get("count")))
+    for (first, *others), count in counts.items():
+        print(f"  {count} x {first}")
+        for text in others:
+            print(f"    {text}")
+
+
+def _choice_lines(entry: Mapping[str, object], tell_origin: bool) -> list[str]:
+    """The op and its rule, then a line for each kernel and each rule that refused."""
+    reason = entry.get("reason")
+    lines = [f"{entry.get('op')}: {entry.get('chosen')}" + (f" ({reason})" if reason else "")]
+    kernels = _objects(entry.get("kernels"))
+    served = [sizes_text(_guards(kernel.get("when"))) or "any" for kernel in kernels]
+    width = max(map(len, served), default=0)
+    for rows, kernel in zip(served, kernels, strict=True):
+        given = kernel.get("parameters")
+        parameters = ", ".join(map(str, given)) if isinstance(given, list) else ""
+        origin = f" by {kernel.get('origin')}" if tell_origin else ""
+        lines.append(f"{rows:<{width}}  {kernel.get('kernel')}({parameters}){origin}")
+    return lines + [f"not {what}: {why}" for what, why in _pairs(entry.get("rejected"))]
 
 
 def _object(value: object) -> Mapping[str, object]:
@@ -166,6 +190,12 @@ def _pairs(value: object) -> list[tuple[str, str]]:
     if not isinstance(value, list):
         return []
     return [(str(pair[0]), str(pair[1])) for pair in value if isinstance(pair, list) and len(pair) == 2]
+
+
+def _guards(value: object) -> list[tuple[str, int, int | None]]:
+    """(symbol, low, high) guards; what is none is left out."""
+    found = [item for item in value if isinstance(item, list) and len(item) == 3] if isinstance(value, list) else []
+    return [(str(name), int(low), None if high is None else int(high)) for name, low, high in found]
 
 
 def _counted(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

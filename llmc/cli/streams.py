@@ -1,4 +1,4 @@
-"""The standard streams as commands need them, whatever the shell gave: closed, full, not blocking, not UTF-8."""
+"""Standard streams that commands can use even if the shell gave closed, full, non-blocking or non-UTF-8 ones."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _is_open(number: int) -> bool:
 
 
 def silence(number: int) -> None:
-    """What is still to come on this descriptor goes nowhere: it cannot be written to."""
+    """Throws away further output to this descriptor, which cannot be written to."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)

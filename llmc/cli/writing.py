@@ -147,15 +147,15 @@ def chat(
     }  # fmt: skip
     from llmc.runtime.generation import resolve
 
-    told = template_options(tools, documents, template, variables or [])
+    template_settings = template_options(tools, documents, template, variables or [])
     runtime = load(model, quantization, threads, weights, verify)
     require(runtime.manifest, runtime.artifact.path, "chat", "generate")
     start = [] if system is None else [{"role": "system", "content": system}]
     # A model that cannot chat, or not with these options, says so now.
     resolve(sampling, runtime.manifest.generation, runtime.stop_ids, 0)
-    runtime.chat_template.check_variables(told)
-    runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}], **told)  # type: ignore[arg-type]
-    talk(Conversation(runtime, start, {**sampling, **told}, quiet=json), lambda: wait_verified(runtime))
+    runtime.chat_template.check_variables(template_settings)
+    runtime.chat_template.render([*start, {"role": "user", "content": "Hello"}], **template_settings)  # type: ignore[arg-type]
+    talk(Conversation(runtime, start, {**sampling, **template_settings}, quiet=json), lambda: wait_verified(runtime))
 
 
 COMMANDS = (

@@ -341,6 +341,6 @@ def summary(verdicts: Sequence[Verdict]) -> str:
     for name, found in sorted(by_part.items()):
         ways = Counter(verdict.how for verdict in found)
         recognised = sum(verdict.whole for verdict in found)
-        told = ", ".join(f"{count} {how}" for how, count in ways.most_common())
-        lines.append(f"  {name:40} {recognised:3} of {len(found):3} whole; {told}")
+        counted = ", ".join(f"{count} {how}" for how, count in ways.most_common())
+        lines.append(f"  {name:40} {recognised:3} of {len(found):3} whole; {counted}")
     return "\n".join(lines)
