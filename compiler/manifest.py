@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
-from llmc.compiler.ir.attention import TILE
+from llmc.compiler.ir.attention import MOST_PARTS, PART, TILE
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
@@ -58,7 +58,7 @@ def build_manifest(
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
-    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, greatest
+    from llmc.compiler.pipeline import GENERATE, RUN, greatest
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -83,7 +83,8 @@ def build_manifest(
             "max_step": max_step,
             "page": PAGE,
             "tile": TILE,
-            "max_splits": MAX_SPLITS,
+            "max_splits": MOST_PARTS,
+            "part": PART,
             "arena_bytes": max(plan.nbytes, 64),
             "vocab_size": _vocabulary(program, lifted),
             "state": state_of(program.graph, lifted.task),

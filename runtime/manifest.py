@@ -7,7 +7,7 @@ plan, provenance) are kept as they are.
     {"schema": 1, "abi": 5, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
-     "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size",
+     "step": {"max_step", "page", "tile", "max_splits", "part", "arena_bytes", "vocab_size",
               "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
               "calls": ["what the n-th profile entry measures", ...],
               "costs": [{"bytes", "operations": {"": number, "T": number, "T*KEYS": number, ...}, "arithmetic": "f32",
@@ -104,7 +104,8 @@ class LimitFacts:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
+    """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; part: tokens of the parts
+    that attention takes a context in, doubled where those would be more than max_splits; arena_bytes: planned for
     max_step tokens; state: "paged" (a KV cache), "none" (every step sees one whole sequence), "ragged" (several whole
     sequences) or "run" (arrays of any kind). failures: what a step that returns 1, 2, ... has found wrong with its
     inputs.
@@ -125,6 +126,7 @@ class StepFacts:
     limits: tuple[LimitFacts, ...] = ()
     failures: tuple[str, ...] = ()
     regimes: tuple[int, ...] = ()
+    part: int = 512
 
     def regime(self, length: int) -> int:
         """The regime that a sequence of so many tokens is computed in: 0, 1, ..."""
@@ -386,6 +388,7 @@ def _step(reader: Reader, states: tuple[str, ...], symbols: frozenset[str]) -> S
         limits=tuple(_limit(item) for item in reader.children("limits")),
         failures=tuple(reader.strings("failures", default=[])),
         regimes=_regimes(reader),
+        part=reader.integer("part", 1, 1 << 30, default=512),
     )
 
 

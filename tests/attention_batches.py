@@ -148,13 +148,14 @@ def ranges(units: int, cuts: tuple[float, ...]) -> list[tuple[int, int]]:
 
 
 def tiles_of(new: list[int], lengths: list[int], most: int) -> np.ndarray:
-    """Tiles of at most `most` rows for the last `new[i]` tokens of each sequence."""
+    """Tiles of at most `most` rows, which end at multiples of that, for the last `new[i]` tokens of each sequence."""
     tiles, row = [], 0
     for sequence, (count, length) in enumerate(zip(new, lengths, strict=True)):
-        for start in range(length - count, length, most):
-            rows = min(most, length - start)
+        start = length - count
+        while start < length:
+            rows = min(most - start % most, length - start)
             tiles.append((sequence, row, rows, start))
-            row += rows
+            start, row = start + rows, row + rows
     return np.array(tiles, np.int32)
 
 

@@ -30,6 +30,7 @@ Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
 FEW_ROWS = "xfew"  # the argument of up to 16 rows of activations, as tiles of three bf16 each
+LATENCY_BYTES = 64  # of weights that are multiplied in four cycles, at least: what no core reads from memory
 FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
@@ -108,8 +109,13 @@ def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: in
 def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
     """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
 
-    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four.
+    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four. One
+    row has one sum a tile, and a sum takes one term every four cycles: short terms come in four tiles, so that this is
+    no slower than the memory.
     """
+    if rows == 1:
+        bits = layout.bits if isinstance(layout, QuantizedLayout) else 32 if layout.dtype == "f32" else 16
+        return min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
     return 2 if layout.gated or 2 * rows <= isa.registers - 4 else 1
 
 
