@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kernel_harness import CACHE
-from tiny_encoders import make_encoder
+from tiny_encoders import make_encoder, write_encoder_tokenizer
 from tiny_models import make_tiny
 
 from llmc.compiler.options import CompileOptions
@@ -88,8 +88,8 @@ def company(request: pytest.FixtureRequest) -> Company:
     return compiled("llama", request.param)
 
 
-# Other heads, windows, softcaps, biases, norms. One key head for each query head; windows that end within a page.
-@pytest.fixture(scope="module", params=["gpt2", "gemma2", "gpt_oss", "bloom", "mistral_odd"])
+# Other heads, windows, softcaps, biases and norms; one key head for each query head, windows that end within a page.
+@pytest.fixture(scope="module", params=["gpt2", "gemma2", "qwen3", "bloom", "mistral_odd"])
 def other(request: pytest.FixtureRequest) -> Company:
     return compiled(request.param, "none")
 
@@ -179,20 +179,22 @@ def test_batches(company: Company, size: int) -> None:
     check_batch(company, size)
 
 
-@pytest.mark.parametrize("held", [32, 70, 300, PROMPT])
-def test_after_a_prefix_is_found(company: Company, held: int) -> None:
-    """Another text began with the first `held` tokens: their pages are taken over."""
-    runtime, prompt = company.two, company.tokens[: company.prompt]
-    runtime.pool.drop_kept()
-    with runtime.sequence() as before:
-        runtime.step([(before, np.concatenate([prompt[:held], ids_of(2, 40)]), "none")])
-    with runtime.sequence() as sequence:
-        found = sequence.adopt_prefix(prompt)
-        assert 0 < found <= held
-        same(runtime.step([(sequence, prompt[found:], "all")]), company.alone[found : company.prompt])
-        rows = [decode(runtime, [sequence], [token]) for token in company.decoded]
-        same(np.concatenate(rows), company.alone[company.prompt :])
-    runtime.pool.drop_kept()
+@pytest.mark.parametrize(("held", "left"), [(32, 1), (70, 3), (300, 40), (PROMPT, 12), (544, 1)])
+def test_after_a_prefix_is_found(company: Company, held: int, left: int) -> None:
+    """Another text began with the first `held` tokens: their pages are taken over, and `left` tokens more are read."""
+    for runtime in (company.one, company.two):
+        runtime.pool.drop_kept()
+        with runtime.sequence() as before:
+            runtime.step([(before, np.concatenate([company.tokens[:held], ids_of(2, 40)]), "none")])
+        with runtime.sequence() as sequence:
+            found = held // runtime.page * runtime.page
+            prompt = company.tokens[: found + left]
+            assert sequence.adopt_prefix(prompt) == found
+            same(runtime.step([(sequence, prompt[found:], "all")]), company.alone[found : len(prompt)])
+            behind = company.tokens[len(prompt) :][:2]
+            rows = [decode(runtime, [sequence], [token]) for token in behind]
+            same(np.concatenate(rows), company.alone[len(prompt) :][:2])
+        runtime.pool.drop_kept()
 
 
 def test_rows_that_check_a_guess(company: Company) -> None:
@@ -226,6 +228,7 @@ def test_a_trained_model(scheme: str, tmp_path: Path) -> None:
 def test_texts_of_an_encoder(family: str, scheme: str, tmp_path: Path) -> None:
     """Each text alone, with one thread, as in a batch with others, with two."""
     directory = make_encoder(family, tmp_path / family, max_position_embeddings=640)
+    write_encoder_tokenizer(directory, family, 640)
     options = CompileOptions(quantization=scheme, kernel_cache=CACHE)
     compile_model(str(directory), tmp_path / "model.so", options)
     one, two = (Runtime.load(tmp_path / "model.so", threads=threads) for threads in (1, 2))
