@@ -22,12 +22,16 @@ _LEAST_TILE = 16
 @dataclass(frozen=True)
 class Run:
     """Consecutive tokens of one sequence in one step: positions start.. of `sequence`, ids int32 [n]. The logits of
-    the rows from `first_row` on are wanted (n: none of them)."""
+    the rows from `first_row` on are wanted (n: none of them).
+
+    decoding: each token is one that decodes, and not a prompt's, also where they are several: guesses to be checked.
+    """
 
     sequence: Sequence
     ids: NDArray[np.int32]
     start: int
     first_row: int
+    decoding: bool = False
 
     @property
     def rows(self) -> int:
@@ -107,12 +111,13 @@ class StepRunner(StepCaller):
         pages = self._fill_block_table([run.sequence for run in runs])
         buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
         splits = self._splits(tiles, [run.start + len(run.ids) for run in runs])
-        self.step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
+        sizes = (tokens, tiles, len(runs), pages, rows, splits, int(not all(run.decoding for run in runs)))
+        self.step.sizes[:] = sizes
         self.step.logits = address(buffer)
         self.call()
         if self.profiling:
             places = tuple((run.start, len(run.ids)) for run in runs)
-            self.profiled.append(StepSizes((tokens, tiles, len(runs), pages, rows, splits), places))
+            self.profiled.append(StepSizes(sizes, places))
         if out is None:
             return buffer[:rows]
         if buffer is not out:
@@ -151,7 +156,7 @@ class StepRunner(StepCaller):
             self.lengths[:count] = [self.facts.length_in(sequence.regime) for sequence in sequences]
         self._last_pages = [int(sequence.pages[-1]) for sequence in sequences]
         splits = self._splits(count, [sequence.length + 1 for sequence in sequences])
-        self.step.sizes[:] = (count, count, count, pages, count, splits)
+        self.step.sizes[:] = (count, count, count, pages, count, splits, 0)
         logits = self._logits_buffer(count)
         self.step.logits = first = address(logits)
         self._places = [first + index * logits.strides[0] for index in range(count)]
@@ -187,7 +192,7 @@ class StepRunner(StepCaller):
                 else:
                     slots[token:end] = 0
                 # The last first: it sees the longest context, and the work ends with small units.
-                firsts, lengths = cut(start, count, tile_size)
+                firsts, lengths = cut(start, count, 1 if run.decoding else tile_size)
                 part = tiles[tile : tile + len(firsts)][::-1]
                 part[:, 0] = index
                 part[:, 1] = firsts + token

@@ -84,7 +84,7 @@ class RaggedRunner(StepCaller):
         tiles, pages = self._fill_places(lengths, starts)
         parts = parts_of(int(lengths.max()), self.facts.part, self.facts.max_splits)
         splits = choose_splits(tiles, self.kv_heads, parts, self.threads)
-        sizes = (tokens, tiles, count, pages, tokens, splits)
+        sizes = (tokens, tiles, count, pages, tokens, splits, 1)
         self.step.sizes[:] = sizes
         binding = {"T": tokens, "S": tokens, "B": count}
         results = [

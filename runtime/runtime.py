@@ -60,16 +60,24 @@ def _is_count(value: object, most: int) -> bool:
 
 @dataclass(frozen=True)
 class _Work:
-    """Tokens that a step appends to a sequence: the first `again` of them it had already, and are computed anew."""
+    """Tokens that a step appends to a sequence: the first `again` of them it had already, and are computed anew.
+    decoding: see `Run`."""
 
     sequence: Sequence
     ids: NDArray[np.int32]
     rows: Rows
     again: int
+    decoding: bool
 
 
 class Runtime:
-    """A loaded model. All methods may be called from several threads; steps take turns."""
+    """A loaded model. All methods may be called from several threads; steps take turns.
+
+    With a cache, and in encoders, the bits of a row depend on the tokens of its own sequence alone: not on what else is
+    in its steps, the number of threads, how its prompt was cut into steps, or what of it the cache held already. A
+    token that decodes has the bits that it has in a prompt, too, but where `StepFacts.row_kinds` says that prompts
+    are computed differently (machines with tile registers).
+    """
 
     def __init__(
         self, artifact: Artifact, library: Library, weights: NDArray[np.uint8], threads: int, kv_memory: int | None
@@ -84,6 +92,7 @@ class Runtime:
         self.max_step = self.manifest.step.max_step
         self.page = self.manifest.step.page
         self.paged = self.manifest.step.state == "paged"
+        self.row_kinds = self.manifest.step.row_kinds
         self.stop_ids = self.manifest.text.stop_ids if self.manifest.text else ()
         self.lock = ForkLock(STEPS)
         if not self.paged:
@@ -224,7 +233,9 @@ class Runtime:
 
         Each request is (sequence, ids, which of its rows: "all", "last" or "none"). Any mixture of long and short ones
         runs in as few steps of `max_step` tokens as it takes. On an error the sequences that were not yet served are
-        as before.
+        as before. One token behind others that the sequence has run decodes, all else is a prompt: where these are
+        computed differently, do not cut a prompt so that one token is left, and put requests of a kind side by side,
+        as each change of kind takes another step.
         """
         checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
         total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)
@@ -241,7 +252,9 @@ class Runtime:
         rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
         with self.lock:
             anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
-            if anew or sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
+            kinds = {sequence.decodes(len(ids)) for sequence, ids in requests} if self.row_kinds else ()
+            several = len(kinds) > 1 or sum(len(ids) for _, ids in requests) > self.max_step
+            if anew or several or not self.paged:
                 self._last = self.step(rows)
             else:
                 checked = [(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows]
@@ -300,7 +313,8 @@ class Runtime:
             for sequence, ids, wanted in requests:
                 prepared.append(sequence)
                 again = sequence.restart(len(ids)) if self.paged and sequence.changes_regime(len(ids)) else ids[:0]
-                work.append(_Work(sequence, np.concatenate([again, ids]) if len(again) else ids, wanted, len(again)))
+                whole = np.concatenate([again, ids]) if len(again) else ids
+                work.append(_Work(sequence, whole, wanted, len(again), sequence.decodes(len(whole))))
                 sequence.prepare(work[-1].ids)
             if not self.paged:
                 return self._step_whole(runner, requests, out)
@@ -320,12 +334,14 @@ class Runtime:
                 sequence.abandon()
 
     def _batches(self, work: list[_Work]) -> list[list[tuple[Run, int]]]:
-        """Runs of at most max_step tokens together, in order."""
+        """Runs of at most max_step tokens together, of one kind where kinds differ, in order."""
         batches: list[list[tuple[Run, int]]] = []
         room = 0
         for item in work:
             sequence, ids, rows = item.sequence, item.ids, item.rows
             begin = 0
+            if self.row_kinds and batches and batches[-1][-1][0].decoding != item.decoding:
+                room = 0
             while begin < len(ids):
                 if room == 0:
                     batches.append([])
@@ -336,9 +352,8 @@ class Runtime:
                     first_row = min(max(item.again - begin, 0), count)
                 else:
                     first_row = count - 1 if rows == "last" and is_end else count
-                batches[-1].append(
-                    (Run(sequence, ids[begin : begin + count], sequence.length + begin, first_row), count)
-                )
+                part = ids[begin : begin + count]
+                batches[-1].append((Run(sequence, part, sequence.length + begin, first_row, item.decoding), count))
                 begin += count
                 room -= count
         return batches

@@ -135,7 +135,8 @@ class Batch:
         arrays = [*(aligned(a) for a in args), *extras, out, state, partial]
         tile = Compiled(plan.tile, machine)
         for begin, end in reversed(ranges(plan.tile_units(len(self.tiles), splits), cuts)):
-            tile(*arrays, self.block_table.shape[1], splits, begin, end)
+            kind = [int(len(self.tiles) < tokens)] * plan.by_kind  # prompts, if any tile has several rows
+            tile(*arrays, self.block_table.shape[1], splits, *kind, begin, end)
         if splits > 1:
             combine = Compiled(plan.combine, machine)
             for begin, end in reversed(ranges(plan.combine_units(tokens), cuts)):

@@ -55,7 +55,7 @@ class Watched(Library):
 
     def run(self, step: int, threads: int) -> None:
         given = Step.from_address(step)
-        sizes = dict(zip("TQBMRS", given.sizes, strict=True))
+        sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
             pointer = ctypes.cast(getattr(given, name), ctypes.POINTER(ctypes.c_int32))

@@ -42,9 +42,14 @@ class AttentionPlan:
     value_dim: int
 
     @property
+    def by_kind(self) -> bool:
+        """Whether `tile` computes rows of prompts otherwise than rows that decode: it has the size PROMPT behind S."""
+        return self.tile.template is attention_matrix
+
+    @property
     def arithmetic(self) -> str:
         """What `tile` multiplies for many rows: the limit that it is compared with."""
-        return "bf16" if self.tile.template is attention_matrix else "f32"
+        return "bf16" if self.by_kind else "f32"
 
     def tile_units(self, tiles: int | Dim, splits: int | Dim) -> int | Dim:
         return tiles * splits * self.kv_heads

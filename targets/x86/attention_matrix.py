@@ -5,7 +5,7 @@ of the unit, then each block has scores = Q K in tiles, weights = 2^(scores - gr
 in tiles. Scores carry a factor of log2(e), so that a weight is a power of two, and bf16 is built from integers: while
 tiles are in use, half of the units for floating point stand still. For 16 rows, 32 keys and 64 channels the tiles take
 128 cycles; a page's conversion about 600 once for all rows of a chunk; the rest goes to weights and to moving tiles.
-Units of few rows (decode) take the f32 kernel instead.
+Units of few rows that decode take the f32 kernel instead.
 
 Rounding: queries, keys and values to bf16, 2^-8 of each at most (keys and values of an f16 cache lose their last three
 bits); weights by 2^-8 (1 + ln 2). A row's weights are summed as rounded. Weights of masked keys are exactly 0, and
@@ -78,7 +78,8 @@ def attention_matrix(
     span: int = 0,
     query: tuple[Param, ...] = (),
 ) -> PrimFunc:
-    """As `attention_tile`, same arguments and meaning, on a machine that `fits`."""
+    """As `attention_tile`, on a machine that `fits`; one more size, behind S: PROMPT, 1 where the step's rows are those
+    of prompts or texts that are encoded, and 0 where they decode."""
     isa = isa_for(machine)
     few = block_rows(isa)
     fields = (
@@ -96,7 +97,7 @@ def attention_matrix(
         causal,
         span,
     )
-    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper)
+    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper, ("PROMPT",))
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
@@ -173,12 +174,18 @@ def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) 
 
 @dataclass(frozen=True)
 class MatrixBody(TileBody):
-    """Emits the work of one unit: on tiles where it has more than a few rows, as `TileBody` does otherwise."""
+    """Emits the work of one unit: as `TileBody` does where it has a few rows that decode, on tiles otherwise.
+
+    So a row's kind decides: one that decodes has a unit of its own, of as many rows as heads share a key-value head.
+    """
 
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        from tvm import tirx
+
         tall = TallBody(**{**vars(self), "chunk": chunk_rows(self.head_dim, self.value_dim)})
         few = block_rows(self.isa)
-        either(place.rows <= few, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
+        alone = tirx.And(a.PROMPT == 0, place.rows <= few)
+        either(alone, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
 
 
 class TallBody(TileBody):

@@ -143,14 +143,14 @@ class TileBody(Parts):
     def lanes(self) -> int:
         return int(self.isa.lanes)
 
-    def kernel(self, helpers: str = "") -> PrimFunc:
+    def kernel(self, helpers: str = "", sizes: tuple[str, ...] = ()) -> PrimFunc:
         pointers = [("query", "float32"), ("keys", self.cache_dtype), ("values", self.cache_dtype)]
         pointers += [("tiles", "int32"), ("block_table", "int32")]
         pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
         pointers += [("starts", "int32")] * (not self.causal) + [("bias", "float32")] * bool(self.span)
         pointers += self.query_rows.pointers()
         pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
-        return range_kernel(pointers, ["M", "S"], self.unit, helpers + MEMORY_HELPER)
+        return range_kernel(pointers, ["M", "S", *sizes], self.unit, helpers + MEMORY_HELPER)
 
     def unit(self, a: SimpleNamespace, u: Expr) -> None:
         """One (tile, key-value head, split)."""

@@ -179,10 +179,12 @@ def float_linear_plan(
     bias: bool = False,
     residual: bool = False,
     activations: str = "f32",
+    in_company: bool = False,
 ) -> LinearPlan:
     """y[T, features] from weights of dtype "f32", "f16" or "bf16", logical [n, k] (n = 2F when gated).
 
     activations "bf16" asks for products of bf16 pairs; the plan says "f32" where weights or machine do not do that.
+    in_company: every number of rows has the same bits in a row; else only where that costs nothing.
     """
     if activations not in ("bf16", "f32"):
         raise ValueError(f"unknown activations {activations!r} for float weights; known: bf16, f32")
@@ -190,11 +192,16 @@ def float_linear_plan(
     pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dot
     params = _params(n, k, gated, activation, bias, residual) | {"dtype": dtype, "pairs": pairs}
     layout = FloatLayout(dtype, isa.lanes, gated)
-    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32")
+    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32", in_company)
 
 
 def _float_plan(
-    machine: Machine, template: Callable[..., PrimFunc], layout: Layout, params: dict[str, Param], activations: str
+    machine: Machine,
+    template: Callable[..., PrimFunc],
+    layout: Layout,
+    params: dict[str, Param],
+    activations: str,
+    in_company: bool = False,
 ) -> LinearPlan:
     """Up to 16 rows stream the weight: through tile registers, if it is of bf16, else through vector registers."""
     isa = isa_for(machine)
@@ -205,7 +212,7 @@ def _float_plan(
         made = kernel(template, machine.key, rows=high, tiles=tiles, **params)
         return _rows_variant(made, layout, low, high, tiles)
 
-    def tile_rows(low: int, high: int) -> Variant:
+    def tile_rows(low: int, high: int | None) -> Variant:
         own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
         made = kernel(float_linear_tile_rows, machine.key, **own)
         found = _rows_variant(made, layout, low, high, FLOAT_TILES)
@@ -214,6 +221,8 @@ def _float_plan(
     on_tiles = params.get("dtype") == "bf16" and activations == "f32" and has_tiles(machine, "bf16")
     few: tuple[Variant, ...]
     if on_tiles and isa.lanes == ROWS:
+        if in_company:  # tiles add up in another order than vectors
+            return LinearPlan(layout, activations, arguments, (tile_rows(1, None),))
         few = (rows(1, 1), tile_rows(2, ROWS))
     else:
         bounds = (0, 1, 4, 8, 12) if isa.registers >= 32 else (0, 1, 4, 6, 8)
@@ -247,7 +256,7 @@ def _size_in(params: dict[str, Param]) -> tuple[int, int]:
     return n, k
 
 
-def _rows_variant(made: Kernel, layout: Layout, low: int, high: int, tiles: int = 0) -> Variant:
+def _rows_variant(made: Kernel, layout: Layout, low: int, high: int | None, tiles: int = 0) -> Variant:
     """A kernel whose every unit streams its share of the weight: `tiles` tiles, by default those of one result."""
     n, k = _size(made)
     units = -(-layout.tiles(n) // (tiles or (2 if layout.gated else 1)))
