@@ -69,7 +69,7 @@ def choose_tile(counts: list[int], kv_heads: int, threads: int, most: int) -> in
 def cut(start: int, count: int, tile: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """(first row, rows) of the query tiles of `count` tokens at positions from `start` on, which end at multiples of
     `tile`."""
-    first = np.arange(start // tile * tile, start + count, tile, dtype=np.int32) - start
+    first = np.arange(start // tile * tile - start, count, tile, dtype=np.int32)
     first[0] = 0
     return first, np.diff(first, append=np.int32(count))
 

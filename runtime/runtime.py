@@ -252,7 +252,7 @@ class Runtime:
         rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
         with self.lock:
             anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
-            kinds = {sequence.decodes(len(ids)) for sequence, ids in requests} if self.row_kinds else ()
+            kinds = {self.row_kinds and sequence.decodes(len(ids)) for sequence, ids in requests}
             several = len(kinds) > 1 or sum(len(ids) for _, ids in requests) > self.max_step
             if anew or several or not self.paged:
                 self._last = self.step(rows)
