@@ -16,7 +16,7 @@ enum {
     LLMC_PAGES = 3,     /* M: pages a sequence in the block table */
     LLMC_ROWS = 4,      /* R: rows whose logits are wanted */
     LLMC_SPLITS = 5,    /* S: units that attention over a context is for, if it has so many parts */
-    LLMC_PROMPT = 6,    /* 1: the tokens are read, as a prompt or a text; 0: each of them decodes, in a tile of its own */
+    LLMC_PROMPT = 6,    /* 1: the tokens are read, as a prompt or a text; 0: each decodes, in a tile of its own */
     LLMC_SIZES = 7
 };
 
