@@ -127,7 +127,8 @@ def runner(
     arrays, pages, tiles = attention_arrays(shape, sequences, context, new)
     unused = aligned(np.zeros(16, np.float32))
     tile = Compiled(plan.tile, machine)
-    return lambda: tile(*arrays, unused, unused, pages, 1, 0, plan.tile_units(tiles, 1)), arrays
+    kind = [int(new > 1)] * plan.by_kind
+    return lambda: tile(*arrays, unused, unused, pages, 1, *kind, 0, plan.tile_units(tiles, 1)), arrays
 
 
 def decode_line(machine: Machine, shape: tuple[int, int, int], rounds: int, total_bytes: int) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.compiler.estimate import estimate
-from llmc.compiler.ir.attention import TILE
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.attention import MOST_PARTS, PART, TILE
+from llmc.compiler.ir.dims import Dim, symbols_of
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.interface import output_values, size_names
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmc.targets.memory import Plan
 
 SCHEMA = 1
-ABI = 5
+ABI = 6
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 
@@ -58,7 +58,7 @@ def build_manifest(
     weights_hash: str = "",
 ) -> dict[str, object]:
     """The manifest of a compiled model; plain JSON values only."""
-    from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, greatest
+    from llmc.compiler.pipeline import GENERATE, RUN, greatest
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -83,7 +83,8 @@ def build_manifest(
             "max_step": max_step,
             "page": PAGE,
             "tile": TILE,
-            "max_splits": MAX_SPLITS,
+            "max_splits": MOST_PARTS,
+            "part": PART,
             "arena_bytes": max(plan.nbytes, 64),
             "vocab_size": _vocabulary(program, lifted),
             "state": state_of(program.graph, lifted.task),
@@ -91,6 +92,7 @@ def build_manifest(
             "costs": library.costs,
             "limits": library.limits,
             "failures": library.failures,
+            "row_kinds": _has_row_kinds(program),
             "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },
         "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
@@ -171,6 +173,14 @@ def state_of(graph: Graph, task: str) -> str:
     if task == ENCODE:
         return "ragged" if any(value.name == "starts" for value in graph.inputs) else "none"
     return "paged" if any(isinstance(value.type, KV) for value in graph.inputs) else "none"
+
+
+def _has_row_kinds(program: Program) -> bool:
+    """Whether a kernel, or which one runs, depends on the step's `LLMC_PROMPT`."""
+    calls = [call for lowered in program.ops for call in lowered.calls]
+    sizes = [size for call in calls for size in call.args if isinstance(size, Dim)]
+    guards = {item.symbol for call in calls for item in call.when}
+    return "PROMPT" in guards | {item.name for size in sizes for item in symbols_of(size)}
 
 
 def _vocabulary(program: Program, lifted: Lifted) -> int | Dim:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import ArtifactWriter
-from llmc.compiler.ir.attention import Attention
+from llmc.compiler.ir.attention import MOST_PARTS, Attention
 from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
 
-MAX_SPLITS = 16  # context splits of attention at most
 GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 
 RECOGNISE = (
@@ -277,7 +276,7 @@ def largest_sizes(step: int, max_context: int) -> dict[str, int]:
     """The greatest value of every symbol of a step of at most `step` tokens, for planning memory."""
     return {
         "T": step, "S": step, "R": step, "Q": step, "B": step,
-        "M": -(-max_context // PAGE), "SPLITS": MAX_SPLITS,
+        "M": -(-max_context // PAGE), "SPLITS": MOST_PARTS, "PROMPT": 1,
     }  # fmt: skip
 
 

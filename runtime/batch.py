@@ -15,8 +15,6 @@ from llmc.runtime.profile import StepSizes
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller, int32
 
-_LEAST_PAGES = 4
-_PAGES_WORTH_A_UNIT = 16
 _UNITS_PER_THREAD = 4
 _LEAST_TILE = 16
 
@@ -24,42 +22,56 @@ _LEAST_TILE = 16
 @dataclass(frozen=True)
 class Run:
     """Consecutive tokens of one sequence in one step: positions start.. of `sequence`, ids int32 [n]. The logits of
-    the rows from `first_row` on are wanted (n: none of them)."""
+    the rows from `first_row` on are wanted (n: none of them).
+
+    decoding: each token is one that decodes, and not a prompt's, also where they are several: guesses to be checked.
+    """
 
     sequence: Sequence
     ids: NDArray[np.int32]
     start: int
     first_row: int
+    decoding: bool = False
 
     @property
     def rows(self) -> int:
         return len(self.ids) - self.first_row
 
 
-def choose_splits(tiles: int, kv_heads: int, pages: int, threads: int, most: int) -> int:
-    """Into how many parts attention cuts the context, so that each thread finds work.
+def parts_of(tokens: int, part: int, most: int) -> int:
+    """In how many parts attention takes a context of so many tokens: of `part` tokens each, or, where those would be
+    more than `most`, of twice as many, four times, ..."""
+    times = -(-tokens // (part * most))
+    return -(-tokens // (part << (times - 1).bit_length()))
 
-    As many as give every thread a unit of at least four pages; and, so that threads can help each other, a few units
-    of at least sixteen. Smaller ones cost more than they even out: with 512 tokens of context, two heads and two
-    threads, one part takes 0.45 ms a step of 24 layers, four parts 0.51 ms.
+
+def choose_splits(tiles: int, kv_heads: int, parts: int, threads: int) -> int:
+    """Into how many units attention cuts the context of a query tile, where that is taken in up to `parts` parts.
+
+    One for every part, if threads would have too little to do with one for all of them. It decides who does the work,
+    not what is computed: a row's parts, and the order in which they are merged, follow from its position alone.
     """
-    units = max(1, tiles * kv_heads)
-
-    def parts(units_per_thread: int, least_pages: int) -> int:
-        return min(-(-units_per_thread * threads // units), pages // least_pages)
-
-    return max(1, min(max(parts(1, _LEAST_PAGES), parts(_UNITS_PER_THREAD, _PAGES_WORTH_A_UNIT)), most))
+    return parts if threads > 1 and tiles * kv_heads < _UNITS_PER_THREAD * threads else 1
 
 
 def choose_tile(counts: list[int], kv_heads: int, threads: int, most: int) -> int:
     """Tokens of a query tile, for runs of `counts` tokens: `most`, halved until every thread has a few units of work.
 
-    A larger tile reads and converts its keys and values less often; below 16 that costs more than idle threads.
+    A larger tile reads and converts its keys and values less often; below 16 that costs more than idle threads. What is
+    computed for a row does not depend on which others are in its tile.
     """
     tile = most
     while tile > _LEAST_TILE and sum(-(-count // tile) for count in counts) * kv_heads < _UNITS_PER_THREAD * threads:
         tile = max(_LEAST_TILE, tile // 2)
     return tile
+
+
+def cut(start: int, count: int, tile: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(first row, rows) of the query tiles of `count` tokens at positions from `start` on, which end at multiples of
+    `tile`."""
+    first = np.arange(start // tile * tile - start, count, tile, dtype=np.int32)
+    first[0] = 0
+    return first, np.diff(first, append=np.int32(count))
 
 
 class StepRunner(StepCaller):
@@ -98,13 +110,14 @@ class StepRunner(StepCaller):
         tokens, tiles, rows = self._fill_tokens(runs)
         pages = self._fill_block_table([run.sequence for run in runs])
         buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
-        splits = choose_splits(tiles, self.kv_heads, pages, self.threads, self.facts.max_splits)
-        self.step.sizes[:] = (tokens, tiles, len(runs), pages, rows, splits)
+        splits = self._splits(tiles, [run.start + len(run.ids) for run in runs])
+        sizes = (tokens, tiles, len(runs), pages, rows, splits, int(not all(run.decoding for run in runs)))
+        self.step.sizes[:] = sizes
         self.step.logits = address(buffer)
         self.call()
         if self.profiling:
             places = tuple((run.start, len(run.ids)) for run in runs)
-            self.profiled.append(StepSizes((tokens, tiles, len(runs), pages, rows, splits), places))
+            self.profiled.append(StepSizes(sizes, places))
         if out is None:
             return buffer[:rows]
         if buffer is not out:
@@ -142,11 +155,17 @@ class StepRunner(StepCaller):
         if self.facts.regimes:
             self.lengths[:count] = [self.facts.length_in(sequence.regime) for sequence in sequences]
         self._last_pages = [int(sequence.pages[-1]) for sequence in sequences]
-        splits = choose_splits(count, self.kv_heads, pages, self.threads, self.facts.max_splits)
-        self.step.sizes[:] = (count, count, count, pages, count, splits)
+        splits = self._splits(count, [sequence.length + 1 for sequence in sequences])
+        self.step.sizes[:] = (count, count, count, pages, count, splits, 0)
         logits = self._logits_buffer(count)
         self.step.logits = first = address(logits)
         self._places = [first + index * logits.strides[0] for index in range(count)]
+
+    def _splits(self, tiles: int, contexts: list[int]) -> int:
+        """The step's number of splits, for so many query tiles, the last of each sequence at the end of its context."""
+        facts = self.facts
+        parts = max(parts_of(tokens, facts.part, facts.max_splits) for tokens in contexts)
+        return choose_splits(tiles, self.kv_heads, parts, self.threads)
 
     def _fill_tokens(self, runs: list[Run]) -> tuple[int, int, int]:
         """Fills ids, positions, slots, tiles and rows; returns the numbers of tokens, tiles and rows."""
@@ -173,11 +192,11 @@ class StepRunner(StepCaller):
                 else:
                     slots[token:end] = 0
                 # The last first: it sees the longest context, and the work ends with small units.
-                firsts = np.arange(0, count, tile_size, dtype=np.int32)[::-1]
-                part = tiles[tile : tile + len(firsts)]
+                firsts, lengths = cut(start, count, 1 if run.decoding else tile_size)
+                part = tiles[tile : tile + len(firsts)][::-1]
                 part[:, 0] = index
                 part[:, 1] = firsts + token
-                part[:, 2] = np.minimum(tile_size, count - firsts)
+                part[:, 2] = lengths
                 part[:, 3] = firsts + start
                 tile += len(firsts)
             if self.facts.regimes:

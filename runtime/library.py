@@ -26,10 +26,10 @@ _RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
 
 class Step(ctypes.Structure):
-    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S."""
+    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT."""
 
     _fields_ = (
-        ("sizes", ctypes.c_int64 * 6),
+        ("sizes", ctypes.c_int64 * 7),
         ("ids", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),

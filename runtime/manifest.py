@@ -4,11 +4,12 @@ Every field that the runtime acts upon is checked for type and range here, so th
 it: a damaged or hostile manifest is an `ArtifactError`, never a crash. Fields that only people read (kernels, memory
 plan, provenance) are kept as they are.
 
-    {"schema": 1, "abi": 5, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
+    {"schema": 1, "abi": 6, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
      "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
-     "step": {"max_step", "page", "tile", "max_splits", "arena_bytes", "vocab_size",
+     "step": {"max_step", "page", "tile", "max_splits", "part", "arena_bytes", "vocab_size",
               "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
+              "row_kinds": true where prompts and decoding are computed differently,
               "calls": ["what the n-th profile entry measures", ...],
               "costs": [{"bytes", "operations": {"": number, "T": number, "T*KEYS": number, ...}, "arithmetic": "f32",
                          "when": [[symbol, low, high | null], ...], "calls": [numbers of calls]}],
@@ -43,7 +44,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 5
+ABI = 6
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
@@ -58,7 +59,7 @@ _MOST_AXES = 16
 _MOST_CONTEXT = 1 << 31
 # Floats, and what is encoded: kernels only multiply with these.
 _NO_INDICES = re.compile(r"tensor<\[[^\[\]<>]*\], (f64|f32|f16|bf16|[a-z0-9]+, [^<>]+)>")
-_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|(KEYS|PAIRS)[0-9]{0,9}")
+_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|PROMPT|(KEYS|PAIRS)[0-9]{0,9}")
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,15 @@ class LimitFacts:
 
 @dataclass(frozen=True)
 class StepFacts:
-    """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; arena_bytes: planned for
+    """The limits of one step. page: tokens a cache page; tile: rows a query tile at most; part: tokens of the parts
+    that attention takes a context in, doubled where those would be more than max_splits; arena_bytes: planned for
     max_step tokens; state: "paged" (a KV cache), "none" (every step sees one whole sequence), "ragged" (several whole
     sequences) or "run" (arrays of any kind). failures: what a step that returns 1, 2, ... has found wrong with its
     inputs.
 
     regimes: lengths of a sequence after which the model computes every token of it differently (rotary frequencies for
-    long contexts), ascending; tokens in a cache are of one regime.
+    long contexts), ascending; tokens in a cache are of one regime. row_kinds: rows of prompts and rows that decode are
+    computed differently, so that a step has one kind only.
     """
 
     max_step: int
@@ -127,6 +130,8 @@ class StepFacts:
     limits: tuple[LimitFacts, ...] = ()
     failures: tuple[str, ...] = ()
     regimes: tuple[int, ...] = ()
+    part: int = 512
+    row_kinds: bool = False
 
     def regime(self, length: int) -> int:
         """The regime that a sequence of so many tokens is computed in: 0, 1, ..."""
@@ -400,6 +405,8 @@ def _step(reader: Reader, states: tuple[str, ...], symbols: frozenset[str]) -> S
         limits=tuple(_limit(item) for item in reader.children("limits")),
         failures=tuple(reader.strings("failures", default=[])),
         regimes=_regimes(reader),
+        part=reader.integer("part", 1, 1 << 30, default=512),
+        row_kinds=reader.boolean("row_kinds", default=False),
     )
 
 

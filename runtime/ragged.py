@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.batch import choose_splits, choose_tile
+from llmc.runtime.batch import choose_splits, choose_tile, parts_of
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.library import Library
 from llmc.runtime.memory import address, aligned_empty
@@ -82,8 +82,9 @@ class RaggedRunner(StepCaller):
         tokens, count = int(lengths.sum()), len(sequences)
         starts = self._fill_tokens(sequences, lengths, tokens)
         tiles, pages = self._fill_places(lengths, starts)
-        splits = choose_splits(tiles, self.kv_heads, pages, self.threads, self.facts.max_splits)
-        sizes = (tokens, tiles, count, pages, tokens, splits)
+        parts = parts_of(int(lengths.max()), self.facts.part, self.facts.max_splits)
+        splits = choose_splits(tiles, self.kv_heads, parts, self.threads)
+        sizes = (tokens, tiles, count, pages, tokens, splits, 1)
         self.step.sizes[:] = sizes
         binding = {"T": tokens, "S": tokens, "B": count}
         results = [

@@ -59,7 +59,13 @@ def _is_count(value: object, most: int) -> bool:
 
 
 class Runtime:
-    """A loaded model. All methods may be called from several threads; steps take turns."""
+    """A loaded model. All methods may be called from several threads; steps take turns.
+
+    With a cache, and in encoders, the bits of a row depend on the tokens of its own sequence alone: not on what else is
+    in its steps, the number of threads, how its prompt was cut into steps, or what of it the cache held already. A
+    token that decodes has the bits that it has in a prompt, too, but where `StepFacts.row_kinds` says that prompts
+    are computed differently (machines with tile registers).
+    """
 
     def __init__(
         self, artifact: Artifact, library: Library, weights: Weights, threads: int, kv_memory: int | None
@@ -74,6 +80,7 @@ class Runtime:
         self.max_step = self.manifest.step.max_step
         self.page = self.manifest.step.page
         self.paged = self.manifest.step.state == "paged"
+        self.row_kinds = self.manifest.step.row_kinds
         self.stop_ids = self.manifest.text.stop_ids if self.manifest.text else ()
         self.lock = ForkLock(STEPS)
         if not self.paged:
@@ -275,7 +282,9 @@ class Runtime:
 
         Each request is (sequence, ids, which of its rows: "all", "last" or "none"). Any mixture of long and short ones
         runs in as few steps of `max_step` tokens as it takes. On an error the sequences that were not yet served are
-        as before.
+        as before. One token behind others that the sequence has run decodes, all else is a prompt: where these are
+        computed differently, do not cut a prompt so that one token is left, and put requests of a kind side by side,
+        as each change of kind takes another step.
         """
         checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
         total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)
@@ -292,7 +301,9 @@ class Runtime:
         rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
         with self.lock:
             anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
-            if anew or sum(len(ids) for _, ids in requests) > self.max_step or not self.paged:
+            kinds = {self.row_kinds and sequence.decodes(len(ids)) for sequence, ids in requests}
+            several = len(kinds) > 1 or sum(len(ids) for _, ids in requests) > self.max_step
+            if anew or several or not self.paged:
                 self._last = self.step(rows)
             else:
                 checked = [(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows]
@@ -351,13 +362,14 @@ class Runtime:
             for sequence, ids, wanted in requests:
                 prepared.append(sequence)
                 again = sequence.restart(len(ids)) if self.paged and sequence.changes_regime(len(ids)) else ids[:0]
-                work.append(Work(sequence, np.concatenate([again, ids]) if len(again) else ids, wanted, len(again)))
+                whole = np.concatenate([again, ids]) if len(again) else ids
+                work.append(Work(sequence, whole, wanted, len(again), sequence.decodes(len(whole))))
                 sequence.prepare(work[-1].ids)
             if not self.paged:
                 return self._step_whole(runner, requests, out)
             result = out
             row = 0
-            for runs in cut_into_steps(work, self.max_step):
+            for runs in cut_into_steps(work, self.max_step, self.row_kinds):
                 rows = sum(run.rows for run in runs)
                 result = runner.run(runs, None if out is None else out[row : row + rows])
                 row += rows

@@ -47,6 +47,7 @@ class Sequence:
         self.regime = 0
         self.page_count = 0
         self.closed = False
+        self.reading = True  # no token of its own has run: what comes is the rest of a prompt, even if it is one token
         self._tokens: NDArray[np.int32] = np.zeros(64, np.int32)
         self._pages: NDArray[np.int32] = np.zeros(8, np.int32)
         self.stamp = next(_STAMPS)  # another one whenever `pages` changes, and no two sequences have the same
@@ -126,7 +127,7 @@ class Sequence:
                 self.runtime.pool.share(page)
             other._pages = self._pages.copy()
             other.page_count = self.page_count
-        other.length = self.length
+        other.length, other.reading = self.length, self.reading
         other._chain = self._chain.copy()
         return other
 
@@ -166,6 +167,10 @@ class Sequence:
     def regime_of(self, length: int) -> int:
         """The regime that it is computed in when it has so many tokens."""
         return self.runtime.manifest.step.regime(max(length, self.expected))
+
+    def decodes(self, count: int) -> bool:
+        """Whether the next `count` tokens decode: one token behind those that it has run. Others are a prompt's."""
+        return count == 1 and self.length > 0 and not self.reading
 
     def changes_regime(self, count: int) -> bool:
         """Whether `count` more tokens make those in the cache useless: they are to be computed anew."""
@@ -255,6 +260,7 @@ class Sequence:
     def commit(self, count: int) -> None:
         """`count` prepared tokens are in the cache now. Called under the runtime's lock, after a step."""
         self.length += count
+        self.reading = False
         runtime = self.runtime
         if self._before is not None:
             self._release_shared(self._before)

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 5
+#define LLMC_ABI 6
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
@@ -15,8 +15,9 @@ enum {
     LLMC_SEQUENCES = 2, /* B: sequences */
     LLMC_PAGES = 3,     /* M: pages a sequence in the block table */
     LLMC_ROWS = 4,      /* R: rows whose logits are wanted */
-    LLMC_SPLITS = 5,    /* SPLITS: context splits of attention */
-    LLMC_SIZES = 6
+    LLMC_SPLITS = 5,    /* SPLITS: units that attention over a context is for, if it has so many parts */
+    LLMC_PROMPT = 6,    /* 1: the tokens are read, as a prompt or a text; 0: each decodes, in a tile of its own */
+    LLMC_SIZES = 7
 };
 
 typedef struct LlmcStep {

@@ -47,6 +47,7 @@ WHOLE = 1e-4
 HALF_CACHE = 1e-3  # keys and values that differ in the last digit of f32 may be rounded to others in f16, 2^-11 apart
 _ULP = {"f16": 2.0**-10, "bf16": 2.0**-7}
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
+_SLOTS["LLMC_PROMPT"] = 6
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ SIZES = {
     "M": "LLMC_PAGES",
     "R": "LLMC_ROWS",
     "SPLITS": "LLMC_SPLITS",
+    "PROMPT": "LLMC_PROMPT",
 }
+_COUNT = len(set(SIZES.values()))
 INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts", "lengths")
 
 _BROKEN = "the step was called with"
@@ -56,7 +58,7 @@ def limits_source(graph: Graph, task: str, limits: StepLimits, arena_bytes: int,
     names = size_names(graph) if arrays else []
     low = {name: min(item.low for item in graph.symbols if item.name == name) for name in names}
     plain = [value for value in graph.inputs if not isinstance(value.type, KV)]
-    least, most = _sizes(graph, limits) if not arrays else (["INT64_MIN"] * 6, ["INT64_MAX"] * 6)
+    least, most = _sizes(graph, limits) if not arrays else (["INT64_MIN"] * _COUNT, ["INT64_MAX"] * _COUNT)
     facts = {
         "least": f"{{{', '.join(least)}}}",
         "most": f"{{{', '.join(most)}}}",
@@ -103,4 +105,5 @@ def _sizes(graph: Graph, limits: StepLimits) -> tuple[list[str], list[str]]:
         if name in used - {"R"} or name == "SPLITS":
             least[slot] = 1
         most[slot] = max(most[slot], limits.sizes.get(name, 0))
+    most[SIZES["PROMPT"]] = 1
     return [f"INT64_C({least[slot]})" for slot in slots], [f"INT64_C({most[slot]})" for slot in slots]

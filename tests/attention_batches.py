@@ -62,6 +62,11 @@ class Batch:
     def starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum([len(keys) for keys in self.keys])]).astype(np.int32)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the rows are those of prompts, and do not decode: a tile has several."""
+        return len(self.tiles) < len(self.query)
+
     def seen(self, sequence: int, position: int) -> slice:
         """The keys that a row at `position` of a sequence sees."""
         window, end = self.case.window, position + 1
@@ -79,7 +84,7 @@ class Batch:
         relative errors of the weights are multiplied by. exponent [T, heads, 1]: the greatest sum of
         |query * key| * scale, on which the error of a relative error in queries and keys depends.
 
-        rounded_rows: queries (scaled), keys and values are bf16 in tiles of more than so many rows of a head's group.
+        rounded_rows: queries (scaled), keys and values are bf16 where tokens are read, or heads of a group are more.
         """
         case = self.case
         group = case.heads // case.kv_heads
@@ -87,7 +92,7 @@ class Batch:
         spread, exponent = np.zeros_like(out), np.zeros((len(self.query), case.heads, 1))
         scaled = np.float32(case.scale / case.softcap if case.softcap else case.scale * math.log2(math.e))
         for sequence, first, count, position in self.tiles:
-            rounds = rounded_rows is not None and count * group > rounded_rows
+            rounds = rounded_rows is not None and (self.is_read or group > rounded_rows)
             number, factor = (bfloat16, scaled) if rounds else (exact, np.float32(1))
             for row in range(count):
                 last = position + row
@@ -135,7 +140,8 @@ class Batch:
         arrays = [*(aligned(a) for a in args), *extras, out, state, partial]
         tile = Compiled(plan.tile, machine)
         for begin, end in reversed(ranges(plan.tile_units(len(self.tiles), splits), cuts)):
-            tile(*arrays, self.block_table.shape[1], splits, begin, end)
+            kind = [int(self.is_read)] * plan.by_kind
+            tile(*arrays, self.block_table.shape[1], splits, *kind, begin, end)
         if splits > 1:
             combine = Compiled(plan.combine, machine)
             for begin, end in reversed(ranges(plan.combine_units(tokens), cuts)):
@@ -148,13 +154,14 @@ def ranges(units: int, cuts: tuple[float, ...]) -> list[tuple[int, int]]:
 
 
 def tiles_of(new: list[int], lengths: list[int], most: int) -> np.ndarray:
-    """Tiles of at most `most` rows for the last `new[i]` tokens of each sequence."""
+    """Tiles of at most `most` rows, which end at multiples of that, for the last `new[i]` tokens of each sequence."""
     tiles, row = [], 0
     for sequence, (count, length) in enumerate(zip(new, lengths, strict=True)):
-        for start in range(length - count, length, most):
-            rows = min(most, length - start)
+        start = length - count
+        while start < length:
+            rows = min(most - start % most, length - start)
             tiles.append((sequence, row, rows, start))
-            row += rows
+            start, row = start + rows, row + rows
     return np.array(tiles, np.int32)
 
 

@@ -28,6 +28,7 @@ from llmc.targets.memory import plan_memory
 from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits
 
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
+_SLOTS["LLMC_PROMPT"] = 6
 
 
 class CompiledGraph:
@@ -124,6 +125,7 @@ class CompiledGraph:
     ) -> list[Pages]:
         """Fills in what every task needs, and runs the step; returns the caches after."""
         kept, caches, tables = [], [], []
+        step.sizes[_SLOTS["LLMC_PROMPT"]] = int(binding.get("T", 0) > 16)
         for symbol, slot in SIZES.items():
             if symbol in binding:
                 step.sizes[_SLOTS[slot]] = binding[symbol]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
 from llmc.runtime import manifest
-from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile
+from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile, cut, parts_of
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
@@ -55,7 +55,7 @@ class Watched(Library):
 
     def run(self, step: int, threads: int) -> None:
         given = Step.from_address(step)
-        sizes = dict(zip("TQBMRS", given.sizes, strict=True))
+        sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
             pointer = ctypes.cast(getattr(given, name), ctypes.POINTER(ctypes.c_int32))
@@ -139,21 +139,30 @@ def check_arrays(runtime: Runtime, runs: list[Run]) -> None:
     ]
 
 
-@given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 5000), st.integers(1, 128), st.integers(1, 16))
-def test_splits_give_every_thread_work_in_parts_that_are_worth_it(
-    tiles: int, kv_heads: int, pages: int, threads: int, most: int
-) -> None:
-    splits = choose_splits(tiles, kv_heads, pages, threads, most)
-    assert 1 <= splits <= most
-    if tiles * kv_heads >= 4 * threads:
-        assert splits == 1
-    if splits > 1:
-        assert pages // splits >= 4
-        assert (splits - 1) * tiles * kv_heads < 4 * threads  # no more than it takes
-    if splits * tiles * kv_heads < threads:  # only where parts would be too short, or too many
-        assert splits == most or pages // (splits + 1) < 4
-    if (splits - 1) * tiles * kv_heads >= threads:  # a thread's second unit is a long one
-        assert pages // splits >= 16
+@given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 16), st.integers(1, 128))
+def test_splits_are_for_threads_without_work(tiles: int, kv_heads: int, parts: int, threads: int) -> None:
+    splits = choose_splits(tiles, kv_heads, parts, threads)
+    assert splits in (1, parts)
+    assert splits == 1 or tiles * kv_heads < 4 * threads
+    assert splits == parts or threads == 1 or tiles * kv_heads >= 4 * threads
+
+
+@given(st.integers(1, 200_000), st.sampled_from([1, 4, 16]), st.sampled_from([32, 512]))
+def test_parts_are_as_short_as_their_number_allows(tokens: int, most: int, part: int) -> None:
+    """The least of part, 2 * part, 4 * part, ... of which `most` hold the context."""
+    length = next(part << i for i in range(40) if (part << i) * most >= tokens)
+    assert parts_of(tokens, part, most) == -(-tokens // length) <= most
+
+
+@given(st.integers(0, 1000), st.integers(1, 600), st.sampled_from([16, 64, 100]))
+def test_tiles_end_where_the_positions_say(start: int, count: int, tile: int) -> None:
+    first, rows = cut(start, count, tile)
+    assert first[0] == 0
+    assert (rows > 0).all()
+    assert rows.sum() == count
+    assert (first[1:] == np.cumsum(rows)[:-1]).all()
+    assert all((start + end) % tile == 0 for end in first[1:].tolist())
+    assert all((start + begin) // tile == (start + begin + n - 1) // tile for begin, n in zip(first, rows, strict=True))
 
 
 @given(

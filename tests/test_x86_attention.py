@@ -14,6 +14,7 @@ from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
 from kernel_harness import Compiled, aligned
 from x86_machines import each_machine
 
+from llmc.compiler.ir.attention import MOST_PARTS, PART
 from llmc.runtime import cpu
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
@@ -48,10 +49,32 @@ def tolerance(batch: Batch) -> float:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_any_number_of_splits_gives_the_reference(machine: Machine, name: str) -> None:
-    batch = make_batch(CASES[name], LENGTHS, NEW)
-    expected = batch.expected()
-    for splits in (1, 2, 5):
-        assert np.abs(batch.run(machine, splits) - expected).max() < tolerance(batch), splits
+    """Contexts of one to three parts; the number of splits and the cut into tiles change no bit."""
+    lengths, new = [*LENGTHS, 1100, 600, 1537], [*NEW, 1, 3, 70]
+    batch = make_batch(CASES[name], lengths, new)
+    found = batch.run(machine)
+    assert np.abs(found - batch.expected()).max() < tolerance(batch)
+    for splits in (2, 3, 4, 16):
+        assert np.array_equal(found, batch.run(machine, splits)), splits
+    for most in (1, 16, 64):
+        other = replace(batch, tiles=tiles_of(new, lengths, most))
+        for splits in (1, 4):
+            assert np.array_equal(found, other.run(machine, splits)), (most, splits)
+
+
+@pytest.mark.parametrize("name", ["grouped", "sinks and window"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_parts_of_a_long_context_are_longer(machine: Machine, name: str) -> None:
+    """Rows on both sides of where parts double."""
+    end = PART * MOST_PARTS
+    case = replace(CASES[name], heads=2, kv_heads=1, head_dim=8, value_dim=8)
+    batch = make_batch(case, [end + 40, end, end + 1], [80, 1, 1], most=64)
+    found = batch.run(machine)
+    assert np.abs(found - batch.expected()).max() < tolerance(batch)
+    for splits in (9, 16):
+        assert np.array_equal(found, batch.run(machine, splits))
+    single = replace(batch, tiles=tiles_of([80, 1, 1], [end + 40, end, end + 1], 1))
+    assert np.array_equal(found, single.run(machine, 16))
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -68,7 +91,7 @@ def test_any_cut_of_the_tokens_into_tiles_gives_the_same(machine: Machine) -> No
     whole = batch.run(machine)
     for most in (1, 5, 100):
         other = replace(batch, tiles=tiles_of(NEW, LENGTHS, most))
-        assert np.abs(other.run(machine) - whole).max() < tolerance(batch)
+        assert np.array_equal(other.run(machine), whole)
 
 
 @pytest.mark.parametrize("machine", MACHINES)

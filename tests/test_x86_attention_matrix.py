@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from attention_batches import LENGTHS, NEW, Batch, Case, make_batch
+from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
 from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES
 
@@ -92,6 +92,19 @@ def test_any_cut_of_the_tokens_into_tiles_gives_the_reference(most: int) -> None
     for name in ("group of seven, window", "grouped"):
         batch = make_batch(CASES[name], [*LENGTHS, 301], [*NEW, 290], most=most)
         assert errors(batch, batch.run(MACHINE, splits=2))[0].max() < 1, name
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", CASES)
+def test_splits_and_tiles_do_not_change_a_bit(name: str) -> None:
+    """Contexts of one to three parts, in tiles of any size that end at its multiples."""
+    lengths, new = [*LENGTHS, 1100, 1537], [*NEW, 1, 70]
+    batch = make_batch(CASES[name], lengths, new)
+    whole = batch.run(MACHINE)
+    for most in (16, 32, 64):
+        other = replace(batch, tiles=tiles_of(new, lengths, most))
+        for splits in (1, 2, 4):
+            assert np.array_equal(whole, other.run(MACHINE, splits)), (most, splits)
 
 
 @needs_tiles

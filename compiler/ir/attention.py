@@ -29,6 +29,10 @@ from llmc.compiler.ir.structural import Broadcast, Concat, Iota, Matmul, Max, Re
 from llmc.compiler.ir.types import FLOATS, KV, Array, Shape, Tensor, numpy_dtype
 
 TILE = 64  # tokens of a query tile at most; the runtime makes smaller ones where that keeps every thread busy
+# Attention takes a context in parts of PART tokens, or of twice as many, four times, ... where those are more than
+# MOST_PARTS: they begin at multiples of that. Query tiles end at multiples of their size, so that a tile's rows have
+# the same parts.
+PART, MOST_PARTS = 512, 16
 
 
 def visible_keys(queries: int, keys: int, first: int, causal: bool, window: int) -> Array:

@@ -1,8 +1,8 @@
 """Attention over the paged key-value cache: the plan (which kernels, on how many units) and the merge of splits.
 
 `attention_plan` gives the calls to make. `attention_tile` (attention_tile.py) or, on tile registers, `attention_matrix`
-(attention_matrix.py) does one query tile for one key-value head over one part of the context; `attention_combine` here
-merges the parts where there are several.
+(attention_matrix.py) does one query tile for one key-value head, over one part of the context or all of them;
+`attention_combine` here merges the parts that several units did (attention_parts.py).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_matrix import attention_matrix, fits
+from llmc.targets.x86.attention_parts import fused, merge_weights
 from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.attention_tile import PAGE, attention_tile
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_builder import let, loop, scratch
-from llmc.targets.x86.vector_math import exp
-from llmc.targets.x86.vectors import for_pieces, load, maximum, permute, pin, range_kernel, splat, store
+from llmc.targets.x86.linear_builder import either, let, loop, scratch, when
+from llmc.targets.x86.vectors import for_pieces, load, permute, pin, range_kernel, splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -42,9 +42,14 @@ class AttentionPlan:
     value_dim: int
 
     @property
+    def by_kind(self) -> bool:
+        """Whether `tile` computes rows of prompts otherwise than rows that decode: it has the size PROMPT behind S."""
+        return self.tile.template is attention_matrix
+
+    @property
     def arithmetic(self) -> str:
         """What `tile` multiplies for many rows: the limit that it is compared with."""
-        return "bf16" if self.tile.template is attention_matrix else "f32"
+        return "bf16" if self.by_kind else "f32"
 
     def tile_units(self, tiles: int | Dim, splits: int | Dim) -> int | Dim:
         return tiles * splits * self.kv_heads
@@ -117,12 +122,13 @@ def attention_plan(
 
 
 def attention_combine(machine: Machine, *, value_dim: int) -> PrimFunc:
-    """Merge S partial softmax results. One unit is one row of one head, u = token * heads + head. Arguments:
+    """Merge the parts of a context. One unit is one row of one head, u = token * heads + head. Arguments:
 
         state f32[units, S, 2], partial f32[units, S - 1, value_dim], out f32[units, value_dim], S
 
-    state holds each split's greatest score m and its denominator l; out holds split 0's weighted values and is
-    replaced by sum_s exp(m_s - M) acc_s / sum_s exp(m_s - M) l_s. state is used up. Reads bound it: 4 S bytes a value.
+    state holds each part's greatest score m and its denominator l (0: no part); out holds the weighted values of the
+    first and is replaced by sum_s exp(m_s - M) acc_s / sum_s exp(m_s - M) l_s, merged one by one. state is used up.
+    Reads bound it: 4 S bytes a value.
     """
     isa = isa_for(machine)
     lanes = isa.lanes
@@ -133,24 +139,35 @@ def attention_combine(machine: Machine, *, value_dim: int) -> PrimFunc:
         base = pin(u * a.S * 2)
         peak, total = scratch(1, "float32"), scratch(1, "float32")
         store(peak, 0, load(a.state, base, 1), 1)
-        with loop(a.S) as s:
-            store(peak, 0, maximum(load(peak, 0, 1), load(a.state, base + s * 2, 1)), 1)
-        store(total, 0, splat(0.0, 1), 1)
-        with loop(a.S) as s:
-            distance = load(a.state, base + s * 2, 1) - load(peak, 0, 1)
-            weight = let(permute([exp(isa, splat(distance, lanes))], [0]))
-            store(total, 0, load(total, 0, 1) + weight * load(a.state, base + s * 2 + 1, 1), 1)
-            store(a.state, base + s * 2, weight, 1)
+        store(total, 0, load(a.state, base + 1, 1), 1)
+        with loop(a.S - 1) as s:
+            at = pin(base + 2 + s * 2)
+            denominator = let(load(a.state, at + 1, 1))
+
+            def join(at: Expr = at, denominator: Expr = denominator) -> None:
+                both = (splat(load(each, where, 1), lanes) for each, where in ((peak, 0), (a.state, at)))
+                top, older, newer = (let(permute([value], [0])) for value in merge_weights(isa, *both))
+                store(total, 0, fused(load(total, 0, 1), older, denominator * newer), 1)
+                store(peak, 0, top, 1)
+                store(a.state, at, older, 1)
+                store(a.state, at + 1, newer, 1)
+
+            def skip(at: Expr = at) -> None:
+                store(a.state, at, splat(-1.0, 1), 1)
+
+            either(denominator == tirx.const(0.0, "float32"), skip, join)
         inverse = let(tirx.const(1.0, "float32") / load(total, 0, 1))
 
         def merge(offset: Expr | int, width: int) -> None:
             sum_ = scratch(width, "float32")
             row = u * value_dim + offset
-            store(sum_, 0, load(a.out, row, width) * splat(load(a.state, base, 1), width), width)
+            store(sum_, 0, load(a.out, row, width), width)
             with loop(a.S - 1) as s:
-                part = load(a.partial, (u * (a.S - 1) + s) * value_dim + offset, width)
-                weight = splat(load(a.state, base + s * 2 + 2, 1), width)
-                store(sum_, 0, load(sum_, 0, width) + part * weight, width)
+                at = pin(base + 2 + s * 2)
+                with when(load(a.state, at, 1) >= tirx.const(0.0, "float32")):
+                    part = load(a.partial, (u * (a.S - 1) + s) * value_dim + offset, width)
+                    older, newer = (splat(load(a.state, at + i, 1), width) for i in range(2))
+                    store(sum_, 0, fused(load(sum_, 0, width), older, part * newer), width)
             store(a.out, row, load(sum_, 0, width) * splat(inverse, width), width)
 
         for_pieces(value_dim, lanes, merge)

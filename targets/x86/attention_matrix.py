@@ -5,7 +5,7 @@ of the unit, then each block has scores = Q K in tiles, weights = 2^(scores - gr
 in tiles. Scores carry a factor of log2(e), so that a weight is a power of two, and bf16 is built from integers: while
 tiles are in use, half of the units for floating point stand still. For 16 rows, 32 keys and 64 channels the tiles take
 128 cycles; a page's conversion about 600 once for all rows of a chunk; the rest goes to weights and to moving tiles.
-Units of few rows (decode) take the f32 kernel instead.
+Units of few rows that decode take the f32 kernel instead.
 
 Rounding: queries, keys and values to bf16, 2^-8 of each at most (keys and values of an f16 cache lose their last three
 bits); weights by 2^-8 (1 + ln 2). A row's weights are summed as rounded. Weights of masked keys are exactly 0, and
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.attention_parts import MASKED, fused
 from llmc.targets.x86.attention_products import block_rows
-from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody
+from llmc.targets.x86.attention_tile import PAGE, TileBody
 from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
 from llmc.targets.x86.vector_math import exp
@@ -39,6 +40,7 @@ from llmc.targets.x86.vectors import (
     pin,
     prefetch,
     reduce_lanes,
+    remainder,
     splat,
     store,
 )
@@ -76,7 +78,8 @@ def attention_matrix(
     span: int = 0,
     query: tuple[Param, ...] = (),
 ) -> PrimFunc:
-    """As `attention_tile`, same arguments and meaning, on a machine that `fits`."""
+    """As `attention_tile`, on a machine that `fits`; one more size, behind S: PROMPT, 1 where the step's rows are those
+    of prompts or texts that are encoded, and 0 where they decode."""
     isa = isa_for(machine)
     few = block_rows(isa)
     fields = (
@@ -94,7 +97,7 @@ def attention_matrix(
         causal,
         span,
     )
-    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper)
+    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper, ("PROMPT",))
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
@@ -171,12 +174,18 @@ def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) 
 
 @dataclass(frozen=True)
 class MatrixBody(TileBody):
-    """Emits the work of one unit: on tiles where it has more than a few rows, as `TileBody` does otherwise."""
+    """Emits the work of one unit: as `TileBody` does where it has a few rows that decode, on tiles otherwise.
+
+    So a row's kind decides: one that decodes has a unit of its own, of as many rows as heads share a key-value head.
+    """
 
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        from tvm import tirx
+
         tall = TallBody(**{**vars(self), "chunk": chunk_rows(self.head_dim, self.value_dim)})
         few = block_rows(self.isa)
-        either(place.rows <= few, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
+        alone = tirx.And(a.PROMPT == 0, place.rows <= few)
+        either(alone, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
 
 
 class TallBody(TileBody):
@@ -242,6 +251,18 @@ class TallBody(TileBody):
     def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
         for j in range(self.value_tiles):
             body(self.value_column(j), COLUMNS, load(t.acc, r * self.sums_width + j * COLUMNS, COLUMNS))
+
+    def join_row(self, a: SimpleNamespace, t: SimpleNamespace, r: Expr, row: Expr) -> None:
+        """As in `Parts`. All is read before any of it is written, as the last two tiles of values may overlap."""
+        older, newer = (let(splat(load(each, r, 1), COLUMNS)) for each in (t.older, t.newer))
+        joined: list[tuple[Expr | int, Expr]] = []
+
+        def piece(offset: Expr | int, width: int, value: Expr) -> None:
+            joined.append((offset, let(fused(load(a.out, row + offset, width), older, value * newer))))
+
+        self.sums(t, r, piece)
+        for offset, value in joined:
+            store(a.out, row + offset, value, COLUMNS)
 
     def value_column(self, tile: int) -> int:
         """The first channel of a tile of values: the last tile overlaps the one before where they do not divide."""
@@ -324,12 +345,12 @@ class TallBody(TileBody):
 
         blocks = pin(divide(count + (ROWS - 1), ROWS))
         self.start_rows(a, t, first, count, blocks * ROWS)
-        low, high = self.pages_of_rows(t, first, count)
-        with loop(divide(tirx.Max(high - low, index(0)) + (STEP_PAGES - 1), STEP_PAGES)) as number:
-            page = pin(low + number * STEP_PAGES)
+        stop = self.last_page_of(t, first, count)
+
+        def step(page: Expr, high: Expr) -> None:
             pages = pin(tirx.Min(high - page, index(STEP_PAGES)))
             with loop(pages) as place:
-                self.convert(a, t, pin(page + place), place, pin(high - 1))
+                self.convert(a, t, pin(page + place), place, pin(stop - 1))
             with loop(blocks) as block:
                 row = pin(block * ROWS)
                 top = self.position(t, first + row)
@@ -340,7 +361,20 @@ class TallBody(TileBody):
                 end = pin(tirx.Min(divide(self.last_seen(t.length, bottom), PAGE) + 1 - page, pages))
                 with when(begin < end):
                     self.block(t, row, page, begin, end, top)
+
+        with loop(t.parts) as number:
+            part = pin(t.first_part + number)
+            self.start_part(a, t, first, count, pin(blocks * ROWS), part)
+            low, high = self.pages_of_rows(t, part, first, stop)
+            with loop(divide(tirx.Max(high - low, index(0)) + (STEP_PAGES - 1), STEP_PAGES)) as place:
+                step(pin(low + place * STEP_PAGES), high)
+            self.finish_part(a, t, first, count, number)
         self.finish_rows(a, t, first, count)
+
+    def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
+        """From the first page of a step on: steps lie at the same pages for all rows, which round by step."""
+        low, high = super().pages_of_rows(t, part, first, stop)
+        return pin(low - remainder(low, STEP_PAGES)), high
 
     def block(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
         """16 rows from `row` on, whose first is at position `top`, over places [begin, end) of a step from `page`."""

@@ -37,9 +37,9 @@ def multiply(
     """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
 
     left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
-    vectors of `width` columns from `offset` on. Few rows split the sum over k into several chains to hide latency; the
-    number of terms must then be known. ahead(k, offset, width) is emitted beside the k-th term of a block of
-    columns: for prefetches.
+    vectors of `width` columns from `offset` on. Terms are added in the order of k, for any number of rows, so that a
+    row has the same bits in every block. ahead(k, offset, width) is emitted beside the k-th term of a block of columns:
+    for prefetches.
     """
     columns_cut = pieces(columns, isa.lanes)
     step = block_vectors(isa, rows)
@@ -47,51 +47,31 @@ def multiply(
     step = -(-len(columns_cut) // blocks)
     for first in range(0, len(columns_cut), step):
         block = columns_cut[first : first + step]
-        chains = max(1, 8 // (rows * len(block))) if isinstance(depth, int) else 1
-        _multiply_block(isa, rows, block, depth, chains, left, right, start, finish, ahead)
+        _multiply_block(rows, block, depth, left, right, start, finish, ahead)
 
 
 def _multiply_block(
-    isa: VectorIsa,
     rows: int,
     block: Sequence[tuple[int, int]],
     depth: Expr | int,
-    chains: int,
     left: Callable[[int, Expr | int], Expr],
     right: Callable[[Expr | int, int, int], Expr],
     start: Callable[[int, int, int], Expr],
     finish: Callable[[int, int, int, Expr], None],
     ahead: Callable[[Expr | int, int, int], None] | None,
 ) -> None:
-    sums = [[[scratch(width, "float32") for _, width in block] for _ in range(rows)] for _ in range(chains)]
-    for chain in range(chains):
-        for r in range(rows):
-            for j, (offset, width) in enumerate(block):
-                store(sums[chain][r][j], 0, start(r, offset, width) if chain == 0 else splat(0.0, width), width)
-
-    def term(k: Expr | int, chain: int) -> None:
+    sums = [[scratch(width, "float32") for _, width in block] for _ in range(rows)]
+    for r in range(rows):
+        for j, (offset, width) in enumerate(block):
+            store(sums[r][j], 0, start(r, offset, width), width)
+    with loop(depth) as k:
         if ahead is not None:
             ahead(k, block[0][0], sum(width for _, width in block))
         vectors = [let(right(k, offset, width)) for offset, width in block]
         for r in range(rows):
             scalar = let(left(r, k))
             for j, (_, width) in enumerate(block):
-                sum_ = sums[chain][r][j]
-                store(sum_, 0, splat(scalar, width) * vectors[j] + load(sum_, 0, width), width)
-
-    if isinstance(depth, int) and chains > 1:
-        if depth // chains:
-            with loop(depth // chains) as number:
-                for chain in range(chains):
-                    term(number * chains + chain, chain)
-        for k in range(depth // chains * chains, depth):
-            term(k, k % chains)
-    else:
-        with loop(depth) as k:
-            term(k, 0)
+                store(sums[r][j], 0, splat(scalar, width) * vectors[j] + load(sums[r][j], 0, width), width)
     for r in range(rows):
         for j, (offset, width) in enumerate(block):
-            value = load(sums[0][r][j], 0, width)
-            for chain in range(1, chains):
-                value = value + load(sums[chain][r][j], 0, width)
-            finish(r, offset, width, value)
+            finish(r, offset, width, load(sums[r][j], 0, width))

@@ -20,6 +20,7 @@ from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.rope_angles import rope_angles
 from llmc.targets.x86.rope_append import GRAIN, rope_append_kernel
+from llmc.targets.x86.row_kinds import PROMPT
 
 VECTOR = ("avx2", "fma", "f16c")
 CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
@@ -193,7 +194,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     )
     tile_args = (
         q.base, CachePart(op.cache, "keys"), CachePart(op.cache, "values"), op.tiles, op.block_table, *extras,
-        "result", state, partial, PAGES, SPLITS,
+        "result", state, partial, PAGES, SPLITS, *((PROMPT,) if plan.by_kind else ()),
     )  # fmt: skip
     tiles = op.tiles.shape[0]
     note = f"[{heads}/{kind.heads}, {dim}]"

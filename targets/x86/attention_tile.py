@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
+from llmc.targets.x86.attention_parts import MASKED, Parts, locate_parts
 from llmc.targets.x86.attention_products import block_rows, multiply
 from llmc.targets.x86.attention_query import QueryRows
 from llmc.targets.x86.isa import VectorIsa, isa_for
@@ -24,7 +25,6 @@ from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, w
 from llmc.targets.x86.vector_math import exp, tanh
 from llmc.targets.x86.vectors import (
     MEMORY_HELPER,
-    add,
     aligned_scratch,
     cast,
     copy,
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
 PAGE = 32  # tokens a cache page
-MASKED = -1e30  # the score of a key that a row must not see: finite, so that no difference of scores is NaN
 CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
 
 
@@ -84,10 +83,12 @@ def attention_tile(
     no sequence is longer than span, which is a whole number of pages. query: what `QueryRows` is made from, where the
     queries are not rows of their own.
 
-    Where S == 1, out is the result and state and partial are not touched. Otherwise split s covers the s-th part of the
-    pages that the tile sees and writes (greatest score, denominator) to state and its unnormalised sum of values to out
-    (s = 0) or to partial (s - 1); `attention_combine` merges them. A row whose split has no visible key writes finite
-    numbers of weight zero. Cache slots that no row of the tile may see are read but never enter a result.
+    The pages that a tile sees are in parts (attention_parts.py). Where S == 1, one unit does all of them, out is the
+    result, and state and partial are not touched. Otherwise unit s does the tile's s-th part (unit 0 does all, if they
+    are more than S) and writes (greatest score, denominator) to state and its unnormalised sum of values to out (s = 0)
+    or to partial (s - 1); `attention_combine` merges them. A row whose part has no visible key writes finite numbers of
+    weight zero, and a unit without a part a denominator of zero. Cache slots that no row of the tile may see are read
+    but never enter a result.
     """
     isa = isa_for(machine)
     body = TileBody(
@@ -111,7 +112,7 @@ def attention_tile(
 
 
 @dataclass(frozen=True)
-class TileBody:
+class TileBody(Parts):
     """Emits the work of one unit. Rows are numbered token by token, the group's heads within a token."""
 
     isa: VectorIsa
@@ -142,14 +143,14 @@ class TileBody:
     def lanes(self) -> int:
         return int(self.isa.lanes)
 
-    def kernel(self, helpers: str = "") -> PrimFunc:
+    def kernel(self, helpers: str = "", sizes: tuple[str, ...] = ()) -> PrimFunc:
         pointers = [("query", "float32"), ("keys", self.cache_dtype), ("values", self.cache_dtype)]
         pointers += [("tiles", "int32"), ("block_table", "int32")]
         pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
         pointers += [("starts", "int32")] * (not self.causal) + [("bias", "float32")] * bool(self.span)
         pointers += self.query_rows.pointers()
         pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
-        return range_kernel(pointers, ["M", "S"], self.unit, helpers + MEMORY_HELPER)
+        return range_kernel(pointers, ["M", "S", *sizes], self.unit, helpers + MEMORY_HELPER)
 
     def unit(self, a: SimpleNamespace, u: Expr) -> None:
         """One (tile, key-value head, split)."""
@@ -170,7 +171,6 @@ class TileBody:
         first_page: Expr = index(0)
         if self.window:
             first_page = pin(self.first_page(position))
-        pages = pin(last_page + 1 - first_page)
         return SimpleNamespace(
             unit=u,
             length=length,
@@ -184,8 +184,7 @@ class TileBody:
             bottom=(bottom := pin(position + count)),
             end=bottom if length is None else length,
             table=pin(sequence * a.M),
-            last_page=last_page,
-            pages=tuple(pin(first_page + divide(pages * part, a.S)) for part in (split, split + 1)),
+            **locate_parts(first_page, last_page, split, a.S),
         )
 
     def allocate(self, place: SimpleNamespace) -> SimpleNamespace:
@@ -202,6 +201,7 @@ class TileBody:
             "acc": aligned_scratch(self.chunk * width, self.lanes),
             "peak": aligned_scratch(self.chunk + self.lanes, self.lanes),
             "total": aligned_scratch(self.chunk * self.lanes, self.lanes),
+            **{name: aligned_scratch(self.chunk + self.lanes, self.lanes) for name in ("top", "sum", "older", "newer")},
             "where": scratch(self.chunk, "int32"),
             "turned": aligned_scratch(self.head_dim if self.query_rows.changed else 1, self.lanes),
             "slope": scratch(self.chunk if self.alibi else 1, "float32"),
@@ -252,7 +252,7 @@ class TileBody:
         convert: bool,
         after: SimpleNamespace | None = None,
     ) -> None:
-        """`count` rows from row `first` of the tile on, over this split's pages, in register blocks of `block` rows.
+        """`count` rows from row `first` of the tile on, over this unit's parts, in register blocks of `block` rows.
 
         after: the unit that comes next, if it begins with reading pages from memory as well.
         """
@@ -262,9 +262,8 @@ class TileBody:
         self.start_rows(a, t, first, count, blocks * block)
         keys_local = aligned_scratch(self.head_dim * PAGE if convert else 1, self.lanes)
         values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
-        low, high = self.pages_of_rows(t, first, count)
-        with loop(tirx.Max(high - low, index(0))) as number:
-            page = pin(low + number)
+
+        def one_page(page: Expr, stop: Expr) -> None:
             page_id = integer(load_raw(a.block_table, t.table + page, 1))
             keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
             values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
@@ -275,7 +274,7 @@ class TileBody:
                 copy(self.lanes, a.values, values, values_local, index(0), PAGE * self.value_dim)
                 key_buffer, value_buffer, keys, values = keys_local, values_local, index(0), index(0)
             else:
-                following = self.following(a, t, page, high, after)
+                following = self.following(a, t, page, stop, after)
             with loop(blocks) as b:
                 row = pin(b * block)
                 last = self.last_seen(
@@ -283,31 +282,45 @@ class TileBody:
                 )
                 with when(page * PAGE <= last):
                     self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
+
+        stop = self.last_page_of(t, first, count)
+        with loop(t.parts) as number:
+            part = pin(t.first_part + number)
+            self.start_part(a, t, first, count, pin(blocks * block), part)
+            low, high = self.pages_of_rows(t, part, first, stop)
+            with loop(tirx.Max(high - low, index(0))) as place:
+                one_page(pin(low + place), stop)
+            self.finish_part(a, t, first, count, number)
         self.finish_rows(a, t, first, count)
 
     def following(
-        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, high: Expr, after: SimpleNamespace | None
+        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, stop: Expr, after: SimpleNamespace | None
     ) -> tuple[Expr, Expr]:
-        """Where the keys and values begin that are wanted after `page`: the next page's, or past `high` those of the
+        """Where the keys and values begin that are wanted after `page`: the next page's, or past `stop` those of the
         first page of the unit `after`, if there is one. A unit that starts with a page from memory waits for it: with
         four pages a unit, a tenth of the time.
         """
         from tvm import tirx
 
-        place, head = t.table + tirx.Min(page + 1, high - 1), t.kv_head
+        place, head = t.table + tirx.Min(page + 1, stop - 1), t.kv_head
         if after is not None:
-            more = page + 1 < high
-            place = tirx.Select(more, t.table + page + 1, after.table + tirx.Min(after.pages[0], after.last_page))
+            more = page + 1 < stop
+            place = tirx.Select(more, t.table + page + 1, after.table + after.first)
             head = tirx.Select(more, t.kv_head, after.kv_head)
         next_head = pin(integer(load_raw(a.block_table, pin(place), 1)) * self.kv_heads + head)
         return next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim)
 
-    def pages_of_rows(self, t: SimpleNamespace, first: Expr, count: Expr) -> tuple[Expr, Expr]:
-        """This split's pages [low, high) that some row of [first, first + count) sees; low may pass high."""
+    def last_page_of(self, t: SimpleNamespace, first: Expr, count: Expr) -> Expr:
+        """Behind the unit's last page that some row of [first, first + count) sees."""
         from tvm import tirx
 
-        low, high = t.pages
-        high = pin(tirx.Min(high, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
+        return pin(tirx.Min(t.stop, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
+
+    def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
+        """The pages [low, high) of a part, before `stop`, that rows from `first` on may see; low may pass high."""
+        from tvm import tirx
+
+        low, high = pin(part * t.size), pin(tirx.Min(stop, (part + 1) * t.size))
         if self.window:
             low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
         return low, high
@@ -331,12 +344,11 @@ class TileBody:
         return divide(tirx.Max(position - (self.window - 1), index(0)), PAGE)
 
     def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
-        """Scaled queries, positions and empty statistics; rows from `count` to `padded` get a query of zeros."""
+        """Scaled queries and positions; rows from `count` to `padded` get a query of zeros."""
         with loop(padded) as r:
 
             def blank(r: Expr = r) -> None:
                 self.start_query(t, r, None)
-                self.start_statistics(t, r, splat(MASKED, 1), 0.0)
                 store_int(t.where, r, t.end - 1)
                 if self.alibi:
                     store(t.slope, r, splat(0.0, 1), 1)
@@ -355,18 +367,7 @@ class TileBody:
                     store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)
                 if self.span:
                     store_int(t.middle, r, head * (2 * self.span - 1) + (self.span - 1))
-                if self.sinks:
-                    # A sink is one more key without a value; split 0 counts it.
-                    sink = load(a.sinks, head, 1) * splat(self.score_unit, 1)
-                    either(
-                        t.split == 0,
-                        lambda: self.start_statistics(t, r, sink, 1.0 / self.lanes),
-                        lambda: self.start_statistics(t, r, splat(MASKED, 1), 0.0),
-                    )
-                else:
-                    self.start_statistics(t, r, splat(MASKED, 1), 0.0)
 
-            self.start_sums(t, r)
             either(r < count, fill, blank)
 
     @property
@@ -397,10 +398,6 @@ class TileBody:
             store(t.query, r * self.head_dim + offset, value, width)
 
         for_pieces(self.head_dim, self.lanes, piece)
-
-    def start_statistics(self, t: SimpleNamespace, r: Expr, peak: Expr, total: float) -> None:
-        store(t.peak, r, peak, 1)
-        store(t.total, r * self.lanes, splat(total, self.lanes), self.lanes)
 
     def page_block(
         self,
@@ -549,45 +546,6 @@ class TileBody:
         from tvm import tirx
 
         return tirx.Ramp(tirx.const(offset, "int32"), tirx.const(1, "int32"), self.lanes)
-
-    def finish_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
-        """Write the rows: normalised where there is one split, else the parts that `attention_combine` merges."""
-        from tvm import tirx
-
-        with loop(count) as r:
-            row = pin(first + r)
-            item = pin(remainder(row, self.group))
-            unit = pin((t.token + divide(row, self.group)) * self.heads + t.kv_head * self.group + item)
-            total = reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add)
-
-            def write(target: Buffer, base: Expr, factor: Expr | None, r: Expr = r) -> None:
-                def piece(offset: Expr | int, width: int, value: Expr) -> None:
-                    store(target, base + offset, value if factor is None else value * splat(factor, width), width)
-
-                self.sums(t, r, piece)
-
-            out = unit * self.value_dim
-
-            def whole(out: Expr = out, total: Expr = total, write: Callable[..., None] = write) -> None:
-                write(a.out, out, let(tirx.const(1.0, "float32") / total))
-
-            def part(
-                r: Expr = r,
-                unit: Expr = unit,
-                out: Expr = out,
-                total: Expr = total,
-                write: Callable[..., None] = write,
-            ) -> None:
-                statistics = pin((unit * a.S + t.split) * 2)
-                store(a.state, statistics, load(t.peak, r, 1) * splat(1.0 / self.score_unit, 1), 1)
-                store(a.state, statistics + 1, total, 1)
-                either(
-                    t.split == 0,
-                    lambda: write(a.out, out, None),
-                    lambda: write(a.partial, (unit * (a.S - 1) + t.split - 1) * self.value_dim, None),
-                )
-
-            either(a.S == 1, whole, part)
 
     def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
         """body(first column, columns, sums) for row r's accumulators, piece by piece."""

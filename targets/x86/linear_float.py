@@ -9,7 +9,7 @@ out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.targets.machine import Machine
@@ -211,9 +211,9 @@ def _rows_kernel(
     isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int
 ) -> PrimFunc:
     """Any T, `rows` at a time. One unit: `tiles` tiles, streamed side by side: several streams keep more of the memory
-    busy. The limit is the memory's read bandwidth.
+    busy. The limit is the memory's read bandwidth. Each sum adds its terms in order, as in blocks of rows, so that a
+    row has the same bits beside any number of others.
     """
-    chains = max(1, 4 // (rows * tiles))  # independent sums, to hide the multiplier's latency
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x = _Activations(isa, weights.k, weights.pairs, handles["x"])
@@ -226,7 +226,7 @@ def _rows_kernel(
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
         row = b.clamped_rows(first_row, rows, tokens)
-        totals = b.Registers(tiles * rows * chains, isa.f32)
+        totals = b.Registers(tiles * rows, isa.f32)
         for slot in range(len(totals.slots)):
             totals[slot] = isa.splat(0.0)
         streams = [_Stream(handles, weights, tile[t], tiles) for t in range(tiles)]
@@ -247,24 +247,15 @@ def _rows_kernel(
                             spread = x.spread(row[m], at)
                             spread = b.let(spread) if tiles > 1 else spread
                             for t in range(tiles):
-                                slot = (t * rows + m) * chains + (place + j) % chains
+                                slot = t * rows + m
                                 totals[slot] = x.multiply(totals[slot], w[t], spread)
         for t in range(0, tiles, epilogue.tiles):
             for m in range(rows):
                 with b.when(tirx.And(first_row + m < tokens, first_tile + t < all_tiles)):
-                    starts = [((t + j) * rows + m) * chains for j in range(epilogue.tiles)]
-                    sums = [_tree([totals[start + c] for c in range(chains)]) for start in starts]
+                    sums = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
                     epilogue.emit(isa, handles, row[m], (first_tile + t) // epilogue.tiles, sums)
 
     return _function(isa, weights, epilogue, body)
-
-
-def _tree(values: Sequence[Expr]) -> Expr:
-    """A balanced sum of a power of two of values."""
-    if len(values) == 1:
-        return values[0]
-    half = len(values) // 2
-    return _tree(values[:half]) + _tree(values[half:])
 
 
 def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> Expr:

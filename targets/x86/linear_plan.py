@@ -30,6 +30,7 @@ Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
 FEW_ROWS = "xfew"  # the argument of up to 16 rows of activations, as tiles of three bf16 each
+LATENCY_BYTES = 64  # of weights that are multiplied in four cycles, at least: what no core reads from memory
 FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
@@ -108,8 +109,13 @@ def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: in
 def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
     """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
 
-    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four.
+    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four. One
+    row has one sum a tile, and a sum takes one term every four cycles: short terms come in four tiles, so that this is
+    no slower than the memory.
     """
+    if rows == 1:
+        bits = layout.bits if isinstance(layout, QuantizedLayout) else 32 if layout.dtype == "f32" else 16
+        return min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
     return 2 if layout.gated or 2 * rows <= isa.registers - 4 else 1
 
 
@@ -173,10 +179,12 @@ def float_linear_plan(
     bias: bool = False,
     residual: bool = False,
     activations: str = "f32",
+    in_company: bool = False,
 ) -> LinearPlan:
     """y[T, features] from weights of dtype "f32", "f16" or "bf16", logical [n, k] (n = 2F when gated).
 
     activations "bf16" asks for products of bf16 pairs; the plan says "f32" where weights or machine do not do that.
+    in_company: every number of rows has the same bits in a row; else only where that costs nothing.
     """
     if activations not in ("bf16", "f32"):
         raise ValueError(f"unknown activations {activations!r} for float weights; known: bf16, f32")
@@ -184,11 +192,16 @@ def float_linear_plan(
     pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dot
     params = _params(n, k, gated, activation, bias, residual) | {"dtype": dtype, "pairs": pairs}
     layout = FloatLayout(dtype, isa.lanes, gated)
-    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32")
+    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32", in_company)
 
 
 def _float_plan(
-    machine: Machine, template: Callable[..., PrimFunc], layout: Layout, params: dict[str, Param], activations: str
+    machine: Machine,
+    template: Callable[..., PrimFunc],
+    layout: Layout,
+    params: dict[str, Param],
+    activations: str,
+    in_company: bool = False,
 ) -> LinearPlan:
     """Up to 16 rows stream the weight: through tile registers, if it is of bf16, else through vector registers."""
     isa = isa_for(machine)
@@ -199,7 +212,7 @@ def _float_plan(
         made = kernel(template, machine.key, rows=high, tiles=tiles, **params)
         return _rows_variant(made, layout, low, high, tiles)
 
-    def tile_rows(low: int, high: int) -> Variant:
+    def tile_rows(low: int, high: int | None) -> Variant:
         own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
         made = kernel(float_linear_tile_rows, machine.key, **own)
         found = _rows_variant(made, layout, low, high, FLOAT_TILES)
@@ -208,6 +221,8 @@ def _float_plan(
     on_tiles = params.get("dtype") == "bf16" and activations == "f32" and has_tiles(machine, "bf16")
     few: tuple[Variant, ...]
     if on_tiles and isa.lanes == ROWS:
+        if in_company:  # tiles add up in another order than vectors
+            return LinearPlan(layout, activations, arguments, (tile_rows(1, None),))
         few = (rows(1, 1), tile_rows(2, ROWS))
     else:
         bounds = (0, 1, 4, 8, 12) if isa.registers >= 32 else (0, 1, 4, 6, 8)
@@ -241,7 +256,7 @@ def _size_in(params: dict[str, Param]) -> tuple[int, int]:
     return n, k
 
 
-def _rows_variant(made: Kernel, layout: Layout, low: int, high: int, tiles: int = 0) -> Variant:
+def _rows_variant(made: Kernel, layout: Layout, low: int, high: int | None, tiles: int = 0) -> Variant:
     """A kernel whose every unit streams its share of the weight: `tiles` tiles, by default those of one result."""
     n, k = _size(made)
     units = -(-layout.tiles(n) // (tiles or (2 if layout.gated else 1)))

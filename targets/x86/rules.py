@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmc.compiler.ir.dims import Dim, Symbol, product
+from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivations, RMSNorm
 from llmc.compiler.ir.op import Op, Value
-from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
+from llmc.targets.kernel import Call, Packed, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86 import (  # noqa: F401  (registers their rules)
     attention_rules,
@@ -25,6 +25,7 @@ from llmc.targets.x86.linear_plan import FEW_ROWS, Layout, LinearPlan, float_lin
 from llmc.targets.x86.norms import norm_kernel
 from llmc.targets.x86.plain import RULES
 from llmc.targets.x86.quantize_activations import padded, quantize_activations, round_activations
+from llmc.targets.x86.row_kinds import Guard, few_when, in_company, many_when, only_few
 
 VECTOR = ("avx2", "fma", "f16c")
 
@@ -115,13 +116,14 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
             x = norm.x
     rows, grain, note = rows_of(op), max(1, 4096 // size), f"[{size}]"
     calls = []
-    few = guard(rows, 1, tile_plan.ROWS_FROM - 1 if tile_plan.usable(context.machine) else None)
+    many_from = tile_plan.ROWS_FROM if tile_plan.usable(context.machine) else None
+    few = few_when(rows, 1, None, many_from, context.graph)
     if few is not None:
         made = kernel(quantize_activations, context.machine.key, k=size, group=op.group, **params)
         parts = rounded_parts(op, op.group, context)
         args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
         calls.append(Call(made, args, rows, grain, few, note=note))
-    many = guard(rows, tile_plan.ROWS_FROM, None) if tile_plan.usable(context.machine) else None
+    many = None if many_from is None else many_when(rows, many_from, None, many_from, context.graph)
     if many is not None and writes_tiles(op.x, context) is None:
         inputs = padded(size, op.group)
         made = kernel(activation_tiles, context.machine.key, k=size, inputs=inputs, **params)
@@ -169,7 +171,12 @@ def read_by(op: Linear | GatedLinear) -> Value:
 
 
 def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
-    """Whether tiles serve this op's many rows."""
+    """Whether tiles serve this op, when it has many rows."""
+    return not only_few(rows_of(op), context.graph) and _tiles_fit(op, context)
+
+
+def _tiles_fit(op: Linear | GatedLinear, context: Context) -> bool:
+    """Whether tiles could serve many rows of this op."""
     if not tile_plan.usable(context.machine):
         return False
     if isinstance(op.x, QuantizeActivations):
@@ -191,31 +198,16 @@ def _tile_inputs(op: Linear | GatedLinear) -> int:
     return padded(_shape(op)[1], getattr(op.w.tensor.encoding, "group", INPUTS))
 
 
-def guard(rows: int | Dim, low: int, high: int | None) -> tuple[Range, ...] | None:
-    """The condition low <= rows <= high (None: no limit) as guards of a call; None where it never holds.
-
-    Of a size that is no plain symbol nothing is known: only what has no upper limit serves it.
-    """
-    if isinstance(rows, int):
-        return () if low <= rows and (high is None or rows <= high) else None
-    name = plain_symbol(rows)
-    if name is None:
-        return () if high is None else None
-    return (Range(name, low, high),) if low > 1 or high is not None else ()
-
-
 def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str, object], context: Context) -> Lowered:
     """The calls of a linear plan: one a range of row counts."""
-    rows, most = rows_of(op), None
-    calls = []
+    rows, calls, many_from = rows_of(op), [], None
     if "xtiles" in activations:
-        most = tile_plan.rows_from(_tile_bits(op)) - 1
+        many_from = tile_plan.rows_from(_tile_bits(op))
         calls = _tile_calls(op, activations, context)
     n, k = _shape(op)
     weight_bytes = plan.layout.nbytes(n, k)
     for variant in plan.variants:
-        high = variant.high if most is None else min(variant.high or most, most)
-        when = guard(rows, variant.low, high) if high is None or variant.low <= high else None
+        when = few_when(rows, variant.low, variant.high, many_from, context.graph)
         if when is not None:
             calls.append(
                 Call(
@@ -246,7 +238,7 @@ def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], contex
         activations = {**activations, "out": packed}
     calls = []
     for variant in plan.variants:
-        when = guard(rows, variant.low, variant.high)
+        when = many_when(rows, variant.low, variant.high, tile_plan.rows_from(_tile_bits(op)), context.graph)
         if when is not None:
             named = {**activations, "workspace": Workspace(variant.workspace)}
             calls.append(
@@ -286,15 +278,6 @@ def _shape(op: Linear | GatedLinear) -> tuple[int, int]:
     return n, k
 
 
-def plain_symbol(rows: Dim) -> str | None:
-    """The symbol's name when a size is just that symbol."""
-    monomial, coefficient = rows.terms[0]
-    if len(rows.terms) != 1 or coefficient != 1 or len(monomial) != 1:
-        return None
-    atom, power = monomial[0]
-    return atom.name if isinstance(atom, Symbol) and power == 1 else None
-
-
 def _epilogue(op: Linear | GatedLinear, context: Context) -> dict[str, object] | str:
     """The epilogue's parameters, or why it cannot be fused."""
     if op.dtype != "f32":
@@ -320,7 +303,7 @@ def linear_quantized(op: Op, context: Context) -> Lowered | str:
         return plan
     assert isinstance(op.x, QuantizeActivations)
     given: dict[str, object] = {**rounded_parts(op.x, op.x.group, context)}
-    if tile_plan.usable(context.machine):
+    if _on_tiles(op, context):
         given["xtiles"] = tiles_of(op.x, padded(features_of(op.x), op.x.group), context)
     return Lowered(plan_calls(op, plan, given, context).calls, reads=(op.x,))
 
@@ -373,13 +356,14 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
     if encoding is None:
         if op.w.dtype not in ("f32", "f16", "bf16"):
             return f"no kernel reads {op.w.dtype} weights"
-        paired = unrounded(op.x) is not op.x and not _on_tiles(op, context)
+        paired = unrounded(op.x) is not op.x and not _tiles_fit(op, context)
         plan = float_linear_plan(
             context.machine,
             n=n,
             k=k,
             dtype=op.w.dtype,
             activations="bf16" if paired else "f32",
+            in_company=in_company(context.graph),
             **epilogue,  # type: ignore[arg-type]
         )
     else:
@@ -405,20 +389,21 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
         return Lowered((rounding, *plan_calls(op, plan, given, context).calls), reads=(x,))
     cut: list[Call] = []  # calls that make tiles of the activations
 
-    def to_tiles(tiles: Scratch, inputs: int, split: int, when: tuple[Range, ...] | None) -> Scratch:
+    def to_tiles(tiles: Scratch, inputs: int, split: int, when: Guard) -> Scratch:
         if when is not None:
             made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs, parts=split)
             cut.append(Call(made, (x, tiles), rows, max(1, 4096 // k), when, note=f"[{k}]"))
         return tiles
 
+    many_from = tile_plan.rows_from(_tile_bits(op)) if _on_tiles(op, context) else None
     for variant in plan.variants:
         if FEW_ROWS in variant.arguments:
-            inputs, most = padded(k, INPUTS), variant.high
-            assert most is not None
+            inputs, most = padded(k, INPUTS), variant.high or rows
             few = Scratch(context.scratch_name(x, FEW_ROWS), "uint16", tiles_elements(most, inputs, SPLIT))
-            given[FEW_ROWS] = to_tiles(few, inputs, SPLIT, guard(rows, variant.low, most))
-    if _on_tiles(op, context):
+            when = few_when(rows, variant.low, variant.high, many_from, context.graph)
+            given[FEW_ROWS] = to_tiles(few, inputs, SPLIT, when)
+    if many_from is not None:
         inputs, split = _tile_inputs(op), tile_plan.split_of(_tile_bits(op))
-        many = guard(rows, tile_plan.rows_from(_tile_bits(op)), None) if writes_tiles(x, context) is None else None
+        many = many_when(rows, many_from, None, many_from, context.graph) if writes_tiles(x, context) is None else None
         given["xtiles"] = to_tiles(tiles_of(x, inputs, context, split), inputs, split, many)
     return Lowered((*cut, *plan_calls(op, plan, given, context).calls), reads=(x,))

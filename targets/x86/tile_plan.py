@@ -3,7 +3,8 @@
 Few rows are limited by the memory that holds the weights, and are multiplied as integers (`linear_plan`). From
 `ROWS_FROM` rows on the multipliers are the limit, and tiles of bf16 have several times more of them. Both read the same
 packed weights. Activations that the graph rounds to int8 are rounded to bf16 there, which keeps more of them: a
-rounding in the graph says how coarse a kernel may be, not how coarse it must be. f32 weights and activations are split
+rounding in the graph says how coarse a kernel may be, not how coarse it must be. In steps of several sequences a row's
+kind decides instead of the number of rows (`row_kinds`). f32 weights and activations are split
 into three bf16 each, with nothing rounded away: six multiplications on tiles are still faster than one without.
 """
 
