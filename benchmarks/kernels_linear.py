@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import linear_limits as limits
 from kernel_harness import Compiled, aligned
 
+from llmc.targets.cpu.linear_plan import LinearPlan, quantized_linear_plan
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_plan import LinearPlan, quantized_linear_plan
 
 # (name, n, k, gated) of a decoder of half a billion and one of a billion parameters
 SHAPES = [

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from llmc.targets.cpu import builder as b
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86.isa import VectorIsa, isa_for
 
 SUMS = 12  # independent chains: two ports, latencies of up to five cycles, and what two of 16 registers leave

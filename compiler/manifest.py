@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llmc.compiler.pipeline import Compiled
     from llmc.compiler.weights import Placed
     from llmc.frontends.lifted import Lifted
-    from llmc.targets.library import Library
+    from llmc.targets.cpu.library import Library
     from llmc.targets.lowering import Choice, Program
     from llmc.targets.memory import Plan
 

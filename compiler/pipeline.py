@@ -201,7 +201,7 @@ def compile_model(
     """
     from llmc.compiler.manifest import creation_time
     from llmc.targets import lower, machine_named
-    from llmc.targets.library import compiler_command
+    from llmc.targets.cpu.library import compiler_command
 
     told = progress or Silent()
     created = creation_time()
@@ -327,8 +327,8 @@ def assemble(
     its place, where `checker` is given."""
     from llmc.compiler.manifest import build_manifest, check_manifest
     from llmc.targets.check_artifact import Parts
-    from llmc.targets.driver import Addresses
-    from llmc.targets.library import build_library
+    from llmc.targets.cpu.driver import Addresses
+    from llmc.targets.cpu.library import build_library
     from llmc.targets.memory import plan_memory
     from llmc.targets.step_limits import StepLimits
 

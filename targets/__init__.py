@@ -26,11 +26,9 @@ def machine_named(name: str) -> Machine:
 
 def rules_for(machine: Machine) -> Rules:
     """The lowering rules of a machine's architecture."""
-    import importlib
+    from llmc.targets.cpu.rules import RULES
 
-    module = importlib.import_module(f"llmc.targets.{machine.arch}.rules")
-    rules: Rules = module.RULES
-    return rules
+    return RULES
 
 
 def lower(graph: Graph, machine: Machine) -> Program:

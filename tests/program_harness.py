@@ -20,8 +20,8 @@ from llmc.compiler.progress import Silent
 from llmc.compiler.weights import packed_arrays, place
 from llmc.runtime.library import Step
 from llmc.targets import lower
-from llmc.targets.driver import Addresses
-from llmc.targets.library import build_library
+from llmc.targets.cpu.driver import Addresses
+from llmc.targets.cpu.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.memory import plan_memory

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.dims import Dim
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.quantize_activations import norm_inputs, normalised
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.quantize_activations import norm_inputs, normalised
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

@@ -20,15 +20,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.targets.kernel import Param
-from llmc.targets.machine import Machine
-from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.attention_products import block_rows
-from llmc.targets.x86.attention_tile import MASKED, PAGE, TileBody
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
-from llmc.targets.x86.vector_math import exp
-from llmc.targets.x86.vectors import (
+from llmc.targets.cpu.attention_products import block_rows
+from llmc.targets.cpu.attention_tile import MASKED, PAGE, TileBody
+from llmc.targets.cpu.builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.cpu.vector_math import exp
+from llmc.targets.cpu.vectors import (
     aligned_scratch,
     divide,
     integer,
@@ -42,6 +38,10 @@ from llmc.targets.x86.vectors import (
     splat,
     store,
 )
+from llmc.targets.kernel import Param
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -104,7 +104,7 @@ def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
 
 def chunk_rows(head_dim: int, value_dim: int) -> int:
     """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16. Half of that
-    for wide heads, whose pages take more of the stack (`targets/stack.py`)."""
+    for wide heads, whose pages take more of the stack (`targets/cpu/stack.py`)."""
     row_bytes = 2 * round_up(head_dim, DEPTH) + 4 * round_up(value_dim, COLUMNS) + 4 * COLUMNS
     room = CHUNK_BYTES if head_dim + value_dim <= WIDE else CHUNK_BYTES // 2
     return max(ROWS, room // row_bytes // ROWS * ROWS)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_products import KnownRows, Operands
+from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import QuantizedLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_products import KnownRows, Operands
-from llmc.targets.x86.linear_quantized import quantized_layout
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

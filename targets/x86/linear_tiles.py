@@ -20,16 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import FloatLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.vectors import permute
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
 from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import FloatLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_quantized import quantized_layout
 from llmc.targets.x86.tile_weights import CHUNK, Float, Quantized, Single, Source, chunks
-from llmc.targets.x86.vectors import permute
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

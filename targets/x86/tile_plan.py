@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.activation_tiles import INPUTS
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_quantized import quantized_layout
 from llmc.targets.x86.linear_tiles import tile_linear, workspace_bytes
 from llmc.targets.x86.tiles import has_tiles
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from llmc.targets.x86 import linear_builder as b
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.x86.activation_tiles import INPUTS, bf16_parts
 from llmc.targets.x86.isa import VectorIsa
-from llmc.targets.x86.layouts import QuantizedLayout
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
