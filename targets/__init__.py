@@ -26,9 +26,9 @@ def machine_named(name: str) -> Machine:
 
 def rules_for(machine: Machine) -> Rules:
     """The lowering rules of a machine's architecture."""
-    from llmc.targets.cpu.rules import RULES
+    from llmc.targets.cpu import rules
 
-    return RULES
+    return rules.RULES
 
 
 def lower(graph: Graph, machine: Machine) -> Program:

@@ -9,8 +9,8 @@ import numpy as np
 from kernel_harness import Compiled, aligned
 
 from llmc.targets.cpu.linear_plan import LinearPlan, Variant
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 _ERF = np.vectorize(math.erf)
 ACTIVATIONS = {

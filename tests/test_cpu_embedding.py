@@ -13,8 +13,8 @@ from x86_machines import each_machine
 from llmc.compiler.encodings import GroupQuantized
 from llmc.targets.cpu.embedding import RowLayout, embedding_kernel
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512", "avx512vnni")]
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}

@@ -14,9 +14,9 @@ from x86_machines import MACHINES, each_machine
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu import vector_math
 from llmc.targets.cpu.codegen import build_module
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 
 def apply_function(machine: Machine, name: str):

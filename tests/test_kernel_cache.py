@@ -59,6 +59,8 @@ def keys(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("compiler/passes/fuse_norm.py", '"""', '"""Other words. ', (False, False)),
         ("targets/cpu/vectors.py", '"""', '"""Other words. ', (True, True)),
         ("targets/cpu/codegen.py", '"opt-level": 3', '"opt-level": 2', (True, True)),
+        ("targets/cpu/vector_isa.py", '"""', '"""Other words. ', (True, True)),
+        ("targets/x86/isa.py", '"""', '"""Other words. ', (True, True)),
         ("targets/x86/features.py", '"""', '"""Other words. ', (True, True)),
         ("targets/cpu/kernel_cache.py", '"""', '"""Other words. ', (False, False)),
     ],

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.attention_tile import PAGE, attention_tile
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import for_pieces, load, maximum, permute, pin, range_kernel, splat, store
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_matrix import attention_matrix, fits
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

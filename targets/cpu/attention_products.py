@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vectors import load, pieces, splat, store
-from llmc.targets.x86.isa import VectorIsa
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr

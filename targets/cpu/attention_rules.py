@@ -18,10 +18,10 @@ from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.plain import RULES
 from llmc.targets.cpu.rope_angles import rope_angles
 from llmc.targets.cpu.rope_append import GRAIN, rope_append_kernel
+from llmc.targets.cpu.vector_isa import missing_vectors
 from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
 from llmc.targets.lowering import Context, Lowered
 
-VECTOR = ("avx2", "fma", "f16c")
 CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 SPLITS = symbol("SPLITS", 1, 16)
 PAGES = symbol("M", 1)
@@ -101,7 +101,7 @@ def _pairs(rope: Rope | None) -> int:
     return pairs
 
 
-@RULES.lower(KVAppend, priority=10, needs=VECTOR)
+@RULES.lower(KVAppend, priority=10, needs=missing_vectors)
 def append_to_cache(op: Op, context: Context) -> Lowered | str:
     """Keys (normalised and turned on the way) and values into their page."""
     assert isinstance(op, KVAppend)
@@ -142,7 +142,7 @@ def _unfit(op: KVAppend) -> str:
     return ""
 
 
-@RULES.lower(PagedAttention, priority=10, needs=VECTOR)
+@RULES.lower(PagedAttention, priority=10, needs=missing_vectors)
 def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     """Queries normalised and turned as they are read, attention by query tiles, splits of the context merged behind."""
     assert isinstance(op, PagedAttention)
@@ -233,7 +233,7 @@ def angles_of_tokens(op: Op, context: Context) -> Lowered | str:
     return Lowered((Call(made, (op.positions, op.frequencies, "result"), tokens, 16),))
 
 
-@RULES.lower(Rope, priority=10, needs=VECTOR)
+@RULES.lower(Rope, priority=10, needs=missing_vectors)
 def turn_heads(op: Op, context: Context) -> Lowered | str:
     """A turn that no attention absorbs."""
     assert isinstance(op, Rope)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu.attention_products import block_rows, multiply
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.cpu.vector_math import exp, tanh
 from llmc.targets.cpu.vectors import (
     MEMORY_HELPER,
@@ -44,7 +45,6 @@ from llmc.targets.cpu.vectors import (
 )
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

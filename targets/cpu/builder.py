@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from llmc.targets.x86.isa import VectorIsa
+from llmc.targets.cpu.vector_isa import VectorIsa
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

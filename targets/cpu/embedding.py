@@ -18,6 +18,7 @@ import numpy as np
 from llmc.compiler.encodings.levels import BEND, BENT_BITS
 from llmc.targets.cpu.builder import index, let, loop, scratch
 from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     cast,
     divide,
@@ -35,7 +36,6 @@ from llmc.targets.cpu.vectors import (
 )
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

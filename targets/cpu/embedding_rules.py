@@ -13,11 +13,10 @@ from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding_ke
 from llmc.targets.cpu.layouts import FloatLayout
 from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.cpu.plain import RULES, plain_kernel, used_symbols
+from llmc.targets.cpu.vector_isa import isa_for, missing_vectors
 from llmc.targets.kernel import Call, Packed, Scratch
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86.isa import isa_for
 
-VECTOR = ("avx2", "fma", "f16c")
 TILE_BITS = (4, 8)  # of tables in the matrix kernels' tiles
 
 
@@ -39,7 +38,7 @@ def _is_shared(table: Value, context: Context) -> bool:
     return any(isinstance(user, Linear) and user.w is table for user in context.graph.users.get(table, ()))
 
 
-@RULES.lower(Embed, priority=10, needs=VECTOR)
+@RULES.lower(Embed, priority=10, needs=missing_vectors)
 def embed_tokens(op: Op, context: Context) -> Lowered | str:
     """A row a token, dequantized on the way."""
     assert isinstance(op, Embed)
@@ -73,7 +72,7 @@ def embed_tokens(op: Op, context: Context) -> Lowered | str:
     return Lowered(tuple(calls))
 
 
-@RULES.lower(Gather, priority=10, needs=VECTOR)
+@RULES.lower(Gather, priority=10, needs=missing_vectors)
 def gather_rows(op: Op, context: Context) -> Lowered | str:
     """Whole rows of an f32 matrix by i32 index."""
     assert isinstance(op, Gather)

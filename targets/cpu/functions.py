@@ -18,6 +18,7 @@ from llmc.targets.cpu.plain import RULES, used_symbols
 from llmc.targets.cpu.plain_builder import few
 from llmc.targets.cpu.plain_functions import intrinsic
 from llmc.targets.cpu.sizes import dim_expression, dim_param
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for, missing_vectors
 from llmc.targets.cpu.vectors import (
     add,
     aligned_scratch,
@@ -33,12 +34,10 @@ from llmc.targets.cpu.vectors import (
 from llmc.targets.kernel import Call, Param, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-VECTOR = ("avx2", "fma", "f16c")
 BLOCK = 1024  # elements of a unit of an activation
 
 
@@ -147,7 +146,7 @@ def softmax_rows(machine: Machine, *, size: Param, symbols: tuple[str, ...]) -> 
     return range_kernel([("x", "float32"), ("out", "float32")], symbols, unit)
 
 
-@RULES.lower(Activation, Sigmoid, priority=5, needs=VECTOR)
+@RULES.lower(Activation, Sigmoid, priority=5, needs=missing_vectors)
 def activation_vectors(op: Op, context: Context) -> Lowered | str:
     """A vector of f32 at a time."""
     kind = op.kind if isinstance(op, Activation) else "sigmoid"
@@ -160,7 +159,7 @@ def activation_vectors(op: Op, context: Context) -> Lowered | str:
     return Lowered((Call(made, (op.operands[0], "result", *symbols), units, grain=4, note=kind),))
 
 
-@RULES.lower(Softmax, priority=5, needs=VECTOR)
+@RULES.lower(Softmax, priority=5, needs=missing_vectors)
 def softmax_vectors(op: Op, context: Context) -> Lowered | str:
     """Rows of f32, a vector at a time."""
     assert isinstance(op, Softmax)

@@ -31,8 +31,8 @@ _SWEPT = "swept"  # a file whose time is that of the last look; locked by who lo
 def cache_key(kernel: Kernel, machine: Machine) -> str:
     """What an object file depends on: its template and how code is made of it, with all that these import, parameters,
     machine, TVM version."""
-    modules = (kernel.template.__module__, _GENERATOR, f"llmc.targets.{machine.arch}.features")  # found by its name
-    sources = map(closure_hash, modules)
+    named = (f"llmc.targets.{machine.arch}.{name}" for name in ("isa", "features"))  # found by their names
+    sources = map(closure_hash, (kernel.template.__module__, _GENERATOR, *named))
     text = "\0".join((*sources, kernel.symbol, machine.key, metadata.version("apache-tvm")))
     return hashlib.sha256(text.encode()).hexdigest()
 

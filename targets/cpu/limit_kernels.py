@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.limits import LimitKernel
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles
-from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -74,18 +74,17 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
     """
     isa = isa_for(machine)
     rows, columns = _tile(isa)
-    # Without a dot instruction the least for bytes is a multiplication and an addition of 16-bit sums.
-    narrow = dtype == "int8" and not isa.vnni
+    byte_sums = isa.sums(4, 64)  # without a dot instruction: a multiplication and an addition of 16-bit sums
     element = {"int8": "int8", "bf16": "int32", "f32": "float32"}[dtype]
     lanes = isa.vector_bytes if dtype == "int8" else isa.lanes
-    sum_dtype = {"int8": isa.i16 if narrow else isa.i32, "bf16": isa.f32, "f32": isa.f32}[dtype]
+    sum_dtype = {"int8": byte_sums.dtype(isa), "bf16": isa.f32, "f32": isa.f32}[dtype]
 
     def multiply_add(total: Expr, weight: Expr, activation: Expr) -> Expr:
         if dtype == "f32":
             return isa.fma(weight, activation, total)
         if dtype == "bf16":
             return isa.dot_bf16(total, weight, activation)
-        return total + isa.dot_narrow(weight, activation) if narrow else isa.dot(total, weight, activation, 4)
+        return byte_sums.add(isa, total, weight, activation, 4)
 
     def body(p: dict[str, Expr], s: dict[str, Expr]) -> None:
         from tvm import tirx
@@ -94,7 +93,7 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
         out = b.view(p["output"], [isa.lanes], "int32")
         sums = b.Registers(rows * columns, sum_dtype)
         for j in range(rows * columns):
-            sums[j] = isa.splat(0, "int16" if narrow else "int32") if "int" in sum_dtype else isa.splat(0.0)
+            sums[j] = isa.splat(0, sum_dtype.partition("x")[0]) if dtype == "int8" else isa.splat(0.0)
         with b.loop(s["end"] - s["begin"]) as i:
             first = b.let((s["begin"] + i) % STARTS * lanes)
             weights = [b.let(isa.load(x, first + j * lanes, lanes=lanes)) for j in range(columns)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.x86.isa import VectorIsa
+from llmc.targets.cpu.vector_isa import VectorIsa
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr

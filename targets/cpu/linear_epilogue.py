@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vector_math import ACTIVATIONS, activation
-from llmc.targets.x86.isa import VectorIsa
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr

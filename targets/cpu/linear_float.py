@@ -1,7 +1,7 @@
 """Linear ops that multiply in floating point: f32, f16 or bf16 weights, and quantized weights with f32 activations.
 
 Weights become f32 in registers (a few rows) or in a panel in the first-level cache (blocks of rows), and sums are f32
-fused multiply-adds. With bf16 activations and weights, pairs are multiplied by `vdpbf16ps`.
+fused multiply-adds. With bf16 activations and weights, pairs are multiplied (`VectorIsa.dot_bf16`).
 
 All kernels take (x, data, scales and minimums if quantized, bias f32 [n] if any, residual f32 [T, features] if any,
 out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 * ceil(k / 2)].
@@ -17,17 +17,14 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_blocks import each_block
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
 UNROLLED = 8  # terms of the sum in an unrolled step
 PART = 64  # terms of float weights that a panel holds; quantized ones: a group
-
-AHEAD_BYTES = 3072  # how far ahead of the multiplications a streamed tile is asked for
-CACHE_LINE = 64
 
 # (first term of the part, how many of its vectors) -> vectors, one a term
 Vectors = Callable[["Expr", int], list["Expr"]]
@@ -42,7 +39,9 @@ class _FloatWeights:
 
     def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool) -> None:
         if pairs and (layout.dtype != "bf16" or not isa.bf16_dot):
-            raise ValueError(f"bf16 activations need bf16 weights and AVX512-BF16, not {layout.dtype} on {isa.name}")
+            raise ValueError(
+                f"bf16 activations need bf16 weights and products of their pairs, not {layout.dtype} on {isa.name}"
+            )
         self.isa, self.layout, self.n, self.k, self.pairs = isa, layout, n, k, pairs
         self.terms = -(-k // 2) if pairs else k
         self.part = PART
@@ -101,7 +100,7 @@ class _DequantizedWeights:
 
         scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
         # Stored bytes are signed where the machine wants them so; flipping the top bit makes them unsigned, 128 up.
-        signed = layout.bits == 8 and layout.offset <= 0 and not isa.vnni
+        signed = layout.bits == 8 and isa.signed_bytes
         offset = layout.offset + (128 if signed else 0)
 
         def vectors(term: Expr, count: int) -> list[Expr]:
@@ -180,7 +179,7 @@ def _bundles(first: Expr, count: int, size: int) -> Iterator[tuple[Expr, int, in
 
 
 class _Stream:
-    """Prefetches of one tile, AHEAD_BYTES before its bytes are multiplied."""
+    """Prefetches of one tile, `ahead_bytes` before its bytes are multiplied."""
 
     def __init__(self, handles: Mapping[str, Expr], weights: _Weights, tile: Expr, streams: int) -> None:
         self.data = b.view(handles["data"], [b.MANY], "uint8")
@@ -194,14 +193,14 @@ class _Stream:
         from tvm import tirx
 
         weights = self.weights
-        inside = b.let(term // weights.bundle * weights.bundle_bytes + AHEAD_BYTES)
+        inside = b.let(term // weights.bundle * weights.bundle_bytes + weights.isa.ahead_bytes)
         skip = b.index((self.streams - 1) * weights.tile_bytes)
         at = b.let(self.start + inside + tirx.Select(inside >= weights.tile_bytes, skip, b.index(0)))
 
         def prefetch(place: int) -> None:
             offset = place // weights.bundle * weights.bundle_bytes
             b.keep_order()
-            if offset % CACHE_LINE == 0:
+            if offset % weights.isa.cache_line == 0:
                 b.prefetch(self.data, at + offset)
 
         return prefetch
@@ -286,7 +285,7 @@ def _blocks_kernel(
     so the next part is asked for evenly while this one is multiplied: 24 to 35% faster at 13 to 48 rows of f32.
     """
 
-    lines = -(-UNROLLED // weights.bundle * weights.bundle_bytes // CACHE_LINE) * tiles  # of a step, in all tiles
+    lines = -(-UNROLLED // weights.bundle * weights.bundle_bytes // isa.cache_line) * tiles  # of a step, in all tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
@@ -314,7 +313,7 @@ def _blocks_kernel(
                     for first, count in _steps(terms):
                         with b.loop(share) as i:
                             line = b.let(block * share + i)
-                            at = first // weights.bundle * weights.bundle_bytes + line // tiles * CACHE_LINE
+                            at = first // weights.bundle * weights.bundle_bytes + line // tiles * isa.cache_line
                             b.prefetch(data, following + line % tiles * weights.tile_bytes + at)
                         for j in range(count):
                             for slot in range(rows * tiles):

@@ -15,9 +15,9 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.linear_float import dequantized_linear, float_linear
 from llmc.targets.cpu.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
+from llmc.targets.cpu.vector_isa import Blocking, VectorIsa, isa_for
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import VectorIsa, isa_for
 from llmc.targets.x86.linear_float_tile_rows import TILES as FLOAT_TILES
 from llmc.targets.x86.linear_float_tile_rows import float_linear_tile_rows
 from llmc.targets.x86.linear_tile_rows import TILES, quantized_linear_tile_rows
@@ -72,37 +72,18 @@ class LinearPlan:
     variants: tuple[Variant, ...]
 
 
-@dataclass(frozen=True)
-class _Blocking:
-    """Register and cache blocking of the prefill kernels."""
-
-    rows: int
-    tiles: int
-    row_block: int
-
-
-def _quantized_blocking(isa: VectorIsa) -> _Blocking:
-    """rows x tiles integer sums, a weight vector and a few activations have to fit the registers.
-
-    Measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so blocks are smaller.
-    """
-    if isa.lanes == 16:
-        return _Blocking(6, 4, 192) if isa.vnni else _Blocking(4, 4, 64)
-    return _Blocking(3, 4, 96) if isa.vnni else _Blocking(4, 2, 64)
-
-
-def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: int) -> _Blocking:
+def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: int) -> Blocking:
     """For up to `high` rows: how many at once, and how many weight tiles side by side.
 
     Two streams keep a core's memory pipeline busier than one (a fifth, at 4 and 8 rows) and halve the activations'
     loads. A weight of few tiles keeps them apart, so that there is work for many threads.
     """
     rows = {1: 1, 4: 4}.get(high, 8)
-    sums = rows * (1 if isa.narrow_quads(layout.bits) == 0 else 2)
+    sums = rows * isa.sums(layout.bits, layout.group).registers
     pairs = layout.gated or (2 * sums <= isa.registers // 2 and layout.tiles(n) >= FEW_TILES)
     if pairs:
         rows = min(rows, isa.registers // 4)  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
-    return _Blocking(rows, 2 if pairs else 1, high)
+    return Blocking(rows, 2 if pairs else 1, high)
 
 
 def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
@@ -111,10 +92,6 @@ def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
     Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four.
     """
     return 2 if layout.gated or 2 * rows <= isa.registers - 4 else 1
-
-
-def _float_blocking(isa: VectorIsa) -> _Blocking:
-    return _Blocking(6, 4, 96) if isa.lanes == 16 else _Blocking(6, 2, 96)
 
 
 def quantized_linear_plan(
@@ -135,7 +112,7 @@ def quantized_linear_plan(
 
     activation: one of `vector_math.ACTIVATIONS`. activations "i8": 8-bit activations in the weight's groups; the sums
     are exact but for one f32 rounding a group. "f32" or "bf16": weights are dequantized in registers and multiplied
-    with f32 activations (x86 multiplies no bf16 by integers, so bf16 gains nothing and loses digits).
+    with f32 activations (no machine multiplies bf16 by integers, so bf16 gains nothing and loses digits).
     """
     if activations not in ("i8", "bf16", "f32"):
         raise ValueError(f"unknown activations {activations!r}; known: i8, bf16, f32")
@@ -156,7 +133,7 @@ def quantized_linear_plan(
         return _rows_variant(made, layout, low, high, TILES)
 
     several = tile_rows if has_tiles(machine, "int8") and isa.lanes == ROWS else rows
-    blocking = _quantized_blocking(isa)
+    blocking = isa.quantized_blocks
     made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
     variants = (rows(1, 1), rows(2, 4), several(5, 8), several(9, 16), _blocks_variant(made, layout, blocking, 17))
     return LinearPlan(layout, "i8", _arguments(("xq", "xscales", "xsums"), layout, params), variants)
@@ -214,7 +191,7 @@ def _float_plan(
         few = tuple(rows(low + 1, high) for low, high in itertools.pairwise(bounds))
     most = few[-1].high
     assert most is not None
-    blocking = _float_blocking(isa)
+    blocking = isa.float_blocks
     blocks = kernel(template, machine.key, **vars(blocking), **params)
     variants = (*few, _blocks_variant(blocks, layout, blocking, most + 1))
     return LinearPlan(layout, activations, arguments, variants)
@@ -248,6 +225,6 @@ def _rows_variant(made: Kernel, layout: Layout, low: int, high: int, tiles: int 
     return Variant(made, low, high, units, 0, max(1, GRAIN_BYTES * units // layout.nbytes(n, k)))
 
 
-def _blocks_variant(made: Kernel, layout: Layout, blocking: _Blocking, low: int) -> Variant:
+def _blocks_variant(made: Kernel, layout: Layout, blocking: Blocking, low: int) -> Variant:
     """A prefill kernel: units are large, so that each is worth a thread."""
     return Variant(made, low, None, -(-layout.tiles(_size(made)[0]) // blocking.tiles), blocking.row_block, 1)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.group_sums import Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
-from llmc.targets.x86.isa import VectorIsa
+from llmc.targets.cpu.vector_isa import VectorIsa
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
-
-# Quads that are unrolled: 32 inputs, the smallest group and the most that an i16 accumulator holds from zero on.
-UNROLLED = 8
-# What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `VectorIsa.pair_sums`.
-CENTRE = 8
-# How far ahead of the multiplications a streamed tile is asked for: hardware prefetchers alone start late on the short
-# streams that tiles are. 3 KiB measured best, 1.5 to 8 KiB within 3%.
-AHEAD_BYTES = 3072
-
-# (quad, whether it is the second of a vector) -> a tile's stored weights
-Weights = Callable[["Expr", int], "Expr"]
 
 
 @dataclass
@@ -67,12 +57,12 @@ class Operands:
     def ahead(self, tile: Expr, group: Expr, streams: int) -> Expr:
         """Where in the weights to prefetch from while this group of a tile is multiplied.
 
-        That is AHEAD_BYTES on; past the tile's end, in the tile that follows it in its stream, `streams` tiles on.
+        That is `ahead_bytes` on; past the tile's end, in the tile that follows it in its stream, `streams` tiles on.
         """
         from tvm import tirx
 
         size = self.layout.groups(self.k) * self.layout.vectors * self.isa.vector_bytes
-        inside = b.let(group * (self.layout.vectors * self.isa.vector_bytes) + AHEAD_BYTES)
+        inside = b.let(group * (self.layout.vectors * self.isa.vector_bytes) + self.isa.ahead_bytes)
         skip = tirx.Select(inside >= size, b.index((streams - 1) * size), b.index(0)) if streams > 1 else 0
         return b.let(tile * size + inside + skip)
 
@@ -107,7 +97,8 @@ class KnownRows:
         self.ops = ops
         layout = ops.layout
         self.pairs = ops.isa.pair_sums(layout.group)
-        self.centre = CENTRE if self.pairs and layout.bits == 4 else 0
+        self.sums = ops.isa.sums(layout.bits, layout.group)
+        self.centre = self.sums.centre
         self.scales = self._scratch([rows, groups], "float32")
         # What integer sums start from, so that the stored weights' offset cancels; what minimums are multiplied by.
         self.starts = self._scratch([rows, groups], "int32") if layout.offset != self.centre else None
@@ -146,12 +137,11 @@ class KnownRows:
         """What integer sums of filled row m and group g start from."""
         return self.ops.isa.splat(0 if self.starts is None else self.starts[m, g], "int32")
 
-    def narrow_start(self, m: Expr, g: Expr) -> Expr | None:
-        """What i16 sums of a whole group start from; None where they do not hold a whole group."""
-        if self.narrow_starts is None:
-            return None
+    def narrow_start(self, m: Expr, g: Expr) -> Expr:
+        """What i16 sums of a whole group start from, where they hold one."""
         from tvm import tirx
 
+        assert self.narrow_starts is not None
         return tirx.reinterpret(self.ops.isa.i16, self.ops.isa.splat(self.narrow_starts[m, g], "int32"))
 
     def factors(self, m: Expr, g: Expr) -> tuple[Expr, Expr | None]:
@@ -199,7 +189,7 @@ class GroupSums:
 
     rows: their indices in `xq`; first, position: the first row and the group in `known`. Quads are loaded in order:
     prefetches stay beside their weights, and LLVM does not load weights early only to spill them (a sixth of the time
-    of 512 rows of 8-bit weights with AVX-512, a fifth of 4-bit ones with AVX2).
+    of 512 rows of 8-bit weights with 16 lanes, a fifth of 4-bit ones with 8).
     """
 
     ops: Operands
@@ -210,63 +200,31 @@ class GroupSums:
     position: Expr
 
     def __call__(self, weights: Sequence[Weights], chains: int = 1) -> b.Registers:
-        """chains: successive quads go to successive sums, so that with few rows the multiplier's latency is hidden."""
-        if self.known.narrow_starts is not None:
-            return self._whole_narrow(weights)
-        if self.ops.isa.narrow_quads(self.ops.layout.bits):
-            return self._narrow(weights)
-        return self._wide(weights, chains)
+        """chains: see `Sums.emit`."""
+        return self.known.sums.emit(self, weights, chains)
 
-    def _wide(self, weights: Sequence[Weights], chains: int) -> b.Registers:
-        """Dots go straight to i32."""
-        isa, bits = self.ops.isa, self.ops.layout.bits
-        count = len(weights) * len(self.rows)
-        sums = [b.Registers(count, isa.i32) for _ in range(chains)]
-        for slot in range(count):
-            sums[0][slot] = self._start(slot)
-            for more in sums[1:]:
-                more[slot] = isa.splat(0, "int32")
-        with b.loop(self.ops.layout.group // 4 // UNROLLED) as chunk:
-            for step, slot, w, a in self._operands(weights, chunk * UNROLLED, UNROLLED):
-                chain = sums[step % chains]
-                chain[slot] = isa.in_place(isa.dot(chain[slot], w, a, bits))
-        for slot in range(count):
-            for more in sums[1:]:
-                sums[0][slot] = sums[0][slot] + more[slot]
-        return sums[0]
+    @property
+    def isa(self) -> VectorIsa:
+        return self.ops.isa
 
-    def _narrow(self, weights: Sequence[Weights]) -> b.Registers:
-        """Dots are summed in i16, UNROLLED of them at a time, then in i32."""
-        isa, count = self.ops.isa, len(weights) * len(self.rows)
-        sums = b.Registers(count, isa.i32)
-        for slot in range(count):
-            sums[slot] = self._start(slot)
-        with b.loop(self.ops.layout.group // 4 // UNROLLED) as chunk:
-            parts = b.Registers(count, isa.i16)
-            for step, slot, w, a in self._operands(weights, chunk * UNROLLED, UNROLLED):
-                dots = isa.dot_narrow(w, a)
-                parts[slot] = isa.in_place(parts[slot] + dots) if step else dots
-            for slot in range(count):
-                sums[slot] = isa.widen(sums[slot], parts[slot])
-        return sums
+    @property
+    def bits(self) -> int:
+        return self.ops.layout.bits
 
-    def _whole_narrow(self, weights: Sequence[Weights]) -> b.Registers:
-        """The whole group is summed in i16, see `VectorIsa.pair_sums`."""
-        isa, count = self.ops.isa, len(weights) * len(self.rows)
-        parts = b.Registers(count, isa.i16)
-        for slot in range(count):
-            parts[slot] = self.known.narrow_start(self.first + slot % len(self.rows), self.position)
-        for _, slot, w, a in self._operands(weights, b.index(0), self.ops.layout.group // 4):
-            parts[slot] = isa.in_place(parts[slot] + isa.dot_narrow(w, a))
-        sums = b.Registers(count, isa.i32)
-        for slot in range(count):
-            sums[slot] = isa.widen(self._start(slot), parts[slot])
-        return sums
+    @property
+    def quads(self) -> int:
+        """Of the group."""
+        return self.ops.layout.group // 4
 
-    def _start(self, slot: int) -> Expr:
+    def start(self, slot: int) -> Expr:
+        """What i32 sums start from."""
         return self.known.start(self.first + slot % len(self.rows), self.position)
 
-    def _operands(self, weights: Sequence[Weights], first: Expr, quads: int) -> Iterator[tuple[int, int, Expr, Expr]]:
+    def narrow_start(self, slot: int) -> Expr:
+        """What i16 sums of a whole group start from."""
+        return self.known.narrow_start(self.first + slot % len(self.rows), self.position)
+
+    def operands(self, weights: Sequence[Weights], first: Expr, quads: int) -> Iterator[tuple[int, int, Expr, Expr]]:
         """(step, slot, stored weights, activations) of every product of `quads` quads from `first` on."""
         for step in range(quads):
             quad = first + step

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.group_sums import Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_blocks import each_block
 from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands, Weights
+from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

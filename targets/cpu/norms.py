@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     add,
     for_pieces,
@@ -24,7 +25,6 @@ from llmc.targets.cpu.vectors import (
 )
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,6 +15,7 @@ from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.ragged import PoolTokens
 from llmc.targets.cpu.builder import either, index, let, loop, scratch
 from llmc.targets.cpu.plain import RULES
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     add,
     divide,
@@ -32,7 +33,6 @@ from llmc.targets.cpu.vectors import (
 from llmc.targets.kernel import Call, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

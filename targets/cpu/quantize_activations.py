@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import VectorIsa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -228,7 +228,7 @@ def normalised(
 
 
 def _squared(value: Expr) -> Expr:
-    from llmc.targets.x86.isa import bind
+    from llmc.targets.cpu.vector_isa import bind
 
     return bind(value, lambda v: v * v)
 

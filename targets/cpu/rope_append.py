@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     add,
     copy,
@@ -32,7 +33,6 @@ from llmc.targets.cpu.vectors import (
 )
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.isa import isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

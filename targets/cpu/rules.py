@@ -18,15 +18,14 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
 )
 from llmc.targets.cpu.linear_plan import FEW_ROWS, Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.cpu.norms import norm_kernel
-from llmc.targets.cpu.plain import RULES
+from llmc.targets.cpu.plain import RULES as RULES
 from llmc.targets.cpu.quantize_activations import padded, quantize_activations, round_activations
+from llmc.targets.cpu.vector_isa import missing_vectors
 from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.x86 import tile_plan
 from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
 from llmc.targets.x86.linear_float_tile_rows import SPLIT
-
-VECTOR = ("avx2", "fma", "f16c")
 
 
 def rows_of(value: Value) -> int | Dim:
@@ -46,7 +45,7 @@ def is_vector(value: Value | None, size: int, context: Context) -> bool:
     return value is None or (value.shape == (size,) and value.dtype == "f32" and context.known(value))
 
 
-@RULES.lower(RMSNorm, LayerNorm, priority=10, needs=VECTOR)
+@RULES.lower(RMSNorm, LayerNorm, priority=10, needs=missing_vectors)
 def norm_rows(op: Op, context: Context) -> Lowered | str:
     """A row at a time, vectorised."""
     assert isinstance(op, (RMSNorm, LayerNorm))
@@ -94,7 +93,7 @@ def tiles_of(value: Value, inputs: int, context: Context, split: int = 1) -> Scr
     return Scratch(context.scratch_name(value, name), "uint16", tiles_elements(rows_of(value), inputs, split))
 
 
-@RULES.lower(QuantizeActivations, priority=10, needs=VECTOR)
+@RULES.lower(QuantizeActivations, priority=10, needs=missing_vectors)
 def round_rows(op: Op, context: Context) -> Lowered | str:
     """A row at a time; a norm in front that nobody else reads is computed on the way."""
     assert isinstance(op, QuantizeActivations)
@@ -311,7 +310,7 @@ def _epilogue(op: Linear | GatedLinear, context: Context) -> dict[str, object] |
     }
 
 
-@RULES.lower(Linear, GatedLinear, priority=20, needs=VECTOR)
+@RULES.lower(Linear, GatedLinear, priority=20, needs=missing_vectors)
 def linear_quantized(op: Op, context: Context) -> Lowered | str:
     """Integer dot products of group-quantized weights and int8 activations; many rows on tiles, where there are any."""
     assert isinstance(op, (Linear, GatedLinear))
@@ -350,7 +349,7 @@ def _integers(op: Linear | GatedLinear, context: Context) -> LinearPlan | str:
     )
 
 
-@RULES.lower(Linear, GatedLinear, priority=10, needs=VECTOR)
+@RULES.lower(Linear, GatedLinear, priority=10, needs=missing_vectors)
 def linear_float(op: Op, context: Context) -> Lowered | str:
     """f32 multiply-adds; weights in f32, f16 or bf16, or dequantized in registers.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmc.targets.x86.isa import VectorIsa, bind
+from llmc.targets.cpu.vector_isa import VectorIsa, bind
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr

@@ -41,7 +41,7 @@ from llmc.targets.cpu.vectors import (
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.isa import X86Isa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -114,7 +114,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def round_up_128th(isa: VectorIsa, x: Expr) -> Expr:
+def round_up_128th(isa: X86Isa, x: Expr) -> Expr:
     """The next multiple of 1/128: no score is above its row's peak, and peaks are exact in fixed point."""
     from tvm import tirx
     from tvm.script import tirx as T
@@ -138,7 +138,7 @@ def load_bytes(buffer: Buffer, start: int) -> Expr:
     return tirx.reinterpret("int8x64", load_raw(buffer, start, COLUMNS))
 
 
-def power_pairs(isa: VectorIsa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
+def power_pairs(isa: X86Isa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
     """bf16 pairs of 2^x for low = x + BIAS + FIXED and high likewise, x <= 0; exactly 0 for x <= -BIAS.
 
     The sum with FIXED has x + BIAS in its last bits, in units of 1/128: the exponent of 2^x, then a mantissa that grows
@@ -173,6 +173,8 @@ def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) 
 class MatrixBody(TileBody):
     """Emits the work of one unit: on tiles where it has more than a few rows, as `TileBody` does otherwise."""
 
+    isa: X86Isa
+
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
         tall = TallBody(**{**vars(self), "chunk": chunk_rows(self.head_dim, self.value_dim)})
         few = block_rows(self.isa)
@@ -183,6 +185,8 @@ class TallBody(TileBody):
     """Units of many rows. Queries lie in tiles [block of 16 rows, head_dim / 32] of bf16 pairs; sums in rows of
     `sums_width`, whose last 16 columns are the last 16 of the values.
     """
+
+    isa: X86Isa
 
     @property
     def depth_tiles(self) -> int:

@@ -28,13 +28,12 @@ from llmc.targets.cpu.vectors import permute
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
-from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tile_weights import CHUNK, Float, Quantized, Single, Source, chunks
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-CACHE_LINE = 64
 PAIR = 2  # tiles side by side, of rows and of columns
 ROWS = PAIR * amx.ROWS  # of a block of results
 SUMS = PAIR * PAIR * amx.ROWS * amx.ROWS  # of a block of results
@@ -67,7 +66,7 @@ class _Number:
 class _Ahead:
     """Two panels of bf16 weights: one is multiplied while the other is unpacked, chunk by chunk."""
 
-    def __init__(self, isa: VectorIsa, source: Source, handles: Mapping[str, Expr], step: int, tiles: int) -> None:
+    def __init__(self, isa: X86Isa, source: Source, handles: Mapping[str, Expr], step: int, tiles: int) -> None:
         self.isa, self.source, self.handles, self.step, self.tiles = isa, source, handles, step, tiles
         self.tile_elements = step * source.split * isa.lanes
         self.panel = b.view(handles["workspace"], [b.MANY], "uint16")
@@ -132,7 +131,7 @@ class _Ahead:
         tile = b.let(tirx.Select(ends, tile + self.tiles, tile))
         part = b.let(tirx.Select(ends, part % (self.step // source.part), following))
         nbytes = source.part_bytes // chunks(source)
-        for line in range(0, nbytes, CACHE_LINE):
+        for line in range(0, nbytes, self.isa.cache_line):
             b.prefetch(self.data, (tile * source.parts + part) * source.part_bytes + chunk * nbytes + line)
 
 
@@ -144,7 +143,7 @@ class _Finish:
     """
 
     def __init__(
-        self, isa: VectorIsa, epilogue: Epilogue, handles: Mapping[str, Expr], all_tiles: int, packed: bool, split: int,
+        self, isa: X86Isa, epilogue: Epilogue, handles: Mapping[str, Expr], all_tiles: int, packed: bool, split: int,
         results: int,
     ) -> None:  # fmt: skip
         self.isa, self.epilogue, self.handles = isa, epilogue, handles
