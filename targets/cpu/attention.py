@@ -1,8 +1,8 @@
 """Attention over the paged key-value cache: the plan (which kernels, on how many units) and the merge of splits.
 
-`attention_plan` gives the calls to make. `attention_tile` (attention_tile.py) or, on tile registers, `attention_matrix`
-(attention_matrix.py) does one query tile for one key-value head over one part of the context; `attention_combine` here
-merges the parts where there are several.
+`attention_plan` gives the calls to make. `attention_tile` (attention_tile.py), or a template of the matrix unit's, does
+one query tile for one key-value head over one part of the context; `attention_combine` here merges the parts where
+there are several.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.attention_tile import PAGE, attention_tile
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import for_pieces, load, maximum, permute, pin, range_kernel, splat, store
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.attention_matrix import attention_matrix, fits
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -44,7 +44,7 @@ class AttentionPlan:
     @property
     def arithmetic(self) -> str:
         """What `tile` multiplies for many rows: the limit that it is compared with."""
-        return "bf16" if self.tile.template is attention_matrix else "f32"
+        return "f32" if self.tile.template is attention_tile else "bf16"
 
     def tile_units(self, tiles: int | Dim, splits: int | Dim) -> int | Dim:
         return tiles * splits * self.kv_heads
@@ -97,8 +97,10 @@ def attention_plan(
     others: dict[str, Param] = {} if causal else {"causal": False}
     others |= {"span": span} if span else {}
     others |= {"query": query.params()} if query not in (None, QueryRows(heads * head_dim)) else {}
+    unit = matrix_unit(machine)
+    on_unit = None if unit is None else unit.attention(values, cache_dtype)
     tile = kernel(
-        attention_matrix if fits(machine, values, cache_dtype) else attention_tile,
+        on_unit or attention_tile,
         machine.key,
         heads=heads,
         kv_heads=kv_heads,

@@ -15,13 +15,10 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.linear_float import dequantized_linear, float_linear
 from llmc.targets.cpu.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
+from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.cpu.vector_isa import Blocking, VectorIsa, isa_for
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.linear_float_tile_rows import TILES as FLOAT_TILES
-from llmc.targets.x86.linear_float_tile_rows import float_linear_tile_rows
-from llmc.targets.x86.linear_tile_rows import TILES, quantized_linear_tile_rows
-from llmc.targets.x86.tiles import ROWS, has_tiles
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
 Layout: TypeAlias = QuantizedLayout | FloatLayout
 
 GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
-FEW_ROWS = "xfew"  # the argument of up to 16 rows of activations, as tiles of three bf16 each
+FEW_ROWS = "xfew"  # the argument of few rows of activations, as the tiles that `MatrixUnit.float_rows` reads
 FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
@@ -116,7 +113,7 @@ def quantized_linear_plan(
     """
     if activations not in ("i8", "bf16", "f32"):
         raise ValueError(f"unknown activations {activations!r}; known: i8, bf16, f32")
-    isa = isa_for(machine)
+    isa, unit = isa_for(machine), matrix_unit(machine)
     layout = quantized_layout(machine, bits, group, symmetric, gated)
     params = _params(n, k, gated, activation, bias, residual)
     params |= {"bits": bits, "group": group, "symmetric": symmetric}
@@ -128,11 +125,10 @@ def quantized_linear_plan(
         made = kernel(quantized_linear_rows, machine.key, **vars(streamed), **params)
         return _rows_variant(made, layout, low, high, streamed.tiles)
 
-    def tile_rows(low: int, high: int) -> Variant:
-        made = kernel(quantized_linear_tile_rows, machine.key, rows=high, **params)
-        return _rows_variant(made, layout, low, high, TILES)
+    def several(low: int, high: int) -> Variant:
+        found = None if unit is None else unit.quantized_rows(high, params)
+        return rows(low, high) if found is None else _rows_variant(found.kernel, layout, low, high, found.tiles)
 
-    several = tile_rows if has_tiles(machine, "int8") and isa.lanes == ROWS else rows
     blocking = isa.quantized_blocks
     made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
     variants = (rows(1, 1), rows(2, 4), several(5, 8), several(9, 16), _blocks_variant(made, layout, blocking, 17))
@@ -167,8 +163,8 @@ def float_linear_plan(
 def _float_plan(
     machine: Machine, template: Callable[..., PrimFunc], layout: Layout, params: dict[str, Param], activations: str
 ) -> LinearPlan:
-    """Up to 16 rows stream the weight: through tile registers, if it is of bf16, else through vector registers."""
-    isa = isa_for(machine)
+    """Few rows stream the weight: through the matrix unit, if it is of bf16, else through vector registers."""
+    isa, unit = isa_for(machine), matrix_unit(machine)
     arguments = _arguments(("x",), layout, params)
 
     def rows(low: int, high: int) -> Variant:
@@ -176,16 +172,13 @@ def _float_plan(
         made = kernel(template, machine.key, rows=high, tiles=tiles, **params)
         return _rows_variant(made, layout, low, high, tiles)
 
-    def tile_rows(low: int, high: int) -> Variant:
-        own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
-        made = kernel(float_linear_tile_rows, machine.key, **own)
-        found = _rows_variant(made, layout, low, high, FLOAT_TILES)
-        return replace(found, arguments=(FEW_ROWS, *arguments[1:]))
-
-    on_tiles = params.get("dtype") == "bf16" and activations == "f32" and has_tiles(machine, "bf16")
+    on_unit = None
+    if unit is not None and params.get("dtype") == "bf16" and activations == "f32":
+        on_unit = unit.float_rows(params)
     few: tuple[Variant, ...]
-    if on_tiles and isa.lanes == ROWS:
-        few = (rows(1, 1), tile_rows(2, ROWS))
+    if on_unit is not None:
+        several = _rows_variant(on_unit.kernel, layout, 2, on_unit.rows, on_unit.tiles)
+        few = (rows(1, 1), replace(several, arguments=(FEW_ROWS, *arguments[1:])))
     else:
         bounds = (0, 1, 4, 8, 12) if isa.registers >= 32 else (0, 1, 4, 6, 8)
         few = tuple(rows(low + 1, high) for low, high in itertools.pairwise(bounds))

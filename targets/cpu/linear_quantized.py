@@ -3,7 +3,7 @@
 Two kernels share one inner product. `quantized_linear_rows` keeps a few rows' sums in registers while it streams each
 weight tile once: for one token and small batches, whose limit is the memory that holds the weights.
 `quantized_linear_blocks` unpacks a panel of weights into the first-level cache and runs a block of rows over it: for
-prefill, whose limit is the byte multipliers. On tile registers `linear_tile_rows` and `linear_tiles` do the same.
+prefill, whose limit is the byte multipliers. A matrix unit (`matrix_unit.py`) does the same its own way.
 
 Both take (xq i8 [T, Kpad], xscales f32 [T, groups], xsums i32 [T, groups], data, scales, minimums if asymmetric,
 bias f32 [n] if any, residual f32 [T, features] if any, out f32 [T, features]; T, begin, end).

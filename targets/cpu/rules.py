@@ -17,15 +17,13 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
     pooling,
 )
 from llmc.targets.cpu.linear_plan import FEW_ROWS, Layout, LinearPlan, float_linear_plan, quantized_linear_plan
+from llmc.targets.cpu.matrix_unit import MatrixUnit, many_rows_unit, matrix_unit
 from llmc.targets.cpu.norms import norm_kernel
 from llmc.targets.cpu.plain import RULES as RULES
 from llmc.targets.cpu.quantize_activations import padded, quantize_activations, round_activations
 from llmc.targets.cpu.vector_isa import missing_vectors
 from llmc.targets.kernel import Call, Packed, Range, Scratch, Workspace, kernel
 from llmc.targets.lowering import Context, Lowered
-from llmc.targets.x86 import tile_plan
-from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
-from llmc.targets.x86.linear_float_tile_rows import SPLIT
 
 
 def rows_of(value: Value) -> int | Dim:
@@ -90,7 +88,14 @@ def rounded_parts(value: Value, group: int, context: Context) -> dict[str, Scrat
 def tiles_of(value: Value, inputs: int, context: Context, split: int = 1) -> Scratch:
     """The buffer of an activation as bf16 in tiles; split: bf16 an activation."""
     name = "xtiles" if split == 1 else f"xtiles{split}"
-    return Scratch(context.scratch_name(value, name), "uint16", tiles_elements(rows_of(value), inputs, split))
+    return Scratch(context.scratch_name(value, name), "uint16", _unit(context).elements(rows_of(value), inputs, split))
+
+
+def _unit(context: Context) -> MatrixUnit:
+    """The machine's matrix unit, where tiles serve many rows."""
+    unit = many_rows_unit(context.machine)
+    assert unit is not None
+    return unit
 
 
 @RULES.lower(QuantizeActivations, priority=10, needs=missing_vectors)
@@ -114,16 +119,17 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
             x = norm.x
     rows, grain, note = rows_of(op), max(1, 4096 // size), f"[{size}]"
     calls = []
-    few = guard(rows, 1, tile_plan.ROWS_FROM - 1 if tile_plan.usable(context.machine) else None)
+    unit = many_rows_unit(context.machine)
+    few = guard(rows, 1, None if unit is None else unit.rows_from(8) - 1)
     if few is not None:
         made = kernel(quantize_activations, context.machine.key, k=size, group=op.group, **params)
         parts = rounded_parts(op, op.group, context)
         args = (x, *extra, *(parts[name] for name, _ in ROUNDED))
         calls.append(Call(made, args, rows, grain, few, note=note))
-    many = guard(rows, tile_plan.ROWS_FROM, None) if tile_plan.usable(context.machine) else None
-    if many is not None and writes_tiles(op.x, context) is None:
+    many = None if unit is None else guard(rows, unit.rows_from(8), None)
+    if unit is not None and many is not None and writes_tiles(op.x, context) is None:
         inputs = padded(size, op.group)
-        made = kernel(activation_tiles, context.machine.key, k=size, inputs=inputs, **params)
+        made = unit.activations(k=size, inputs=inputs, **params)
         calls.append(Call(made, (x, *extra, tiles_of(op, inputs, context)), rows, grain, many, note=note))
     return Lowered(tuple(calls), reads=(x,))
 
@@ -135,9 +141,10 @@ def writes_tiles(value: Value, context: Context) -> Scratch | None:
     """
     if not isinstance(value, (Linear, GatedLinear)) or not _on_tiles(value, context):
         return None
-    user, bits = context.only_user(value), _tile_bits(value)
+    user, unit = context.only_user(value), _unit(context)
+    split = unit.split_of(_tile_bits(value))
     if isinstance(user, QuantizeActivations):
-        fits = features_of(value) % user.group == 0 and tile_plan.split_of(bits) == 1
+        fits = features_of(value) % user.group == 0 and split == 1
         return tiles_of(user, features_of(value), context) if fits else None
     read: Value = value
     reader = user
@@ -149,10 +156,10 @@ def writes_tiles(value: Value, context: Context) -> Scratch | None:
         return None
     if read_by(reader) is not value:
         return None
-    alike = tile_plan.split_of(bits) == tile_plan.split_of(_tile_bits(reader))
-    if not alike or features_of(value) != _tile_inputs(reader):
+    alike = split == unit.split_of(_tile_bits(reader))
+    if not alike or features_of(value) != _tile_inputs(reader, unit):
         return None
-    return tiles_of(value, features_of(value), context, tile_plan.split_of(bits))
+    return tiles_of(value, features_of(value), context, split)
 
 
 def unrounded(x: Value) -> Value:
@@ -169,7 +176,7 @@ def read_by(op: Linear | GatedLinear) -> Value:
 
 def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
     """Whether tiles serve this op's many rows."""
-    if not tile_plan.usable(context.machine):
+    if many_rows_unit(context.machine) is None:
         return False
     if isinstance(op.x, QuantizeActivations):
         return not isinstance(_integers(op, context), str)
@@ -179,15 +186,15 @@ def _on_tiles(op: Linear | GatedLinear, context: Context) -> bool:
 
 
 def _tile_bits(op: Linear | GatedLinear) -> int:
-    """Bits of a weight as `tile_plan` counts them; 0 for one that no tiles are for."""
+    """Bits of a weight as `MatrixUnit` counts them; 0 for one that no tiles are for."""
     if op.w.tensor.encoding is not None:
         return int(getattr(op.w.tensor.encoding, "bits", 0))
     return {"bf16": 16, "f32": 32}.get(op.w.dtype, 0)
 
 
-def _tile_inputs(op: Linear | GatedLinear) -> int:
+def _tile_inputs(op: Linear | GatedLinear, unit: MatrixUnit) -> int:
     """Columns of the tiles that a linear op reads: whole groups of its weight."""
-    return padded(_shape(op)[1], getattr(op.w.tensor.encoding, "group", INPUTS))
+    return padded(_shape(op)[1], getattr(op.w.tensor.encoding, "group", unit.inputs))
 
 
 def guard(rows: int | Dim, low: int, high: int | None) -> tuple[Range, ...] | None:
@@ -208,7 +215,7 @@ def plan_calls(op: Linear | GatedLinear, plan: LinearPlan, activations: dict[str
     rows, most = rows_of(op), None
     calls = []
     if "xtiles" in activations:
-        most = tile_plan.rows_from(_tile_bits(op)) - 1
+        most = _unit(context).rows_from(_tile_bits(op)) - 1
         calls = _tile_calls(op, activations, context)
     n, k = _shape(op)
     weight_bytes = plan.layout.nbytes(n, k)
@@ -237,10 +244,10 @@ def _tile_calls(op: Linear | GatedLinear, activations: dict[str, object], contex
     rows, (n, k), packed = rows_of(op), _shape(op), writes_tiles(op, context)
     epilogue, encoding = _epilogue(op, context), op.w.tensor.encoding
     assert isinstance(epilogue, dict)
-    facts: dict[str, Any] = {**epilogue, "bits": _tile_bits(op), "packed": packed is not None}
+    facts: dict[str, Any] = {**epilogue}
     if encoding is not None:
         facts |= {name: getattr(encoding, name) for name in ("group", "symmetric")}
-    plan = tile_plan.tile_plan(context.machine, n=n, k=k, **facts)
+    plan = _unit(context).plan(n=n, k=k, bits=_tile_bits(op), packed=packed is not None, **facts)
     if packed is not None:
         activations = {**activations, "out": packed}
     calls = []
@@ -319,7 +326,7 @@ def linear_quantized(op: Op, context: Context) -> Lowered | str:
         return plan
     assert isinstance(op.x, QuantizeActivations)
     given: dict[str, object] = {**rounded_parts(op.x, op.x.group, context)}
-    if tile_plan.usable(context.machine):
+    if many_rows_unit(context.machine) is not None:
         given["xtiles"] = tiles_of(op.x, padded(features_of(op.x), op.x.group), context)
     return Lowered(plan_calls(op, plan, given, context).calls, reads=(op.x,))
 
@@ -403,21 +410,24 @@ def linear_float(op: Op, context: Context) -> Lowered | str:
         rounding = Call(made, (x, pairs), rows, max(1, 4096 // k), note=f"[{k}]")
         return Lowered((rounding, *plan_calls(op, plan, given, context).calls), reads=(x,))
     cut: list[Call] = []  # calls that make tiles of the activations
+    unit = matrix_unit(context.machine)
+    if unit is None:
+        return Lowered(plan_calls(op, plan, given, context).calls, reads=(x,))
 
     def to_tiles(tiles: Scratch, inputs: int, split: int, when: tuple[Range, ...] | None) -> Scratch:
         if when is not None:
-            made = kernel(activation_tiles, context.machine.key, k=k, inputs=inputs, parts=split)
+            made = unit.activations(k=k, inputs=inputs, parts=split)
             cut.append(Call(made, (x, tiles), rows, max(1, 4096 // k), when, note=f"[{k}]"))
         return tiles
 
     for variant in plan.variants:
         if FEW_ROWS in variant.arguments:
-            inputs, most = padded(k, INPUTS), variant.high
+            inputs, most, split = padded(k, unit.inputs), variant.high, unit.few_split
             assert most is not None
-            few = Scratch(context.scratch_name(x, FEW_ROWS), "uint16", tiles_elements(most, inputs, SPLIT))
-            given[FEW_ROWS] = to_tiles(few, inputs, SPLIT, guard(rows, variant.low, most))
+            few = Scratch(context.scratch_name(x, FEW_ROWS), "uint16", unit.elements(most, inputs, split))
+            given[FEW_ROWS] = to_tiles(few, inputs, split, guard(rows, variant.low, most))
     if _on_tiles(op, context):
-        inputs, split = _tile_inputs(op), tile_plan.split_of(_tile_bits(op))
-        many = guard(rows, tile_plan.rows_from(_tile_bits(op)), None) if writes_tiles(x, context) is None else None
+        inputs, split = _tile_inputs(op, unit), unit.split_of(_tile_bits(op))
+        many = guard(rows, unit.rows_from(_tile_bits(op)), None) if writes_tiles(x, context) is None else None
         given["xtiles"] = to_tiles(tiles_of(x, inputs, context, split), inputs, split, many)
     return Lowered((*cut, *plan_calls(op, plan, given, context).calls), reads=(x,))

@@ -99,7 +99,8 @@ def attention_matrix(
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
     """Whether this kernel can serve: f32 caches want f32 products; values shorter than a tile are not worth it."""
-    return amx.has_tiles(machine, "bf16") and machine.has("avx512bf16") and cache_dtype == "float16" and value_dim >= 16
+    instructions = amx.has_tiles(machine, "bf16") and machine.has("avx512bf16", "avx512vbmi")
+    return instructions and cache_dtype == "float16" and value_dim >= 16
 
 
 def chunk_rows(head_dim: int, value_dim: int) -> int:
