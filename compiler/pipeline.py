@@ -200,13 +200,12 @@ def compile_model(
     is unchanged.
     """
     from llmc.compiler.manifest import creation_time
-    from llmc.targets import lower, machine_named
-    from llmc.targets.cpu.library import compiler_command
+    from llmc.targets import check_tools, lower, machine_named
 
     told = progress or Silent()
     created = creation_time()
     machine = machine_named(options.target)
-    compiler_command(machine)  # a missing one is said now, not after the work
+    check_tools(machine)  # a missing one is said now, not after the work
     told.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
     checker = checker_of(lifted, options)
@@ -326,11 +325,11 @@ def assemble(
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
     its place, where `checker` is given."""
     from llmc.compiler.manifest import build_manifest, check_manifest
+    from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
-    from llmc.targets.cpu.driver import Addresses
-    from llmc.targets.cpu.library import build_library
     from llmc.targets.memory import plan_memory
     from llmc.targets.step_limits import StepLimits
+    from llmc.targets.target import Addresses
 
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task)

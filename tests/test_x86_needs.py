@@ -23,7 +23,7 @@ from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.x86 import detect
 from llmc.targets.x86.features import LEVEL_2
 
-NAMES = [name for name in detect.names() if name != "native"]
+NAMES = detect.names()
 SERVER = machine_named("sapphirerapids").features
 # What every x86-64 CPU with AVX has, and what says how fast an instruction is, not that there is one.
 EVERYWHERE = {

@@ -16,8 +16,9 @@ from llmc.compiler.ir.types import itemsize
 from llmc.errors import CompileError
 from llmc.targets.kernel import FAILED, CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
-from llmc.targets.memory import Plan, needs_arena, scratch_key
-from llmc.targets.step_limits import INPUTS, SIZES, STEP_FAILURES, StepLimits, limits_source
+from llmc.targets.memory import needs_arena, scratch_key, weight_key
+from llmc.targets.step_limits import INPUTS, SIZES, STEP_FAILURES, limits_source
+from llmc.targets.target import Addresses
 
 
 def c_expression(size: int | Dim, names: Mapping[str, str] | None = None) -> str:
@@ -37,22 +38,6 @@ def c_expression(size: int | Dim, names: Mapping[str, str] | None = None) -> str
             factors += [text] * power
         parts.append(" * ".join(factors))
     return "(" + " + ".join(parts) + ")"
-
-
-@dataclass(frozen=True)
-class Addresses:
-    """Where everything lies: the arena plan, weights by key, caches by graph input.
-
-    task: what kind of graph it is (`frontends/lifted.py`), which decides what its inputs, outputs and sizes are in
-    runtime/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`. limits:
-    what a step is looked at for before it runs.
-    """
-
-    plan: Plan
-    weights: Mapping[object, int]
-    caches: Mapping[Value, int]
-    task: str
-    limits: StepLimits
 
 
 @dataclass(frozen=True)
@@ -87,11 +72,6 @@ def _interface(program: Program, task: str) -> _Interface:
         else:
             owned[owner] = f"step->outputs[{index}]"
     return _Interface(symbols, names, owned, tuple(copies))
-
-
-def weight_key(argument: object) -> object:
-    """What identifies stored bytes: a value as it is, or packed by a layout into a part."""
-    return (argument.weight, argument.layout, argument.part) if isinstance(argument, Packed) else argument
 
 
 def failures_of(program: Program) -> list[str]:

@@ -7,19 +7,20 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import llmc.runtime
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
-from llmc.targets.cpu.driver import Addresses, failures_of, generate_step
+from llmc.targets.cpu.driver import failures_of, generate_step
 from llmc.targets.cpu.kernel_cache import compile_kernels, keep_object, take_objects
 from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.kernel import Kernel
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
+from llmc.targets.target import Addresses, Library
 
 # What the runtime calls (pool.h, choose.h). Beside these an artifact exports its kernels, which `llmc compile --check`
 # calls one by one, and the limit kernels; everything else is its own.
@@ -32,22 +33,6 @@ INTERFACE = (
 # now: nobody writes over its table of functions later on. No `-z nodelete`: a dropped artifact gives back its memory
 # and the disk space of its file; the one whose code the pool's workers run keeps itself loaded (pool.c).
 _LINKER = ("-Wl,-Bsymbolic", "-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack", "-Wl,--build-id=none")
-
-
-@dataclass(frozen=True)
-class Library:
-    """A linked library: its path, what each profile slot measures, and the driver's source.
-
-    costs, limits: what calls cost, and the functions that measure the machine's limits, as the manifest has them.
-    failures: what a step that returns 1, 2, ... has found wrong.
-    """
-
-    path: Path
-    calls: list[str]
-    source: str
-    costs: list[dict[str, object]]
-    limits: list[dict[str, object]]
-    failures: list[str]
 
 
 def kernels_of(program: Program) -> list[Kernel]:
@@ -72,11 +57,16 @@ def compiler_command(machine: Machine) -> list[str]:
     raise CompileError("no C compiler found: install gcc or clang, or name one in the environment variable CC")
 
 
+def check_tools(machine: Machine) -> None:
+    """CompileError where there is no C compiler: said before the work, not after it."""
+    compiler_command(machine)
+
+
 def build_library(
     program: Program, addresses: Addresses, cache: Path, folder: Path, progress: Progress, jobs: int = 1
 ) -> Library:
     """Compile what the cache does not have, generate the driver and link; `folder` holds the intermediate files."""
-    compiler_command(program.machine)  # a missing one is told before the work, not after it
+    check_tools(program.machine)
     limits = limit_kernels(program.machine)
     kernels = [*kernels_of(program), *(item.kernel for item in limits)]
     progress.start("compiling kernels", len(kernels), "kernels")
