@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_products import block_rows, multiply
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
@@ -49,7 +50,6 @@ from llmc.targets.machine import Machine
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-PAGE = 32  # tokens a cache page
 MASKED = -1e30  # the score of a key that a row must not see: finite, so that no difference of scores is NaN
 CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
 

@@ -185,3 +185,24 @@ class Registers:
 
     def __setitem__(self, position: int, value: Expr) -> None:
         store(self.slots[position], [0], value)
+
+
+class Scalar:
+    """A variable of a kernel, on the stack or in a register: `v.value` reads, `v.set(x)` writes."""
+
+    def __init__(self, dtype: str, start: Expr | int | None = None) -> None:
+        self.slot = scratch(1, dtype)
+        if start is not None:
+            self.set(start)
+
+    @property
+    def value(self) -> Expr:
+        return self.slot[index(0)]
+
+    def set(self, value: Expr | int) -> None:
+        """An int is an int64."""
+        store(self.slot, [0], index(value))
+
+    def get(self) -> Expr:
+        """A variable with what it is now, for the rest of the scope."""
+        return let(self.value)

@@ -51,7 +51,7 @@ def limit_read(machine: Machine) -> PrimFunc:
         with b.loop(s["end"] - s["begin"]) as i, b.loop(part // step) as v:
             for stream in range(READ_STREAMS):
                 start = b.let((s["begin"] + i) * words + stream * part + v * step)
-                for line in range(0, step, 16):
+                for line in range(0, step, isa.cache_line // 4):
                     b.keep_order()
                     b.prefetch(x, start + READ_AHEAD // 4 + line)
                 for j in range(sums_each):

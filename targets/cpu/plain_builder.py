@@ -277,22 +277,6 @@ def repeat(condition: Expr) -> Iterator[None]:
         yield
 
 
-class Scalar:
-    """A variable of a kernel: `v.value` reads, `v.set(x)` writes."""
-
-    def __init__(self, dtype: str, start: Expr | None = None) -> None:
-        self.slot = b.scratch(1, dtype)
-        if start is not None:
-            self.set(start)
-
-    @property
-    def value(self) -> Expr:
-        return self.slot[b.index(0)]
-
-    def set(self, value: Expr) -> None:
-        b.store(self.slot, [0], value)
-
-
 def lowest(dtype: str) -> Expr:
     """The least value of a TIR dtype, minus infinity for floats."""
     from tvm import tirx

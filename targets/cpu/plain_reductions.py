@@ -18,7 +18,6 @@ from llmc.targets.cpu.plain_builder import (
     Index,
     Plain,
     Problem,
-    Scalar,
     elements,
     few,
     highest,
@@ -171,8 +170,8 @@ def _argmax(k: Plain, index: Index) -> Expr:
     from tvm import tirx
 
     outer, inner = index
-    best = Scalar("int64", b.index(0))
-    top = Scalar(k.wide(), k.load(0, [outer, b.index(0), inner]))
+    best = b.Scalar("int64", b.index(0))
+    top = b.Scalar(k.wide(), k.load(0, [outer, b.index(0), inner]))
     with b.loop(k.extent(0, 1)) as place:
         x = let(k.load(0, [outer, place, inner]))
         with b.when(_before(x, let(top.value))):
@@ -195,7 +194,7 @@ def _cumsum(k: Plain, at: Callable[[Expr], list[Expr]]) -> None:
     """Each sum is rounded to the result's dtype, as the next one is made of it."""
     from tvm import tirx
 
-    total = Scalar(k.wide(), tirx.const(0, k.wide()))
+    total = b.Scalar(k.wide(), tirx.const(0, k.wide()))
     with b.loop(k.extents[1]) as place:
         k.store(at(place), plus(let(total.value), let(k.load(0, at(place)))))
         total.set(k.stored(at(place)))
@@ -208,8 +207,8 @@ def _softmax(k: Plain, at: Callable[[Expr], list[Expr]]) -> None:
 
     dtype = k.wide()
     once = k.dtype in ("f32", "f64")
-    top = Scalar(dtype, lowest(dtype))
-    total = Scalar(dtype, tirx.const(0, dtype))
+    top = b.Scalar(dtype, lowest(dtype))
+    total = b.Scalar(dtype, tirx.const(0, dtype))
     with b.loop(k.extents[1]) as place:
         top.set(maximum(let(top.value), let(k.load(0, at(place)))))
     largest = let(top.value)
@@ -244,15 +243,15 @@ def _top_k(k: Plain, at: Callable[[Expr], list[Expr]]) -> None:
 
     def sift(start: Expr, size: Expr) -> None:
         """Move the element at `start` down until none below it is worse."""
-        parent = Scalar("int64", start)
+        parent = b.Scalar("int64", start)
         with repeat(parent.value * 2 + 1 < size):
-            child = Scalar("int64", parent.value * 2 + 1)
+            child = b.Scalar("int64", parent.value * 2 + 1)
             left = let(child.value)
             with b.when(left + 1 < size), b.when(worse(let(read(left + 1)), let(read(left)))):
                 child.set(left + 1)
             down, up = let(read(child.value)), let(read(parent.value))
 
-            def swap(down: Expr = down, up: Expr = up, child: Scalar = child) -> None:
+            def swap(down: Expr = down, up: Expr = up, child: b.Scalar = child) -> None:
                 k.store(at(child.value), up)
                 k.store(at(parent.value), down)
                 parent.set(child.value)
@@ -271,7 +270,7 @@ def _top_k(k: Plain, at: Callable[[Expr], list[Expr]]) -> None:
             sift(b.index(0), count)
     with b.loop(count) as step:
         last = let(count - 1 - step)
-        worst = Scalar("int64", read(b.index(0)))
+        worst = b.Scalar("int64", read(b.index(0)))
         k.store(at(b.index(0)), read(last))
         k.store(at(last), worst.value)
         sift(b.index(0), last)

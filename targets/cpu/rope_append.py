@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.builder import let, loop, scratch
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
@@ -37,7 +38,6 @@ from llmc.targets.machine import Machine
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-PAGE = 32  # tokens a cache page
 GRAIN = 4  # tokens worth handing to a thread together: decoded ones write to head_dim lines from memory each
 
 Rows = tuple[int, int, int]

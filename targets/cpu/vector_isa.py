@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llmc.targets.cpu.group_sums import Sums
 
 
+CACHE_LINE = 64  # bytes, of every machine that there is a target for
+
+
 def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
     """`let t = value in body(t)`: names a value that an expression uses more than once."""
     from tvm import tirx
@@ -68,7 +71,7 @@ class VectorIsa(ABC):
     quantized_blocks: Blocking
     float_blocks: Blocking
     register_class: str
-    cache_line: int = 64
+    cache_line: int = CACHE_LINE
     ahead_bytes: int = 3072
 
     # Types

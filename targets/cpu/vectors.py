@@ -1,7 +1,7 @@
 """Rows of numbers as vectors: loads and stores that convert, tails of any length, reductions, lane permutations.
 
 A tail is read with ever narrower vectors (8, 4, 2, 1 lanes), never past its end: cheaper to reason about than masks,
-and AVX2 has no masks for f16. Buffers here are flat and indexed by int64 element offsets.
+and not every machine has masks for f16. Buffers here are flat and indexed by int64 element offsets.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.builder import MANY, index, let, loop, plain_function, scratch, view
+from llmc.targets.cpu.builder import prefetch as prefetch_line
+from llmc.targets.cpu.vector_isa import CACHE_LINE
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -193,17 +195,12 @@ def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | i
 
 
 def prefetch(buffer: Buffer, start: Expr | int, elements: int) -> None:
-    """Ask for the cache lines of `elements` elements from `start` on, to be read soon.
-
-    Into the second-level cache: it has more reads from memory under way at a time than the first.
-    """
+    """Ask for the cache lines of `elements` elements from `start` on, to be read soon."""
     from tvm import DataType
-    from tvm.script.ir_builder import tirx as I
 
-    line = 64 * 8 // DataType(str(buffer.dtype)).bits
+    line = CACHE_LINE * 8 // DataType(str(buffer.dtype)).bits
     for offset in range(0, elements, line):
-        address = I.address_of(buffer[index(start) + offset])
-        I.evaluate(I.call_intrin("void", "tirx.prefetch", address, 0, 2, 1))  # to read, second level, data
+        prefetch_line(buffer, index(start) + offset)
 
 
 def aligned_scratch(elements: int, lanes: int, dtype: str = "float32") -> Buffer:

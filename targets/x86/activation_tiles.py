@@ -15,13 +15,10 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.quantize_activations import norm_inputs, normalised
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import INPUTS, ROWS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
-
-INPUTS = 32
-ROWS = 16
-TILE = INPUTS * ROWS
 
 
 def tiles_elements(rows: int | Dim, inputs: int, parts: int = 1) -> int | Dim:

@@ -42,14 +42,12 @@ from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import COLUMNS, ROWS, WORDS
+from llmc.targets.x86.tiles import INPUTS as DEPTH
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-ROWS = amx.ROWS  # query rows of a tile
-DEPTH = 32  # bf16 in a row of a tile: what one multiplication sums over
-WORDS = 256  # 32-bit words of a tile
-COLUMNS = 16  # columns of a tile of f32
 HALF = PAGE // 2
 BIAS = 127  # of the exponent of f32 and bf16
 FIXED = 65536.0  # f32 from here on are multiples of 1/128

@@ -48,21 +48,6 @@ def workspace_bytes(step: int, tiles: int, row_block: int, split: int = 1) -> in
     return (2 * 32 * step * split + 64 * row_block) * tiles + RESULTS * SUMS * 4  # 16 columns of bf16 and of f32
 
 
-class _Number:
-    """An int64 that changes while the kernel runs."""
-
-    def __init__(self, value: Expr | int = 0) -> None:
-        self.slot = b.scratch(1, "int64")
-        self.set(value)
-
-    def set(self, value: Expr | int) -> None:
-        b.store(self.slot, [0], b.index(value))
-
-    def get(self) -> Expr:
-        """A variable with what it is now."""
-        return b.let(self.slot[b.index(0)])
-
-
 class _Ahead:
     """Two panels of bf16 weights: one is multiplied while the other is unpacked, chunk by chunk."""
 
@@ -71,10 +56,10 @@ class _Ahead:
         self.tile_elements = step * source.split * isa.lanes
         self.panel = b.view(handles["workspace"], [b.MANY], "uint16")
         self.data = b.view(handles["data"], [b.MANY], "uint8")
-        self.now = _Number(tiles * self.tile_elements)  # where the panel that is multiplied starts
+        self.now = b.Scalar("int64", tiles * self.tile_elements)  # where the panel that is multiplied starts
         # What is unpacked: these tiles from this part on, so many chunks of each; what of it is next.
-        self.first_tile, self.first_part, self.tile_chunks, self.count = (_Number() for _ in range(4))
-        self.tile, self.chunk = _Number(), _Number()
+        self.first_tile, self.first_part, self.tile_chunks, self.count = (b.Scalar("int64", 0) for _ in range(4))
+        self.tile, self.chunk = b.Scalar("int64", 0), b.Scalar("int64", 0)
 
     def turn(self, first_tile: Expr, first_input: Expr | int, inputs: Expr | int, count: Expr) -> Expr:
         """The panel that was unpacked is multiplied from now on, and `count` tiles are to be unpacked; -> chunks."""
@@ -149,8 +134,8 @@ class _Finish:
         self.isa, self.epilogue, self.handles = isa, epilogue, handles
         self.all_tiles, self.packed, self.split, self.results = all_tiles, packed, split, results
         self.sums = b.view(handles["workspace"], [b.MANY], "float32")
-        self.place = _Number(results)
-        self.rows, self.first_row, self.first_tile = (_Number() for _ in range(3))
+        self.place = b.Scalar("int64", results)
+        self.rows, self.first_row, self.first_tile = (b.Scalar("int64", 0) for _ in range(3))
 
     def wait(self, rows: Expr, first_row: Expr, first_tile: Expr) -> None:
         """A block that was stored to `next_place` is to be finished."""
