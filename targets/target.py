@@ -87,7 +87,7 @@ class Target(Protocol):
 
 def target_named(folder: str) -> Target:
     """The target in a folder."""
-    found: Target = importlib.import_module(f"llmc.targets.{folder}.target")  # type: ignore[assignment]
+    found: Target = importlib.import_module(f"llmc.targets.{folder}.target")
     return found
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_query import QueryRows
-from llmc.targets.cpu.attention_tile import PAGE, attention_tile
+from llmc.targets.cpu.attention_tile import attention_tile
 from llmc.targets.cpu.builder import let, loop, scratch
 from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.cpu.vector_isa import isa_for

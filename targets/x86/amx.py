@@ -13,10 +13,10 @@ from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import attention_matrix, linear_tile_rows, tile_plan
 from llmc.targets.x86 import linear_float_tile_rows as float_tile_rows
-from llmc.targets.x86.activation_tiles import INPUTS, activation_tiles, tiles_elements
+from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.tile_limits import limit_kernels
-from llmc.targets.x86.tiles import ROWS, has_tiles
+from llmc.targets.x86.tiles import INPUTS, ROWS, has_tiles
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc

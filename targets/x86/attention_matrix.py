@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_products import block_rows
-from llmc.targets.cpu.attention_tile import MASKED, PAGE, TileBody
+from llmc.targets.cpu.attention_tile import MASKED, TileBody
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, store_vector, when
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import (

@@ -17,8 +17,8 @@ from llmc.targets.cpu.layouts import FloatLayout
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.activation_tiles import INPUTS, TILE
 from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import INPUTS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc

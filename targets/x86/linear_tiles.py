@@ -27,9 +27,10 @@ from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.cpu.vectors import permute
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
+from llmc.targets.x86.activation_tiles import bf16_parts
 from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tile_weights import CHUNK, Float, Quantized, Single, Source, chunks
+from llmc.targets.x86.tiles import INPUTS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

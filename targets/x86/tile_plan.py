@@ -15,10 +15,9 @@ from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.cpu.matrix_unit import TilePlan, TileVariant
 from llmc.targets.kernel import Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.activation_tiles import INPUTS
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_tiles import tile_linear, workspace_bytes
-from llmc.targets.x86.tiles import has_tiles
+from llmc.targets.x86.tiles import INPUTS, has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
 SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.layouts import QuantizedLayout
-from llmc.targets.x86.activation_tiles import INPUTS, bf16_parts
+from llmc.targets.x86.activation_tiles import bf16_parts
 from llmc.targets.x86.isa import X86Isa
+from llmc.targets.x86.tiles import INPUTS
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
