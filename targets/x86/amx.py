@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.dims import Dim
 from llmc.targets.cpu.limits import LimitKernel
-from llmc.targets.cpu.matrix_unit import FewRows, TilePlan
+from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit, TilePlan
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import attention_matrix, linear_tile_rows, tile_plan
@@ -57,7 +57,7 @@ class Amx:
         return FewRows(made, rows, linear_tile_rows.TILES)
 
     def float_rows(self, params: Mapping[str, Param]) -> FewRows | None:
-        if not has_tiles(self.machine, "bf16"):
+        if not self.serves_many:  # activations become bf16 with the same instructions
             return None
         own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
         made = kernel(float_tile_rows.float_linear_tile_rows, self.machine.key, **own)
@@ -71,6 +71,6 @@ class Amx:
         return limit_kernels(self.machine)
 
 
-def matrix_unit(machine: Machine) -> Amx | None:
+def matrix_unit(machine: Machine) -> MatrixUnit | None:
     """AMX, where its tiles have as many columns as vectors have lanes."""
     return Amx(machine) if machine.has("amx-tile") and isa_for(machine).lanes == ROWS else None
