@@ -130,7 +130,7 @@ def test_a_model_runs_on_it(four: None, tmp_path: Path) -> None:
     model, found = make_tiny("llama", tmp_path / "llama"), []
     for target in ("four-lanes", "x86-64-v3"):
         path = tmp_path / f"{target}.so"
-        llmc.compile(model, path, target=target, quantization="none", kernel_cache=CACHE, jobs=2)
+        llmc.compile(model, path, "none", target=target, kernel_cache=CACHE, jobs=2)
         found.append(llmc.Runtime.load(path, threads=2).forward([3, 1, 4, 1, 5, 9, 2, 6] * 5))
     assert np.abs(found[0] - found[1]).max() <= 1e-4 * np.abs(found[1]).max()  # sums in another order
 
