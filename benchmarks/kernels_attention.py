@@ -24,15 +24,16 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, runnable
 
 from llmc.runtime import cpu
+from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.builder import loop, scratch
+from llmc.targets.cpu.limit_kernels import INPUT_BYTES
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
-from llmc.targets.x86.attention import attention_plan
-from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.limits import INPUT_BYTES, TILE_SUMS, limit_tiles
-from llmc.targets.x86.linear_builder import loop, scratch
+from llmc.targets.x86.tile_limits import TILE_SUMS, limit_tiles
 from llmc.targets.x86.tiles import has_tiles
-from llmc.targets.x86.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
 
 if TYPE_CHECKING:
     from tvm.ir import Expr

@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import linear_limits as limits
 from kernel_harness import Compiled, aligned
 
+from llmc.targets import machine_named, machine_names
+from llmc.targets.cpu.linear_plan import LinearPlan, quantized_linear_plan
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import detect
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_plan import LinearPlan, quantized_linear_plan
 
 # (name, n, k, gated) of a decoder of half a billion and one of a billion parameters
 SHAPES = [
@@ -133,14 +133,14 @@ def jobs(machine: Machine, tokens: list[int], shapes: str) -> list[Job]:
 def main() -> None:
     """Interleave rounds of all jobs, then print each one's time beside its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--target", choices=detect.names(), default="native", help="its instructions must run here")
+    parser.add_argument("--target", choices=machine_names(), default="native", help="its instructions must run here")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", default="1,8,512")
     parser.add_argument("--shapes", default="", help="only shapes whose name holds this")
     parser.add_argument("--no-tiles", action="store_true", help="as if there were no tile registers")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    machine = detect.machine(options.target)
+    machine = machine_named(options.target)
     if options.no_tiles:
         plain = frozenset(name for name in machine.features if not name.startswith("amx"))
         machine = Machine(machine.name, machine.arch, machine.mcpu, plain, machine.vector_bits)

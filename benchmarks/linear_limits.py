@@ -25,9 +25,10 @@ from dataclasses import dataclass
 
 from tvm import tirx
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.group_sums import UNROLLED
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
-from llmc.targets.x86.isa import VectorIsa, isa_for
+from llmc.targets.x86.isa import X86Isa, isa_for
 
 SUMS = 12  # independent chains: two ports, latencies of up to five cycles, and what two of 16 registers leave
 STEPS = 8
@@ -53,7 +54,7 @@ class Work:
         return max(self.heavy / heavy_rate, (self.heavy + self.light) / any_rate)
 
 
-def linear_work(isa: VectorIsa, *, tokens: int, tiles: int, groups: int, group: int, bits: int, reuse: int) -> Work:
+def linear_work(isa: X86Isa, *, tokens: int, tiles: int, groups: int, group: int, bits: int, reuse: int) -> Work:
     """A linear op of `tokens` rows. reuse: rows that share one unpacking of the weights."""
     quads = group // 4
     passes = -(-tokens // reuse)
@@ -61,7 +62,7 @@ def linear_work(isa: VectorIsa, *, tokens: int, tiles: int, groups: int, group: 
     if isa.vnni:
         dot = Work(heavy=quads)
     elif bits == 4:
-        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / isa.narrow_quads(4)), light=quads)
+        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / UNROLLED), light=quads)
     else:
         dot = Work(heavy=3 * quads, light=quads) if isa.lanes == 8 else Work(heavy=2 * quads, light=2 * quads)
         unpack = Work(light=quads) * passes

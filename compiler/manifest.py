@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from llmc.compiler.weights import Placed
     from llmc.frontends.lifted import Lifted
     from llmc.targets.kernel import Call
-    from llmc.targets.library import Library
     from llmc.targets.lowering import Choice, Program
     from llmc.targets.memory import Plan
+    from llmc.targets.target import Library
 
 SCHEMA = 1
 ABI = 6
@@ -75,7 +75,7 @@ def build_manifest(
         },
         "target": {
             "name": program.machine.name,
-            "arch": _ARCHITECTURES.get(program.machine.arch, program.machine.arch),
+            "arch": program.machine.architecture,
             "features": sorted(program.machine.features),
             "machine": program.machine.mcpu,
         },
@@ -195,9 +195,6 @@ def _array(name: str, value: Value) -> dict[str, object]:
     """An input or output: numpy's name of the dtype, and sizes as ints or as the text of a polynomial."""
     shape = [dim if isinstance(dim, int) else str(dim) for dim in value.shape]
     return {"name": name, "dtype": NUMPY_DTYPES[value.dtype].name, "shape": shape}
-
-
-_ARCHITECTURES = {"x86": "x86_64", "arm": "aarch64"}
 
 
 def weight_bytes(placed: list[Placed]) -> int:

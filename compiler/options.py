@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
 SCHEMES = ("none", "bf16", "f16", "int8", "int4")
@@ -15,7 +16,6 @@ TABLE_SCHEMES = (*SCHEMES, "int6")  # of embeddings that no linear layer reads
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
 WEIGHT_SOURCES = ("embed", "random", "none")
-PAGE = 32  # tokens a page of the KV cache: no context is shorter
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
 MOST_DIM = 1 << 31  # of a size that a model names

@@ -199,13 +199,12 @@ def compile_model(
     is unchanged.
     """
     from llmc.compiler.manifest import creation_time
-    from llmc.targets import lower, machine_named
-    from llmc.targets.library import compiler_command
+    from llmc.targets import check_tools, lower, machine_named
 
     progress = progress or Silent()
     created = creation_time()
     machine = machine_named(options.target)
-    compiler_command(machine)  # a missing one is said now, not after the work
+    check_tools(machine)  # a missing one is said now, not after the work
     progress.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
     checker = checker_of(lifted, options)
@@ -325,11 +324,11 @@ def assemble(
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
     its place, where `checker` is given."""
     from llmc.compiler.manifest import build_manifest, check_manifest
+    from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
-    from llmc.targets.driver import Addresses
-    from llmc.targets.library import build_library
     from llmc.targets.memory import plan_memory
     from llmc.targets.step_limits import StepLimits
+    from llmc.targets.target import Addresses
 
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task)

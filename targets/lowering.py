@@ -5,7 +5,7 @@ from the highest priority down; the first whose ISA features the machine has and
 would win at one priority are an error. An op without a rule of its own is decomposed into simpler ops, which plain
 rules at priority 0 serve, so that everything runs.
 
-    @lower(PagedAttention, priority=10, needs=("avx2",))
+    @lower(PagedAttention, priority=10, needs=missing_vectors)
     def paged_attention(op, context):
         return Lowered(calls=(...,))       # or a string: why not
 """
@@ -67,6 +67,8 @@ class Context:
 
 
 RuleFunction = Callable[[Op, Context], "Lowered | str"]
+# What a rule needs: features, or a function that says which of those it needs a machine lacks.
+Needs = tuple[str, ...] | Callable[[Machine], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,17 @@ class Rule:
 
     function: RuleFunction
     priority: int
-    needs: tuple[str, ...]
+    needs: Needs
 
     @property
     def name(self) -> str:
         return self.function.__name__
+
+    def missing(self, machine: Machine) -> tuple[str, ...]:
+        """What the machine lacks of what the rule needs."""
+        if callable(self.needs):
+            return self.needs(machine)
+        return tuple(feature for feature in self.needs if not machine.has(feature))
 
 
 class Rules:
@@ -88,9 +96,7 @@ class Rules:
     def __init__(self) -> None:
         self.table: dict[type[Op], list[Rule]] = {}
 
-    def lower(
-        self, *kinds: type[Op], priority: int, needs: tuple[str, ...] = ()
-    ) -> Callable[[RuleFunction], RuleFunction]:
+    def lower(self, *kinds: type[Op], priority: int, needs: Needs = ()) -> Callable[[RuleFunction], RuleFunction]:
         """Register a rule for some ops."""
 
         def register(function: RuleFunction) -> RuleFunction:
@@ -109,7 +115,7 @@ class Rules:
         rejected: list[tuple[str, str]] = []
         winner: tuple[Rule, Lowered] | None = None
         for rule in sorted(self.table.get(type(op), ()), key=lambda r: -r.priority):
-            missing = [feature for feature in rule.needs if not context.machine.has(feature)]
+            missing = rule.missing(context.machine)
             if winner is not None:
                 if (
                     rule.priority == winner[0].priority

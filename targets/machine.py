@@ -39,6 +39,12 @@ class Machine:
         return attributes
 
     @property
+    def architecture(self) -> str:
+        """What the system calls the processors of this kind: "x86_64", "aarch64", ..."""
+        name: str = importlib.import_module(f"llmc.targets.{self.arch}.target").architecture()
+        return name
+
+    @property
     def key(self) -> str:
         """A short hash of everything that changes the code; part of the kernel cache's key."""
         facts = asdict(self) | {"features": sorted(self.features), "name": ""}

@@ -9,7 +9,7 @@ from llmc.compiler.ir.dims import Dim, bounds, concrete, product, substitute, sy
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor, itemsize
 from llmc.errors import CompileError
-from llmc.targets.kernel import Scratch
+from llmc.targets.kernel import Packed, Scratch
 from llmc.targets.lowering import Program, values_of
 
 ALIGNMENT = 64
@@ -113,3 +113,8 @@ def _lifetimes(program: Program, largest: Mapping[str, int]) -> list[Block]:
 def needs_arena(value: Value, program: Program) -> bool:
     """Whether a value is a plain temporary: not an input, not known when compiling, not a cache."""
     return not isinstance(value, Input) and value not in program.graph.constants and isinstance(value.type, Tensor)
+
+
+def weight_key(argument: object) -> object:
+    """What identifies stored bytes: a value as it is, or packed by a layout into a part."""
+    return (argument.weight, argument.layout, argument.part) if isinstance(argument, Packed) else argument

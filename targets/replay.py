@@ -25,10 +25,9 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import KV, NUMPY_DTYPES, Array, Tensor
 from llmc.errors import CompileError
 from llmc.runtime.memory import address, aligned_empty
-from llmc.targets.driver import weight_key
 from llmc.targets.kernel import CachePart, Call, Packed, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program, values_of
-from llmc.targets.memory import Plan, scratch_bytes, scratch_key
+from llmc.targets.memory import Plan, scratch_bytes, scratch_key, weight_key
 
 KNOWN_BYTES = 1 << 30  # of decoded weights that are kept from one step to the next
 

@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from kernel_harness import Compiled, aligned
 
+from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.machine import Machine
-from llmc.targets.x86.attention import AttentionPlan, attention_plan
-from llmc.targets.x86.attention_query import QueryRows
 
 PAGE, TILE = 32, 16
 

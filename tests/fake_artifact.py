@@ -18,7 +18,7 @@ import numpy as np
 
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.runtime import cpu
-from llmc.targets.library import INTERFACE, link_options
+from llmc.targets.cpu.library import INTERFACE, link_options
 
 VOCAB = 300
 MAX_STEP = 48

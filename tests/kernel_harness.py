@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.targets.cpu.kernel_cache import compile_kernels
 from llmc.targets.kernel import Kernel
-from llmc.targets.kernel_cache import compile_kernels
 from llmc.targets.machine import Machine
 
 CACHE = Path(tempfile.gettempdir()) / "llmc-test-kernels"

@@ -25,13 +25,12 @@ from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor
 from llmc.compiler.pipeline import stored_values, weight_addresses
 from llmc.compiler.weights import Stored, packed_arrays, place
 from llmc.targets import lower
-from llmc.targets.codegen import object_code
-from llmc.targets.driver import weight_key
+from llmc.targets.cpu.codegen import object_code
+from llmc.targets.cpu.library import kernels_of
 from llmc.targets.kernel import Call, Kernel, Packed, Scratch, Workspace
-from llmc.targets.library import kernels_of
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.machine import Machine
-from llmc.targets.memory import scratch_bytes, scratch_key
+from llmc.targets.memory import scratch_bytes, scratch_key, weight_key
 
 _TOGETHER = 48  # kernels in one module
 

@@ -20,12 +20,12 @@ from llmc.compiler.progress import Silent
 from llmc.compiler.weights import packed_arrays, place
 from llmc.runtime.library import Step
 from llmc.targets import lower
-from llmc.targets.driver import Addresses
-from llmc.targets.library import build_library
+from llmc.targets.cpu.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.memory import plan_memory
 from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits
+from llmc.targets.target import Addresses
 
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
 _SLOTS["LLMC_PROMPT"] = 6

@@ -183,7 +183,9 @@ def test_another_version_is_refused(
 
 _WAIT = "\n    open({flag!r}, 'w').close(); time.sleep(1e6)\n"
 MOMENTS = {
-    "before the kernels": "import time, llmc.targets.kernel_cache as c\ndef wait(*_):" + _WAIT + "c._open_cache = wait",
+    "before the kernels": "import time, llmc.targets.cpu.kernel_cache as c\ndef wait(*_):"
+    + _WAIT
+    + "c._open_cache = wait",
     "in the kernel cache": "import time, os\ndef wait(*_):" + _WAIT + "os.replace = wait",
     "while linking": "import time, subprocess\ndef wait(*_, **__):" + _WAIT + "subprocess.run = wait",
     "before the artifact is in place": "import time, os\ndef wait(_):" + _WAIT + "os.fsync = wait",

@@ -21,8 +21,8 @@ from llmc.compiler.pipeline import compile_model
 from llmc.errors import CompileError
 from llmc.frontends.lifted import Lifted
 from llmc.runtime.batch import StepRunner
-from llmc.targets import library, memory
-from llmc.targets.x86 import rules
+from llmc.targets import memory
+from llmc.targets.cpu import library, rules
 
 CONTEXT = 80  # several pages and more than one query tile
 

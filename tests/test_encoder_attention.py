@@ -1,6 +1,6 @@
 """Attention kernels of encoders: rows that see their whole sequence, windows on both sides, tables of distances.
 
-Tolerances are those of test_x86_attention.py (f32: rounding in scores of a few units) and of
+Tolerances are those of test_cpu_attention.py (f32: rounding in scores of a few units) and of
 test_x86_attention_matrix.py (tile registers: bounds from the roundings to bf16).
 """
 
@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
-from test_x86_attention import MACHINES as VECTOR_MACHINES
-from test_x86_attention import tolerance
+from test_cpu_attention import MACHINES as VECTOR_MACHINES
+from test_cpu_attention import tolerance
 from test_x86_attention_matrix import MACHINE, errors, needs_tiles
 
+from llmc.targets.cpu.attention import attention_plan
 from llmc.targets.machine import Machine
-from llmc.targets.x86.attention import attention_plan
 
 SPAN = 224  # whole pages, more than the longest sequence
 WHOLE = [1, 7, 31, 32, 33, 129, 64, 200]  # lengths of sequences that are encoded at once

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from llmc.targets import kernel_cache, machine_named
+from llmc.targets import machine_named
+from llmc.targets.cpu import kernel_cache
+from llmc.targets.cpu.embedding import embedding_quantized
+from llmc.targets.cpu.norms import norm
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.sources import closure, closure_hash
-from llmc.targets.x86.embedding import embedding_quantized
-from llmc.targets.x86.norms import norm
 
 ROOT = Path(__file__).parent.parent
 MACHINE = machine_named("x86-64-v3")
@@ -53,13 +54,15 @@ def keys(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("file", "old", "new", "changed"),
     [
         ("compiler/encodings/levels.py", "BEND = 32", "BEND = 48", (True, False)),
-        ("targets/x86/rules.py", '"""', '"""Other words. ', (False, False)),
+        ("targets/cpu/rules.py", '"""', '"""Other words. ', (False, False)),
         ("targets/memory.py", '"""', '"""Other words. ', (False, False)),
         ("compiler/passes/fuse_norm.py", '"""', '"""Other words. ', (False, False)),
-        ("targets/x86/vectors.py", '"""', '"""Other words. ', (True, True)),
-        ("targets/codegen.py", '"opt-level": 3', '"opt-level": 2', (True, True)),
+        ("targets/cpu/vectors.py", '"""', '"""Other words. ', (True, True)),
+        ("targets/cpu/codegen.py", '"opt-level": 3', '"opt-level": 2', (True, True)),
+        ("targets/cpu/vector_isa.py", '"""', '"""Other words. ', (True, True)),
+        ("targets/x86/isa.py", '"""', '"""Other words. ', (True, True)),
         ("targets/x86/features.py", '"""', '"""Other words. ', (True, True)),
-        ("targets/kernel_cache.py", '"""', '"""Other words. ', (False, False)),
+        ("targets/cpu/kernel_cache.py", '"""', '"""Other words. ', (False, False)),
     ],
 )
 def test_a_key_covers_what_a_template_imports(
@@ -77,7 +80,7 @@ def test_a_key_covers_what_a_template_imports(
 
 def test_no_module_that_is_imported_is_missing() -> None:
     """What importing a template's module brings in is in its closure, packages and what they import included."""
-    names = [f"llmc.targets.x86.{name}" for name in ("embedding", "plain", "linear_tiles")]
+    names = [f"llmc.targets.{name}" for name in ("cpu.embedding", "cpu.plain", "x86.linear_tiles")]
     done = subprocess.run([sys.executable, "-c", LOADED, *names], check=True, capture_output=True, text=True)
     for name, loaded in json.loads(done.stdout).items():
         assert set(loaded) <= set(closure(name)), name

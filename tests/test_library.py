@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import llmc.targets.library as library
+import llmc.targets.cpu.library as library
 from llmc.targets import machine_named
 
 MACHINE = machine_named("native")

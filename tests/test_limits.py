@@ -17,10 +17,10 @@ from llmc.runtime import cpu, limits
 from llmc.runtime.limits import LimitFunction, Limits, load_functions, measure_limit, measure_limits
 from llmc.runtime.manifest import LimitFacts
 from llmc.targets import machine_named
-from llmc.targets.codegen import build_module
-from llmc.targets.limits import LimitKernel, limit_kernels, measure
+from llmc.targets.cpu import limit_kernels as sources
+from llmc.targets.cpu.codegen import build_module
+from llmc.targets.cpu.limits import LimitKernel, limit_kernels, measure
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import limits as x86
 
 TILES = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
 SERVER = Machine("server", "x86", "sapphirerapids", MACHINES["avx512vnni"].features | TILES, 512)
@@ -92,15 +92,15 @@ def test_multiplying_bytes_and_floats_computes_what_the_loop_says(machine: Machi
     lanes = 16 if machine.vector_bits == 512 else 8
     rows, columns = (6, 2) if machine.vector_bits == 512 else (5, 2)
     begin, end = 30, 37  # past the place where the starts repeat
-    values = np.random.default_rng(2).integers(1, 5, x86.INPUT_BYTES // 4).astype(np.float32)
+    values = np.random.default_rng(2).integers(1, 5, sources.INPUT_BYTES // 4).astype(np.float32)
     total = np.zeros(lanes, np.int32)
     for row in range(rows):
         for column in range(columns):
             sums = np.zeros(lanes, np.float32)
             for unit in range(begin, end):
-                first = unit % x86.STARTS * lanes
+                first = unit % sources.STARTS * lanes
                 weight = values[first + column * lanes :][:lanes]
-                for step in range(x86.STEPS):
+                for step in range(sources.STEPS):
                     at = first + (columns + step * rows + row) * lanes
                     sums += weight * values[at : at + lanes]
             total ^= sums.view(np.int32)

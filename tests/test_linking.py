@@ -16,11 +16,11 @@ from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.progress import Silent
 from llmc.targets import lower, machine_named
-from llmc.targets.driver import Addresses
-from llmc.targets.library import INTERFACE, build_library, kernels_of
-from llmc.targets.limits import limit_kernels
+from llmc.targets.cpu.library import INTERFACE, build_library, kernels_of
+from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.memory import plan_memory
 from llmc.targets.step_limits import StepLimits
+from llmc.targets.target import Addresses
 
 # A step that says which library's it is, by way of the library's own pool.
 STEP = """

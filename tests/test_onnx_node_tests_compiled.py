@@ -22,8 +22,8 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import LlmcError
 from llmc.targets import machine_named
+from llmc.targets.cpu.plain_builder import FORMS
 from llmc.targets.lowering import Program
-from llmc.targets.x86.plain_builder import FORMS
 
 # Cases that have a translation and no kernels -> why.
 NOT_COMPILED: dict[str, str] = {}

@@ -15,7 +15,7 @@ from llmc.compiler.ir.structural import Concat, Matmul, Reshape, Slice, Transpos
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import CompileError
 from llmc.targets import machine_named
-from llmc.targets.driver import c_expression
+from llmc.targets.cpu.driver import c_expression
 from llmc.targets.memory import most
 
 # Names that are words of C, of the step's own sizes, or no identifiers at all.

@@ -194,9 +194,9 @@ def test_many_random_graphs() -> None:
 
 
 def test_the_graphs_have_every_op_and_dtype() -> None:
-    from llmc.targets.x86.plain_builder import FORMS
+    from llmc.targets.cpu.plain_builder import FORMS
 
     ops = [value for seed in range(1000, 1300) for _, value in random_graph(seed).outputs if isinstance(value, Op)]
-    alone = {"t.activation", "t.iota", "t.bitcast", "t.gather_elements", "t.pow"}  # test_x86_plain_matrix.py has them
+    alone = {"t.activation", "t.iota", "t.bitcast", "t.gather_elements", "t.pow"}  # test_cpu_plain_matrix.py has them
     assert {op.name for op in ops} >= set(FORMS) - alone
     assert {op.dtype for op in ops} == set(DTYPES)

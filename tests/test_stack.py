@@ -15,14 +15,14 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import CompileError
 from llmc.targets import lower, machine_named
-from llmc.targets.codegen import build_module, object_code
+from llmc.targets.cpu.attention_tile import attention_tile
+from llmc.targets.cpu.codegen import build_module, object_code
+from llmc.targets.cpu.library import kernels_of
+from llmc.targets.cpu.linear_quantized import quantized_linear_rows
+from llmc.targets.cpu.stack import MOST_STACK_BYTES, stack_bytes
 from llmc.targets.kernel import Kernel, Param, kernel
-from llmc.targets.library import kernels_of
 from llmc.targets.machine import Machine
-from llmc.targets.stack import MOST_STACK_BYTES, stack_bytes
 from llmc.targets.x86.attention_matrix import attention_matrix
-from llmc.targets.x86.attention_tile import attention_tile
-from llmc.targets.x86.linear_quantized import quantized_linear_rows
 
 # Saved and spilled registers: at most as many of them as a block of code has values, 64 bytes each. And alignment.
 SPILLED = 8 << 10

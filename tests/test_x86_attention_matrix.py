@@ -19,9 +19,12 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES
 
 from llmc.runtime import cpu
+from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.builder import let
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import load, maximum, range_kernel, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.attention import attention_plan
 from llmc.targets.x86.attention_matrix import (
     BIAS,
     FIXED,
@@ -32,9 +35,6 @@ from llmc.targets.x86.attention_matrix import (
     reduce_rows,
 )
 from llmc.targets.x86.detect import machine
-from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_builder import let
-from llmc.targets.x86.vectors import load, maximum, range_kernel, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc

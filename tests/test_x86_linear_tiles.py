@@ -5,11 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from cpu_linear_cases import ACTIVATIONS, wide
 from kernel_harness import Compiled, aligned
-from x86_linear_cases import ACTIVATIONS, wide
 
 from llmc.runtime import cpu
-from llmc.targets.codegen import build_module
+from llmc.targets.cpu.codegen import build_module
 from llmc.targets.kernel import kernel
 from llmc.targets.x86 import detect
 from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements

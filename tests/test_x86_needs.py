@@ -16,14 +16,14 @@ from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import CompileError
 from llmc.runtime import cpu
 from llmc.targets import lower, machine_named
-from llmc.targets.codegen import llvm_target
-from llmc.targets.kernel_cache import compile_kernels
-from llmc.targets.library import kernels_of
-from llmc.targets.limits import limit_kernels
+from llmc.targets.cpu.codegen import llvm_target
+from llmc.targets.cpu.kernel_cache import compile_kernels
+from llmc.targets.cpu.library import kernels_of
+from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.x86 import detect
 from llmc.targets.x86.features import LEVEL_2
 
-NAMES = [name for name in detect.names() if name != "native"]
+NAMES = detect.names()
 SERVER = machine_named("sapphirerapids").features
 # What every x86-64 CPU with AVX has, and what says how fast an instruction is, not that there is one.
 EVERYWHERE = {

@@ -11,7 +11,7 @@ from protocol import say
 def main() -> None:
     """Prints one JSON line: {"read": bytes a second, "int8": operations a second, ...} with the asked threads."""
     from llmc.targets import machine_named
-    from llmc.targets.limits import measure
+    from llmc.targets.cpu.limits import measure
 
     threads = int(json.loads(sys.argv[2])["threads"])
     limits = measure(machine_named("native"), threads)

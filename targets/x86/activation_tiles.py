@@ -11,17 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.dims import Dim
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.quantize_activations import norm_inputs, normalised
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.quantize_activations import norm_inputs, normalised
+from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import INPUTS, ROWS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
-
-INPUTS = 32
-ROWS = 16
-TILE = INPUTS * ROWS
 
 
 def tiles_elements(rows: int | Dim, inputs: int, parts: int = 1) -> int | Dim:
@@ -29,7 +26,7 @@ def tiles_elements(rows: int | Dim, inputs: int, parts: int = 1) -> int | Dim:
     return (rows + (2 * ROWS - 1)) // (2 * ROWS) * (2 * ROWS * inputs * parts)
 
 
-def bf16_parts(isa: VectorIsa, first: Expr, second: Expr, parts: int, paired: bool = False) -> Iterator[Expr]:
+def bf16_parts(isa: X86Isa, first: Expr, second: Expr, parts: int, paired: bool = False) -> Iterator[Expr]:
     """Two f32 vectors as `parts` pairs of vectors of bf16 in i32 lanes, whose sums they are but for rounding.
 
     One after the other as `pack_bf16` has them; paired: as `pack_pairs` has them. Three parts of 8 digits are an f32's

@@ -20,16 +20,13 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.targets.kernel import Param
-from llmc.targets.machine import Machine
-from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.attention_parts import MASKED, fused
-from llmc.targets.x86.attention_products import block_rows
-from llmc.targets.x86.attention_tile import PAGE, TileBody
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.linear_builder import either, index, let, loop, scratch, store_vector, when
-from llmc.targets.x86.vector_math import exp
-from llmc.targets.x86.vectors import (
+from llmc.compiler.ir.encoded import PAGE
+from llmc.targets.cpu.attention_parts import MASKED, fused
+from llmc.targets.cpu.attention_products import block_rows
+from llmc.targets.cpu.attention_tile import TileBody
+from llmc.targets.cpu.builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.cpu.vector_math import exp
+from llmc.targets.cpu.vectors import (
     aligned_scratch,
     divide,
     integer,
@@ -44,14 +41,16 @@ from llmc.targets.x86.vectors import (
     splat,
     store,
 )
+from llmc.targets.kernel import Param
+from llmc.targets.machine import Machine
+from llmc.targets.x86 import tiles as amx
+from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import COLUMNS, ROWS, WORDS
+from llmc.targets.x86.tiles import INPUTS as DEPTH
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-ROWS = amx.ROWS  # query rows of a tile
-DEPTH = 32  # bf16 in a row of a tile: what one multiplication sums over
-WORDS = 256  # 32-bit words of a tile
-COLUMNS = 16  # columns of a tile of f32
 HALF = PAGE // 2
 BIAS = 127  # of the exponent of f32 and bf16
 FIXED = 65536.0  # f32 from here on are multiples of 1/128
@@ -102,12 +101,13 @@ def attention_matrix(
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
     """Whether this kernel can serve: f32 caches want f32 products; values shorter than a tile are not worth it."""
-    return amx.has_tiles(machine, "bf16") and machine.has("avx512bf16") and cache_dtype == "float16" and value_dim >= 16
+    instructions = amx.has_tiles(machine, "bf16") and machine.has("avx512bf16", "avx512vbmi")
+    return instructions and cache_dtype == "float16" and value_dim >= 16
 
 
 def chunk_rows(head_dim: int, value_dim: int) -> int:
     """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16. Half of that
-    for wide heads, whose pages take more of the stack (`targets/stack.py`)."""
+    for wide heads, whose pages take more of the stack (`targets/cpu/stack.py`)."""
     row_bytes = 2 * round_up(head_dim, DEPTH) + 4 * round_up(value_dim, COLUMNS) + 4 * COLUMNS
     room = CHUNK_BYTES if head_dim + value_dim <= WIDE else CHUNK_BYTES // 2
     return max(ROWS, room // row_bytes // ROWS * ROWS)
@@ -117,7 +117,7 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def round_up_128th(isa: VectorIsa, x: Expr) -> Expr:
+def round_up_128th(isa: X86Isa, x: Expr) -> Expr:
     """The next multiple of 1/128: no score is above its row's peak, and peaks are exact in fixed point."""
     from tvm import tirx
     from tvm.script import tirx as T
@@ -141,7 +141,7 @@ def load_bytes(buffer: Buffer, start: int) -> Expr:
     return tirx.reinterpret("int8x64", load_raw(buffer, start, COLUMNS))
 
 
-def power_pairs(isa: VectorIsa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
+def power_pairs(isa: X86Isa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
     """bf16 pairs of 2^x for low = x + BIAS + FIXED and high likewise, x <= 0; exactly 0 for x <= -BIAS.
 
     The sum with FIXED has x + BIAS in its last bits, in units of 1/128: the exponent of 2^x, then a mantissa that grows
@@ -179,6 +179,8 @@ class MatrixBody(TileBody):
     So a row's kind decides: one that decodes has a unit of its own, of as many rows as heads share a key-value head.
     """
 
+    isa: X86Isa
+
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
         from tvm import tirx
 
@@ -192,6 +194,8 @@ class TallBody(TileBody):
     """Units of many rows. Queries lie in tiles [block of 16 rows, head_dim / 32] of bf16 pairs; sums in rows of
     `sums_width`, whose last 16 columns are the last 16 of the values.
     """
+
+    isa: X86Isa
 
     @property
     def depth_tiles(self) -> int:

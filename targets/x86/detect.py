@@ -39,22 +39,20 @@ _MACHINES: dict[str, tuple[str, tuple[str, ...], int, int, int, int]] = {
 
 def names() -> list[str]:
     """Every name that `machine` takes."""
-    return ["native", *_MACHINES]
+    return list(_MACHINES)
 
 
 def machine(name: str) -> Machine:
-    """The machine called `name`; `native` is this one. CompileError lists the names."""
-    if name == "native":
-        return native()
-    if name not in _MACHINES:
-        raise CompileError(f"unknown target {name!r}; known: {', '.join(names())}")
+    """The machine called `name`, one of `names`."""
     mcpu, features, bits, l1, l2, l3 = _MACHINES[name]
     return Machine(name, "x86", mcpu, frozenset(features), bits, l1, l2, l3)
 
 
-def native() -> Machine:
-    """This machine: its level, the useful features that it shows, its own cache sizes; and instructions that take as
-    long as on the named machine which it has most in common with."""
+def native() -> Machine | None:
+    """This machine, None if it is no x86-64 one: its level, the useful features that it shows, its own cache sizes; and
+    instructions that take as long as on the named machine which it has most in common with."""
+    if cpu.architecture() != "x86_64":
+        return None
     present = cpu.features()
     if not present.issuperset(_V3):
         raise CompileError(

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import FloatLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.activation_tiles import INPUTS, TILE
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import FloatLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_float import AHEAD_BYTES, CACHE_LINE
+from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.tiles import INPUTS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 TILES = 4
 SPLIT = 3  # bf16 of an activation
 _PAIRS = INPUTS // 2  # rows of a weight tile
-_LINES = 2 * TILE // CACHE_LINE
 # Numbers of the tile registers. A weight tile's products have one sum: two, with the small parts' own, are nearer still
 # (root mean square error 0.6 times that), but one is as near as numpy's f32 already.
 _A, _B, _C = (0, 1, 2), 3, (4, 5, 6, 7)
@@ -43,7 +41,7 @@ class _Unit:
     tile on the stack for the inputs past the last multiple of 32, if there are any.
     """
 
-    isa: VectorIsa
+    isa: X86Isa
     k: int
     x: Buffer
     data: Buffer
@@ -67,24 +65,26 @@ class _Unit:
         """32 inputs, with the prefetches that are due meanwhile."""
         ahead = [self._ahead(start, block) for start in self.start]
         self._load_x(block)
+        line_bytes = self.isa.cache_line
+        lines = 2 * TILE // line_bytes
         for t in range(TILES):
             amx.load(_B, self.data, self.start[t] + block * (2 * TILE))
             for part in range(SPLIT):
                 amx.dot_bf16(_C[t], _A[part], _B)
                 b.keep_order()
-                for line in range(_LINES * part // SPLIT, _LINES * (part + 1) // SPLIT):
-                    b.prefetch(self.data, ahead[t] + line * CACHE_LINE, near=True)
+                for line in range(lines * part // SPLIT, lines * (part + 1) // SPLIT):
+                    b.prefetch(self.data, ahead[t] + line * line_bytes, near=True)
 
     def _load_x(self, block: Expr | int) -> None:
         for part in range(SPLIT):
             amx.load(_A[part], self.x, self.first_x + (b.index(block) * SPLIT + part) * TILE)
 
     def _ahead(self, start: Expr, block: Expr) -> Expr:
-        """Where to prefetch from: AHEAD_BYTES on; past the tile's end, in the tile that follows it in its stream."""
+        """Where to prefetch from: `ahead_bytes` on; past the tile's end, in the tile that follows it in its stream."""
         from tvm import tirx
 
         size = -(-self.k // 2) * self.isa.vector_bytes
-        inside = b.let(block * (2 * TILE) + AHEAD_BYTES)
+        inside = b.let(block * (2 * TILE) + self.isa.ahead_bytes)
         return b.let(start + inside + tirx.Select(inside >= size, b.index((TILES - 1) * size), b.index(0)))
 
     def _multiply_rest(self, t: int, blocks: int, rest: int) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_products import KnownRows, Operands
+from llmc.targets.cpu.linear_quantized import quantized_layout
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import QuantizedLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_products import KnownRows, Operands
-from llmc.targets.x86.linear_quantized import quantized_layout
+from llmc.targets.x86.isa import X86Isa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -37,7 +37,7 @@ _A, _B, _C = (0, 1), (2, 3, 4), (5, 6, 7)
 class _Shape:
     """How a group is cut into multiplications: `parts` of `inputs` inputs, which are `quads` rows of a tile."""
 
-    def __init__(self, isa: VectorIsa, layout: QuantizedLayout) -> None:
+    def __init__(self, isa: X86Isa, layout: QuantizedLayout) -> None:
         self.inputs = 64 if layout.group % 64 == 0 else 32
         self.parts, self.quads = layout.group // self.inputs, self.inputs // 4
         self.tile_bytes = self.quads * isa.vector_bytes
@@ -46,7 +46,7 @@ class _Shape:
         self.signed = layout.bits == 4 and layout.symmetric
         self.factor = 1 / 16 if layout.bits == 4 else 1.0
 
-    def tiles(self, isa: VectorIsa, rows: Expr) -> dict[int, tuple[Expr | int, int]]:
+    def tiles(self, isa: X86Isa, rows: Expr) -> dict[int, tuple[Expr | int, int]]:
         """The configuration for that many rows of activations."""
         found: dict[int, tuple[Expr | int, int]] = dict.fromkeys(_A, (rows, self.inputs))
         found |= dict.fromkeys(_B, (self.quads, isa.vector_bytes))

@@ -20,21 +20,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import FloatLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.vectors import permute
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.activation_tiles import INPUTS, TILE, bf16_parts
-from llmc.targets.x86.isa import VectorIsa, isa_for
-from llmc.targets.x86.layouts import FloatLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_quantized import quantized_layout
+from llmc.targets.x86.activation_tiles import bf16_parts
+from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tile_weights import CHUNK, Float, Quantized, Single, Source, chunks
-from llmc.targets.x86.vectors import permute
+from llmc.targets.x86.tiles import INPUTS, TILE
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-CACHE_LINE = 64
 PAIR = 2  # tiles side by side, of rows and of columns
 ROWS = PAIR * amx.ROWS  # of a block of results
 SUMS = PAIR * PAIR * amx.ROWS * amx.ROWS  # of a block of results
@@ -49,33 +49,18 @@ def workspace_bytes(step: int, tiles: int, row_block: int, split: int = 1) -> in
     return (2 * 32 * step * split + 64 * row_block) * tiles + RESULTS * SUMS * 4  # 16 columns of bf16 and of f32
 
 
-class _Number:
-    """An int64 that changes while the kernel runs."""
-
-    def __init__(self, value: Expr | int = 0) -> None:
-        self.slot = b.scratch(1, "int64")
-        self.set(value)
-
-    def set(self, value: Expr | int) -> None:
-        b.store(self.slot, [0], b.index(value))
-
-    def get(self) -> Expr:
-        """A variable with what it is now."""
-        return b.let(self.slot[b.index(0)])
-
-
 class _Ahead:
     """Two panels of bf16 weights: one is multiplied while the other is unpacked, chunk by chunk."""
 
-    def __init__(self, isa: VectorIsa, source: Source, handles: Mapping[str, Expr], step: int, tiles: int) -> None:
+    def __init__(self, isa: X86Isa, source: Source, handles: Mapping[str, Expr], step: int, tiles: int) -> None:
         self.isa, self.source, self.handles, self.step, self.tiles = isa, source, handles, step, tiles
         self.tile_elements = step * source.split * isa.lanes
         self.panel = b.view(handles["workspace"], [b.MANY], "uint16")
         self.data = b.view(handles["data"], [b.MANY], "uint8")
-        self.now = _Number(tiles * self.tile_elements)  # where the panel that is multiplied starts
+        self.now = b.Scalar("int64", tiles * self.tile_elements)  # where the panel that is multiplied starts
         # What is unpacked: these tiles from this part on, so many chunks of each; what of it is next.
-        self.first_tile, self.first_part, self.tile_chunks, self.count = (_Number() for _ in range(4))
-        self.tile, self.chunk = _Number(), _Number()
+        self.first_tile, self.first_part, self.tile_chunks, self.count = (b.Scalar("int64", 0) for _ in range(4))
+        self.tile, self.chunk = b.Scalar("int64", 0), b.Scalar("int64", 0)
 
     def turn(self, first_tile: Expr, first_input: Expr | int, inputs: Expr | int, count: Expr) -> Expr:
         """The panel that was unpacked is multiplied from now on, and `count` tiles are to be unpacked; -> chunks."""
@@ -132,7 +117,7 @@ class _Ahead:
         tile = b.let(tirx.Select(ends, tile + self.tiles, tile))
         part = b.let(tirx.Select(ends, part % (self.step // source.part), following))
         nbytes = source.part_bytes // chunks(source)
-        for line in range(0, nbytes, CACHE_LINE):
+        for line in range(0, nbytes, self.isa.cache_line):
             b.prefetch(self.data, (tile * source.parts + part) * source.part_bytes + chunk * nbytes + line)
 
 
@@ -144,14 +129,14 @@ class _Finish:
     """
 
     def __init__(
-        self, isa: VectorIsa, epilogue: Epilogue, handles: Mapping[str, Expr], all_tiles: int, packed: bool, split: int,
+        self, isa: X86Isa, epilogue: Epilogue, handles: Mapping[str, Expr], all_tiles: int, packed: bool, split: int,
         results: int,
     ) -> None:  # fmt: skip
         self.isa, self.epilogue, self.handles = isa, epilogue, handles
         self.all_tiles, self.packed, self.split, self.results = all_tiles, packed, split, results
         self.sums = b.view(handles["workspace"], [b.MANY], "float32")
-        self.place = _Number(results)
-        self.rows, self.first_row, self.first_tile = (_Number() for _ in range(3))
+        self.place = b.Scalar("int64", results)
+        self.rows, self.first_row, self.first_tile = (b.Scalar("int64", 0) for _ in range(3))
 
     def wait(self, rows: Expr, first_row: Expr, first_tile: Expr) -> None:
         """A block that was stored to `next_place` is to be finished."""

@@ -10,17 +10,15 @@ into three bf16 each, with nothing rounded away: six multiplications on tiles ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.matrix_unit import TilePlan, TileVariant
+from llmc.targets.kernel import Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.activation_tiles import INPUTS
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.layouts import FloatLayout, QuantizedLayout
-from llmc.targets.x86.linear_epilogue import Epilogue
-from llmc.targets.x86.linear_quantized import quantized_layout
 from llmc.targets.x86.linear_tiles import tile_linear, workspace_bytes
-from llmc.targets.x86.tiles import has_tiles
+from llmc.targets.x86.tiles import INPUTS, has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
 SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products
@@ -32,38 +30,6 @@ THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many th
 # room for wide panels, which read the activations less often.
 NEAR_STEP, FAR_STEP = 1024, 256
 READING = 4.0  # what reading the activations costs a panel of one tile, as a part of multiplying it
-
-
-@dataclass(frozen=True)
-class TileVariant:
-    """A kernel for low <= T <= high (None: no limit); see `linear_plan.Variant`."""
-
-    kernel: Kernel
-    low: int
-    high: int | None
-    panels: int
-    row_block: int
-    workspace: int
-
-    def units(self, tokens: object) -> object:
-        """Independent work units for `tokens` rows: an int, or a symbolic dim with +, * and //."""
-        return (tokens + (self.row_block - 1)) // self.row_block * self.panels  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class TilePlan:
-    """One linear op of many rows. arguments: names of the pointers, in order, "xtiles" first, "workspace" last.
-
-    inputs: columns of the activations' tiles. split: bf16 that an activation and a weight become. products: how many of
-    bf16 that makes for each of theirs.
-    """
-
-    layout: QuantizedLayout | FloatLayout
-    arguments: tuple[str, ...]
-    inputs: int
-    split: int
-    products: int
-    variants: tuple[TileVariant, ...]
 
 
 def usable(machine: Machine) -> bool:

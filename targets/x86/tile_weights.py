@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from llmc.targets.x86 import linear_builder as b
-from llmc.targets.x86.activation_tiles import INPUTS, bf16_parts
-from llmc.targets.x86.isa import VectorIsa
-from llmc.targets.x86.layouts import QuantizedLayout
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.x86.activation_tiles import bf16_parts
+from llmc.targets.x86.isa import X86Isa
+from llmc.targets.x86.tiles import INPUTS
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -56,7 +57,7 @@ class Quantized:
 
     split = 1
 
-    def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
+    def __init__(self, isa: X86Isa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
         self.part, self.parts = layout.group, self.groups
         self.part_bytes = layout.vectors * isa.vector_bytes
@@ -108,7 +109,7 @@ class Float:
 
     split = 1
 
-    def __init__(self, isa: VectorIsa, k: int) -> None:
+    def __init__(self, isa: X86Isa, k: int) -> None:
         self.isa, self.pairs = isa, -(-k // 2)
         self.part, self.parts = INPUTS, -(-k // INPUTS)
         self.part_bytes = INPUTS * isa.lanes * 2
@@ -140,7 +141,7 @@ class Single:
 
     split = 3
 
-    def __init__(self, isa: VectorIsa, k: int) -> None:
+    def __init__(self, isa: X86Isa, k: int) -> None:
         self.isa, self.k = isa, k
         self.part, self.parts = INPUTS, -(-k // INPUTS)
         self.part_bytes = INPUTS * isa.lanes * 4
@@ -174,7 +175,7 @@ class Single:
                 )
 
 
-def _numbers(isa: VectorIsa, offset: int) -> Expr:
+def _numbers(isa: X86Isa, offset: int) -> Expr:
     """0 - offset, 1 - offset, ... as f32, one a lane."""
     from tvm import tirx
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu import builder as b
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import linear_builder as b
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 TILES = 8
 ROWS = 16
 ROW_BYTES = 64
+COLUMNS = ROW_BYTES // 4  # of f32 or i32
+WORDS = ROWS * COLUMNS  # of 32 bits in a tile
+INPUTS = ROW_BYTES // 2  # bf16 in a row: what one multiplication sums over
+TILE = ROWS * INPUTS  # bf16 in a tile
 
 # The configuration that the hardware reads: palette 1, from the first row; bytes a row of each tile at byte 16, as
 # u16; rows of each tile at byte 48, as u8.

@@ -1,0 +1,256 @@
+"""How attention is lowered: keys and values to the cache, query tiles, the merge of splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.compiler.ir.attention import KVAppend, PagedAttention
+from llmc.compiler.ir.dims import symbol
+from llmc.compiler.ir.encoded import PAGE
+from llmc.compiler.ir.llm import RMSNorm, Rope, RopeAngles
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.ragged import span_of
+from llmc.compiler.ir.structural import Reshape, Slice
+from llmc.compiler.ir.types import KV
+from llmc.targets.call_facts import keys, pairs
+from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention_query import QueryRows
+from llmc.targets.cpu.plain import RULES
+from llmc.targets.cpu.rope_angles import rope_angles
+from llmc.targets.cpu.rope_append import GRAIN, rope_append_kernel
+from llmc.targets.cpu.row_kinds import PROMPT
+from llmc.targets.cpu.vector_isa import missing_vectors
+from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
+from llmc.targets.lowering import Context, Lowered
+
+CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
+SPLITS = symbol("SPLITS", 1, 16)
+PAGES = symbol("M", 1)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where a [T, heads, dim] value comes from: columns of rows that a linear op wrote, then a norm, then a turn.
+
+    base: what is in memory, rows of `stride` numbers; the heads start at column `offset`.
+    """
+
+    base: Value
+    stride: int
+    offset: int
+    norm: RMSNorm | None
+    rope: Rope | None
+
+
+def heads_of(value: Value, context: Context) -> Heads:
+    """The longest chain behind `value` that only it uses: rope(norm(reshape(slice(base))))."""
+    rope = norm = None
+    if isinstance(value, Rope) and context.only_user(value) is not None and value.dtype == "f32":
+        rope, value = value, value.x
+        if context.only_user(value) is not rope:
+            return _rows(value, None, rope)
+    if isinstance(value, RMSNorm) and _per_head(value) and context.only_user(value) is not None:
+        norm, value = value, value.x
+    return _rows(value, norm, rope)
+
+
+def _per_head(norm: RMSNorm) -> bool:
+    return norm.w is not None and norm.w.dtype == "f32" and norm.offset in (0.0, 1.0)
+
+
+def _rows(value: Value, norm: RMSNorm | None, rope: Rope | None) -> Heads:
+    _, heads, dim = value.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    width = heads * dim
+    rows = value
+    if isinstance(rows, Reshape) and rows.x.rank == 2 and rows.x.shape[1] == width:
+        rows = rows.x
+        if isinstance(rows, Slice) and rows.axis % 2 == 1 and rows.step == 1 and isinstance(rows.start, int):
+            stride = rows.x.shape[1]
+            assert isinstance(stride, int)
+            return Heads(rows.x, stride, rows.start, norm, rope)
+    return Heads(rows, width, 0, norm, rope)
+
+
+def head_stride(heads: Heads, dim: int) -> tuple[int, int, int]:
+    """(element stride of a token, offset of head 0, stride of a head), as `rope_append_kernel` wants rows."""
+    return heads.stride, heads.offset, dim
+
+
+def _angles(rope: Rope | None) -> Value | None:
+    return None if rope is None else rope.angles
+
+
+def _norm_eps(heads: Heads) -> float | None:
+    return None if heads.norm is None else heads.norm.eps
+
+
+def _norm_offset(heads: Heads) -> float:
+    return 0.0 if heads.norm is None else heads.norm.offset
+
+
+def _cache_bytes(kind: KV) -> int:
+    """Bytes of a token's keys and values in one layer's cache."""
+    return kind.heads * (kind.key_dim + kind.value_dim) * (2 if kind.dtype == "f16" else 4)
+
+
+def _pairs(rope: Rope | None) -> int:
+    if rope is None:
+        return 0
+    pairs = rope.angles.shape[2]
+    assert isinstance(pairs, int)
+    return pairs
+
+
+@RULES.lower(KVAppend, priority=10, needs=missing_vectors)
+def append_to_cache(op: Op, context: Context) -> Lowered | str:
+    """Keys (normalised and turned on the way) and values into their page."""
+    assert isinstance(op, KVAppend)
+    reason = _unfit(op)
+    if reason:
+        return reason
+    k, v = heads_of(op.k, context), heads_of(op.v, context)
+    if v.norm is not None or v.rope is not None:
+        v = _rows(op.v, None, None)
+    kind, dim = op.kv, op.kv.key_dim
+    made = rope_append_kernel(
+        context.machine,
+        heads=0,
+        kv_heads=kind.heads,
+        head_dim=dim,
+        value_dim=kind.value_dim,
+        pairs=_pairs(k.rope),
+        interleaved=k.rope is not None and k.rope.interleaved,
+        key_rows=head_stride(k, dim),
+        value_rows=head_stride(v, kind.value_dim),
+        norm_eps=_norm_eps(k),
+        norm_offset=_norm_offset(k),
+        cache_dtype=CACHE_DTYPES[kind.dtype],
+    )
+    weight = None if k.norm is None else k.norm.w
+    extras = (each for each in (_angles(k.rope), op.slots, weight) if each is not None)
+    args = (k.base, v.base, *extras, CachePart(op.cache, "keys"), CachePart(op.cache, "values"))
+    tokens = k.base.shape[0]
+    note, written = f"[{kind.heads}, {dim}]", tokens * _cache_bytes(kind)
+    return Lowered((Call(made, args, tokens, GRAIN, note=note, bytes_moved=written),))
+
+
+def _unfit(op: KVAppend) -> str:
+    if op.k.dtype != "f32" or op.v.dtype != "f32":
+        return f"keys are {op.k.dtype} and values {op.v.dtype}, not f32"
+    if op.kv.dtype not in CACHE_DTYPES:
+        return f"no kernel writes a cache of {op.kv.dtype}"
+    return ""
+
+
+@RULES.lower(PagedAttention, priority=10, needs=missing_vectors)
+def attention_over_pages(op: Op, context: Context) -> Lowered | str:
+    """Queries normalised and turned as they are read, attention by query tiles, splits of the context merged behind."""
+    assert isinstance(op, PagedAttention)
+    kind = op.cache.kv
+    if op.dtype != "f32":
+        return f"queries are {op.dtype}, not f32"
+    if kind.dtype not in CACHE_DTYPES:
+        return f"no kernel reads a cache of {kind.dtype}"
+    for value in (op.sinks, op.slopes):
+        if value is not None and value.dtype != "f32":
+            return "sinks and slopes are not f32"
+    span = 0 if op.bias is None else span_of(op.bias)
+    if op.bias is not None and (op.bias.dtype != "f32" or span % PAGE):
+        return f"a table of distances {op.bias.type} is not f32, or spans no whole pages"
+    tokens, heads, dim = op.q.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    q = heads_of(op.q, context)
+    rows = QueryRows(
+        q.stride,
+        q.offset,
+        _pairs(q.rope),
+        q.rope is not None and q.rope.interleaved,
+        _norm_eps(q),
+        _norm_offset(q),
+    )
+    plan = attention_plan(
+        context.machine,
+        heads=heads,
+        kv_heads=kind.heads,
+        head_dim=dim,
+        value_dim=kind.value_dim,
+        scale=op.scale,
+        window=op.window,
+        softcap=op.softcap,
+        sinks=op.sinks is not None,
+        alibi=op.slopes is not None,
+        cache_dtype=CACHE_DTYPES[kind.dtype],
+        causal=op.causal,
+        span=span,
+        query=rows,
+    )
+    state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
+    partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
+    starts = None if op.causal else op.starts
+    weight = None if q.norm is None else q.norm.w
+    extras = tuple(
+        value for value in (op.sinks, op.slopes, starts, op.bias, _angles(q.rope), weight) if value is not None
+    )
+    tile_args = (
+        q.base, CachePart(op.cache, "keys"), CachePart(op.cache, "values"), op.tiles, op.block_table, *extras,
+        "result", state, partial, PAGES, SPLITS, *((PROMPT,) if plan.by_kind else ()),
+    )  # fmt: skip
+    tiles = op.tiles.shape[0]
+    note = f"[{heads}/{kind.heads}, {dim}]"
+    read = keys(op.window) * _cache_bytes(kind)
+    seen = pairs(op.window) if op.causal else 2 * pairs(op.window) - tokens  # both sides, a row itself once
+    operations = seen * (2 * heads * (dim + kind.value_dim))
+    tile = Call(
+        plan.tile,
+        tile_args,
+        plan.tile_units(tiles, SPLITS),
+        1,
+        note=note,
+        bytes_moved=read,
+        operations=operations,
+        arithmetic=plan.arithmetic,
+    )
+    merge = Call(
+        plan.combine,
+        (state, partial, "result", SPLITS),
+        plan.combine_units(tokens),
+        max(1, 2048 // kind.value_dim),
+        (Range("SPLITS", 2, None),),
+        note=note,
+    )
+    return Lowered((tile, merge))
+
+
+@RULES.lower(RopeAngles, priority=10)
+def angles_of_tokens(op: Op, context: Context) -> Lowered | str:
+    """Cosines and sines of each token's position, once a step."""
+    assert isinstance(op, RopeAngles)
+    if op.frequencies.dtype != "f32" or op.positions.dtype != "i32":
+        return f"positions are {op.positions.dtype} and frequencies {op.frequencies.dtype}, not i32 and f32"
+    tokens, _, pairs = op.shape
+    assert isinstance(pairs, int)
+    made = kernel(rope_angles, context.machine.key, pairs=pairs, scale=op.scale)
+    return Lowered((Call(made, (op.positions, op.frequencies, "result"), tokens, 16),))
+
+
+@RULES.lower(Rope, priority=10, needs=missing_vectors)
+def turn_heads(op: Op, context: Context) -> Lowered | str:
+    """A turn that no attention absorbs."""
+    assert isinstance(op, Rope)
+    if op.dtype != "f32" or op.angles.dtype != "f32":
+        return f"heads are {op.dtype} and angles {op.angles.dtype}, not f32"
+    _, heads, dim = op.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
+    rows = _rows(op.x, None, op)
+    made = rope_append_kernel(
+        context.machine,
+        heads=heads,
+        kv_heads=0,
+        head_dim=dim,
+        pairs=_pairs(op),
+        interleaved=op.interleaved,
+        query_rows=head_stride(rows, dim),
+    )
+    tokens = rows.base.shape[0]
+    return Lowered((Call(made, (rows.base, op.angles, "result"), tokens, GRAIN, note=f"[{heads}, {dim}]"),))

@@ -1,0 +1,556 @@
+"""Attention of one query tile to one key-value head, blocked by cache page, with an online softmax.
+
+All query heads that share the key-value head are rows of one small matrix, so a page is read once for all of them.
+Per page: scores = Q K (the page of keys is stored transposed, one vector is one channel of many tokens), softmax
+statistics, acc = acc * correction + P V. Both products run the same register-blocked loop, `multiply`.
+
+Decode (one token, few heads) reads f16 pages straight from the cache: the memory's bandwidth is the limit. Larger tiles
+first convert a page to f32 in L1 and reuse it for every row block: the FMA units are the limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from llmc.compiler.ir.encoded import PAGE
+from llmc.targets.cpu.attention_parts import MASKED, Parts, locate_parts
+from llmc.targets.cpu.attention_products import block_rows, multiply
+from llmc.targets.cpu.attention_query import QueryRows
+from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
+from llmc.targets.cpu.vector_math import exp, tanh
+from llmc.targets.cpu.vectors import (
+    MEMORY_HELPER,
+    aligned_scratch,
+    cast,
+    copy,
+    divide,
+    for_pieces,
+    integer,
+    keep_in_memory,
+    load,
+    load_raw,
+    maximum,
+    pieces,
+    pin,
+    prefetch,
+    range_kernel,
+    reduce_lanes,
+    remainder,
+    splat,
+    store,
+    store_int,
+)
+from llmc.targets.kernel import Param
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
+
+
+def attention_tile(
+    machine: Machine,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: bool,
+    alibi: bool,
+    cache_dtype: str,
+    causal: bool = True,
+    span: int = 0,
+    query: tuple[Param, ...] = (),
+) -> PrimFunc:
+    """One unit is (tile, key-value head, split): u = (tile * kv_heads + kv_head) * S + split. Arguments:
+
+        query f32[T, heads, head_dim], keys cache[pages, kv_heads, head_dim, 32], values cache[pages, kv_heads, 32,
+        value_dim], tiles i32[Q, 4], block_table i32[B, M], [sinks f32[heads]], [slopes f32[heads]] (alibi),
+        [starts i32[B + 1]] (not causal), [bias f32[heads, 2 * span - 1]] (span), [angles f32[T, 2, pairs],
+        query_weight f32[head_dim]] (query), out f32[T, heads, value_dim], state f32[T, heads, S, 2],
+        partial f32[T, heads, S - 1, value_dim], M, S
+
+    causal: a row sees the keys of its sequence up to its own position, the last `window` of them; else all keys, rows
+    starts[s] to starts[s + 1], or those less than `window` away. span: bias adds a number by key - query + span - 1;
+    no sequence is longer than span, which is a whole number of pages. query: what `QueryRows` is made from, where the
+    queries are not rows of their own.
+
+    The pages that a tile sees are in parts (attention_parts.py). Where S == 1, one unit does all of them, out is the
+    result, and state and partial are not touched. Otherwise unit s does the tile's s-th part (unit 0 does all, if they
+    are more than S) and writes (greatest score, denominator) to state and its unnormalised sum of values to out (s = 0)
+    or to partial (s - 1); `attention_combine` merges them. A row whose part has no visible key writes finite numbers of
+    weight zero, and a unit without a part a denominator of zero. Cache slots that no row of the tile may see are read
+    but never enter a result.
+    """
+    isa = isa_for(machine)
+    body = TileBody(
+        isa,
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale,
+        window,
+        softcap,
+        sinks,
+        alibi,
+        cache_dtype,
+        CHUNK,
+        causal,
+        span,
+        query,
+    )
+    return body.kernel()
+
+
+@dataclass(frozen=True)
+class TileBody(Parts):
+    """Emits the work of one unit. Rows are numbered token by token, the group's heads within a token."""
+
+    isa: VectorIsa
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    window: int
+    softcap: float
+    sinks: bool
+    alibi: bool
+    cache_dtype: str
+    chunk: int
+    causal: bool = True
+    span: int = 0
+    query: tuple[Param, ...] = ()
+
+    @property
+    def query_rows(self) -> QueryRows:
+        return QueryRows(*self.query) if self.query else QueryRows(self.heads * self.head_dim)  # type: ignore[arg-type]
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def lanes(self) -> int:
+        return int(self.isa.lanes)
+
+    def kernel(self, helpers: str = "", sizes: tuple[str, ...] = ()) -> PrimFunc:
+        pointers = [("query", "float32"), ("keys", self.cache_dtype), ("values", self.cache_dtype)]
+        pointers += [("tiles", "int32"), ("block_table", "int32")]
+        pointers += [("sinks", "float32")] * self.sinks + [("slopes", "float32")] * self.alibi
+        pointers += [("starts", "int32")] * (not self.causal) + [("bias", "float32")] * bool(self.span)
+        pointers += self.query_rows.pointers()
+        pointers += [("out", "float32"), ("state", "float32"), ("partial", "float32")]
+        return range_kernel(pointers, ["M", "S", *sizes], self.unit, helpers + MEMORY_HELPER)
+
+    def unit(self, a: SimpleNamespace, u: Expr) -> None:
+        """One (tile, key-value head, split)."""
+        self.work(a, self.locate(a, u))
+
+    def locate(self, a: SimpleNamespace, u: Expr) -> SimpleNamespace:
+        """What unit u is: its head, split, rows, their positions, and its range of the sequence's pages."""
+        split = pin(remainder(u, a.S))
+        outer = pin(divide(u, a.S))
+        kv_head = pin(remainder(outer, self.kv_heads))
+        tile = pin(divide(outer, self.kv_heads) * 4)
+        sequence, token = integer(load_raw(a.tiles, tile, 1)), integer(load_raw(a.tiles, tile + 1, 1))
+        count, position = integer(load_raw(a.tiles, tile + 2, 1)), integer(load_raw(a.tiles, tile + 3, 1))
+        length = None
+        if not self.causal:
+            length = pin(integer(load_raw(a.starts, sequence + 1, 1)) - integer(load_raw(a.starts, sequence, 1)))
+        last_page = pin(divide(self.last_seen(length, position + count - 1), PAGE))
+        first_page: Expr = index(0)
+        if self.window:
+            first_page = pin(self.first_page(position))
+        return SimpleNamespace(
+            unit=u,
+            length=length,
+            bias=a.bias if self.span else None,
+            kv_head=kv_head,
+            split=split,
+            token=token,
+            count=count,
+            rows=pin(count * self.group),
+            position=position,
+            bottom=(bottom := pin(position + count)),
+            end=bottom if length is None else length,
+            table=pin(sequence * a.M),
+            **locate_parts(first_page, last_page, split, a.S),
+        )
+
+    def allocate(self, place: SimpleNamespace) -> SimpleNamespace:
+        """`place`, with the memory that a chunk of rows works in."""
+        return SimpleNamespace(
+            **vars(place),
+            query=aligned_scratch(self.chunk * self.head_dim, self.lanes),
+            **self.allocate_rows(self.value_dim),
+        )
+
+    def allocate_rows(self, width: int) -> dict[str, Buffer]:
+        """Accumulators of `width` numbers a row, and the rows' statistics."""
+        return {
+            "acc": aligned_scratch(self.chunk * width, self.lanes),
+            "peak": aligned_scratch(self.chunk + self.lanes, self.lanes),
+            "total": aligned_scratch(self.chunk * self.lanes, self.lanes),
+            **{name: aligned_scratch(self.chunk + self.lanes, self.lanes) for name in ("top", "sum", "older", "newer")},
+            "where": scratch(self.chunk, "int32"),
+            "turned": aligned_scratch(self.head_dim if self.query_rows.changed else 1, self.lanes),
+            "slope": scratch(self.chunk if self.alibi else 1, "float32"),
+            **({"middle": scratch(self.chunk, "int32")} if self.span else {}),
+        }
+
+    def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
+        """All rows of the unit."""
+        from tvm import tirx
+
+        t = self.allocate(place)
+
+        def decode() -> None:
+            after = self.locate(a, pin(tirx.Min(t.unit + 1, a.end - 1)))
+            self.rows_chunk(a, t, index(0), index(self.group), self.group, convert=False, after=after)
+
+        def prefill() -> None:
+            self.each_chunk(
+                t,
+                lambda first, left: self.rows_chunk(
+                    a, t, first, left, block_rows(self.isa), convert=self.cache_dtype != "float32"
+                ),
+            )
+
+        if self.group <= self.isa.registers * 3 // 4 and self.group <= self.chunk:
+            either(t.count == 1, decode, prefill)
+        else:
+            prefill()
+
+    def each_chunk(self, t: SimpleNamespace, body: Callable[[Expr, Expr], None]) -> None:
+        """body(first row, number of rows) for every chunk of the unit's rows: as few and as even as can be."""
+        from tvm import tirx
+
+        number = pin(divide(t.rows + (self.chunk - 1), self.chunk))
+        block = 16  # a multiple of every kernel's block of rows
+        size = pin(divide(divide(t.rows + (number - 1), number) + (block - 1), block) * block)
+        with loop(divide(t.rows + (size - 1), size)) as place:
+            first = pin(place * size)
+            body(first, pin(tirx.Min(t.rows - first, size)))
+
+    def rows_chunk(
+        self,
+        a: SimpleNamespace,
+        t: SimpleNamespace,
+        first: Expr,
+        count: Expr,
+        block: int,
+        convert: bool,
+        after: SimpleNamespace | None = None,
+    ) -> None:
+        """`count` rows from row `first` of the tile on, over this unit's parts, in register blocks of `block` rows.
+
+        after: the unit that comes next, if it begins with reading pages from memory as well.
+        """
+        from tvm import tirx
+
+        blocks = pin(divide(count + (block - 1), block))
+        self.start_rows(a, t, first, count, blocks * block)
+        keys_local = aligned_scratch(self.head_dim * PAGE if convert else 1, self.lanes)
+        values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
+
+        def one_page(page: Expr, stop: Expr) -> None:
+            page_id = integer(load_raw(a.block_table, t.table + page, 1))
+            keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
+            values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
+            key_buffer, value_buffer = a.keys, a.values
+            following: tuple[Expr, Expr] | None = None
+            if convert:
+                copy(self.lanes, a.keys, keys, keys_local, index(0), self.head_dim * PAGE)
+                copy(self.lanes, a.values, values, values_local, index(0), PAGE * self.value_dim)
+                key_buffer, value_buffer, keys, values = keys_local, values_local, index(0), index(0)
+            else:
+                following = self.following(a, t, page, stop, after)
+            with loop(blocks) as b:
+                row = pin(b * block)
+                last = self.last_seen(
+                    t.length, self.position(t, tirx.Min(first + row + (block - 1), first + count - 1))
+                )
+                with when(page * PAGE <= last):
+                    self.page_block(t, row, block, page, (key_buffer, keys), (value_buffer, values), following)
+
+        stop = self.last_page_of(t, first, count)
+        with loop(t.parts) as number:
+            part = pin(t.first_part + number)
+            self.start_part(a, t, first, count, pin(blocks * block), part)
+            low, high = self.pages_of_rows(t, part, first, stop)
+            with loop(tirx.Max(high - low, index(0))) as place:
+                one_page(pin(low + place), stop)
+            self.finish_part(a, t, first, count, number)
+        self.finish_rows(a, t, first, count)
+
+    def following(
+        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, stop: Expr, after: SimpleNamespace | None
+    ) -> tuple[Expr, Expr]:
+        """Where the keys and values begin that are wanted after `page`: the next page's, or past `stop` those of the
+        first page of the unit `after`, if there is one. A unit that starts with a page from memory waits for it: with
+        four pages a unit, a tenth of the time.
+        """
+        from tvm import tirx
+
+        place, head = t.table + tirx.Min(page + 1, stop - 1), t.kv_head
+        if after is not None:
+            more = page + 1 < stop
+            place = tirx.Select(more, t.table + page + 1, after.table + after.first)
+            head = tirx.Select(more, t.kv_head, after.kv_head)
+        next_head = pin(integer(load_raw(a.block_table, pin(place), 1)) * self.kv_heads + head)
+        return next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim)
+
+    def last_page_of(self, t: SimpleNamespace, first: Expr, count: Expr) -> Expr:
+        """Behind the unit's last page that some row of [first, first + count) sees."""
+        from tvm import tirx
+
+        return pin(tirx.Min(t.stop, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
+
+    def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
+        """The pages [low, high) of a part, before `stop`, that rows from `first` on may see; low may pass high."""
+        from tvm import tirx
+
+        low, high = pin(part * t.size), pin(tirx.Min(stop, (part + 1) * t.size))
+        if self.window:
+            low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
+        return low, high
+
+    def position(self, t: SimpleNamespace, row: Expr) -> Expr:
+        """The position of a row of the unit."""
+        return pin(t.position + divide(row, self.group))
+
+    def last_seen(self, length: Expr | None, position: Expr) -> Expr:
+        """The last key that a row at `position` of a sequence of `length` keys sees."""
+        from tvm import tirx
+
+        if length is None:
+            return position
+        return tirx.Min(length - 1, position + (self.window - 1)) if self.window else length - 1
+
+    def first_page(self, position: Expr) -> Expr:
+        """The first page in the window of a row at `position`."""
+        from tvm import tirx
+
+        return divide(tirx.Max(position - (self.window - 1), index(0)), PAGE)
+
+    def start_rows(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr) -> None:
+        """Scaled queries and positions; rows from `count` to `padded` get a query of zeros."""
+        with loop(padded) as r:
+
+            def blank(r: Expr = r) -> None:
+                self.start_query(t, r, None)
+                store_int(t.where, r, t.end - 1)
+                if self.alibi:
+                    store(t.slope, r, splat(0.0, 1), 1)
+                if self.span:
+                    store_int(t.middle, r, index(self.span - 1))
+
+            def fill(r: Expr = r) -> None:
+                row = pin(first + r)
+                item = pin(remainder(row, self.group))
+                token = pin(divide(row, self.group))
+                head = pin(t.kv_head * self.group + item)
+                place = pin(t.token + token)
+                self.start_query(t, r, self.query_rows.read(a, self.lanes, self.head_dim, place, head, t.turned))
+                store_int(t.where, r, t.position + token)
+                if self.alibi:
+                    store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)
+                if self.span:
+                    store_int(t.middle, r, head * (2 * self.span - 1) + (self.span - 1))
+
+            either(r < count, fill, blank)
+
+    @property
+    def score_unit(self) -> float:
+        """Scores are held as multiples of this: 1, or log2(e) where weights are powers of two."""
+        return 1.0
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by: the scores' scale; a softcap first divides, its `biased` multiplies again."""
+        return self.scale / self.softcap if self.softcap else self.scale * self.score_unit
+
+    def start_sums(self, t: SimpleNamespace, r: Expr) -> None:
+        """Zeros in row r's accumulators."""
+        for_pieces(
+            self.value_dim,
+            self.lanes,
+            lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width), width),
+        )
+
+    def start_query(self, t: SimpleNamespace, r: Expr, source: tuple[Buffer, Expr] | None) -> None:
+        """Row r's scaled query from (buffer, first element); None: zeros."""
+
+        def piece(offset: Expr | int, width: int) -> None:
+            value = splat(0.0, width)
+            if source is not None:
+                value = load(source[0], source[1] + offset, width) * splat(self.query_factor, width)
+            store(t.query, r * self.head_dim + offset, value, width)
+
+        for_pieces(self.head_dim, self.lanes, piece)
+
+    def page_block(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        page: Expr,
+        keys: tuple[Buffer, Expr],
+        values: tuple[Buffer, Expr],
+        following: tuple[Expr, Expr] | None,
+    ) -> None:
+        """One page for rows [row, row + rows): scores, statistics, weighted values.
+
+        Each buffer comes with the page's first element. `following`: where the next page begins, if it comes from
+        memory; each of its lines is prefetched when the same line of this page is used, so that the memory never idles
+        for long (all values' lines beside the first half of their columns: 15% slower).
+        """
+        from tvm import tirx
+
+        scores = aligned_scratch(rows * PAGE, self.lanes)
+        shrink = scratch(-(-rows // self.lanes) * self.lanes, "float32")
+        fetch_key = fetch_value = None
+        if following is not None:
+            next_keys, next_values = following
+
+            def fetch_key(k: Expr | int, offset: int, width: int) -> None:
+                prefetch(keys[0], next_keys + k * PAGE + offset, width)
+
+            def fetch_value(k: Expr | int, offset: int, width: int) -> None:
+                prefetch(values[0], next_values + k * self.value_dim + offset, width)
+
+        multiply(
+            self.isa,
+            rows,
+            PAGE,
+            self.head_dim,
+            left=lambda r, k: load(t.query, (row + r) * self.head_dim + k, 1),
+            right=lambda k, offset, width: load(keys[0], keys[1] + k * PAGE + offset, width),
+            start=lambda r, offset, width: splat(0.0, width),
+            finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value, width),
+            ahead=fetch_key,
+        )
+        self.softmax(t, row, rows, page, scores, shrink)
+        keep_in_memory(t.acc)
+        # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
+        visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
+        multiply(
+            self.isa,
+            rows,
+            self.value_dim,
+            visible,
+            left=lambda r, k: load(scores, r * PAGE + k, 1),
+            right=lambda k, offset, width: load(values[0], values[1] + k * self.value_dim + offset, width),
+            start=lambda r, offset, width: (
+                load(t.acc, (row + r) * self.value_dim + offset, width) * splat(load(shrink, r, 1), width)
+            ),
+            finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value, width),
+            ahead=fetch_value,
+        )
+
+    def softmax(self, t: SimpleNamespace, row: Expr, rows: int, page: Expr, scores: Buffer, shrink: Buffer) -> None:
+        """Scores to weights relative to each row's greatest score so far; shrink[r] is what older weights lose."""
+        from tvm import tirx
+
+        lanes, cut = self.lanes, pieces(PAGE, self.lanes)
+        peaks = scratch(-(-rows // lanes) * lanes, "float32")
+
+        def plain(r: Expr) -> None:
+            self.raise_peak(t, row + r, r, [load(scores, r * PAGE + offset, width) for offset, width in cut], peaks)
+
+        def edited(r: Expr) -> None:
+            where = load_raw(t.where, row + r, 1)
+            limit = let(where - (page * PAGE).astype("int32"))  # the row's own slot of the page
+            held = self.held(t, page)
+            vectors = []
+            for offset, width in cut:
+                value = self.biased(t, row + r, load(scores, r * PAGE + offset, width), limit, offset)
+                vectors.append(let(self.masked(value, limit, held, offset)))
+                store(scores, r * PAGE + offset, vectors[-1], width)
+            self.raise_peak(t, row + r, r, vectors, peaks)
+
+        def each(work: Callable[[Expr], None]) -> None:
+            with loop(rows) as r:
+                work(r)
+
+        if self.softcap or self.alibi or self.span:
+            each(edited)
+        else:
+            edge = page * PAGE + (PAGE - 1) > self.last_seen(t.length, t.position)
+            if self.window:
+                edge = tirx.Or(edge, page * PAGE < t.bottom - self.window)
+            either(edge, lambda: each(edited), lambda: each(plain))
+        for i in range(0, rows, lanes):
+            # All rows at once; lanes past `rows` hold anything and are not used.
+            store(shrink, i, exp(self.isa, load(t.peak, row + i, lanes) - load(peaks, i, lanes)), lanes)
+        with loop(rows) as r:
+            after = let(load(peaks, r, 1))
+            total = load(t.total, (row + r) * lanes, lanes) * splat(load(shrink, r, 1), lanes)
+            for offset, width in cut:
+                weight = let(exp(self.isa, load(scores, r * PAGE + offset, width) - splat(after, width)))
+                store(scores, r * PAGE + offset, weight, width)
+                total = total + weight
+            store(t.total, (row + r) * lanes, total, lanes)
+            store(t.peak, row + r, after, 1)
+
+    def raise_peak(self, t: SimpleNamespace, row: Expr, r: Expr, vectors: Sequence[Expr], peaks: Buffer) -> None:
+        """peaks[r] = the greatest of the row's peak so far and these scores."""
+        greatest = vectors[0]
+        for vector in vectors[1:]:
+            greatest = maximum(greatest, vector)
+        store(peaks, r, maximum(load(t.peak, row, 1), reduce_lanes(greatest, self.lanes, maximum)), 1)
+
+    def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
+        """Softcap, ALiBi and the table of distances on one vector of scores. limit: the row's own slot of the page."""
+        if self.softcap:
+            value = tanh(self.isa, value) * splat(self.softcap * self.score_unit, self.lanes)
+        if self.alibi:
+            distance = cast(self.slots(offset) - splat(limit, self.lanes), "float32", self.lanes)
+            value = value + splat(load(t.slope, row, 1), self.lanes) * distance
+        if self.span:
+            at = integer(load_raw(t.middle, row, 1) - limit)
+            value = value + load(t.bias, at + offset, self.lanes) * splat(self.score_unit, self.lanes)
+        return value
+
+    def held(self, t: SimpleNamespace, page: Expr) -> Expr | None:
+        """How many slots the sequence fills from the start of a page on; None where rows do not see so far."""
+        return None if self.causal else let((t.end - page * PAGE).astype("int32"))
+
+    def masked(self, value: Expr, limit: Expr, held: Expr | None, offset: int) -> Expr:
+        """MASKED in the lanes of keys after the row's own position (or `held`), or outside its window."""
+        from tvm import tirx
+
+        slot = self.slots(offset)
+        visible = slot <= splat(limit, self.lanes) if held is None else slot < splat(held, self.lanes)
+        value = tirx.Select(visible, value, splat(MASKED, self.lanes))
+        if self.window and held is not None:
+            near = slot < splat(limit + self.window, self.lanes)
+            value = tirx.Select(near, value, splat(MASKED, self.lanes))
+        if self.window:
+            inside = slot > splat(limit - self.window, self.lanes)
+            value = tirx.Select(inside, value, splat(MASKED, self.lanes))
+        return value
+
+    def slots(self, offset: int) -> Expr:
+        """Slot numbers in the page of one vector of scores."""
+        from tvm import tirx
+
+        return tirx.Ramp(tirx.const(offset, "int32"), tirx.const(1, "int32"), self.lanes)
+
+    def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
+        """body(first column, columns, sums) for row r's accumulators, piece by piece."""
+        for_pieces(
+            self.value_dim,
+            self.lanes,
+            lambda offset, width: body(offset, width, load(t.acc, r * self.value_dim + offset, width)),
+        )

@@ -1,0 +1,326 @@
+"""Embedding: rows of a table by token id, as f32, from every layout that a table may have.
+
+A table of its own lies row by row (`RowLayout`, or plain floats). A table that is also the output matrix lies in the
+tiles of the matrix kernels (layouts.py) and is stored once: a row is then one lane of its tile. Either way a token
+reads a few kilobytes, next to nothing in a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from llmc.compiler.encodings.levels import BEND, BENT_BITS
+from llmc.targets.cpu.builder import index, let, loop, scratch
+from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import (
+    cast,
+    divide,
+    for_pieces,
+    integer,
+    load,
+    load_raw,
+    pieces,
+    pin,
+    range_kernel,
+    remainder,
+    splat,
+    store,
+    typed,
+)
+from llmc.targets.kernel import Kernel, kernel
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tvm.tirx import Buffer, Expr, PrimFunc
+
+# Bits of a stored integer, lowest first, by the planes of a group that hold them: 6 bits are half bytes, then quarters.
+_PLANES = {4: (4,), 6: (4, 2), 8: (8,)}
+ROW_BITS = tuple(_PLANES)
+_STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """A group-quantized table, row after row.
+
+    data u8 [n, groups, group * bits / 8]: 8-bit integers in order (symmetric: i8 bits); of 4-bit ones, byte j holds
+    input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Of 6-bit
+    ones (32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
+    behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
+    scales, minimums f16 [n, groups]. The last group is padded with zero weights.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in ROW_BITS or self.group < 4 or self.group % 4:
+            raise ValueError(f"no row layout for {self.bits}-bit weights in groups of {self.group}")
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that may be packed on their own."""
+        return 1
+
+    @property
+    def offset(self) -> int:
+        """What is added to an integer to store it."""
+        return 1 << (self.bits - 1) if self.bits < 8 and self.symmetric else 0
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of one row."""
+        return self.group * self.bits // 8
+
+    def groups(self, k: int) -> int:
+        """Groups of k inputs."""
+        return -(-k // self.group)
+
+    def arrays(self, n: int, k: int) -> Arrays:
+        """name -> (shape, dtype) for a logical [n, k]."""
+        groups = self.groups(k)
+        found: Arrays = {
+            "data": ((n, groups, self.group_bytes), np.dtype(np.uint8)),
+            "scales": ((n, groups), np.dtype(np.float16)),
+        }
+        return found if self.symmetric else found | {"minimums": found["scales"]}
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of all packed arrays of a logical [n, k]."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.arrays(n, k).values())
+
+    def pack(self, q: np.ndarray, scales: np.ndarray, minimums: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """q: i8 (symmetric) or u8 [n, k]; scales, minimums: f16 [n, groups]. ValueError where they do not fit."""
+        n, k = q.shape
+        if (minimums is None) != self.symmetric:
+            raise ValueError("minimums go with asymmetric weights, and only with them")
+        groups = self.groups(k)
+        padded = np.zeros((n, groups * self.group), np.uint8)
+        padded[:, :k] = q.view(np.uint8)
+        stored = (padded + np.uint8(self.offset)).reshape(n, groups, self.group)
+        planes, below = [], 0
+        for width in _PLANES[self.bits]:
+            field = (stored >> np.uint8(below)) & np.uint8((1 << width) - 1)
+            parts = np.split(field, 8 // width, axis=-1)
+            planes.append(sum((part << np.uint8(width * i) for i, part in enumerate(parts)), np.uint8(0)))
+            below += width
+        packed = {"data": np.concatenate(planes, axis=-1)}
+        for name, values in {"scales": scales, "minimums": minimums}.items():
+            if values is None:
+                continue
+            if values.shape != (n, groups):
+                raise ValueError(f"{name} are {values.shape}, the table needs {(n, groups)}")
+            packed[name] = np.ascontiguousarray(values, np.float16)
+        return packed
+
+    def unpack(self, arrays: Mapping[str, np.ndarray], n: int, k: int) -> dict[str, np.ndarray]:
+        """The inverse of `pack`: q (i8 or u8) [n, k], scales and minimums f16 [n, groups]."""
+        data = arrays["data"]
+        stored, below, start = np.zeros((*data.shape[:-1], self.group), np.uint8), 0, 0
+        for width in _PLANES[self.bits]:
+            plane = data[..., start : start + self.group * width // 8]
+            shifted = [plane >> np.uint8(width * i) for i in range(8 // width)]
+            stored |= (np.concatenate(shifted, axis=-1) & np.uint8((1 << width) - 1)) << np.uint8(below)
+            below, start = below + width, start + plane.shape[-1]
+        q = np.ascontiguousarray((stored - np.uint8(self.offset)).reshape(n, -1)[:, :k])
+        parts = {"q": q.view(np.int8) if self.symmetric else q}
+        return parts | {name: array for name, array in arrays.items() if name != "data"}
+
+
+Layout: TypeAlias = RowLayout | QuantizedLayout | FloatLayout
+
+
+def embedding_kernel(machine: Machine, layout: Layout | str, features: int, scale: float = 1.0) -> Kernel:
+    """The kernel that gathers rows of a table of `features` columns and multiplies them by `scale`. Units: T tokens.
+
+    layout: "f32", "f16" or "bf16" for plain rows (template `embedding_rows`), a RowLayout or a QuantizedLayout
+    (`embedding_quantized`), or a FloatLayout (`embedding_tiles`). Gated layouts are no tables: ValueError.
+    """
+    if isinstance(layout, str):
+        if layout not in _STORAGE:
+            raise ValueError(f"no embedding from rows of {layout!r}; known: {', '.join(_STORAGE)}")
+        return kernel(embedding_rows, machine.key, dtype=layout, features=features, scale=float(scale))
+    lanes = 0 if isinstance(layout, RowLayout) else layout.lanes
+    if lanes and getattr(layout, "gated", False):
+        raise ValueError("a gated layout is no embedding table")
+    if isinstance(layout, FloatLayout):
+        return kernel(
+            embedding_tiles, machine.key, dtype=layout.dtype, lanes=lanes, features=features, scale=float(scale)
+        )
+    return kernel(
+        embedding_quantized,
+        machine.key,
+        bits=layout.bits,
+        group=layout.group,
+        symmetric=layout.symmetric,
+        offset=layout.offset,
+        lanes=lanes,
+        features=features,
+        scale=float(scale),
+    )
+
+
+def embedding_rows(machine: Machine, *, dtype: str, features: int, scale: float) -> PrimFunc:
+    """ids i32[T], table [n, features] (f32, f16, or bf16 as u16), out f32[T, features]. One unit is one token."""
+    lanes = isa_for(machine).lanes
+
+    def unit(a: SimpleNamespace, token: Expr) -> None:
+        source, target = pin(integer(load_raw(a.ids, token, 1)) * features), pin(token * features)
+        for_pieces(
+            features,
+            lanes,
+            lambda i, width: store(a.out, target + i, _scaled(load(a.table, source + i, width), scale, width), width),
+        )
+
+    return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
+
+
+def embedding_tiles(machine: Machine, *, dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
+    """ids i32[T], table as `FloatLayout` packs it, out f32[T, features]. One unit is one token."""
+    inputs = 2 if dtype == "bf16" else 1  # consecutive inputs of a lane
+
+    def unit(a: SimpleNamespace, token: Expr) -> None:
+        row = integer(load_raw(a.ids, token, 1))
+        depth = -(-features // inputs)
+        tile = divide(row, lanes) * (depth * lanes) + remainder(row, lanes)
+        source, target = pin(tile * inputs), pin(token * features)
+
+        def element(i: Expr | int, width: int) -> None:
+            value = load(a.table, source + i * (lanes * inputs), width)
+            store(a.out, target + i * inputs, _scaled(value, scale, width), width)
+
+        with loop(features // inputs) as i:
+            element(i, inputs)
+        if features % inputs:
+            element(features // inputs, 1)
+
+    return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
+
+
+def embedding_quantized(
+    machine: Machine,
+    *,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    offset: int,
+    lanes: int,
+    features: int,
+    scale: float,
+) -> PrimFunc:
+    """ids i32[T], data u8, scales f16, [minimums f16 (asymmetric)], out f32[T, features]. One unit is one token.
+
+    lanes = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s, with tiles of `lanes` rows.
+    """
+    from tvm import tirx
+
+    groups = -(-features // group)
+    group_bytes = group * bits // 8
+    vector = isa_for(machine).lanes
+    bent = bits == BENT_BITS
+    stride = lanes or 1  # elements from one group's scale to the next
+
+    def unit(a: SimpleNamespace, token: Expr) -> None:
+        row, target = integer(load_raw(a.ids, token, 1)), pin(token * features)
+        tile, lane = (pin(divide(row, lanes)), pin(remainder(row, lanes))) if lanes else (row, index(0))
+        first_scale = pin(tile * (groups * stride) + lane)
+        first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
+
+        def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
+            factor = let(load(a.scales, first_scale + g * stride, 1) * splat(scale / BEND if bent else scale, 1))
+            minimum = None if symmetric else let(load(a.minimums, first_scale + g * stride, 1) * splat(scale, 1))
+
+            def write(i: Expr | int, stored: Expr, width: int) -> None:
+                value = _integer_value(stored, offset, symmetric, width)
+                if bent:  # a level times BEND, exact as everything before the factor
+                    value = let(value)
+                    value = value * (tirx.Max(value, -value) + splat(float(BEND), width))
+                value = value * splat(factor, width)
+                store(out, at + i, value if minimum is None else value + splat(minimum, width), width)
+
+            base = pin(first_byte + g * (group_bytes * stride))
+            if lanes:
+                _lane_group(a.data, base, lanes, group, bits, write)
+            else:
+                _row_group(a.data, base, vector, group, bits, write)
+
+        with loop(features // group) as g:
+            emit(g, a.out, target + g * group)
+        left = features % group
+        if left:
+            # The last group is decoded whole and cut when it is copied.
+            whole = scratch(group, "float32")
+            emit(features // group, whole, index(0))
+            for i, width in pieces(left, vector):
+                store(a.out, target + (features - left + i), load(whole, i, width), width)
+
+    pointers = [("ids", "int32"), ("data", "uint8"), ("scales", "float16")]
+    pointers += [("minimums", "float16")] * (not symmetric) + [("out", "float32")]
+    return range_kernel(pointers, [], unit)
+
+
+def _scaled(value: Expr, scale: float, width: int) -> Expr:
+    return value if scale == 1.0 else value * splat(scale, width)
+
+
+def _integer_value(stored: Expr, offset: int, symmetric: bool, width: int) -> Expr:
+    """Stored bytes (u8) to the integers that they stand for, as f32. Subtraction wraps, as `pack`'s addition did."""
+    from tvm import tirx
+
+    integers = stored - splat(offset % 256, width, "uint8") if offset % 256 else stored
+    if symmetric:
+        integers = tirx.reinterpret(typed("int8", width), integers)
+    return cast(integers, "float32", width)
+
+
+def _row_group(
+    data: Buffer, base: Expr, vector: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
+) -> None:
+    """One group of a row in a `RowLayout`: piece by piece of the narrowest plane, with all inputs that it holds."""
+    planes = _PLANES[bits]
+    narrowest = min(planes)
+    length = group * narrowest // 8  # bytes of the narrowest plane, and inputs of each of its fields
+
+    def piece(i: Expr | int, width: int) -> None:
+        read: dict[int, Expr] = {}
+        for part in range(8 // narrowest):  # inputs [part * length, (part + 1) * length) of the group
+            stored, below, start = None, 0, 0
+            for plane in planes:
+                runs = plane // narrowest  # of `length` bytes
+                at, shift = start + part % runs * length, part // runs * plane
+                if at not in read:
+                    read[at] = let(load_raw(data, base + at + i, width))
+                field = _field(read[at], shift, plane, width)
+                stored = field if stored is None else stored | (field << splat(below, width, "uint8"))
+                below, start = below + plane, start + group * plane // 8
+            assert stored is not None
+            write(part * length + i, stored, width)
+
+    for_pieces(length, vector, piece)
+
+
+def _field(packed: Expr, shift: int, bits: int, width: int) -> Expr:
+    """The bits from `shift` on of every byte."""
+    moved = packed >> splat(shift, width, "uint8") if shift else packed
+    return moved if shift + bits == 8 else moved & splat((1 << bits) - 1, width, "uint8")
+
+
+def _lane_group(
+    data: Buffer, base: Expr, lanes: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
+) -> None:
+    """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
+    quads = 8 // bits  # quads of inputs in four bytes
+    with loop(group * bits // 32) as v:
+        stored = let(load_raw(data, base + v * (lanes * 4), 4))
+        for number in range(quads):
+            write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits, 4), 4)

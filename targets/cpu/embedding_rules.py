@@ -1,0 +1,86 @@
+"""How tables are read: embeddings by token id, and the rows of activations that are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmc.compiler.encodings.grouped import storage_bytes
+from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.llm import Embed, Linear
+from llmc.compiler.ir.op import Op, Value
+from llmc.compiler.ir.structural import Gather
+from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding_kernel
+from llmc.targets.cpu.layouts import FloatLayout
+from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.plain import RULES, plain_kernel, used_symbols
+from llmc.targets.cpu.vector_isa import isa_for, missing_vectors
+from llmc.targets.kernel import Call, Packed, Scratch
+from llmc.targets.lowering import Context, Lowered
+
+TILE_BITS = (4, 8)  # of tables in the matrix kernels' tiles
+
+
+def table_layout(table: Value, context: Context) -> Layout | str:
+    """How a table lies: as the head's kernels want it where the head reads it too, else row by row."""
+    shared = _is_shared(table, context)
+    encoding = table.tensor.encoding
+    if encoding is None:
+        return FloatLayout(table.dtype, isa_for(context.machine).lanes) if shared else table.dtype
+    bits, group = int(getattr(encoding, "bits", 0)), int(getattr(encoding, "group", 0))
+    symmetric = bool(getattr(encoding, "symmetric", True))
+    if shared:
+        return quantized_layout(context.machine, bits, group, symmetric, False)
+    return RowLayout(bits, group, symmetric)
+
+
+def _is_shared(table: Value, context: Context) -> bool:
+    """Whether a linear op multiplies by the table."""
+    return any(isinstance(user, Linear) and user.w is table for user in context.graph.users.get(table, ()))
+
+
+@RULES.lower(Embed, priority=10, needs=missing_vectors)
+def embed_tokens(op: Op, context: Context) -> Lowered | str:
+    """A row a token, dequantized on the way."""
+    assert isinstance(op, Embed)
+    if op.dtype != "f32" or op.table.dtype not in ("f32", "f16", "bf16"):
+        return f"rows of {op.table.dtype} to {op.dtype}"
+    if op.ids.rank != 1 or not context.known(op.table):
+        return "the table is not known when compiling, or ids are no vector"
+    encoding = op.table.tensor.encoding
+    readable = TILE_BITS if _is_shared(op.table, context) else ROW_BITS
+    if encoding is not None and getattr(encoding, "bits", 0) not in readable:
+        return f"no kernel reads rows in {encoding}"
+    layout = table_layout(op.table, context)
+    tokens, features = op.shape
+    assert isinstance(features, int)
+    calls: list[Call] = []
+    ids: object = op.ids
+    if op.ids.dtype != "i32":
+        narrow = Cast(op.ids, "i32")
+        ids = Scratch("ids", "i32", tokens)
+        made = plain_kernel(narrow, context.machine)
+        calls.append(Call(made, (op.ids, ids, *used_symbols(narrow)), tokens, 256))
+    if isinstance(layout, str):
+        table: tuple[object, ...] = (op.table,)
+    else:
+        n, k = op.table.shape
+        assert isinstance(n, int) and isinstance(k, int)
+        table = tuple(Packed(op.table, layout, part) for part in layout.arrays(n, k))
+    made = embedding_kernel(context.machine, layout, features)
+    read = tokens * storage_bytes(replace(op.table.tensor, shape=(features,)))
+    calls.append(Call(made, (ids, *table, "result"), tokens, 4, note=f"[{features}]", bytes_moved=read))
+    return Lowered(tuple(calls))
+
+
+@RULES.lower(Gather, priority=10, needs=missing_vectors)
+def gather_rows(op: Op, context: Context) -> Lowered | str:
+    """Whole rows of an f32 matrix by i32 index."""
+    assert isinstance(op, Gather)
+    if op.x.rank != 2 or op.axis % 2 or op.indices.rank != 1:
+        return "not rows of a matrix"
+    if op.dtype != "f32" or op.indices.dtype != "i32":
+        return f"rows of {op.dtype} by {op.indices.dtype}"
+    rows, features = op.shape
+    if not isinstance(features, int):
+        return "the row length is not known when compiling"
+    return Lowered((Call(embedding_kernel(context.machine, "f32", features), (op.indices, op.x, "result"), rows, 4),))

@@ -1,0 +1,160 @@
+"""How the products of one group become i32 sums: a strategy that the instruction set chooses.
+
+`WideSums` add dots of quads to i32 at once. `PairSums` add sums of two products in i16 first, which is quicker where
+no instruction sums four, and only as many as i16 holds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from llmc.targets.cpu import builder as b
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr
+
+    from llmc.targets.cpu.vector_isa import VectorIsa
+
+# Quads that are unrolled: 32 inputs, the smallest group. Even, as two quads of 4-bit weights share a vector.
+UNROLLED = 8
+# What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `PairSums`.
+CENTRE = 8
+
+# (quad, whether it is the second of a vector) -> a tile's stored weights
+Weights = Callable[["Expr", int], "Expr"]
+
+
+class Products(Protocol):
+    """The products of one group of some rows and tiles, as a strategy sees them. A *slot* is tile * rows + row."""
+
+    @property
+    def isa(self) -> VectorIsa: ...
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def quads(self) -> int:
+        """Of the group."""
+
+    @property
+    def rows(self) -> Sequence[Expr]: ...
+
+    def start(self, slot: int) -> Expr:
+        """What i32 sums start from."""
+
+    def narrow_start(self, slot: int) -> Expr:
+        """What i16 sums of a whole group start from."""
+
+    def operands(self, weights: Sequence[Weights], first: Expr, quads: int) -> Iterator[tuple[int, int, Expr, Expr]]:
+        """(step, slot, stored weights, activations) of every product of `quads` quads from `first` on."""
+
+
+class Sums(ABC):
+    """One strategy. registers: how many vectors a running sum takes. centre: what i16 sums of a whole group take from
+    each stored weight, 0 where there are none."""
+
+    registers = 1
+    centre = 0
+
+    @abstractmethod
+    def dtype(self, isa: VectorIsa) -> str:
+        """Of the sums that products are added to."""
+
+    @abstractmethod
+    def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
+        """total + the products of a quad."""
+
+    @abstractmethod
+    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
+        """Emit the sums of a group, i32 by slot. chains: successive quads go to successive sums, so that with few rows
+        the multiplier's latency is hidden."""
+
+
+@dataclass(frozen=True)
+class WideSums(Sums):
+    """Dots go straight to i32."""
+
+    def dtype(self, isa: VectorIsa) -> str:
+        return isa.i32
+
+    def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
+        return isa.dot(total, weights, activations, bits)
+
+    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
+        isa, bits = products.isa, products.bits
+        count = len(weights) * len(products.rows)
+        sums = [b.Registers(count, isa.i32) for _ in range(chains)]
+        for slot in range(count):
+            sums[0][slot] = products.start(slot)
+            for more in sums[1:]:
+                more[slot] = isa.splat(0, "int32")
+        with b.loop(products.quads // UNROLLED) as chunk:
+            for step, slot, w, a in products.operands(weights, chunk * UNROLLED, UNROLLED):
+                chain = sums[step % chains]
+                chain[slot] = isa.in_place(isa.dot(chain[slot], w, a, bits))
+        for slot in range(count):
+            for more in sums[1:]:
+                sums[0][slot] = sums[0][slot] + more[slot]
+        return sums[0]
+
+
+@dataclass(frozen=True)
+class PairSums(Sums):
+    """Sums of pairs of products are added in i16, then in i32.
+
+    held: how many of them i16 holds from zero on. whole: i16 hold a whole group, where they start from `centre` times
+    the group's two sums of activations (`VectorIsa.pair_sums`), so that weights count from their centre on.
+    """
+
+    held: int
+    whole: bool
+
+    registers = 2
+
+    def __post_init__(self) -> None:
+        if self.held < UNROLLED:
+            raise ValueError(f"i16 sums of {self.held} pairs, where {UNROLLED} are unrolled")
+
+    @property
+    def centre(self) -> int:  # type: ignore[override]
+        return CENTRE if self.whole else 0
+
+    def dtype(self, isa: VectorIsa) -> str:
+        return isa.i16
+
+    def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
+        return total + isa.dot_narrow(weights, activations)
+
+    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
+        return (self._whole if self.whole else self._parts)(products, weights)
+
+    def _parts(self, products: Products, weights: Sequence[Weights]) -> b.Registers:
+        """UNROLLED of them at a time."""
+        isa, count = products.isa, len(weights) * len(products.rows)
+        sums = b.Registers(count, isa.i32)
+        for slot in range(count):
+            sums[slot] = products.start(slot)
+        with b.loop(products.quads // UNROLLED) as chunk:
+            parts = b.Registers(count, isa.i16)
+            for step, slot, w, a in products.operands(weights, chunk * UNROLLED, UNROLLED):
+                dots = isa.dot_narrow(w, a)
+                parts[slot] = isa.in_place(parts[slot] + dots) if step else dots
+            for slot in range(count):
+                sums[slot] = isa.widen(sums[slot], parts[slot])
+        return sums
+
+    def _whole(self, products: Products, weights: Sequence[Weights]) -> b.Registers:
+        isa, count = products.isa, len(weights) * len(products.rows)
+        parts = b.Registers(count, isa.i16)
+        for slot in range(count):
+            parts[slot] = products.narrow_start(slot)
+        for _, slot, w, a in products.operands(weights, b.index(0), products.quads):
+            parts[slot] = isa.in_place(parts[slot] + isa.dot_narrow(w, a))
+        sums = b.Registers(count, isa.i32)
+        for slot in range(count):
+            sums[slot] = isa.widen(products.start(slot), parts[slot])
+        return sums

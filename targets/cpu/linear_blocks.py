@@ -1,0 +1,74 @@
+"""How prefill kernels walk their work: units of a block of rows by a panel of weight tiles, sums kept on the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.vector_isa import VectorIsa
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr
+
+
+@dataclass(frozen=True)
+class Block:
+    """One unit of work while its body is emitted.
+
+    tile: the panel's weight tiles; a short last panel repeats the last tile. first_row, blocks: the unit's rows, in
+    `blocks` register blocks. totals: f32 vectors [row_block, tiles], zero at first, written out when the body ends.
+    """
+
+    tile: list[Expr]
+    first_tile: Expr
+    first_row: Expr
+    blocks: Expr
+    totals: Buffer
+
+
+@contextmanager
+def each_block(
+    isa: VectorIsa,
+    epilogue: Epilogue,
+    handles: Mapping[str, Expr],
+    sizes: Mapping[str, Expr],
+    *,
+    all_tiles: int,
+    rows: int,
+    tiles: int,
+    row_block: int,
+) -> Iterator[Block]:
+    """Run the body for every unit of [begin, end): `row_block` of the T rows by `tiles` of the weight's tiles.
+
+    rows: rows that are multiplied at once. Consecutive units share the panel. ValueError where sizes do not fit.
+    """
+    from tvm import tirx
+
+    if row_block % rows or tiles % epilogue.tiles:
+        raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
+    tokens = sizes["T"]
+    totals = b.scratch([row_block, tiles], isa.f32)
+    row_blocks = b.let((tokens + (row_block - 1)) // row_block)
+    with b.loop(sizes["end"] - sizes["begin"]) as i:
+        unit = b.let(sizes["begin"] + i)
+        first_tile = b.let(unit // row_blocks * tiles)
+        tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) for t in range(tiles)]
+        first_row = b.let(unit % row_blocks * row_block)
+        here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
+        blocks = b.let((here + (rows - 1)) // rows)
+        with b.loop(blocks * rows) as m:
+            for t in range(tiles):
+                b.store(totals, [m, t], isa.splat(0.0))
+
+        yield Block(tile, first_tile, first_row, blocks, totals)
+
+        with b.loop(here) as m:
+            for t in range(0, tiles, epilogue.tiles):
+                with b.when(first_tile + t < all_tiles):  # a repeated tile is stored once
+                    sums = [totals[m, t + j] for j in range(epilogue.tiles)]
+                    column = b.let((first_tile + t) // epilogue.tiles)
+                    epilogue.emit(isa, handles, first_row + m, column, sums)

@@ -1,0 +1,98 @@
+"""What a linear kernel does with finished sums: bias, activation, gate, residual, store.
+
+plain:  out = act(sum + bias) + residual
+gated:  out = act(gate + bias[:F]) * (up + bias[F:]) + residual
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.vector_isa import VectorIsa
+from llmc.targets.cpu.vector_math import ACTIVATIONS, activation
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The fused tail of a linear op with n logical output rows (2F when gated).
+
+    bias: f32 [n], in logical order. residual: f32 [T, features], added last; it may be the very buffer of the result.
+    """
+
+    n: int
+    gated: bool = False
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if self.gated and self.n % 2:
+            raise ValueError(f"a gated weight has as many gate rows as up rows, not {self.n} in all")
+
+    @property
+    def features(self) -> int:
+        """Columns of the result."""
+        return self.n // 2 if self.gated else self.n
+
+    @property
+    def tiles(self) -> int:
+        """Weight tiles that make one vector of the result."""
+        return 2 if self.gated else 1
+
+    def columns(self, lanes: int) -> int:
+        """Vectors in a row of the result."""
+        return -(-self.features // lanes)
+
+    def pointers(self) -> list[tuple[str, str]]:
+        """The kernel's last pointer parameters: bias?, residual?, out."""
+        names = [name for name in ("bias", "residual") if getattr(self, name)]
+        return [(name, "float32") for name in (*names, "out")]
+
+    def emit(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
+        """Finish vector `column` of the given row of the result; sums: f32 vectors, (gate, up) or one."""
+        from tvm.script.ir_builder import tirx as I
+
+        out = b.view(handles["out"], [b.MANY, self.features], "float32")
+        lane, inside = self._lanes(isa, column)
+        value = self.value(isa, handles, row, column, sums)
+        if self.features % isa.lanes:
+            I.evaluate(I.masked_store(out, value, row, lane, inside))
+        else:
+            I.buffer_store(out, value, [row, lane])
+
+    def value(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> Expr:
+        """What `emit` stores. Lanes past the last feature hold anything."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as I
+
+        lane, inside = self._lanes(isa, column)
+
+        def load(name: str, *outer: Expr, first: int = 0) -> Expr:
+            shape = [b.MANY, self.features] if outer else [self.n]
+            buffer, at = b.view(handles[name], shape, "float32"), lane + first if first else lane
+            if self.features % isa.lanes:
+                return I.masked_load(isa.f32, buffer, *outer, at, inside)
+            return tirx.BufferLoad(buffer, [*outer, at])
+
+        values = [v + load("bias", first=i * self.features) if self.bias else v for i, v in enumerate(sums)]
+        value = activation(isa, self.activation, values[0])
+        if self.gated:
+            value = value * values[1]
+        if self.residual:
+            value = value + load("residual", row)
+        return value
+
+    def _lanes(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr]:
+        """The features of a vector of the result, and which of them there are."""
+        from tvm import tirx
+
+        lane = tirx.Ramp(b.let(column * isa.lanes), b.index(1), isa.lanes)
+        return lane, lane < tirx.Broadcast(b.index(self.features), isa.lanes)

@@ -1,0 +1,104 @@
+"""Pooling: the mean, the greatest or the sum of each sequence's rows.
+
+Rows are read once, a few vectors of columns at a time, and reading them is the limit: 4 bytes an element. Sums go by
+runs of `RUN` rows, so that the error of a long sequence grows with rows / RUN + RUN instead of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from llmc.compiler.ir.dims import product
+from llmc.compiler.ir.op import Op
+from llmc.compiler.ir.ragged import PoolTokens
+from llmc.targets.cpu.builder import either, index, let, loop, scratch
+from llmc.targets.cpu.plain import RULES
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import (
+    add,
+    divide,
+    integer,
+    load,
+    load_raw,
+    maximum,
+    pieces,
+    pin,
+    range_kernel,
+    remainder,
+    splat,
+    store,
+)
+from llmc.targets.kernel import Call, kernel
+from llmc.targets.lowering import Context, Lowered
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    from tvm.tirx import Expr, PrimFunc
+
+VECTORS = 4  # columns of a unit, in vectors: independent chains of additions
+RUN = 64
+
+
+def pool_tokens(machine: Machine, *, kind: str, columns: int) -> PrimFunc:
+    """One unit is a block of columns of a sequence, u = sequence * blocks + block. Arguments:
+
+    x f32[T, columns], starts i32[B + 1], out f32[B, columns].
+    """
+    isa = isa_for(machine)
+    width = VECTORS * isa.lanes
+    blocks = -(-columns // width)
+    combine: Callable[[Expr, Expr], Expr] = maximum if kind == "max" else add
+
+    def unit(a: SimpleNamespace, u: Expr) -> None:
+        from tvm import tirx
+
+        sequence = pin(divide(u, blocks))
+        column = pin(remainder(u, blocks) * width)
+        first, end = (integer(load_raw(a.starts, sequence + i, 1)) for i in range(2))
+        factor = let(tirx.const(1.0, "float32") / (end - first).astype("float32")) if kind == "mean" else None
+
+        def pooled(cut: Sequence[tuple[int, int]]) -> None:
+            totals = [scratch(lanes, "float32") for _, lanes in cut]
+            parts = [scratch(lanes, "float32") for _, lanes in cut]
+
+            def row(place: Expr, into: Sequence[object], fresh: bool) -> None:
+                for (offset, lanes), sum_ in zip(cut, into, strict=True):
+                    value = load(a.x, place * columns + column + offset, lanes)
+                    store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value), lanes)
+
+            with loop(divide(end - first + (RUN - 1), RUN)) as number:
+                begin = pin(first + number * RUN)
+                row(begin, parts, True)
+                with loop(tirx.Min(end - begin, index(RUN)) - 1) as step:
+                    row(pin(begin + 1 + step), parts, False)
+                for (_, lanes), total, part in zip(cut, totals, parts, strict=True):
+                    value = load(part, 0, lanes)
+                    seen = tirx.Select(splat(number == 0, lanes), value, combine(load(total, 0, lanes), value))
+                    store(total, 0, seen, lanes)
+            for (offset, lanes), total in zip(cut, totals, strict=True):
+                value = load(total, 0, lanes)
+                result = value if factor is None else value * splat(factor, lanes)
+                store(a.out, sequence * columns + column + offset, result, lanes)
+
+        last = pieces(columns - (blocks - 1) * width, isa.lanes)
+        if blocks == 1:
+            pooled(last)
+        else:
+            full = pieces(width, isa.lanes)
+            either(column < (blocks - 1) * width, lambda: pooled(full), lambda: pooled(last))
+
+    return range_kernel([("x", "float32"), ("starts", "int32"), ("out", "float32")], [], unit)
+
+
+@RULES.lower(PoolTokens, priority=10)
+def pool_sequences(op: Op, context: Context) -> Lowered | str:
+    """Each sequence's rows, by blocks of columns."""
+    assert isinstance(op, PoolTokens)
+    columns = product(op.x.shape[1:])
+    if op.dtype != "f32" or not isinstance(columns, int):
+        return f"rows are {op.x.type}: not f32, or of a size that is not known when compiling"
+    blocks = -(-columns // (VECTORS * isa_for(context.machine).lanes))
+    made = kernel(pool_tokens, context.machine.key, kind=op.kind, columns=columns)
+    return Lowered((Call(made, (op.x, op.starts, "result"), op.shape[0] * blocks, 1, note=f"[{columns}]"),))

@@ -1,0 +1,275 @@
+"""A vector instruction set, as the few operations that kernels are written over.
+
+A `VectorIsa` knows how many 32-bit lanes a register has, how bytes are multiplied and how work is blocked for it. Its
+methods return TIR expressions, so one template serves every instruction set; each architecture's folder has the
+subclass that says what is its own. A *quad* is four consecutive bytes, and a vector of bytes holds one quad a lane.
+
+Dot products of bytes take *stored weight* bytes and *signed activation* bytes in [-127, 127]. What a stored byte means
+depends on what the machine multiplies well, see `weight_offset`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.machine import Machine
+
+if TYPE_CHECKING:
+    from tvm.tirx import Buffer, Expr
+
+    from llmc.targets.cpu.group_sums import Sums
+
+
+CACHE_LINE = 64  # bytes, of every machine that there is a target for
+
+
+def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """`let t = value in body(t)`: names a value that an expression uses more than once."""
+    from tvm import tirx
+
+    name = tirx.Var("t", value.ty)
+    return tirx.Let(name, value, body(name))
+
+
+def llvm_call(dtype: str, name: str, *args: Expr) -> Expr:
+    """A call of one of LLVM's intrinsics that only computes."""
+    from tvm.script import tirx as T
+
+    return T.call_llvm_pure_intrin(dtype, name, *args)
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """Blocks of a linear kernel: `rows` rows by `tiles` weight tiles in registers, `row_block` rows a unit of work."""
+
+    rows: int
+    tiles: int
+    row_block: int
+
+
+@dataclass(frozen=True)
+class VectorIsa(ABC):
+    """One instruction set.
+
+    lanes: 32-bit lanes of a register. registers: how many there are. bf16_dot: pairs of bf16 are multiplied and summed
+    into f32 by one instruction. signed_bytes: weights of 8 bits are stored signed, since bytes are multiplied so.
+    quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats. register_class: what inline
+    assembly calls a vector register. cache_line: bytes. ahead_bytes: how far ahead of the multiplications a streamed
+    tile is asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured
+    best, 1.5 to 8 KiB within 3%).
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    bf16_dot: bool
+    signed_bytes: bool
+    quantized_blocks: Blocking
+    float_blocks: Blocking
+    register_class: str
+    cache_line: int = CACHE_LINE
+    ahead_bytes: int = 3072
+
+    # Types
+
+    @property
+    def f32(self) -> str:
+        return f"float32x{self.lanes}"
+
+    @property
+    def i32(self) -> str:
+        return f"int32x{self.lanes}"
+
+    @property
+    def i16(self) -> str:
+        return f"int16x{self.lanes * 2}"
+
+    @property
+    def i8(self) -> str:
+        return f"int8x{self.lanes * 4}"
+
+    @property
+    def u8(self) -> str:
+        return f"uint8x{self.lanes * 4}"
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.lanes * 4
+
+    # Moving values
+
+    def splat(self, value: Expr | float, dtype: str = "float32") -> Expr:
+        """A scalar in every lane (as many lanes as a register holds of `dtype`)."""
+        from tvm import tirx
+
+        lanes = self.vector_bytes * 8 // int("".join(c for c in dtype if c.isdigit()))
+        scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
+        return tirx.Broadcast(scalar, lanes)
+
+    def load(self, buffer: Buffer, *indices: Expr | int, lanes: int | None = None) -> Expr:
+        """`lanes` consecutive elements, from the given element on."""
+        from tvm import tirx
+
+        *outer, start = indices
+        return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(tirx.convert(start), 1, lanes or self.lanes)])
+
+    def first(self, count: int) -> Expr:
+        """A mask of the first `count` lanes."""
+        from tvm import tirx
+
+        return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), self.lanes) < self.splat(count, "int32")
+
+    def load_first(self, buffer: Buffer, count: int, *indices: Expr | int) -> Expr:
+        """The first `count` of `lanes` consecutive f32, zeros in the other lanes; nothing past them is read."""
+        from tvm import tirx
+        from tvm.script.ir_builder import tirx as I
+
+        if count <= 0:
+            return self.splat(0.0)
+        if count >= self.lanes:
+            return self.load(buffer, *indices)
+        *outer, start = indices
+        mask = self.first(count)
+        found = I.masked_load(self.f32, buffer, *outer, tirx.Ramp(start, 1, self.lanes), mask)
+        return tirx.Select(mask, found, self.splat(0.0))  # TVM leaves the other lanes undefined
+
+    def reduce(self, kind: str, vector: Expr) -> Expr:
+        """All lanes as one scalar: kind "fadd" (in order of lanes) of f32, "add" or "umax" of i32 or u32."""
+        from tvm import tirx
+
+        dtype = "float32" if kind == "fadd" else "uint32" if kind == "umax" else "int32"
+        start = [tirx.const(0.0, "float32")] if kind == "fadd" else []
+        return llvm_call(dtype, f"llvm.vector.reduce.{kind}", *start, vector)
+
+    def magnitude(self, value: Expr) -> Expr:
+        """|value|, f32."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.f32, tirx.reinterpret(self.i32, value) & self.splat(0x7FFFFFFF, "int32"))
+
+    def splat_quad(self, quad: Expr) -> Expr:
+        """Four bytes (an i32) repeated in every lane, as signed bytes."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
+
+    # Floating point
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c, rounded once."""
+        return llvm_call(self.f32, "llvm.fma", a, b, c)
+
+    def f16_to_f32(self, half: Expr) -> Expr:
+        """`lanes` f16 to f32."""
+        return half.astype(self.f32)
+
+    def f32_to_bf16(self, value: Expr) -> Expr:
+        """f32 to bf16 as u16, to nearest even; NaN stays NaN. `value` must be a variable."""
+        from tvm import tirx
+
+        one = self.splat(1, "uint32")
+        bits = tirx.reinterpret(f"uint32x{self.lanes}", value)
+        even = (bits >> self.splat(16, "uint32")) & one
+        rounded = (bits + (even + self.splat(0x7FFF, "uint32"))) >> self.splat(16, "uint32")
+        quiet = (bits >> self.splat(16, "uint32")) | self.splat(0x40, "uint32")
+        # By its bits: TVM takes a comparison of a number with itself for settled.
+        is_nan = (bits & self.splat(0x7FFFFFFF, "uint32")) > self.splat(0x7F800000, "uint32")
+        return tirx.Select(is_nan, quiet, rounded).astype(f"uint16x{self.lanes}")
+
+    def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
+        """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""
+        from tvm import tirx
+
+        bits = pairs & self.splat(-65536, "int32") if odd else pairs << self.splat(16, "int32")
+        return tirx.reinterpret(self.f32, bits)
+
+    def dot_bf16(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot` and `bf16_helper`."""
+        raise NotImplementedError(f"{self.name} multiplies no pairs of bf16")
+
+    @property
+    def bf16_helper(self) -> str:
+        """LLVM code that a kernel with `dot_bf16` imports."""
+        raise NotImplementedError(f"{self.name} multiplies no pairs of bf16")
+
+    # Bytes
+
+    def low_nibbles(self, packed: Expr) -> Expr:
+        """The low four bits of each byte (u8 in, i8 out, 0..15)."""
+        from tvm import tirx
+
+        return tirx.reinterpret(self.i8, packed & self.splat(15, "uint8"))
+
+    def high_nibbles(self, packed: Expr) -> Expr:
+        """The high four bits of each byte (u8 in, i8 out, 0..15): 16-bit lanes are shifted, then masked."""
+        from tvm import tirx
+
+        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> self.splat(4, "uint16")
+        return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & self.splat(15, "uint8"))
+
+    @abstractmethod
+    def weight_offset(self, bits: int, symmetric: bool) -> int:
+        """What to add to a logical weight to store it: `sum q*a = dot(stored, a) - offset * sum a`."""
+
+    def pair_sums(self, group: int) -> bool:
+        """Whether activations come with two sums a group of inputs: of the first two of every four, and of the others.
+
+        `group_sums.PairSums` that hold a whole group in i16 start from these.
+        """
+        return False
+
+    @abstractmethod
+    def sums(self, bits: int, group: int) -> Sums:
+        """How the products of one group of stored weights are summed."""
+
+    @abstractmethod
+    def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
+        """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
+
+    def dot_narrow(self, weights: Expr, activations: Expr) -> Expr:
+        """Sums of two adjacent u8 x s8 products as i16, for `PairSums`. The caller sees to it that they fit."""
+        raise NotImplementedError(f"{self.name} sums no products in 16 bits")
+
+    def widen(self, acc: Expr, narrow: Expr) -> Expr:
+        """acc (i32) + sums of two adjacent i16."""
+        raise NotImplementedError(f"{self.name} sums no products in 16 bits")
+
+    def in_place(self, sums: Expr) -> Expr:
+        """`sums` (i16 or i32), computed here and in this order. Needs `in_place_helper`.
+
+        LLVM otherwise adds successive products to each other first, or does one row after the other, and spills.
+        """
+        from tvm import tirx
+
+        dtype = str(sums.ty.dtype)
+        return tirx.call_pure_extern(dtype, f"llmc_in_place_{dtype}", sums)
+
+    @property
+    def in_place_helper(self) -> str:
+        """LLVM code that a kernel with `in_place` imports: uses of a sum that stay in place, and do nothing."""
+
+        def of(dtype: str, vector: str) -> str:
+            return f"""
+            define {vector} @llmc_in_place_{dtype}({vector} %sums) alwaysinline {{
+              %held = call {vector} asm sideeffect "", "={self.register_class},0"({vector} %sums)
+              ret {vector} %held
+            }}
+            """
+
+        return of(self.i16, f"<{self.lanes * 2} x i16>") + of(self.i32, f"<{self.lanes} x i32>")
+
+
+def isa_for(machine: Machine) -> VectorIsa:
+    """The widest instruction set that a machine has: its architecture's folder knows. ValueError where it has none."""
+    found: VectorIsa = importlib.import_module(f"llmc.targets.{machine.arch}.isa").isa_for(machine)
+    return found
+
+
+def missing_vectors(machine: Machine) -> tuple[str, ...]:
+    """What the machine lacks of the features that vector kernels are written for: a rule's `needs`."""
+    missing: tuple[str, ...] = importlib.import_module(f"llmc.targets.{machine.arch}.isa").missing(machine)
+    return missing

@@ -1,0 +1,111 @@
+"""Embedding on x86: every layout of a table gives exactly the rows that it stands for."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_harness import Compiled, aligned
+from x86_machines import each_machine
+
+from llmc.compiler.encodings import GroupQuantized
+from llmc.targets.cpu.embedding import RowLayout, embedding_kernel
+from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.machine import Machine
+
+MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512", "avx512vnni")]
+FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+ROWS, SCALE = 37, 2.0  # a power of two scales without rounding: results are exact
+IDS = aligned(np.array([36, 0, 15, 16, 7, 8, 36, 1], np.int32))
+
+
+def quantized_table(
+    bits: int, group: int, symmetric: bool, features: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    rng = np.random.default_rng(seed)
+    encoding = GroupQuantized(bits, group, symmetric)
+    low, high = encoding.lowest, encoding.highest + 1
+    q = rng.integers(low, high, (ROWS, features)).astype(np.int8 if symmetric else np.uint8)
+    shape = (ROWS, -(-features // group))
+    scales = rng.random(shape).astype(np.float16)
+    return q, scales, None if symmetric else rng.standard_normal(shape).astype(np.float16)
+
+
+def run(machine: Machine, layout: object, arrays: list[np.ndarray], features: int) -> np.ndarray:
+    out = aligned(np.full((len(IDS), features), np.nan, np.float32))
+    kernel = Compiled(embedding_kernel(machine, layout, features, SCALE), machine)
+    kernel(IDS, *(aligned(a) for a in arrays), out, 3, len(IDS))
+    kernel(IDS, *(aligned(a) for a in arrays), out, 0, 3)
+    return out
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("features", [33, 129])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
+    """Plain rows and the tiles of a matrix kernel hold the same numbers."""
+    table = np.random.default_rng(0).standard_normal((ROWS, features)).astype(FLOATS[dtype])
+    expected = table[IDS].astype(np.float32) * SCALE
+    assert np.array_equal(run(machine, dtype, [table], features), expected)
+    tiles = FloatLayout(dtype, isa_for(machine).lanes)
+    assert np.array_equal(run(machine, tiles, list(tiles.pack(table).values()), features), expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group", "features"),
+    [
+        *((bits, symmetric, 32, 101) for bits in (4, 8) for symmetric in (True, False)),
+        # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
+        *((6, True, *sizes) for sizes in ((32, 101), (64, 129), (8, 31), (40, 7), (64, 1), (128, 256))),
+    ],
+)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_rows_of_quantized_tables(machine: Machine, bits: int, symmetric: bool, group: int, features: int) -> None:
+    q, scales, minimums = quantized_table(bits, group, symmetric, features)
+    spread = [
+        None if a is None else np.repeat(a.astype(np.float32), group, axis=1)[:, :features] for a in (scales, minimums)
+    ]
+    levels = q * (32 + np.abs(q.astype(np.float64))) / 32 if bits == 6 else q.astype(np.float64)
+    expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
+    isa = isa_for(machine)
+    layouts: list[RowLayout | QuantizedLayout] = [RowLayout(bits, group, symmetric)]
+    if bits != 6:  # the tiles of a matrix kernel have 4 or 8 bits
+        layouts.append(QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric)))
+    for layout in layouts:
+        got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
+        # An integer or level of up to 11 bits times an f16 scale is exact in f32; adding the minimum rounds once.
+        assert np.abs(got - expected[IDS] * SCALE).max() <= (0 if symmetric else 2**-24 * 1024)
+
+
+@given(
+    kind=st.sampled_from([(4, True), (4, False), (6, True), (8, True), (8, False)]),
+    group=st.sampled_from([8, 32, 40, 64]),
+    features=st.integers(1, 200),
+    seed=st.integers(0, 1000),
+)
+def test_packing_comes_back(kind: tuple[int, bool], group: int, features: int, seed: int) -> None:
+    bits, symmetric = kind
+    layout = RowLayout(bits, group, symmetric)
+    q, scales, minimums = quantized_table(bits, group, symmetric, features, seed)
+    packed = layout.pack(q, scales, minimums)
+    assert {name: (a.shape, a.dtype) for name, a in packed.items()} == layout.arrays(ROWS, features)
+    assert sum(a.nbytes for a in packed.values()) == layout.nbytes(ROWS, features)
+    parts = layout.unpack(packed, ROWS, features)
+    assert parts["q"].dtype == q.dtype and np.array_equal(parts["q"], q)
+    assert np.array_equal(parts["scales"], scales)
+    # Rows packed on their own are the same bytes: tables are packed in blocks.
+    block = layout.pack(q[5:9], scales[5:9], None if minimums is None else minimums[5:9])
+    assert all(np.array_equal(block[name], array[5:9]) for name, array in packed.items())
+
+
+def test_what_is_no_table_is_refused() -> None:
+    machine = MACHINES[0].values[0]
+    with pytest.raises(ValueError, match="gated"):
+        embedding_kernel(machine, FloatLayout("f32", 8, gated=True), 64)
+    with pytest.raises(ValueError, match="f64"):
+        embedding_kernel(machine, "f64", 64)
+    with pytest.raises(ValueError, match="minimums"):
+        RowLayout(4, 32).pack(np.zeros((2, 32), np.int8), np.zeros((2, 1), np.float16), np.zeros((2, 1), np.float16))
