@@ -11,6 +11,7 @@ Merging a part that a row sees nothing of changes no bit of it: its weight is ex
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -94,14 +95,18 @@ class Parts:
 
     if TYPE_CHECKING:
         isa: VectorIsa
-        lanes: int
         heads: int
-        group: int
         value_dim: int
         sinks: bool
-        score_unit: float
-        start_sums: Callable[[SimpleNamespace, Expr], None]
-        sums: Callable[[SimpleNamespace, Expr, Callable[[Expr | int, int, Expr], None]], None]
+
+        @property
+        def lanes(self) -> int: ...
+        @property
+        def group(self) -> int: ...
+        @property
+        def score_unit(self) -> float: ...
+        def start_sums(self, t: SimpleNamespace, r: Expr) -> None: ...
+        def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None: ...
 
     def start_part(
         self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, padded: Expr, part: Expr
@@ -159,11 +164,8 @@ class Parts:
             store(a.state, self.state_of(a, t, first, r) + 1, load(t.sum, r, 1), 1)
 
         with when(t.parts != 1), loop(count) as r:
-            either(
-                t.parts == 0,
-                lambda r=r: none(r),
-                lambda r=r: either(a.S == 1, lambda: whole(r), lambda: state(r)),
-            )
+            some = partial(either, a.S == 1, partial(whole, r), partial(state, r))
+            either(t.parts == 0, partial(none, r), some)
 
     def finish_only(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
         """Write the rows of a unit of one part: normalised where no other unit has parts of them."""
@@ -203,7 +205,11 @@ class Parts:
             row = pin(self.row_of(t, first, r) * self.value_dim)
             store(t.top, r, self.peak_of(t, r), 1)
             store(t.sum, r, reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add), 1)
-            self.sums(t, r, lambda offset, width, value, row=row: store(a.out, row + offset, value, width))
+
+            def piece(offset: Expr | int, width: int, value: Expr, row: Expr = row) -> None:
+                store(a.out, row + offset, value, width)
+
+            self.sums(t, r, piece)
 
     def join(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
         """A later part: merged with those before it."""
