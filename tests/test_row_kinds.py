@@ -17,7 +17,7 @@ from llmc.compiler.pipeline import run_pipeline
 from llmc.runtime.batch import Run, StepRunner
 from llmc.runtime.runtime import Runtime
 from llmc.targets import lower
-from llmc.targets.codegen import build_module
+from llmc.targets.cpu.codegen import build_module
 from llmc.targets.kernel import Call
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
