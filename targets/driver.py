@@ -44,8 +44,8 @@ class Addresses:
     """Where everything lies: the arena plan, weights by key, caches by graph input.
 
     task: what kind of graph it is (`frontends/lifted.py`), which decides what its inputs, outputs and sizes are in
-    runtime/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`. limits:
-    what a step is looked at for before it runs.
+    runtime/csrc/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`.
+    limits: what a step is looked at for before it runs.
     """
 
     plan: Plan

@@ -85,11 +85,7 @@ def build_library(
     driver = folder / "step.c"
     _write(driver, source)
     output = folder / "library.so"
-    runtime = Path(__file__).parent.parent / "runtime"
-    if not (runtime / "pool.c").exists():  # installed as a package
-        import llmc.runtime
-
-        runtime = Path(llmc.runtime.__path__[0])
+    runtime = c_sources()
     # The driver is long and only calls: -O1 takes a third of the time.
     compiled = [*objects, folder / "step.o", *runtime_objects(program.machine, runtime, cache, folder)]
     _run(program.machine, "-O1", "-c", str(driver), "-o", str(folder / "step.o"), f"-I{runtime}")
@@ -100,6 +96,13 @@ def build_library(
     _run(program.machine, "-o", str(output), f"@{listing}", *linking)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
     return Library(output, calls, source, costs, facts, failures_of(program))
+
+
+def c_sources() -> Path:
+    """The folder of the runtime's C code."""
+    import llmc.runtime.csrc
+
+    return Path(llmc.runtime.csrc.__path__[0])
 
 
 def link_options(exported: Iterable[str], folder: Path) -> list[str]:

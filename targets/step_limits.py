@@ -1,4 +1,4 @@
-"""What a step is compiled for, as the artifact looks at it before it runs (`runtime/step_check.h`)."""
+"""What a step is compiled for, as the artifact looks at it before it runs (`runtime/csrc/step_check.h`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.types import KV
 
-# Symbols of the step, as runtime/step.h has them; "S" is the length of a whole sequence in a stateless graph.
+# Symbols of the step, as runtime/csrc/step.h has them; "S" is the length of a whole sequence in a stateless graph.
 SIZES = {
     "T": "LLMC_TOKENS",
     "S": "LLMC_TOKENS",
@@ -37,7 +37,7 @@ STEP_FAILURES = (
     f"{_BROKEN} starts that are not those of whole sequences within the context",
     f"{_BROKEN} query tiles that are not rows of one sequence each, or not all of them",
 )
-"""What `LLMC_WRONG_*` of runtime/step.h mean, from 1 on."""
+"""What `LLMC_WRONG_*` of runtime/csrc/step.h mean, from 1 on."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def reference_logits(ids: list[int]) -> np.ndarray:
 
 def compile_library(source: str, folder: Path, *flags: str) -> Path:
     """Compiles a step with the pool, as the compiler does."""
-    sources = resources.files("llmc.runtime")
+    sources = resources.files("llmc.runtime.csrc")
     step = folder / "step.c"
     step.write_text(source)
     library = folder / "library.so"

@@ -33,7 +33,7 @@ def check(programs: list[str], kind: str, compiler: str, folder: Path, *argument
     """Builds a checking program with C code of the runtime and runs it: it exits 0, silently, where all holds."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
-    sources = Path(str(resources.files("llmc.runtime")))
+    sources = Path(str(resources.files("llmc.runtime.csrc")))
     binary = folder / "check"
     command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
     parts = [str((HERE if name.endswith("_check.c") else sources) / name) for name in programs]

@@ -31,7 +31,7 @@ def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
     source = f'#include <stddef.h>\n#include <stdio.h>\n#include "pool.h"\n{main}\n'
     (tmp_path / "print.c").write_text(source)
     binary = tmp_path / "print"
-    include = f"-I{resources.files('llmc.runtime')}"
+    include = f"-I{resources.files('llmc.runtime.csrc')}"
     subprocess.run(["gcc", "-Wall", "-Werror", include, str(tmp_path / "print.c"), "-o", str(binary)], check=True)
     printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.split("\n")
     assert printed[:-1] == [f"{name} {getattr(Step, name).offset}" for name, *_ in Step._fields_]
