@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import TILE
@@ -52,13 +52,12 @@ def build_manifest(
     plan: Plan,
     placed: list[Placed],
     nbytes: int,
-    library: Library,
     max_step: int,
     created: str,
-    weights_hash: str = "",
 ) -> dict[str, object]:
-    """The manifest of a compiled model; plain JSON values only."""
+    """The manifest of a model before it is linked: plain JSON values only. `complete_manifest` adds the rest."""
     from llmc.compiler.pipeline import GENERATE, MAX_SPLITS, RUN, greatest
+    from llmc.targets.driver import failures_of
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -87,10 +86,7 @@ def build_manifest(
             "arena_bytes": max(plan.nbytes, 64),
             "vocab_size": _vocabulary(program, lifted),
             "state": state_of(program.graph, lifted.task),
-            "calls": library.calls,
-            "costs": library.costs,
-            "limits": library.limits,
-            "failures": library.failures,
+            "failures": failures_of(program),
             "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },
         "inputs": [_array(value.name, value) for value in program.graph.inputs] if lifted.task == RUN else [],
@@ -104,7 +100,6 @@ def build_manifest(
         "weights": {
             "bytes": nbytes,
             "source": options.weights if options.weights_file is None else "file",
-            **({"hash": weights_hash} if weights_hash else {}),
             "tensors": [
                 {"name": item.stored.name, "offset": min(item.offsets.values()), "nbytes": item.nbytes}
                 | {"type": str(item.stored.value.type)}
@@ -129,6 +124,13 @@ def build_manifest(
             "tvm": _version("apache-tvm"),
         },
     }
+
+
+def complete_manifest(manifest: dict[str, Any], library: Library, weights_hash: str) -> None:
+    """Adds what is known once the library is linked and the weights are written; weights_hash: empty for none."""
+    manifest["step"] |= {"calls": library.calls, "costs": library.costs, "limits": library.limits}
+    if weights_hash:
+        manifest["weights"]["hash"] = weights_hash
 
 
 def creation_time() -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -29,15 +30,19 @@ SANITIZERS = {
 KINDS = [pytest.param(kind, marks=[] if kind == "plain" else [pytest.mark.slow]) for kind in SANITIZERS]
 
 
-def check(programs: list[str], kind: str, compiler: str, folder: Path, *arguments: str) -> None:
+def check(
+    programs: list[str], kind: str, compiler: str, folder: Path, *arguments: str, options: Sequence[str] = ()
+) -> None:
     """Builds a checking program with C code of the runtime and runs it: it exits 0, silently, where all holds."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
     sources = Path(str(resources.files("llmc.runtime.csrc")))
     binary = folder / "check"
-    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], f"-I{sources}"]
-    parts = [str((HERE if name.endswith("_check.c") else sources) / name) for name in programs]
-    built = subprocess.run([*command, *parts, "-o", str(binary), "-lpthread", "-lm"], capture_output=True, text=True)
+    command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], *options]
+    command.append(f"-I{sources}")
+    parts = [str((sources if (sources / name).exists() else HERE) / name) for name in programs]
+    command += [*parts, "-o", str(binary), "-lpthread", "-lm", "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode and kind != "plain" and "cannot find" in built.stderr:
         pytest.skip("the sanitizer's library is not installed")
     assert built.returncode == 0, built.stderr
