@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -277,6 +278,13 @@ def test_a_small_c_program_writes_the_tokens_that_python_writes(tiny: Path, tmp_
     assert said(binary, tiny, 40, *PROMPT) == greedy(tiny, PROMPT, 40)
     drawn = [said(binary, "-t", 2, "-s", seed, tiny, 40, *PROMPT) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_guide_shows_what_the_program_does() -> None:
+    """Line by line, but for remarks."""
+    (shown,) = re.findall(r"```c\n(.*?)```", (ROOT / "docs" / "users.md").read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line.split(" /*")[0].strip() for line in (PROGRAMS / "generate.c").read_text().splitlines()]
+    assert [line for line in shown.splitlines() if line.split(" /*")[0].strip() not in lines] == []
 
 
 def test_the_program_says_what_is_wrong(tiny: Path, tmp_path: Path) -> None:
