@@ -23,8 +23,8 @@ from llmc.targets.machine import Machine
 # What the runtime calls (pool.h, choose.h), or C programs (llmc.h). Beside these an artifact exports its kernels, which
 # `llmc compile --check` calls one by one, and the limit kernels; everything else is its own.
 INTERFACE = (
-    "llmc_abi", "llmc_api", "llmc_choose", "llmc_choose_bytes", "llmc_hash", "llmc_pool_create", "llmc_pool_use",
-    "llmc_run",
+    "llmc_abi", "llmc_api", "llmc_choose", "llmc_choose_bytes", "llmc_decode", "llmc_hash", "llmc_pool_create",
+    "llmc_pool_use", "llmc_run",
 )  # fmt: skip
 
 # All artifacts have the same function names, and a process may hold several of them, in one namespace (RTLD_GLOBAL, or

@@ -235,7 +235,7 @@ def write(
     own_facts: the code has them too, and not those of the fake model."""
     if tokenizer_facts is not _DEFAULT:
         changes["tokenizer"] = tokenizer_facts
-    code = library(source, json.dumps(manifest(**changes)) if own_facts else "")
+    code = library(source, json.dumps(manifest(**changes))) if own_facts else library(source)
     with ArtifactWriter(path, code) as writer:
         writer.begin_weights()
         writer.append(weights())
