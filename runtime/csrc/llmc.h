@@ -109,7 +109,8 @@ typedef struct LlmcFacts {
 /* How a model is opened. Zeros are the defaults: `LlmcOptions options = {.bytes = sizeof options};` */
 typedef struct LlmcOptions {
     int64_t bytes;       /* of this struct */
-    int64_t threads;     /* for a step at most; 0: as many CPUs as this process may use */
+    int64_t threads;     /* for a step at most; 0: as many CPUs as this process may use (quotas of
+                            control groups are not looked at) */
     int64_t cache_bytes; /* for the KV cache, which takes memory only as it is used; 0: some whole contexts, within half
                             of the free memory */
     const char *weights; /* the file with the weights of an artifact that was compiled without; else NULL */
@@ -169,7 +170,7 @@ typedef struct LlmcApi {
     int64_t (*length)(const LlmcSequence *sequence);
 
     /* Appends tokens: ids [count], in as few steps as it takes. Afterwards there are logits for `next`. On an error the
-     * sequence has the tokens that it had before, but no logits until something is fed. */
+     * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed. */
     int (*feed)(LlmcSequence *sequence, const int32_t *ids, int64_t count);
 
     /* `feed` of several sequences of one model, which share steps: that costs little more than one of them. ids [number]
