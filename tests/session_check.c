@@ -285,7 +285,8 @@ int main(int argc, char **argv) {
     static Caller callers[CALLERS];
     pthread_t threads[CALLERS];
     LlmcModel *model, *second;
-    const LlmcOptions options = {.bytes = sizeof options, .threads = 3, .cache_bytes = (int64_t)PAGES * 2 * 2 * 2 * PAGE * 4};
+    const int64_t page_bytes = LAYERS * 2 * 2 * PAGE * 4; /* keys and values of two floats a token */
+    const LlmcOptions options = {.bytes = sizeof options, .threads = 3, .cache_bytes = PAGES * page_bytes};
     llmc = llmc_api(LLMC_API_VERSION);
     CHECK(llmc != NULL);
     CHECK(llmc->open(NULL, &options, &model) == LLMC_OK && llmc->open(NULL, NULL, &second) == LLMC_OK);

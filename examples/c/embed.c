@@ -17,7 +17,8 @@ int main(int count, char **words) {
     }
     int32_t *ids = calloc((size_t)count, sizeof *ids);
     int64_t *counts = calloc((size_t)count, sizeof *counts), texts = 1, tokens = 0;
-    const int64_t width = llmc->facts->encoder_output < 0 ? 0 : llmc->facts->outputs[llmc->facts->encoder_output].elements;
+    const LlmcFacts *facts = llmc->facts;
+    const int64_t width = facts->encoder_output < 0 ? 0 : facts->outputs[facts->encoder_output].elements;
     float *rows = calloc((size_t)count * (size_t)width + 1, sizeof *rows);
     if (ids == NULL || counts == NULL || rows == NULL) return 1;
     for (int i = 2; i < count; i++) {
