@@ -56,7 +56,7 @@ _SHT_STRTAB = 3
 
 
 def hash_chunk(data: bytes | memoryview) -> int:
-    """The 64-bit hash of at most HASH_CHUNK bytes: the same as `hash_chunk` in runtime/hash.c.
+    """The 64-bit hash of at most HASH_CHUNK bytes: the same as `hash_chunk` in runtime/csrc/hash.c.
 
     1024 lanes each take every 1024th word; then the lanes are folded into one. Every step is a bijection of the word
     it takes in, so one changed word always changes the result.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import MOST_PARTS, PART, TILE
@@ -52,13 +52,12 @@ def build_manifest(
     plan: Plan,
     placed: list[Placed],
     nbytes: int,
-    library: Library,
     max_step: int,
     created: str,
-    weights_hash: str = "",
 ) -> dict[str, object]:
-    """The manifest of a compiled model; plain JSON values only."""
+    """The manifest of a model before it is linked: plain JSON values only. `complete_manifest` adds the rest."""
     from llmc.compiler.pipeline import GENERATE, RUN, greatest
+    from llmc.targets.step_limits import failures_of
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -88,10 +87,7 @@ def build_manifest(
             "arena_bytes": max(plan.nbytes, 64),
             "vocab_size": _vocabulary(program, lifted),
             "state": state_of(program.graph, lifted.task),
-            "calls": library.calls,
-            "costs": library.costs,
-            "limits": library.limits,
-            "failures": library.failures,
+            "failures": failures_of(program),
             "row_kinds": _has_row_kinds(program),
             "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },
@@ -106,7 +102,6 @@ def build_manifest(
         "weights": {
             "bytes": nbytes,
             "source": options.weights if options.weights_file is None else "file",
-            **({"hash": weights_hash} if weights_hash else {}),
             "tensors": [
                 {"name": item.stored.name, "offset": min(item.offsets.values()), "nbytes": item.nbytes}
                 | {"type": str(item.stored.value.type)}
@@ -131,6 +126,13 @@ def build_manifest(
             "tvm": _version("apache-tvm"),
         },
     }
+
+
+def complete_manifest(manifest: dict[str, Any], library: Library, weights_hash: str) -> None:
+    """Adds what is known once the library is linked and the weights are written; weights_hash: empty for none."""
+    manifest["step"] |= {"calls": library.calls, "costs": library.costs, "limits": library.limits}
+    if weights_hash:
+        manifest["weights"]["hash"] = weights_hash
 
 
 def creation_time() -> str:

@@ -323,7 +323,7 @@ def assemble(
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
     its place, where `checker` is given."""
-    from llmc.compiler.manifest import build_manifest, check_manifest
+    from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
     from llmc.targets.memory import plan_memory
@@ -335,7 +335,8 @@ def assemble(
     plan: Plan = plan_memory(program, largest)
     placed, nbytes = place(stored_values(program))
     limits = StepLimits(largest, vocabulary_of(lifted), max(1, lifted.max_context))
-    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task, limits)
+    manifest = build_manifest(source, options, lifted, compiled, program, plan, placed, nbytes, max_step, created)
+    addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task, limits, manifest)
     cache = options.kernel_cache or default_cache()
     with scratch_folder() as folder:
         library = build_library(program, addresses, cache, folder, progress, options.jobs or os.cpu_count() or 1)
@@ -350,10 +351,7 @@ def assemble(
             if tokenizer is not None:
                 writer.add_tokenizer(tokenizer)
             progress.start("writing")
-            manifest = build_manifest(
-                source, options, lifted, compiled, program, plan, placed, nbytes, library, max_step,
-                created, digest,
-            )  # fmt: skip
+            complete_manifest(manifest, library, digest)
             check_manifest(manifest)
             writer.add_manifest(manifest)
             if checker is not None:

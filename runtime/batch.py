@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.kv_cache import CacheBuffers
-from llmc.runtime.library import Library
+from llmc.runtime.library import Decoding, Library
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.profile import StepSizes
 from llmc.runtime.sequence import Sequence
@@ -93,11 +95,15 @@ class StepRunner(StepCaller):
         for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits", "lengths"):
             setattr(self.step, name, address(getattr(self, name)))
         # Plain integers go through these in a fraction of the time that numpy takes.
-        self._views = tuple(array.data for array in (self.ids, self.positions, self.slots))
-        self._tiles_view = self.tiles.reshape(-1).data
+        self._ids_view, self._positions_view = self.ids.data, self.positions.data
+        self._last_pages = int32((most,))
+        self._decoding = Decoding(
+            step=self._address, positions=address(self.positions), last_pages=address(self._last_pages),
+            slots=address(self.slots), tiles=address(self.tiles), page=self.facts.page,
+        )  # fmt: skip
+        self._decoding_address = ctypes.addressof(self._decoding)
         # What the last step left in the tables, if it was one of `decode`: the stamp of each sequence.
         self._stamps: list[int] = []
-        self._last_pages: list[int] = []
         self._places: list[int] = []
         self.step.cache, self.step.cache_pages = address(buffers.table), buffers.pages
 
@@ -131,14 +137,14 @@ class StepRunner(StepCaller):
             self._stamps = []  # until the tables are whole
             self._fill_decoding(sequences)
             self._stamps = stamps
-        ids, positions, slots = self._views
-        tiles, page_size = self._tiles_view, self.facts.page
-        for index, sequence in enumerate(sequences):
-            start = sequence.length
-            ids[index] = tokens[index]
-            positions[index] = tiles[4 * index + 3] = start
-            slots[index] = self._last_pages[index] * page_size + start % page_size
-        self.call()
+        if len(tokens) == 1:
+            self._ids_view[0] = tokens[0]
+            self._positions_view[0] = sequences[0].length
+        else:
+            count = len(tokens)
+            self._ids_view[:count] = array("i", tokens)
+            self._positions_view[:count] = array("i", [sequence.length for sequence in sequences])
+        self.library.decode(self._decoding_address, self.threads)
         if self.profiling:
             places = tuple((sequence.length, 1) for sequence in sequences)
             self.profiled.append(StepSizes(tuple(self.step.sizes), places))
@@ -154,7 +160,8 @@ class StepRunner(StepCaller):
         self.tiles[:count, 2] = 1
         if self.facts.regimes:
             self.lengths[:count] = [self.facts.length_in(sequence.regime) for sequence in sequences]
-        self._last_pages = [int(sequence.pages[-1]) for sequence in sequences]
+        self._last_pages[:count] = [sequence.pages[-1] for sequence in sequences]
+        self._decoding.count = count
         splits = self._splits(count, [sequence.length + 1 for sequence in sequences])
         self.step.sizes[:] = (count, count, count, pages, count, splits, 0)
         logits = self._logits_buffer(count)

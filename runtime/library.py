@@ -52,6 +52,20 @@ class Step(ctypes.Structure):
     )
 
 
+class Decoding(ctypes.Structure):
+    """`LlmcDecoding` of decode.h."""
+
+    _fields_ = (
+        ("step", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("last_pages", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("page", ctypes.c_int64),
+    )
+
+
 def _why_not_loaded(path: Path, error: OSError) -> str:
     """What to say of code that the loader refused."""
     try:
@@ -94,7 +108,7 @@ class Library:
             raise ArtifactError(_why_not_loaded(path, error)) from error
         self._handle = handle
         try:
-            self._run = handle.llmc_run
+            self._run, self._decode = handle.llmc_run, handle.llmc_decode
             self._hash = handle.llmc_hash
             self.choose, self._choose_bytes = handle.llmc_choose, handle.llmc_choose_bytes
             pool_create, pool_use, abi = handle.llmc_pool_create, handle.llmc_pool_use, handle.llmc_abi
@@ -104,6 +118,7 @@ class Library:
             ) from error
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self._run.restype = ctypes.c_int
+        self._decode.argtypes, self._decode.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
         self._hash.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._hash.restype = None
         self.choose.argtypes, self.choose.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
@@ -188,10 +203,20 @@ class Library:
         """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
         what the manifest's `failures` say of it."""
         code = self._run(step, threads)
-        if 0 < code <= len(self.failures):
-            raise StepError(self.failures[code - 1])
         if code:
-            raise StepError(f"the artifact's step failed with code {code}")
+            raise self._failure(code)
+
+    def decode(self, decoding: int, threads: int) -> None:
+        """Runs one step of one token a sequence, and fills in where they go. decoding: the address of a filled
+        `Decoding`. Raises `StepError` as `run` does."""
+        code = self._decode(decoding, threads)
+        if code:
+            raise self._failure(code)
+
+    def _failure(self, code: int) -> StepError:
+        if 0 < code <= len(self.failures):
+            return StepError(self.failures[code - 1])
+        return StepError(f"the artifact's step failed with code {code}")
 
     def limits(self, facts: Sequence[manifest.LimitFacts]) -> list[LimitFunction]:
         """The functions that measure the machine's limits."""

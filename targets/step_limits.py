@@ -1,9 +1,10 @@
-"""What a step is compiled for, as the artifact looks at it before it runs (`runtime/step_check.h`)."""
+"""What a step is compiled for, as the artifact looks at it before it runs (`runtime/csrc/step_check.h`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.attention import TILE
 from llmc.compiler.ir.dims import Dim, symbols_of
@@ -12,7 +13,10 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.interface import output_values, size_names
 from llmc.compiler.ir.types import KV
 
-# Symbols of the step, as runtime/step.h has them; "S" is the length of a whole sequence in a stateless graph.
+if TYPE_CHECKING:
+    from llmc.targets.lowering import Program
+
+# Symbols of the step, as runtime/csrc/step.h has them; "S" is the length of a whole sequence in a stateless graph.
 SIZES = {
     "T": "LLMC_TOKENS",
     "S": "LLMC_TOKENS",
@@ -39,7 +43,13 @@ STEP_FAILURES = (
     f"{_BROKEN} starts that are not those of whole sequences within the context",
     f"{_BROKEN} query tiles that are not rows of one sequence each, or not all of them",
 )
-"""What `LLMC_WRONG_*` of runtime/step.h mean, from 1 on."""
+"""What `LLMC_WRONG_*` of runtime/csrc/step.h mean, from 1 on."""
+
+
+def failures_of(program: Program) -> list[str]:
+    """What a step that returns 1, 2, ... has found wrong, in that order: with what it was given, then while it ran."""
+    found = dict.fromkeys(call.failure for lowered in program.ops for call in lowered.calls if call.failure)
+    return list(dict.fromkeys([*STEP_FAILURES, *found]))
 
 
 @dataclass(frozen=True)

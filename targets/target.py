@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,8 +31,9 @@ class Addresses:
     """Where everything lies: the arena plan, weights by key, caches by graph input.
 
     task: what kind of graph it is (`frontends/lifted.py`), which decides what its inputs, outputs and sizes are in
-    runtime/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`. limits:
-    what a step is looked at for before it runs.
+    runtime/csrc/step.h: "generate" has `logits`, "encode" has `outputs`, "run" has `inputs`, `outputs` and `dims`.
+    limits: what a step is checked for before it runs. manifest: what the artifact says of itself, as far as it is known
+    before it is linked.
     """
 
     plan: Plan
@@ -40,6 +41,7 @@ class Addresses:
     caches: Mapping[Value, int]
     task: str
     limits: StepLimits
+    manifest: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,6 @@ class Library:
     """The loadable part of an artifact: its path, what each profile slot measures, and the driver's source.
 
     costs, limits: what calls cost, and the functions that measure the machine's limits, as the manifest has them.
-    failures: what a step that returns 1, 2, ... has found wrong.
     """
 
     path: Path
@@ -55,7 +56,6 @@ class Library:
     source: str
     costs: list[dict[str, object]]
     limits: list[dict[str, object]]
-    failures: list[str]
 
 
 class Target(Protocol):

@@ -7,18 +7,21 @@ changes the logits. `reference_logits` computes the same from the tokens alone.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.runtime import cpu
-from llmc.targets.cpu.library import INTERFACE, link_options
+from llmc.targets.cpu.library import INTERFACE, c_sources, link_options
+from llmc.targets.facts import facts_source
 
 VOCAB = 300
 MAX_STEP = 48
@@ -123,24 +126,38 @@ def reference_logits(ids: list[int]) -> np.ndarray:
     return out
 
 
-def compile_library(source: str, folder: Path, *flags: str) -> Path:
-    """Compiles a step with the pool, as the compiler does."""
-    sources = resources.files("llmc.runtime")
+def _command() -> list[str]:
+    return ["gcc", "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread", f"-I{c_sources()}"]
+
+
+@cache
+def runtime_objects() -> tuple[str, ...]:
+    """The runtime's own C code, compiled once a test process."""
+    folder = Path(tempfile.mkdtemp(prefix="llmc-fake-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sources = sorted(c_sources().glob("*.c"))
+    subprocess.run([*_command(), "-c", *map(str, sources)], cwd=folder, check=True)
+    return tuple(str(folder / f"{path.stem}.o") for path in sources)
+
+
+def compile_library(source: str, folder: Path, facts: Mapping[str, object] | None = None) -> Path:
+    """Compiles a step with the runtime's C code, as the compiler does. facts: the manifest, if not the fake model's."""
     step = folder / "step.c"
-    step.write_text(source)
+    step.write_text(f'{source}\n#include "facts.h"\n{facts_source(manifest() if facts is None else facts)}\n')
     library = folder / "library.so"
-    parts = [str(sources / name) for name in ("pool.c", "hash.c", "choose.c")]
-    command = ["gcc", "-O3", "-std=c11", "-Wall", "-Wextra", "-Werror", "-fPIC", f"-I{sources}", *flags]
     linking = link_options([*INTERFACE, "llmc_limit_*"], folder)
-    subprocess.run([*command, str(step), *parts, "-o", str(library), "-pthread", *linking], check=True)
+    subprocess.run([*_command(), str(step), *runtime_objects(), "-o", str(library), *linking], check=True)
     return library
 
 
 @cache
-def library(source: str = STEP) -> Path:
-    """The fake step, compiled once a test process."""
+def library(source: str = STEP, facts: str = "") -> Path:
+    """The fake step, compiled once a test process. facts: JSON of the manifest, if not the fake model's."""
     folder = Path(tempfile.mkdtemp(prefix="llmc-fake-"))
-    return compile_library(source % {"vocab": VOCAB, "max_step": MAX_STEP}, folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return compile_library(
+        source % {"vocab": VOCAB, "max_step": MAX_STEP}, folder, json.loads(facts) if facts else None
+    )
 
 
 def manifest(**changes: object) -> dict[str, object]:
@@ -211,12 +228,15 @@ def write(
     source: str = STEP,
     tokenizer: bytes | None = None,
     tokenizer_facts: object = _DEFAULT,
+    own_facts: bool = False,
     **changes: object,
 ) -> Path:
-    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest."""
+    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest.
+    own_facts: the code has them too, and not those of the fake model."""
     if tokenizer_facts is not _DEFAULT:
         changes["tokenizer"] = tokenizer_facts
-    with ArtifactWriter(path, library(source)) as writer:
+    code = library(source, json.dumps(manifest(**changes))) if own_facts else library(source)
+    with ArtifactWriter(path, code) as writer:
         writer.begin_weights()
         writer.append(weights())
         writer.add_tokenizer(byte_tokenizer() if tokenizer is None else tokenizer)

@@ -11,7 +11,7 @@ import llmc.targets.cpu.library as library
 from llmc.targets import machine_named
 
 MACHINE = machine_named("native")
-RUNTIME = Path(__file__).parent.parent / "runtime"
+RUNTIME = library.c_sources()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.progress import Silent
 from llmc.targets import lower, machine_named
-from llmc.targets.cpu.library import INTERFACE, build_library, kernels_of
+from llmc.targets.cpu.library import INTERFACE, build_library, c_sources, kernels_of
 from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.memory import plan_memory
 from llmc.targets.step_limits import StepLimits
@@ -88,8 +88,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def program(source: str, folder: Path, *libraries: str) -> str:
     code, binary = folder / "main.c", folder / "main"
     code.write_text(source)
-    runtime = Path(__file__).parent.parent / "runtime"
-    command = ["gcc", "-std=gnu11", f"-I{runtime}", str(code), "-o", str(binary), "-Wl,--no-as-needed"]
+    sources = c_sources()
+    command = ["gcc", "-std=gnu11", f"-I{sources}", str(code), "-o", str(binary), "-Wl,--no-as-needed"]
     subprocess.run([*command, *libraries, "-ldl"], check=True)
     return str(binary)
 

@@ -39,11 +39,12 @@ def check(
     all holds. Returns what it prints."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not here")
-    sources = Path(str(resources.files("llmc.runtime")))
+    sources = Path(str(resources.files("llmc.runtime.csrc")))
     binary = folder / "check"
     command = [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *SANITIZERS[kind], *flags, f"-I{sources}"]
-    parts = [str((HERE if name.endswith("_check.c") else sources) / name) for name in programs]
-    built = subprocess.run([*command, *parts, "-o", str(binary), "-lpthread", "-lm"], capture_output=True, text=True)
+    parts = [str((sources if (sources / name).exists() else HERE) / name) for name in programs]
+    command += [*parts, "-o", str(binary), "-lpthread", "-lm", "-ldl"]
+    built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode and kind != "plain" and "cannot find" in built.stderr:
         pytest.skip("the sanitizer's library is not installed")
     assert built.returncode == 0, built.stderr

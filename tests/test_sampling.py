@@ -57,7 +57,8 @@ def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
     lines = [f'printf("%zu ", offsetof(LlmcChoice, {name}));' for name, _ in Choice._fields_]
     includes = '#include <stddef.h>\n#include <stdio.h>\n#include "choose.h"\n'
     (tmp_path / "print.c").write_text(includes + f"int main(void) {{ {' '.join(lines)} return 0; }}\n")
-    command = ["gcc", f"-I{resources.files('llmc.runtime')}", str(tmp_path / "print.c"), "-o", str(tmp_path / "print")]
+    include = f"-I{resources.files('llmc.runtime.csrc')}"
+    command = ["gcc", include, str(tmp_path / "print.c"), "-o", str(tmp_path / "print")]
     subprocess.run(command, check=True)
     printed = subprocess.run([str(tmp_path / "print")], check=True, capture_output=True, text=True).stdout.split()
     assert [int(word) for word in printed] == [getattr(Choice, name).offset for name, _ in Choice._fields_]

@@ -20,23 +20,26 @@ from llmc.runtime import artifact as reading
 from llmc.runtime import manifest
 from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile, cut, parts_of
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library, Step
+from llmc.runtime.library import Decoding, Library, Step
 from llmc.runtime.runtime import Runtime
 
 
 def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
-    lines = [f'printf("{name} %zu\\n", offsetof(LlmcStep, {name}));' for name, *_ in Step._fields_]
-    lines.append('printf("%zu %d %lld %d", sizeof(LlmcStep), LLMC_ABI, (long long)LLMC_HASH_CHUNK, LLMC_HASH_LANES);')
+    structs = {"Step": Step, "Decoding": Decoding}
+    fields = [(kind, name, getattr(struct, name)) for kind, struct in structs.items() for name, *_ in struct._fields_]
+    lines = [f'printf("{kind}.{name} %zu\\n", offsetof(Llmc{kind}, {name}));' for kind, name, _ in fields]
+    lines.append('printf("%zu %zu ", sizeof(LlmcStep), sizeof(LlmcDecoding));')
+    lines.append('printf("%d %lld %d", LLMC_ABI, (long long)LLMC_HASH_CHUNK, LLMC_HASH_LANES);')
     main = f"int main(void) {{ {' '.join(lines)} return 0; }}"
-    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "pool.h"\n{main}\n'
+    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "decode.h"\n#include "pool.h"\n{main}\n'
     (tmp_path / "print.c").write_text(source)
     binary = tmp_path / "print"
-    include = f"-I{resources.files('llmc.runtime')}"
+    include = f"-I{resources.files('llmc.runtime.csrc')}"
     subprocess.run(["gcc", "-Wall", "-Werror", include, str(tmp_path / "print.c"), "-o", str(binary)], check=True)
     printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.split("\n")
-    assert printed[:-1] == [f"{name} {getattr(Step, name).offset}" for name, *_ in Step._fields_]
-    size, abi, chunk, lanes = map(int, printed[-1].split())
-    assert size == ctypes.sizeof(Step)
+    assert printed[:-1] == [f"{kind}.{name} {field.offset}" for kind, name, field in fields]
+    size, decoding, abi, chunk, lanes = map(int, printed[-1].split())
+    assert (size, decoding) == (ctypes.sizeof(Step), ctypes.sizeof(Decoding))
     assert abi == manifest.ABI
     assert chunk == writing.HASH_CHUNK == reading.HASH_CHUNK
     assert lanes == writing.HASH_LANES

@@ -200,7 +200,7 @@ def test_token_types_beyond_their_table_are_a_failure_of_the_graph() -> None:
 
 
 def test_every_code_of_the_header_has_its_text() -> None:
-    header = Path(str(resources.files("llmc.runtime"))).joinpath("step.h").read_text()
+    header = Path(str(resources.files("llmc.runtime.csrc"))).joinpath("step.h").read_text()
     names = re.findall(r"^    LLMC_WRONG_(\w+)(?: = 1)?,", header, re.MULTILINE)
     assert [name.lower() for name in names] == list(KINDS)
     assert len(STEP_FAILURES) == len(KINDS) and all(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from cpu_linear_cases import Case
 from test_cpu_linear_float import float_case
 from test_cpu_linear_quantized import quantized_case
-from cpu_linear_cases import Case
 from x86_machines import each_machine
 
 from llmc.targets.machine import Machine

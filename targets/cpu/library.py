@@ -10,11 +10,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-import llmc.runtime
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
-from llmc.targets.cpu.driver import failures_of, generate_step
+from llmc.targets.cpu.driver import generate_step
 from llmc.targets.cpu.kernel_cache import compile_kernels, keep_object, take_objects
 from llmc.targets.cpu.limits import limit_kernels
 from llmc.targets.kernel import Kernel
@@ -22,10 +21,11 @@ from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.target import Addresses, Library
 
-# What the runtime calls (pool.h, choose.h). Beside these an artifact exports its kernels, which `llmc compile --check`
-# calls one by one, and the limit kernels; everything else is its own.
+# What the runtime calls (pool.h, choose.h), or C programs (llmc.h). Beside these an artifact exports its kernels, which
+# `llmc compile --check` calls one by one, and the limit kernels; everything else is its own.
 INTERFACE = (
-    "llmc_abi", "llmc_choose", "llmc_choose_bytes", "llmc_hash", "llmc_pool_create", "llmc_pool_use", "llmc_run",
+    "llmc_abi", "llmc_api", "llmc_choose", "llmc_choose_bytes", "llmc_decode", "llmc_hash", "llmc_pool_create",
+    "llmc_pool_use", "llmc_run",
 )  # fmt: skip
 
 # All artifacts have the same function names, and a process may hold several of them, in one namespace (RTLD_GLOBAL, or
@@ -76,7 +76,7 @@ def build_library(
     driver = folder / "step.c"
     _write(driver, source)
     output = folder / "library.so"
-    runtime = Path(llmc.runtime.__path__[0])
+    runtime = c_sources()
     # The driver is long and only calls: -O1 takes a third of the time.
     compiled = [*objects, folder / "step.o", *runtime_objects(program.machine, runtime, cache, folder)]
     _run(program.machine, "-O1", "-c", str(driver), "-o", str(folder / "step.o"), f"-I{runtime}")
@@ -86,7 +86,14 @@ def build_library(
     linking = link_options([*INTERFACE, *(item.symbol for item in kernels)], folder)
     _run(program.machine, "-o", str(output), f"@{listing}", *linking)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
-    return Library(output, calls, source, costs, facts, failures_of(program))
+    return Library(output, calls, source, costs, facts)
+
+
+def c_sources() -> Path:
+    """The folder of the runtime's C code."""
+    import llmc.runtime.csrc
+
+    return Path(llmc.runtime.csrc.__path__[0])
 
 
 def link_options(exported: Iterable[str], folder: Path) -> list[str]:

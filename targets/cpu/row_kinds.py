@@ -3,7 +3,7 @@
 In steps of several sequences it is decided by what a row is, never by how many there are, so that no row changes with
 its company. Rows of prompts, and of texts that are encoded, have the arithmetic of many rows, also when they are few;
 rows that decode, rows whose logits are wanted, and rows of whole sequences have that of few, also when they are many. A
-step says which kind its tokens are (`LLMC_PROMPT` of runtime/step.h); all of them are of one kind.
+step says which kind its tokens are (`LLMC_PROMPT` of runtime/csrc/step.h); all of them are of one kind.
 
 Where a step sees one sequence only, or arrays, the number of rows decides, by what is faster.
 """

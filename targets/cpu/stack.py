@@ -11,8 +11,8 @@ from llmc.errors import CompileError
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc, Stmt
 
-# The pool's workers have 2 MiB (runtime/pool.c), and threads of a program itself mostly 1 MiB and more. Kernels do not
-# call each other, so that one frame is all that a step adds.
+# The pool's workers have 2 MiB (runtime/csrc/pool.c), and threads of a program itself mostly 1 MiB and more. Kernels do
+# not call each other, so that one frame is all that a step adds.
 MOST_STACK_BYTES = 512 << 10
 
 _ALIGNMENT = 64

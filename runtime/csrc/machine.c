@@ -1,0 +1,88 @@
+/* What this machine has: looked at before any kernel runs, as an instruction that is missing kills the process. */
+#define _GNU_SOURCE
+#include <sched.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "model.h"
+
+/* Whether a word of `length` bytes is a flag, underscores aside: avx512_vnni, avx512vnni. */
+static bool is_flag(const char *word, size_t length, const char *flag) {
+    const char *end = word + length;
+    for (;;) {
+        while (word < end && *word == '_') word++;
+        while (*flag == '_') flag++;
+        if (word == end || *flag == 0) return word == end && *flag == 0;
+        if (*word++ != *flag++) return false;
+    }
+}
+
+static bool has_flag(const char *line, const char *flag) {
+    for (;;) {
+        line += strspn(line, " \t\n");
+        const size_t length = strcspn(line, " \t\n");
+        if (length == 0) return false;
+        if (is_flag(line, length, flag)) return true;
+        line += length;
+    }
+}
+
+/* The flags of the first CPU in /proc/cpuinfo, to be freed; Linux shows the same for all. NULL: not known. */
+static char *cpu_flags(void) {
+    FILE *file = fopen("/proc/cpuinfo", "re");
+    if (file == NULL) return NULL;
+    char *line = NULL, *found = NULL;
+    size_t room = 0;
+    while (found == NULL && getline(&line, &room, file) > 0) {
+        char *colon = strchr(line, ':');
+        if (colon != NULL && (strncmp(line, "flags", 5) == 0 || strncmp(line, "Features", 8) == 0)) {
+            found = strdup(colon + 1);
+        }
+    }
+    free(line);
+    fclose(file);
+    return found;
+}
+
+/* Asks Linux to let this process use tile registers; the answer holds for all of its threads. */
+static bool tiles_allowed(void) {
+#if defined(__x86_64__)
+    enum { ARCH_PRCTL = 158, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
+int llmc_check_machine(void) {
+    if (llmc_facts.feature_count > 0) {
+        char *flags = cpu_flags();
+        if (flags == NULL) {
+            return llmc_fail(LLMC_ERROR_MACHINE, "what this CPU has is not known: /proc/cpuinfo cannot be read");
+        }
+        for (int64_t i = 0; i < llmc_facts.feature_count; i++) {
+            if (has_flag(flags, llmc_facts.features[i].flag)) continue;
+            free(flags);
+            return llmc_fail(LLMC_ERROR_MACHINE,
+                             "the artifact needs %s, which this CPU does not have: compile the model for this machine",
+                             llmc_facts.features[i].name);
+        }
+        free(flags);
+    }
+    if (llmc_facts.tile_registers && !tiles_allowed()) {
+        return llmc_fail(LLMC_ERROR_MACHINE, "the artifact needs AMX tile registers, and Linux does not give them to "
+                                             "this process: compile the model for a machine without");
+    }
+    return LLMC_OK;
+}
+
+int64_t llmc_usable_cpus(void) {
+    cpu_set_t cpus;
+    if (sched_getaffinity(0, sizeof cpus, &cpus) == 0) return CPU_COUNT(&cpus);
+    const long online = sysconf(_SC_NPROCESSORS_ONLN); /* more CPUs than a cpu_set_t has room for */
+    return online < 1 ? 1 : online;
+}
