@@ -17,8 +17,8 @@ Layer = struct(*((name, I64) for name in ("kv_heads", "head_dim", "value_dim", "
 Feature = struct(("name", TEXT), ("flag", TEXT))
 Output = struct(("name", TEXT), ("dtype", TEXT), ("per", I64), ("elements", I64))
 NUMBERS = (
-    "bytes", "task", "state", "vocabulary", "max_context", "max_step", "page", "tile", "max_splits", "part", "row_kinds", "arena_bytes",
-    "weights_bytes", "tile_registers",
+    "bytes", "task", "state", "vocabulary", "max_context", "max_step", "page", "tile", "max_splits", "part",
+    "row_kinds", "arena_bytes", "weights_bytes", "tile_registers",
 )  # fmt: skip
 LISTS = (("feature", Feature), ("layer", Layer), ("regime", I64), ("failure", TEXT), ("output", Output))
 Facts = struct(

@@ -175,6 +175,7 @@ def manifest(**changes: object) -> dict[str, object]:
             "page": 32,
             "tile": 16,
             "max_splits": 16,
+            "part": 512,
             "arena_bytes": 8 * MAX_STEP,
             "vocab_size": VOCAB,
             "state": "paged",

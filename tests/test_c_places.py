@@ -71,8 +71,9 @@ def test_work_is_divided_as_in_python(
 def test_tiles_end_where_those_of_python_do(places: ctypes.CDLL, start: int, count: int, decoding: bool) -> None:
     ids, pages = np.zeros(count, np.int32), np.zeros(-(-(start + count) // PAGE), np.int32)
     part = Part(ids.ctypes.data, pages.ctypes.data, len(pages), count, start, count, 0, int(decoding))
-    arrays = {name: np.full(4 * count + 2, -1, np.int32) for name in NAMES}
-    tables, step = Tables(*(array.ctypes.data for array in arrays.values()), 4 * count + 2), Step()
+    room = 4 * count + len(pages) + 2
+    arrays = {name: np.full(room, -1, np.int32) for name in NAMES}
+    tables, step = Tables(*(array.ctypes.data for array in arrays.values()), room), Step()
     division = Division(PAGE, TILE, SPLITS, PART, 16, 1)
     places.llmc_fill_step(ctypes.byref(step), ctypes.byref(tables), ctypes.byref(division), ctypes.byref(part), I64(1))
     first, rows = cut(start, count, 1 if decoding else TILE)

@@ -18,5 +18,5 @@ SOURCES = sorted(path.name for path in c_sources().glob("*.c"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequences_are_what_was_fed_and_nothing_races(tmp_path: Path, kind: str, compiler: str, state: str) -> None:
     programs = ["session_check.c", *SOURCES]
-    options = ["-DSTATELESS"] if state == "stateless" else []
-    check(programs, kind, compiler, tmp_path, str(ROUNDS[kind]), options=options)
+    flags = ("-DSTATELESS",) if state == "stateless" else ()
+    check(programs, kind, compiler, tmp_path, str(ROUNDS[kind]), flags=flags)

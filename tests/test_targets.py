@@ -163,5 +163,5 @@ def test_what_is_the_same_number_has_one_definition() -> None:
 def test_rooms_that_may_not_import_each_other_agree() -> None:
     for name in ("PAGE", "HASH_CHUNK"):
         assert getattr(compiler_artifact, name) == getattr(runtime_artifact, name)
-    header = (ROOT / "runtime" / "pool.h").read_text(encoding="utf-8")
+    header = (ROOT / "runtime" / "csrc" / "pool.h").read_text(encoding="utf-8")
     assert f"LLMC_HASH_CHUNK ((int64_t){compiler_artifact.HASH_CHUNK >> 20} << 20)" in header

@@ -7,8 +7,6 @@ enum { UNITS_PER_THREAD = 4, LEAST_TILE = 16 };
 
 static int64_t ceiling(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 static int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 int64_t llmc_parts_of(const LlmcDivision *division, int64_t tokens) {
