@@ -53,11 +53,11 @@ def build_manifest(
     placed: list[Placed],
     nbytes: int,
     max_step: int,
+    failures: list[str],
     created: str,
 ) -> dict[str, object]:
     """The manifest of a model before it is linked: plain JSON values only. `complete_manifest` adds the rest."""
     from llmc.compiler.pipeline import GENERATE, RUN, greatest
-    from llmc.targets.step_limits import failures_of
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -87,7 +87,7 @@ def build_manifest(
             "arena_bytes": max(plan.nbytes, 64),
             "vocab_size": _vocabulary(program, lifted),
             "state": state_of(program.graph, lifted.task),
-            "failures": failures_of(program),
+            "failures": failures,
             "row_kinds": _has_row_kinds(program),
             "regimes": list(length_regimes(program.graph, lifted.max_context)),
         },

@@ -327,7 +327,7 @@ def assemble(
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
     from llmc.targets.memory import plan_memory
-    from llmc.targets.step_limits import StepLimits
+    from llmc.targets.step_limits import StepLimits, failures_of
     from llmc.targets.target import Addresses
 
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
@@ -335,7 +335,10 @@ def assemble(
     plan: Plan = plan_memory(program, largest)
     placed, nbytes = place(stored_values(program))
     limits = StepLimits(largest, vocabulary_of(lifted), max(1, lifted.max_context))
-    manifest = build_manifest(source, options, lifted, compiled, program, plan, placed, nbytes, max_step, created)
+    failures = failures_of(program)
+    manifest = build_manifest(
+        source, options, lifted, compiled, program, plan, placed, nbytes, max_step, failures, created
+    )
     addresses = Addresses(plan, weight_addresses(placed), cache_indices(program.graph), lifted.task, limits, manifest)
     cache = options.kernel_cache or default_cache()
     with scratch_folder() as folder:

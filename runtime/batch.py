@@ -144,7 +144,7 @@ class StepRunner(StepCaller):
             count = len(tokens)
             self._ids_view[:count] = array("i", tokens)
             self._positions_view[:count] = array("i", [sequence.length for sequence in sequences])
-        self.library.decode(self._decoding_address, self.threads)
+        self._call(self.library.decode, self._decoding_address)
         if self.profiling:
             places = tuple((sequence.length, 1) for sequence in sequences)
             self.profiled.append(StepSizes(tuple(self.step.sizes), places))

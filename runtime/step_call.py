@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,12 +49,16 @@ class StepCaller:
 
     def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
+        self._call(self.library.run, self._address)
+
+    def _call(self, run: Callable[[int, int], None], place: int) -> None:
+        """Runs a step by the library's `run`, which takes the address of what describes it."""
         self.settle()
         if not self.profiling:
-            self.library.run(self._address, self.threads)
+            run(place, self.threads)
             return
         before = self.profile.copy()
-        self.library.run(self._address, self.threads)
+        run(place, self.threads)
         self.taken.append(self.profile - before)
 
 

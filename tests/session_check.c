@@ -36,7 +36,8 @@ const LlmcFacts llmc_facts = {
 };
 
 static const LlmcLimits limits = {
-    .least = {1, 1, 1, 1, 0, 1}, .most = {MAX_STEP, MAX_STEP, MAX_STEP, (CONTEXT + PAGE - 1) / PAGE, MAX_STEP, 3},
+    .least = {1, 1, 1, 1, 0, 1, 0},
+    .most = {MAX_STEP, MAX_STEP, MAX_STEP, (CONTEXT + PAGE - 1) / PAGE, MAX_STEP, 3, 1},
     .arena_bytes = 8 * MAX_STEP, .vocabulary = VOCAB, .context = CONTEXT, .page = PAGE, .tile = TILE, .logits = true,
     .ids = true, .positions = true, .tiles = true, .rows = true,
 #ifndef STATELESS

@@ -31,7 +31,7 @@ from llmc.runtime.library import Library, Step
 from llmc.runtime.memory import address
 from llmc.runtime.sampling import Choice, Chooser
 from llmc.targets import machine_named
-from llmc.targets.step_limits import STEP_FAILURES
+from llmc.targets.step_limits import STEP_FAILURES, failures_of
 
 MOST, CONTEXT, PAGES = 64, 96, 5
 TOKENS, TILES, SEQUENCES, TABLE, ROWS, SPLITS = range(6)  # places in `sizes`
@@ -196,7 +196,7 @@ def test_a_step_that_cannot_be_is_a_code_and_does_nothing(task: str) -> None:
 def test_token_types_beyond_their_table_are_a_failure_of_the_graph() -> None:
     for value in (-3, 2, INT_MAX):
         code, _ = answer(ENCODE, number("token_types", 5, value))
-        assert "index out of range" in program(ENCODE).library.failures[code - 1]
+        assert "index out of range" in failures_of(program(ENCODE).program)[code - 1]
 
 
 def test_every_code_of_the_header_has_its_text() -> None:
@@ -212,7 +212,7 @@ def test_every_code_of_the_header_has_its_text() -> None:
         )
     )
     for task in CASES:
-        assert program(task).library.failures[: len(KINDS)] == list(STEP_FAILURES)
+        assert failures_of(program(task).program)[: len(KINDS)] == list(STEP_FAILURES)
 
 
 @pytest.mark.parametrize(
