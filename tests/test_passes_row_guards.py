@@ -180,6 +180,7 @@ BAD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
         row(filled), lambda r: s.Reshape(e.Equal(s.Max(r.scores, (1,), False), NONE), (2, 5, 1)),
     ),
     "the largest of another bias": (row(filled), lambda r: e.Equal(top(BIAS), NONE)),
+    "the largest is at most that of a bias": (row(filled), lambda r: e.LessEqual(top(r.scores), top(BIAS))),
     "the largest before a bound": (
         row(filled, lambda x: e.Maximum(x, c(-9.0))), lambda r: e.Equal(top(r.masked), NONE),
     ),
@@ -240,6 +241,13 @@ def test_a_guard_of_other_rows_is_refused(name: str) -> None:
     assert not hides(name, scores, guard), "this test is of guards that hold in rows which see keys"
     with pytest.raises(Unrecognised, match=r"^its probabilities are set to zero in rows that see keys$"):
         require_guard(scores.chain, guard)
+
+
+def test_a_guard_over_no_axis_is_one_of_keys() -> None:
+    scores = row(filled)
+    for guard in (e.Not(s.Any(SEEN, ())), e.Equal(s.Max(scores.scores, ()), NONE)):
+        with pytest.raises(Unrecognised):
+            require_guard(scores.chain, guard)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "f16", "bf16", "f32"])

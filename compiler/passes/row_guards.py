@@ -141,10 +141,7 @@ def _unmoved(value: Value) -> Value:
 
 def _stripped(value: Value) -> Shape:
     """A shape without axes of size 1 in front."""
-    shape = value.shape
-    while shape and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+    return value.shape[next((axis for axis, dim in enumerate(value.shape) if dim != 1), value.rank) :]
 
 
 def _only_leads(op: Reshape) -> bool:
