@@ -214,13 +214,13 @@ def test_regimes_of_an_odd_context_go_to_its_end() -> None:
 
 
 def test_every_number_that_the_length_decides_is_settled() -> None:
-    first, second = (e.Add(steps(*ends), e.Mul(FLOAT, number(0))) for ends in ((3,), (5,)))
-    value = e.Add(e.Mul(COLUMN, s.Reshape(first, (1, 1))), s.Reshape(second, (1, 1)))
-    found = regimes(probe_of(value), [value])
-    assert found.last == (3, 5)
-    for values in found.values:
-        own = settled(value, values)
-        assert not probe_of(own).depends_on_length(own)
+    first, second = (s.Reshape(e.Add(steps(end), e.Mul(FLOAT, number(0))), (1, 1)) for end in (3, 5))
+    for value in (e.Add(e.Mul(COLUMN, first), second), e.Add(second, e.Mul(first, COLUMN))):
+        found = regimes(probe_of(value), [value])
+        assert found.last == (3, 5)
+        for values in found.values:
+            own = settled(value, values)
+            assert not probe_of(own).depends_on_length(own)
 
 
 def test_numbers_that_another_size_decides_are_not_known() -> None:
