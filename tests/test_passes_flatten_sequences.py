@@ -211,6 +211,19 @@ def test_what_has_no_row_of_its_own_says_why(name: str) -> None:
     assert [why for _, why in report.refusals] == [f"{reason}; the graph stays one sequence at a time"]
 
 
+def test_whole_numbers_of_a_text_of_any_length_are_not_summed() -> None:
+    free = symbol("S", 2)
+    ids = Input("ids", Tensor((1, free), "i32"))
+    ones = e.Cast(e.Greater(ids, number(3, "i32")), "i64")
+    for value, reasons in (
+        (s.Sum(ones, (1,)), [f"{ROUNDED}; the graph stays one sequence at a time"]),
+        (s.Max(ones, (1,)), []),
+    ):
+        report = Report()
+        FlattenTokens(sequences=True).run(Graph("g", (ids,), (("y", value),)), report)
+        assert [why for _, why in report.refusals] == reasons
+
+
 @pytest.mark.parametrize(
     ("index", "checked"),
     [(LAST, False), (e.Neg(size()), False), (e.Sub(number(0, "i64"), LAST), False), (size(), True),

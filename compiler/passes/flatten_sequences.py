@@ -115,7 +115,7 @@ def _indexed_row(f: Flattener, index: Value) -> Value:
     own = f.new[index]
     own = own if own.rank == 1 else Reshape(own, (own.shape[0],))
     if not isinstance(f.size, Dim) or not Ranges({}).integers(index).within(f.size * -1, f.size - 1):
-        own = CheckedIndex(own, token_counts(starts), 0, "the token that is taken of a text")
+        own = CheckedIndex(own, token_counts(starts), what="the token that is taken of a text")
     own = own if own.dtype == "i32" else Cast(own, "i32")
     return Add(own, Where(Less(own, constant(0, "i32")), end_rows(starts), first_rows(starts)))
 

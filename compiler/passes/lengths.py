@@ -148,7 +148,7 @@ def _by_length(probe: Probe, roots: Sequence[Value], lengths: NDArray[np.int64])
     """The roots, which the length alone decides, for every one of these lengths: each [lengths, *shape]."""
     found: dict[Value, Array] = {}
     for op in topological(roots):
-        if not isinstance(op, Op) or probe.sources.get(op) != {LENGTH} or probe.has_size(op):
+        if not isinstance(op, Op) or probe.sources[op] != {LENGTH} or probe.has_size(op):
             continue
         if any(probe.depends_on_length(operand) for operand in op.operands):
             found[op] = _together(probe, op, found, len(lengths))
