@@ -136,6 +136,12 @@ GOOD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
     "none is seen by the second choice": (
         row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(OTHER)),
     ),
+    "none is seen, before a cast": (
+        row(filled, lambda x: e.Cast(e.Cast(x, "f64"), "f32")), lambda r: e.Not(some(SEEN)),
+    ),
+    "none is seen, before axes in front": (
+        row(filled, lambda x: s.Reshape(s.Reshape(x, (1, 2, 5, 5)), (2, 5, 5))), lambda r: e.Not(some(SEEN)),
+    ),
     "none is seen by the first choice": (row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(SEEN))),
     "none is seen by either": (
         row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(e.And(SEEN, SEEN))),
@@ -198,6 +204,9 @@ BAD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
     "none is seen, of a choice that fills": (row(lambda x: e.Where(SEEN, x, c(-1e9))), lambda r: e.Not(some(SEEN))),
     "none is seen, of a choice the other way": (row(lambda x: e.Where(SEEN, NONE, x)), lambda r: e.Not(some(SEEN))),
     "all are one of both": (row(filled), lambda r: every(e.Or(e.Not(SEEN), OTHER))),
+    "none is seen, before whole numbers": (
+        row(filled, lambda x: e.Cast(e.Cast(x, "i32"), "f32")), lambda r: e.Not(some(SEEN)),
+    ),
     "none is both": (row(filled), lambda r: e.Not(some(e.And(SEEN, OTHER)))),
     "all are -inf or another": (row(filled), lambda r: every(e.Or(e.Equal(r.scores, NONE), OTHER))),
     "some are -inf": (row(filled), lambda r: some(e.Equal(r.scores, NONE))),
