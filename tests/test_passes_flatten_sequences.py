@@ -44,9 +44,9 @@ def size(multiple: int = 1, more: int = 0, dtype: str = "i64") -> Value:
     return s.Slice(s.Iota(multiple * S + more + 1, dtype), 0, multiple * S + more, multiple * S + more + 1)
 
 
-def below(most: int) -> Value:
-    """ids from -most to most."""
-    return e.Maximum(e.Minimum(IDS, number(most, "i32")), number(-most, "i32"))
+def below(most: int, least: int | None = None) -> Value:
+    """ids from `least` (-most unless it is given) to `most`."""
+    return e.Maximum(e.Minimum(IDS, number(most, "i32")), number(-most if least is None else least, "i32"))
 
 
 MEAN = s.Mean(EMBEDDED, (1,))
@@ -155,7 +155,7 @@ def test_what_is_made_of_a_count_or_a_mean_is_no_more_than_that() -> None:
 ANOTHER = "it makes one value of all tokens: that of one which is neither the first nor the last"
 COUNTS = "it counts tokens from 0, which is not their position in a mixture of sequences"
 ALL = "it makes one value of all tokens"
-ROUNDED = "it pools whole numbers that may be above 2^24, which f32 does not hold"
+ROUNDED = "it pools whole numbers that may be beyond 2^24, which f32 does not hold"
 BOUNDS = "its bounds depend on the number of tokens"
 REFUSED: dict[str, tuple[Value, str]] = {
     "half a size": (s.Slice(s.Iota(S + 1), 0, S // 2, S // 2 + 1), COUNTS),
@@ -174,8 +174,10 @@ REFUSED: dict[str, tuple[Value, str]] = {
     "the mean of whole numbers": (
         s.Mean(below(9), (1,)), "it takes the mean of whole numbers, which f32 may round to another one",
     ),
-    "the sum of whole numbers above 2^18": (s.Sum(below((1 << 18) + 1), (1,)), ROUNDED),
-    "the largest whole number above 2^24": (s.Max(below((1 << 24) + 1), (1,)), ROUNDED),
+    "the sum of whole numbers above 2^18": (s.Sum(below((1 << 18) + 1, 0), (1,)), ROUNDED),
+    "the sum of whole numbers below -2^18": (s.Sum(below(0, -(1 << 18) - 1), (1,)), ROUNDED),
+    "the largest whole number above 2^24": (s.Max(below((1 << 24) + 1, 0), (1,)), ROUNDED),
+    "the largest whole number below -2^24": (s.Max(below(0, -(1 << 24) - 1), (1,)), ROUNDED),
     "the least id": (s.Min(IDS, (1,)), ROUNDED),
     "any": (s.Any(e.Greater(EMBEDDED, number(0)), (1,)), "t.any has no rule for the tokens of a sequence"),
     "the place of the largest": (s.Argmax(EMBEDDED, 1), ALL),

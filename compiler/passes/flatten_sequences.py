@@ -156,7 +156,7 @@ def _require_exact(f: Flattener, op: Reduce) -> None:
         raise Mixes("it takes the mean of whole numbers, which f32 may round to another one")
     count = bounds(f.size)[1] if isinstance(op, Sum) else 1
     if count is None or not Ranges({}).integers(op.x).within(-(_WHOLE // count), _WHOLE // count):
-        raise Mixes("it pools whole numbers that may be above 2^24, which f32 does not hold")
+        raise Mixes("it pools whole numbers that may be beyond 2^24, which f32 does not hold")
 
 
 def _constant_pooled(f: Flattener, op: Reduce, kind: str | None, rest: tuple[int, ...]) -> Value | None:
