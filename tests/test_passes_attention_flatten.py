@@ -204,6 +204,9 @@ def test_axes_of_one_are_not_moved_and_no_stack_is_made_of_one_matrix() -> None:
         if name in ("matmul with a matrix", "matmul with a matrix under ones", "matmul without a batch axis"):
             (product,) = (op for op in after.ops if isinstance(op, Matmul))
             assert product.a.rank == product.b.rank == 2
+    after, _ = run_passes(graph_of(lambda x: Add(heads(x), weight("c", DIM))), [FlattenTokens()])
+    (added,) = (op for op in after.ops if isinstance(op, Add))
+    assert added.b.shape == (DIM,), "it broadcasts as it is"
 
 
 MIXING: dict[str, tuple[Build, str]] = {
