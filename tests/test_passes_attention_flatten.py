@@ -19,11 +19,11 @@ from attention_harness import (
     weight,
 )
 
-from llmc.compiler.ir.elementwise import Add, Cast, Greater, Mul, Where, constant
+from llmc.compiler.ir.elementwise import Add, Cast, Greater, Maximum, Minimum, Mul, Sub, Where, constant
 from llmc.compiler.ir.encoded import Pages
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.llm import Attention, KVAppend, LayerNorm, Linear, PagedAttention
+from llmc.compiler.ir.llm import Attention, KVAppend, LayerNorm, Linear, PagedAttention, QuantizeActivations, Rope
 from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.structural import (
     Argmax,
@@ -82,6 +82,14 @@ def chosen_rows(x: Value) -> Value:
     return Gather(weight("experts", 5, 7), best, 0)
 
 
+def by_distance() -> Value:
+    """What is added to scores [heads, S, S]: of a table by how far apart two tokens are, up to 3."""
+    at = Iota(S)
+    distance = Sub(Reshape(at, (1, S)), Reshape(at, (S, 1)))
+    near = Minimum(Maximum(distance, constant(-3, "i64")), constant(3, "i64"))
+    return Transpose(Gather(weight("distances", 7, HEADS), Add(near, constant(3, "i64")), 0), (2, 0, 1))
+
+
 TOKEN_WISE: dict[str, Build] = {
     "elementwise with a broadcast weight": lambda x: Mul(Add(x, weight("b", HIDDEN)), weight("c", 1, 1, HIDDEN)),
     "weight that broadcasts over tokens in the middle": lambda x: Mul(heads(x), weight("c", HEADS, 1, DIM)),
@@ -118,6 +126,10 @@ TOKEN_WISE: dict[str, Build] = {
         Linear(Reshape(x, (S, HIDDEN)), weight("w", 3, HIDDEN)), (1, S, 3)
     ),
     "attention": lambda x: Attention(*(Reshape(x, (1, S, HEADS, DIM)),) * 3),
+    "attention under several ones": lambda x: Attention(*(Reshape(x, (1, 1, 1, S, HEADS, DIM)),) * 3),
+    "attention with a bias by distance, without a batch axis": lambda x: Attention(
+        *(Reshape(x, (S, HEADS, DIM)),) * 3, bias=by_distance()
+    ),
     "attention without a batch axis": lambda x: Attention(*(Reshape(x, (S, HEADS, DIM)),) * 3),
     "a number a token for each head": lambda x: Mul(heads(x), Reshape(Sum(x, (2,)), (S, 1))),
     "a weight of more axes": lambda x: Add(x, weight("b", 1, 1, 1, 3, 1, HIDDEN)),
@@ -130,6 +142,9 @@ TOKEN_WISE: dict[str, Build] = {
     ),
     "elements of a wide table by token": lambda x: GatherElements(
         weight("rows", 1, 5), Reshape(Argmax(scores(x), 2), (1, S)), 1
+    ),
+    "elements of a table of several columns by token": lambda x: GatherElements(
+        weight("several", 1, 5, 4), Broadcast(Reshape(Argmax(scores(x), 2), (1, S, 1)), (1, S, 4)), 1
     ),
     "elements of heads by token": lambda x: GatherElements(
         heads(x), Broadcast(Reshape(Argmax(scores(x), 2), (1, 1, S, 1)), (1, HEADS, S, 2)), 3
@@ -144,6 +159,9 @@ TOKEN_WISE: dict[str, Build] = {
     "concat along an axis from the end": lambda x: Concat((heads(x), heads(x)), -3),
     "matmul without a batch axis": lambda x: Matmul(Reshape(x, (S, HIDDEN)), weight("w", HIDDEN, 6)),
     "matmul with a matrix under ones": lambda x: Matmul(x, weight("w", 1, 1, HIDDEN, 6)),
+    "matmul of heads in front with a matrix a head": lambda x: Matmul(
+        Reshape(heads(x), (HEADS, S, DIM)), weight("w", HEADS, DIM, 6)
+    ),
     "matmul with several matrices": lambda x: Matmul(x, weight("w", 3, HIDDEN, 6)),
     "matmul of heads with one matrix": lambda x: Matmul(heads(x), weight("w", DIM, 6)),
     "matmul of tokens in front with a matrix": lambda x: Matmul(Reshape(x, (S, HEADS, DIM)), weight("w", DIM, 6)),
@@ -178,6 +196,19 @@ def test_a_token_wise_op_gives_each_token_the_same_row(name: str) -> None:
         np.testing.assert_allclose(np.asarray(found).reshape(rows.shape), rows, **CLOSE)
 
 
+def test_axes_of_one_are_not_moved_and_no_stack_is_made_of_one_matrix() -> None:
+    for name, kind in TOKEN_WISE.items():
+        after, _ = run_passes(graph_of(kind), [FlattenTokens()])
+        if name in ("transpose of ones", "transpose and back"):
+            assert not any(isinstance(op, Transpose) for op in after.ops)
+        if name in ("matmul with a matrix", "matmul with a matrix under ones", "matmul without a batch axis"):
+            (product,) = (op for op in after.ops if isinstance(op, Matmul))
+            assert product.a.rank == product.b.rank == 2
+    after, _ = run_passes(graph_of(lambda x: Add(heads(x), weight("c", DIM))), [FlattenTokens()])
+    (added,) = (op for op in after.ops if isinstance(op, Add))
+    assert added.b.shape == (DIM,), "it broadcasts as it is"
+
+
 MIXING: dict[str, tuple[Build, str]] = {
     "sum over tokens": (lambda x: Add(x, Sum(x, (1,))), "one value of all tokens"),
     "softmax over tokens": (lambda x: Softmax(x, 1), "token axis 1"),
@@ -206,7 +237,23 @@ MIXING: dict[str, tuple[Build, str]] = {
     ),
     "two texts of attention": (
         lambda x: Attention(*(Broadcast(Reshape(x, (1, S, HEADS, DIM)), (2, S, HEADS, DIM)),) * 3),
-        "holds more than one sequence",
+        "tensor<[2, S, 4, 8], f32> holds 2 sequences, not one",
+    ),
+    "no text of attention": (
+        lambda x: Attention(*(Slice(Reshape(x, (1, S, HEADS, DIM)), 0, 0, 0),) * 3),
+        "tensor<[0, S, 4, 8], f32> holds 0 sequences, not one",
+    ),
+    "attention of texts of one token": (
+        lambda x: Attention(*(Reshape(x, (S, 1, HEADS, DIM)),) * 3),
+        "the tokens of tensor<[S, 1, 4, 8], f32> are not on axis 1",
+    ),
+    "rows of tokens": (
+        lambda x: QuantizeActivations(Transpose(x, (0, 2, 1)), 8),
+        "it works along the token axis of tensor<[1, 32, S], f32>",
+    ),
+    "rotated heads": (
+        lambda x: Rope(Reshape(heads(x), (HEADS, S, DIM)), weight("angles", HEADS, 2, 3)),
+        "the tokens of tensor<[4, S, 8], f32> are not on axis 0",
     ),
     "slices that depend on the size": (
         lambda x: Slice(Broadcast(Reshape(x, (1, S, 1, HIDDEN)), (1, S, S, HIDDEN)), 2, 0, 1),
@@ -219,7 +266,7 @@ MIXING: dict[str, tuple[Build, str]] = {
     "pads behind": (lambda x: Pad(x, (0, 0, 0), (0, 1, 0)), "pads the token axis"),
     "attention of channels": (
         lambda x: Attention(*(Transpose(Reshape(x, (1, S, HEADS, DIM)), (0, 2, 1, 3)),) * 3),
-        "not on axis",
+        "the tokens of tensor<[1, 4, S, 8], f32> are not on axis 1",
     ),
 }
 

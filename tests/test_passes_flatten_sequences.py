@@ -13,8 +13,9 @@ from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.ragged import PoolTokens
 from llmc.compiler.ir.structural import CheckedIndex
-from llmc.compiler.ir.types import Array, Tensor, precise
+from llmc.compiler.ir.types import FLOATS, Array, Tensor, precise
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.passes.flatten_tokens import FlattenTokens
 from llmc.compiler.passes.manager import Report
@@ -43,6 +44,11 @@ def size(multiple: int = 1, more: int = 0, dtype: str = "i64") -> Value:
     return s.Slice(s.Iota(multiple * S + more + 1, dtype), 0, multiple * S + more, multiple * S + more + 1)
 
 
+def below(most: int, least: int | None = None) -> Value:
+    """ids from `least` (-most unless it is given) to `most`."""
+    return e.Maximum(e.Minimum(IDS, number(most, "i32")), number(-most if least is None else least, "i32"))
+
+
 MEAN = s.Mean(EMBEDDED, (1,))
 LAST = e.Sub(size(), number(1, "i64"))
 LARGEST = s.Argmax(s.Reshape(s.Max(EMBEDDED, (1,), False), (1, WIDTH)), 1)  # [1]: any of 0 to 11
@@ -61,9 +67,14 @@ FOLLOWED: dict[str, Value] = {
     "the last of heads by a row of numbers": s.Gather(HEAD, e.constant([[-1]], "i64"), 2),
     "by a number that the size decides": s.Gather(EMBEDDED, LAST, 1),
     "by half the size, as a number": s.Gather(FLAT, s.Reshape(e.FloorDivide(LAST, number(2, "i64")), ()), 0),
+    "by a number of two axes": s.Gather(EMBEDDED, s.Reshape(LAST, (1, 1)), 1),
+    "the last, by a number from the end": s.Gather(EMBEDDED, e.Sub(LAST, size()), 1),
     "by a number before the end": s.Gather(EMBEDDED, e.Neg(e.Cast(s.Reshape(size(), (1,)), "i32")), 1),
     "elements by a number that the size decides": s.GatherElements(
         EMBEDDED, s.Broadcast(s.Reshape(LAST, (1, 1, 1)), (1, 1, WIDTH)), 1
+    ),
+    "elements of two channels": s.GatherElements(
+        s.Slice(EMBEDDED, 2, 0, 2), s.Broadcast(s.Reshape(LAST, (1, 1, 1)), (1, 1, 2)), 1
     ),
     "elements of the first": s.GatherElements(FLAT, s.Broadcast(number(0, "i64"), (1, WIDTH)), -2),
     "mean": MEAN,
@@ -72,18 +83,28 @@ FOLLOWED: dict[str, Value] = {
     "mean over tokens and channels of heads": s.Mean(HEAD, (-2, -1), False),
     "sum over all": s.Sum(HEAD, (0, 1, 2, 3), False),
     "sum over batch and tokens": s.Sum(HEAD, (0, 2)),
+    "sum over batch and tokens, counted from the end": s.Sum(HEAD, (-4, -2)),
     "sum of whole numbers": s.Sum(e.Cast(e.Greater(EMBEDDED, number(0)), "i64"), (1,)),
-    "the largest whole number": s.Max(IDS, (1,)),
-    "the least whole number": s.Min(IDS, (0, 1), False),
+    "the sum of whole numbers up to 2^18": s.Sum(below(1 << 18), (1,)),
+    "the largest whole number": s.Max(below(1 << 24), (1,)),
+    "the least whole number": s.Min(below(1 << 24), (0, 1), False),
     "the least": s.Min(HEAD, (2,)),
     "the mean of a number": s.Mean(s.Broadcast(number(3), (1, S, 2)), (1,)),
     "the largest of a number": s.Max(s.Broadcast(e.constant([3.0], "f32"), (1, S, 2)), (1, 2)),
     "the sum of a number": s.Sum(s.Broadcast(number(3), (S, 4, 2)), (0,)),
     "the sum of a number over more": s.Sum(s.Broadcast(number(3), (S, 4, 2)), (0, -1), False),
     "the sum of a whole number": s.Sum(s.Broadcast(number(1, "i64"), (1, S)), (1,)),
+    "the sum of a number of two axes": s.Sum(s.Broadcast(e.constant([[3.0]], "f32"), (S, 2)), (0,)),
+    "the mean of a number of two axes": s.Mean(s.Broadcast(e.constant([[3.0]], "f32"), (S, 2)), (0,)),
     "the sum of a row of numbers": s.Sum(s.Broadcast(e.constant([1.0, 2.0], "f32"), (1, S, 2)), (1,)),
     "a product with tokens on both sides": s.Matmul(s.Transpose(FLAT, (1, 0)), FLAT),
     "a product with several in front": s.Matmul(s.Transpose(EMBEDDED, (0, 2, 1)), FLAT),
+    "a product with several axes in front": s.Matmul(
+        s.Transpose(s.Reshape(EMBEDDED, (1, 1, S, WIDTH)), (0, 1, 3, 2)), s.Reshape(EMBEDDED, (1, 1, S, WIDTH))
+    ),
+    "parts of a mean times a matrix": s.Matmul(
+        s.Reshape(MEAN, (1, 3, 4)), e.constant(np.arange(12.0).reshape(4, 3), "f32")
+    ),
     "a mean times a matrix": s.Matmul(MEAN, Param("w", Tensor((WIDTH, 3), "f32"))),
     "a mean and a last token": s.Concat((MEAN, s.Slice(EMBEDDED, 1, S - 1, S)), 2),
     "a mean over its size": e.Div(MEAN, e.Cast(size(), "f32")),
@@ -104,7 +125,13 @@ def flattened(value: Value) -> tuple[Graph, Graph, Report]:
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_each_sequence_gets_what_it_gives_alone(name: str) -> None:
     before, after, report = flattened(FOLLOWED[name])
-    assert report.refusals == [] and str(after.output("y").shape[0]) == "B"
+    old = before.output("y").shape
+    others = old[1:] if old[:1] == (1,) else old
+    assert report.refusals == [] and [str(dim) for dim in after.output("y").shape] == ["B", *map(str, others)]
+    pooled = [op for op in after.ops if isinstance(op, PoolTokens)]
+    assert all(op.dtype in FLOATS for op in pooled)
+    assert not (pooled and (" of a number" in name or " of a whole number" in name)), "it is known of all tokens"
+    assert not any(isinstance(op, e.Cast) and op.to == op.x.dtype for op in after.ops), "a cast that does nothing"
     assert after.output("y").dtype == before.output("y").dtype
     ids = np.random.default_rng(3).integers(0, VOCABULARY, sum(LENGTHS)).astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(LENGTHS)]).astype(np.int32)
@@ -115,9 +142,21 @@ def test_each_sequence_gets_what_it_gives_alone(name: str) -> None:
             np.testing.assert_allclose(row.reshape(expected.shape), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_what_is_made_of_a_count_or_a_mean_is_no_more_than_that() -> None:
+    mean = s.Mean(EMBEDDED, (1,), False)
+    for value, expected in (
+        (size(dtype="i32"), ["t.slice", "t.slice", "t.sub"]),
+        (mean, ["t.gather", "llm.pool_tokens"]),
+        (s.Matmul(mean, Param("w", Tensor((WIDTH, 3), "f32"))), ["t.gather", "llm.pool_tokens", "t.matmul"]),
+    ):
+        assert [op.name for op in flattened(value)[1].ops] == expected
+
+
 ANOTHER = "it makes one value of all tokens: that of one which is neither the first nor the last"
 COUNTS = "it counts tokens from 0, which is not their position in a mixture of sequences"
 ALL = "it makes one value of all tokens"
+ROUNDED = "it pools whole numbers that may be beyond 2^24, which f32 does not hold"
+BOUNDS = "its bounds depend on the number of tokens"
 REFUSED: dict[str, tuple[Value, str]] = {
     "half a size": (s.Slice(s.Iota(S + 1), 0, S // 2, S // 2 + 1), COUNTS),
     "a square": (s.Slice(s.Iota(S * S + 1), 0, S * S, S * S + 1), COUNTS),
@@ -132,6 +171,14 @@ REFUSED: dict[str, tuple[Value, str]] = {
         "it takes parts of a token",
     ),
     "a product": (s.Prod(EMBEDDED, (1,)), "t.prod has no rule for the tokens of a sequence"),
+    "the mean of whole numbers": (
+        s.Mean(below(9), (1,)), "it takes the mean of whole numbers, which f32 may round to another one",
+    ),
+    "the sum of whole numbers above 2^18": (s.Sum(below((1 << 18) + 1, 0), (1,)), ROUNDED),
+    "the sum of whole numbers below -2^18": (s.Sum(below(0, -(1 << 18) - 1), (1,)), ROUNDED),
+    "the largest whole number above 2^24": (s.Max(below((1 << 24) + 1, 0), (1,)), ROUNDED),
+    "the largest whole number below -2^24": (s.Max(below(0, -(1 << 24) - 1), (1,)), ROUNDED),
+    "the least id": (s.Min(IDS, (1,)), ROUNDED),
     "any": (s.Any(e.Greater(EMBEDDED, number(0)), (1,)), "t.any has no rule for the tokens of a sequence"),
     "the place of the largest": (s.Argmax(EMBEDDED, 1), ALL),
     "heads by heads": (
@@ -140,6 +187,17 @@ REFUSED: dict[str, tuple[Value, str]] = {
     ),
     "a mean beside each token": (
         e.Add(EMBEDDED, MEAN), "it gives each token one value of all tokens of its sequence"
+    ),
+    "as many numbers as tokens": (s.Slice(s.Broadcast(s.Mean(EMBEDDED, (1, 2), False), (64,)), 0, 0, S), BOUNDS),
+    "a token for no number": (
+        s.Gather(EMBEDDED, e.constant(np.zeros(0), "i64"), 1), "it takes several tokens of a sequence",
+    ),
+    "elements of a mean": (
+        s.GatherElements(MEAN, e.constant(np.zeros((1, 1, 3)), "i64"), 2),
+        "it gathers from one place for every token",
+    ),
+    "each token times a mean": (
+        s.Matmul(FLAT, s.Reshape(MEAN, (WIDTH, 1))), "it multiplies tokens with tokens",
     ),
     "the first two tokens": (s.Slice(EMBEDDED, 1, 0, 2), "it takes several tokens of a sequence"),
     "no token": (s.Slice(EMBEDDED, 1, 0, 0), "it takes several tokens of a sequence"),
@@ -153,6 +211,19 @@ def test_what_has_no_row_of_its_own_says_why(name: str) -> None:
     before, after, report = flattened(value)
     assert after is before
     assert [why for _, why in report.refusals] == [f"{reason}; the graph stays one sequence at a time"]
+
+
+def test_whole_numbers_of_a_text_of_any_length_are_not_summed() -> None:
+    free = symbol("S", 2)
+    ids = Input("ids", Tensor((1, free), "i32"))
+    ones = e.Cast(e.Greater(ids, number(3, "i32")), "i64")
+    for value, reasons in (
+        (s.Sum(ones, (1,)), [f"{ROUNDED}; the graph stays one sequence at a time"]),
+        (s.Max(ones, (1,)), []),
+    ):
+        report = Report()
+        FlattenTokens(sequences=True).run(Graph("g", (ids,), (("y", value),)), report)
+        assert [why for _, why in report.refusals] == reasons
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,24 @@ def test_a_cache_is_not_taken_over_while_someone_reads_it() -> None:
         assert len(caches(run(causal)[0])) == 2
 
 
+def test_keys_that_were_written_over_are_appended_again() -> None:
+    """The second layer takes over the cache of the first, whose keys the third one reads too."""
+
+    def widened(value: Value) -> Value:
+        return s.Concat((value, s.Slice(value, 2, 0, 2)), 2)  # [T, heads, 6] -> [T, heads, 8]
+
+    first = attention(Q, K, V, causal=False)
+    keys = s.Slice(first, 1, 0, 2)
+    second = attention(x("queries", 4), widened(keys), keys, causal=False)
+    third = attention(widened(second), K, V, causal=False)
+    after, report = run(graph_of(third, also=[STARTS]), scratch=True)
+    assert report.hits == {"attention": 3, "cache": 2, "shared cache": 1}
+    appends = [op for op in after.ops if isinstance(op, KVAppend)]
+    assert len(appends) == 3 and len({op.cache for op in appends}) == 3, "a cache is used linearly"
+    last = after.outputs[0][1]
+    assert isinstance(last, PagedAttention) and last.cache is appends[-1] and appends[-1].k is K
+
+
 def test_a_causal_layer_of_an_encoder_needs_no_lengths() -> None:
     after, _ = run(graph_of(attention(Q, K, V), also=[STARTS]), scratch=True)
     (op,) = paged(after)

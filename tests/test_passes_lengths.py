@@ -46,7 +46,7 @@ FOLLOWED: dict[str, Value] = {
     "three sizes and two": s.Slice(s.Iota(3 * S + 3), 0, 3 * S + 2, 3 * S + 3),
     "a square": s.Slice(s.Iota(S * S + 1), 0, S * S, S * S + 1),
     "half a size less one": s.Slice(s.Iota(S + 1), 0, (S + 1) // 2 - 1, (S + 1) // 2),
-    "a size beside another": s.Slice(s.Iota(S + B), 0, S + B - 1, S + B),
+    "a size beside another": s.Slice(s.Iota(S + B), 0, S, S + 1),
     "the last position": s.Slice(POSITIONS, 1, S - 1, S),
     "the last position, counted from the end": s.Slice(POSITIONS, -1, S - 1, S),
     "the last row of a wave": s.Slice(s.Concat((WAVE, e.Cos(COLUMN)), 1), 0, S - 1, S),
@@ -115,6 +115,15 @@ NOT_FOLLOWED: dict[str, tuple[Value, str]] = {
         s.Gather(e.Mul(FLOAT, row(1, 2, 3)), number(1, "i64"), 0),
         THROUGH.format("t.gather"),
     ),
+    "a place among all": (
+        s.Gather(s.Iota(S), e.Mul(SIZE, number(-1, "i32")), 0),
+        "its angles depend on positions and on the sequence's length at once, in t.gather",
+    ),
+    "the largest of what the length alone decides": (
+        s.Max(s.Slice(s.Iota(2 * S), 0, S, 2 * S), (0,)),
+        "its angles depend on positions and on the sequence's length at once, in t.max",
+    ),
+    "the last of another size's rows": (s.Slice(s.Broadcast(COLUMN, (S, B)), 0, S - 1, S), THROUGH.format("t.slice")),
     "columns of a table": (s.Gather(TABLE, e.Minimum(SIZE, number(1, "i32")), 1), THROUGH.format("t.gather")),
     "shares": (s.Softmax(e.Mul(FLOAT, row(1, 2, 3)), 0), THROUGH.format("t.softmax")),
 }  # fmt: skip
@@ -171,6 +180,68 @@ def test_numbers_of_a_regime_are_those_before_rounding() -> None:
     (values,) = regimes(probe_of(value), [value]).values
     (constant,) = (v for v in values.values() if isinstance(v, e.Constant))
     assert float(constant.value.array.reshape(-1)[0]) == 1.0
+
+
+def constants(value: Value) -> list[float]:
+    """The one number of each regime of a value that the length decides."""
+    found = regimes(probe_of(value), [value])
+    return [float(c.value.array.reshape(-1)[0]) for v in found.values for c in v.values() if isinstance(c, e.Constant)]
+
+
+def test_a_regime_s_numbers_are_those_of_its_first_and_last_length() -> None:
+    """No sequence is empty: what a length of 0 would give decides nothing."""
+    third = e.Div(number(1), e.Where(e.Greater(SIZE, number(0, "i32")), number(3), number(7)))
+    assert constants(e.Mul(COLUMN, s.Reshape(third, (1, 1)))) == [1 / 3]
+    # In f64 the first length has a number of its own.
+    drift = e.Add(number(1), e.Where(e.Greater(SIZE, number(1, "i32")), number(2.0**-40), number(0)))
+    assert constants(e.Mul(COLUMN, s.Reshape(drift, (1, 1)))) == [1.0]
+
+
+def test_numbers_that_rounding_decides_stay_as_the_graph_has_them() -> None:
+    """What f64 gives instead is taken where it is within 2^-20."""
+    none = e.Mul(FLOAT, number(0))
+    for first, second, expected in ((1e8, 7.5, 8.0), (16.0, 1 + 0.75 * 2**-20, 1 + 0.75 * 2**-20)):
+        rounded = e.Sub(e.Add(e.Add(number(first), none), number(second)), number(first))
+        assert constants(e.Mul(COLUMN, s.Reshape(rounded, (1, 1)))) == [expected]
+
+
+def test_regimes_of_an_odd_context_go_to_its_end() -> None:
+    size = symbol("S", 2, 41)
+    positions = Input("positions", Tensor((1, size), "i32"))
+    last = e.Equal(s.Slice(s.Iota(size + 1, "i32"), 0, size, size + 1), number(41, "i32"))
+    value = e.Mul(e.Cast(positions, "f32"), e.Where(last, number(2), number(3)))
+    assert regimes(Probe(Graph("main", (positions,), (("y", value),))), [value]).last == (40,)
+
+
+def test_every_number_that_the_length_decides_is_settled() -> None:
+    first, second = (s.Reshape(e.Add(steps(end), e.Mul(FLOAT, number(0))), (1, 1)) for end in (3, 5))
+    for value in (e.Add(e.Mul(COLUMN, first), second), e.Add(second, e.Mul(first, COLUMN))):
+        found = regimes(probe_of(value), [value])
+        assert found.last == (3, 5)
+        for values in found.values:
+            own = settled(value, values)
+            assert not probe_of(own).depends_on_length(own)
+
+
+def test_numbers_that_another_size_decides_are_not_known() -> None:
+    """A batch, for one, may be of any size."""
+    batch = s.Slice(s.Iota(B + 1, "f32"), 0, B, B + 1)
+    for other in (batch, s.Slice(s.Iota(S + B, "f32"), 0, S + B - 1, S + B)):
+        value = e.Mul(COLUMN, e.Add(other, e.Mul(FLOAT, number(0))))
+        with pytest.raises(Unsettled, match=r"^its angles depend on sizes beside the number of tokens$"):
+            regimes(probe_of(value), [value])
+
+
+@pytest.mark.parametrize(("context", "last"), [(0, ()), (1, ()), (2, (1,)), (5, (1,)), (9, (1, 5)), (LONGEST, (1, 5))])
+def test_regimes_of_a_graph_are_where_anything_changes_that_it_makes_of_lengths(
+    context: int, last: tuple[int, ...]
+) -> None:
+    tokens = symbol("T", 1, 16)
+    given = Input("lengths", Tensor((tokens,), "i32"))
+    wide = e.Greater(s.Reshape(given, (tokens, 1)), e.constant([1, 5], "i32"))
+    x = Input("x", Tensor((tokens, 2), "f32"))
+    graph = Graph("main", (given, x), (("y", e.Where(wide, x, e.Neg(x))),))
+    assert lengths.length_regimes(graph, context) == last
 
 
 def test_more_regimes_than_are_welcome_are_refused_with_what_keeps_to_the_first() -> None:

@@ -48,6 +48,10 @@ def second(x: Value) -> Value:
     return s.Slice(x, -1, 2, 4)
 
 
+def doubled(x: Value) -> Value:
+    return e.Add(x, x)
+
+
 MAPS: dict[str, Callable[[], Value]] = {
     "minus": lambda: e.Neg(X),
     "moved": lambda: s.Transpose(s.Reshape(X, (6, 4)), (1, 0)),
@@ -55,6 +59,8 @@ MAPS: dict[str, Callable[[], Value]] = {
     "parts in another order": lambda: s.Concat((second(X), first(X)), 2),
     "parts of several terms": lambda: s.Concat((e.Add(first(X), second(X)), first(X)), -1),
     "parts of several terms, later": lambda: s.Concat((first(X), e.Sub(first(X), second(X))), 2),
+    "parts of three terms": lambda: s.Concat((e.Add(e.Sub(first(X), second(X)), first(X)), second(X)), 2),
+    "parts of four terms, later": lambda: s.Concat((first(X), e.Add(e.Add(first(X), first(X)), doubled(second(X)))), 2),
     "times": lambda: e.Mul(X, FACTOR),
     "times, in front": lambda: e.Mul(FACTOR, e.Neg(X)),
     "times twice": lambda: e.Mul(e.Cast(e.Cast(X, "f32"), "f64"), FACTOR),
@@ -105,6 +111,39 @@ def test_a_map_is_followed_so_far(count: int, known: bool) -> None:
     assert (found.cone(ops[-1]) is not None) == known
     users = found.linear_users(ops[1])
     assert users == ops[2:][:REACH], "in order"
+
+
+def test_what_is_not_linear_is_no_user() -> None:
+    start = e.Neg(X)
+    other = e.Abs(start)
+    users = [beside := e.Neg(start), e.Add(beside, start)]
+    assert maps(users[-1], other).linear_users(start) == users
+
+
+def test_users_are_not_followed_behind_so_many() -> None:
+    """The last two are users of one value."""
+    ops: list[Value] = [X]
+    for _ in range(REACH):
+        ops.append(e.Neg(ops[-1]))
+    last = [e.Neg(ops[-1]), e.Cast(ops[-1], "f32")]
+    assert isinstance(ops[1], Op)
+    found = maps(*(e.Neg(value) for value in last)).linear_users(ops[1])
+    assert len(found) == REACH + 1 and set(found) == {*ops[2:], *last}
+
+
+def test_a_value_is_asked_once_where_all_of_it_comes_from() -> None:
+    asked: list[Value] = []
+
+    class Counting(Maps):
+        def linear_operands(self, value: Value) -> tuple[Value, ...]:
+            asked.append(value)
+            return super().linear_operands(value)
+
+    y = e.Add(X, X)
+    for _ in range(9):
+        y = e.Add(y, y)
+    assert Counting(Graph("g", (X,), (("y", y),))).cone(y) is not None
+    assert len(asked) == 11
 
 
 def test_a_map_of_two_values_is_none() -> None:

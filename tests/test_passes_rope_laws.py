@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from attention_harness import DIM, HEADS, S, apply_half, frequencies, half_cos_sin, random_weights, weight
 
+from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import (
     Activation,
     Add,
@@ -392,11 +393,17 @@ def spread_over_heads(x: Value, positions: Input) -> Value:
     return Add(Mul(x, cos), Mul(turned, sin))
 
 
+def times_another_size(x: Value, positions: Input) -> Value:
+    other = symbol("P", 0, 5)
+    return by_angles(x, Mul(column(positions), Mul(row(SLOW), Slice(Iota(other + 1, "f32"), 0, other, other + 1))))
+
+
 ONE_VALUE = "what it multiplies by is not one value by position"
 REFUSED: dict[str, tuple[Form, str]] = {
     "signs that differ": (signs_that_differ, ONE_VALUE),
     "scales that differ": (scales_that_differ, ONE_VALUE),
     "spread over heads": (spread_over_heads, ONE_VALUE),
+    "another size": (times_another_size, "its angles depend on sizes beside the number of tokens"),
     "every length its own": (growing, "as a sequence grows; --max-context 8 keeps"),
     "from the end": (from_the_end, "as a sequence grows"),
     "halves that part": (stored_pairs(0.5), f"no rotation at position {SWITCH}"),

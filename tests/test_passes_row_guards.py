@@ -136,6 +136,12 @@ GOOD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
     "none is seen by the second choice": (
         row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(OTHER)),
     ),
+    "none is seen, before a cast": (
+        row(filled, lambda x: e.Cast(e.Cast(x, "f64"), "f32")), lambda r: e.Not(some(SEEN)),
+    ),
+    "none is seen, before axes in front": (
+        row(filled, lambda x: s.Reshape(s.Reshape(x, (1, 2, 5, 5)), (2, 5, 5))), lambda r: e.Not(some(SEEN)),
+    ),
     "none is seen by the first choice": (row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(SEEN))),
     "none is seen by either": (
         row(filled, lambda x: e.Where(OTHER, x, NONE)), lambda r: e.Not(some(e.And(SEEN, SEEN))),
@@ -180,6 +186,7 @@ BAD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
         row(filled), lambda r: s.Reshape(e.Equal(s.Max(r.scores, (1,), False), NONE), (2, 5, 1)),
     ),
     "the largest of another bias": (row(filled), lambda r: e.Equal(top(BIAS), NONE)),
+    "the largest is at most that of a bias": (row(filled), lambda r: e.LessEqual(top(r.scores), top(BIAS))),
     "the largest before a bound": (
         row(filled, lambda x: e.Maximum(x, c(-9.0))), lambda r: e.Equal(top(r.masked), NONE),
     ),
@@ -197,6 +204,9 @@ BAD: dict[str, tuple[Row, Callable[[Row], Value]]] = {
     "none is seen, of a choice that fills": (row(lambda x: e.Where(SEEN, x, c(-1e9))), lambda r: e.Not(some(SEEN))),
     "none is seen, of a choice the other way": (row(lambda x: e.Where(SEEN, NONE, x)), lambda r: e.Not(some(SEEN))),
     "all are one of both": (row(filled), lambda r: every(e.Or(e.Not(SEEN), OTHER))),
+    "none is seen, before whole numbers": (
+        row(filled, lambda x: e.Cast(e.Cast(x, "i32"), "f32")), lambda r: e.Not(some(SEEN)),
+    ),
     "none is both": (row(filled), lambda r: e.Not(some(e.And(SEEN, OTHER)))),
     "all are -inf or another": (row(filled), lambda r: every(e.Or(e.Equal(r.scores, NONE), OTHER))),
     "some are -inf": (row(filled), lambda r: some(e.Equal(r.scores, NONE))),
@@ -240,6 +250,13 @@ def test_a_guard_of_other_rows_is_refused(name: str) -> None:
     assert not hides(name, scores, guard), "this test is of guards that hold in rows which see keys"
     with pytest.raises(Unrecognised, match=r"^its probabilities are set to zero in rows that see keys$"):
         require_guard(scores.chain, guard)
+
+
+def test_a_guard_over_no_axis_is_one_of_keys() -> None:
+    scores = row(filled)
+    for guard in (e.Not(s.Any(SEEN, ())), e.Equal(s.Max(scores.scores, ()), NONE)):
+        with pytest.raises(Unrecognised):
+            require_guard(scores.chain, guard)
 
 
 @pytest.mark.parametrize("dtype", ["i8", "u8", "i16", "u16", "i32", "u32", "i64", "u64", "f16", "bf16", "f32"])

@@ -243,6 +243,16 @@ def test_a_count_of_tokens_is_their_positions(name: str) -> None:
     assert after.output("y").shape == used.shape and found.dtype == value.dtype
 
 
+def test_a_count_that_another_size_shifts_is_none() -> None:
+    """Behind a past of P tokens the first one is at P, whatever P is."""
+    past = symbol("P", 0, 5)
+    for begin, hits in ((past, {}), (0, {"count": 1})):
+        count = e.Cast(s.Slice(s.Iota(S + past), 0, begin, S + begin), "f64")
+        graph = Graph("g", (PLACES, Input("past", Tensor((past,), "f64"))), (("y", count),))
+        after, (report,) = run_checked(graph, "use-positions", tolerance=0)
+        assert report.hits == hits and (after is graph) == (not hits)
+
+
 def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
     count = e.Mul(X, s.Reshape(e.Cast(s.Iota(S), "f32"), (1, S, 1)))
     other = Graph("g", (X,), (("y", count),))

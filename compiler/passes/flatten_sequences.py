@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmc.compiler.ir.dims import Dim, product
+from llmc.compiler.ir.dims import Dim, bounds, product
 from llmc.compiler.ir.elementwise import Add, Cast, Less, Mul, Neg, Where, constant
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.pattern import number_of
@@ -32,6 +32,8 @@ from llmc.compiler.ir.types import FLOATS
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.flatten_tokens import Flattener
+
+_WHOLE = 1 << 24  # whole numbers up to this one, and no more, are f32 numbers
 
 POOLING: dict[type[Reduce], str] = {Mean: "mean", Max: "max", Sum: "sum"}
 
@@ -113,7 +115,7 @@ def _indexed_row(f: Flattener, index: Value) -> Value:
     own = f.new[index]
     own = own if own.rank == 1 else Reshape(own, (own.shape[0],))
     if not isinstance(f.size, Dim) or not Ranges({}).integers(index).within(f.size * -1, f.size - 1):
-        own = CheckedIndex(own, token_counts(starts), 0, "the token that is taken of a text")
+        own = CheckedIndex(own, token_counts(starts), what="the token that is taken of a text")
     own = own if own.dtype == "i32" else Cast(own, "i32")
     return Add(own, Where(Less(own, constant(0, "i32")), end_rows(starts), first_rows(starts)))
 
@@ -138,13 +140,23 @@ def _pooled(f: Flattener, op: Reduce) -> Value:
     if pooled is None:
         x = f.full(op.x)[0] if rest != layout.rest else f.new[op.x]
         if x.dtype not in FLOATS:
-            x = Cast(x, "f32")  # whole numbers below 2^24: counts and positions
+            _require_exact(f, op)
+            x = Cast(x, "f32")
         starts = f.starts
         pooled = PoolTokens(x, starts, kind) if kind is not None else Neg(PoolTokens(Neg(x), starts, "max"))
         if pooled.dtype != op.dtype:
             pooled = Cast(pooled, op.dtype)
     others = tuple(1 + rest.index(axis % op.x.rank) for axis in op.axes if axis % op.x.rank != token)
-    return op.replace(x=pooled, axes=others, keep=True) if others else pooled
+    return op.replace(x=pooled, axes=others) if others else pooled
+
+
+def _require_exact(f: Flattener, op: Reduce) -> None:
+    """Refuse what f32 may round of whole numbers that are pooled."""
+    if isinstance(op, Mean):
+        raise Mixes("it takes the mean of whole numbers, which f32 may round to another one")
+    count = bounds(f.size)[1] if isinstance(op, Sum) else 1
+    if count is None or not Ranges({}).integers(op.x).within(-(_WHOLE // count), _WHOLE // count):
+        raise Mixes("it pools whole numbers that may be beyond 2^24, which f32 does not hold")
 
 
 def _constant_pooled(f: Flattener, op: Reduce, kind: str | None, rest: tuple[int, ...]) -> Value | None:
@@ -152,7 +164,7 @@ def _constant_pooled(f: Flattener, op: Reduce, kind: str | None, rest: tuple[int
     source = _one_element(op.x)
     if source in f.decided or product(source.shape) != 1:
         return None
-    one: Value = Reshape(source, (1,)) if source.rank != 1 else source
+    one: Value = Reshape(source, (1,))
     if kind == "sum":
         counts = token_counts(f.starts)
         one = Mul(counts if counts.dtype == one.dtype else Cast(counts, one.dtype), one)

@@ -80,8 +80,7 @@ class FlattenTokens(Pass, name="flatten-tokens"):
 
     def _most_tokens(self, size: Dim) -> int:
         """A step's tokens at most; sequences of an encoder are not cut."""
-        longest = max((symbol.high or 0 for symbol in size.symbols()), default=0)
-        return max(self.max_step, longest) if self.sequences else self.max_step
+        return max(self.max_step, *(symbol.high or 0 for symbol in size.symbols())) if self.sequences else self.max_step
 
 
 @dataclass(frozen=True)
@@ -195,13 +194,8 @@ class Flattener:
         if value in self.decided:
             self.must_meet(value, result, offset)
             return reshaped(self.new[value], (self.rows(result), *sizes))
-        old: Shape = value.shape
-        while old and old[0] == 1 and len(old) > len(sizes):
-            old = old[1:]
-        padded = (*(1 for _ in range(len(sizes) - len(old))), *old)
-        if padded == sizes and len(value.shape) <= len(sizes):
-            return value
-        return reshaped(value, sizes)
+        padded = (*(1 for _ in range(len(sizes) - value.rank)), *value.shape)
+        return value if padded == sizes else reshaped(value, sizes)
 
     def must_meet(self, value: Value, result: Value, offset: int) -> None:
         """Refuse where rows of an operand, whose axes are `offset` behind the result's, are not those of the result."""
@@ -334,7 +328,7 @@ class Flattener:
             if not self.has_tokens(value) or self.layout(value).token != value.rank - 3:
                 raise Mixes(f"the tokens of {value.type} are not on axis {value.rank - 3}")
             if product(value.shape[:-3]) != 1:
-                raise Mixes(f"{value.type} holds more than one sequence")
+                raise Mixes(f"{value.type} holds {product(value.shape[:-3])} sequences, not one")
         q, k, v = (reshaped(self.new[x], (self.tokens, *x.shape[-2:])) for x in (op.q, op.k, op.v))
         if op.bias is None:
             return op.replace(q=q, k=k, v=v)

@@ -58,13 +58,15 @@ class InsertKVCache(Pass, name="insert-kv-cache"):
         def rule(op: Value) -> Value | None:
             if not isinstance(op, Attention):
                 return None
-            cache, version = versions.get((op.k, op.v), (None, None))
-            if cache is None or version is None or cache.versions[-1] is not version:
+            found = versions.get((op.k, op.v))
+            if found is None or found[0].versions[-1] is not found[1]:
                 kind = KV(static(op.k.shape[1]), static(op.k.shape[2]), static(op.v.shape[2]), self.kv_dtype)
                 cache = self._cache_for(op, kind, caches, report)
                 version = _Version(KVAppend(cache.latest, _wide(op.k), _wide(op.v), slots))
                 versions[op.k, op.v] = cache, version
                 cache.versions.append(version)
+            else:
+                version = found[1]
             report.hit("attention")
             paged = PagedAttention(
                 _wide(op.q), version.append, tiles, block_table, op.sinks, op.slopes,

@@ -76,6 +76,8 @@ def regimes(probe: Probe, roots: Sequence[Value]) -> Regimes:
 
     Unsettled where it does so other than by a few numbers (not one a token), or in more than MOST_REGIMES regimes.
     """
+    if any(probe.decided_by_other_sizes(root) for root in roots):
+        raise Unsettled("its angles depend on sizes beside the number of tokens")
     numbers = _numbers_of_length(probe, roots)
     longest = probe.longest
     if longest is None:
@@ -145,9 +147,8 @@ def _numbers_of_length(probe: Probe, roots: Sequence[Value]) -> list[Value]:
 def _by_length(probe: Probe, roots: Sequence[Value], lengths: NDArray[np.int64]) -> list[Array]:
     """The roots, which the length alone decides, for every one of these lengths: each [lengths, *shape]."""
     found: dict[Value, Array] = {}
-    wanted = [value for value in topological(roots) if isinstance(value, Op) and probe.depends_on_length(value)]
-    for op in wanted:
-        if probe.sources[op] != {LENGTH} or probe.has_size(op):
+    for op in topological(roots):
+        if not isinstance(op, Op) or probe.sources[op] != {LENGTH} or probe.has_size(op):
             continue
         if any(probe.depends_on_length(operand) for operand in op.operands):
             found[op] = _together(probe, op, found, len(lengths))
@@ -156,19 +157,15 @@ def _by_length(probe: Probe, roots: Sequence[Value], lengths: NDArray[np.int64])
     return [found[root] for root in roots]
 
 
-def _sizes(dim: int | Dim, probe: Probe, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A size for each length."""
+def _sizes(dim: int | Dim, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A size, which the number of tokens decides, for each length."""
     if isinstance(dim, int):
         return np.full(len(lengths), dim, np.int64)
-    tokens = frozenset() if probe.size is None else probe.size.symbols()
     total = np.zeros(len(lengths), np.int64)
     for monomial, coefficient in dim.terms:
         part = np.full(len(lengths), coefficient, np.int64)
         for atom, power in monomial:
-            if isinstance(atom, FloorDiv):
-                value = _sizes(atom.numerator, probe, lengths) // atom.divisor
-            else:
-                value = lengths if atom in tokens else np.full(len(lengths), probe.binding(1)[atom.name], np.int64)
+            value = _sizes(atom.numerator, lengths) // atom.divisor if isinstance(atom, FloorDiv) else lengths
             part *= value**power
         total += part
     return total
@@ -180,7 +177,7 @@ def _first(probe: Probe, op: Op, lengths: NDArray[np.int64]) -> Array:
     axes = [axis for axis in range(x.rank) if symbols_of(x.shape[axis])] if len(op.operands) == 1 else []
     if len(axes) == 1 and isinstance(op, Slice) and op.axis % x.rank == axes[0] and op.stop == op.start + 1:
         row = np.moveaxis(probe.evaluate([x], int(lengths[-1]), exact=False)[0], axes[0], 0)
-        return np.expand_dims(row[_sizes(op.start, probe, lengths)], axes[0] + 1)
+        return np.expand_dims(row[_sizes(op.start, lengths)], axes[0] + 1)
     running = _RUNNING.get(type(op))
     if len(axes) == 1 and x.shape[axes[0]] == probe.size and isinstance(op, Reduce) and running is not None:
         whole = np.moveaxis(probe.evaluate([x], int(lengths[-1]), exact=False)[0], axes[0], 0)
@@ -209,7 +206,7 @@ def _together(probe: Probe, op: Op, found: dict[Value, Array], count: int) -> Ar
         array = found[value]
         return array if rank is None else array.reshape(count, *[1] * (rank - value.rank), *array.shape[1:])
 
-    if any(value not in found and probe.sources.get(value) for value in op.operands):
+    if any(value not in found and (probe.sources.get(value) or probe.has_size(value)) for value in op.operands):
         raise Unsettled(f"its angles depend on positions and on the sequence's length at once, in {op.name}")
     shape = tuple(static(dim) for dim in op.shape)
     if isinstance(op, _ELEMENTWISE):

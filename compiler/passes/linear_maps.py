@@ -31,7 +31,7 @@ class LinearMaps:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.index = {op: i for i, op in enumerate(graph.ops)}
+        self.index: dict[Value, int] = {op: i for i, op in enumerate(graph.ops)}
 
     def linear_operands(self, value: Value) -> tuple[Value, ...]:
         """The operands that `value` is a linear function of; none where it is not such a function."""
@@ -84,7 +84,7 @@ class LinearMaps:
             if len(leaves) > 1 or len(nodes) > REACH:
                 return None
         leaf = leaves.pop()
-        return sorted(nodes, key=lambda v: self.index[v] if isinstance(v, Op) else -1), leaf
+        return sorted(nodes, key=self.index.__getitem__), leaf
 
     def source(self, y: Op) -> tuple[Value, list[Value]] | None:
         """The last value through which all of y passes before it is turned; and the ops after it.

@@ -123,6 +123,11 @@ class Probe:
             self._decided[symbols] = frozenset(found)
         return self._decided[symbols]
 
+    def decided_by_other_sizes(self, value: Value) -> bool:
+        """Whether sizes beside the number of tokens may decide elements: `evaluate` knows one value of each only."""
+        tokens = frozenset() if self.size is None else self.size.symbols()
+        return value in self.decided_by(frozenset(self.graph.symbols) - tokens)
+
     def is_constant(self, value: Value) -> bool:
         """Whether the value is known when compiling."""
         return isinstance(value, Param) or value in self.graph.constants

@@ -126,6 +126,8 @@ class Angles:
     def _by_length(self, parts: _Parts) -> Value:
         """Angles that the sequence's length may decide: those of each of its regimes, chosen by token."""
         factors = tuple(dict.fromkeys(part.factor for part in parts.all))
+        if any(self.probe.decided_by_other_sizes(factor) for factor in factors):
+            raise Unsettled("its angles depend on sizes beside the number of tokens")
         if not any(self.probe.depends_on_length(factor) for factor in factors):
             return self._of_parts(parts)
         if factors not in self._regimes:

@@ -60,7 +60,7 @@ class _Guards:
                 self.sums.update(value.operands)
             elif isinstance(value, Where) and number_of(value.b if value.a is inner else value.a) == -math.inf:
                 self.hiding.append((value.condition, value.a is not inner))
-            elif not (isinstance(value, Cast) or (isinstance(value, Reshape) and _only_leads(value))):
+            elif not _keeps(value):
                 return  # further in, -inf may become anything
             value = inner
 
@@ -132,19 +132,24 @@ _MIRRORED: dict[type[Compare], type[Compare]] = {
 
 def _unmoved(value: Value) -> Value:
     """The value under float casts and axes of size 1 in front, which keep -inf, and rows and keys, where they are."""
-    while (isinstance(value, Reshape) and _only_leads(value)) or (
-        isinstance(value, Cast) and value.to in FLOATS and value.x.dtype in FLOATS
-    ):
+    while isinstance(value, (Cast, Reshape)) and _keeps(value):
         value = value.x
     return value
 
 
+def _keeps(value: Value) -> bool:
+    """Whether -inf stays what it is, and rows and keys where they are: in a cast to floats of floats, or axes in front.
+
+    Whole numbers have no -inf: the least of them is a score like any other.
+    """
+    if isinstance(value, Reshape):
+        return _only_leads(value)
+    return isinstance(value, Cast) and value.to in FLOATS and value.x.dtype in FLOATS
+
+
 def _stripped(value: Value) -> Shape:
     """A shape without axes of size 1 in front."""
-    shape = value.shape
-    while shape and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+    return value.shape[next((axis for axis, dim in enumerate(value.shape) if dim != 1), value.rank) :]
 
 
 def _only_leads(op: Reshape) -> bool:

@@ -57,6 +57,8 @@ def _offset(probe: Probe, op: Op) -> int | None:
         return None
     if probe.sources[op] - {LENGTH} or not probe.has_size(op) or product(op.shape) != probe.size:
         return None
+    if probe.decided_by_other_sizes(op):
+        return None
     try:
         counted: Value = op
         if probe.depends_on_length(op):
