@@ -27,6 +27,7 @@ from llmc.runtime.generation import Options, TextStream, generate_batch, split_o
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.library import Library
 from llmc.runtime.limits import Limits, measure_limits
+from llmc.runtime.load_options import check_options
 from llmc.runtime.memory import address
 from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.ragged import RaggedRunner
@@ -51,11 +52,6 @@ _USES = {
     "run": ("takes arrays", "run({name: array})"),
 }
 _MOST_SLOTS = 2**31 - 1  # slots are int32
-_MOST_THREADS = 1024  # of pool.c
-
-
-def _is_count(value: object, most: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= most
 
 
 class Runtime:
@@ -133,16 +129,7 @@ class Runtime:
         mapped file, which processes share, False to copy it into huge pages now, which are read faster; by default it
         is copied where memory is plentiful, large ones beside the first steps. Raises `ArtifactError`.
         """
-        if threads is not None and not _is_count(threads, _MOST_THREADS):
-            raise RuntimeStateError(f"threads must be an integer from 1 to {_MOST_THREADS}, not {threads!r:.40}")
-        if kv_memory is not None and not _is_count(kv_memory, 1 << 62):
-            raise RuntimeStateError(f"kv_memory must be a number of bytes, not {kv_memory!r:.40}")
-        for name, choice in (("verify", verify), ("share_weights", share_weights)):
-            if choice is not None and not isinstance(choice, bool):
-                raise RuntimeStateError(f"{name} must be True, False or None, not {choice!r:.40}")
-        for name, given in (("path", path), ("weights", weights)):
-            if not isinstance(given, str | os.PathLike) and not (name == "weights" and given is None):
-                raise RuntimeStateError(f"{name} must be a file's path, not {given!r:.40}")
+        check_options(path, threads, verify, kv_memory, weights, share_weights)
         cpus = None
         if threads is None:
             default = cpu.default_threads()
@@ -282,9 +269,8 @@ class Runtime:
 
         Each request is (sequence, ids, which of its rows: "all", "last" or "none"). Any mixture of long and short ones
         runs in as few steps of `max_step` tokens as it takes. On an error the sequences that were not yet served are
-        as before. One token behind others that the sequence has run decodes, all else is a prompt: where these are
-        computed differently, do not cut a prompt so that one token is left, and put requests of a kind side by side,
-        as each change of kind takes another step.
+        as before. One token behind others that the sequence has run decodes, all else is a prompt: where `row_kinds` is
+        true, do not cut a prompt so that one token is left; each change of kind takes another step.
         """
         checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
         total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)

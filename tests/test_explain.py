@@ -42,8 +42,6 @@ def linear_kernels(quantization: str, target: str) -> list[list[dict[str, object
         ("int8", "icelake-server", ["1", "2-4", "5-8", "9-16", "17 and more"]),
         ("none", "x86-64-v3", ["1", "2-4", "5-6", "7-8", "9 and more"]),
         ("none", "icelake-server", ["1", "2-4", "5-8", "9-12", "13 and more"]),
-        ("bf16", "sapphirerapids", ["1", "2-16", "17-128", "129 and more"]),
-        ("int4", "sapphirerapids", ["1", "2-4", "5-8", "9-16", "17-128", "129 and more"]),
     ],
 )
 def test_every_row_count_is_served_by_one_kernel_and_explain_says_which(
@@ -58,6 +56,27 @@ def test_every_row_count_is_served_by_one_kernel_and_explain_says_which(
         assert bounds[0][0] <= 1 and bounds[-1][1] is None
         assert all(high is not None and high + 1 == low for (_, high), (low, _) in itertools.pairwise(bounds))
         assert {item["origin"] for item in kernels} == {DEFAULT_FORMULA}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "prompts", "decoding"),
+    [
+        ("bf16", ["1-128 of prompts", "129 and more of prompts"], ["any that decode"]),
+        (
+            "int4",
+            ["1-128 of prompts", "129 and more of prompts"],
+            ["1 that decode", "2-4 that decode", "5-8 that decode", "9-16 that decode", "17 and more that decode"],
+        ),
+    ],
+)
+def test_explain_says_which_kind_of_rows_a_kernel_serves(
+    quantization: str, prompts: list[str], decoding: list[str]
+) -> None:
+    first, *_ = linear_kernels(quantization, "sapphirerapids")
+    texts = [sizes_text(item["when"]) for item in first]  # type: ignore[arg-type]
+    assert [text for text in texts if text.endswith("of prompts")] == prompts
+    assert [text for text in texts if text.endswith("that decode")] == decoding
+    assert len(texts) == len(prompts) + len(decoding)
 
 
 def test_parameters_are_in_the_order_of_the_template_without_what_is_off() -> None:
