@@ -11,7 +11,9 @@ from pass_harness import c, graph_of, names, run_checked, x
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Value
+from llmc.compiler.passes import fuse_activation
 from llmc.compiler.passes.fuse_activation import Polynomial, _partial_products, factors, polynomial
+from llmc.errors import CompileError
 
 X, Y = x(), x(name="y")
 ROW = x(6, name="row")
@@ -160,6 +162,14 @@ def test_a_product_is_an_activation_or_left_as_it_is(name: str) -> None:
 )  # fmt: skip
 def test_how_far_a_rounded_constant_may_be_off(root: float, known: bool) -> None:
     assert (left(gelu(X, root), "fuse-half-activation") == ["t.activation"]) == known
+
+
+def test_a_formula_that_moves_more_than_rounded_constants_do_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^-6 of the largest result is allowed: six times what bf16 takes at worst of one constant."""
+    run_checked(graph_of(gelu(X, 182 / 256)), "fuse-half-activation", tolerance=0)
+    monkeypatch.setattr(fuse_activation, "_rounding", lambda value, x: 0.2)
+    with pytest.raises(CompileError, match=r"fuse-half-activation changed .*; allowed is 0\.015625\."):
+        run_checked(graph_of(gelu(X, 0.6)), "fuse-half-activation", tolerance=0)
 
 
 def test_every_constant_of_a_formula_must_be_rounded() -> None:
