@@ -104,9 +104,7 @@ SHOWN: dict[str, Scores] = {
     "moved, of two conditions": lambda p, x: fill(
         s.Reshape(s.Broadcast(e.And(spaced(p), p.causal), (2, p.size, p.size)), (1, 2, p.size, p.size))
     )(x),
-    "reshaped, of two conditions": lambda p, x: fill(
-        s.Reshape(e.And(spaced(p), p.causal), (1, 1, p.size, p.size))
-    )(x),
+    "reshaped, of two conditions": lambda p, x: fill(s.Reshape(e.And(spaced(p), p.causal), (1, 1, p.size, p.size)))(x),
     "less the largest": lambda p, x: e.Sub(y := fill(p.causal)(x), s.Max(y, (3,))),
     "behind a bound": lambda p, x: fill(p.causal)(e.Minimum(x, c(1.0))),
 }
