@@ -152,6 +152,20 @@ def test_a_product_is_an_activation_or_left_as_it_is(name: str) -> None:
     assert left(value, "cse,fuse-activation") == expected
 
 
+@pytest.mark.parametrize("name", ["nothing", "too little", "another power"])
+def test_a_gate_adds_as_much_as_it_scales(name: str) -> None:
+    """c * (1 + tanh(u)), for any c; not a sum of tanh(u) alone, nor one with another number or a square."""
+    tanh = e.Tanh(e.Mul(c(ROOT), e.Add(X, e.Mul(c(0.044715), e.Pow(X, c(3))))))
+    right = e.Add(e.Mul(tanh, c(-1)), c(-1))
+    assert "t.activation" in left(e.Mul(X, right), "fuse-activation")
+    wrong = {
+        "nothing": e.Add(e.Mul(tanh, c(-2)), tanh),
+        "too little": e.Add(e.Mul(tanh, c(-1)), c(-0.5)),
+        "another power": e.Add(right, e.Mul(tanh, tanh)),
+    }
+    assert "t.activation" not in left(e.Mul(X, wrong[name]), "fuse-activation")
+
+
 @pytest.mark.parametrize(
     ("root", "known"),
     [

@@ -356,9 +356,9 @@ ROW_ONLY: dict[str, tuple[Value, list[tuple[str, str]]]] = {
     ),
     "all tokens": (s.Slice(EMBEDDED, 0, 0, T), [("llm.embed", "T"), ("t.slice", "T"), GATHERED]),
     "all tokens, by a negative axis": (s.Slice(EMBEDDED, -2, 0, T), [("llm.embed", "T"), ("t.slice", "T"), GATHERED]),
-    "spread over tokens": (
-        s.Broadcast(s.Reshape(e.Cast(IDS, "f32"), (T, 1)), (T, T)),
-        [("t.cast", "T"), ("t.reshape", "T"), ("t.broadcast", "T"), GATHERED],
+    "each token beside each": (
+        e.Add(s.Reshape(IDS, (T, 1)), POSITIONS),
+        [("t.reshape", "T"), ("t.add", "T"), GATHERED],
     ),
     "a product with a matrix": (s.Matmul(EMBEDDED, param("m", 6, 4)), [GATHERED, EMBED, ("t.matmul", "R")]),
     "a product within a token": (
