@@ -130,6 +130,10 @@ EXACT: dict[str, tuple[Value, list[str]]] = {
     "an activation, twice and halved": (
         e.Mul(e.Mul(e.Activation(X, "silu"), c(2)), c(0.5)), ["t.activation"],
     ),
+    "an activation, twice and halved for each row": (
+        e.Mul(e.Mul(e.Activation(ROW, "silu"), c(2)), s.Broadcast(c(0.5), (3, 6))),
+        ["t.activation", "t.mul", "t.broadcast", "t.mul"],
+    ),
     "an activation, moved a little": (
         e.Mul(X, e.Sigmoid(e.Add(X, c(3e-7)))), ["t.add", "t.sigmoid", "t.mul"],
     ),

@@ -182,8 +182,8 @@ class FuseActivation(Pass, name="fuse-activation"):
     def _gated(self, op: Mul, report: Report) -> Value | None:
         coefficient, leaves = factors(op)
         if len(leaves) == 1 and isinstance(leaves[0], Activation) and not isinstance(op.a, Activation):
-            # c * (d * activation(x)), of which one factor was the activation's own.
-            return _scaled(leaves[0], coefficient)
+            # c * (d * activation(x)), of which one factor was the activation's own; c may be a number for each of many.
+            return _scaled(leaves[0], coefficient) if leaves[0].shape == op.shape else None
         if not any(_gate(leaf) for leaf in leaves):
             return None
         near_miss = ""
