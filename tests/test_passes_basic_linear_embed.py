@@ -164,7 +164,15 @@ def test_a_residual_and_a_number_are_no_bias() -> None:
 REFUSED: list[tuple[Value, str]] = [
     (s.Matmul(x(3, S, 6), param("w", 3, 6, 7)), "one matrix a batch element"),
     (s.Matmul(x(S, 6, dtype="i64"), e.constant([[1] * 2] * 6, "i64")), "not of floats"),
-    (s.Matmul(x(S, 6), param("w", 1, 6, 7)), "more axes than the activations"),
+    (s.Matmul(x(S, 6), param("w", 1, 6, 7)), "the weight of [1, 6, 7] repeats the activations of [S, 6]"),
+    (
+        s.Matmul(x(1, 5, 6), s.Broadcast(param("w", 6, 7), (4, 6, 7))),
+        "the weight of [4, 6, 7] repeats the activations of [1, 5, 6]",
+    ),
+    (
+        s.Matmul(x(1, 4, 5, 6), s.Broadcast(param("w", 6, 7), (4, 1, 6, 7))),
+        "the weight of [4, 1, 6, 7] repeats the activations of [1, 4, 5, 6]",
+    ),
 ]  # fmt: skip
 
 

@@ -65,8 +65,8 @@ class FuseLinear(Pass, name="fuse-linear"):
         if matrix.rank != 2:
             report.refuse(op, f"the weight has rank {op.b.rank}: one matrix a batch element")
             return None
-        if op.a.rank < op.rank:
-            report.refuse(op, "the weight has more axes than the activations")
+        if op.a.shape[:-1] != op.shape[:-1]:
+            report.refuse(op, f"the weight of {list(op.b.shape)} repeats the activations of {list(op.a.shape)}")
             return None
         weight = transposed(matrix)
         report.hit("linear")
