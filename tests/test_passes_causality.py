@@ -143,6 +143,7 @@ NOT: dict[str, Scores] = {
     "heads and keys exchanged": lambda p, x: s.Reshape(
         s.Transpose(fill(p.causal)(x), (0, 2, 1, 3)), (1, 2, p.size, p.size)
     ),
+    "cast to few bits": lambda p, x: e.Cast(e.Cast(fill(p.causal, -1e30)(x), "i8"), "f32"),
     "added twice": lambda p, x: e.Add(e.Add(x, bias(p)), e.Neg(e.Add(x, bias(p)))),
     "a bias that hides no later one": lambda p, x: e.Add(x, e.Where(p.causal, c(0.0), c(-4.0))),
     "a bias of another side": lambda p, x: e.Add(x, e.Where(e.GreaterEqual(p.k, p.q), c(0.0), c(-1e30))),

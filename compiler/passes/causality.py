@@ -11,7 +11,7 @@ from llmc.compiler.ir.elementwise import Add, And, Cast, Not, Or, Sub, Where
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape
-from llmc.compiler.ir.types import Array
+from llmc.compiler.ir.types import FLOATS, Array
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
 from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader
@@ -54,7 +54,7 @@ def _hides_later(probe: Probe, scores: Value) -> bool:
                 found = _numbers(distances, others[0])
                 return found is not None and isinstance(value, Add) and _is_causal(found)
             value = acting[0]
-        elif isinstance(value, (Cast, Reshape)) and value.shape[-2:] == value.x.shape[-2:]:
+        elif isinstance(value, (Cast, Reshape)) and value.dtype in FLOATS and value.shape[-2:] == value.x.shape[-2:]:
             value = value.x
         else:
             return False
