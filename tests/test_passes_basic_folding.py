@@ -72,6 +72,9 @@ def test_no_more_than_the_limit_is_folded() -> None:
     pairs = e.Mul(s.Reshape(table, (6, 1)), s.Reshape(table, (1, 6)))
     assert folded(pairs, 36) is not None and folded(pairs, 35) is None
     assert folded(Linear(s.Reshape(table, (1, 6)), e.constant(np.ones((2, 6)), "f32"))) is None  # no t-level op
+    for size, stays in ((1 << 16, False), ((1 << 16) + 1, True)):
+        graph = Graph("g", (), (("y", e.Neg(s.Iota(size))),))
+        assert (Fold().run(graph, Report()) is graph) == stays
     assert folded(s.Iota(6)) is None and folded(s.Broadcast(c(1), (6,))) is None
     assert folded(e.Neg(s.Broadcast(c(1), (6,)))) is not None
 

@@ -67,6 +67,43 @@ def test_a_batched_weight_of_one_matrix_is_a_matrix() -> None:
     assert op.w.shape == (7, 6)
 
 
+@pytest.mark.parametrize(
+    "weight",
+    [
+        s.Broadcast(param("w", 1, 6, 7), (4, 6, 7)),
+        s.Broadcast(s.Reshape(param("w", 6, 7), (1, 6, 7)), (4, 6, 7)),
+        s.Broadcast(s.Broadcast(param("w", 6, 7), (1, 6, 7)), (4, 6, 7)),
+        s.Reshape(param("w", 3, 14), (1, 6, 7)),
+        s.Reshape(param("w", 42), (1, 6, 7)),
+        s.Reshape(s.Broadcast(param("w", 6, 7), (4, 6, 7)), (2, 2, 6, 7)),
+        s.Reshape(s.Broadcast(param("w", 6, 7), (4, 6, 7)), (4, 1, 6, 7)),
+    ],
+    ids=str,
+)
+def test_one_matrix_for_all_of_a_batch_is_a_matrix(weight: Value) -> None:
+    product = s.Matmul(x(*weight.shape[:-2], 5, 6), weight)
+    after, _ = run_checked(graph_of(product), "fuse-linear", tolerance=1e-12)
+    op = after.output("out0")
+    assert isinstance(op, llm.Linear) and op.w.shape == (7, 6)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        s.Reshape(param("w", 4, 6, 7), (2, 2, 6, 7)),
+        s.Broadcast(param("w", 2, 1, 6, 7), (2, 2, 6, 7)),
+        s.Reshape(param("w", 2, 12, 7), (2, 2, 6, 7)),
+        s.Broadcast(param("w", 1, 7), (2, 2, 6, 7)),
+        param("w", 0, 6, 7),
+    ],
+    ids=str,
+)
+def test_other_matrices_for_parts_of_a_batch_stay(weight: Value) -> None:
+    product = s.Matmul(x(*weight.shape[:-2], 5, 6), weight)
+    after, (report,) = run_checked(graph_of(product), "fuse-linear")
+    assert "t.matmul" in names(after) and "one matrix a batch element" in report.refusals[0][1]
+
+
 def test_a_part_of_a_weight_is_a_weight() -> None:
     """GPT-2 cuts its q, k and v from one matrix."""
     op, _ = linear_of(s.Matmul(x(), transposed(s.Slice(param("w", 12, 6), 0, 3, 10))))
@@ -76,6 +113,22 @@ def test_a_part_of_a_weight_is_a_weight() -> None:
 def test_a_weight_on_the_left_is_a_linear_on_its_side() -> None:
     op, report = linear_of(s.Matmul(param("w", 7, 6), transposed(x(S, 6))))
     assert op.shape == (S, 7) and report.hits["linear-transposed"] == 1
+
+
+def test_a_bias_meets_one_row_of_outputs() -> None:
+    row = llm.Linear(x(6, name="row"), param("w", 7, 6))
+    after, _ = run_checked(graph_of(e.Add(s.Reshape(row, (1, 7)), param("b", 7))), "fuse-linear", tolerance=1e-12)
+    op = after.output("out0")
+    assert isinstance(op, s.Reshape) and isinstance(op.x, llm.Linear) and op.x.bias is not None
+
+
+def test_a_number_is_no_row_of_outputs() -> None:
+    """It has no last axis; what it is made of may have one."""
+    number = param("b", dtype="f32")
+    for value in (x(1, 1), s.Matmul(x(1, 6), param("w", 6, 1)), s.Reshape(x(1), (1, 1))):
+        scalar = s.Reshape(value, ())
+        after, _ = run_checked(graph_of(e.Add(scalar, number)), "fuse-linear", tolerance=1e-12)
+        assert isinstance(after.output("out0"), e.Add)
 
 
 def test_a_rounded_weight_keeps_its_rounding() -> None:
@@ -111,7 +164,15 @@ def test_a_residual_and_a_number_are_no_bias() -> None:
 REFUSED: list[tuple[Value, str]] = [
     (s.Matmul(x(3, S, 6), param("w", 3, 6, 7)), "one matrix a batch element"),
     (s.Matmul(x(S, 6, dtype="i64"), e.constant([[1] * 2] * 6, "i64")), "not of floats"),
-    (s.Matmul(x(S, 6), param("w", 1, 6, 7)), "more axes than the activations"),
+    (s.Matmul(x(S, 6), param("w", 1, 6, 7)), "the weight of [1, 6, 7] repeats the activations of [S, 6]"),
+    (
+        s.Matmul(x(1, 5, 6), s.Broadcast(param("w", 6, 7), (4, 6, 7))),
+        "the weight of [4, 6, 7] repeats the activations of [1, 5, 6]",
+    ),
+    (
+        s.Matmul(x(1, 4, 5, 6), s.Broadcast(param("w", 6, 7), (4, 1, 6, 7))),
+        "the weight of [4, 1, 6, 7] repeats the activations of [1, 4, 5, 6]",
+    ),
 ]  # fmt: skip
 
 
@@ -143,6 +204,15 @@ def test_a_look_up_in_a_table_is_an_embedding(dtype: str, ids_dtype: str) -> Non
     assert report.hits == {"embed": 1}
 
 
+def test_ids_are_taken_as_they_are_given() -> None:
+    table = param("table", 33, 7, dtype="f32")
+    after, _ = run_checked(graph_of(s.Gather(table, e.Cast(IDS, "i64"), 0)), "fuse-embed")
+    assert names(after) == ["llm.embed"]
+    narrowed = e.Cast(x(1, S, name="ids", dtype="i64"), "i32")  # large ones become other rows
+    after, _ = run_checked(graph_of(s.Gather(table, narrowed, 0)), "fuse-embed")
+    assert names(after) == ["t.cast", "llm.embed"]
+
+
 def test_positions_with_an_offset_are_ids_as_well() -> None:
     """OPT's table starts at row 2."""
     positions = e.Add(x(1, S, name="positions", dtype="i32"), e.constant(2, "i32"))
@@ -156,6 +226,8 @@ def test_look_ups_that_are_no_embedding_are_refused_or_left() -> None:
     assert "t.gather" in names(after) and "not rows of a matrix" in report.refusals[0][1]
     after, (report,) = run_checked(graph_of(s.Gather(x(40, 6), ids, 0)), "fuse-embed")
     assert names(after) == ["t.gather"] and not report.refusals
+    after, (report,) = run_checked(graph_of(s.Gather(param("table", 33, dtype="f32"), ids, 0)), "fuse-embed")
+    assert names(after) == ["t.gather"] and "not rows of a matrix" in report.refusals[0][1]
     small = x(S, name="ids", dtype="u8")
     after, (report,) = run_checked(graph_of(s.Gather(param("table", 33, 7), small, 0)), "fuse-embed")
     assert "ids are u8" in report.refusals[0][1]

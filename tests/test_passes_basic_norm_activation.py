@@ -12,12 +12,14 @@ from pass_harness import S, c, graph_of, names, param, run_checked, x
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import llm
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES
 from llmc.compiler.passes.manager import Report
 
 NORM = "canonicalize,fold,cse,fuse-norm"
 WIDTHS = (1, 6, 31, 33, 129)
+N = symbol("N", 1, 9)
 
 
 def fused(value: Value, pipeline: str, tolerance: float = 1e-6) -> tuple[Op, Report]:
@@ -144,6 +146,34 @@ def test_norms_over_several_last_axes_of_known_sizes(count: int, given: bool) ->
         assert op.x.shape == (*v.shape[: 4 - count], int(np.prod(shape)))  # type: ignore[arg-type]
         assert not any(isinstance(node, s.Mean) for node in graph_of(op).ops)
     assert isinstance(layer.x, llm.LayerNorm) and layer.x.b is not None  # type: ignore[attr-defined]
+
+
+def test_a_norm_over_an_axis_of_one_besides() -> None:
+    v = x(2, 3, 5, 1)
+    op, _ = fused(e.Mul(v, e.Rsqrt(e.Add(s.Mean(e.Mul(v, v), (2, 3)), c(1e-5)))), "fuse-norm")
+    assert isinstance(op, s.Reshape) and isinstance(op.x, llm.RMSNorm) and op.shape == v.shape
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 1), (15, 1, 1), (5, 1, 3), (3, 5, 3, 1)])
+def test_as_many_numbers_over_other_axes_are_no_weight(shape: tuple[int, ...]) -> None:
+    v = x(*(15 if shape[0] == 15 else 5, 3, 15 if shape == (5, 1, 3) else 5))
+    v = x(5, 3, 3) if shape == (5, 1, 3) else v
+    core = e.Mul(v, e.Rsqrt(e.Add(s.Mean(e.Mul(v, v), (1, 2)), c(1e-5))))
+    op, _ = fused(e.Mul(core, param("w", *shape)), NORM)
+    assert isinstance(op, e.Mul)
+
+
+def test_a_weight_and_an_offset_are_told_apart() -> None:
+    for offset, expected in ((None, "weight"), (1.0, "weight-with-offset"), (-0.5, "weight-with-offset")):
+        weight = param("w", 6) if offset is None else e.Add(param("w", 6), c(offset))
+        _, report = fused(e.Mul(CORES["rsqrt"](x()), weight), NORM)
+        assert report.hits == {"rms-norm": 1, expected: 1}
+
+
+def test_a_bias_with_more_axes_stays_outside() -> None:
+    rows = x(N, 6, name="rows")
+    op, _ = fused(e.Add(LAYERS["rsqrt"](rows), param("b", 1, 1, 6)), NORM)
+    assert isinstance(op, e.Add) and isinstance(op.a, llm.LayerNorm)
 
 
 def test_what_multiplies_each_row_is_no_weight() -> None:

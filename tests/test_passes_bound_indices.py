@@ -191,7 +191,11 @@ def test_a_check_that_holds_goes_away() -> None:
     graph = Graph("g", (WILD,), (("y", CheckedIndex(at, None, 7)), ("z", CheckedIndex(at, None, 6))))
     after, hits = bounded(graph)
     assert hits == {"proved": 1}
-    assert [isinstance(value, CheckedIndex) for _, value in after.outputs] == [False, True]
+    assert after.output("y") is at and isinstance(after.output("z"), CheckedIndex)
+    small = e.Mod(Input("small", Tensor((3,), "u8")), e.constant(7, "u8"))
+    after, hits = bounded(Graph("g", (small.a,), (("y", CheckedIndex(small, None, 7)),)))  # type: ignore[arg-type]
+    found = after.output("y")
+    assert hits == {"proved": 1} and isinstance(found, e.Cast) and found.x is small and found.dtype == "i64"
 
 
 def test_in_range_nothing_changes() -> None:

@@ -104,6 +104,7 @@ SHOWN: dict[str, Scores] = {
     "moved, of two conditions": lambda p, x: fill(
         s.Reshape(s.Broadcast(e.And(spaced(p), p.causal), (2, p.size, p.size)), (1, 2, p.size, p.size))
     )(x),
+    "reshaped, of two conditions": lambda p, x: fill(s.Reshape(e.And(spaced(p), p.causal), (1, 1, p.size, p.size)))(x),
     "less the largest": lambda p, x: e.Sub(y := fill(p.causal)(x), s.Max(y, (3,))),
     "behind a bound": lambda p, x: fill(p.causal)(e.Minimum(x, c(1.0))),
 }
@@ -139,6 +140,10 @@ NOT: dict[str, Scores] = {
     "its own place is hidden, in a bias": lambda p, x: e.Add(x, e.Where(e.Less(p.k, p.q), c(0.0), c(-1e30))),
     "taken away": lambda p, x: e.Sub(x, bias(p)),
     "a number less": lambda p, x: e.Sub(c(2.0), e.Add(x, bias(p))),
+    "heads and keys exchanged": lambda p, x: s.Reshape(
+        s.Transpose(fill(p.causal)(x), (0, 2, 1, 3)), (1, 2, p.size, p.size)
+    ),
+    "cast to few bits": lambda p, x: e.Cast(e.Cast(fill(p.causal, -1e30)(x), "i8"), "f32"),
     "added twice": lambda p, x: e.Add(e.Add(x, bias(p)), e.Neg(e.Add(x, bias(p)))),
     "a bias that hides no later one": lambda p, x: e.Add(x, e.Where(p.causal, c(0.0), c(-4.0))),
     "a bias of another side": lambda p, x: e.Add(x, e.Where(e.GreaterEqual(p.k, p.q), c(0.0), c(-1e30))),
@@ -231,3 +236,35 @@ def test_every_pair_of_a_long_text_is_looked_at(most: int) -> None:
         pair = e.And(e.Equal(places.q, c(query)), e.Equal(places.k, c(key)))
         scores: Scores = lambda p, x: fill(e.Or(squares(p), pair))(x)  # noqa: B023, E731
         assert attends_causally(graph_of(places, scores)) == known
+
+
+def test_scores_of_one_head_without_other_axes_are_an_attention_too() -> None:
+    places = Pairs()
+    x = Input("x", Tensor((places.size, 4), "f32"))
+    inputs = (Input("ids", Tensor((1, places.size), "i32")), places.positions, x)
+    for scores, known in ((SHOWN["filled"], True), (NOT["all"], False)):
+        made = scores(places, s.Matmul(x, s.Transpose(x, (1, 0))))
+        graph = Graph("g", inputs, (("out", s.Matmul(s.Softmax(made, 1), x)),))
+        assert attends_causally(graph) == known
+
+
+def test_a_choice_among_a_few_is_no_attention() -> None:
+    """Such as a router's among experts: of each token alone."""
+    places = Pairs()
+    x = Input("x", Tensor((1, 2, places.size, 4), "f32"))
+    inputs = (Input("ids", Tensor((1, places.size), "i32")), places.positions, x)
+    made = SHOWN["filled"](places, s.Matmul(x, s.Transpose(x, (0, 1, 3, 2))))
+    outputs = (("out", s.Matmul(s.Softmax(made, 3), x)), ("experts", s.Softmax(x, 3)),
+               ("one", s.Softmax(s.Slice(x, 3, 0, 1), 3)))  # fmt: skip
+    assert attends_causally(Graph("g", inputs, outputs))
+
+
+@pytest.mark.parametrize("kind", ["of squares", "of distances"])
+def test_a_condition_that_cannot_be_told_for_a_pair_shows_nothing(kind: str) -> None:
+    """A table that ends before the row of the first query and the last key: beyond it is an error, and no number."""
+    places = Pairs(5)
+    back = e.Sub(e.Mul(places.k, places.k), e.Mul(places.q, places.q)) if kind == "of squares" else e.Neg(places.back)
+    most = 16 if kind == "of squares" else 4
+    for rows, known in ((2 * most + 1, True), (2 * most, False)):
+        seen = s.Gather(c(np.arange(rows) <= most), e.Add(back, c(most)), 0)
+        assert attends_causally(graph_of(places, lambda p, x: fill(seen)(x))) == known  # noqa: B023

@@ -63,6 +63,7 @@ BIASES: dict[str, tuple[int, Build]] = {
     "spread": (3, lambda p: s.Broadcast(far(p), (3, p.size, p.size))),
     "spread of heads": (6, lambda p: s.Broadcast(s.Reshape(e.Mul(heads(1, 2, 3), far(p)), (1, 3, p.size, p.size)),
                                                  (2, 3, p.size, p.size))),
+    "some of each group": (4, lambda p: s.Slice(s.Reshape(six(p), (2, 3, p.size, p.size)), 1, 1, 3)),
     "some heads": (3, lambda p: s.Slice(six(p), 0, 1, 6, 2)),
     "some heads, by a negative axis": (2, lambda p: s.Slice(six(p), -3, 3, 5)),
     "heads, one after another": (8, lambda p: s.Concat((e.Mul(heads(1, 2), far(p)), e.Neg(six(p))), -3)),
@@ -82,6 +83,12 @@ BIASES: dict[str, tuple[int, Build]] = {
     "stored of heads": (2, lambda p: s.Slice(
         s.Slice(c(np.stack([np.subtract.outer(np.arange(12.0), np.arange(12.0)) ** n for n in (2, 3)]), "f32"),
                 1, 1, p.size + 1), 2, 2, p.size + 2)),
+    "stored, heads behind": (2, lambda p: s.Transpose(s.Slice(
+        s.Slice(c(np.stack([np.subtract.outer(np.arange(12.0), np.arange(12.0)) ** n for n in (2, 3)], 2), "f32"),
+                0, 1, p.size + 1), 1, 2, p.size + 2), (2, 0, 1))),
+    "stored, heads between": (2, lambda p: s.Transpose(s.Slice(
+        s.Slice(c(np.stack([np.subtract.outer(np.arange(12.0), np.arange(12.0)) ** n for n in (2, 3)], 1), "f32"),
+                0, 1, p.size + 1), 2, 2, p.size + 2), (1, 0, 2))),
 }  # fmt: skip
 
 
@@ -129,6 +136,8 @@ def test_what_is_no_table_of_distances_is_refused(monkeypatch: pytest.MonkeyPatc
     assert refusal(weights(2, 5, 5), 2, Input("x", Tensor((5,), "f32"))) == why
     too_large = "its table of distances for 9 tokens is too large: compile with a smaller --max-context"
     ids = Input("ids", Tensor((1, p.size), "i32"))
+    many = s.Broadcast(far(p), (1 << 22, p.size, p.size))
+    assert refusal(many, 1 << 22, ids) == too_large, "17 distances for each of four million heads"
     for most, known in ((34, True), (33, False)):
         monkeypatch.setattr(distance_tables, "_MOST_ELEMENTS", most)
         bias = far(p)

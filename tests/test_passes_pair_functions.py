@@ -21,7 +21,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import numpy_dtype
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.pair_functions import _groups
-from llmc.compiler.passes.points import Known, Table
+from llmc.compiler.passes.points import Known, Place, Table
 from llmc.errors import IRError
 
 S = symbol("S", 1, 9)
@@ -121,6 +121,10 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     "looked up": lambda p: s.Gather(table(40), e.Add(p.back, c(9))),
     "looked up of each head": lambda p: s.Gather(table(2, 40), e.Add(p.back, c(9)), 1),
     "looked up of each head, by a negative axis": lambda p: s.Gather(table(2, 40), e.Add(p.back, c(9)), -1),
+    "looked up between, from the end": lambda p: s.Gather(table(2, 1, 40), e.Sub(p.back, c(20)), 2),
+    "groups, sliced": lambda p: s.Slice(s.Reshape(six(p), (2, 3, p.size, p.size)), 1, 1, 3),
+    "groups, sliced by a negative axis": lambda p: s.Slice(s.Reshape(six(p), (2, 3, p.size, p.size)), -3, 0, 3, 2),
+    "the sum in bf16": lambda p: s.Sum(e.Add(e.Cast(p.q, "bf16"), heads(256, 1, 1, 1, dtype="bf16")), (0,)),
     "looked up from the end": lambda p: s.Gather(table(40), e.Sub(p.back, c(20))),
     "rows looked up": lambda p: s.Transpose(s.Gather(table(40, 3), e.Add(p.back, c(9)), 0), (2, 0, 1)),
     "looked up between": lambda p: s.Gather(table(2, 40, 1), p.at, 1),
@@ -280,13 +284,15 @@ def test_a_table_ends() -> None:
     places = Pairs()
     row = s.Slice(table(12), 0, 0, places.size)
     looked_up = s.Gather(table(40), e.Add(places.back, c(9)))
-    reader = places.reader(row, looked_up)
+    columns = s.Gather(table(3, 40), e.Add(places.back, c(9)), 1)
+    reader = places.reader(row, looked_up, columns)
     zero = np.zeros((1, 1), np.int64)
     for value, query, key, why in (
         (row, 0, 11, ""), (row, 0, 12, "its mask has 12 rows, and row 12 is looked up"), (row, 0, 0, ""),
         (row, 0, -1, "its mask has 12 rows, and row -1 is looked up"), (looked_up, 30, 0, ""),
         (looked_up, 31, 0, "its mask looks up row 40 of 40"), (looked_up, 0, 49, ""),
-        (looked_up, 0, 50, "its mask looks up row -41 of 40"),
+        (looked_up, 0, 50, "its mask looks up row -41 of 40"), (columns, 30, 0, ""),
+        (columns, 31, 0, "its mask looks up row 40 of 40"), (columns, 0, 50, "its mask looks up row -41 of 40"),
     ):  # fmt: skip
         point = reader.pair(value)
         if not why:
@@ -303,6 +309,25 @@ def test_a_number_of_no_pair_is_one() -> None:
     zero = np.zeros((1, 1), np.int64)
     found = reader.evaluate(reader.pair(places.length), zero, zero)
     assert found.shape == (1, 1, 1, 1) and found.item() == 9
+
+
+numbers = st.integers(-5, 5)
+places = st.builds(Place, numbers, numbers, numbers, numbers)
+
+
+@settings(max_examples=200, deadline=None)
+@given(one=places, other=places, most=st.integers(1, 6))
+def test_places_add_up_and_their_ends_are_those_of_all_pairs(one: Place, other: Place, most: int) -> None:
+    def at(place: Place, q: int, k: int, size: int) -> int:
+        return place.query * q + place.key * k + place.length * size + place.constant
+
+    pairs = [(q, k, size) for size in range(1, most + 1) for q in range(size) for k in range(size)]
+    values = [at(one, *pair) for pair in pairs]
+    assert one.ends(most) == (min(values), max(values))
+    both, further = one.moved(other), one.moved(3)
+    assert [at(both, *pair) for pair in pairs] == [at(one, *pair) + at(other, *pair) for pair in pairs]
+    assert [at(further, *pair) for pair in pairs] == [value + 3 for value in values]
+    assert both == Place(*(getattr(one, n) + getattr(other, n) for n in ("query", "key", "length", "constant")))
 
 
 # Axes that are merged or split together

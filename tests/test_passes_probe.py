@@ -19,6 +19,7 @@ from llmc.compiler.ir.elementwise import (
     constant,
 )
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.llm import RMSNorm
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import (
     Broadcast,
@@ -38,6 +39,7 @@ from llmc.compiler.ir.structural import (
 )
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes.probe import LENGTH, WEIGHTS, Probe
+from llmc.errors import IRError
 
 S = symbol("S", 2, 64)
 IDS = Input("ids", Tensor((1, S), "i32"))
@@ -62,6 +64,11 @@ BY_POSITION: dict[str, Value] = {
     "distances": GRID,
     "a reduction of channels": Sum(Mul(Reshape(POSITIONS, (S, 1)), constant(np.ones((1, 4)), "i32")), (1,)),
     "angles": Matmul(Cast(Reshape(POSITIONS, (S, 1)), "f32"), constant(np.ones((1, 4)), "f32")),
+    "products of as many as are known": Matmul(
+        Broadcast(Reshape(Cast(POSITIONS, "f32"), (1, S, 1)), (4, S, 6)), constant(np.ones((4, 6, 2)), "f32")
+    ),
+    "rows of groups": Reshape(Broadcast(Reshape(POSITIONS, (1, S, 1)), (4, S, 6)), (2, 2, S, 6)),
+    "padding of channels": Pad(Reshape(POSITIONS, (S, 1)), (0, 0), (0, 2)),
     "rows of four, flat": Reshape(Broadcast(Reshape(POSITIONS, (S, 1)), (S, 4)), (4 * S,)),
     "one before": Concat((constant([7], "i32"), Reshape(POSITIONS, (S,))), 0),
     "a count looked up by position": Gather(Iota(S), POSITIONS),
@@ -81,6 +88,11 @@ BY_BOTH: dict[str, Value] = {
     "one after": Concat((Reshape(POSITIONS, (S,)), constant([7], "i32")), 0),
     "padding after": Pad(Reshape(POSITIONS, (S,)), (0,), (1,)),
     "shares": Softmax(Cast(POSITIONS, "f32"), 1),
+    "channels read as rows": Reshape(
+        Transpose(Broadcast(Reshape(POSITIONS, (1, S, 1)), (4, S, 6)), (0, 2, 1)), (4, S, 6)
+    ),
+    "rows read as channels": Reshape(Broadcast(Reshape(POSITIONS, (1, S, 1)), (4, S, 6)), (4, 6, S)),
+    "a norm of all": RMSNorm(Cast(POSITIONS, "f32"), None, 1e-5),
     "columns read as rows": Reshape(Transpose(Broadcast(Reshape(POSITIONS, (S, 1)), (S, 4)), (1, 0)), (S, 4)),
 }
 
@@ -168,7 +180,7 @@ def test_an_index_that_may_count_from_the_end_depends_on_the_length(name: str) -
     [
         ("positions", (1, S), "i32", True), ("positions", (1, 7), "i32", True), ("positions", (S,), "i32", False),
         ("positions", (2, S), "i32", False), ("positions", (1, S), "i64", False), ("places", (1, S), "i32", False),
-        ("positions", (1, 1, S), "i32", False),
+        ("positions", (1, 1, S), "i32", False), ("positions", (0, S), "i32", False),
     ],
 )  # fmt: skip
 def test_positions_are_an_input_of_one_form(name: str, shape: tuple[object, ...], dtype: str, counts: bool) -> None:
@@ -188,4 +200,47 @@ def test_sizes_that_count_no_tokens_are_small_numbers_that_they_may_be() -> None
     assert other.binding(4)["B"] == 4 and other.binding(4)["S"] == 2 and other.longest == 5
     both = symbol("P", 0, 30) + symbol("Q", 1, 40)
     assert Probe(probe.graph, both).longest == 30
+    assert Probe(probe.graph, symbol("P", 0) + symbol("Q", 1, 40)).longest is None
     assert Probe(Graph("main", inputs[:1], (("y", inputs[0]),))).longest is None
+
+
+def test_what_no_size_is_in_does_not_depend_on_one() -> None:
+    fixed = Input("fixed", Tensor((3, 6), "f32"))
+    value = RMSNorm(fixed, None, 1e-5)
+    probe = Probe(Graph("main", (IDS, fixed), (("y", value),)))
+    assert probe.sources[value] == {"fixed"} and not probe.decided_by(S.symbols())
+
+
+def test_a_checked_index_depends_on_the_length_that_it_counts_back_from() -> None:
+    for index, size, depends in ((LESS, S, True), (COUNT, S, False), (LESS, 64, False), (COUNT, 64, False)):
+        value = CheckedIndex(index, None, size)
+        assert probe_of(value).depends_on_length(value) == depends
+
+
+def test_values_that_a_size_decides_and_those_made_of_them() -> None:
+    other = symbol("P", 0, 9)
+    past = Input("past", Tensor((other,), "i32"))
+    size = Sum(Broadcast(constant(1, "i32"), (other,)), (0,))
+    moved, still = Add(COUNT, size), Mul(COUNT, COUNT)
+    probe = Probe(Graph("main", (IDS, past), (("y", moved), ("z", still), ("past", past))))
+    assert probe.decided_by(other.symbols()) == {size, moved}
+    assert probe.decided_by(S.symbols()) == set()
+
+
+def test_values_are_evaluated_exactly_and_of_known_weights_unless_asked_otherwise() -> None:
+    value = Cast(COUNT, "f32")
+    probe = probe_of(value)
+    for exact, dtype in (({}, "float64"), ({"exact": True}, "float64"), ({"exact": False}, "float32")):
+        (found,) = probe.evaluate([value], 3, **exact)  # type: ignore[arg-type]
+        ((other,),) = probe.at_lengths([value], [3], **exact)  # type: ignore[arg-type]
+        assert found.dtype == other.dtype == dtype
+    tables = [Param("a", Tensor((2, 3), "f32")), Param("table", Tensor((64, 3), "f32"))]
+    probe = Probe(Graph("main", (IDS,), tuple((param.name, param) for param in tables)))
+    for param in tables:
+        with pytest.raises(IRError, match=f"it depends on the weight {param.name}"):
+            probe.evaluate([param], 3)
+        with pytest.raises(IRError, match=f"it depends on the weight {param.name}"):
+            next(probe.at_lengths([param], [3]))
+    found = probe.evaluate(tables, 3, stand_ins=True)
+    assert [array.shape for array in found] == [(2, 3), (64, 3)] and np.std(found[1]) > 0
+    assert all(np.array_equal(*pair) for pair in zip(found, probe.evaluate(tables, 3, stand_ins=True), strict=True))

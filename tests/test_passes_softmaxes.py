@@ -239,6 +239,9 @@ COLUMNS: dict[str, tuple[Callable[[Value], Value], Value, str]] = {
     "kept": (lambda x: x, V, KEEP_SINKS),
     "kept and cast": (lambda x: e.Cast(e.Cast(x, "f16"), "f32"), V, KEEP_SINKS),
     "the first cut off": (lambda x: s.Slice(x, 2, 1, 5), FOUR, KEEP_SINKS),
+    "the first and the last cut off": (
+        lambda x: s.Slice(x, 2, 1, 4), Input("three", Tensor((2, 3, 3), "f32")), KEEP_SINKS,
+    ),
     "two cut off": (lambda x: s.Slice(x, 2, 0, 3), Input("three", Tensor((2, 3, 3), "f32")), KEEP_SINKS),
     "every other": (lambda x: s.Slice(x, 2, 0, 4, 2), Input("two", Tensor((2, 2, 3), "f32")), KEEP_SINKS),
     "a row cut off": (lambda x: s.Slice(x, 1, 0, 4), V, "its probabilities pass through t.slice"),

@@ -17,7 +17,7 @@ from llmc.compiler.ir.structural import CheckedIndex, Gather
 from llmc.compiler.ir.types import Array, Tensor
 from llmc.compiler.passes.bound_indices import BoundIndices, for_all_values
 from llmc.compiler.passes.flatten_tokens import SEQUENCES
-from llmc.compiler.passes.manager import Report
+from llmc.compiler.passes.manager import Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
 from llmc.compiler.passes.select_rows import SelectRows
 from llmc.compiler.passes.use_positions import UsePositions
@@ -253,6 +253,18 @@ def test_a_count_that_another_size_shifts_is_none() -> None:
         assert report.hits == hits and (after is graph) == (not hits)
 
 
+def test_a_count_is_what_its_own_dtypes_make_it() -> None:
+    """1.1f * 0.9090909f is 1 in f32, and less in f64."""
+    few = symbol("S", 2, 4)
+    count = s.Iota(few, "f32")
+    for factor in (1.1, 0.9090909):
+        count = e.Mul(count, e.constant(factor, "f32"))
+    value = e.Neg(e.Cast(e.Floor(count), "i64"))
+    places = given("positions", 1, few)
+    after, (report,) = run_passes(Graph("g", (places,), (("y", value),)), parse_pipeline("use-positions"))
+    assert report.hits == {"count": 1} and not any(isinstance(op, s.Iota) for op in after.ops)
+
+
 def test_without_positions_or_a_longest_sequence_counts_stay() -> None:
     count = e.Mul(X, s.Reshape(e.Cast(s.Iota(S), "f32"), (1, S, 1)))
     other = Graph("g", (X,), (("y", count),))
@@ -304,6 +316,9 @@ def test_an_encoder_s_outputs_lose_the_axis_of_its_one_sequence() -> None:
     graph, report = Graph("g", (TOKENS,), outputs), Report()
     after = WholeSequence(sequences=True).run(graph, report)
     assert [value.shape for _, value in after.outputs] == [shape for _, shape in values.values()]
+    hint = given("hint", 4)
+    beside = Graph("g", (hint, TOKENS), (("hidden", HIDDEN), ("hint", e.Neg(hint))))
+    assert [value.shape for _, value in WholeSequence(sequences=True).run(beside, Report()).outputs] == [(S, 6), (4,)]
     assert report.refusals == [
         ("the graph", "it was not flattened to tokens: every step takes one sequence"),
     ] and report.hits == {"graph": 1}
@@ -348,6 +363,12 @@ ROW_ONLY: dict[str, tuple[Value, list[tuple[str, str]]]] = {
     "a transpose of channels": (
         s.Reshape(s.Transpose(s.Reshape(EMBEDDED, (T, 2, 3)), (0, 2, 1)), (T, 6)),
         [GATHERED, EMBED, ("t.reshape", "R"), ("t.transpose", "R"), ("t.reshape", "R")],
+    ),
+    "all tokens": (s.Slice(EMBEDDED, 0, 0, T), [("llm.embed", "T"), ("t.slice", "T"), GATHERED]),
+    "all tokens, by a negative axis": (s.Slice(EMBEDDED, -2, 0, T), [("llm.embed", "T"), ("t.slice", "T"), GATHERED]),
+    "each token beside each": (
+        e.Add(s.Reshape(IDS, (T, 1)), POSITIONS),
+        [("t.reshape", "T"), ("t.add", "T"), GATHERED],
     ),
     "a product with a matrix": (s.Matmul(EMBEDDED, param("m", 6, 4)), [GATHERED, EMBED, ("t.matmul", "R")]),
     "a product within a token": (

@@ -177,9 +177,7 @@ def add_constants(op: Op) -> Value | None:
     if op.dtype not in INTEGERS:
         return None
     # As large numbers wrap around, so does their sum.
-    bits = 8 * numpy_dtype(op.dtype).itemsize
-    low = 0 if op.dtype in UNSIGNED else _lowest(op.dtype)
-    total = (int(first) + int(second) - low) % (1 << bits) + low
+    total = (int(first) + int(second)) % (1 << (8 * numpy_dtype(op.dtype).itemsize))
     return shaped(Add(op.a.a, number(total, op)), op.shape)
 
 

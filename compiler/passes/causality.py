@@ -7,12 +7,11 @@ import math
 import numpy as np
 
 from llmc.compiler.ir.attention import Attention
-from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Add, And, Cast, Not, Or, Sub, Where
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape
-from llmc.compiler.ir.types import Array
+from llmc.compiler.ir.types import FLOATS, Array
 from llmc.compiler.passes.distances import Distances
 from llmc.compiler.passes.masks import HIDDEN, ByDistance, Unrecognised
 from llmc.compiler.passes.pair_functions import MOST_PAIRS, PairReader
@@ -32,18 +31,16 @@ def attends_causally(graph: Graph) -> bool:
     probe = Probe(graph)
     reasons = [op.causal for op in graph.ops if isinstance(op, Attention)]
     operands = [softmax_operand(op) for op in graph.ops]
-    pairs = [x for x in operands if x is not None and x.rank > 1 and x.shape[-2:] == (probe.size, probe.size)]
+    pairs = [x for x in operands if x is not None and x.shape[-2:] == (probe.size, probe.size)]
     reasons += [_hides_later(probe, without_maximum(x)) for x in pairs if probe.depends_on_tokens(x)]
     return bool(reasons) and all(reasons)
 
 
 def _hides_later(probe: Probe, scores: Value) -> bool:
     """Whether scores [..., S, S], whatever they are made of, hide every key after its query."""
-    size = probe.size
-    longest = min((symbol.high or 0 for symbol in size.symbols()), default=0) if isinstance(size, Dim) else 0
-    if not longest or not isinstance(size, Dim):
+    if probe.size is None or probe.longest is None:
         return False
-    distances = Distances(PairReader(probe, longest, size=size))
+    distances = Distances(PairReader(probe, probe.longest, size=probe.size))
     value = scores
     while isinstance(value, Op):
         if isinstance(value, Where):
@@ -57,7 +54,7 @@ def _hides_later(probe: Probe, scores: Value) -> bool:
                 found = _numbers(distances, others[0])
                 return found is not None and isinstance(value, Add) and _is_causal(found)
             value = acting[0]
-        elif isinstance(value, (Cast, Reshape)) and value.shape[-2:] == value.x.shape[-2:]:
+        elif isinstance(value, (Cast, Reshape)) and value.dtype in FLOATS and value.shape[-2:] == value.x.shape[-2:]:
             value = value.x
         else:
             return False

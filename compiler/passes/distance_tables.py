@@ -60,13 +60,11 @@ def distance_table(probe: Probe, bias: Value, heads: int) -> Value:
     """
     if not probe.sources.get(bias, frozenset(("ids",))) <= NOT_TOKENS:
         raise Unrecognised("token ids decide what it adds to scores")
-    size = probe.size
-    longest = None if size is None else min((symbol.high or 0 for symbol in size.symbols()), default=0)
-    if size is None or not longest:
+    if probe.size is None or probe.longest is None:
         raise Unrecognised("it adds a bias by position, and the longest sequence is not known")
     if product(bias.shape[:-2]) not in (1, heads):
         raise Unrecognised(f"it adds a bias {bias.type} to scores of {heads} heads")
-    reader = PairReader(probe, longest, size=size)
+    reader = PairReader(probe, probe.longest, size=probe.size)
     distances = Distances(reader)
     return table_of(distances, distances.by_distance(reader.pair(bias)), heads)
 

@@ -147,7 +147,7 @@ def _gate(value: Value) -> tuple[Op, float] | None:
             continue
         inner = leaves[0]
         line = polynomial(value, inner)
-        if line is not None and _alike(line, {0: line.get(1, 0.0), 1: line.get(1, 0.0)}) and line.get(1):
+        if line is not None and line[1] and _alike(line, {0: line[1], 1: line[1]}):
             return inner, line[1]
     return None
 
@@ -182,29 +182,29 @@ class FuseActivation(Pass, name="fuse-activation"):
     def _gated(self, op: Mul, report: Report) -> Value | None:
         coefficient, leaves = factors(op)
         if len(leaves) == 1 and isinstance(leaves[0], Activation) and not isinstance(op.a, Activation):
-            # c * (d * activation(x)), of which one factor was the activation's own.
-            return _scaled(leaves[0], coefficient)
-        gates = [found for leaf in leaves if (found := _gate(leaf)) is not None]
-        if not gates:
+            # c * (d * activation(x)), of which one factor was the activation's own; c may be a number for each of many.
+            return _scaled(leaves[0], coefficient) if leaves[0].shape == op.shape else None
+        if not any(_gate(leaf) for leaf in leaves):
             return None
         near_miss = ""
         # x may be a product itself, such as a scaled one: it is tried whole before its factors are.
         for x in dict.fromkeys(_partial_products(op)):
             if x.shape != op.shape or number_of(x) is not None:
                 continue
-            for inner, scale in gates:
-                coefficient, leaves = factors(op, x)
-                rest = [leaf for leaf in leaves if leaf is not x]
-                if len(leaves) != 2 or len(rest) != 1 or _gate(rest[0]) != (inner, scale):
-                    continue
-                argument = polynomial(inner.operands[0], x)
-                if argument is None:
-                    continue
-                for kind, gate, expected in _GATES:
-                    if isinstance(inner, gate) and _alike(argument, expected, self._tolerance(inner.operands[0], x)):
-                        report.hit(kind)
-                        return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
-                near_miss = f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation"
+            coefficient, leaves = factors(op, x)
+            rest = [leaf for leaf in leaves if leaf is not x]
+            found = _gate(rest[0]) if len(leaves) == 2 and len(rest) == 1 else None
+            if found is None:
+                continue
+            inner, scale = found
+            argument = polynomial(inner.operands[0], x)
+            if argument is None:
+                continue
+            for kind, gate, expected in _GATES:
+                if isinstance(inner, gate) and _alike(argument, expected, self._tolerance(inner.operands[0], x)):
+                    report.hit(kind)
+                    return _scaled(Activation(x, kind), coefficient * scale * (1 if gate is Sigmoid else 2))
+            near_miss = f"x * {inner.name}(p(x)) with p(x) = {_text(argument)}, which is no known activation"
         if near_miss:
             report.refuse(op, near_miss)
         return None

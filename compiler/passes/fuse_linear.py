@@ -17,13 +17,13 @@ from llmc.compiler.passes.rewriting import Uses, rewrite_counting, transposed, u
 
 def _matrix(value: Value) -> Value:
     """The rank-2 value under leading ones that a batched product's right side has been given."""
-    while value.rank > 2 and isinstance(value, (Reshape, Broadcast)) and value.x.rank >= 2:
-        if value.x.shape[-2:] != value.shape[-2:] or any(dim != 1 for dim in value.x.shape[:-2]):
-            break
-        value = value.x
-    if value.rank > 2 and all(dim == 1 for dim in value.shape[:-2]):
-        return Reshape(value, value.shape[-2:])
-    return value
+    if value.rank == 2:
+        return value
+    if isinstance(value, (Reshape, Broadcast)) and value.x.shape[-2:] == value.shape[-2:]:
+        inner = _matrix(value.x)
+        if inner.rank == 2:
+            return inner
+    return Reshape(value, value.shape[-2:]) if all(dim == 1 for dim in value.shape[:-2]) else value
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class FuseLinear(Pass, name="fuse-linear"):
         if matrix.rank != 2:
             report.refuse(op, f"the weight has rank {op.b.rank}: one matrix a batch element")
             return None
-        if op.a.rank < op.rank:
-            report.refuse(op, "the weight has more axes than the activations")
+        if op.a.shape[:-1] != op.shape[:-1]:
+            report.refuse(op, f"the weight of {list(op.b.shape)} repeats the activations of {list(op.a.shape)}")
             return None
         weight = transposed(matrix)
         report.hit("linear")
@@ -83,10 +83,7 @@ class FuseLinear(Pass, name="fuse-linear"):
         return Transpose(Linear(rows, uncast(op.a)), (1, 0))
 
     def _biased(self, op: Add, y: Value, bias: Value, uses: Uses, report: Report) -> Value | None:
-        linear = y
-        reshaped = isinstance(y, Reshape) and y.x.rank >= 1 and y.x.shape[-1] == y.shape[-1]
-        if reshaped and isinstance(y, Reshape):
-            linear = y.x
+        linear = y.x if isinstance(y, Reshape) and y.shape[-1:] == y.x.shape[-1:] else y
         if not isinstance(linear, Linear) or y.shape != op.shape:
             return None
         if linear.bias is not None or linear.activation or linear.residual is not None:
@@ -101,4 +98,4 @@ class FuseLinear(Pass, name="fuse-linear"):
             return None
         report.hit("bias")
         biased = linear.replace(bias=vector)
-        return Reshape(biased, op.shape) if reshaped else biased
+        return biased if linear is y else Reshape(biased, op.shape)

@@ -89,7 +89,7 @@ def _flat_vector(weight: Value, shape: Shape, count: int) -> Value | None:
     if count == 1:
         return vector_of(weight, shape[-1])
     own = shape[len(shape) - count :]
-    if weight.shape[max(0, weight.rank - count) :] != own or product(weight.shape) != product(own):
+    if weight.shape[-count:] != own or product(weight.shape) != product(own):
         return None
     return Reshape(weight, (product(own),))
 

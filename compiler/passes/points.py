@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from graphlib import TopologicalSorter
 from typing import TypeVar
 
 import numpy as np
@@ -248,8 +249,9 @@ def _apply(point: Applied, arrays: list[Array]) -> Array:
     assert isinstance(op, Gather)
     table, rows = arrays
     axis = op.axis % op.x.rank
-    if rows.size and (rows.min() < -table.shape[2 + axis] or rows.max() >= table.shape[2 + axis]):
-        raise IRError(f"its mask looks up row {int(rows.max())} of {table.shape[2 + axis]}")
+    size = table.shape[2 + axis]
+    if rows.size and (rows.min() < -size or rows.max() >= size):
+        raise IRError(f"its mask looks up row {int(rows.max())} of {size}")
     taken = np.take(table[0, 0], rows, axis=axis)  # [..., A, B, *rows, ...]
     return np.moveaxis(taken, (axis, axis + 1), (0, 1))
 
@@ -260,17 +262,12 @@ def _reduced(op: Reduce, x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _ordered(root: Point) -> list[Point]:
-    order: list[Point] = []
-    done: set[Point] = set()
-    stack: list[tuple[Point, bool]] = [(root, False)]
+    """All that a point is computed from, and itself, inputs first."""
+    found = {root: root.inputs}
+    stack = [root]
     while stack:
-        point, expanded = stack.pop()
-        if point in done:
-            continue
-        if expanded or not point.inputs:
-            done.add(point)
-            order.append(point)
-            continue
-        stack.append((point, True))
-        stack.extend((x, False) for x in point.inputs)
-    return order
+        for x in stack.pop().inputs:
+            if x not in found:
+                found[x] = x.inputs
+                stack.append(x)
+    return list(TopologicalSorter(found).static_order())

@@ -172,9 +172,10 @@ class Probe:
 
     @property
     def longest(self) -> int | None:
-        """The most tokens that a sequence may have: the context; None where nothing bounds it."""
-        highs = [] if self.size is None else [symbol.high for symbol in self.size.symbols()]
-        return min((high for high in highs if high is not None), default=None)
+        """The most tokens that a sequence may have: the context; None where something does not bound it."""
+        symbols = frozenset() if self.size is None else self.size.symbols()
+        highs = [symbol.high for symbol in symbols if symbol.high is not None]
+        return min(highs, default=None) if len(highs) == len(symbols) else None
 
     def binding(self, size: int) -> dict[str, int]:
         """A value for every symbol: `size` for the number of tokens, a small one for others (such as a batch)."""

@@ -125,7 +125,7 @@ def _treats_tokens_alone(op: Op, tokens: Dim) -> bool:
     if not with_tokens or any(value.shape[0] != tokens or tokens in value.shape[1:] for value in with_tokens):
         return False
     if op.tokens is Tokens.ROWS:
-        return op.rank > 1 and all(value.rank > 1 for value in with_tokens)
+        return all(value.rank > 1 for value in with_tokens)
     if op.tokens in (Tokens.ELEMENTS, Tokens.FIRST):  # an operand of fewer axes would have its tokens on another one
         return True
     if op.tokens is Tokens.AXES:

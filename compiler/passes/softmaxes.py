@@ -24,7 +24,7 @@ def softmax_operand(op: Op) -> Value | None:
                 exponential, total = a, b.x
     if not isinstance(exponential, Exp) or not isinstance(total, Sum) or total.x is not exponential:
         return None
-    if not total.keep or _axes(total) != (op.rank - 1,):
+    if not total.keep or _axes(total) != {op.rank - 1}:
         return None
     return without_maximum(exponential.x)
 
@@ -36,14 +36,14 @@ def without_maximum(value: Value) -> Value:
     largest = value.b if isinstance(value, Sub) else None
     if isinstance(value, Add):
         largest = next((v.x for v in (value.b, value.a) if isinstance(v, Neg)), None)
-    if isinstance(largest, Max) and largest.keep and _axes(largest) == (value.rank - 1,):
+    if isinstance(largest, Max) and largest.keep and _axes(largest) == {value.rank - 1}:
         other = value.a if isinstance(value, Sub) or largest is getattr(value.b, "x", None) else value.b
         return other if largest.x is other else value
     return value
 
 
-def _axes(op: Max | Sum) -> tuple[int, ...]:
-    return tuple(sorted(axis % op.x.rank for axis in op.axes))
+def _axes(op: Max | Sum) -> set[int]:
+    return {axis % op.x.rank for axis in op.axes}
 
 
 def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, list[Value]]:
@@ -64,13 +64,13 @@ def weighted(graph: Graph, softmax: Op, drops_column: bool) -> tuple[Matmul, lis
             raise Unrecognised(f"its probabilities are used {len(users)} times")
         user = users[0]
         if isinstance(user, Matmul) and user.a is value:  # and not user.b, which would be a second use
-            if drops_column or value.shape[-1] != keys:
+            if drops_column:
                 raise Unrecognised("its probabilities keep the column of sinks")
             coarse = next((dtype for dtype in roundings if not holds(dtype, user.dtype)), None)
             if coarse is not None:
                 raise Unrecognised(f"its probabilities, which weigh values in {user.dtype}, are rounded to {coarse}")
             return user, guards
-        same_last = user.rank >= 2 and user.shape[-2:] == value.shape[-2:]
+        same_last = user.shape[-2:] == value.shape[-2:]
         if isinstance(user, Slice) and drops_column and user.axis % user.rank == user.rank - 1:
             if user.start != 0 or user.stop != keys or user.step != 1:
                 raise Unrecognised("its probabilities keep the column of sinks")

@@ -32,7 +32,7 @@ class WholeSequence(Pass, name="whole-sequence"):
         report.refuse("the graph", "it was not flattened to tokens: every step takes one sequence")
 
         def rows(value: Value) -> Value:
-            per_token = value.rank > 1 and value.shape[:2] == (1, ids.shape[1])
+            per_token = value.shape[:2] == (1, ids.shape[1])
             return Reshape(value, value.shape[1:]) if per_token else value
 
         return graph.replace_outputs((name, rows(value)) for name, value in graph.outputs)
