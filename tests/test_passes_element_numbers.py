@@ -26,14 +26,16 @@ def vector(*values: float, dtype: str = "f32") -> Value:
 
 
 VALUES: list[Value] = [
-    X, Y, IDS, e.Neg(X), e.Mul(X, Y), e.Mul(Y, X), e.Mul(e.Neg(X), Y), e.Mul(e.Neg(X), e.Neg(Y)), e.Add(X, Y), e.Sub(X, Y),
+    IDS,
+    X, Y, e.Neg(X), e.Mul(X, Y), e.Mul(Y, X), e.Mul(e.Neg(X), Y), e.Mul(e.Neg(X), e.Neg(Y)), e.Add(X, Y), e.Sub(X, Y),
     vector(0, 1, -1, 2), vector(-2, 0.5, 1, 0), vector(1, 2, 3, 4, dtype="f64"), vector(1, 2, 3, 4, dtype="bf16"),
     e.Mul(X, vector(0, 1, -1, 2)), e.Mul(vector(0, -1, 1, -2), X), e.Mul(e.Neg(X), vector(-2, -2, 2, 2)),
     e.Mul(e.Mul(X, vector(2, 2, 2, 2)), vector(-3, 1, -1, 0.5)), e.Mul(vector(2, 1, 0, -1), vector(3, 5, 7, 9)),
     e.Cos(X), e.Cos(e.Neg(X)), e.Sin(X), e.Cast(X, "bf16"), e.Cast(X, "f64"), e.Cast(e.Cast(X, "bf16"), "f32"),
     s.Reshape(e.Mul(X, Y), (2, 2)), s.Matmul(s.Reshape(X, (4, 1)), s.Reshape(Y, (1, 4))),
     s.Matmul(s.Reshape(X, (1, 4)), s.Reshape(Y, (4, 1))), s.Matmul(s.Reshape(X, (2, 2)), s.Reshape(Y, (2, 2))),
-    s.Matmul(s.Reshape(X, (1, 1, 4)), s.Reshape(Y, (1, 4, 1))), s.Matmul(s.Reshape(X, (1, 4, 1)), s.Reshape(Y, (1, 1, 4))),
+    s.Matmul(s.Reshape(X, (1, 1, 4)), s.Reshape(Y, (1, 4, 1))),
+    s.Matmul(s.Reshape(X, (1, 4, 1)), s.Reshape(Y, (1, 1, 4))),
     s.Gather(X, e.constant([3, 0, 0], "i64"), 0), s.Gather(X, e.constant([[1], [-1]], "i64"), 0),
     s.Gather(ROWS, e.constant([2, 0], "i64"), 1), s.Gather(s.Transpose(ROWS, (1, 0)), e.constant([0], "i64"), 0),
     s.Concat((X, e.Neg(X), Y), 0), s.Slice(X, 0, 1, 4, 2), s.Broadcast(X, (3, 4)), s.Transpose(ROWS, (1, 0)),

@@ -126,7 +126,7 @@ class PairReader(Points):
             return self._interned(Known(sizes, value.dtype, value), name)
         return self._interned(Table(sizes, value.dtype, value, index), name, index)
 
-    def number(self, value: float, dtype: str, rank: int = 0) -> Point:
+    def number(self, value: float, dtype: str, rank: int) -> Point:
         """A point that is one number."""
         return self.known(constant(np.full((1,) * rank, value), dtype), (None,) * rank)
 
@@ -139,7 +139,7 @@ class PairReader(Points):
     def applied(self, op: Op, points: tuple[Point, ...], shape: tuple[int, ...] | None = None) -> Point:
         """An op over points; `shape` where it is not theirs broadcast."""
         if shape is None:
-            rank = max((len(p.shape) for p in points), default=0)
+            rank = max(len(p.shape) for p in points)
             shape = np.broadcast_shapes(*(p.shape for p in points), (1,) * rank)
         attributes = tuple(op.attributes().items())
         ranks = tuple(x.rank for x in op.operands)
@@ -159,9 +159,6 @@ class PairReader(Points):
         assert isinstance(op, Slice)
         axis = op.axis % op.rank
         place = index[axis]
-        whole = place is None and isinstance(op.start, int) and isinstance(op.x.shape[axis], int)
-        if whole and op.shape[axis] == op.x.shape[axis]:
-            return self.lift(op.x, index)
         if place is None and op.shape[axis] != 1:
             if not isinstance(op.x.shape[axis], int) or isinstance(op.shape[axis], Dim):
                 raise Unrecognised(f"its mask takes some tokens only: {op.name} : {op.type}")
