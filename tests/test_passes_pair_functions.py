@@ -347,6 +347,39 @@ def test_rows_that_may_be_before_the_first_are_not_looked_up(first: int, refused
         assert reader.pair(value).variables == {"key", "length"}
 
 
+@pytest.mark.parametrize(("dtype", "most", "held"), [("i8", 127, True), ("i8", 128, False), ("u8", 255, True),
+                                                     ("u8", 256, False), ("i64", 256, True)])  # fmt: skip
+def test_places_in_a_dtype_that_is_too_narrow_are_not_counted_on(dtype: str, most: int, held: bool) -> None:
+    """The greatest of 1, 2, ..., 127, -128, ... is not the last one, and no row is at -128."""
+    places = Pairs(most)
+    count = s.Cumsum(s.Broadcast(c(1, dtype), (places.size,)), 0)
+    lengths = s.Slice(s.Iota(places.size + 1), 0, places.size, places.size + 1)
+    rows = s.Gather(e.Add(s.Iota(places.size * 2), lengths), e.Cast(count, "i64"))
+    for value, why in ((s.Max(count, (0,)), "is reduced over tokens"), (s.Min(count, (0,)), "is reduced over tokens"),
+                       (rows, "looks up tensor<")):  # fmt: skip
+        reader = places.reader(value)
+        if not held:
+            with pytest.raises(Unrecognised, match=why):
+                reader.pair(value)
+            continue
+        for length in (1, most):
+            expected = places.numbers(reader, value, length)
+            found = places.read(reader, reader.pair(value), length)
+            np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
+
+
+def test_places_that_fall_in_a_narrow_dtype() -> None:
+    for most, held in ((128, True), (129, False)):
+        places = Pairs(most)
+        value = s.Min(s.Cumsum(s.Broadcast(c(-1, "i8"), (places.size,)), 0), (0,))
+        reader = places.reader(value)
+        if held:
+            assert reader.pair(value).variables == {"length"}
+        else:
+            with pytest.raises(Unrecognised, match="is reduced over tokens"):
+                reader.pair(value)
+
+
 def test_a_number_of_no_pair_is_one() -> None:
     """Of the longest text, unless lengths are given."""
     places = Pairs()
@@ -357,6 +390,11 @@ def test_a_number_of_no_pair_is_one() -> None:
 
 
 # Axes that are merged or split together
+
+
+def test_tokens_that_are_merged_with_axes_are_in_one_group_with_them() -> None:
+    assert _groups((S, 2, 3), (S * 2, 3)) == [([0, 1, 2], [0, 1])]
+    assert _groups((S * 2, 3), (S, 2, 3)) == [([0], [0, 1]), ([1], [2])]
 
 
 @st.composite

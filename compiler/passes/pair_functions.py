@@ -32,7 +32,7 @@ from llmc.compiler.ir.structural import (
     Sum,
     Transpose,
 )
-from llmc.compiler.ir.types import INTEGERS, Shape
+from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, Shape
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.points import (
     ELEMENTWISE,
@@ -263,12 +263,20 @@ class PairReader(Points):
             raise unclear
         if isinstance(op, Sum) and not x.variables:
             return self.linear(Place(length=int(self.evaluate(x, ZERO, ZERO).reshape(()))), op.dtype, op.rank)
-        if isinstance(op, (Max, Min)) and isinstance(x, Linear) and x.variables <= {"query"}:
+        if isinstance(op, (Max, Min)) and isinstance(x, Linear) and x.variables <= {"query"} and self._holds_places(x):
             step, first = x.place.query, x.place.constant
             if (step >= 0) == isinstance(op, Max):
                 return self.linear(Place(length=step, constant=first - step), op.dtype, op.rank)
             return self.linear(Place(constant=first), op.dtype, op.rank)
         raise unclear
+
+    def _holds_places(self, point: Linear) -> bool:
+        """Whether the dtype holds all its places; they start from below 0 again in one that is too narrow."""
+        if point.dtype not in INTEGERS:
+            return False
+        low, high = point.place.ends(self.most)
+        limits = np.iinfo(NUMPY_DTYPES[point.dtype])
+        return int(limits.min) <= low and high <= int(limits.max)
 
     def _cumsum(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Cumsum)
@@ -307,12 +315,12 @@ class PairReader(Points):
         here, there = (self.lift(op.x, (*before, place, *after)) for place in (Place(query=1), Place(key=1)))
         x = here
         if here is not there:
-            while isinstance(rows, Applied) and isinstance(rows.op, (Reshape, Broadcast, Transpose, Cast)):
-                if rows.dtype not in ("i32", "i64"):
-                    break  # a narrower one may not hold every place
+            moves = (Reshape, Broadcast, Transpose, Cast)
+            # A narrower dtype may not hold every place.
+            while isinstance(rows, Applied) and isinstance(rows.op, moves) and rows.dtype in ("i32", "i64"):
                 rows = rows.xs[0]
             # A negative place would be counted from the end.
-            if not isinstance(rows, Linear) or rows.place.ends(self.most)[0] < 0:
+            if not isinstance(rows, Linear) or not self._holds_places(rows) or rows.place.ends(self.most)[0] < 0:
                 raise Unrecognised(f"its mask looks up {op.x.type}, which is no table known when compiling")
             x = self.lift(op.x, (*before, rows.place, *after))
         if math.prod(rows.shape) != 1:
@@ -356,7 +364,7 @@ def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
             if short_left and i < len(old):
                 left.append(i)
                 i += 1
-            elif j < len(new) and not (short_left and i >= len(old)):
+            elif j < len(new) and not short_left:
                 right.append(j)
                 j += 1
             elif i < len(old):
