@@ -58,6 +58,7 @@ def test_scales_of_an_operand_that_is_repeated_are_kept() -> None:
     """Only what is traced to before its scale lacks it; that may be negative."""
     q, k, v = x("q", 2, 3, QUERIES, DIM), x("k", KEYS, DIM), x("v", 2, 3, KEYS, VALUES)
     assert attention(q, e.Mul(k, c(3.0)), v).scale == 1.0
+    assert isinstance(attention(q, x("k", 2, 3, KEYS, DIM), e.Mul(v, c(2.0))).v, s.Transpose)
     for number in (-0.5, 0.25):
         op = attention(e.Mul(q, c(number)), x("k", 2, 3, KEYS, DIM), v)
         assert op.scale == number

@@ -276,6 +276,7 @@ SHIFTED: dict[str, Build] = {
     "hidden the other way": lambda p: e.Where(e.Not(p.causal), c(-1e30), sloped(p, 0.5)),
     "from the end": lambda p: e.Mul(heads(0.5, 2), floats(e.Sub(p.k, p.length))),
     "rounded four times": lambda p: e.Minimum(e.Sub(e.Add(sloped(p, 0.1), c(CARRIED)), c(CARRIED)), c(1e9)),
+    "small numbers a query": lambda p: e.Mul(e.Mul(e.Add(floats(p.back), floats(p.q)), c(1e-6)), c(1e7)),
     "stored slopes, from the end": lambda p: s.Slice(c(np.arange(12.0)[None] / 2, "f32"), 1, 12 - p.size, 12),
 }
 
