@@ -120,6 +120,9 @@ BY_DISTANCE: dict[str, Build] = {
     "looked up": lambda p: s.Gather(c(np.arange(40) ** 2), e.Add(p.back, c(9))),
     "numbers beyond those of floats": lambda p: e.Equal(e.Add(p.back, c(2**53 + 1)), c(2**53)),
     "the same at every key, beyond floats": lambda p: e.Add(e.Mod(p.k, c(1)), e.Add(e.Mod(p.q, c(1)), c(2**53 + 1))),
+    "one number at every key, beyond floats": lambda p: e.Add(e.Maximum(p.k, c(2**53 + 1)), p.back),
+    "always: a sum of places": lambda p: e.GreaterEqual(e.Add(p.q, p.k), c(0)),
+    "never: a sum of places": lambda p: e.Less(e.Add(p.q, p.k), c(0)),
     "always: a multiple of a sum": lambda p: e.LessEqual(e.Mul(e.Add(p.q, p.k), c(2)), c(32)),
     "always: a part of a sum": lambda p: e.LessEqual(e.Div(floats(e.Add(p.q, p.k)), c(2.0)), c(8.0)),
     "always: in narrow floats": lambda p: e.LessEqual(
@@ -276,7 +279,9 @@ SHIFTED: dict[str, Build] = {
     "hidden the other way": lambda p: e.Where(e.Not(p.causal), c(-1e30), sloped(p, 0.5)),
     "from the end": lambda p: e.Mul(heads(0.5, 2), floats(e.Sub(p.k, p.length))),
     "rounded four times": lambda p: e.Minimum(e.Sub(e.Add(sloped(p, 0.1), c(CARRIED)), c(CARRIED)), c(1e9)),
-    "small numbers a query": lambda p: e.Mul(e.Mul(e.Add(floats(p.back), floats(p.q)), c(1e-6)), c(1e7)),
+    "small numbers a query": lambda p: e.Mul(
+        e.Add(e.Mul(floats(p.back), c(1e-6)), e.Mul(floats(p.q), c(1e-6))), c(1e7)
+    ),
     "stored slopes, from the end": lambda p: s.Slice(c(np.arange(12.0)[None] / 2, "f32"), 1, 12 - p.size, 12),
 }
 
