@@ -25,7 +25,7 @@ from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
 _SLOPE_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic
-_WHOLE = 2.0**53  # whole numbers up to this one are what they are in f64
+_WHOLE = 2.0**53  # whole numbers below this one are what they are in f64, and no other is rounded to one of them
 _TINY = float(np.finfo(np.float64).tiny)
 _UNLIKE = "its mask is not decided by the distance of key and query alone"
 _MOVES = (Reshape, Transpose, Broadcast)
@@ -143,7 +143,7 @@ class Distances:
         step = found[1] - found[0] if len(found) > 1 else 0.0
         if not np.isfinite(found).all() or not np.array_equal(found, found[0] + step * np.arange(self.most)):
             return None
-        if point.dtype in INTEGERS and np.abs(found).max() > _WHOLE:
+        if point.dtype in INTEGERS and np.abs(found).max() >= _WHOLE:
             return None
         (name,) = point.variables
         parts = {n: Fraction(step) if n == name else Fraction(0) for n in ("query", "key", "length")}
