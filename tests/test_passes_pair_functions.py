@@ -248,6 +248,10 @@ REFUSED: dict[str, tuple[Callable[[Pairs], Value], str]] = {
         lambda p: s.Max(s.Slice(s.Iota(p.size * 2), 0, p.size, p.size * 2), (0,)),
         "its mask is reduced over tokens by t.max of tensor<[S], i64>",
     ),
+    "the sum of no heads": (
+        lambda p: s.Sum(s.Broadcast(c(np.zeros((0, 1, 1)), "i64"), (0, p.size, 1)), (1,)),
+        "its mask is reduced over tokens by t.sum of tensor<[0, S, 1], i64>",
+    ),
     "the sum of nothing": (
         lambda p: s.Sum(s.Broadcast(c(1), (p.size, 0)), (0,)),
         "its mask is reduced over tokens by t.sum of tensor<[S, 0], i64>",
@@ -395,6 +399,8 @@ def test_a_number_of_no_pair_is_one() -> None:
 def test_tokens_that_are_merged_with_axes_are_in_one_group_with_them() -> None:
     assert _groups((S, 2, 3), (S * 2, 3)) == [([0, 1, 2], [0, 1])]
     assert _groups((S * 2, 3), (S, 2, 3)) == [([0], [0, 1]), ([1], [2])]
+    assert _groups((S,), (S, 1, 1)) == [([0], [0]), ([], [1]), ([], [2])]
+    assert _groups((S, 1, 1), (S,)) == [([0], [0]), ([1], []), ([2], [])]
 
 
 @st.composite

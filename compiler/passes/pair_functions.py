@@ -150,9 +150,7 @@ class PairReader(Points):
         assert isinstance(op, Iota)
         (place,) = index
         if place is None:
-            if op.size != 1:
-                raise Unrecognised(f"its mask depends on a value of all tokens, {op.type}")
-            place = Place()
+            raise Unrecognised(f"its mask depends on a value of all tokens, {op.type}")
         return self.linear(place, op.dtype, 1)
 
     def _slice(self, op: Value, index: tuple[Place | None, ...]) -> Point:
