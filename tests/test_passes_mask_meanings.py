@@ -465,9 +465,16 @@ def test_a_factor_of_queries_is_moved_to_their_products() -> None:
     op = result(graph_of(steps, 5, 7, False, factor, leading=(6,)))
     assert isinstance(op, Attention) and op.bias is None
 
-    by_head = Input("by_head", Tensor((HEADS, 1, 1), "f32"))
-    op = result(graph_of(lambda x: e.Mul(x, by_head), 5, 7, False, by_head))
+    q, k, v = (Input(name, Tensor((6, rows, DIM), "f32")) for name, rows in zip("qkv", (5, 7, 7), strict=True))
+    scores = e.Mul(s.Reshape(s.Matmul(q, s.Transpose(k, (0, 2, 1))), (2, 3, 5, 7)), factor)
+    shares = s.Reshape(s.Softmax(scores, 3), (6, 5, 7))
+    op = result(Graph("g", (q, k, v, factor), (("out", s.Matmul(shares, v)),)))
     assert isinstance(op, Attention) and op.bias is None
+
+    for shape in ((HEADS, 1, 1), (2, 1, 1, 1), (2, 1, 5, 1)):
+        other = Input("other", Tensor(shape, "f32"))
+        op = result(graph_of(lambda x: e.Mul(x, other), 5, 7, False, other, leading=(2, HEADS)))  # noqa: B023
+        assert isinstance(op, Attention) and op.bias is None
 
     def wide(x: Value) -> Value:
         return e.Mul(e.Cast(x, "f64"), e.Cast(factor, "f64"))
