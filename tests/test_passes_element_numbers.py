@@ -26,6 +26,7 @@ def vector(*values: float, dtype: str = "f32") -> Value:
 
 
 VALUES: list[Value] = [
+    IDS,
     X, Y, e.Neg(X), e.Mul(X, Y), e.Mul(Y, X), e.Mul(e.Neg(X), Y), e.Mul(e.Neg(X), e.Neg(Y)), e.Add(X, Y), e.Sub(X, Y),
     vector(0, 1, -1, 2), vector(-2, 0.5, 1, 0), vector(1, 2, 3, 4, dtype="f64"), vector(1, 2, 3, 4, dtype="bf16"),
     e.Mul(X, vector(0, 1, -1, 2)), e.Mul(vector(0, -1, 1, -2), X), e.Mul(e.Neg(X), vector(-2, -2, 2, 2)),
@@ -33,6 +34,8 @@ VALUES: list[Value] = [
     e.Cos(X), e.Cos(e.Neg(X)), e.Sin(X), e.Cast(X, "bf16"), e.Cast(X, "f64"), e.Cast(e.Cast(X, "bf16"), "f32"),
     s.Reshape(e.Mul(X, Y), (2, 2)), s.Matmul(s.Reshape(X, (4, 1)), s.Reshape(Y, (1, 4))),
     s.Matmul(s.Reshape(X, (1, 4)), s.Reshape(Y, (4, 1))), s.Matmul(s.Reshape(X, (2, 2)), s.Reshape(Y, (2, 2))),
+    s.Matmul(s.Reshape(X, (1, 1, 4)), s.Reshape(Y, (1, 4, 1))),
+    s.Matmul(s.Reshape(X, (1, 4, 1)), s.Reshape(Y, (1, 1, 4))),
     s.Gather(X, e.constant([3, 0, 0], "i64"), 0), s.Gather(X, e.constant([[1], [-1]], "i64"), 0),
     s.Gather(ROWS, e.constant([2, 0], "i64"), 1), s.Gather(s.Transpose(ROWS, (1, 0)), e.constant([0], "i64"), 0),
     s.Concat((X, e.Neg(X), Y), 0), s.Slice(X, 0, 1, 4, 2), s.Broadcast(X, (3, 4)), s.Transpose(ROWS, (1, 0)),
@@ -102,6 +105,14 @@ def test_scales_are_taken_off_one_after_another() -> None:
     assert [scale for scale, _ in numbers.unscaled(int(numbers.of(e.Mul(X, Y))[0]))] == [1.0]
     both = int(numbers.of(e.Mul(vector(2.0), vector(3.0)))[0])
     assert [scale for scale, _ in numbers.unscaled(both)] == [1.0]
+
+
+def test_products_of_whole_numbers_are_not_taken_apart() -> None:
+    """They may overflow, and the sign of their factors is their own."""
+    numbers = ElementNumbers({})
+    for factor in (2, -1, -3):
+        (number, *_) = numbers.of(e.Mul(IDS, e.constant([factor] * 4, "i64"))).tolist()
+        assert list(numbers.unscaled(number)) == [(1.0, number)]
 
 
 FREE = symbol("B", 1, 9)

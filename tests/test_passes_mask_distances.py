@@ -19,11 +19,13 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Array, numpy_dtype
 from llmc.compiler.passes.distances import Affine, Distances
 from llmc.compiler.passes.masks import HIDDEN, Unrecognised
+from llmc.compiler.passes.pair_functions import PairReader
 from llmc.compiler.passes.points import Point
 
 c = e.constant
 UNLIKE = "its mask is not decided by the distance of key and query alone"
 LENGTHS = (1, 2, 5, 9)
+CARRIED = 3.7  # added to tenths of places and taken off again, it leaves 2.0**-21.6 of the greatest of them
 Build = Callable[[Pairs], Value]
 
 
@@ -48,6 +50,10 @@ def sliced(p: Pairs, table: Array, start: tuple[int, int] = (0, 0), axes: tuple[
     for axis, first in zip(axes, start, strict=True):
         x = s.Slice(x, axis, first, p.size + first)
     return x
+
+
+def sliced_value(p: Pairs, table: Value) -> Value:
+    return s.Slice(s.Slice(table, 0, 0, p.size), 1, 0, p.size)
 
 
 def hole(at: tuple[int, int]) -> Callable[[Array], None]:
@@ -112,7 +118,29 @@ BY_DISTANCE: dict[str, Build] = {
     "stored, another number where nobody looks": lambda p: sliced(p, stored(hole((2, 11)))),
     "stored, another number before": lambda p: sliced(p, stored(hole((0, 5))), (1, 0)),
     "looked up": lambda p: s.Gather(c(np.arange(40) ** 2), e.Add(p.back, c(9))),
+    "numbers beyond those of floats": lambda p: e.Equal(e.Add(p.back, c(2**53 + 1)), c(2**53)),
+    "the same at every key, beyond floats": lambda p: e.Add(e.Mod(p.k, c(1)), e.Add(e.Mod(p.q, c(1)), c(2**53 + 1))),
+    "one number at every key, beyond floats": lambda p: e.Add(e.Maximum(p.k, c(2**53 + 1)), p.back),
+    "always: a sum of places": lambda p: e.GreaterEqual(e.Add(p.q, p.k), c(0)),
+    "never: a sum of places": lambda p: e.Less(e.Add(p.q, p.k), c(0)),
+    "always: a multiple of a sum": lambda p: e.LessEqual(e.Mul(e.Add(p.q, p.k), c(2)), c(32)),
+    "always: a part of a sum": lambda p: e.LessEqual(e.Div(floats(e.Add(p.q, p.k)), c(2.0)), c(8.0)),
+    "always: in narrow floats": lambda p: e.LessEqual(
+        e.Mul(floats(e.Add(p.q, p.k), "bf16"), c(2, "bf16")), c(32, "bf16")
+    ),
+    "every other, in floats": lambda p: e.Equal(e.Mod(floats(p.back), c(2.0)), c(0.0)),
+    "linear from a number on, by its numbers": lambda p: e.Sub(
+        e.FloorDivide(e.Mul(e.Add(p.q, c(2)), c(6)), c(3)), e.Mul(p.k, c(2))
+    ),
+    "looked at as a whole": lambda p: elements(p, p.back),
+    "looked at as a whole, of heads": lambda p: elements(p, e.Mul(heads(1, 2, dtype="i64"), p.back)),
 }
+
+
+def elements(p: Pairs, x: Value) -> Value:
+    """`x` itself, by an op that is not followed."""
+    rows = s.Broadcast(p.q, x.shape)
+    return s.GatherElements(x, rows, x.rank - 2)
 
 
 @pytest.mark.parametrize("name", BY_DISTANCE)
@@ -189,6 +217,17 @@ NOT_BY_DISTANCE: dict[str, tuple[Build, str]] = {
         lambda p: s.Slice(param("row", 1, 12), 1, 0, p.size),
         "its mask looks up a table by one place, not by a distance",
     ),
+    "stored by query": (
+        lambda p: s.Slice(c(np.arange(12.0)[:, None] ** 2, "f32"), 0, 0, p.size),
+        "its mask looks up a table by one place, not by a distance",
+    ),
+    "stored, from the length on": (
+        lambda p: s.Slice(s.Slice(c(stored(rows=24), "f32"), 0, p.size, p.size * 2), 1, 0, p.size),
+        "its mask looks up a table by one place, not by a distance",
+    ),
+    "more than f64 keeps, by its numbers": (
+        lambda p: e.FloorDivide(e.Add(e.Mul(p.q, c(2)), c(2**60)), c(2)), UNLIKE,
+    ),
     "stored, and the length": (
         lambda p: e.Add(sliced(p, stored()), floats(p.length)), UNLIKE,
     ),
@@ -239,6 +278,11 @@ SHIFTED: dict[str, Build] = {
     "hidden by a number": lambda p: chosen(p, sloped(p, 0.5, -0.25), -10_004.0),
     "hidden the other way": lambda p: e.Where(e.Not(p.causal), c(-1e30), sloped(p, 0.5)),
     "from the end": lambda p: e.Mul(heads(0.5, 2), floats(e.Sub(p.k, p.length))),
+    "rounded four times": lambda p: e.Minimum(e.Sub(e.Add(sloped(p, 0.1), c(CARRIED)), c(CARRIED)), c(1e9)),
+    "small numbers a query": lambda p: e.Mul(
+        e.Add(e.Mul(floats(p.back), c(1e-6)), e.Mul(floats(p.q), c(1e-6))), c(1e7)
+    ),
+    "stored slopes, from the end": lambda p: s.Slice(c(np.arange(12.0)[None] / 2, "f32"), 1, 12 - p.size, 12),
 }
 
 
@@ -278,7 +322,25 @@ NOT_SHIFTED: dict[str, Build] = {
     "times a place": lambda p: e.Mul(sloped(p, 0.5), floats(p.q)),
     "another function of slopes": lambda p: e.Abs(e.Add(floats(p.back), floats(p.q))),
     "whole numbers cast": lambda p: floats(e.Add(e.Mul(p.back, c(2)), e.Mul(p.q, p.q))),
+    "more than f32 keeps, scaled": lambda p: e.Mul(far_rows(p), c(1000.0)),
+    "more than f32 keeps, scaled in front": lambda p: e.Mul(c(1000.0), far_rows(p)),
+    "times a weight": lambda p: e.Mul(e.Add(floats(p.back), floats(p.q)), param("w", 1, 1)),
+    "times a weight in front": lambda p: e.Mul(param("w", 1, 1), e.Add(floats(p.back), floats(p.q))),
+    "a weight a query": lambda p: e.Mul(e.Sqrt(floats(p.q)), param("w", 1, 1)),
+    "places in narrow floats": lambda p: floats(floats(e.Add(p.k, c(2048)), "f16")),
+    "stored, twice as far from the end": lambda p: s.Slice(bent(), 1, 24 - p.size * 2, 24 - p.size),
 }
+
+
+def far_rows(p: Pairs) -> Value:
+    return e.Add(floats(p.back), e.Mul(floats(e.Add(p.q, c(1))), c(300.0)))
+
+
+def bent() -> Value:
+    """[1, 30]: slopes but where texts of two tokens look."""
+    row = np.arange(30.0) / 2
+    row[21:] += 5
+    return c(row[None], "f32")
 
 
 @pytest.mark.parametrize("name", NOT_SHIFTED)
@@ -297,6 +359,56 @@ def test_rows_are_shifted_where_shares_are_asked_for_alone() -> None:
     reader = places.reader(value)
     assert isinstance(Distances(reader).found_by_distance(reader.pair(value)), Unrecognised)
     assert isinstance(Distances(reader).up_to_rows(reader.pair(value)), Point)
+
+
+def test_a_table_that_is_computed_is_one_before_rounding_too() -> None:
+    """So that slopes are read from it as they were before rounding."""
+    places = Pairs()
+    value = sliced_value(places, e.Mul(c(stored(), "f32"), c(0.07, "f32")))
+    reader = places.reader(value)
+    distances = Distances(reader)
+    found = distances.numbers(distances.by_distance(reader.pair(value)))
+    exact = 10.0 * -found.distances * reader.probe.evaluate([c(0.07, "f32")], 1)[0]
+    np.testing.assert_allclose(found.exact[0], exact, rtol=1e-15)
+    assert not np.array_equal(found.own, found.exact)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+@pytest.mark.parametrize("name", ["slopes by key", "thirds by key", "a number a query", "steep slopes"])
+def test_a_bias_of_a_short_context_is_one_of_distance(name: str, most: int) -> None:
+    places = Pairs(most)
+    value = (SHIFTED | {"steep slopes": lambda p: sloped(p, 2e6)})[name](places)
+    reader = places.reader(value)
+    point = Distances(reader).up_to_rows(reader.pair(value))
+    expected = places.numbers(reader, value, most).astype(np.float64)
+    found = np.broadcast_to(places.read(reader, point, most, by_distance=True), expected.shape)
+    own = [np.diagonal(x, axis1=-2, axis2=-1)[..., None] for x in (found, expected)]
+    np.testing.assert_allclose(found - own[0], expected - own[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(12, 20), (20, 12), (13, 13)])
+def test_a_table_of_too_few_tokens_is_refused(rows: int, columns: int) -> None:
+    """A reader of more tokens than the sizes of the graph have: slices are proved not to end before these."""
+    places = Pairs(12)
+    value = sliced(places, stored(rows=rows, columns=columns))
+    reader = PairReader(places.reader(value).probe, 13, size=places.size)
+    found = Distances(reader).found_by_distance(reader.pair(value))
+    if rows == columns:
+        assert isinstance(found, Point)
+    else:
+        assert isinstance(found, Unrecognised) and str(found) == "its mask is stored for 12 tokens, not for 13"
+
+
+def test_weights_that_nobody_reads_are_functions_of_distance_where_places_are() -> None:
+    places = Pairs()
+    value = e.Mul(floats(places.back), param("w", 1, 1))
+    reader = places.reader(value)
+    found = Distances(reader).found_by_distance(reader.pair(value))
+    assert isinstance(found, Point) and found.variables == {"key"}
+    # What is compared with them is not known.
+    compared = e.Less(floats(e.Add(places.q, places.k)), param("w", 1, 1))
+    reader = places.reader(compared)
+    assert isinstance(Distances(reader).found_by_distance(reader.pair(compared)), Unrecognised)
 
 
 # Places in dtypes

@@ -14,13 +14,13 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, symbol
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.passes import attention_meaning
 from llmc.compiler.passes.fuse_attention import FuseAttention
 from llmc.compiler.passes.manager import Report
-from llmc.compiler.passes.masks import Mask
+from llmc.compiler.passes.masks import Mask, Unrecognised
 
 S, T = symbol("S", 1, 60), symbol("T", 1, 60)
 FREE = symbol("F", 1)  # nothing bounds it
@@ -163,7 +163,15 @@ def test_a_number_for_all_keys_counts_where_scores_are_lost_beside_it(name: str,
 
 
 def test_a_number_for_all_keys_that_is_lost_stays_where_sizes_are_fixed() -> None:
-    for number, known in ((0.0, True), (-4999.0, True), (-5000.0, False), (1e6, True), (1.1e6, False), (1e30, False)):
+    for number, known in (
+        (0.0, True),
+        (-4999.0, True),
+        (-5000.0, False),
+        (-6e3, False),
+        (1e6, True),
+        (1.1e6, False),
+        (1e30, False),
+    ):
         # f64 beside 1e6 keeps 2e-10.
         op = result(graph_of(lambda x: e.Add(x, c([[number]])), 5, 7), 1e-9)  # noqa: B023
         assert isinstance(op, Attention) and (op.bias is None) == known
@@ -209,6 +217,71 @@ def test_a_scale_is_one_where_keys_are_seen(name: str, dense: bool) -> None:
         assert isinstance(found, Attention) and found.scale == scale and found.causal
 
 
+def quotients() -> Value:
+    """[S, S]: whether a key is in the query's group of seven or in one before; no function of distance."""
+    return e.GreaterEqual(*(e.Div(s.Reshape(s.Iota(S), shape), c(7)) for shape in ((S, 1), (1, S))))
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+def test_pairs_are_looked_at_where_they_are_few(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all heads of a bias, 60 queries and 60 keys; beyond, what a solver does not follow is refused."""
+    zeros = c(np.zeros((heads, 1, 1)), "f32")
+
+    def scaled(x: Value) -> Value:
+        x = e.Mul(x, e.Where(e.GreaterEqual(back(), c(0)), c(2.0), c(3.0)))
+        return e.Where(quotients(), causal()(e.Add(x, zeros)), NONE)
+
+    for most, known in ((heads * 3600, True), (heads * 3600 - 1, False)):
+        monkeypatch.setattr(attention_meaning, "MOST_PAIRS", most)
+        found = result(graph_of(scaled, text=True), S=20)
+        assert (isinstance(found, Attention) and found.causal and found.scale == 2.0) == known
+        if not known:
+            assert isinstance(found, str) and "60 tokens are too many to look at every pair" in found
+    monkeypatch.setattr(attention_meaning, "MOST_PAIRS", 0)
+    proved = result(graph_of(lambda x: e.Where(quotients(), causal()(x), NONE), text=True), S=20)
+    assert isinstance(proved, Attention) and proved.causal and proved.scale == 1.0
+
+
+def test_pairs_of_the_longest_text_say_nothing_where_the_length_decides() -> None:
+    """Short texts see keys ahead in their group; one of 60 tokens does not."""
+    seen = e.And(quotients(), e.Or(e.GreaterEqual(back(), c(0)), e.Less(number_of(S), c(30))))
+    assert isinstance(result(graph_of(lambda x: e.Where(seen, x, NONE), text=True), S=20), str)
+
+
+def test_as_many_heads_as_tokens_are_looked_at() -> None:
+    few = symbol("S", 1, HEADS)
+    slopes = c(np.reshape([0.5, 0.25, 2.0], (3, 1, 1)), "f32")
+    groups = e.GreaterEqual(*(e.Div(s.Reshape(s.Iota(few), shape), c(2)) for shape in ((few, 1), (1, few))))
+
+    def masked(x: Value) -> Value:
+        sloped = e.Add(x, e.Mul(slopes, e.Cast(e.Neg(back(few, few)), "f32")))
+        return e.Where(groups, causal(few, few)(sloped), NONE)
+
+    assert said(graph_of(masked, few, few), S=3) == Mask(True, 0, (0.5, 0.25, 2.0))
+
+
+@pytest.mark.parametrize("extra", [(), (SIZED,)], ids=["no tokens", "tokens of another size"])
+def test_a_mask_is_evaluated_for_its_own_number_of_tokens(extra: tuple[Input, ...]) -> None:
+    """By an op that is not followed, in a graph whose inputs say of another size, or of none, that it counts tokens."""
+    rows = s.Broadcast(s.Reshape(s.Iota(S), (S, 1)), (S, S))
+    seen = s.GatherElements(e.GreaterEqual(back(), c(0)), rows, 0)
+    assert said(graph_of(lambda x: e.Where(seen, x, NONE), S, S, False, *extra), S=7, T=5) == KNOWN
+
+
+def test_weights_that_are_added_to_fixed_scores_stay_a_bias() -> None:
+    weights = Param("w", Tensor((5, 7), "f32"))
+    given = {"w": np.random.default_rng(0).standard_normal((5, 7))}
+    op = result(graph_of(lambda x: e.Add(x, weights), 5, 7), given=given)
+    assert isinstance(op, Attention) and op.bias is not None
+
+
+def test_slopes_that_are_spread_over_a_free_batch_stay_a_bias() -> None:
+    slopes = e.Mul(c(np.reshape([0.5, 0.25, 2.0], (3, 1, 1)), "f32"), e.Cast(e.Neg(back(5, 5)), "f32"))
+    spread = s.Broadcast(slopes, (T, HEADS, 5, 5))
+    op = result(graph_of(lambda x: e.Add(x, spread), 5, 5, False, SIZED, leading=(T, HEADS)), S=3, T=2)
+    assert isinstance(op, Attention) and op.bias is not None and op.slopes is None
+
+
 def test_a_choice_that_does_not_hide_is_refused_at_any_pair() -> None:
     at = [s.Reshape(s.Iota(S), shape) for shape in ((S, 1), (1, S))]
     quotients = e.GreaterEqual(*(e.Div(x, c(7)) for x in at))
@@ -221,6 +294,16 @@ def test_a_choice_that_does_not_hide_is_refused_at_any_pair() -> None:
                 adds = "head 0 adds -4000 for a query and the key 1 after it, which is no slope times a distance"
                 puts = "t.where puts a number that does not hide the key in place of a score"
                 assert found == (adds if number and dense else puts)
+
+
+@pytest.mark.parametrize("numbers", [[2.0, 3.0], [0.0, 0.0], [math.inf, math.inf], [math.nan, math.nan]])
+def test_a_scale_is_a_number(numbers: list[float]) -> None:
+    """And not 0; where nothing is seen there is none."""
+    seen, factor = np.ones((1, 2), bool), np.array([numbers])
+    for keys in (seen, ~seen):
+        with pytest.raises(Unrecognised, match="its scale differs from place to place"):
+            attention_meaning._scale(keys, None, factor)
+    assert attention_meaning._scale(seen, None, np.full((1, 2), -2.0)) == -2.0
 
 
 # Tables of distances
@@ -342,6 +425,23 @@ def test_a_fixed_bias_of_keys_is_kept_unless_it_is_one_number(row: list[float]) 
     assert isinstance(op, Attention) and (op.bias is None) == (len(set(row)) == 1)
 
 
+def test_a_fixed_number_a_query_is_no_mask() -> None:
+    op = result(graph_of(lambda x: e.Add(x, c([[1.0], [-2.0], [0.0]])), 3, 4))
+    assert isinstance(op, Attention) and op.bias is None and not op.causal
+
+
+def test_slopes_by_key_count_beside_sinks() -> None:
+    """They add a number to all keys of a query besides slopes times distances."""
+    column = c(np.reshape([0.5, -1.0, 2.0], (1, HEADS, 1, 1)), "f32")
+
+    def with_sinks(x: Value) -> Value:
+        sloped = causal()(e.Add(x, e.Mul(c(0.25), e.Cast(s.Reshape(s.Iota(S), (1, S)), "f32"))))
+        return s.Concat((sloped, s.Broadcast(column, (1, HEADS, S, 1))), 3)
+
+    op = result(graph_of(with_sinks, keeps=lambda x: s.Slice(x, 3, 0, S)), S=7)
+    assert isinstance(op, Attention) and op.sinks is not None and op.bias is not None and op.slopes is None
+
+
 @pytest.mark.parametrize("number", [0.0, 1.5])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (S, S)])
 def test_a_number_for_all_keys_counts_beside_sinks(number: float, queries: Size, keys: Size) -> None:
@@ -364,6 +464,17 @@ def test_a_factor_of_queries_is_moved_to_their_products() -> None:
 
     op = result(graph_of(steps, 5, 7, False, factor, leading=(6,)))
     assert isinstance(op, Attention) and op.bias is None
+
+    q, k, v = (Input(name, Tensor((6, rows, DIM), "f32")) for name, rows in zip("qkv", (5, 7, 7), strict=True))
+    scores = e.Mul(s.Reshape(s.Matmul(q, s.Transpose(k, (0, 2, 1))), (2, 3, 5, 7)), factor)
+    shares = s.Reshape(s.Softmax(scores, 3), (6, 5, 7))
+    op = result(Graph("g", (q, k, v, factor), (("out", s.Matmul(shares, v)),)))
+    assert isinstance(op, Attention) and op.bias is None
+
+    for shape in ((HEADS, 1, 1), (2, 1, 1, 1), (2, 1, 5, 1)):
+        other = Input("other", Tensor(shape, "f32"))
+        op = result(graph_of(lambda x: e.Mul(x, other), 5, 7, False, other, leading=(2, HEADS)))  # noqa: B023
+        assert isinstance(op, Attention) and op.bias is None
 
     def wide(x: Value) -> Value:
         return e.Mul(e.Cast(x, "f64"), e.Cast(factor, "f64"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from llmc.compiler.ir.elementwise import Add
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import GatedLinear, Linear
+from llmc.compiler.ir.op import Input, Param
+from llmc.compiler.ir.structural import Transpose
 from llmc.compiler.ir.text import parse
-from llmc.compiler.ir.types import precise
+from llmc.compiler.ir.types import Tensor, precise
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.passes.fuse_epilogues import FuseEpilogues
 from llmc.compiler.passes.manager import Pass, Report, parse_pipeline, run_passes
@@ -243,6 +246,18 @@ def test_bias_activation_and_residual_are_fused() -> None:
     first, second = linears(after)
     assert first.bias is not None and first.activation == "gelu" and first.residual is None
     assert second.bias is not None and second.residual is after.inputs[0]
+
+
+def test_a_constant_that_differs_from_row_to_row_is_no_bias() -> None:
+    x, w, rows = (
+        Input("x", Tensor((3, 31), "f32")),
+        *(Param(n, Tensor((33, k), "f32")) for n, k in (("w", 31), ("r", 3))),
+    )
+    linear, table = Linear(x, w), Transpose(rows, (1, 0))
+    for total in (Add(linear, table), Add(table, linear)):
+        graph = Graph("g", (x,), (("out", total),))
+        report = Report()
+        assert FuseEpilogues().run(graph, report).ops == graph.ops and not report.hits
 
 
 def test_a_second_bias_is_added_to_the_first() -> None:

@@ -136,9 +136,30 @@ READ: dict[str, Callable[[Pairs], Value]] = {
     ),
     "a place of heads, looked up": lambda p: s.Gather(e.Mul(p.k, heads(3, 5)), p.at, 2),
     "a diagonal": lambda p: s.Gather(p.causal, s.Iota(p.size), 0),
+    "nothing in front": lambda p: e.Add(s.Concat((s.Iota(0), c([3])), 0), p.q),
+    "some further than the length": lambda p: s.Slice(s.Iota(p.size * 2 + 3), 0, p.size + 3, p.size * 2 + 3),
+    "one head, of an axis more": lambda p: s.Slice(s.Reshape(six(p), (6, 1, p.size, p.size)), 0, 4, 5),
+    "one head, spread": lambda p: s.Slice(s.Broadcast(six(p), (2, 6, p.size, p.size)), 1, 4, 5),
+    "heads, alone": lambda p: s.Concat((six(p),), 0),
+    "the largest of one place": lambda p: s.Max(third(p), (0,)),
+    "the least of one place": lambda p: s.Min(third(p), (0,)),
+    "the largest of what falls": lambda p: s.Max(falling(p), (0,)),
+    "the least of what falls": lambda p: s.Min(falling(p), (0,)),
+    "counted of nothing": lambda p: e.Add(s.Sum(s.Cumsum(s.Broadcast(c(1), (p.size, 0)), 0), (1,)), p.q),
     "embedded": lambda p: Embed(table(20, 1, dtype="f32"), p.positions),
+    "not followed, one group of heads": lambda p: s.Slice(s.Reshape(six(p), (2, 3, p.size, p.size)), 0, 1, 2),
     "not followed, of places": lambda p: s.GatherElements(both(p), s.Broadcast(p.k, (p.size, p.size)), 0),
 }
+
+
+def third(p: Pairs) -> Value:
+    """[S]: 2 everywhere."""
+    return s.Broadcast(s.Slice(s.Iota(p.size + 3), 0, 2, 3), (p.size,))
+
+
+def falling(p: Pairs) -> Value:
+    """[S]: -1, -2, ..."""
+    return s.Cumsum(s.Broadcast(c(-1), (p.size,)), 0)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -227,6 +248,22 @@ REFUSED: dict[str, tuple[Callable[[Pairs], Value], str]] = {
         lambda p: s.Max(s.Slice(s.Iota(p.size + 1), 0, 0, p.size + 1), (0,)),
         "its mask is reduced over tokens by t.max of tensor<[S + 1], i64>",
     ),
+    "the largest from the length on": (
+        lambda p: s.Max(s.Slice(s.Iota(p.size * 2), 0, p.size, p.size * 2), (0,)),
+        "its mask is reduced over tokens by t.max of tensor<[S], i64>",
+    ),
+    "the sum of no heads": (
+        lambda p: s.Sum(s.Broadcast(c(np.zeros((0, 1, 1)), "i64"), (0, p.size, 1)), (1,)),
+        "its mask is reduced over tokens by t.sum of tensor<[0, S, 1], i64>",
+    ),
+    "the sum of nothing": (
+        lambda p: s.Sum(s.Broadcast(c(1), (p.size, 0)), (0,)),
+        "its mask is reduced over tokens by t.sum of tensor<[S, 0], i64>",
+    ),
+    "no rows": (
+        lambda p: s.Sum(s.Gather(s.Broadcast(s.Reshape(p.length, (1,)), (p.size,)), c(np.zeros(0), "i64")), (0,)),
+        "its mask looks up several rows of tensor<[S], i64> for each pair",
+    ),
     "the sum of places": (
         lambda p: s.Sum(p.k, (1,)), "its mask is reduced over tokens by t.sum of tensor<[1, S], i64>",
     ),
@@ -302,6 +339,57 @@ def test_a_table_ends() -> None:
             reader.evaluate(point, zero + query, zero + key)
 
 
+@pytest.mark.parametrize(("first", "refused"), [(0, False), (1, True), (2, True)])
+def test_rows_that_may_be_before_the_first_are_not_looked_up(first: int, refused: bool) -> None:
+    """A place counted from the end, for texts as short as a reader takes them to be."""
+    places = Pairs()
+    places.size = symbol("S", 3, 9)
+    count = places.size - first
+    rows = s.Slice(s.Iota(places.size * 2), 0, count - 1, 2 * count - 1 + first)
+    value = s.Gather(
+        e.Mul(s.Iota(places.size * 2), s.Slice(s.Iota(places.size + 1), 0, places.size, places.size + 1)), rows
+    )
+    reader = places.reader(value)
+    if refused:
+        with pytest.raises(Unrecognised, match="its mask looks up tensor<"):
+            reader.pair(value)
+    else:
+        assert reader.pair(value).variables == {"key", "length"}
+
+
+@pytest.mark.parametrize(("dtype", "most", "held"), [("i8", 127, True), ("i8", 128, False), ("u8", 255, True),
+                                                     ("u8", 256, False), ("i64", 256, True)])  # fmt: skip
+def test_places_in_a_dtype_that_is_too_narrow_are_not_counted_on(dtype: str, most: int, held: bool) -> None:
+    """The greatest of 1, 2, ..., 127, -128, ... is not the last one, and no row is at -128."""
+    places = Pairs(most)
+    count = s.Cumsum(s.Broadcast(c(1, dtype), (places.size,)), 0)
+    lengths = s.Slice(s.Iota(places.size + 1), 0, places.size, places.size + 1)
+    rows = s.Gather(e.Add(s.Iota(places.size * 2), lengths), e.Cast(count, "i64"))
+    for value, why in ((s.Max(count, (0,)), "is reduced over tokens"), (s.Min(count, (0,)), "is reduced over tokens"),
+                       (rows, "looks up tensor<")):  # fmt: skip
+        reader = places.reader(value)
+        if not held:
+            with pytest.raises(Unrecognised, match=why):
+                reader.pair(value)
+            continue
+        for length in (1, most):
+            expected = places.numbers(reader, value, length)
+            found = places.read(reader, reader.pair(value), length)
+            np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
+
+
+def test_places_that_fall_in_a_narrow_dtype() -> None:
+    for most, held in ((128, True), (129, False)):
+        places = Pairs(most)
+        value = s.Min(s.Cumsum(s.Broadcast(c(-1, "i8"), (places.size,)), 0), (0,))
+        reader = places.reader(value)
+        if held:
+            assert reader.pair(value).variables == {"length"}
+        else:
+            with pytest.raises(Unrecognised, match="is reduced over tokens"):
+                reader.pair(value)
+
+
 def test_a_number_of_no_pair_is_one() -> None:
     """Of the longest text, unless lengths are given."""
     places = Pairs()
@@ -331,6 +419,13 @@ def test_places_add_up_and_their_ends_are_those_of_all_pairs(one: Place, other: 
 
 
 # Axes that are merged or split together
+
+
+def test_tokens_that_are_merged_with_axes_are_in_one_group_with_them() -> None:
+    assert _groups((S, 2, 3), (S * 2, 3)) == [([0, 1, 2], [0, 1])]
+    assert _groups((S * 2, 3), (S, 2, 3)) == [([0], [0, 1]), ([1], [2])]
+    assert _groups((S,), (S, 1, 1)) == [([0], [0]), ([], [1]), ([], [2])]
+    assert _groups((S, 1, 1), (S,)) == [([0], [0]), ([1], []), ([2], [])]
 
 
 @st.composite

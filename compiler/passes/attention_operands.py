@@ -66,7 +66,7 @@ class Operand:
         first, second = self.value.shape[-2:]
         return (second, first) if self.transposed else (first, second)
 
-    def traced(self, shared: bool = True) -> Heads | None:
+    def traced(self, shared: bool) -> Heads | None:
         """The earliest value with every head; with all of `heads` unless they may be `shared`. None: not clear."""
         rows, dim = self.rows_and_dim
 
@@ -143,21 +143,17 @@ def _origins(value: Value, scalable: bool) -> Iterator[tuple[Value, float]]:
     """The value and what it is moved, repeated or (if `scalable`) scaled from, and the factor that is lost by that."""
     factor = 1.0
     yield value, factor
-    while True:
-        scale: float | None = None
-        before: Value | None = None
+    while isinstance(value, MOVES) or (scalable and isinstance(value, (Mul, Div))):
         if isinstance(value, MOVES):
-            before = value.x
-        elif scalable and isinstance(value, (Mul, Div)):
+            value = value.x
+        else:
             before, scale = value.a, _number(value.b)
             if scale is None and isinstance(value, Mul):
                 before, scale = value.b, _number(value.a)
             if scale is None or scale == 0 or before.shape != value.shape:
                 return
             factor = factor * scale if isinstance(value, Mul) else factor / scale
-        if before is None:
-            return
-        value = before
+            value = before
         yield value, factor
 
 

@@ -25,6 +25,7 @@ from llmc.errors import IRError
 
 _MANTISSA = {"f64": 53, "f32": 24, "f16": 11, "bf16": 8}
 _SLOPE_ROUNDING = 2.0**-21  # of a source's own f32 arithmetic
+_WHOLE = 2.0**53  # whole numbers below this one are what they are in f64, and no other is rounded to one of them
 _TINY = float(np.finfo(np.float64).tiny)
 _UNLIKE = "its mask is not decided by the distance of key and query alone"
 _MOVES = (Reshape, Transpose, Broadcast)
@@ -104,10 +105,13 @@ class Distances:
         if isinstance(point, Linear):
             return Affine(*(Fraction(getattr(point.place, n)) for n in ("query", "key", "length", "constant")))
         if isinstance(point, Known):
-            if point.dtype == "bool" or not self._is_readable(point):
+            try:
+                number = self.reader.evaluate(point, ZERO, ZERO).reshape(())
+            except IRError:
                 return None
-            number = float(self.reader.evaluate(point, ZERO, ZERO).reshape(()))
-            return None if not math.isfinite(number) else Affine(*(Fraction(0),) * 3, Fraction(number))
+            if not math.isfinite(number):
+                return None
+            return Affine(*(Fraction(0),) * 3, Fraction(int(number) if point.dtype in INTEGERS else float(number)))
         if not isinstance(point, Applied):
             return None
         parts = [self.affine(x) for x in point.xs]
@@ -128,13 +132,6 @@ class Distances:
             return first.times(1 / second.constant)
         return None
 
-    def _is_readable(self, point: Point) -> bool:
-        try:
-            self.reader.evaluate(point, ZERO, ZERO)
-        except IRError:
-            return False
-        return True
-
     def _affine_by_numbers(self, point: Point) -> Affine | None:
         """A function of one place that is seen to be linear at every place below the context."""
         if point.dtype == "bool":
@@ -145,6 +142,8 @@ class Distances:
             return None
         step = found[1] - found[0] if len(found) > 1 else 0.0
         if not np.isfinite(found).all() or not np.array_equal(found, found[0] + step * np.arange(self.most)):
+            return None
+        if point.dtype in INTEGERS and np.abs(found).max() >= _WHOLE:
             return None
         (name,) = point.variables
         parts = {n: Fraction(step) if n == name else Fraction(0) for n in ("query", "key", "length")}
@@ -370,8 +369,6 @@ class Distances:
         for found, limit in ((exact, 1e-9 * far), (own, _SLOPE_ROUNDING * far)):
             if not np.isfinite(found).all() or (np.abs(found - exact[0] - line) > limit).any():
                 return None
-        snapped = slopes.astype(np.float32).astype(np.float64)
-        slopes = np.where(np.abs(snapped - slopes) <= 1e-12 * np.abs(slopes), snapped, slopes)
         factor = self.reader.known(constant(slopes, "f64"), (None,) * slopes.ndim)
         places = self.reader.linear(Place(key=1), "f64", len(point.shape))
         sloped = self.reader.applied(Mul(constant(0.0, "f64"), constant(0.0, "f64")), (factor, places))

@@ -72,12 +72,13 @@ class ElementNumbers:
 
     def unscaled(self, number: int) -> Iterator[tuple[float, int]]:
         """(scale, other number > 0) with scale times the other element being this one: itself, then what it is a
-        product of, as long as the other factor is a constant."""
+        product of, as long as the other factor is a constant. Products of whole numbers are not taken apart: they may
+        overflow."""
         scale = 1.0 if number > 0 else -1.0
         while True:
             yield scale, abs(number)
             element = self.element(number)
-            if element is None or element.op is not Mul:
+            if element is None or element.op is not Mul or element.attributes:  # floats have none: see `times`
                 return
             constants = [self.element(operand) for operand in element.operands]
             known = [i for i, item in enumerate(constants) if item is not None and item.op is None]
@@ -85,7 +86,7 @@ class ElementNumbers:
                 return
             constant, number = constants[known[0]], element.operands[1 - known[0]]
             assert constant is not None
-            scale *= constant.value if number > 0 else -constant.value
+            scale *= constant.value  # factors are numbers of elements without their signs
 
     def times(self, a: Numbers, b: Numbers) -> Numbers:
         """The numbers of products, element by element."""
@@ -94,7 +95,6 @@ class ElementNumbers:
         products = np.array(np.maximum(np.abs(a), np.abs(b)))  # what it is where the other factor is 1
         high = products.copy()
         rest = low > ONE
-        products[low == 0] = 0
         if rest.any():
             products[rest] = self._combined(Element(Mul), [low[rest], high[rest]])
         return np.asarray(np.sign(a) * np.sign(b) * products)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmc.compiler.ir.dims import Dim, product
+from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.elementwise import Mul, constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention
@@ -185,8 +185,7 @@ class _Finder:
 
 
 def _traced(operand: Operand, shared: bool = True) -> Heads:
-    dims: tuple[int | Dim, ...] = operand.value.shape[-2:]
     found = operand.traced(shared)
-    if found is None or any(dim == 0 for dim in dims):
+    if found is None:
         raise Unrecognised(f"it is not clear which head of {operand.value.type} is which")
     return found

@@ -46,7 +46,7 @@ def _with_bias(op: Add, graph: Graph, uses: Uses, report: Report) -> Value | Non
             continue
         bias = _as_bias(other, linear)
         if bias is None:
-            continue
+            return None
         obstacle = _obstacle(linear, uses)
         if obstacle:
             report.refuse(describe(linear, linear.w), f"bias not fused: {obstacle}")

@@ -32,7 +32,7 @@ from llmc.compiler.ir.structural import (
     Sum,
     Transpose,
 )
-from llmc.compiler.ir.types import INTEGERS, Shape
+from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, Shape
 from llmc.compiler.passes.masks import Unrecognised
 from llmc.compiler.passes.points import (
     ELEMENTWISE,
@@ -126,7 +126,7 @@ class PairReader(Points):
             return self._interned(Known(sizes, value.dtype, value), name)
         return self._interned(Table(sizes, value.dtype, value, index), name, index)
 
-    def number(self, value: float, dtype: str, rank: int = 0) -> Point:
+    def number(self, value: float, dtype: str, rank: int) -> Point:
         """A point that is one number."""
         return self.known(constant(np.full((1,) * rank, value), dtype), (None,) * rank)
 
@@ -139,7 +139,7 @@ class PairReader(Points):
     def applied(self, op: Op, points: tuple[Point, ...], shape: tuple[int, ...] | None = None) -> Point:
         """An op over points; `shape` where it is not theirs broadcast."""
         if shape is None:
-            rank = max((len(p.shape) for p in points), default=0)
+            rank = max(len(p.shape) for p in points)
             shape = np.broadcast_shapes(*(p.shape for p in points), (1,) * rank)
         attributes = tuple(op.attributes().items())
         ranks = tuple(x.rank for x in op.operands)
@@ -150,18 +150,13 @@ class PairReader(Points):
         assert isinstance(op, Iota)
         (place,) = index
         if place is None:
-            if op.size != 1:
-                raise Unrecognised(f"its mask depends on a value of all tokens, {op.type}")
-            place = Place()
+            raise Unrecognised(f"its mask depends on a value of all tokens, {op.type}")
         return self.linear(place, op.dtype, 1)
 
     def _slice(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Slice)
         axis = op.axis % op.rank
         place = index[axis]
-        whole = place is None and isinstance(op.start, int) and isinstance(op.x.shape[axis], int)
-        if whole and op.shape[axis] == op.x.shape[axis]:
-            return self.lift(op.x, index)
         if place is None and op.shape[axis] != 1:
             if not isinstance(op.x.shape[axis], int) or isinstance(op.shape[axis], Dim):
                 raise Unrecognised(f"its mask takes some tokens only: {op.name} : {op.type}")
@@ -266,12 +261,20 @@ class PairReader(Points):
             raise unclear
         if isinstance(op, Sum) and not x.variables:
             return self.linear(Place(length=int(self.evaluate(x, ZERO, ZERO).reshape(()))), op.dtype, op.rank)
-        if isinstance(op, (Max, Min)) and isinstance(x, Linear) and x.variables <= {"query"}:
+        if isinstance(op, (Max, Min)) and isinstance(x, Linear) and x.variables <= {"query"} and self._holds_places(x):
             step, first = x.place.query, x.place.constant
             if (step >= 0) == isinstance(op, Max):
                 return self.linear(Place(length=step, constant=first - step), op.dtype, op.rank)
             return self.linear(Place(constant=first), op.dtype, op.rank)
         raise unclear
+
+    def _holds_places(self, point: Linear) -> bool:
+        """Whether the dtype holds all its places; they start from below 0 again in one that is too narrow."""
+        if point.dtype not in INTEGERS:
+            return False
+        low, high = point.place.ends(self.most)
+        limits = np.iinfo(NUMPY_DTYPES[point.dtype])
+        return int(limits.min) <= low and high <= int(limits.max)
 
     def _cumsum(self, op: Value, index: tuple[Place | None, ...]) -> Point:
         assert isinstance(op, Cumsum)
@@ -310,12 +313,12 @@ class PairReader(Points):
         here, there = (self.lift(op.x, (*before, place, *after)) for place in (Place(query=1), Place(key=1)))
         x = here
         if here is not there:
-            while isinstance(rows, Applied) and isinstance(rows.op, (Reshape, Broadcast, Transpose, Cast)):
-                if rows.dtype not in ("i32", "i64"):
-                    break  # a narrower one may not hold every place
+            moves = (Reshape, Broadcast, Transpose, Cast)
+            # A narrower dtype may not hold every place.
+            while isinstance(rows, Applied) and isinstance(rows.op, moves) and rows.dtype in ("i32", "i64"):
                 rows = rows.xs[0]
             # A negative place would be counted from the end.
-            if not isinstance(rows, Linear) or rows.place.ends(self.most)[0] < 0:
+            if not isinstance(rows, Linear) or not self._holds_places(rows) or rows.place.ends(self.most)[0] < 0:
                 raise Unrecognised(f"its mask looks up {op.x.type}, which is no table known when compiling")
             x = self.lift(op.x, (*before, rows.place, *after))
         if math.prod(rows.shape) != 1:
@@ -359,7 +362,7 @@ def _groups(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
             if short_left and i < len(old):
                 left.append(i)
                 i += 1
-            elif j < len(new) and not (short_left and i >= len(old)):
+            elif j < len(new) and not short_left:
                 right.append(j)
                 j += 1
             elif i < len(old):
