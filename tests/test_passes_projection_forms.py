@@ -418,6 +418,7 @@ INTEGER_PRODUCTS: dict[str, tuple[Value, bool, str]] = {  # whether it becomes a
     "a scale a column": (times(ACTS, WEIGHTS, STEP, SCALES), True, ""),
     "scales first": (times(ACTS, WEIGHTS, e.Mul(SCALES, STEP)), True, ""),
     "scales on the left": (e.Mul(e.Mul(STEP, SCALES), times(ACTS, WEIGHTS)), True, ""),
+    "a row of scales": (times(ACTS, WEIGHTS, e.Mul(s.Reshape(SCALES, (1, 4)), STEP)), True, ""),
     "two scales": (times(ACTS, WEIGHTS, STEP, SCALES, e.constant(0.1, "f32")), True, ""),
     "no other scale": (times(ACTS, WEIGHTS, STEP), True, ""),
     "a zero point in another shape": (
