@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from pass_harness import S, c, graph_of, names, param, run_checked, x
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.op import Op, Param, Value
@@ -129,6 +132,9 @@ VECTORS: dict[str, tuple[Value, str | None]] = {
     "several rows": (param("rows", 3, 6, dtype="f32"), None),
     "a column": (s.Reshape(W, (6, 1)), None),
     "a matrix as a vector": (s.Reshape(param("m", 2, 3, dtype="f32"), (6,)), "m"),
+    "a widened row as a vector": (s.Reshape(param("wide row", 1, 6), (6,)), "wide row"),
+    "one element": (s.Reshape(param("single", 1, dtype="f32"), ()), None),
+    "a free number of rows": (x(symbol("N", 1, 4), 6, name="free"), None),
     "a number": (c(2), None),
     "one number spread": (s.Broadcast(param("one", 1, dtype="f32"), (6,)), "one"),
     "a number spread": (s.Broadcast(c(2), (6,)), ""),
@@ -147,7 +153,9 @@ def test_a_vector_is_seen_under_shapes_and_casts(name: str) -> None:
         return
     assert found is not None and found.shape == (6,)
     assert [p.name for p in graph_of(found).params] == ([source] if source else [])
-    assert found.dtype == ("bf16" if name in ("a widened vector", "widened under a row", "rounded") else "f32")
+    assert found.dtype == (
+        "bf16" if name in ("a widened vector", "widened under a row", "a widened row as a vector", "rounded") else "f32"
+    )
 
 
 def test_casts_that_lose_nothing_are_seen_through() -> None:
@@ -183,6 +191,21 @@ def test_uses_are_those_of_what_a_value_has_become() -> None:
     after = rewrite_counting(graph, rule)
     assert len([op for op in after.ops if isinstance(op, e.Neg)]) == 1
     assert max(seen.values()) == 4 and min(seen.values()) >= 2
+
+
+def test_uses_are_counted_one_by_one() -> None:
+    """Two outputs, two ops that read what takes the place of another op, and a value that is new."""
+    twice, read = e.Neg(X), e.Exp(X)
+    graph = Graph("g", (X,), (("a", twice), ("b", twice), ("c", e.Sin(read)), ("d", e.Cos(read))))  # type: ignore[arg-type]
+    seen: dict[str, int] = {}
+
+    def rule(op: Op, uses: Uses) -> Value | None:
+        seen[op.name] = uses(op if isinstance(op, e.Neg) else op.operands[0])
+        seen["new"] = uses(c(3))
+        return e.Abs(X) if isinstance(op, e.Exp) else None
+
+    rewrite_counting(graph, rule)
+    assert seen == {"t.neg": 2, "t.exp": 2, "t.sin": 2, "t.cos": 2, "new": 0}
 
 
 def test_what_depends_on_weights_alone_is_offered_to_no_rule() -> None:
@@ -256,3 +279,23 @@ def test_what_a_pass_did_is_told_in_order() -> None:
     assert report.refusals == [("t.neg : tensor<[4, 6], f32>", "why"), ("what", "why")]
     with pytest.raises(CompileError, match="has no body"):
         Pass().run(graph, report)
+
+
+# The manager
+
+
+def test_a_report_begins_with_nothing() -> None:
+    assert Report() == Report("", Counter(), [], 0.0, 0, 0)
+
+
+def test_a_pass_that_is_exact_moves_nothing() -> None:
+    assert Pass.moves == 0.0 and all(cls.moves == 0.0 for cls in PASSES.values() if cls.exact)
+
+
+def test_a_pass_that_breaks_the_graph_is_named() -> None:
+    class Breaks(Pass):
+        def run(self, graph: Graph, report: Report) -> Graph:
+            return Graph("g", (), graph.outputs)
+
+    with pytest.raises(CompileError, match=r"^pass .* broke the graph: t\.abs uses input rows"):
+        run_passes(graph_of(e.Abs(X)), [Breaks()])

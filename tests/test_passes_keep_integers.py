@@ -17,7 +17,7 @@ from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles
 from llmc.compiler.ir.llm import Embed, Linear, Quantize
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, precise
-from llmc.compiler.passes.keep_integers import KeepIntegers
+from llmc.compiler.passes.keep_integers import KeepIntegers, _rounding_of
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.probe import reading
 
@@ -59,6 +59,8 @@ CASES: dict[str, Case] = {
     "a scale an input": Case(-8, 7, (INPUTS,), PER_INPUT),
     "a scale an input and row": Case(-8, 7, (ROWS, INPUTS), PER_INPUT),
     "blocks of rows": Case(-8, 7, (2, INPUTS), PER_INPUT, block=2, axis=0),
+    "a row of scales for all rows": Case(-8, 7, (1, 3), "q4g64", block=64),
+    "blocks of rows, a scale each": Case(-8, 7, (2, 1), "q4g64", block=2, axis=0),
     "one row of scales in blocks": Case(-8, 7, (1, 3), "q4g64", block=64, shape=(1, INPUTS)),
     "inputs that no block divides": Case(-8, 7, (ROWS, 1), "q4g64", shape=(ROWS, 50)),
     "zero points of 0": Case(-8, 7, (ROWS, 3), "q4g64", block=64, zeros=(ROWS, 3), zero=0),
@@ -203,3 +205,20 @@ def test_a_weight_that_is_computed_or_holds_no_integers_stays() -> None:
         inputs = (x, given) if isinstance(value, ScaleIntegers) else (x,)
         graph, report = Graph("g", inputs, (("y", Linear(x, value)),)), Report()
         assert KeepIntegers().run(graph, report) is graph and report.refusals == []
+
+
+@pytest.mark.parametrize(("largest", "holds"), [(2.0**-10.5, True), (2.0**-11.5, False)])
+def test_a_small_scale_may_lose_what_is_little_of_the_largest(largest: float, holds: bool) -> None:
+    """1.49 of f16's least number becomes 1 of it: that is 2^-25.03 less, 2^-14.5 and 2^-13.5 of the largest."""
+    why = _rounding_of(e.constant(np.array([1.49 * 2.0**-24, largest]), "f32"))
+    assert (why == "") == holds and ("f16 does not hold" in why) != holds
+
+
+def test_groups_that_no_encoding_has_are_refused() -> None:
+    case = CASES["blocks of 96"]
+    report = Report()
+    with reading(loader(case, False)):
+        after = KeepIntegers(group=12).run(graph_of(weight(case, False)), report)
+    assert not any(isinstance(op, PackGroups) for op in after.ops)
+    ((_, why),) = report.refusals
+    assert why.startswith("its integers are not kept: llm.pack_groups(") and "no encoding with groups of 12" in why

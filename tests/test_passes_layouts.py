@@ -76,9 +76,42 @@ def test_repeated_digits_are_none_of_the_source() -> None:
     assert [digit.repeated for digit in layout.leaves(0)] == [True]
 
 
-@pytest.mark.parametrize(("shape", "to"), [((6, 4), (4, 6)), ((2, 3), (3, 2)), ((S, 4), (4, S))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "to"), [((6, 4), (4, 6)), ((2, 3), (3, 2)), ((S, 4), (4, S)), ((2, 3), (2, 2, 3))], ids=str
+)
 def test_what_cuts_across_digits_is_not_followed(shape: tuple[int | Dim, ...], to: tuple[int | Dim, ...]) -> None:
     assert not Layout(shape).reshape(to)
+
+
+def test_what_is_repeated_a_free_number_of_times_may_be_there_once() -> None:
+    layout = Layout((1, 4))
+    layout.broadcast((S, 4))
+    assert [(digit.size, digit.repeated) for digit in layout.leaves(0)] == [(S, True)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "expected"),
+    [((2, 3, 4), (2, 0, 1), [s.Transpose]), ((2, 12), (1, 0, 2), [s.Reshape, s.Transpose, s.Reshape])],
+)
+def test_axes_are_taken_apart_where_their_digits_part(
+    shape: tuple[int, ...], order: tuple[int, ...], expected: list[type]
+) -> None:
+    """A transpose alone where each axis stays whole."""
+    source = Input("x", Tensor(shape, "f32"))
+    layout = Layout(shape)
+    assert layout.reshape((2, 3, 4))
+    digits = [digit for axis in layout.source() for digit in axis]
+    wanted = [digits[i] for i in order]
+    to = tuple(int(digit.size) for digit in wanted)  # type: ignore[arg-type]
+    found = arranged(source, layout.source(), wanted, to if len(shape) == 3 else (math.prod(to[:2]), to[2]))
+    kinds, value = [], found
+    while value is not source:
+        kinds.append(type(value))
+        value = value.operands[0]
+    assert kinds == expected
+    x = np.arange(24.0).reshape(shape)
+    moved = x.reshape(2, 3, 4).transpose(order)
+    np.testing.assert_array_equal(computed(found, {source: x}).reshape(moved.shape), moved)
 
 
 DIM = 8

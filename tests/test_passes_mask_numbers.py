@@ -278,3 +278,20 @@ def test_one_pair_that_differs_is_named(mask: Mask, place: tuple[int, int], numb
     # Nothing is said of a pair that no query of these is in.
     if place[0] > 0:
         require_mask(mask, bias[:, : place[0]], queries[: place[0]], keys)
+
+
+def test_what_is_added_to_all_keys_is_at_most_a_million() -> None:
+    assert mask_of(at_distances(1e6, 1e6, -math.inf, first=-1)) == Mask(True, 0, None)
+    with pytest.raises(Unrecognised, match=r"which f32 loses beside such a number$"):
+        mask_of(at_distances(1e6 + 0.5, 1e6 + 0.5, -math.inf, first=-1))
+
+
+def test_keys_that_a_steep_slope_hides_are_outside_of_no_window() -> None:
+    """One head's slope hides what is five back, another's does not."""
+    back = np.arange(9, -1, -1)
+    slopes = [(-1000.0 * d, -1.0 * d) for d in back]
+    assert mask_of(at_distances(*slopes, (-math.inf, -math.inf), first=-9)) == Mask(True, 0, (1000.0, 1.0))
+
+
+def test_of_one_token_nothing_is_a_slope() -> None:
+    assert mask_of(at_distances(3.0)) == Mask(False, 0, None)

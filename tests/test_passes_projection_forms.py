@@ -418,8 +418,17 @@ INTEGER_PRODUCTS: dict[str, tuple[Value, bool, str]] = {  # whether it becomes a
     "a scale a column": (times(ACTS, WEIGHTS, STEP, SCALES), True, ""),
     "scales first": (times(ACTS, WEIGHTS, e.Mul(SCALES, STEP)), True, ""),
     "scales on the left": (e.Mul(e.Mul(STEP, SCALES), times(ACTS, WEIGHTS)), True, ""),
+    "a row of scales": (times(ACTS, WEIGHTS, e.Mul(s.Reshape(SCALES, (1, 4)), STEP)), True, ""),
     "two scales": (times(ACTS, WEIGHTS, STEP, SCALES, e.constant(0.1, "f32")), True, ""),
     "no other scale": (times(ACTS, WEIGHTS, STEP), True, ""),
+    "a zero point in another shape": (
+        times(e.Sub(wide(rounded(zero=POINT)), wide(s.Reshape(POINT, (1, 1)))), WEIGHTS, STEP), True, "",
+    ),
+    "weights that are wide already": (
+        times(ACTS, param("wide", WIDTH, 4, dtype="i32").operands[0], STEP), True, "",  # type: ignore[attr-defined]
+    ),
+    "weights that a cast has narrowed": (times(ACTS, wide(e.Cast(INTEGERS, "i8")), STEP), True, ""),
+    "several rows of scales": (times(ACTS, WEIGHTS, param("rows", 3, 1, 4, dtype="f32"), STEP), False, FORM),
     "a scale of another shape": (times(ACTS, WEIGHTS, s.Reshape(STEP, (1, 1)), s.Reshape(SCALES, (1, 4))), True, ""),
     "a scale that is spread": (times(ACTS, WEIGHTS, s.Broadcast(STEP, (4,))), True, ""),
     "a zero point": (times(SHIFTED, WEIGHTS, STEP, SCALES), True, ""),

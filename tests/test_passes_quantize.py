@@ -328,3 +328,21 @@ def test_overrides_give_an_empty_scheme_for_other_names() -> None:
     assert [overrides.of([name]) for name in ("a.x", "b1", "b", "xa.x")] == ["int8", "int4", "", ""]
     assert overrides.of(["z", "b2"]) == "int4"
     assert overrides.unmatched(["a.b"]) == ["b?"]
+
+
+def test_an_override_that_another_one_hides_has_to_be_known_too() -> None:
+    with pytest.raises(CompileError, match="unknown scheme 'int5'"):
+        quantize(UNTIED, QuantizeWeights(overrides="*=int8;*.up.*=int5"))
+
+
+def test_weights_are_rounded_from_f32() -> None:
+    text = """
+graph @main {T in [1, 64]} (%x: tensor<[T, 32], f32>) {
+  @w: tensor<[8, 32], f64>
+  %0 = llm.linear(%x, @w, none, none) : tensor<[T, 8], f32>
+  return y = %0
+}
+"""
+    after, _ = quantize(parse(text), QuantizeWeights(scheme="int8"))
+    (linear,) = (op for op in after.ops if isinstance(op, Linear))
+    assert isinstance(linear.w, Quantize) and isinstance(linear.w.w, Cast) and linear.w.w.to == "f32"

@@ -150,6 +150,12 @@ def test_a_table_that_tokens_look_up(name: str) -> None:
     assert looks_up_tokens(unnamed, Graph("g", tuple(renamed.values()), (("y", unnamed),))) == alone
 
 
+def test_what_stands_before_ids_in_the_alphabet_is_no_token() -> None:
+    choices = Input("choices", IDS.type)
+    op = Embed(TABLE, choices)
+    assert not looks_up_tokens(op, Graph("g", (IDS, choices), (("y", op),)))
+
+
 def test_linears_are_listed_in_order() -> None:
     gated = GatedLinear(X, param("gate", 8, 6), None, "silu")
     graph = graph_of(gated, e.Neg(HEAD), Embed(TABLE, s.Argmax(X, 1)))
@@ -167,6 +173,10 @@ READS: dict[str, tuple[Value, list[str]]] = {
     "a vector": (e.Mul(X, param("v", 6)), []),
     "a vector under ones": (e.Mul(X, param("v", 1, 6)), []),
     "whole numbers": (e.Add(x(2, 6, name="n", dtype="i32"), param("n", 2, 6, dtype="i32")), []),
+    "a table of whole numbers": (
+        Embed(param("t", 9, 6, dtype="i8"), s.Argmax(X, 1)), ["its weight is i8, not floats"],
+    ),
+    "a weight that is computed": (Linear(X, x(8, 6, name="w")), ["its weight is computed at run time"]),
     "a matrix that is no weight": (s.Matmul(X, e.constant([[1.0] * 4] * 6, "f32")), []),
 }  # fmt: skip
 

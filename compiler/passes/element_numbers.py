@@ -106,7 +106,7 @@ class ElementNumbers:
         Such is what moves elements along an axis of free size: for these sizes two of its elements may be one, and for
         others not.
         """
-        if _moves_along_free_axes(value):
+        if moves_along_free_axes(value):
             return ()
         if isinstance(value, (*_MOVES, *_ELEMENTWISE, Concat)):
             return value.operands
@@ -170,7 +170,8 @@ class ElementNumbers:
         return np.arange(first, first + count, dtype=np.int64).reshape(shape)
 
 
-def _moves_along_free_axes(value: Value) -> bool:
+def moves_along_free_axes(value: Value) -> bool:
+    """Whether an op puts elements at other places of an axis of free size, as no one size of it shows."""
     if isinstance(value, Slice):
         return any(isinstance(size, Dim) for size in (value.x.shape[value.axis], value.start, value.stop))
     if isinstance(value, Concat):
@@ -191,7 +192,7 @@ def each_token_alone(op: Op) -> bool:
         return not isinstance(op.a.shape[-1], Dim)
     if isinstance(op, (Gather, GatherElements)):
         return not isinstance(op.x.shape[op.axis], Dim)
-    return isinstance(op, (*_MOVES, *_ELEMENTWISE, Concat)) and not _moves_along_free_axes(op)
+    return isinstance(op, (*_MOVES, *_ELEMENTWISE, Concat)) and not moves_along_free_axes(op)
 
 
 def _free_axes(shape: Shape) -> list[tuple[int | Dim, int | Dim]]:

@@ -63,7 +63,7 @@ class FuseRope(Pass, name="fuse-rope"):
             return _rope(found[op], renewed) if op in found else None
 
         after = rebuild(graph, build)
-        if angles is None or angles.lengths is None or not found:
+        if angles is None or angles.lengths is None:
             return after
         return Graph(graph.name, (*graph.inputs, angles.lengths), after.outputs)
 

@@ -91,7 +91,7 @@ def _integer_product(value: Value) -> tuple[RoundToIntegers, Value, Value | None
     weight, weight_zero = _centred(value.x.b)
     if not isinstance(rounded, RoundToIntegers) or rounded.x.dtype != value.dtype:
         return None
-    same = zero is rounded.zero or (zero is not None and rounded.zero is not None and _plain(zero) is rounded.zero)
+    same = zero is rounded.zero or (zero is not None and _plain(zero) is rounded.zero)
     return (rounded, weight, weight_zero) if same else None
 
 

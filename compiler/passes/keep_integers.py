@@ -11,10 +11,10 @@ from llmc.compiler.ir.elementwise import Add, Cast, Constant, Mul, Neg, Sub, con
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
-from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
-from llmc.compiler.ir.types import FLOATS, INTEGERS, Array
+from llmc.compiler.ir.types import Array
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import read_weight
 from llmc.compiler.passes.rewriting import uncast
@@ -85,9 +85,7 @@ class KeepIntegers(Pass, name="keep-integers"):
         q, axis = source.q, source.axis
         if turned:
             q, axis = Transpose(q, (1, 0)), 1 - axis
-        rows, inputs = q.shape
-        if not isinstance(inputs, int) or not isinstance(rows, int):
-            return f"its size {q.type} is not known"
+        rows, inputs = (static(dim) for dim in q.shape)
         block = source.block if source.block and axis == 1 else 0
         group = self.group if block % self.group == 0 else 32
         if block % group:
@@ -159,8 +157,6 @@ def _is_everywhere(zeros: Value | None, middle: int) -> bool:
     """Whether all zero points are `middle`; no zero points are 0."""
     if zeros is None:
         return middle == 0
-    if zeros.dtype not in (*INTEGERS, *FLOATS):
-        return False
     found = zeros.evaluate() if isinstance(zeros, Constant) else _read(zeros)
     return found is not None and bool(np.all(found == middle))
 
@@ -177,5 +173,5 @@ def _rounding_of(scales: Value) -> str:
     allowed = np.maximum(np.abs(exact) * ROUNDING, largest * SMALL)
     if np.all(error <= allowed):
         return ""
-    worst = float(np.nanmax(error)) / largest if largest else 0.0
+    worst = float(np.nanmax(error)) / largest
     return f"f16 does not hold its scales (up to {largest:.3g}): they would change by {worst:.1e} of the largest"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -49,9 +50,7 @@ _ARITHMETIC: dict[type[Op], Callable[..., z3.ArithRef]] = {
 }
 
 
-def proved_mask(
-    reader: PairReader, bias: Point, chosen: Point | None, factor: Point | None, exact_shift: bool = False
-) -> Mask:
+def proved_mask(reader: PairReader, bias: Point, chosen: Point | None, factor: Point | None, exact_shift: bool) -> Mask:
     """The causal mask or window that a bias over pairs is, for all of them; Unrecognised with a counterexample.
 
     chosen: where the product counts, as `score_chain.Apart` has it; a `factor` is not followed.
@@ -78,15 +77,15 @@ def proved_mask(
 
 def _window(reader: PairReader, terms: _Terms, hidden: z3.BoolRef) -> int:
     """How near the nearest key is that the last query does not see; 0: it sees all before it."""
-    last = terms.query == reader.most - 1
-    if not terms.possible(z3.And(hidden, last, terms.length == reader.most)):
+    longest = z3.And(terms.query == reader.most - 1, terms.length == reader.most)
+    if not terms.possible(z3.And(longest, hidden)):
         return 0
-    low, high = 0, reader.most - 1
-    while low < high:  # the nearest hidden distance is in low .. high
-        middle = (low + high) // 2
-        at = z3.And(hidden, last, terms.length == reader.most, terms.query - terms.key <= middle)
-        low, high = (low, middle) if terms.possible(at) else (middle + 1, high)
-    return low
+
+    def hides(distance: int) -> bool:
+        """Whether it does not see one of those so near or nearer."""
+        return terms.possible(z3.And(longest, hidden, terms.query - terms.key <= distance))
+
+    return bisect_left(range(reader.most), True, key=hides)
 
 
 @dataclass

@@ -159,7 +159,7 @@ def _differs(mask: Mask, relative: Floats, distances: Places) -> NDArray[np.bool
     """Where a relative bias [heads, ...] at distances [...] is not the mask; hidden keys may be so by any number."""
     slopes = np.asarray(mask.slopes or (0.0,)).reshape(-1, *(1,) * distances.ndim)
     said = np.where(mask.shows(distances), slopes * distances, -np.inf)
-    limit = _ROUNDING * np.abs(slopes) * max(1, int(np.abs(distances).max()))
+    limit = _ROUNDING * np.abs(slopes) * int(np.abs(distances).max())
     with np.errstate(invalid="ignore"):
         equal = np.abs(said - relative) <= limit
     both_hidden = (said <= HIDDEN) & (relative <= HIDDEN)

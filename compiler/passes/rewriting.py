@@ -70,11 +70,9 @@ def vector_of(value: Value, size: object) -> Value | None:
     The vector has the dtype in which it is stored, which may be narrower than that of `value`.
     """
     value = uncast(value)
-    while isinstance(value, (Reshape, Broadcast)) and value.rank >= 1 and value.shape[-1] == size:
-        if value.x.rank == 0 or value.x.shape[-1] != size or any(dim != 1 for dim in value.x.shape[:-1]):
-            break
+    while isinstance(value, (Reshape, Broadcast)) and value.shape[-1:] == value.x.shape[-1:] == (size,):
         value = uncast(value.x)
-    if value.rank == 0 or value.shape[-1] != size or product(value.shape) != size:
+    if value.shape[-1:] != (size,) or product(value.shape) != size:
         return None
     return value if value.rank == 1 else Reshape(value, (value.shape[-1],))
 

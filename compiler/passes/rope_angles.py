@@ -133,18 +133,17 @@ class Angles:
         if factors not in self._regimes:
             self._regimes[factors] = regimes(self.probe, factors)
         found = self._regimes[factors]
-        chosen: Value | None = None
-        for index, numbers in enumerate(found.values):
+        of_regimes: list[Value] = []
+        for numbers in found.values:
             own = {factor: settled(factor, numbers) for factor in factors}
-            angles = self._of_parts(_Parts(*(replace(part, factor=own[part.factor]) for part in parts.all)))
-            if chosen is None:
-                chosen = angles
-                continue
-            if self.lengths is None:
-                self.lengths = Input(LENGTHS, Tensor((1, self.size), "i32"))
-            longer = Greater(Reshape(self.lengths, (self.size, 1, 1)), constant(found.last[index - 1], "i32"))
+            of_regimes.append(self._of_parts(_Parts(*(replace(part, factor=own[part.factor]) for part in parts.all))))
+        chosen, *later = of_regimes
+        if later and self.lengths is None:
+            self.lengths = Input(LENGTHS, Tensor((1, self.size), "i32"))
+        for last, angles in zip(found.last, later, strict=True):
+            assert self.lengths is not None
+            longer = Greater(Reshape(self.lengths, (self.size, 1, 1)), constant(last, "i32"))
             chosen = Where(longer, angles, chosen)
-        assert chosen is not None
         return chosen
 
     def _of_parts(self, parts: _Parts) -> Value:

@@ -17,7 +17,7 @@ from llmc.compiler.ir.elementwise import Add, Cast, Mul, Neg, Sub
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Concat, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import FLOATS
-from llmc.compiler.passes.element_numbers import ONE, ElementNumbers, Numbers
+from llmc.compiler.passes.element_numbers import ONE, ElementNumbers, Numbers, moves_along_free_axes
 from llmc.compiler.passes.linear_maps import LinearMaps, Term
 from llmc.compiler.passes.probe import LENGTH, Probe
 from llmc.compiler.passes.rewriting import holds
@@ -130,8 +130,8 @@ class Rotations(LinearMaps):
             return None
         if not all(self._acts_on_rows(value) for value in nodes):
             return None
-        if any(isinstance(v, Cast) and not (holds(v.to, x.dtype) or holds(v.to, y.dtype)) for v in nodes):
-            return None  # it rounds to less than what it rotates and makes of it
+        if any(isinstance(v, Cast) and not holds(v.to, x.dtype) for v in nodes):
+            return None  # it rounds to less than what it rotates
         factors = tuple(dict.fromkeys(f for v in nodes if isinstance(v, Mul) and (f := self._factor(v)) is not None))
         try:
             terms = self.terms(x, nodes, self.numbers)
@@ -155,9 +155,7 @@ class Rotations(LinearMaps):
         """Whether an op moves no element along an axis whose size is not known, so that few tokens stand for any."""
         if self.is_text:
             return self._acts_on_tokens(value)
-        if isinstance(value, (Slice, Concat)):
-            return isinstance(value.shape[value.axis], int)
-        return True
+        return not moves_along_free_axes(value)
 
     def _acts_on_tokens(self, value: Value) -> bool:
         """Whether each token of a value of text is made of the same token of the operands, wherever it is.
@@ -166,7 +164,7 @@ class Rotations(LinearMaps):
         that has them on another axis has two such axes: these are none of these values.
         """
         token = self._token(value)
-        if token is None or token == value.rank - 1:
+        if token is None:
             return False
         if isinstance(value, Reshape):
             before = self._token(value.x)
@@ -194,8 +192,6 @@ def _turn(terms: list[Term], width: int) -> tuple[int, Turn] | None:
         coefficients.append(coefficient)
     places = np.stack(sources)  # [terms, channels]: channels of x, -1 where nothing is added
     start = int(places[places >= 0].min(initial=width))
-    if start + channels > width:
-        return None
     entries = _entries(places - start)
     paired = None if entries is None else _paired(entries)
     if entries is None or paired is None:
