@@ -291,6 +291,7 @@ def guard(runtime: Runtime, used: list[str]) -> None:
     class Guarded(Library):
         def __init__(self) -> None:
             self.run = guarded(library.run, "run")  # type: ignore[method-assign]
+            self.decode = guarded(library.decode, "run")  # type: ignore[method-assign]
 
     runtime.caller.library = Guarded()
 
@@ -422,15 +423,18 @@ def test_a_stream_is_closed_by_another_thread(kinds: dict[str, Path]) -> None:
 
         def run(self, step: int, threads: int) -> None:
             library.run(step, threads)
+
+        def decode(self, decoding: int, threads: int) -> None:
+            library.decode(decoding, threads)
             if len(stream.tokens) == 3:
                 inside.set()
-                closed.wait()
+                closed.wait(60)
 
     runtime.caller.library = Slow()
     texts: list[str] = []
     reader = threading.Thread(target=lambda: texts.append(stream.text()))
     reader.start()
-    inside.wait()
+    assert inside.wait(60)
     stream.close()
     closed.set()
     reader.join()
