@@ -50,10 +50,13 @@ def parts_of(tokens: int, part: int, most: int) -> int:
 def choose_splits(tiles: int, kv_heads: int, parts: int, threads: int) -> int:
     """Into how many units attention cuts the context of a query tile, where that is taken in up to `parts` parts.
 
-    One for every part, if threads would have too little to do with one for all of them. It decides who does the work,
-    not what is computed: a row's parts, and the order in which they are merged, follow from its position alone.
+    One for every part, if threads would have too little to do with one for all of them: none, or, where there are more
+    than two parts, so few that one waits for another. It decides who does the work, not what is computed: a row's
+    parts, and the order in which they are merged, follow from its position alone.
     """
-    return parts if threads > 1 and tiles * kv_heads < _UNITS_PER_THREAD * threads else 1
+    units = tiles * kv_heads
+    few = units < threads or (parts > 2 and units < _UNITS_PER_THREAD * threads)
+    return parts if threads > 1 and few else 1
 
 
 def choose_tile(counts: list[int], kv_heads: int, threads: int, most: int) -> int:

@@ -1,6 +1,7 @@
 /* See places.h. `runtime/batch.py` divides the work of the same step in the same way; a test says so. */
 #include "places.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
 enum { UNITS_PER_THREAD = 4, LEAST_TILE = 16 };
@@ -16,8 +17,9 @@ int64_t llmc_parts_of(const LlmcDivision *division, int64_t tokens) {
 }
 
 int64_t llmc_choose_splits(const LlmcDivision *division, int64_t tiles, int64_t parts) {
-    const int64_t threads = division->threads;
-    return threads > 1 && tiles * division->kv_heads < UNITS_PER_THREAD * threads ? parts : 1;
+    const int64_t threads = division->threads, units = tiles * division->kv_heads;
+    const bool is_few = units < threads || (parts > 2 && units < UNITS_PER_THREAD * threads);
+    return threads > 1 && is_few ? parts : 1;
 }
 
 int64_t llmc_choose_tile(const LlmcDivision *division, const LlmcPart *parts, int64_t number) {

@@ -45,7 +45,8 @@ void llmc_fill_step(LlmcStep *step, const LlmcTables *tables, const LlmcDivision
 int64_t llmc_parts_of(const LlmcDivision *division, int64_t tokens);
 
 /* Into how many units attention cuts the context of a query tile that is taken in up to `parts` parts: one for every part
- * if threads would have too little to do with one for all of them. It decides who does the work, not what is computed. */
+ * if threads would have too little to do with one for all of them (`choose_splits` of runtime/batch.py). It decides who
+ * does the work, not what is computed. */
 int64_t llmc_choose_splits(const LlmcDivision *division, int64_t tiles, int64_t parts);
 
 /* Rows of a query tile: division->tile, halved until every thread has a few units of work, but not below sixteen. */
