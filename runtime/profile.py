@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import truediv
@@ -260,14 +259,14 @@ def profile_phase(times: Sequence[KernelTime], limits: Limits, walls: Sequence[f
         bytes=moved,
         operations=sum(item.total.operations for item in times) / samples,
         in_cache=in_cache,
-        limit_percent=100 * statistics.median(map(truediv, least, walls)) if any(least) else None,
+        limit_percent=100 * spread(list(map(truediv, least, walls))).median if any(least) else None,
         kernels=tuple(sorted(kernels, key=lambda item: -item.share_percent)),
     )
 
 
 def _share(seconds: Sequence[float], walls: Sequence[float]) -> float:
     """Percent of a sample's wall time, the mean of all samples."""
-    return 100 * statistics.fmean(map(truediv, seconds, walls))
+    return 100 * float(np.mean(list(map(truediv, seconds, walls))))
 
 
 def _kernel_profile(item: KernelTime, limits: Limits, walls: Sequence[float], in_cache: bool) -> KernelProfile:
@@ -287,10 +286,10 @@ def _kernel_profile(item: KernelTime, limits: Limits, walls: Sequence[float], in
         share_percent=_share([sample.seconds for sample in item.samples], walls),
         bytes=total.bytes / samples,
         operations=total.operations / samples,
-        gigabytes_per_second=statistics.median(sample.bytes / sample.seconds for sample in called) / 1e9,
-        gops=statistics.median(sample.operations / sample.seconds for sample in called) / 1e9,
+        gigabytes_per_second=spread([sample.bytes / sample.seconds for sample in called]).median / 1e9,
+        gops=spread([sample.operations / sample.seconds for sample in called]).median / 1e9,
         limit=limit[1] if limit else None,
-        limit_percent=statistics.median(percents) if known else None,
+        limit_percent=spread(percents).median if known else None,
     )
 
 

@@ -35,6 +35,7 @@ from llmc.targets.x86.attention_matrix import (
     reduce_rows,
 )
 from llmc.targets.x86.detect import machine
+from llmc.targets.x86.isa import X86Bf16Dots
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -177,7 +178,7 @@ def test_powers_are_as_near_as_they_say_and_rows_reduce() -> None:
                     store(a.out, 16 + (r + half) * 16, isa.bf16_pair_to_f32(pairs, odd=half == 1), 16)
 
         pointers = [("x", "float32"), ("table", "int32"), ("out", "float32")]
-        return range_kernel(pointers, [], unit, isa.bf16_helper)
+        return range_kernel(pointers, [], unit, X86Bf16Dots(isa.lanes).helper)
 
     x = -np.abs(np.random.default_rng(0).standard_normal((16, 16)) * 20).astype(np.float32)
     x[3, :6] = 0, -1e30, -200, -127, -126, -1 / 256

@@ -172,7 +172,9 @@ typedef struct LlmcApi {
     int64_t (*length)(const LlmcSequence *sequence);
 
     /* Appends tokens: ids [count], in as few steps as it takes. Afterwards there are logits for `next`. On an error the
-     * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed. */
+     * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed.
+     * Where facts->row_kinds is 1, one token behind others counts as one that decodes: feed a prompt at once, or in
+     * pieces of two tokens and more. */
     int (*feed)(LlmcSequence *sequence, const int32_t *ids, int64_t count);
 
     /* `feed` of several sequences of one model, which share steps: that costs little more than one of them. ids [number]

@@ -53,6 +53,17 @@ class Products(Protocol):
         """(step, slot, stored weights, activations) of every product of `quads` quads from `first` on."""
 
 
+class NarrowDots(Protocol):
+    """The instructions that `PairSums` are made of."""
+
+    def dot_narrow(self, weights: Expr, activations: Expr) -> Expr:
+        """Sums of two adjacent products of stored weights and activations, as i16. The caller sees to it that they
+        fit."""
+
+    def widen(self, acc: Expr, narrow: Expr) -> Expr:
+        """acc (i32) + sums of two adjacent i16."""
+
+
 class Sums(ABC):
     """One strategy. registers: how many vectors a running sum takes. centre: what i16 sums of a whole group take from
     each stored weight, 0 where there are none."""
@@ -106,10 +117,12 @@ class WideSums(Sums):
 class PairSums(Sums):
     """Sums of pairs of products are added in i16, then in i32.
 
-    held: how many of them i16 holds from zero on. whole: i16 hold a whole group, where they start from `centre` times
-    the group's two sums of activations (`VectorIsa.pair_sums`), so that weights count from their centre on.
+    narrow: the instructions. held: how many of the sums i16 holds from zero on. whole: i16 hold a whole group, where
+    they start from `centre` times the group's two sums of activations (`VectorIsa.pair_sums`), so that weights count
+    from their centre on.
     """
 
+    narrow: NarrowDots
     held: int
     whole: bool
 
@@ -127,7 +140,7 @@ class PairSums(Sums):
         return isa.i16
 
     def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
-        return total + isa.dot_narrow(weights, activations)
+        return total + self.narrow.dot_narrow(weights, activations)
 
     def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
         return (self._whole if self.whole else self._parts)(products, weights)
@@ -141,10 +154,10 @@ class PairSums(Sums):
         with b.loop(products.quads // UNROLLED) as chunk:
             parts = b.Registers(count, isa.i16)
             for step, slot, w, a in products.operands(weights, chunk * UNROLLED, UNROLLED):
-                dots = isa.dot_narrow(w, a)
+                dots = self.narrow.dot_narrow(w, a)
                 parts[slot] = isa.in_place(parts[slot] + dots) if step else dots
             for slot in range(count):
-                sums[slot] = isa.widen(sums[slot], parts[slot])
+                sums[slot] = self.narrow.widen(sums[slot], parts[slot])
         return sums
 
     def _whole(self, products: Products, weights: Sequence[Weights]) -> b.Registers:
@@ -153,8 +166,8 @@ class PairSums(Sums):
         for slot in range(count):
             parts[slot] = products.narrow_start(slot)
         for _, slot, w, a in products.operands(weights, b.index(0), products.quads):
-            parts[slot] = isa.in_place(parts[slot] + isa.dot_narrow(w, a))
+            parts[slot] = isa.in_place(parts[slot] + self.narrow.dot_narrow(w, a))
         sums = b.Registers(count, isa.i32)
         for slot in range(count):
-            sums[slot] = isa.widen(products.start(slot), parts[slot])
+            sums[slot] = self.narrow.widen(products.start(slot), parts[slot])
         return sums

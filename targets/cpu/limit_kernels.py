@@ -73,6 +73,7 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
     """
     isa = isa_for(machine)
     rows, columns = _tile(isa)
+    dots = isa.bf16_dots if dtype == "bf16" else None
     byte_sums = isa.sums(4, 64)  # without a dot instruction: a multiplication and an addition of 16-bit sums
     element = {"int8": "int8", "bf16": "int32", "f32": "float32"}[dtype]
     lanes = isa.vector_bytes if dtype == "int8" else isa.lanes
@@ -81,8 +82,8 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
     def multiply_add(total: Expr, weight: Expr, activation: Expr) -> Expr:
         if dtype == "f32":
             return isa.fma(weight, activation, total)
-        if dtype == "bf16":
-            return isa.dot_bf16(total, weight, activation)
+        if dots is not None:
+            return dots.dot(total, weight, activation)
         return byte_sums.add(isa, total, weight, activation, 4)
 
     def body(p: dict[str, Expr], s: dict[str, Expr]) -> None:
@@ -108,7 +109,7 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
             total = total ^ tirx.reinterpret(isa.i32, sums[j])
         b.store_vector(isa, out, [0], total)
 
-    helpers = isa.bf16_helper if dtype == "bf16" else ""
+    helpers = "" if dots is None else dots.helper
     return b.plain_function([("input", element), ("output", "int32")], [], body, helpers)
 
 
@@ -118,7 +119,7 @@ def limit_kernels(machine: Machine) -> list[LimitKernel]:
     rows, columns = _tile(isa)
     found = [LimitKernel("read", kernel(limit_read, machine.key), READ_UNIT)]
     for dtype, factors in (("int8", 4), ("f32", 1), ("bf16", 2)):
-        if dtype == "bf16" and not isa.bf16_dot:
+        if dtype == "bf16" and isa.bf16_dots is None:
             continue
         operations = 2 * factors * isa.lanes * rows * columns * STEPS
         found.append(LimitKernel(dtype, kernel(limit_multiply, machine.key, dtype=dtype), operations, INPUT_BYTES))

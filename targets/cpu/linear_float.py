@@ -1,7 +1,7 @@
 """Linear ops that multiply in floating point: f32, f16 or bf16 weights, and quantized weights with f32 activations.
 
 Weights become f32 in registers (a few rows) or in a panel in the first-level cache (blocks of rows), and sums are f32
-fused multiply-adds. With bf16 activations and weights, pairs are multiplied (`VectorIsa.dot_bf16`).
+fused multiply-adds. With bf16 activations and weights, pairs are multiplied (`VectorIsa.bf16_dots`).
 
 All kernels take (x, data, scales and minimums if quantized, bias f32 [n] if any, residual f32 [T, features] if any,
 out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 * ceil(k / 2)].
@@ -17,7 +17,7 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_blocks import each_block
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.linear_quantized import quantized_layout
-from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
+from llmc.targets.cpu.vector_isa import Bf16Dots, VectorIsa, isa_for
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class _FloatWeights:
     """
 
     def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool) -> None:
-        if pairs and (layout.dtype != "bf16" or not isa.bf16_dot):
+        if pairs and (layout.dtype != "bf16" or isa.bf16_dots is None):
             raise ValueError(
                 f"bf16 activations need bf16 weights and products of their pairs, not {layout.dtype} on {isa.name}"
             )
-        self.isa, self.layout, self.n, self.k, self.pairs = isa, layout, n, k, pairs
+        self.isa, self.layout, self.n, self.k = isa, layout, n, k
+        self.dots = isa.bf16_dots if pairs else None
         self.terms = -(-k // 2) if pairs else k
         self.part = PART
         self.bundle = 2 if layout.dtype == "bf16" and not pairs else 1
@@ -65,10 +66,10 @@ class _FloatWeights:
                 return [isa.load(data, tile, first + term, 0)]
             if self.layout.dtype == "f16":
                 return [isa.f16_to_f32(isa.load(data, tile, first + term, 0))]
-            pair = first + term if self.pairs else (first + term) // 2
+            pair = first + term if self.dots else (first + term) // 2
             flat = b.view(handles["data"], [b.MANY, shape[0], isa.lanes * 2], "uint16")
             both = b.let(tirx.reinterpret(isa.i32, isa.load(flat, tile, pair, 0, lanes=isa.lanes * 2)))
-            return [both] if self.pairs else [isa.bf16_pair_to_f32(both, odd=i == 1) for i in range(count)]
+            return [both] if self.dots else [isa.bf16_pair_to_f32(both, odd=i == 1) for i in range(count)]
 
         return vectors
 
@@ -81,7 +82,7 @@ class _DequantizedWeights:
         self.terms, self.part, self.bundle = k, layout.group, 32 // layout.bits
         self.bundle_bytes = isa.vector_bytes
         self.tile_bytes = layout.groups(k) * layout.vectors * isa.vector_bytes
-        self.pairs = False
+        self.dots: Bf16Dots | None = None
 
     def pointers(self) -> list[tuple[str, str]]:
         minimums = [] if self.layout.symmetric else [("minimums", "float16")]
@@ -127,31 +128,30 @@ _Weights = _FloatWeights | _DequantizedWeights
 class _Activations:
     """The other factor: one activation, or one pair, in every lane."""
 
-    def __init__(self, isa: VectorIsa, k: int, pairs: bool, handle: Expr) -> None:
-        self.isa, self.pairs = isa, pairs
-        dtype, width = ("uint16", -(-k // 2) * 2) if pairs else ("float32", k)
+    def __init__(self, isa: VectorIsa, k: int, dots: Bf16Dots | None, handle: Expr) -> None:
+        self.isa, self.dots = isa, dots
+        dtype, width = ("uint16", -(-k // 2) * 2) if dots else ("float32", k)
         self.buffer: Buffer = b.view(handle, [b.MANY, width], dtype)
 
     def spread(self, row: Expr, term: Expr) -> Expr:
         """The activation, or the pair, of this term in every lane."""
         from tvm import tirx
 
-        if not self.pairs:
+        if self.dots is None:
             return self.isa.splat(self.buffer[row, term])
         pair = tirx.reinterpret("int32", self.isa.load(self.buffer, row, term * 2, lanes=2))
         return tirx.Broadcast(pair, self.isa.lanes)
 
     def multiply(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
         """total + weights * activations."""
-        return (self.isa.dot_bf16 if self.pairs else self._fma)(total, weights, spread)
-
-    def _fma(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
+        if self.dots is not None:
+            return self.dots.dot(total, weights, spread)
         return self.isa.fma(spread, weights, total)
 
 
 def _function(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, body: Callable[..., None]) -> PrimFunc:
-    pointers = [("x", "uint16" if weights.pairs else "float32"), *weights.pointers(), *epilogue.pointers()]
-    return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER + (isa.bf16_helper if weights.pairs else ""))
+    pointers = [("x", "uint16" if weights.dots else "float32"), *weights.pointers(), *epilogue.pointers()]
+    return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER + (weights.dots.helper if weights.dots else ""))
 
 
 def _steps(terms: int) -> Iterator[tuple[Expr, int]]:
@@ -215,7 +215,7 @@ def _rows_kernel(
     """
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        x = _Activations(isa, weights.k, weights.pairs, handles["x"])
+        x = _Activations(isa, weights.k, weights.dots, handles["x"])
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
             unit(x, handles, sizes["T"], b.let((sizes["begin"] + i) * tiles), block * rows)
 
@@ -279,9 +279,9 @@ def _blocks_kernel(
     lines = -(-UNROLLED // weights.bundle * weights.bundle_bytes // isa.cache_line) * tiles  # of a step, in all tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        x, tokens = _Activations(isa, weights.k, weights.pairs, handles["x"]), sizes["T"]
+        x, tokens = _Activations(isa, weights.k, weights.dots, handles["x"]), sizes["T"]
         data = b.view(handles["data"], [b.MANY], "uint8")
-        panel = b.scratch([tiles, weights.part], isa.i32 if weights.pairs else isa.f32)
+        panel = b.scratch([tiles, weights.part], isa.i32 if weights.dots else isa.f32)
         walk = each_block(
             isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
         )

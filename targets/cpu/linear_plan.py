@@ -162,7 +162,7 @@ def float_linear_plan(
     if activations not in ("bf16", "f32"):
         raise ValueError(f"unknown activations {activations!r} for float weights; known: bf16, f32")
     isa = isa_for(machine)
-    pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dot
+    pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dots is not None
     params = _params(n, k, gated, activation, bias, residual) | {"dtype": dtype, "pairs": pairs}
     layout = FloatLayout(dtype, isa.lanes, gated)
     return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32", in_company)

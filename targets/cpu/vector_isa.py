@@ -51,12 +51,25 @@ class Blocking:
     row_block: int
 
 
+class Bf16Dots(ABC):
+    """An instruction that multiplies pairs of bf16 and sums them into f32."""
+
+    @abstractmethod
+    def dot(self, acc: Expr, a: Expr, b: Expr) -> Expr:
+        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `helper`."""
+
+    @property
+    @abstractmethod
+    def helper(self) -> str:
+        """LLVM code that a kernel with `dot` imports."""
+
+
 @dataclass(frozen=True)
 class VectorIsa(ABC):
     """One instruction set.
 
-    lanes: 32-bit lanes of a register. registers: how many there are. bf16_dot: pairs of bf16 are multiplied and summed
-    into f32 by one instruction. signed_bytes: weights of 8 bits are stored signed, since bytes are multiplied so.
+    lanes: 32-bit lanes of a register. registers: how many there are. bf16_dots: None where no instruction multiplies
+    pairs of bf16. signed_bytes: weights of 8 bits are stored signed, since bytes are multiplied so.
     quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats. register_class: what inline
     assembly calls a vector register. cache_line: bytes. ahead_bytes: how far ahead of the multiplications a streamed
     tile is asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured
@@ -66,7 +79,7 @@ class VectorIsa(ABC):
     name: str
     lanes: int
     registers: int
-    bf16_dot: bool
+    bf16_dots: Bf16Dots | None
     signed_bytes: bool
     quantized_blocks: Blocking
     float_blocks: Blocking
@@ -187,15 +200,6 @@ class VectorIsa(ABC):
         bits = pairs & self.splat(-65536, "int32") if odd else pairs << self.splat(16, "int32")
         return tirx.reinterpret(self.f32, bits)
 
-    def dot_bf16(self, acc: Expr, a: Expr, b: Expr) -> Expr:
-        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot` and `bf16_helper`."""
-        raise NotImplementedError(f"{self.name} multiplies no pairs of bf16")
-
-    @property
-    def bf16_helper(self) -> str:
-        """LLVM code that a kernel with `dot_bf16` imports."""
-        raise NotImplementedError(f"{self.name} multiplies no pairs of bf16")
-
     # Bytes
 
     def low_nibbles(self, packed: Expr) -> Expr:
@@ -229,14 +233,6 @@ class VectorIsa(ABC):
     @abstractmethod
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
-
-    def dot_narrow(self, weights: Expr, activations: Expr) -> Expr:
-        """Sums of two adjacent u8 x s8 products as i16, for `PairSums`. The caller sees to it that they fit."""
-        raise NotImplementedError(f"{self.name} sums no products in 16 bits")
-
-    def widen(self, acc: Expr, narrow: Expr) -> Expr:
-        """acc (i32) + sums of two adjacent i16."""
-        raise NotImplementedError(f"{self.name} sums no products in 16 bits")
 
     def in_place(self, sums: Expr) -> Expr:
         """`sums` (i16 or i32), computed here and in this order. Needs `in_place_helper`.

@@ -44,7 +44,7 @@ from llmc.targets.cpu.vectors import (
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.isa import X86Isa, isa_for
+from llmc.targets.x86.isa import X86Bf16Dots, X86Isa, isa_for
 from llmc.targets.x86.tiles import COLUMNS, ROWS, WORDS
 from llmc.targets.x86.tiles import INPUTS as DEPTH
 
@@ -96,7 +96,7 @@ def attention_matrix(
         causal,
         span,
     )
-    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + isa.bf16_helper, ("PROMPT",))
+    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + X86Bf16Dots(isa.lanes).helper, ("PROMPT",))
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
@@ -457,6 +457,7 @@ class TallBody(TileBody):
             at = (row + r) * lanes
             store(t.total, at, load(t.total, at, lanes) * factor, lanes)
         table = [let(load_bytes(t.excess, half * lanes)) for half in range(2)]
+        dots = X86Bf16Dots(lanes)
         with loop(ROWS) as r:
             shift = let(splat(splat(FIXED + BIAS, 1) - load(t.peaks, r, 1), lanes))
             total = scratch(lanes, "float32")
@@ -467,7 +468,7 @@ class TallBody(TileBody):
                 low, high = (let(load(t.scores, start + half * lanes, lanes) + shift) for half in range(2))
                 pairs = let(power_pairs(self.isa, low, high, table))
                 ones = self.isa.splat(0x3F803F80, "int32")
-                store(total, 0, self.isa.dot_bf16(load(total, 0, lanes), pairs, ones), lanes)
+                store(total, 0, dots.dot(load(total, 0, lanes), pairs, ones), lanes)
                 store_vector(self.isa, t.weights, [place * WORDS + r * lanes], pairs)
             store(t.total, (row + r) * lanes, load(total, 0, lanes), lanes)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.group_sums import PairSums, Sums, WideSums
-from llmc.targets.cpu.vector_isa import Blocking, VectorIsa, llvm_call
+from llmc.targets.cpu.vector_isa import Bf16Dots, Blocking, VectorIsa, llvm_call
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
@@ -16,22 +16,19 @@ LEAST = ("avx2", "fma", "f16c")  # what all vector kernels are written for
 
 
 @dataclass(frozen=True)
-class X86Isa(VectorIsa):
-    """lanes: 8 or 16. vnni: bytes are multiplied and summed into i32 by one instruction (`vpdpbusd`)."""
+class X86Bf16Dots(Bf16Dots):
+    """`vdpbf16ps` of so many lanes."""
 
-    vnni: bool = False
+    lanes: int
 
-    # Floating point
-
-    def dot_bf16(self, acc: Expr, a: Expr, b: Expr) -> Expr:
-        """acc + a.even*b.even + a.odd*b.odd on bf16 pairs held in i32 lanes. Needs `bf16_dot` and `bf16_helper`."""
+    def dot(self, acc: Expr, a: Expr, b: Expr) -> Expr:
         from tvm import tirx
 
-        return tirx.call_pure_extern(self.f32, "llmc_dot_bf16", acc, a, b)
+        return tirx.call_pure_extern(f"float32x{self.lanes}", "llmc_dot_bf16", acc, a, b)
 
     @property
-    def bf16_helper(self) -> str:
-        """LLVM code that a kernel with `dot_bf16` imports: TVM turns every bf16 it sees into f32, so none may show."""
+    def helper(self) -> str:
+        """TVM turns every bf16 it sees into f32, so none may show."""
         f32, i32, bf16 = (f"<{self.lanes * m} x {t}>" for m, t in ((1, "float"), (1, "i32"), (2, "bfloat")))
         name = f"@llvm.x86.avx512bf16.dpbf16ps.{self.lanes * 32}"
         return f"""
@@ -44,8 +41,17 @@ class X86Isa(VectorIsa):
             }}
         """
 
+
+@dataclass(frozen=True)
+class X86Isa(VectorIsa):
+    """lanes: 8 or 16. vnni: bytes are multiplied and summed into i32 by one instruction (`vpdpbusd`)."""
+
+    vnni: bool = False
+
+    # Floating point
+
     def pack_pairs(self, even: Expr, odd: Expr) -> Expr:
-        """Two f32 vectors as bf16 pairs in i32 lanes, rounded to nearest even. Needs `bf16_dot` and `pairs_helper`."""
+        """Two f32 vectors as bf16 pairs in i32 lanes, rounded to nearest even. Needs `bf16_dots` and `pairs_helper`."""
         from tvm import tirx
 
         return tirx.call_pure_extern(self.i32, "llmc_pack_pairs", even, odd)
@@ -107,7 +113,7 @@ class X86Isa(VectorIsa):
 
     def sums(self, bits: int, group: int) -> Sums:
         """4-bit weights without VNNI: 8 dots of 2 * 15 * 127 are 30480, which i16 hold."""
-        return PairSums(8, whole=self.pair_sums(group)) if bits == 4 and not self.vnni else WideSums()
+        return PairSums(self, 8, whole=self.pair_sums(group)) if bits == 4 and not self.vnni else WideSums()
 
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
@@ -146,14 +152,14 @@ def _wide(vnni: bool, bf16: bool) -> X86Isa:
     """AVX-512."""
     blocks = Blocking(6, 4, 192) if vnni else Blocking(4, 4, 64)
     name = "avx512vnni" if vnni else "avx512"
-    return X86Isa(name, 16, 32, bf16, not vnni, blocks, Blocking(6, 4, 96), "v", vnni=vnni)
+    return X86Isa(name, 16, 32, X86Bf16Dots(16) if bf16 else None, not vnni, blocks, Blocking(6, 4, 96), "v", vnni=vnni)
 
 
 def _narrow(vnni: bool) -> X86Isa:
     """AVX2."""
     blocks = Blocking(3, 4, 96) if vnni else Blocking(4, 2, 64)
     name = "avxvnni" if vnni else "avx2"
-    return X86Isa(name, 8, 16, False, not vnni, blocks, Blocking(6, 2, 96), "v", vnni=vnni)
+    return X86Isa(name, 8, 16, None, not vnni, blocks, Blocking(6, 2, 96), "v", vnni=vnni)
 
 
 def missing(machine: Machine) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ READING = 4.0  # what reading the activations costs a panel of one tile, as a pa
 
 def usable(machine: Machine) -> bool:
     """Whether linear ops run on tiles here."""
-    return has_tiles(machine, "bf16") and isa_for(machine).lanes == 16 and isa_for(machine).bf16_dot
+    return has_tiles(machine, "bf16") and isa_for(machine).lanes == 16 and isa_for(machine).bf16_dots is not None
 
 
 def rows_from(bits: int) -> int:

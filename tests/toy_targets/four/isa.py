@@ -40,4 +40,4 @@ def missing(machine: Machine) -> tuple[str, ...]:
 
 
 def isa_for(machine: Machine) -> FourLanes:
-    return FourLanes("four", 4, 16, False, True, Blocking(2, 2, 32), Blocking(2, 2, 32), "x")
+    return FourLanes("four", 4, 16, None, True, Blocking(2, 2, 32), Blocking(2, 2, 32), "x")
