@@ -1,4 +1,4 @@
-"""Load an artifact's code and call it: the C interface of step.h and pool.h, through ctypes."""
+"""Load an artifact's code and call it: the C interface of step.h and pool.h, through ctypes (layer.h: `layer.py`)."""
 
 from __future__ import annotations
 
@@ -52,20 +52,6 @@ class Step(ctypes.Structure):
     )
 
 
-class Decoding(ctypes.Structure):
-    """`LlmcDecoding` of decode.h."""
-
-    _fields_ = (
-        ("step", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("last_pages", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("tiles", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-    )
-
-
 def _why_not_loaded(path: Path, error: OSError) -> str:
     """What to say of code that the loader refused."""
     try:
@@ -108,7 +94,7 @@ class Library:
             raise ArtifactError(_why_not_loaded(path, error)) from error
         self._handle = handle
         try:
-            self._run, self._decode = handle.llmc_run, handle.llmc_decode
+            self._run = handle.llmc_run
             self._hash = handle.llmc_hash
             self.choose, self._choose_bytes = handle.llmc_choose, handle.llmc_choose_bytes
             pool_create, pool_use, abi = handle.llmc_pool_create, handle.llmc_pool_use, handle.llmc_abi
@@ -118,7 +104,6 @@ class Library:
             ) from error
         self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         self._run.restype = ctypes.c_int
-        self._decode.argtypes, self._decode.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
         self._hash.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._hash.restype = None
         self.choose.argtypes, self.choose.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
@@ -203,13 +188,6 @@ class Library:
         """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
         what the manifest's `failures` say of it."""
         code = self._run(step, threads)
-        if code:
-            raise self._failure(code)
-
-    def decode(self, decoding: int, threads: int) -> None:
-        """Runs one step of one token a sequence, and fills in where they go. decoding: the address of a filled
-        `Decoding`. Raises `StepError` as `run` does."""
-        code = self._decode(decoding, threads)
         if code:
             raise self._failure(code)
 

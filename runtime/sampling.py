@@ -23,6 +23,10 @@ from llmc.runtime.memory import address, reserve
 
 _NO_CHOICE = -2  # of choose.h
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
+INFINITE = (
+    "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too large, or "
+    "a penalty too small"
+)
 
 
 class Choice(ctypes.Structure):
@@ -139,8 +143,10 @@ class Sampler:
         self._processors = processors
         self._random = np.random.Generator(np.random.PCG64(options.seed))
         self._penalty = options.repetition_penalty != 1 and processors is None
-        self._known: set[int] = set()
-        self._seen = np.zeros(chooser.vocab_size if self._penalty else 0, np.int32)
+        self._drawn: NDArray[np.float64] = np.zeros(0)  # random numbers that were made, and are not used yet
+        penalized = chooser.vocab_size if self._penalty else 0
+        self._known = np.zeros(penalized, np.uint8)  # 1 for those that are in _seen
+        self._seen = np.zeros(penalized, np.int32)
         self._greedy = options.greedy
         top_h = not self._greedy and options.top_h > 0
         self._plain = processors is None and not top_h and (self._greedy or not options.filters_late)
@@ -162,18 +168,50 @@ class Sampler:
             self._processors.observe(ids)
         if not self._penalty:
             return
+        count = self._choice.seen_count
         for token in ids:
-            if token not in self._known:
-                self._seen[len(self._known)] = token
-                self._known.add(token)
-        self._choice.seen_count = len(self._known)
+            if not self._known[token]:
+                self._known[token] = 1
+                self._seen[count] = token
+                count += 1
+        self._choice.seen_count = count
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the artifact chooses by itself, without numpy before or after it: then it may write on its own."""
+        return self._plain
+
+    @property
+    def choice(self) -> int:
+        """The address of the `Choice`, for who chooses by it: whose tokens are observed by that."""
+        return self._address
+
+    @property
+    def known(self) -> int | None:
+        """The address of the flags of the ids that a penalty is for, uint8 [vocab]; None: there is no penalty."""
+        return address(self._known) if self._penalty else None
+
+    def draws(self, count: int) -> NDArray[np.float64] | None:
+        """The next random numbers, float64 [count]; None where nothing is drawn. `drawn` says how many were used."""
+        if self._greedy:
+            return None
+        missing = count - len(self._drawn)
+        if missing > 0:
+            self._drawn = np.concatenate([self._drawn, self._random.random(missing)])
+        return self._drawn[:count]
+
+    def drawn(self, count: int) -> None:
+        """So many of them were used."""
+        if not self._greedy:
+            self._drawn = self._drawn[count:]
 
     def choose(self, place: int) -> int:
         """The next token. place: where its logits lie, float32 [vocab]; they are as before afterwards."""
         choice = self._choice
         choice.logits = place if self._plain else self._changed(place)
         if not self._greedy:
-            choice.uniform = self._random.random()
+            choice.uniform = self.draws(1)[0]  # type: ignore[index]
+            self.drawn(1)
         token = self._chooser.choose(self._address)
         if token < 0:
             raise self._no_token(place)
@@ -216,7 +254,4 @@ class Sampler:
                 "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "
                 "no_repeat_ngram_size and the like; an empty list or 0 turns one off)"
             )
-        return RuntimeStateError(
-            "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
-            "too large, or a penalty too small"
-        )
+        return RuntimeStateError(INFINITE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from llmc.runtime.memory import address, reserve
 from llmc.runtime.profile import StepSizes
 
 if TYPE_CHECKING:
+    from llmc.runtime.layer import Layer
     from llmc.runtime.weights import Weights
 
 
@@ -25,6 +27,8 @@ class StepCaller:
         self.facts = artifact.manifest.step
         self.library = library
         self.threads = threads
+        self.layer: Layer | None = None  # what runs the steps, where it is not `call`
+        self.tables: dict[str, NDArray[np.int32]] = {}
         self.source: Weights | None = None  # where the weights are, if that may change from one step to the next
         self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
         self.profile = np.zeros(len(self.facts.calls), np.int64)
@@ -49,17 +53,51 @@ class StepCaller:
 
     def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
-        self._call(self.library.run, self._address)
-
-    def _call(self, run: Callable[[int, int], None], place: int) -> None:
-        """Runs a step by the library's `run`, which takes the address of what describes it."""
         self.settle()
-        if not self.profiling:
-            run(place, self.threads)
+        before = self.profile.copy() if self.profiling else None
+        self.library.run(self._address, self.threads)
+        if before is not None:
+            self.taken.append(self.profile - before)
+
+    def make_tables(self, context: int) -> dict[str, NDArray[np.int32]]:
+        """The int32 tables of a step of several sequences of `context` tokens at most, where the struct says."""
+        most = self.facts.max_step
+        columns = -(-context // max(1, self.facts.page))
+        shapes = {"starts": (most + 1,), "tiles": (most, 4), "block_table": (most * max(1, columns),)}
+        for name in ("ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table"):
+            self.tables[name] = int32(shapes.get(name, (most,)))
+            setattr(self.step, name, address(self.tables[name]))
+        return self.tables
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[Layer]:
+        """The session layer, ready for a call that runs steps. Those whose times are noted, or that someone watches, are
+        run from here, and all others by C."""
+        assert self.layer is not None
+        self.settle()
+        if not self.profiling and type(self.library) is Library:
+            yield self.layer
             return
+        self.layer.hook(self._run_profiled if self.profiling else self.library.run)
+        try:
+            yield self.layer
+        finally:
+            self.layer.hook(None)  # it would keep this object alive
+
+    def _run_profiled(self, step: int, threads: int) -> None:
         before = self.profile.copy()
-        run(place, self.threads)
+        self.library.run(step, threads)
         self.taken.append(self.profile - before)
+        self.profiled.append(StepSizes(tuple(self.step.sizes), self._places()))
+
+    def _places(self) -> tuple[tuple[int, int], ...]:
+        """(first position, tokens) of each sequence of the step."""
+        tiles = self.tables["tiles"][: self.step.sizes[1]]
+        starts = np.full(self.step.sizes[2], np.iinfo(np.int32).max, np.int64)
+        counts = np.zeros(len(starts), np.int64)
+        np.minimum.at(starts, tiles[:, 0], tiles[:, 3])
+        np.add.at(counts, tiles[:, 0], tiles[:, 2])
+        return tuple(zip(starts.tolist(), counts.tolist(), strict=True))
 
 
 def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:

@@ -9,7 +9,7 @@ is compared with what the graph gives in numpy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS, KV, NUMPY_DTYPES, Array, Tensor
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.library import Decoding, Library
+from llmc.runtime.library import Library
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.runtime import Runtime
 from llmc.targets.lowering import LoweredOp, Program
@@ -233,26 +233,8 @@ class _Watcher:
 
     def run(self, step: int, threads: int) -> None:
         """What `Library.run` does, watched."""
-        self._watch(lambda: self.library.run(step, threads))
-
-    def decode(self, decoding: int, threads: int) -> None:
-        """What `Library.decode` does, watched. What it fills in is filled in here before, to be seen."""
-        given = Decoding.from_address(decoding)
-
-        one, four = ctypes.c_int32 * given.count, ctypes.c_int32 * (4 * given.count)
-        positions, last_pages = one.from_address(given.positions), one.from_address(given.last_pages)
-        slots, tiles = one.from_address(given.slots), four.from_address(given.tiles)
-        for index in range(given.count):
-            slots[index] = last_pages[index] * given.page + positions[index] % given.page
-            tiles[4 * index + 3] = positions[index]
-        filled = [*slots, *tiles]
-        self._watch(lambda: self.library.decode(decoding, threads))
-        if filled != [*slots, *tiles]:
-            raise CompileError("the artifact's code puts tokens that decode into other places than the runtime says")
-
-    def _watch(self, run: Callable[[], None]) -> None:
         facts = self._facts()
-        run()
+        self.library.run(step, threads)
         self.steps += 1
         again = self.replay.run(facts, self._compare if self.meanings else None)
         self._same_bits(facts, again)

@@ -146,7 +146,7 @@ def test_a_fork_and_a_rollback_go_on_like_fresh_sequences(fake: Path) -> None:
 def test_a_sequence_stays_in_its_regime(tmp_path: Path) -> None:
     """Growing into another would need all of it again: that is for Python, or for who says what he expects."""
     step = {**fake_artifact.manifest()["step"], "regimes": [8]}  # type: ignore[dict-item]
-    path = fake_artifact.write(tmp_path / "model.so", own_facts=True, step=step)
+    path = fake_artifact.write(tmp_path / "model.so", step=step)
     with Model(path) as model:
         short, long = model.sequence(), model.sequence(9)
         model.feed(short, LONG[:8])
@@ -202,7 +202,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_a_machine_without_a_feature_is_refused(tmp_path: Path) -> None:
     def needing(*features: str) -> Path:
         target = {"name": "x", "arch": cpu.architecture(), "features": features}
-        return fake_artifact.write(tmp_path / f"{len(features)}.so", own_facts=True, target=target)
+        return fake_artifact.write(tmp_path / f"{len(features)}.so", target=target)
 
     Model(needing(*sorted(cpu.features())))  # all that there is, by LLVM's names
     with pytest.raises(CodeError, match="needs avx9000, which this CPU does not have") as error:
@@ -240,7 +240,7 @@ def test_python_and_c_use_one_artifact_in_one_process(fake: Path) -> None:
 
 
 def test_texts_are_encoded_side_by_side(tmp_path: Path) -> None:
-    path = fake_kinds.write_encoder(tmp_path / "model.so", own_facts=True)
+    path = fake_kinds.write_encoder(tmp_path / "model.so")
     random = np.random.default_rng(1)
     lengths = [1, 40, 7, 33, 12, 1, 39, 2, 2, 31]
     texts = [random.integers(0, fake_artifact.VOCAB, length).tolist() for length in lengths]
@@ -263,7 +263,7 @@ def test_texts_are_encoded_side_by_side(tmp_path: Path) -> None:
 
 def test_arrays_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CodeError, match="takes arrays: use it from Python") as error:
-        Model(fake_kinds.write_arrays(tmp_path / "model.so", own_facts=True))
+        Model(fake_kinds.write_arrays(tmp_path / "model.so"))
     assert error.value.args[0] == UNSUPPORTED
 
 
