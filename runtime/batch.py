@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence as Items
 from typing import Literal
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.errors import ContextError
 from llmc.runtime.kv_cache import CacheBuffers
-from llmc.runtime.layer import Layer, Text, Writing
+from llmc.runtime.layer import Layer, Writing
 from llmc.runtime.library import Library
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.sequence import Sequence
@@ -76,21 +75,14 @@ class StepRunner(StepCaller):
             return rows
         return self.layer.step(address(out[done:]))
 
-    def write(self, texts: Items[Text], deadline: int, times: NDArray[np.int64] | None = None) -> BaseException | None:
-        """Writes texts side by side, a token each in turn, until one of them ends, or until the deadline (nanoseconds
-        of `time.monotonic_ns`), but one token at least (csrc/layer.h). Returns the error that ended it, if one did.
-
-        times: int64 [most tokens], takes up when each turn was over.
-        """
-        array = (Text * len(texts))(*texts)
-        writing = Writing(
-            texts=ctypes.addressof(array), number=len(texts), deadline=deadline,
-            times=None if times is None else address(times),
-        )  # fmt: skip
-        with self.calling() as layer:
-            error = layer.write(writing)
-        for text, written in zip(texts, array, strict=True):
-            text.count, text.end = written.count, written.end
+    def write(self, writing: Writing) -> BaseException | None:
+        """Writes texts (csrc/layer.h). Returns the error that ended it, if one did: what was written before it counts."""
+        if self.is_watched:
+            with self.calling() as layer:
+                error = layer.write(writing)
+        else:  # for a text whose tokens are wanted one by one, every microsecond is paid per token
+            self.settle()
+            error = self.layer.write(writing)
         if error is not None and not isinstance(error, Exception):
             raise error  # an interrupt
         return error

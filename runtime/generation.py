@@ -190,7 +190,7 @@ class Writer:
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
         settings, seed, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids, len(prompt))
         self._limits = limits
-        self._runtime = runtime
+        self._has_regimes = bool(runtime.manifest.step.regimes)
         self._sampler = make_sampler(settings, seed, limits, runtime.chooser, prompt.tolist())
         self._tokenizer = runtime.tokenizer
         self._detokenizer = Detokenizer(self._tokenizer, prompt.tolist())
@@ -209,14 +209,14 @@ class Writer:
     def draft(self, sequence: Cached, whole: bool) -> Draft | None:
         """For tokens that C chooses and feeds one after the other, until it may be over; None: the next one is chosen
         here. whole: nobody waits for each token's text."""
-        if not self._sampler.is_plain or sequence.changes_regime(1):
+        if not self._sampler.is_plain or (self._has_regimes and sequence.changes_regime(1)):
             return None
         if self._draft is None:
             self._draft = Draft(sequence.place, self._sampler, self._limits.stop_ids)
         most = min(self._limits.max_tokens, self._room + 1) - len(self.tokens)
         # A stop string is looked for after each token; and so is a change of regime, where all of them are fed again.
-        is_watched = bool(self._limits.stop or self._runtime.manifest.step.regimes)
-        self._draft.begin(self.tokens[-1], most if whole and not is_watched else 1)
+        one_by_one = self._limits.stop or self._has_regimes or not whole
+        self._draft.begin(self.tokens[-1], 1 if one_by_one else most)
         return self._draft
 
     def choose(self, place: int) -> str:
@@ -231,10 +231,11 @@ class Writer:
         self.tokens += tokens
         if not tokens:
             return ""
-        *others, last = tokens
-        piece = "".join(self._write_one(token) for token in others) if self._limits.stop else ""
-        if not self._limits.stop and others:
-            piece = self._matcher.feed(self._detokenizer.add(*others))
+        piece, last = "", tokens[-1]
+        if len(tokens) > 1 and self._limits.stop:
+            piece = "".join(map(self._write_one, tokens[:-1]))
+        elif len(tokens) > 1:
+            piece = self._matcher.feed(self._detokenizer.add(*tokens[:-1]))
         if last in self._limits.stop_ids:
             return piece + self._end("stop", self._special(last))
         piece += self._write_one(last)
@@ -250,13 +251,13 @@ class Writer:
         return self._tokenizer.special_text(token) if self._limits.stop else ""
 
     def _write_one(self, token: int) -> str:
+        if not self._limits.stop:
+            return self._matcher.feed(self._detokenizer.add(token))
         special = self._special(token)
         if special:
             return self._matcher.skip(special, self._detokenizer.pending)
         piece = self._matcher.feed(self._detokenizer.add(token))
-        if self._limits.stop:
-            piece += self._matcher.look(self._detokenizer.pending)
-        return piece
+        return piece + self._matcher.look(self._detokenizer.pending)
 
     def _end(self, reason: str, special: str = "") -> str:
         self.finish_reason = reason
@@ -365,14 +366,17 @@ def _write_on(
 ) -> tuple[list[str], list[RuntimeStateError | None], BaseException | None]:
     """The next piece of each text that has begun, why there is no other behind it, and the error of a step that failed
     after them. One token each, or as many as nobody has to look at (`Writer.draft`)."""
-    drafts = [writer.draft(one, whole) for one, writer in zip(sequences, writers, strict=True)]
-    ready = [draft for draft in drafts if draft is not None]
-    if len(ready) < len(drafts):
+    ready: list[Draft] = []
+    for sequence, writer in zip(sequences, writers, strict=True):
+        draft = writer.draft(sequence, whole)
+        if draft is not None:
+            ready.append(draft)
+    if len(ready) < len(writers):
         places = runtime.decode(sequences, [writer.tokens[-1] for writer in writers])
         pairs = [_attempt(writer, place) for writer, place in zip(writers, places, strict=True)]
         return [piece for piece, _ in pairs], [error for _, error in pairs], None
     ends = [writer.end_time for writer in writers if writer.end_time is not None]
-    failed = runtime.write(sequences, ready, min(ends, default=None))
+    failed = runtime.write(sequences, ready, min(ends) if ends else None)
     pieces = [writer.write(draft.take()) for writer, draft in zip(writers, ready, strict=True)]
     return pieces, [draft.error for draft in ready], failed
 

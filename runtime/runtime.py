@@ -329,7 +329,8 @@ class Runtime:
         for sequence in sequences:
             if sequence.runtime is not self:
                 raise RuntimeStateError("this sequence belongs to another runtime")
-            sequence.check_open()
+            if sequence.closed:
+                raise RuntimeStateError("this sequence is closed")
 
     def _step(
         self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None

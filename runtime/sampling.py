@@ -22,6 +22,7 @@ from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
 from llmc.runtime.memory import address, reserve
 
 _NO_CHOICE = -2  # of choose.h
+_DRAWS = 64  # random numbers that are made together
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
 INFINITE = (
     "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too large, or "
@@ -143,7 +144,8 @@ class Sampler:
         self._processors = processors
         self._random = np.random.Generator(np.random.PCG64(options.seed))
         self._penalty = options.repetition_penalty != 1 and processors is None
-        self._drawn: NDArray[np.float64] = np.zeros(0)  # random numbers that were made, and are not used yet
+        self._draws: NDArray[np.float64] = np.zeros(0)  # random numbers that were made, and how many of them are used
+        self._used = self._draws_place = 0
         penalized = chooser.vocab_size if self._penalty else 0
         self._known = np.zeros(penalized, np.uint8)  # 1 for those that are in _seen
         self._seen = np.zeros(penalized, np.int32)
@@ -191,26 +193,29 @@ class Sampler:
         """The address of the flags of the ids that a penalty is for, uint8 [vocab]; None: there is no penalty."""
         return address(self._known) if self._penalty else None
 
-    def draws(self, count: int) -> NDArray[np.float64] | None:
-        """The next random numbers, float64 [count]; None where nothing is drawn. `drawn` says how many were used."""
+    def draws(self, count: int) -> int | None:
+        """Where the next random numbers lie, float64 [count], until more are asked for; None where nothing is drawn.
+        `drawn` says how many were used."""
         if self._greedy:
             return None
-        missing = count - len(self._drawn)
-        if missing > 0:
-            self._drawn = np.concatenate([self._drawn, self._random.random(missing)])
-        return self._drawn[:count]
+        left = len(self._draws) - self._used
+        if left < count:
+            new = self._random.random(max(count - left, _DRAWS))
+            self._draws, self._used = np.concatenate([self._draws[self._used :], new]), 0
+            self._draws_place = address(self._draws)
+        return self._draws_place + 8 * self._used
 
     def drawn(self, count: int) -> None:
         """So many of them were used."""
-        if not self._greedy:
-            self._drawn = self._drawn[count:]
+        self._used += count
 
     def choose(self, place: int) -> int:
         """The next token. place: where its logits lie, float32 [vocab]; they are as before afterwards."""
         choice = self._choice
         choice.logits = place if self._plain else self._changed(place)
         if not self._greedy:
-            choice.uniform = self.draws(1)[0]  # type: ignore[index]
+            self.draws(1)
+            choice.uniform = self._draws[self._used]
             self.drawn(1)
         token = self._chooser.choose(self._address)
         if token < 0:

@@ -69,13 +69,18 @@ class StepCaller:
             setattr(self.step, name, address(self.tables[name]))
         return self.tables
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether steps are run from here, one by one: their times are noted, or something stands in for the library."""
+        return self.profiling or type(self.library) is not Library
+
     @contextlib.contextmanager
     def calling(self) -> Iterator[Layer]:
         """The session layer, ready for a call that runs steps. Those whose times are noted, or that someone watches, are
         run from here, and all others by C."""
         assert self.layer is not None
         self.settle()
-        if not self.profiling and type(self.library) is Library:
+        if not self.is_watched:
             yield self.layer
             return
         self.layer.hook(self._run_profiled if self.profiling else self.library.run)
