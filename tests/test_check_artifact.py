@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,8 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
 from llmc.errors import CompileError
 from llmc.frontends.lifted import Lifted
-from llmc.runtime.batch import StepRunner
-from llmc.targets import memory
+from llmc.runtime.library import Step
+from llmc.targets import check_artifact, memory
 from llmc.targets.cpu import library, rules
 
 CONTEXT = 80  # several pages and more than one query tile
@@ -128,14 +129,15 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
         monkeypatch.setattr(library, "generate_step", short)
     elif what == "runtime":
-        fill = StepRunner._fill_tokens
+        run = check_artifact._Watcher.run
 
-        def late(self: StepRunner, runs: list[object]) -> tuple[int, int, int]:
-            found = fill(self, runs)  # type: ignore[arg-type]
-            self.positions[: found[0]] += 1
-            return found
+        def late(self: check_artifact._Watcher, step: int, threads: int) -> None:
+            given = Step.from_address(step)
+            positions = (ctypes.c_int32 * given.sizes[0]).from_address(given.positions)
+            positions[:] = [position + 1 for position in positions]
+            run(self, step, threads)
 
-        monkeypatch.setattr(StepRunner, "_fill_tokens", late)
+        monkeypatch.setattr(check_artifact._Watcher, "run", late)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from fake_kinds import MAX_STEP, MAX_TOKENS, encoder_facts, reference, word_toke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.runtime.batch import choose_tile
 from llmc.runtime.errors import ContextError, RuntimeStateError, TextError
 from llmc.runtime.runtime import Runtime
 
@@ -285,7 +284,6 @@ def test_no_step_is_half_empty_without_need(model: Runtime) -> None:
     finally:
         model.set_profiling(False)
     assert profiled == [MAX_STEP // 10] * 5
-    assert choose_tile([10] * 6, 1, 2, 16) == 16
 
 
 def test_a_tokenizer_that_cuts_and_pads_by_itself(tmp_path: Path, model: Runtime) -> None:
