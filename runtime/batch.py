@@ -15,7 +15,7 @@ from llmc.runtime.layer import Layer, Writing
 from llmc.runtime.library import Library
 from llmc.runtime.memory import address, reserve
 from llmc.runtime.sequence import Sequence
-from llmc.runtime.step_call import StepCaller, int32
+from llmc.runtime.step_call import StepCaller
 
 Rows = Literal["all", "last", "none"]
 # What is fed to a sequence: token ids int32 [n] that lie one after the other, and which of their rows are wanted.
@@ -28,15 +28,14 @@ class StepRunner(StepCaller):
     def __init__(self, artifact: Artifact, library: Library, weights: int, buffers: CacheBuffers, threads: int) -> None:
         super().__init__(artifact, library, weights, threads)
         self.buffers = buffers
+        self.logits: NDArray[np.float32] = np.zeros((0, self.facts.vocab_size), np.float32)
         facts, manifest = self.facts, artifact.manifest
         self.max_context = manifest.max_context
         if facts.state != "paged":
             self.max_context = min(self.max_context, facts.max_step)  # every step sees the whole sequence
-        self.logits: NDArray[np.float32] = reserve((facts.max_step, facts.vocab_size), np.float32)  # type: ignore[assignment]
         self.step.cache, self.step.cache_pages = address(buffers.table), buffers.pages
-        self.layer: Layer = Layer(
-            library, manifest, self.step, self.make_tables(self.max_context), self.logits, threads
-        )
+        self.layer: Layer = Layer(library, manifest, self.step, self.make_tables(self.max_context), threads)
+        self._make_room(1)
 
     def feed(self, feeds: Items[Feed], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """Appends tokens to sequences, each once, in as few steps of `max_step` tokens as it takes. Returns the logits
@@ -49,6 +48,9 @@ class StepRunner(StepCaller):
             self.check_context(sequence, len(ids))
             first_row = 0 if rows == "all" else len(ids) - (rows == "last")
             requests.append((sequence.place, ids, first_row))
+        total = sum(len(ids) - first_row for _, ids, first_row in requests)
+        if out is None or address(out) % 64 or self.facts.vocab_size % 16:
+            self._make_room(min(total, self.facts.max_step))
         with self.calling() as layer:
             layer.begin(requests)
             try:
@@ -56,7 +58,6 @@ class StepRunner(StepCaller):
                 if out is None and not layer.left:
                     return self.logits[:done]
                 if out is None:
-                    total = sum(len(ids) - first_row for _, ids, first_row in requests)
                     out = np.empty((total, self.facts.vocab_size), np.float32)
                     out[:done] = self.logits[:done]
                 while layer.left:
@@ -75,8 +76,15 @@ class StepRunner(StepCaller):
             return rows
         return self.layer.step(address(out[done:]))
 
+    def _make_room(self, rows: int) -> None:
+        """Makes the runner's own buffer one for so many rows of a step, at least."""
+        if rows > len(self.logits):
+            self.logits = reserve((rows, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
+            self.layer.write_logits_to(self.logits)
+
     def write(self, writing: Writing) -> BaseException | None:
-        """Writes texts (csrc/layer.h). Returns the error that ended it, if one did: what was written before it counts."""
+        """Writes texts (csrc/layer.h). Returns the error that ended it, if one did: what came before it counts."""
+        self._make_room(min(writing.number, self.facts.max_step))
         if self.is_watched:
             with self.calling() as layer:
                 error = layer.write(writing)

@@ -176,8 +176,8 @@ def _close(models: list[int], close: Callable[[int], int], _kept: tuple[object, 
 
 
 class Layer:
-    """One artifact's sequences and steps, in memory of its caller: a filled `Step`, whose sizes it sets, and int32 tables
-    by their names, as this process sees them. logits: float32 [max_step, vocab]; None of an encoder.
+    """One artifact's sequences and steps, in memory of its caller: a filled `Step`, whose sizes it sets, and int32
+    tables by their names, as this process sees them.
 
     One thread at a time. Raises what a step raises, `CacheFullError` and `ContextError`; each says that nothing changed
     but what was committed before.
@@ -189,14 +189,13 @@ class Layer:
         manifest: Manifest,
         step: Step,
         tables: Mapping[str, NDArray[np.int32]],
-        logits: NDArray[np.float32] | None,
         threads: int,
     ) -> None:
         facts = manifest.step
         self._options = LayerOptions(
             bytes=ctypes.sizeof(LayerOptions), step=ctypes.addressof(step),
             tables=Tables(**{name: address(table) for name, table in tables.items()}),
-            logits=None if logits is None else address(logits), threads=threads, state=_STATES[facts.state],
+            threads=threads, state=_STATES[facts.state],
             vocabulary=facts.vocab_size, max_context=manifest.max_context, max_step=facts.max_step, page=facts.page,
         )  # fmt: skip
         self._call = functions = _functions(library)
@@ -208,7 +207,7 @@ class Layer:
         self._check(functions["layer_open"](ctypes.byref(self._options), ctypes.byref(model)))
         assert model.value is not None
         self._models = [model.value]  # empty once it is closed
-        kept = (library, self._options, step, dict(tables), logits)
+        kept = (library, self._options, step, dict(tables))
         weakref.finalize(self, _close, self._models, functions["close"], kept).atexit = False
 
     def _check(self, code: int) -> None:
@@ -259,6 +258,12 @@ class Layer:
             return 0
 
         self._options.hooks.run = _NO_RUN if run is None else _Run(call)
+
+    def write_logits_to(self, logits: NDArray[np.float32]) -> None:
+        """From now on, rows of logits go to this array, float32 [rows of any step, vocab], 64-byte aligned, unless
+        `step` is given another place."""
+        self._logits = logits
+        self._options.logits = address(logits)
 
     # Pages and sequences: numbers are where those of C lie
 

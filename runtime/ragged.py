@@ -47,7 +47,7 @@ class RaggedRunner(StepCaller):
         self._wanted = np.zeros(max(1, len(self.outputs)), np.uint64)
         self.step.outputs = address(self._wanted)
         self.step.cache, self.step.cache_pages = address(self.buffers.table), self.buffers.pages
-        self.layer: Layer = Layer(library, manifest, self.step, self.make_tables(facts.max_step), None, threads)
+        self.layer: Layer = Layer(library, manifest, self.step, self.make_tables(facts.max_step), threads)
 
     def fitting(self, lengths: Sequence[int]) -> int:
         """How many of the first sequences go into one step: at least one, whatever its length."""

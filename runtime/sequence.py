@@ -21,9 +21,9 @@ class Sequence:
     """Tokens that the model has seen, with their keys and values in the cache.
 
     It stands for a sequence of the session layer (csrc/sequence.c), which has its tokens and counts its pages. Between
-    calls these are exactly the pages that `length` tokens need, all of them computed in `regime` (`StepFacts.regimes`: a
-    model for long contexts may compute every token differently once there are many). Made by `Runtime.sequence()`. Use
-    it from one thread at a time; close it, or use it in a `with` block, so that its pages can serve others.
+    calls these are exactly the pages that `length` tokens need, all computed in `regime` (`StepFacts.regimes`: a model
+    for long contexts may compute every token differently once there are many). Made by `Runtime.sequence()`. Use it
+    from one thread at a time; close it, or use it in a `with` block, so that its pages can serve others.
     """
 
     def __init__(self, runtime: Runtime, place: int) -> None:

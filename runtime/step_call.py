@@ -71,13 +71,13 @@ class StepCaller:
 
     @property
     def is_watched(self) -> bool:
-        """Whether steps are run from here, one by one: their times are noted, or something stands in for the library."""
+        """Whether steps are run from here, one by one: they are timed, or something stands in for the library."""
         return self.profiling or type(self.library) is not Library
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[Layer]:
-        """The session layer, ready for a call that runs steps. Those whose times are noted, or that someone watches, are
-        run from here, and all others by C."""
+        """The session layer, ready for a call that runs steps. Those that are watched are run from here, and all others
+        by C."""
         assert self.layer is not None
         self.settle()
         if not self.is_watched:

@@ -31,7 +31,7 @@ class Draft:
     def __init__(self, place: int, sampler: Sampler, stop_ids: Iterable[int] = ()) -> None:
         """place: of its sequence (`Sequence.place`)."""
         self._sampler = sampler
-        self._stops = np.array(sorted(stop_ids), np.int32)
+        self._stops = np.array([stop for stop in sorted(stop_ids) if 0 <= stop < 1 << 31], np.int32)
         self._tokens = np.zeros(MOST + 1, np.int32)
         self._view = self._tokens.data  # plain integers go through this in a fraction of the time that numpy takes
         self.text = layer.Text(

@@ -242,8 +242,8 @@ def write(
     tokenizer_facts: object = _DEFAULT,
     **changes: object,
 ) -> Path:
-    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest, which
-    the code has too, where it has such facts."""
+    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest,
+    which the code has too, where it has such facts."""
     if tokenizer_facts is not _DEFAULT:
         changes["tokenizer"] = tokenizer_facts
     code = library(source, _coded_facts(manifest(**changes)))

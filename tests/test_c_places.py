@@ -107,7 +107,7 @@ def test_tiles_end_where_the_positions_say(
     assert tiles[0, 1] == 0 and ends[-1] == count and (tiles[1:, 1] == ends[:-1]).all()
     length = 1 if decoding else size
     assert all((start + end) % length == 0 for end in ends[:-1].tolist())
-    assert all((start + begin) // length == (start + end - 1) // length for begin, end in zip(tiles[:, 1], ends))
+    assert ((start + tiles[:, 1]) // length == (start + ends - 1) // length).all()
 
 
 def test_tables_say_where_every_token_is(places: ctypes.CDLL) -> None:

@@ -17,12 +17,10 @@ from hypothesis import strategies as st
 
 from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
-from llmc.runtime import manifest
-from llmc.runtime import layer
+from llmc.runtime import layer, manifest
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
-
 
 STRUCTS = {
     "Step": Step, "Hooks": layer.Hooks, "Tables": layer.Tables, "Layer": layer.LayerOptions, "Pages": layer.Pages,

@@ -221,7 +221,7 @@ int llmc_feed_step(LlmcModel *model, float *logits, int64_t *rows) {
     LlmcFeed *feed = &model->feed;
     const int64_t parts = gather_parts(model);
     for (int64_t i = 0; i < parts; i++) leave_behind(feed->requests[feed->next + i].sequence);
-    const int code = llmc_run_parts(model, parts, logits != NULL ? logits : model->logits);
+    const int code = llmc_run_parts(model, parts, logits != NULL ? logits : *model->logits);
     *rows = code == LLMC_OK ? model->step->sizes[LLMC_ROWS] : 0;
     if (code != LLMC_OK) return code;
     for (int64_t i = 0; i < parts; i++) {
@@ -236,7 +236,7 @@ int llmc_feed_step(LlmcModel *model, float *logits, int64_t *rows) {
 /* All steps of a feed of requests that each want the last row: their sequences have these logits then. */
 static int run_all(LlmcModel *model) {
     const LlmcFeed *feed = &model->feed;
-    const size_t bytes = (size_t)llmc_facts.vocabulary * sizeof *model->logits;
+    const size_t bytes = (size_t)llmc_facts.vocabulary * sizeof(float);
     while (llmc_feed_left(model) > 0) {
         const int64_t first = feed->next;
         int64_t rows;
@@ -247,7 +247,7 @@ static int run_all(LlmcModel *model) {
         for (int64_t i = 0; i < rows; i++) {
             LlmcSequence *sequence = feed->requests[first + i].sequence;
             if (model->step->logits != sequence->logits) {
-                memcpy(sequence->logits, model->logits + i * llmc_facts.vocabulary, bytes);
+                memcpy(sequence->logits, *model->logits + i * llmc_facts.vocabulary, bytes);
             }
             sequence->has_logits = true;
         }

@@ -13,7 +13,7 @@ static int check_facts(const LlmcLayer *layer) {
         layer->max_step == facts->max_step && layer->page == facts->page) {
         return LLMC_OK;
     }
-    return llmc_fail(LLMC_ERROR_FILE, "the artifact's code was made for another manifest than it has");
+    return llmc_fail(LLMC_ERROR_FILE, "the artifact's code was made for another manifest than it has: compile the model again");
 }
 
 int llmc_layer_open(const LlmcLayer *layer, LlmcModel **model) {
@@ -27,7 +27,7 @@ int llmc_layer_open(const LlmcLayer *layer, LlmcModel **model) {
     made->hooks = &layer->hooks;
     made->step = layer->step;
     made->tables = layer->tables;
-    made->logits = layer->logits;
+    made->logits = &layer->logits;
     code = llmc_make_places(made, layer->threads, llmc_facts.layer_count > 0 ? layer->step->cache_pages : 0);
     if (code == LLMC_OK) {
         *model = made;

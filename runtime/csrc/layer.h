@@ -26,7 +26,7 @@ typedef struct LlmcLayer {
     int64_t bytes; /* of this struct */
     LlmcStep *step;
     LlmcTables tables;
-    float *logits; /* [max_step, vocabulary]: where rows go, 64-byte aligned; NULL where there are none */
+    float *logits; /* where rows go, 64-byte aligned, with room for those of any step; NULL where there are none */
     LlmcHooks hooks;
     int64_t threads;
     /* What the manifest says: refused where the code says otherwise. */
@@ -34,7 +34,7 @@ typedef struct LlmcLayer {
 } LlmcLayer;
 
 /* A model over memory that is not its own; `llmc_close` gives back the rest, and all sequences. layer: has to stay where
- * it is while the model is open; its hooks may be changed between calls. */
+ * it is while the model is open; its logits and its hooks may be changed between calls. */
 int llmc_layer_open(const LlmcLayer *layer, LlmcModel **model);
 
 /* What of a model and of a sequence may be read between calls. */

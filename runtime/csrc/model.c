@@ -136,7 +136,8 @@ static int make_logits(LlmcModel *model) {
     LlmcOwn *own = &model->own;
     own->logits_bytes = facts->max_step * facts->vocabulary * (int64_t)sizeof(float);
     own->scratch_bytes = llmc_choose_bytes(facts->vocabulary);
-    model->logits = own->logits = llmc_reserve(own->logits_bytes);
+    own->logits = llmc_reserve(own->logits_bytes);
+    model->logits = &own->logits;
     own->scratch = llmc_reserve_huge(own->scratch_bytes);
     own->seen = llmc_reserve(facts->vocabulary * (int64_t)sizeof *own->seen);
     own->known = llmc_reserve(facts->vocabulary);

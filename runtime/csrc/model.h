@@ -55,7 +55,7 @@ struct LlmcModel {
     LlmcPages pages;
     LlmcSequence *sequences; /* all of them, linked */
     LlmcFeed feed;
-    float *logits; /* [max_step, vocabulary]: of steps whose rows are nobody's own */
+    float *const *logits; /* where [rows, vocabulary] lies, of steps whose rows are nobody's own */
     LlmcOwn own;
 };
 

@@ -70,7 +70,7 @@ static int write_round(LlmcModel *model, LlmcText *texts, LlmcRequest *requests,
         int64_t rows;
         code = llmc_feed_step(model, NULL, &rows);
         for (int64_t i = 0; i < rows; i++) {
-            *going &= choose_next(model, &text[i], model->logits + i * llmc_facts.vocabulary);
+            *going &= choose_next(model, &text[i], *model->logits + i * llmc_facts.vocabulary);
         }
     }
     llmc_feed_end(model);
