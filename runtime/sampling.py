@@ -25,8 +25,8 @@ _NO_CHOICE = -2  # of choose.h
 _DRAWS = 64  # random numbers that are made together
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
 INFINITE = (
-    "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too large, "
-    "or a penalty too small"
+    "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too "
+    "large, or a penalty too small"
 )
 
 
