@@ -151,13 +151,15 @@ def _run_once(
         following = _likeliest(runtime, lambda: runtime.step_last(list(zip(sequences, prompts, strict=True))))
         prefill = time.perf_counter() - start
         before_decoding()
-        return prefill, _decode(runtime, sequences, following, gen_tokens, say) if gen_tokens else []
+        return prefill, decode_greedily(runtime, sequences, following, gen_tokens, say) if gen_tokens else []
     finally:
         for sequence in sequences:
             sequence.close()
 
 
-def _decode(runtime: Runtime, sequences: list[Sequence], first: list[int], count: int, say: Tell) -> list[float]:
+def decode_greedily(
+    runtime: Runtime, sequences: list[Sequence], first: list[int], count: int, say: Tell = lambda _phase, _total: None
+) -> list[float]:
     """Writes so many greedy tokens behind the first of each sequence, as `generate` does. Seconds of each step."""
     greedy = Sampler(SamplingOptions(), runtime.chooser)
     drafts = [Draft(sequence.place, greedy) for sequence in sequences]

@@ -175,8 +175,8 @@ typedef struct LlmcApi {
      * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed. A
      * sequence that grows into another regime is computed anew: after an error in the middle of that it has those of
      * its tokens, from the first on, that are done (`length`).
-     * Where facts->row_kinds is 1, one token behind others counts as one that decodes: feed a prompt at once, or in
-     * pieces of two tokens and more. */
+     * Where facts->row_kinds is 1, one token behind others that were fed counts as one that decodes: feed a prompt at
+     * once, or in pieces of two tokens and more. */
     int (*feed)(LlmcSequence *sequence, const int32_t *ids, int64_t count);
 
     /* `feed` of several sequences of one model, which share steps: that costs little more than one of them. ids [number]
