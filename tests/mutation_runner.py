@@ -23,7 +23,7 @@ from mutation_forks import Forks
 
 MEMORY = 8 << 30  # bytes that a mutant may ask for besides what is there
 FILE_SECONDS = 3000.0  # for the tests of one file, with nothing changed
-OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow")
+OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no")
 PASSED, FAILED, SAME = 0, 1, 3
 KILLER = "killer.txt"  # in a copy's folder: the test that failed
 OUTCOMES = {PASSED: "survived", SAME: "same code", None: "late"}
@@ -216,7 +216,9 @@ class Runner:
         """Every mutant, in a copy of its own."""
         items = {item.nodeid: item for item in session.items}
         from cosmic_ray.ast import get_ast
+        from onnx_node_cases import node_cases
 
+        node_cases()  # takes longer than all that tests do with it
         killers: dict[str, Counter[str]] = {module: Counter() for module in self.files.values()}
         self.trees = {mutant.module: get_ast((ROOT / mutant.module).read_text()) for mutant in self.mutants}
         gc.freeze()  # the trees too
