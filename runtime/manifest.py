@@ -6,7 +6,7 @@ plan, provenance) are kept as they are.
 
     {"schema": 1, "abi": 6, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
-     "target": {"name", "arch": "x86_64", "features": ["avx2", ...], "device": "host" (where it is missing)},
+     "target": {"name", "arch": "x86_64", "features": ["avx2", ...], "device": "host", also if missing},
      "step": {"max_step", "page", "tile", "max_splits", "part", "arena_bytes", "vocab_size",
               "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
               "row_kinds": true where prompts and decoding are computed differently,
