@@ -42,8 +42,7 @@ class Host:
         self._run, self._decode, self._choose = library.run, library.decode, library.choose
 
     def reserve(self, nbytes: int, use: Use) -> Buffer:
-        array = aligned_empty((nbytes,), np.uint8) if use is Use.RESULT else reserve(nbytes, use is Use.DENSE)
-        return _buffer(array)
+        return _buffer(aligned_empty(nbytes) if use is Use.RESULT else reserve(nbytes, use is Use.DENSE))
 
     def reads_in_place(self, data: NDArray[np.generic]) -> bool:
         return data.flags.c_contiguous and data.size > 0 and address(data) % ALIGNMENT == 0

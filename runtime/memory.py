@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import mmap
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from llmc.runtime.device import ALIGNMENT
 from llmc.runtime.errors import RuntimeStateError
@@ -28,16 +26,14 @@ def reserve(nbytes: int, huge_pages: bool = False) -> NDArray[np.uint8]:
     return np.frombuffer(mapping, np.uint8, nbytes)
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An array that a step may write to: 64-byte aligned, with an address also where it has no element."""
-    kind = np.dtype(dtype)
-    count = math.prod(shape)
+def aligned_empty(nbytes: int) -> NDArray[np.uint8]:
+    """Bytes that a step may write to: 64-byte aligned, with an address also where there is none."""
     try:
-        data = np.empty(count * kind.itemsize + ALIGNMENT, np.uint8)
+        data = np.empty(nbytes + ALIGNMENT, np.uint8)
     except (MemoryError, ValueError) as error:
-        raise RuntimeStateError(f"there is no memory for an array of {count * kind.itemsize:,} bytes") from error
+        raise RuntimeStateError(f"there is no memory for an array of {nbytes:,} bytes") from error
     start = -address(data) % ALIGNMENT
-    return np.ndarray(shape, kind, data.data, start)
+    return data[start : start + nbytes]
 
 
 def address(array: NDArray[np.generic]) -> int:
