@@ -76,6 +76,7 @@ def build_manifest(
             "name": program.machine.name,
             "arch": program.machine.architecture,
             "features": sorted(program.machine.features),
+            "device": program.machine.device,
             "machine": program.machine.mcpu,
         },
         "step": {

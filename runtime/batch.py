@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
+from llmc.runtime.device import ALIGNMENT, Device, Place, Use
 from llmc.runtime.kv_cache import CacheBuffers
-from llmc.runtime.library import Decoding, Library
-from llmc.runtime.memory import address, reserve
+from llmc.runtime.library import Decoding
 from llmc.runtime.profile import StepSizes
 from llmc.runtime.sequence import Sequence
-from llmc.runtime.step_call import StepCaller, int32
+from llmc.runtime.step_call import StepCaller
 
 _UNITS_PER_THREAD = 4
 _LEAST_TILE = 16
@@ -82,58 +82,58 @@ def cut(start: int, count: int, tile: int) -> tuple[NDArray[np.int32], NDArray[n
 class StepRunner(StepCaller):
     """Steps that continue sequences from a cache. One thread at a time."""
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, buffers: CacheBuffers, threads: int) -> None:
-        super().__init__(artifact, library, weights, threads)
+    def __init__(self, artifact: Artifact, device: Device, weights: Place, buffers: CacheBuffers) -> None:
+        super().__init__(artifact, device, weights)
         self.buffers = buffers
         self.kv_heads = min((layer.kv_heads for layer in artifact.manifest.layers), default=1)
         most = self.facts.max_step
-        self.ids = int32((most,))
-        self.positions = int32((most,))
-        self.slots = int32((most,))
-        self.lengths = int32((most,))
-        self.rows = int32((most,))
-        self.tiles = int32((most, 4))
-        self.block_table = int32((1024,))
-        self.logits: NDArray[np.float32] = reserve((1, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
-        for name in ("ids", "positions", "slots", "rows", "tiles", "block_table", "logits", "lengths"):
-            setattr(self.step, name, address(getattr(self, name)))
+        self.ids = self.int32("ids", (most,))
+        self.positions = self.int32("positions", (most,))
+        self.slots = self.int32("slots", (most,))
+        self.lengths = self.int32("lengths", (most,))
+        self.rows = self.int32("rows", (most,))
+        self.tiles = self.int32("tiles", (most, 4))
+        self.block_table = self.int32("block_table", (1024,))
+        self.row_bytes = 4 * self.facts.vocab_size
+        self.logits = device.reserve(self.row_bytes, Use.SPARSE)
+        self.step.logits = self.logits.number
         # Plain integers go through these in a fraction of the time that numpy takes.
         self._ids_view, self._positions_view = self.ids.data, self.positions.data
-        self._last_pages = int32((most,))
+        self._last_pages = self.int32("last_pages", (most,))
         self._decoding = Decoding(
-            step=self._address, positions=address(self.positions), last_pages=address(self._last_pages),
-            slots=address(self.slots), tiles=address(self.tiles), page=self.facts.page,
+            step=ctypes.addressof(self.step), last_pages=self.tables["last_pages"].number, page=self.facts.page,
+            positions=self.step.positions, slots=self.step.slots, tiles=self.step.tiles,
         )  # fmt: skip
-        self._decoding_address = ctypes.addressof(self._decoding)
         # What the last step left in the tables, if it was one of `decode`: the stamp of each sequence.
         self._stamps: list[int] = []
-        self._places: list[int] = []
-        self.step.cache, self.step.cache_pages = address(buffers.table), buffers.pages
+        self._places: list[Place] = []
+        self.step.cache, self.step.cache_pages = buffers.number, buffers.pages
 
-    def run(self, runs: list[Run], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """One step over at most max_step tokens. Returns the logits, float32 [rows, vocab], in the order of the runs.
+    def run(self, runs: list[Run], out: Place | None = None) -> Place:
+        """One step over at most max_step tokens. Returns where the logits are, float32 [rows, vocab], in the order of
+        the runs.
 
         out: where to put them; otherwise they lie in the runner's own buffer, and the next step overwrites them.
         """
         self._stamps = []
         tokens, tiles, rows = self._fill_tokens(runs)
         pages = self._fill_block_table([run.sequence for run in runs])
-        buffer = self._logits_buffer(rows) if out is None or address(out) % 64 else out
+        place = self._logits_place(rows) if out is None or out.number % ALIGNMENT else out
         splits = self._splits(tiles, [run.start + len(run.ids) for run in runs])
         sizes = (tokens, tiles, len(runs), pages, rows, splits, int(not all(run.decoding for run in runs)))
         self.step.sizes[:] = sizes
-        self.step.logits = address(buffer)
+        self.step.logits = place.number
         self.call()
         if self.profiling:
             places = tuple((run.start, len(run.ids)) for run in runs)
             self.profiled.append(StepSizes(sizes, places))
         if out is None:
-            return buffer[:rows]
-        if buffer is not out:
-            out[:] = buffer[:rows]
+            return place
+        if place is not out:
+            self.device.copy(place, out, rows * self.row_bytes)
         return out
 
-    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[int]:
+    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[Place]:
         """One step of one token of each sequence. Returns where the logits of each lie, float32 [vocab]."""
         stamps = [sequence.stamp for sequence in sequences]
         if stamps != self._stamps:
@@ -147,7 +147,7 @@ class StepRunner(StepCaller):
             count = len(tokens)
             self._ids_view[:count] = array("i", tokens)
             self._positions_view[:count] = array("i", [sequence.length for sequence in sequences])
-        self._call(self.library.decode, self._decoding_address)
+        self.call(self._decoding)
         if self.profiling:
             places = tuple((sequence.length, 1) for sequence in sequences)
             self.profiled.append(StepSizes(tuple(self.step.sizes), places))
@@ -167,9 +167,9 @@ class StepRunner(StepCaller):
         self._decoding.count = count
         splits = self._splits(count, [sequence.length + 1 for sequence in sequences])
         self.step.sizes[:] = (count, count, count, pages, count, splits, 0)
-        logits = self._logits_buffer(count)
-        self.step.logits = first = address(logits)
-        self._places = [first + index * logits.strides[0] for index in range(count)]
+        first = self._logits_place(count)
+        self.step.logits = first.number
+        self._places = [first + index * self.row_bytes for index in range(count)]
 
     def _splits(self, tiles: int, contexts: list[int]) -> int:
         """The step's number of splits, for so many query tiles, the last of each sequence at the end of its context."""
@@ -224,15 +224,14 @@ class StepRunner(StepCaller):
         """Fills the block table, int32 [sequences, pages]; returns its number of columns."""
         columns = max(1, max(sequence.page_count for sequence in sequences))
         if len(sequences) * columns > len(self.block_table):
-            self.block_table = int32((2 * len(sequences) * columns,))
-            self.step.block_table = address(self.block_table)
+            self.block_table = self.int32("block_table", (2 * len(sequences) * columns,))
         table = self.block_table[: len(sequences) * columns].reshape(len(sequences), columns)
         for index, sequence in enumerate(sequences):
             table[index, : sequence.page_count] = sequence.pages
             table[index, sequence.page_count :] = 0
         return columns
 
-    def _logits_buffer(self, rows: int) -> NDArray[np.float32]:
-        if rows > len(self.logits):
-            self.logits = reserve((rows, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
-        return self.logits[:rows]
+    def _logits_place(self, rows: int) -> Place:
+        if rows * self.row_bytes > self.logits.nbytes:
+            self.logits = self.device.reserve(rows * self.row_bytes, Use.SPARSE)
+        return self.logits.at()

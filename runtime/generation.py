@@ -18,6 +18,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
 
 if TYPE_CHECKING:
+    from llmc.runtime.device import Place
     from llmc.runtime.runtime import Runtime
 
 DEFAULT_MAX_TOKENS = 256
@@ -202,8 +203,8 @@ class Writer:
         if self._limits.max_time is not None:
             self._end_time = time.perf_counter() + self._limits.max_time
 
-    def write(self, place: int) -> str:
-        """Chooses the next token from its logits, float32 [vocab] at this address; returns the text that may go out."""
+    def write(self, place: Place) -> str:
+        """Chooses the next token from its logits, float32 [vocab] at this place; returns the text that may go out."""
         token = self._sampler.choose(place)
         self.tokens.append(token)
         special = self._tokenizer.special_text(token) if self._limits.stop else ""
@@ -322,7 +323,7 @@ def _write(
                 return
 
 
-def _attempt(writer: Writer, place: int) -> tuple[str, RuntimeStateError | None]:
+def _attempt(writer: Writer, place: Place) -> tuple[str, RuntimeStateError | None]:
     """The next piece of a text, or why there is none."""
     try:
         return writer.write(place), None

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import choose_splits, choose_tile, parts_of
+from llmc.runtime.device import Device, Place
 from llmc.runtime.kv_cache import CacheBuffers
-from llmc.runtime.library import Library
-from llmc.runtime.memory import address, aligned_empty
 from llmc.runtime.profile import StepSizes
 from llmc.runtime.sizes import names_of, value_of
-from llmc.runtime.step_call import StepCaller, int32
+from llmc.runtime.step_call import StepCaller
 
 # Pages of the scratch cache: enough for a full step of texts of so many tokens. Shorter ones take more steps.
 _SHORT_TEXT = 8
@@ -38,28 +37,25 @@ class RaggedRunner(StepCaller):
     """Runs an encoder over sequences side by side; where the graph sees one sequence only, over one. One thread at a
     time."""
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, threads: int) -> None:
-        super().__init__(artifact, library, weights, threads)
+    def __init__(self, artifact: Artifact, device: Device, weights: Place) -> None:
+        super().__init__(artifact, device, weights)
         facts, manifest = self.facts, artifact.manifest
         self.outputs = manifest.outputs
         self.one_sequence = facts.state == "none"
         self.kv_heads = min((layer.kv_heads for layer in manifest.layers), default=1)
         most = facts.max_step
         self.pages = -(-most // min(facts.page, _SHORT_TEXT))
-        self.buffers = CacheBuffers(manifest.layers, self.pages, facts.page)
-        self.ids = int32((most,))
-        self.positions = int32((most,))
-        self.token_types = int32((most,))
-        self.slots = int32((most,))
-        self.tiles = int32((most, 4))
-        self.starts = int32((most + 1,))
-        self.lengths = int32((most,))
-        self.block_table = int32((1024,))
-        self._wanted = np.zeros(max(1, len(self.outputs)), np.uint64)
-        for name in ("ids", "positions", "token_types", "slots", "tiles", "starts", "block_table", "lengths"):
-            setattr(self.step, name, address(getattr(self, name)))
-        self.step.outputs = address(self._wanted)
-        self.step.cache, self.step.cache_pages = address(self.buffers.table), self.buffers.pages
+        self.buffers = CacheBuffers(device, manifest.layers, self.pages, facts.page)
+        self.ids = self.int32("ids", (most,))
+        self.positions = self.int32("positions", (most,))
+        self.token_types = self.int32("token_types", (most,))
+        self.slots = self.int32("slots", (most,))
+        self.tiles = self.int32("tiles", (most, 4))
+        self.starts = self.int32("starts", (most + 1,))
+        self.lengths = self.int32("lengths", (most,))
+        self.block_table = self.int32("block_table", (1024,))
+        self._wanted = self.table("outputs", (max(1, len(self.outputs)),), np.uint64)
+        self.step.cache, self.step.cache_pages = self.buffers.number, self.buffers.pages
 
     def fitting(self, lengths: Sequence[int]) -> int:
         """How many of the first sequences go into one step: at least one, whatever its length."""
@@ -87,16 +83,17 @@ class RaggedRunner(StepCaller):
         sizes = (tokens, tiles, count, pages, tokens, splits, 1)
         self.step.sizes[:] = sizes
         binding = {"T": tokens, "S": tokens, "B": count}
-        results = [
-            aligned_empty(tuple(value_of(size, binding) for size in facts.shape), facts.dtype) for facts in self.outputs
-        ]
-        self._wanted[: len(results)] = [address(array) for array in results]
+        shapes = [tuple(value_of(size, binding) for size in facts.shape) for facts in self.outputs]
+        places = self.results(shapes, [facts.dtype for facts in self.outputs])
+        self._wanted[: len(places)] = [place.number for place in places]
         self.call()
         if self.profiling:
             self.profiled.append(StepSizes(sizes, tuple((0, int(length)) for length in lengths)))
         return {
-            facts.name: self._parts(array, [names_of(size) for size in facts.shape], starts, count)
-            for facts, array in zip(self.outputs, results, strict=True)
+            facts.name: self._parts(
+                self.device.fetch(place, shape, facts.dtype), [names_of(size) for size in facts.shape], starts, count
+            )
+            for facts, place, shape in zip(self.outputs, places, shapes, strict=True)
         }
 
     def _parts(self, array: Array, names: list[frozenset[str]], starts: NDArray[np.int32], count: int) -> list[Array]:
@@ -133,8 +130,7 @@ class RaggedRunner(StepCaller):
         columns = int(pages.max())
         self.slots[:tokens] = np.repeat(first_page * page_size, lengths) + self.positions[:tokens]
         if count * columns > len(self.block_table):
-            self.block_table = int32((2 * count * columns,))
-            self.step.block_table = address(self.block_table)
+            self.block_table = self.int32("block_table", (2 * count * columns,))
         table = self.block_table[: count * columns].reshape(count, columns)
         column = np.arange(columns)
         table[:] = np.where(column < pages[:, None], first_page[:, None] + column, 0)

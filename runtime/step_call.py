@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.library import Library, Step
-from llmc.runtime.memory import address, reserve
+from llmc.runtime.device import Buffer, Device, Place, Use
+from llmc.runtime.library import Decoding, Step
 from llmc.runtime.profile import StepSizes
 
 if TYPE_CHECKING:
@@ -19,50 +19,68 @@ if TYPE_CHECKING:
 
 
 class StepCaller:
-    """What every kind of step needs, allocated once; `step` points to it. One thread at a time."""
+    """What every kind of step needs, allocated once; `step` points to it. One thread at a time.
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, threads: int) -> None:
+    tables: the buffers that the host fills for steps, by the field of `Step` that has their number.
+    """
+
+    def __init__(self, artifact: Artifact, device: Device, weights: Place) -> None:
         self.facts = artifact.manifest.step
-        self.library = library
-        self.threads = threads
+        self.device = device
+        self.threads = device.threads
         self.source: Weights | None = None  # where the weights are, if that may change from one step to the next
-        self.arena = reserve((self.facts.arena_bytes,), np.uint8, huge_pages=True)
-        self.profile = np.zeros(len(self.facts.calls), np.int64)
+        self.arena = device.reserve(self.facts.arena_bytes, Use.DENSE)
+        self.tables: dict[str, Buffer] = {}
         self.profiled: list[StepSizes] = []
         self.taken: list[NDArray[np.int64]] = []
         self.profiling = False
-        self.step = Step(arena=address(self.arena), arena_bytes=self.arena.nbytes, weights=weights)
-        self._address = ctypes.addressof(self.step)
+        self._times = device.reserve(8 * len(self.facts.calls), Use.DENSE)
+        self.step = Step(arena=self.arena.number, arena_bytes=self.arena.nbytes, weights=weights.number)
+
+    def table(self, name: str, shape: tuple[int, ...], dtype: DTypeLike = np.int32) -> NDArray[np.generic]:
+        """A new table of zeros for steps to read: that of the step's field `name`, if it has such a field."""
+        buffer = self.device.reserve(math.prod(shape) * np.dtype(dtype).itemsize, Use.TABLE)
+        self.tables[name] = buffer
+        if hasattr(Step, name):
+            setattr(self.step, name, buffer.number)
+        return buffer.table(shape, dtype)
+
+    def int32(self, name: str, shape: tuple[int, ...]) -> NDArray[np.int32]:
+        """`table` of int32 numbers."""
+        array: NDArray[np.int32] = self.table(name, shape)  # type: ignore[assignment]
+        return array
+
+    def results(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[DTypeLike]) -> list[Place]:
+        """New memory for the next step's outputs, of these shapes and dtypes."""
+        sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return [self.device.reserve(nbytes, Use.RESULT).at() for nbytes in sizes]
+
+    @property
+    def profile(self) -> NDArray[np.int64]:
+        """Nanoseconds of each of a step's calls, in the order of `calls`, added up since `set_profiling(True)`."""
+        shape = (len(self.facts.calls),)
+        return self.device.fetch(self._times.at(), shape, np.int64).astype(np.int64)  # a copy
 
     def set_profiling(self, on: bool) -> None:
-        """Whether steps add the time of each of their calls to `profile` (nanoseconds, in `calls` order), and append it
-        to `taken` and their sizes to `profiled`. All three start anew."""
-        self.profile[:] = 0
+        """Whether steps add the time of each of their calls to `profile`, and append it to `taken` and their sizes to
+        `profiled`. All three start anew."""
+        count = len(self.facts.calls)
+        self.device.upload(np.zeros(count, np.int64), self._times.at())
         self.profiled, self.taken = [], []
-        self.profiling = on and len(self.profile) > 0
-        self.step.profile = address(self.profile) if self.profiling else None
+        self.profiling = on and count > 0
+        self.step.profile = self._times.number if self.profiling else None
 
     def settle(self) -> None:
         """Takes up what loading has done since the last step. Raises what `Weights.settle` does."""
         if self.source is not None and self.source.pending:
-            self.step.weights = self.source.settle()
+            self.step.weights = self.source.settle().number
 
-    def call(self) -> None:
+    def call(self, decoding: Decoding | None = None) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
-        self._call(self.library.run, self._address)
-
-    def _call(self, run: Callable[[int, int], None], place: int) -> None:
-        """Runs a step by the library's `run`, which takes the address of what describes it."""
         self.settle()
         if not self.profiling:
-            run(place, self.threads)
+            self.device.run(self.step, decoding)
             return
-        before = self.profile.copy()
-        run(place, self.threads)
+        before = self.profile
+        self.device.run(self.step, decoding)
         self.taken.append(self.profile - before)
-
-
-def int32(shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Zeros for a step to read, page-aligned."""
-    array: NDArray[np.int32] = reserve(shape, np.int32)  # type: ignore[assignment]
-    return array

@@ -26,7 +26,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS, KV, NUMPY_DTYPES, Array, Tensor
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.library import Decoding, Library
+from llmc.runtime.library import Decoding, Library, Step
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.runtime import Runtime
 from llmc.targets.lowering import LoweredOp, Program
@@ -185,8 +185,7 @@ def _continued(runtime: Runtime, checker: Checker) -> Array:
             with runtime.lock:
                 tokens = [int(scenario.sequences[i][ends[i] + step]) for i in going]
                 for i, place in zip(going, runtime.decode([sequences[i] for i in going], tokens), strict=True):
-                    row = np.frombuffer(ctypes.string_at(place, 4 * runtime.vocab_size), np.float32)
-                    out[scenario.row(i, ends[i] + step)] = row
+                    out[scenario.row(i, ends[i] + step)] = runtime.fetch_logits(place)[0]
     for sequence in sequences:
         sequence.close()
     return out
@@ -217,28 +216,31 @@ def _without_rounding(graph: Graph) -> Graph:
 
 
 class _Watcher:
-    """Stands in for a runtime's library: runs every step, and then again."""
+    """Stands in for the `run` of a runtime's device, which has to be the host: runs every step, and then again."""
 
     def __init__(self, parts: Parts, runtime: Runtime, threads: int, meanings: bool) -> None:
         self.parts, self.runtime, self.threads, self.meanings = parts, runtime, threads, meanings
         self.steps = 0
         self.ops: set[Op] = set()  # whose kernels were compared
         self.caller = runtime.caller
-        self.library: Library = self.caller.library
-        self.replay = Replay(parts.program, self.library.handle, runtime.weights, parts.addresses, parts.load)
-        self.caller.library = self  # type: ignore[assignment]
+        assert isinstance(runtime.code, Library)
+        self.replay = Replay(parts.program, runtime.code.handle, runtime.weights, parts.addresses, parts.load)
+        self.device = runtime.device
+        self._run = self.device.run
+        self.device.run = self.run  # type: ignore[method-assign]
 
     def stop(self) -> None:
-        self.caller.library = self.library
+        self.device.run = self._run  # type: ignore[method-assign]
 
-    def run(self, step: int, threads: int) -> None:
-        """What `Library.run` does, watched."""
-        self._watch(lambda: self.library.run(step, threads))
+    def run(self, step: Step, decoding: Decoding | None = None) -> None:
+        """What `Device.run` does, watched."""
+        if decoding is None:
+            self._watch(lambda: self._run(step))
+        else:
+            self._decode(step, decoding)
 
-    def decode(self, decoding: int, threads: int) -> None:
-        """What `Library.decode` does, watched. What it fills in is filled in here before, to be seen."""
-        given = Decoding.from_address(decoding)
-
+    def _decode(self, step: Step, given: Decoding) -> None:
+        """What the code fills in is filled in here before, to be seen."""
         one, four = ctypes.c_int32 * given.count, ctypes.c_int32 * (4 * given.count)
         positions, last_pages = one.from_address(given.positions), one.from_address(given.last_pages)
         slots, tiles = one.from_address(given.slots), four.from_address(given.tiles)
@@ -246,7 +248,7 @@ class _Watcher:
             slots[index] = last_pages[index] * given.page + positions[index] % given.page
             tiles[4 * index + 3] = positions[index]
         filled = [*slots, *tiles]
-        self._watch(lambda: self.library.decode(decoding, threads))
+        self._watch(lambda: self._run(step, given))
         if filled != [*slots, *tiles]:
             raise CompileError("the artifact's code puts tokens that decode into other places than the runtime says")
 
@@ -297,7 +299,10 @@ class _Watcher:
                 differs = differs or f"cache {index}"
         if differs:
             whole = self.replay.run(facts, keep=True)
-            first = whole.first_difference(self.parts.plan, self.caller.arena)
+            arena = self.caller.arena
+            first = whole.first_difference(
+                self.parts.plan, self.device.fetch(arena.at(), (arena.nbytes,), np.dtype(np.uint8))
+            )
             raise CompileError(
                 f"{what}: {differs} has other bits than its own kernels give one by one"
                 + (f", first at {first}" if first else "")

@@ -286,14 +286,8 @@ def guard(runtime: Runtime, used: list[str]) -> None:
 
     for name in ("allocate", "share", "release", "find", "register", "forget"):
         setattr(runtime.pool, name, guarded(getattr(runtime.pool, name), name))
-    library = runtime.caller.library
-
-    class Guarded(Library):
-        def __init__(self) -> None:
-            self.run = guarded(library.run, "run")  # type: ignore[method-assign]
-            self.decode = guarded(library.decode, "run")  # type: ignore[method-assign]
-
-    runtime.caller.library = Guarded()
+    device = runtime.device
+    device.run = guarded(device.run, "run")  # type: ignore[method-assign, assignment]
 
 
 def decodes(runtime: Runtime) -> None:
@@ -415,22 +409,15 @@ def test_a_stream_is_closed_by_another_thread(kinds: dict[str, Path]) -> None:
     """One that is in the middle of a token makes no other, and gives its pages back."""
     runtime = Runtime.load(kinds["generate"], threads=1)
     stream = runtime.stream("hello", max_tokens=300)
-    library, inside, closed = runtime.caller.library, threading.Event(), threading.Event()
+    run, inside, closed = runtime.device.run, threading.Event(), threading.Event()
 
-    class Slow(Library):
-        def __init__(self) -> None:
-            pass
+    def slow(*given: object) -> None:
+        run(*given)
+        if len(stream.tokens) == 3:
+            inside.set()
+            closed.wait(60)
 
-        def run(self, step: int, threads: int) -> None:
-            library.run(step, threads)
-
-        def decode(self, decoding: int, threads: int) -> None:
-            library.decode(decoding, threads)
-            if len(stream.tokens) == 3:
-                inside.set()
-                closed.wait(60)
-
-    runtime.caller.library = Slow()
+    runtime.device.run = slow  # type: ignore[method-assign]
     texts: list[str] = []
     reader = threading.Thread(target=lambda: texts.append(stream.text()))
     reader.start()

@@ -19,8 +19,10 @@ from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
 from llmc.runtime import manifest
 from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile, cut, parts_of
+from llmc.runtime.device import Use
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Decoding, Library, Step
+from llmc.runtime.host import Host
+from llmc.runtime.library import Decoding, Step
 from llmc.runtime.runtime import Runtime
 
 
@@ -50,14 +52,15 @@ def test_writer_and_reader_agree_on_the_format() -> None:
         assert getattr(writing, name) == getattr(reading, name)
 
 
-class Watched(Library):
-    """A library whose step only records what it is given."""
+class Watched(Host):
+    """A host whose steps only record what they are given."""
 
     def __init__(self) -> None:
+        super().__init__(threads=2)
         self.arrays: dict[str, np.ndarray] = {}
 
-    def run(self, step: int, threads: int) -> None:
-        given = Step.from_address(step)
+    def run(self, given: Step, decoding: Decoding | None = None) -> None:
+        assert decoding is None
         sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
@@ -115,10 +118,10 @@ def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple
 
 def check_arrays(runtime: Runtime, runs: list[Run]) -> None:
     watched = Watched()
-    runner = StepRunner(runtime.artifact, watched, 4096, runtime.buffers, 2)
-    rows = runner.run(runs)
+    runner = StepRunner(runtime.artifact, watched, watched.reserve(1, Use.DENSE).at(), runtime.buffers)
+    runner.run(runs)
     given_ = watched.arrays
-    assert len(rows) == len(given_["rows"]) == sum(run.rows for run in runs)
+    assert len(given_["rows"]) == sum(run.rows for run in runs)
     assert given_["ids"].tolist() == [i for run in runs for i in range(len(run.ids))]
     seen = []
     for index, first, count, position in given_["tiles"].tolist():
@@ -229,8 +232,7 @@ def test_decoding_sees_every_change_of_pages(operations: list[tuple[str, int]]) 
                 for ids, token in zip(texts, tokens, strict=True):
                     ids.append(token)
                 for place, ids in zip(runtime.decode(sequences, tokens), texts, strict=True):
-                    logits = np.ctypeslib.as_array(ctypes.cast(place, ctypes.POINTER(ctypes.c_float)), (vocab,))
-                    assert logits.tolist() == fake_artifact.reference_logits(ids)[-1].tolist()
+                    assert runtime.fetch_logits(place)[0].tolist() == fake_artifact.reference_logits(ids)[-1].tolist()
         runtime.pool.check()
     finally:
         for sequence in sequences:
