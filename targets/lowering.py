@@ -20,8 +20,9 @@ from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
 from llmc.errors import CompileError
-from llmc.targets.kernel import CachePart, Call
+from llmc.targets.kernel import CachePart, Call, Kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, T, describe_space
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Context:
     def known(self, value: Value) -> bool:
         """Whether the value is computed when compiling."""
         return value in self.graph.constants
+
+    def choose(self, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T | str:
+        """How to write a kernel for a problem, where it is called for so many rows; or why the template cannot."""
+        chosen: T = template.default(problem, self.machine, rows)
+        return chosen.refuse(problem, self.machine) or chosen
 
 
 RuleFunction = Callable[[Op, Context], "Lowered | str"]
@@ -168,12 +174,19 @@ class Program:
     ops: list[LoweredOp] = field(default_factory=list)
     aliases: dict[Value, Value] = field(default_factory=dict)
     decomposed: list[Choice] = field(default_factory=list)
+    _spaces: dict[Kernel, dict[str, object] | None] = field(default_factory=dict)
 
     def buffer_of(self, value: Value) -> Value:
         """The value that owns the bytes."""
         while value in self.aliases:
             value = self.aliases[value]
         return value
+
+    def space_of(self, kernel: Kernel) -> dict[str, object] | None:
+        """Its template's knobs and how many of them there may be, for manifests; None where none are declared."""
+        if kernel not in self._spaces:
+            self._spaces[kernel] = describe_space(kernel, self.machine)
+        return self._spaces[kernel]
 
 
 def values_of(call: Call) -> list[Value]:

@@ -16,13 +16,14 @@ import pytest
 from llmc.targets import machine_named
 from llmc.targets.cpu import kernel_cache
 from llmc.targets.cpu.embedding import embedding_quantized
-from llmc.targets.cpu.norms import norm
+from llmc.targets.cpu.norms import Norm, NormProblem
 from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.sources import closure, closure_hash
 
 ROOT = Path(__file__).parent.parent
 MACHINE = machine_named("x86-64-v3")
-EMBEDDING, NORM = kernel(embedding_quantized, MACHINE.key, dim=64), kernel(norm, MACHINE.key, dim=64)
+EMBEDDING = kernel(embedding_quantized, MACHINE.key, dim=64)
+NORM = Norm(4, 4096).kernel(NormProblem("rms", 64, 1e-5), MACHINE)
 DAY = 24 * 3600
 LOADED = """
 import importlib, json, sys

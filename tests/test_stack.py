@@ -45,7 +45,7 @@ def wide_linear(machine: Machine, k: int) -> Kernel:
 
 
 def stated(item: Kernel, machine: Machine) -> int:
-    return stack_bytes(item.template(machine, **dict(item.params)))
+    return stack_bytes(item.build(machine))
 
 
 def frames(kernels: list[Kernel], machine: Machine, folder: Path) -> dict[str, int]:
