@@ -22,7 +22,7 @@ from llmc.compiler.ir.structural import Reshape
 from llmc.errors import CompileError
 from llmc.targets.kernel import CachePart, Call, Kernel
 from llmc.targets.machine import Machine
-from llmc.targets.template import ANY_ROWS, Problem, Rows, T, describe_space
+from llmc.targets.template import Chooser, describe_space
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,10 @@ class Lowered:
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
-    """What a rule may look at."""
+class Context(Chooser):
+    """What a rule may look at, and ask."""
 
     graph: Graph
-    machine: Machine
 
     def only_user(self, value: Value) -> Op | None:
         """The one op that uses `value`, if it is the only use and no output is."""
@@ -65,11 +64,6 @@ class Context:
     def known(self, value: Value) -> bool:
         """Whether the value is computed when compiling."""
         return value in self.graph.constants
-
-    def choose(self, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T | str:
-        """How to write a kernel for a problem, where it is called for so many rows; or why the template cannot."""
-        chosen: T = template.default(problem, self.machine, rows)
-        return chosen.refuse(problem, self.machine) or chosen
 
 
 RuleFunction = Callable[[Op, Context], "Lowered | str"]
@@ -204,7 +198,7 @@ def decompose_unsupported(graph: Graph, rules: Rules, machine: Machine) -> tuple
     """Replace run-time ops that no rule takes by their decompositions, until every op has a rule."""
     choices: list[Choice] = []
     for _ in range(8):
-        context = Context(graph, machine)
+        context = Context(machine, graph)
         refused: dict[Op, Choice] = {}
         for op in graph.ops:
             if op in graph.constants or isinstance(op, Reshape):
@@ -241,7 +235,7 @@ def _expand(graph: Graph, refused: dict[Op, Choice], machine: Machine) -> Graph:
 def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
     """The program of a graph. Users are lowered before what they use, so that rules can absorb operands."""
     graph, decomposed = decompose_unsupported(graph, rules, machine)
-    context = Context(graph, machine)
+    context = Context(machine, graph)
     program = Program(graph, machine, decomposed=decomposed)
     needed: set[Value] = {value for _, value in graph.outputs}
     done: set[Value] = set()

@@ -123,6 +123,18 @@ T = TypeVar("T", bound=Template)  # type: ignore[type-arg]  # of any kind of pro
 
 
 @dataclass(frozen=True)
+class Chooser:
+    """Who says how kernels are written for a machine."""
+
+    machine: Machine
+
+    def choose(self, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T | str:
+        """How to write a kernel for a problem, where it is called for so many rows; or why the template cannot."""
+        chosen: T = template.default(problem, self.machine, rows)
+        return chosen.refuse(problem, self.machine) or chosen
+
+
+@dataclass(frozen=True)
 class Knob:
     """One field of a template; see `knob`."""
 

@@ -19,6 +19,11 @@ class CpuTemplate(Template[P]):
         return SCALARS
 
 
+def few(work: int | None, least: int) -> int:
+    """How many units of `work` elements each make `least`; None: of a size that is not known when compiling."""
+    return max(1, least // (1024 if work is None else max(1, work)))
+
+
 def arrays(*nbytes: int) -> int:
     """Bytes of stack of arrays of so many bytes each, and of scalars."""
     return sum(-(-each // 64) * 64 for each in nbytes) + SCALARS
