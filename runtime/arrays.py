@@ -8,16 +8,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmc.runtime.artifact import Artifact
+from llmc.runtime.device import Buffer, Device, Place, Use
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library
 from llmc.runtime.manifest import ArrayFacts
-from llmc.runtime.memory import address, aligned_empty
 from llmc.runtime.profile import StepSizes
 from llmc.runtime.sizes import names_of, show, value_of
 from llmc.runtime.step_call import StepCaller
 
 BFLOAT16 = "bfloat16"  # numpy has no such dtype: what goes in is rounded from float32, and comes out as that
-_ALIGNMENT = 64
 
 Array = NDArray[np.generic]
 
@@ -25,37 +23,34 @@ Array = NDArray[np.generic]
 class ArrayRunner(StepCaller):
     """Runs a graph of any kind. One thread at a time."""
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, threads: int) -> None:
-        super().__init__(artifact, library, weights, threads)
+    def __init__(self, artifact: Artifact, device: Device, weights: Place) -> None:
+        super().__init__(artifact, device, weights)
         self.inputs = artifact.manifest.inputs
         self.outputs = artifact.manifest.outputs
         self.symbols = artifact.manifest.symbols
-        self._buffers: dict[str, Array] = {}
-        self._given = np.zeros(max(1, len(self.inputs)), np.uint64)
-        self._wanted = np.zeros(max(1, len(self.outputs)), np.uint64)
-        self._dims = np.zeros(max(1, len(self.symbols)), np.int64)
-        self.step.inputs, self.step.outputs = address(self._given), address(self._wanted)
-        self.step.dims = address(self._dims)
+        self._buffers: dict[str, Buffer] = {}
+        self._given = self.table("inputs", (max(1, len(self.inputs)),), np.uint64)
+        self._wanted = self.table("outputs", (max(1, len(self.outputs)),), np.uint64)
+        self._dims = self.table("dims", (max(1, len(self.symbols)),), np.int64)
 
     def run(self, given: Mapping[str, ArrayLike]) -> dict[str, Array]:
         """The outputs by name, as new arrays. Raises `RuntimeStateError` for inputs that do not fit."""
         arrays = self._checked(given)
         binding = self.bind({name: array.shape for name, array in arrays.items()})
-        shapes = {
-            facts.name: tuple(self._size(facts, value_of(size, binding)) for size in facts.shape)
-            for facts in self.outputs
-        }
-        kept = [self._aligned(facts.name, arrays[facts.name]) for facts in self.inputs]
-        results = {facts.name: aligned_empty(shapes[facts.name], _stored(facts.dtype)) for facts in self.outputs}
-        self._given[: len(kept)] = [address(array) for array in kept]
-        self._wanted[: len(results)] = [address(array) for array in results.values()]
+        shapes = [tuple(self._size(facts, value_of(size, binding)) for size in facts.shape) for facts in self.outputs]
+        dtypes = [_stored(facts.dtype) for facts in self.outputs]
+        kept = [self._uploaded(facts.name, arrays[facts.name]) for facts in self.inputs]
+        places = self.results(shapes, dtypes)
+        self._given[: len(kept)] = [place.number for place in kept]
+        self._wanted[: len(places)] = [place.number for place in places]
         self._dims[: len(self.symbols)] = [binding[symbol.name] for symbol in self.symbols]
         self.call()
         if self.profiling:
             self.profiled.append(StepSizes(named=binding))
+        results = map(self.device.fetch, places, shapes, dtypes)
         return {
-            facts.name: widened(results[facts.name]) if facts.dtype == BFLOAT16 else results[facts.name]
-            for facts in self.outputs
+            facts.name: widened(array) if facts.dtype == BFLOAT16 else array
+            for facts, array in zip(self.outputs, results, strict=True)
         }
 
     @staticmethod
@@ -126,16 +121,14 @@ class ArrayRunner(StepCaller):
                 f"compile it with --max-dim {name}={value}"
             )
 
-    def _aligned(self, name: str, array: Array) -> Array:
-        """The array as kernels want it: itself, or a copy in a buffer that is kept for the next run."""
-        if array.flags.c_contiguous and address(array) % _ALIGNMENT == 0 and array.size:
-            return array
+    def _uploaded(self, name: str, array: Array) -> Place:
+        """Where the device finds the array: where it is, or in a buffer that is kept for the next run."""
+        if self.device.reads_in_place(array):
+            return self.device.upload(array)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.nbytes < array.nbytes or buffer.dtype != array.dtype:
-            buffer = self._buffers[name] = aligned_empty((array.size,), array.dtype).reshape(-1)
-        copy = buffer[: array.size].reshape(array.shape)
-        copy[...] = array
-        return copy
+        if buffer is None or buffer.nbytes < array.nbytes:
+            buffer = self._buffers[name] = self.device.reserve(array.nbytes, Use.RESULT)
+        return self.device.upload(array, buffer.at())
 
 
 def describe(facts: ArrayFacts, short: bool = False) -> str:

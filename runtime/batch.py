@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Literal
 
@@ -9,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
+from llmc.runtime.device import ALIGNMENT, Buffer, Code, Device, Place, Use
 from llmc.runtime.errors import ContextError
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.layer import Layer, Writing
-from llmc.runtime.library import Library
-from llmc.runtime.memory import address, reserve
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 
@@ -25,21 +25,25 @@ Feed = tuple[Sequence, NDArray[np.int32], Rows]
 class StepRunner(StepCaller):
     """Steps of sequences. One thread at a time."""
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, buffers: CacheBuffers, threads: int) -> None:
-        super().__init__(artifact, library, weights, threads)
+    def __init__(self, artifact: Artifact, device: Device, code: Code, weights: Place, buffers: CacheBuffers) -> None:
+        super().__init__(artifact, device, weights)
         self.buffers = buffers
-        self.logits: NDArray[np.float32] = np.zeros((0, self.facts.vocab_size), np.float32)
-        facts, manifest = self.facts, artifact.manifest
+        self.row_bytes = 4 * self.facts.vocab_size
+        manifest = artifact.manifest
         self.max_context = manifest.max_context
-        if facts.state != "paged":
-            self.max_context = min(self.max_context, facts.max_step)  # every step sees the whole sequence
-        self.step.cache, self.step.cache_pages = address(buffers.table), buffers.pages
-        self.layer: Layer = Layer(library, manifest, self.step, self.make_tables(self.max_context), threads)
+        if self.facts.state != "paged":
+            self.max_context = min(self.max_context, self.facts.max_step)  # every step sees the whole sequence
+        self.step.cache, self.step.cache_pages = buffers.number, buffers.pages
+        self.layer: Layer = Layer(code, manifest, self.step, self.make_tables(self.max_context), device.threads)
+        self._rooms: list[Buffer] = []  # the runner's own memory for logits, once there is some
+        if not device.in_process:
+            self.layer.drive(device.choose, buffers.copy, _fetching(device, self._rooms, self.facts.vocab_size))
         self._make_room(1)
 
-    def feed(self, feeds: Items[Feed], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-        """Appends tokens to sequences, each once, in as few steps of `max_step` tokens as it takes. Returns the logits
-        asked for, float32 [rows, vocab], in order. Sequences that were not reached are as before on an error.
+    def feed(self, feeds: Items[Feed], out: Place | None = None) -> Place:
+        """Appends tokens to sequences, each once, in as few steps of `max_step` tokens as it takes. Returns where the
+        logits asked for are, float32 [rows, vocab], in order. Sequences that were not reached are as before on an
+        error.
 
         out: where to put them; otherwise they may lie in the runner's own buffer, and the next step overwrites them.
         """
@@ -49,38 +53,44 @@ class StepRunner(StepCaller):
             first_row = 0 if rows == "all" else len(ids) - (rows == "last")
             requests.append((sequence.place, ids, first_row))
         total = sum(len(ids) - first_row for _, ids, first_row in requests)
-        if out is None or address(out) % 64 or self.facts.vocab_size % 16:
+        if out is None or out.number % ALIGNMENT or self.row_bytes % ALIGNMENT:
             self._make_room(min(total, self.facts.max_step))
         with self.calling() as layer:
             layer.begin(requests)
             try:
-                done = self._step(out, 0)
+                done = self._step(out, 0, total)
                 if out is None and not layer.left:
-                    return self.logits[:done]
+                    return self.logits.at()
                 if out is None:
-                    out = np.empty((total, self.facts.vocab_size), np.float32)
-                    out[:done] = self.logits[:done]
+                    out = self.device.reserve(total * self.row_bytes, Use.RESULT).at()
+                    self.device.copy(self.logits.at(), out, done * self.row_bytes)
                 while layer.left:
                     self.settle()
-                    done += self._step(out, done)
+                    done += self._step(out, done, total)
             finally:
                 layer.finish()
         return out
 
-    def _step(self, out: NDArray[np.float32] | None, done: int) -> int:
-        """One step, whose logits are the rows of `out` from `done` on; returns how many."""
-        if out is None or done == len(out) or address(out[done:]) % 64:
-            rows = self.layer.step()
-            if out is not None:
-                out[done : done + rows] = self.logits[:rows]
-            return rows
-        return self.layer.step(address(out[done:]))
+    def _step(self, out: Place | None, done: int, total: int) -> int:
+        """One step, whose logits are the rows from `done` on of the `total` at a place; returns how many."""
+        target = None if out is None else out + done * self.row_bytes
+        if target is not None and done < total and target.number % ALIGNMENT == 0:
+            return self.layer.step(target.number)
+        rows = self.layer.step()
+        if target is not None:
+            self.device.copy(self.logits.at(), target, rows * self.row_bytes)
+        return rows
+
+    @property
+    def logits(self) -> Buffer:
+        """The runner's own memory for logits."""
+        return self._rooms[-1]
 
     def _make_room(self, rows: int) -> None:
-        """Makes the runner's own buffer one for so many rows of a step, at least."""
-        if rows > len(self.logits):
-            self.logits = reserve((rows, self.facts.vocab_size), np.float32)  # type: ignore[assignment]
-            self.layer.write_logits_to(self.logits)
+        """Makes the runner's own memory for logits one for so many rows of a step, at least."""
+        if not self._rooms or rows * self.row_bytes > self.logits.nbytes:
+            self._rooms[:] = [self.device.reserve(rows * self.row_bytes, Use.SPARSE)]
+            self.layer.write_logits_to(self.logits.number)
 
     def write(self, writing: Writing) -> BaseException | None:
         """Writes texts (csrc/layer.h). Returns the error that ended it, if one did: what came before it counts."""
@@ -104,3 +114,13 @@ class StepRunner(StepCaller):
                 f"{end} tokens are more than the context of {self.max_context} tokens that the artifact was "
                 "compiled for: shorten the prompt, or compile with a larger --max-context"
             )
+
+
+def _fetching(device: Device, rooms: Items[Buffer], count: int) -> Callable[[int], NDArray[np.float32]]:
+    """What brings a row of `count` logits here, of which the number is given: it lies in the last of these rooms."""
+
+    def fetch(number: int) -> NDArray[np.float32]:
+        place = rooms[-1].at(number - rooms[-1].number)
+        return device.fetch(place, (count,), np.float32)  # type: ignore[return-value]
+
+    return fetch

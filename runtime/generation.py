@@ -19,6 +19,7 @@ from llmc.runtime.tokenizer import Detokenizer, StopMatcher
 from llmc.runtime.writing import Draft
 
 if TYPE_CHECKING:
+    from llmc.runtime.device import Place
     from llmc.runtime.runtime import Runtime
     from llmc.runtime.sequence import Sequence as Cached
 
@@ -219,8 +220,8 @@ class Writer:
         self._draft.begin(self.tokens[-1], 1 if one_by_one else most)
         return self._draft
 
-    def choose(self, place: int) -> str:
-        """Chooses the next token from its logits, float32 [vocab] at this address; returns the text that may go out."""
+    def choose(self, place: Place) -> str:
+        """Chooses the next token from its logits, float32 [vocab] at this place; returns the text that may go out."""
         token = self._sampler.choose(place)
         if token not in self._limits.stop_ids:
             self._sampler.observe((token,))
@@ -381,7 +382,7 @@ def _write_on(
     return pieces, [draft.error for draft in ready], failed
 
 
-def _attempt(writer: Writer, place: int) -> tuple[str, RuntimeStateError | None]:
+def _attempt(writer: Writer, place: Place) -> tuple[str, RuntimeStateError | None]:
     """The next piece of a text, or why there is none."""
     try:
         return writer.choose(place), None

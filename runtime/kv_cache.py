@@ -9,13 +9,14 @@ it is kept until its room is needed, the longest unused first. All of that is `c
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from llmc.runtime.device import Device, Use
 from llmc.runtime.layer import Layer
 from llmc.runtime.manifest import LayerCache
-from llmc.runtime.memory import address, reserve
 
 
 class PagePool:
@@ -76,13 +77,35 @@ class PagePool:
 
 class CacheBuffers:
     """The memory of all pages: for each layer keys [pages, kv_heads, head_dim, page] and values
-    [pages, kv_heads, page, value_dim]. Reserved whole, backed by memory only where pages have been written."""
+    [pages, kv_heads, page, value_dim]. Reserved whole, and where the device can, taken only as pages are written."""
 
-    def __init__(self, layers: tuple[LayerCache, ...], pages: int, page: int) -> None:
+    def __init__(self, device: Device, layers: tuple[LayerCache, ...], pages: int, page: int) -> None:
         self.pages = pages
-        self.arrays: list[NDArray[np.generic]] = []
+        self._device = device
+        self._shapes: list[tuple[tuple[int, ...], np.dtype[np.generic]]] = []
         for layer in layers:
-            self.arrays.append(reserve((pages, layer.kv_heads, layer.head_dim, page), layer.dtype))
-            self.arrays.append(reserve((pages, layer.kv_heads, page, layer.value_dim), layer.dtype))
-        # The step gets the address of this table.
-        self.table = np.array([address(array) for array in self.arrays] or [0], np.uint64)
+            self._shapes.append(((pages, layer.kv_heads, layer.head_dim, page), np.dtype(layer.dtype)))
+            self._shapes.append(((pages, layer.kv_heads, page, layer.value_dim), np.dtype(layer.dtype)))
+        # Each with the bytes of a page in it.
+        self._buffers = [
+            (device.reserve(math.prod(shape) * dtype.itemsize, Use.SPARSE), math.prod(shape[1:]) * dtype.itemsize)
+            for shape, dtype in self._shapes
+        ]
+        self._table = device.reserve(8 * max(1, len(self._buffers)), Use.TABLE)
+        self._table.table((len(self._buffers),), np.uint64)[:] = [buffer.number for buffer, _ in self._buffers]
+
+    @property
+    def number(self) -> int:
+        """Of the table that a step finds them by."""
+        return self._table.number
+
+    @property
+    def arrays(self) -> list[NDArray[np.generic]]:
+        """All layers' keys and values as they are now: for checks."""
+        pairs = zip(self._buffers, self._shapes, strict=True)
+        return [self._device.fetch(buffer.at(), shape, dtype) for (buffer, _), (shape, dtype) in pairs]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies one page in every layer."""
+        for buffer, nbytes in self._buffers:
+            self._device.copy(buffer.at(source * nbytes), buffer.at(target * nbytes), nbytes)

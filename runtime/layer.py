@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc.runtime.device import Code
 from llmc.runtime.errors import ArtifactError, CacheFullError, ContextError, LlmcError, RuntimeStateError, StepError
-from llmc.runtime.library import Library, Step
+from llmc.runtime.library import Choice, Step
 from llmc.runtime.manifest import Manifest
 from llmc.runtime.memory import address
 
@@ -24,13 +25,17 @@ _ERRORS: dict[int, type[LlmcError]] = {_FILE: ArtifactError, _CONTEXT: ContextEr
 GOES_ON, STOPPED, FULL, NOT_FINITE, NO_CHOICE = range(5)
 
 _Run = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _I64)
+_Choose = ctypes.CFUNCTYPE(_I64, ctypes.POINTER(Choice), _I64)
+_CopyPage = ctypes.CFUNCTYPE(None, _I64, _I64)
+_Fetch = ctypes.CFUNCTYPE(_POINTER, _POINTER)
 _NO_RUN = _Run()
+_REFUSED = -2  # LLMC_NO_CHOICE of choose.h
 
 
 class Hooks(ctypes.Structure):
     """`LlmcHooks` of layer.h."""
 
-    _fields_ = (("run", _Run), ("choose", _POINTER), ("copy_page", _POINTER))
+    _fields_ = (("run", _Run), ("choose", _Choose), ("copy_page", _CopyPage), ("fetch", _Fetch))
 
 
 class Tables(ctypes.Structure):
@@ -117,6 +122,7 @@ class Text(ctypes.Structure):
         ("sequence", _POINTER),
         ("choice", _POINTER),
         ("uniforms", _POINTER),
+        ("seen", _POINTER),
         ("known", _POINTER),
         ("stops", _POINTER),
         ("stop_count", _I64),
@@ -161,10 +167,10 @@ _FUNCTIONS: dict[str, tuple[object, ...]] = {  # the result, then the arguments
 }
 
 
-def _functions(library: Library) -> dict[str, Callable[..., int]]:
+def _functions(code: Code) -> dict[str, Callable[..., int]]:
     found: dict[str, Callable[..., int]] = {}
     for name, (result, *arguments) in _FUNCTIONS.items():
-        function = getattr(library.handle, f"llmc_{name}")
+        function = getattr(code.handle, f"llmc_{name}")
         function.restype, function.argtypes = result, arguments
         found[name] = function
     return found
@@ -176,8 +182,8 @@ def _close(models: list[int], close: Callable[[int], int], _kept: tuple[object, 
 
 
 class Layer:
-    """One artifact's sequences and steps, in memory of its caller: a filled `Step`, whose sizes it sets, and int32
-    tables by their names, as this process sees them.
+    """One artifact's sequences and steps, in memory of its caller: a filled `Step`, whose sizes it sets, and its int32
+    tables by their names, as this process sees them. Whatever a step has is known by numbers of places (`Device`).
 
     One thread at a time. Raises what a step raises, `CacheFullError` and `ContextError`; each says that nothing changed
     but what was committed before.
@@ -185,7 +191,7 @@ class Layer:
 
     def __init__(
         self,
-        library: Library,
+        code: Code,
         manifest: Manifest,
         step: Step,
         tables: Mapping[str, NDArray[np.int32]],
@@ -198,7 +204,7 @@ class Layer:
             threads=threads, state=_STATES[facts.state],
             vocabulary=facts.vocab_size, max_context=manifest.max_context, max_step=facts.max_step, page=facts.page,
         )  # fmt: skip
-        self._call = functions = _functions(library)
+        self._call = functions = _functions(code)
         self._error: BaseException | None = None  # of a hook
         self._rows = _I64()
         self._requests: object = None
@@ -207,7 +213,7 @@ class Layer:
         self._check(functions["layer_open"](ctypes.byref(self._options), ctypes.byref(model)))
         assert model.value is not None
         self._models = [model.value]  # empty once it is closed
-        kept = (library, self._options, step, dict(tables))
+        kept = (code, self._options, step, dict(tables))
         weakref.finalize(self, _close, self._models, functions["close"], kept).atexit = False
 
     def _check(self, code: int) -> None:
@@ -219,9 +225,7 @@ class Layer:
     def error_of(self, code: int) -> BaseException | None:
         """The error that a call's code means; None: it is none."""
         error, self._error = self._error, None
-        if not code:
-            return None
-        if error is not None:
+        if error is not None or not code:
             return error
         if code == _FULL:
             return CacheFullError(
@@ -244,14 +248,13 @@ class Layer:
             self._feeding = False
         return self._models[0]
 
-    def hook(self, run: Callable[[int, int], None] | None) -> None:
-        """From now on, steps are run by run(address of the `Step`, threads), which raises where they fail; None: by the
-        artifact itself."""
+    def hook(self, run: Callable[[], None] | None) -> None:
+        """From now on, this runs the step, and raises where it fails; None: the artifact itself does."""
 
-        def call(step: int, threads: int) -> int:
+        def call(_step: int, _threads: int) -> int:
             assert run is not None
             try:
-                run(step, threads)
+                run()
             except BaseException as error:  # C goes on with a code
                 self._error = error
                 return -1
@@ -259,11 +262,33 @@ class Layer:
 
         self._options.hooks.run = _NO_RUN if run is None else _Run(call)
 
-    def write_logits_to(self, logits: NDArray[np.float32]) -> None:
-        """From now on, rows of logits go to this array, float32 [rows of any step, vocab], 64-byte aligned, unless
-        `step` is given another place."""
-        self._logits = logits
-        self._options.logits = address(logits)
+    def drive(
+        self,
+        choose: Callable[[Choice], int],
+        copy_page: Callable[[int, int], None],
+        fetch: Callable[[int], NDArray[np.float32]],
+    ) -> None:
+        """For memory that is not this process's: what chooses a token, copies a page of the cache, and brings a row of
+        logits here by its number. None of them may refer to this layer."""
+        rows: list[NDArray[np.float32]] = []  # what was fetched last
+
+        def call_choose(choice: ctypes._Pointer[Choice], _threads: int) -> int:
+            try:
+                return choose(choice.contents)
+            except RuntimeStateError:
+                return _REFUSED
+
+        def call_fetch(number: int) -> int:
+            rows[:] = [np.ascontiguousarray(fetch(number))]
+            return address(rows[0])
+
+        hooks = self._options.hooks
+        hooks.choose, hooks.copy_page, hooks.fetch = _Choose(call_choose), _CopyPage(copy_page), _Fetch(call_fetch)
+
+    def write_logits_to(self, number: int) -> None:
+        """From now on, rows of logits go to the place of this number, float32 [rows of any step, vocab], 64-byte
+        aligned, unless `step` is given another place."""
+        self._options.logits = number
 
     # Pages and sequences: numbers are where those of C lie
 
@@ -319,7 +344,8 @@ class Layer:
         self._check(code)
 
     def step(self, logits: int | None = None) -> int:
-        """Runs the next step; returns how many rows of logits it wrote, to this address or to the layer's own place."""
+        """Runs the next step; returns how many rows of logits it wrote, to the place of this number or to the layer's
+        own."""
         self._check(self._call["feed_step"](self._models[0], logits, ctypes.byref(self._rows)))
         return self._rows.value
 

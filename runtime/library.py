@@ -1,4 +1,4 @@
-"""Load an artifact's code and call it: the C interface of step.h and pool.h, through ctypes (layer.h: `layer.py`)."""
+"""Load an artifact's code: the C interface of step.h, choose.h and pool.h, through ctypes (layer.h: `layer.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,14 @@ from llmc.runtime import manifest
 from llmc.runtime.artifact import HASH_CHUNK, LIBRARY, Artifact
 from llmc.runtime.errors import ArtifactError, StepError
 from llmc.runtime.fork_lock import LIBRARIES, ForkLock
-from llmc.runtime.limits import LimitFunction, load_functions
+from llmc.runtime.limits import Limits, load_functions, measure_limits
 from llmc.runtime.memory import address
 
 _RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
 
 class Step(ctypes.Structure):
-    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT."""
+    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT. Pointers are numbers of places (`runtime/device.py`)."""
 
     _fields_ = (
         ("sizes", ctypes.c_int64 * 7),
@@ -49,6 +48,24 @@ class Step(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("arena_bytes", ctypes.c_int64),
         ("cache_pages", ctypes.c_int64),
+    )
+
+
+class Choice(ctypes.Structure):
+    """`LlmcChoice` of choose.h. Pointers are numbers of places."""
+
+    _fields_ = (
+        ("logits", ctypes.c_void_p),
+        ("seen", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("seen_count", ctypes.c_int64),
+        ("top_k", ctypes.c_int64),
+        ("penalty", ctypes.c_double),
+        ("temperature", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("min_p", ctypes.c_double),
+        ("uniform", ctypes.c_double),
     )
 
 
@@ -75,6 +92,9 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 class Library:
     """The loaded code of one artifact, unloaded when nothing refers to it any more.
 
+    `run` and `choose` are its C functions, for `runtime/host.py`: of a struct of this file and a number of
+    threads.
+
     The first one stays loaded until the process ends, as the pool's workers run in its code. The loader knows a library
     by the name it was opened with, and would give the old code for a name it has seen: so the name is that of the file
     descriptor that was checked, which stays open for as long.
@@ -94,7 +114,7 @@ class Library:
             raise ArtifactError(_why_not_loaded(path, error)) from error
         self._handle = handle
         try:
-            self._run = handle.llmc_run
+            self.run = handle.llmc_run
             self._hash = handle.llmc_hash
             self.choose, self._choose_bytes = handle.llmc_choose, handle.llmc_choose_bytes
             pool_create, pool_use, abi = handle.llmc_pool_create, handle.llmc_pool_use, handle.llmc_abi
@@ -102,11 +122,10 @@ class Library:
             raise ArtifactError(
                 f"{path} lacks a function that every artifact has: {error}. Compile it again"
             ) from error
-        self._run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        self._run.restype = ctypes.c_int
+        self.run.argtypes, self.run.restype = [ctypes.POINTER(Step), ctypes.c_int64], ctypes.c_int
         self._hash.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._hash.restype = None
-        self.choose.argtypes, self.choose.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+        self.choose.argtypes, self.choose.restype = [ctypes.POINTER(Choice), ctypes.c_int64], ctypes.c_int64
         self._choose_bytes.argtypes, self._choose_bytes.restype = [ctypes.c_int64], ctypes.c_int64
         pool_create.argtypes, pool_create.restype = [], ctypes.c_void_p
         pool_use.argtypes, pool_use.restype = [ctypes.c_void_p], None
@@ -184,21 +203,15 @@ class Library:
         """The code itself: for checks that call its kernels one by one."""
         return self._handle
 
-    def run(self, step: int, threads: int) -> None:
-        """Runs one step. step: the address of a filled `Step`. Raises `StepError` where the step returns a code, with
-        what the manifest's `failures` say of it."""
-        code = self._run(step, threads)
-        if code:
-            raise self._failure(code)
-
-    def _failure(self, code: int) -> StepError:
+    def failure(self, code: int) -> StepError:
+        """The error that a step's code is, with what the manifest's `failures` say of it."""
         if 0 < code <= len(self.failures):
             return StepError(self.failures[code - 1])
         return StepError(f"the artifact's step failed with code {code}")
 
-    def limits(self, facts: Sequence[manifest.LimitFacts]) -> list[LimitFunction]:
-        """The functions that measure the machine's limits."""
-        return [replace(function, library=self) for function in load_functions(self._handle, facts)]
+    def measure_limits(self, facts: Sequence[manifest.LimitFacts], threads: int) -> Limits:
+        """What the machine can do at most on so many threads, by the functions that `facts` tell of."""
+        return measure_limits(load_functions(self._handle, facts), threads)
 
     def choose_bytes(self, count: int) -> int:
         """Bytes of scratch that a choice among `count` tokens needs."""

@@ -26,14 +26,13 @@ _OUTPUT_BYTES = 4096  # a thread's own page
 
 @dataclass(frozen=True)
 class LimitFunction:
-    """A loaded limit kernel. amount: bytes or operations of a work unit; input_bytes: read over and over, or 0;
-    library: what keeps its code loaded."""
+    """A limit kernel of a library that stays loaded. amount: bytes or operations of a work unit; input_bytes: read over
+    and over, or 0."""
 
     name: str
     amount: int
     input_bytes: int
     run: Run
-    library: object = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ def measure_limits(functions: Sequence[LimitFunction], threads: int) -> Limits:
 def measure_limit(function: LimitFunction, threads: int, seconds: float = _SECONDS) -> float:
     """Bytes or operations a second of one limit: the best of as many rounds as fit into `seconds`, at least two."""
     nbytes = function.input_bytes or buffer_bytes() // function.amount * function.amount
-    data: NDArray[np.float32] = reserve((nbytes // 4,), np.float32, huge_pages=True)  # type: ignore[assignment]
+    data = reserve(nbytes // 4 * 4, huge_pages=True).view(np.float32)
     data[:] = 1  # pages are really there, and no product is a denormal number, which would be slow
-    output = reserve((threads * _OUTPUT_BYTES,), np.uint8)
+    output = reserve(threads * _OUTPUT_BYTES)
     units = nbytes // function.amount if not function.input_bytes else _units_for(function, data, output)
     best = 0.0
     rounds = 0

@@ -1,4 +1,4 @@
-"""What loading leaves for later: weights are hashed, and copied into huge pages, beside the first steps.
+"""What loading leaves for later: weights are hashed, and copied into memory of the device, beside the first steps.
 
 Both read every byte, which takes seconds for a file of some gigabytes, and neither is needed for the first token. So a
 thread of its own goes through the weights piece by piece: it copies a piece, where there is to be a copy, and hashes it
@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from llmc.runtime import verified
 from llmc.runtime.artifact import HASH_CHUNK, WEIGHTS, damaged
+from llmc.runtime.device import Buffer, Device
 from llmc.runtime.errors import ArtifactError
 
-Hash = Callable[[NDArray[np.uint8], int], NDArray[np.uint64]]  # `Library.hash`
+Hash = Callable[[NDArray[np.uint8], int], NDArray[np.uint64]]  # `Code.hash`
 
 # The scheduler's weight of such a thread is a tenth of another's (110 of 1024): beside steps that keep every core busy,
 # it gets so much of one core, and all of a core that is idle. Less would leave damage unseen for minutes.
@@ -95,16 +96,17 @@ class Loading:
     """
 
     def __init__(
-        self, source: Source, used: NDArray[np.uint8], copy: NDArray[np.uint8] | None, hash_of: Hash | None
+        self, source: Source, device: Device, used: NDArray[np.uint8] | None, copy: Buffer | None, hash_of: Hash | None
     ) -> None:
-        """used: the weights that steps read meanwhile. copy: where they are to be, if not there. hash_of: None where
-        nothing is to be checked."""
+        """used: the weights that steps read meanwhile; None: steps wait for the copy. copy: where they are to be, if
+        not there. hash_of: None where nothing is to be checked."""
         self.failure = ""
         self.whole = False  # the hash was found right
         self.done = False
         self.copy = copy
         self.checking = hash_of is not None
-        self._source, self._used, self._hash_of = source, used, hash_of
+        self.used = used
+        self._source, self._device, self._hash_of = source, device, hash_of
         self._descriptor = os.dup(source.descriptor)
         weakref.finalize(self, os.close, self._descriptor).atexit = False
         self._cancelled = False
@@ -128,8 +130,9 @@ class Loading:
         return gone and not self.done
 
     def restart(self) -> None:
-        """Begins anew in a child of `fork`: without a copy, as children share what is mapped."""
-        self.copy = None
+        """Begins anew in a child of `fork`: without a copy that is not needed, as children share what is mapped."""
+        if self.used is not None:
+            self.copy = None
         self._start()
 
     def cancel(self) -> None:
@@ -157,23 +160,27 @@ class Loading:
         self.done = True
 
     def _run(self) -> None:
-        source, descriptor, hash_of = self._source, self._descriptor, self._hash_of
+        source, descriptor, hash_of, copy = self._source, self._descriptor, self._hash_of, self.copy
         source.read_ahead(descriptor)
-        data = self._used if self.copy is None else self.copy
-        if self.copy is None and hash_of is None:
+        data = self.used if copy is None else copy.host
+        if copy is None and hash_of is None:
             return
-        hashes = np.zeros(-(-len(data) // HASH_CHUNK), np.uint64)
+        hashes = np.zeros(-(-len(source.mapped) // HASH_CHUNK), np.uint64)
+        room = np.zeros(HASH_CHUNK if data is None else 0, np.uint8)
         for index in range(len(hashes)):
             if self._cancelled:
                 raise ArtifactError(f"{source.path} was given up before its weights were checked and copied")
             start = index * HASH_CHUNK
-            piece = data[start : start + HASH_CHUNK]
-            if self.copy is not None:
+            end = min(start + HASH_CHUNK, len(source.mapped))
+            piece = room[: end - start] if data is None else data[start:end]
+            if copy is not None:
                 source.read_into(descriptor, piece, start)
             if hash_of is not None:
                 hashes[index] = hash_of(piece, 0)[0]
-        if self.copy is not None:
-            self.copy.setflags(write=False)
+            if copy is not None:
+                self._device.upload(piece, copy.at(start))
+        if copy is not None and copy.host is not None:
+            copy.host.setflags(write=False)
         if hash_of is not None:
             self.whole = source.is_whole(hashes)
             source.remember(descriptor, self.whole)

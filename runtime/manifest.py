@@ -6,7 +6,7 @@ plan, provenance) are kept as they are.
 
     {"schema": 1, "abi": 6, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
-     "target": {"name", "arch": "x86_64", "features": ["avx2", ...]},
+     "target": {"name", "arch": "x86_64", "features": ["avx2", ...], "device": "host", also if missing},
      "step": {"max_step", "page", "tile", "max_splits", "part", "arena_bytes", "vocab_size",
               "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
               "row_kinds": true where prompts and decoding are computed differently,
@@ -74,11 +74,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the code needs. features: in LLVM's spelling."""
+    """What the code needs. features: in LLVM's spelling. device: the kind that runs steps (`runtime/devices.py`)."""
 
     name: str
     arch: str
     features: frozenset[str]
+    device: str = "host"
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,12 @@ def _model(reader: Reader) -> ModelFacts:
 
 
 def _target(reader: Reader) -> TargetFacts:
-    return TargetFacts(reader.string("name"), reader.string("arch"), frozenset(reader.strings("features")))
+    return TargetFacts(
+        reader.string("name"),
+        reader.string("arch"),
+        frozenset(reader.strings("features")),
+        reader.string("device", default="host"),
+    )
 
 
 def _symbol(reader: Reader) -> NamedSize:

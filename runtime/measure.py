@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.runtime.device import Place
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.limits import Limits
 from llmc.runtime.profile import Profile, merge_steps, profile_phase
@@ -180,7 +181,7 @@ def decode_greedily(
     return seconds
 
 
-def _likeliest(runtime: Runtime, step: Callable[[], list[int]]) -> list[int]:
+def _likeliest(runtime: Runtime, step: Callable[[], list[Place]]) -> list[int]:
     """The most likely next token after each row of a step."""
     with runtime.lock:
         return [runtime.chooser.likeliest(place) for place in step()]

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.runtime.artifact import Artifact
+from llmc.runtime.device import Code, Device, Place
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.layer import Layer
-from llmc.runtime.library import Library
-from llmc.runtime.memory import address, aligned_empty
 from llmc.runtime.sizes import names_of, value_of
 from llmc.runtime.step_call import StepCaller
 
@@ -37,17 +36,16 @@ class RaggedRunner(StepCaller):
     """Runs an encoder over sequences side by side; where the graph sees one sequence only, over one. One thread at a
     time."""
 
-    def __init__(self, artifact: Artifact, library: Library, weights: int, threads: int) -> None:
-        super().__init__(artifact, library, weights, threads)
+    def __init__(self, artifact: Artifact, device: Device, code: Code, weights: Place) -> None:
+        super().__init__(artifact, device, weights)
         facts, manifest = self.facts, artifact.manifest
         self.outputs = manifest.outputs
         self.one_sequence = facts.state == "none"
         self.pages = -(-facts.max_step // min(facts.page, _SHORT_TEXT))
-        self.buffers = CacheBuffers(manifest.layers, self.pages, facts.page)
-        self._wanted = np.zeros(max(1, len(self.outputs)), np.uint64)
-        self.step.outputs = address(self._wanted)
-        self.step.cache, self.step.cache_pages = address(self.buffers.table), self.buffers.pages
-        self.layer: Layer = Layer(library, manifest, self.step, self.make_tables(facts.max_step), threads)
+        self.buffers = CacheBuffers(device, manifest.layers, self.pages, facts.page)
+        self._wanted = self.table("outputs", (max(1, len(self.outputs)),), np.uint64)
+        self.step.cache, self.step.cache_pages = self.buffers.number, self.buffers.pages
+        self.layer: Layer = Layer(code, manifest, self.step, self.make_tables(facts.max_step), device.threads)
 
     def fitting(self, lengths: Sequence[int]) -> int:
         """How many of the first sequences go into one step: at least one, whatever its length."""
@@ -68,15 +66,16 @@ class RaggedRunner(StepCaller):
             for sequence, start in zip(sequences, starts.tolist(), strict=False):
                 types[start : start + len(sequence)] = 0 if sequence.types is None else sequence.types
         binding = {"T": tokens, "S": tokens, "B": count}
-        results = [
-            aligned_empty(tuple(value_of(size, binding) for size in facts.shape), facts.dtype) for facts in self.outputs
-        ]
-        self._wanted[: len(results)] = [address(array) for array in results]
+        shapes = [tuple(value_of(size, binding) for size in facts.shape) for facts in self.outputs]
+        places = self.results(shapes, [facts.dtype for facts in self.outputs])
+        self._wanted[: len(places)] = [place.number for place in places]
         with self.calling() as layer:
             layer.encode(ids.astype(np.int32, copy=False), types, lengths)
         return {
-            facts.name: self._parts(array, [names_of(size) for size in facts.shape], starts, count)
-            for facts, array in zip(self.outputs, results, strict=True)
+            facts.name: self._parts(
+                self.device.fetch(place, shape, facts.dtype), [names_of(size) for size in facts.shape], starts, count
+            )
+            for facts, place, shape in zip(self.outputs, places, shapes, strict=True)
         }
 
     def _parts(self, array: Array, names: list[frozenset[str]], starts: NDArray[np.int64], count: int) -> list[Array]:

@@ -20,16 +20,16 @@ from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Rows, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
+from llmc.runtime.device import Code, Device, Place, Use
+from llmc.runtime.devices import device_for
 from llmc.runtime.encoding import Activation, Encoder, Texts, Told
 from llmc.runtime.errors import RuntimeStateError, TextError
 from llmc.runtime.fork_lock import STEPS, ForkLock
 from llmc.runtime.generation import Options, TextStream, generate_batch, split_options
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.layer import Layer
-from llmc.runtime.library import Library
-from llmc.runtime.limits import Limits, measure_limits
+from llmc.runtime.limits import Limits
 from llmc.runtime.load_options import check_options
-from llmc.runtime.memory import address
 from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.ragged import RaggedRunner
 from llmc.runtime.sampling import Chooser
@@ -64,14 +64,14 @@ class Runtime:
     are computed differently (machines with tile registers).
     """
 
-    def __init__(
-        self, artifact: Artifact, library: Library, weights: Weights, threads: int, kv_memory: int | None
-    ) -> None:
+    def __init__(self, artifact: Artifact, device: Device, code: Code, weights: Weights, kv_memory: int | None) -> None:
         """Use `Runtime.load`."""
         self.artifact = artifact
+        self.device = device
+        self.code = code
         self.manifest = artifact.manifest
         self.task = self.manifest.task
-        self.threads = threads
+        self.threads = device.threads
         self.vocab_size = self.manifest.step.vocab_size
         self.max_context = self.manifest.max_context
         self.max_step = self.manifest.step.max_step
@@ -85,27 +85,23 @@ class Runtime:
         self._weights = weights
         capacity = self._page_capacity(kv_memory) if self.paged else 0
         self.orphans: deque[int] = deque()  # places of sequences that were dropped
-        self._last: NDArray[np.float32] = np.zeros(
-            (0, self.vocab_size), np.float32
-        )  # the logits that `step_last` gave the addresses of
-        self.buffers = CacheBuffers(self.manifest.layers if self.paged else (), capacity, self.page)
+        self.buffers = CacheBuffers(device, self.manifest.layers if self.paged else (), capacity, self.page)
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
         self._decoder: StepRunner | None = None
         self._encoder: Encoder | None = None
         self._arrays: ArrayRunner | None = None
-        place = address(weights.array)
         self._caller: StepCaller
         if self.task == "run":
-            self._caller = self._arrays = ArrayRunner(artifact, library, place, threads)
+            self._caller = self._arrays = ArrayRunner(artifact, device, weights.place)
         elif self.task == "encode":
-            self._caller = runner = RaggedRunner(artifact, library, place, threads)
+            self._caller = runner = RaggedRunner(artifact, device, code, weights.place)
             own = weakref.proxy(self)  # no circle: a runtime that is dropped gives back what it has at once
             self._encoder = Encoder(artifact, runner, self.lock, lambda: own.tokenizer, self.vocab_size)
         else:
-            self._caller = self._decoder = StepRunner(artifact, library, place, self.buffers, threads)
+            self._caller = self._decoder = StepRunner(artifact, device, code, weights.place, self.buffers)
             self._pool = PagePool(self._decoder.layer)
-            self.chooser = Chooser(library, self.vocab_size, threads)
+            self.chooser = Chooser(device, code.choose_bytes(self.vocab_size), self.vocab_size)
         self._caller.source = weights
 
     @classmethod
@@ -141,13 +137,12 @@ class Runtime:
             artifact.check_library()
             if verify is not False:
                 artifact.check_tokenizer()
-            library = Library.load(artifact)
+            device = device_for(artifact, threads, cpus)
+            code = device.open(artifact)
             external = None if weights is None else Path(weights)
             with topology.confined(cpus):  # memory is of the node where it is written first: that of who reads it
-                if cpus is not None:
-                    library.start_threads(threads)
-                data = load_weights(artifact, library, external, threads, verify, share_weights)
-            return cls(artifact, library, data, threads, kv_memory)
+                data = load_weights(artifact, device, code, external, verify, share_weights)
+            return cls(artifact, device, code, data, kv_memory)
         finally:
             artifact.close()
 
@@ -233,8 +228,9 @@ class Runtime:
 
     @property
     def weights(self) -> NDArray[np.uint8]:
-        """The artifact's weights as they lie in memory at present; read only."""
-        return self._weights.array
+        """The artifact's weights as steps find them at present; read only."""
+        weights = self._weights
+        return self.device.fetch(weights.place, (weights.nbytes,), np.uint8)  # type: ignore[return-value]
 
     # What the artifact is for
 
@@ -286,22 +282,26 @@ class Runtime:
         """
         checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
         total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)
-        out = np.empty(total * self.vocab_size + 16, np.float32)
-        skip = -address(out) % 64 // 4
-        logits = out[skip : skip + total * self.vocab_size].reshape(total, self.vocab_size)
         with self.lock:
-            self._step(checked, logits)
-        return logits
+            place = self._step(checked, self._room(total))
+        return self.fetch_logits(place, total)
 
-    def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> list[int]:
+    def _room(self, rows: int) -> Place:
+        """New memory for logits."""
+        return self.device.reserve(4 * rows * self.vocab_size, Use.RESULT).at()
+
+    def fetch_logits(self, place: Place, rows: int = 1) -> NDArray[np.float32]:
+        """The logits at a place that `step_last` or `decode` gave, float32 [rows, vocab]; see `Device.fetch`."""
+        return self.device.fetch(place, (rows, self.vocab_size), np.float32)  # type: ignore[return-value]
+
+    def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> list[Place]:
         """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
         them: hold `lock` while you use them."""
         with self.lock:
-            self._last = self._step([(sequence, self._check_ids(ids), "last") for sequence, ids in requests], None)
-            first, stride = address(self._last), self._last.strides[0]
-        return [first + index * stride for index in range(len(requests))]
+            first = self._step([(sequence, self._check_ids(ids), "last") for sequence, ids in requests], None)
+        return [first + 4 * index * self.vocab_size for index in range(len(requests))]
 
-    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[int]:
+    def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[Place]:
         """`step_last` of one token for each sequence. Hold `lock` while you use the logits."""
         return self.step_last([(one, np.array([token])) for one, token in zip(sequences, tokens, strict=True)])
 
@@ -332,10 +332,8 @@ class Runtime:
             if sequence.closed:
                 raise RuntimeStateError("this sequence is closed")
 
-    def _step(
-        self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
-        """Runs the requests; out None: the logits may lie in the runner's buffer."""
+    def _step(self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: Place | None) -> Place:
+        """Runs the requests, and returns where the logits are. out None: they may lie in the runner's buffer."""
         runner = self._decodes("step()")
         self.collect_orphans()
         self._check_sequences([sequence for sequence, _, _ in requests])
@@ -550,4 +548,4 @@ class Runtime:
         """What this computer can do at most with as many threads: memory and multipliers; a third of a second each."""
         wanted = [fact for fact in self.manifest.step.limits if fact.name == "read" or not memory_only]
         with self.lock:
-            return measure_limits(self._caller.library.limits(wanted), self.threads)
+            return self.code.measure_limits(wanted, self.threads)

@@ -2,50 +2,31 @@
 repetition penalty is one), temperature, top-h, top-k, top-p, min-p, typical-p, epsilon cutoff, eta cutoff, then a draw
 from what is left.
 
-The choice itself is the artifact's (`choose.c`), on the step's threads: with a vocabulary of 150,000 one pass of numpy
+The choice itself is the artifact's (`choose.c`), where the logits are: with a vocabulary of 150,000 one pass of numpy
 over the logits takes half a percent of the model's step, and top-p wants a dozen. What few models ask for is numpy's
-(`logits.py`), on a copy.
+(`logits.py`), on a copy that is fetched.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmc.runtime.device import Device, Place, Use
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library
+from llmc.runtime.library import Choice
 from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
-from llmc.runtime.memory import address, reserve
+from llmc.runtime.memory import address
 
-_NO_CHOICE = -2  # of choose.h
 _DRAWS = 64  # random numbers that are made together
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
 INFINITE = (
     "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too "
     "large, or a penalty too small"
 )
-
-
-class Choice(ctypes.Structure):
-    """`LlmcChoice` of choose.h."""
-
-    _fields_ = (
-        ("logits", ctypes.c_void_p),
-        ("seen", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("seen_count", ctypes.c_int64),
-        ("top_k", ctypes.c_int64),
-        ("penalty", ctypes.c_double),
-        ("temperature", ctypes.c_double),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-        ("uniform", ctypes.c_double),
-    )
 
 
 @dataclass(frozen=True)
@@ -95,40 +76,34 @@ class Chooser:
     """The artifact's choice among `vocab_size` tokens and the memory that it works in, which all samplers share: one
     choice at a time."""
 
-    def __init__(self, library: Library, vocab_size: int, threads: int) -> None:
+    def __init__(self, device: Device, scratch_bytes: int, vocab_size: int) -> None:
+        """scratch_bytes: `Code.choose_bytes` of the vocabulary."""
+        self.device = device
         self.vocab_size = vocab_size
-        self._library = library
-        self._threads = threads
-        self._scratch = reserve((library.choose_bytes(vocab_size),), np.uint8, huge_pages=True)
-        self.scratch = address(self._scratch)
-        self._greedy = Choice(scratch=self.scratch, count=vocab_size, penalty=1.0, top_p=1.0)
-        self._greedy_address = ctypes.addressof(self._greedy)
-        self._row: NDArray[np.float32] | None = None
+        self.scratch = device.reserve(scratch_bytes, Use.DENSE)
+        self._greedy = Choice(scratch=self.scratch.number, count=vocab_size, penalty=1.0, top_p=1.0)
+        self._row = device.reserve(4 * vocab_size, Use.TABLE)
+        self.row: NDArray[np.float32] = self._row.table((vocab_size,), np.float32)  # type: ignore[assignment]
 
     @property
-    def row(self) -> NDArray[np.float32]:
-        """float32 [vocab], for a copy of logits that is changed before the choice."""
-        if self._row is None:
-            self._row = np.empty(self.vocab_size, np.float32)
-        return self._row
+    def row_number(self) -> int:
+        """Of `row`, float32 [vocab]: room for a copy of logits that is changed before the choice."""
+        return self._row.number
 
     @property
     def weights(self) -> NDArray[np.float32]:
         """After a choice that was not greedy, float32 [vocab]: tokens' probabilities in proportion to the largest, and
         0 for those that were ruled out."""
-        return self._scratch[: 4 * self.vocab_size].view(np.float32)
+        return self.fetch(self.scratch.at())
 
-    def choose(self, choice: int) -> int:
-        """The token; -1 where logits are not finite. choice: the address of a filled `Choice`."""
-        token: int = self._library.choose(choice, self._threads)
-        if token == _NO_CHOICE:
-            raise RuntimeStateError("a choice that cannot be: an option, a seen token id or a pointer is out of range")
-        return token
+    def fetch(self, place: Place) -> NDArray[np.float32]:
+        """The float32 [vocab] at a place; see `Device.fetch`."""
+        return self.device.fetch(place, (self.vocab_size,), np.float32)  # type: ignore[return-value]
 
-    def likeliest(self, place: int) -> int:
-        """The id of the largest logit of the float32 [vocab] at this address."""
-        self._greedy.logits = place
-        token = self.choose(self._greedy_address)
+    def likeliest(self, place: Place) -> int:
+        """The id of the largest logit of the float32 [vocab] at a place."""
+        self._greedy.logits = place.number
+        token = self.device.choose(self._greedy)
         if token < 0:
             raise RuntimeStateError(BROKEN)
         return token
@@ -140,7 +115,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, chooser: Chooser, processors: LogitsProcessors | None = None) -> None:
         self.options = options
-        self._chooser = chooser
+        self._chooser, self.device = chooser, chooser.device
         self._processors = processors
         self._random = np.random.Generator(np.random.PCG64(options.seed))
         self._penalty = options.repetition_penalty != 1 and processors is None
@@ -148,13 +123,14 @@ class Sampler:
         self._used = self._draws_place = 0
         penalized = chooser.vocab_size if self._penalty else 0
         self._known = np.zeros(penalized, np.uint8)  # 1 for those that are in _seen
-        self._seen = np.zeros(penalized, np.int32)
+        self._seen_table = self.device.reserve(4 * penalized, Use.TABLE)
+        self._seen: NDArray[np.int32] = self._seen_table.table((penalized,), np.int32)  # type: ignore[assignment]
         self._greedy = options.greedy
         top_h = not self._greedy and options.top_h > 0
         self._plain = processors is None and not top_h and (self._greedy or not options.filters_late)
         self._choice = Choice(
-            seen=address(self._seen),
-            scratch=chooser.scratch,
+            seen=self._seen_table.number,
+            scratch=chooser.scratch.number,
             count=chooser.vocab_size,
             top_k=options.top_k,
             penalty=options.repetition_penalty if self._penalty else 1.0,
@@ -162,7 +138,6 @@ class Sampler:
             top_p=options.top_p,
             min_p=options.min_p,
         )
-        self._address = ctypes.addressof(self._choice)
 
     def observe(self, ids: Iterable[int]) -> None:
         """These tokens are in the sequence: penalties and the like hold for them."""
@@ -184,9 +159,14 @@ class Sampler:
         return self._plain
 
     @property
-    def choice(self) -> int:
-        """The address of the `Choice`, for who chooses by it: whose tokens are observed by that."""
-        return self._address
+    def choice(self) -> Choice:
+        """For who chooses by it: whose tokens are observed by that."""
+        return self._choice
+
+    @property
+    def seen(self) -> int | None:
+        """The address of `choice.seen` as this process sees it, int32 [vocab]; None: there is no penalty."""
+        return address(self._seen) if self._penalty else None
 
     @property
     def known(self) -> int | None:
@@ -209,30 +189,30 @@ class Sampler:
         """So many of them were used."""
         self._used += count
 
-    def choose(self, place: int) -> int:
+    def choose(self, place: Place) -> int:
         """The next token. place: where its logits lie, float32 [vocab]; they are as before afterwards."""
         choice = self._choice
-        choice.logits = place if self._plain else self._changed(place)
+        choice.logits = place.number if self._plain else self._changed(place)
         if not self._greedy:
             self.draws(1)
             choice.uniform = self._draws[self._used]
             self.drawn(1)
-        token = self._chooser.choose(self._address)
+        token = self.device.choose(choice)
         if token < 0:
             raise self._no_token(place)
         return token if self._plain or self._greedy or not self.options.filters_late else self._choose_late()
 
-    def _changed(self, place: int) -> int:
-        """Where a copy of the logits lies after processors and top-h."""
+    def _changed(self, place: Place) -> int:
+        """The number of a copy of the logits after processors and top-h."""
         row = self._chooser.row
-        ctypes.memmove(address(row), place, row.nbytes)
+        row[:] = self._chooser.fetch(place)
         if self._processors is not None:
             self._processors.process(row)
         if not self._greedy and self.options.top_h > 0:
             with np.errstate(over="ignore"):
                 row /= np.float32(self.options.temperature)
             keep_top_h(row, self.options.top_h)
-        return address(row)
+        return self._chooser.row_number
 
     def _choose_late(self) -> int:
         """A draw from what the late filters leave of what the artifact's have left."""
@@ -243,16 +223,14 @@ class Sampler:
         row.fill(-np.inf)
         row[ids[kept]] = np.log(left[kept])
         draw = Choice(
-            logits=address(row), scratch=self._chooser.scratch, count=len(row), penalty=1.0, temperature=1.0, top_p=1.0,
-            uniform=self._choice.uniform,
+            logits=self._chooser.row_number, scratch=self._chooser.scratch.number, count=len(row), penalty=1.0,
+            temperature=1.0, top_p=1.0, uniform=self._choice.uniform,
         )  # fmt: skip
-        return self._chooser.choose(ctypes.addressof(draw))
+        return self.device.choose(draw)
 
-    def _no_token(self, place: int) -> RuntimeStateError:
+    def _no_token(self, place: Place) -> RuntimeStateError:
         """Why the artifact could not choose: the settings rule out all tokens, or the model's logits are not finite."""
-        given = np.empty(self._chooser.vocab_size, np.float32)
-        ctypes.memmove(address(given), place, given.nbytes)
-        if not np.isfinite(given.max()):
+        if not np.isfinite(self._chooser.fetch(place).max()):
             return RuntimeStateError(BROKEN)
         if not self._plain and (self._chooser.row == -np.inf).all():
             return RuntimeStateError(

@@ -1,10 +1,11 @@
-"""Where an artifact's weights lie in memory while it is used: in the mapped file, or copied into huge pages.
+"""Where an artifact's weights lie while it is used: in the mapped file, or copied into memory of the device.
 
 Decoding reads every weight once a token, which is as fast as memory only if address translation keeps up. A mapped
 file mostly has pages of 4 KiB, whose translations no cache holds for weights of this size; with pages of 2 MiB decoding
 is 5 to 20% faster (docs/adr/0005). So weights are copied where memory is plentiful, and used in place elsewhere.
 
-Steps begin in the mapped file, and go on in the copy once it is there (docs/adr/0014). What is checked when is said in
+Steps begin in the mapped file, and go on in the copy once it is there (docs/adr/0014). On a device that cannot read the
+mapped file they begin when the copy is there, which is made in the same way. What is checked when is said in
 SECURITY.md.
 """
 
@@ -20,10 +21,9 @@ from numpy.typing import NDArray
 
 from llmc.runtime import cpu, verified
 from llmc.runtime.artifact import WEIGHTS, Artifact, damaged
+from llmc.runtime.device import Buffer, Code, Device, Place, Use
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
-from llmc.runtime.library import Library
-from llmc.runtime.loading import Loading, Source
-from llmc.runtime.memory import address, reserve
+from llmc.runtime.loading import Hash, Loading, Source
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -37,13 +37,15 @@ _READ_BYTES = 32 << 20  # one read call
 class Weights:
     """The weights of a loaded model, and what is still to be done about them.
 
-    Invariant: `array`, uint8 [weights_bytes], holds the bytes that steps read, page-aligned and not to be written to;
-    it changes in `settle` and `close` only, which are called between steps. Where `pending` is false, nothing is left
-    to do: the weights may be used for ever.
+    Invariant: `place` is where the `nbytes` bytes lie that steps read, page-aligned and not to be written to; it
+    changes in `settle` and `close` only, which are called between steps. Where `pending` is false, nothing is left to
+    do: the weights may be used for ever.
     """
 
-    def __init__(self, array: NDArray[np.uint8], whole: bool, source: Source | None, loading: Loading | None) -> None:
-        self.array = array
+    def __init__(
+        self, place: Place, nbytes: int, whole: bool, source: Source | None = None, loading: Loading | None = None
+    ) -> None:
+        self.place, self.nbytes = place, nbytes
         self._whole, self._source, self._loading = whole, source, loading
         self._closed = False
         self.pending = loading is not None
@@ -66,8 +68,8 @@ class Weights:
         """Whether a check of them is under way."""
         return self._loading is not None and self._loading.checking and not self._loading.done
 
-    def settle(self) -> int:
-        """The address that the next step reads from: that of the copy, once it is there.
+    def settle(self) -> Place:
+        """Where the next step reads from: the copy, once it is there. Waits for it where there is nothing else.
 
         Raises `ArtifactError` where the weights turned out to be damaged, and `RuntimeStateError` after `close`.
         """
@@ -76,6 +78,8 @@ class Weights:
         loading = self._loading
         if loading is not None and loading.is_lost:
             loading.restart()
+        if loading is not None and loading.used is None:
+            loading.join()
         if loading is not None and loading.done:
             if loading.failure:
                 raise ArtifactError(loading.failure)
@@ -83,10 +87,10 @@ class Weights:
             if loading.copy is not None:
                 self._move_to(loading.copy)
             self._loading, self.pending = None, False
-        return address(self.array)
+        return self.place
 
-    def _move_to(self, copy: NDArray[np.uint8]) -> None:
-        self.array = copy[: len(self.array)]
+    def _move_to(self, copy: Buffer) -> None:
+        self.place = copy.at()
         if self._source is not None:  # what steps touched of the mapping would count as this process's memory
             self._source.mapping.madvise(mmap.MADV_DONTNEED, self._source.offset, len(self._source.mapped))
 
@@ -99,7 +103,7 @@ class Weights:
     def close(self) -> None:
         """Ends the work that is left, and gives the weights up: every later step is an error."""
         loading, self._loading, self._source = self._loading, None, None
-        self.array = np.zeros(0, np.uint8)
+        self.place, self.nbytes = Buffer(0, 0, np.zeros(0, np.uint8), None).at(), 0
         self._closed = self.pending = True
         if loading is not None:
             loading.cancel()
@@ -108,13 +112,13 @@ class Weights:
 
 def load_weights(
     artifact: Artifact,
-    library: Library,
+    device: Device,
+    code: Code,
     external: Path | None,
-    threads: int,
     verify: bool | None = None,
     share: bool | None = None,
 ) -> Weights:
-    """The weights of an artifact, in the mapped file or in a copy.
+    """The weights of an artifact, in the mapped file or in a copy. code: the artifact's, which hashes them.
 
     external: the file that has them, for an artifact that was compiled without. verify: True to check their hash now,
     on the bytes that will be used; False to check nothing; None to check them beside the first steps, unless this file
@@ -123,7 +127,7 @@ def load_weights(
     """
     source = _source(artifact, external)
     if source is None:
-        return Weights(np.zeros(1, np.uint8), True, None, None)
+        return Weights(device.reserve(1, Use.DENSE).at(), 1, True)
     wanted, size = artifact.manifest.weights_bytes, len(source.mapped)
     checking, known, now = source.expected is not None and verify is not False, None, verify is True
     if size < LEAST_LATER:
@@ -133,12 +137,19 @@ def load_weights(
         checking = not known
         # What was damaged before is looked at again; numbers that steps use as indices are, before any step.
         now = checking and (known is False or artifact.manifest.has_indices)
+    hash_of = code.hash if checking else None
+    if not device.reads_in_place(source.mapped):
+        copy = device.reserve(size, Use.DENSE)
+        weights = Weights(copy.at(), wanted, bool(known), source, Loading(source, device, None, copy, hash_of))
+        if now:
+            weights.join()
+            weights.settle()
+        return weights
     if now:
-        return Weights(_checked(source, library, threads, checking, share)[:wanted], checking, source, None)
-    used = source.mapped if share is not False else _copied(source, threads)
-    copy = _room(size) if share is None and worth_copying(size) else None
-    loading = Loading(source, used, copy, library.hash if checking else None)
-    return Weights(used[:wanted], bool(known), source, loading)
+        return Weights(_checked(source, device, hash_of, share), wanted, checking, source)
+    place, used = _copied(source, device) if share is False else (device.upload(source.mapped), source.mapped)
+    room = _room(size, device) if share is None and worth_copying(size) else None
+    return Weights(place, wanted, bool(known), source, Loading(source, device, used, room, hash_of))
 
 
 def _source(artifact: Artifact, external: Path | None) -> Source | None:
@@ -172,19 +183,20 @@ def _external(artifact: Artifact, path: Path, wanted: int) -> Source:
     return Source.of(path, descriptor, mapping, 0, wanted, artifact.manifest.weights_hash)
 
 
-def _checked(source: Source, library: Library, threads: int, checking: bool, share: bool | None) -> NDArray[np.uint8]:
-    """The weights, copied where that is wanted or worth it, and checked, before this returns."""
+def _checked(source: Source, device: Device, hash_of: Hash | None, share: bool | None) -> Place:
+    """Where the weights lie, in the mapped file or copied where that is wanted or worth it, checked before this
+    returns."""
     size = len(source.mapped)
     source.read_ahead(source.descriptor)
     copying = share is False or (share is None and worth_copying(size))
-    data = _copied(source, threads) if copying else source.mapped
-    if checking:
-        whole = source.is_whole(library.hash(data, threads))
+    place, data = _copied(source, device) if copying else (device.upload(source.mapped), source.mapped)
+    if hash_of is not None:
+        whole = source.is_whole(hash_of(data, device.threads))
         if size >= LEAST_LATER:
             source.remember(source.descriptor, whole)
         if not whole:
             raise damaged(source.path, WEIGHTS)
-    return data
+    return place
 
 
 def worth_copying(nbytes: int) -> bool:
@@ -199,25 +211,27 @@ def worth_copying(nbytes: int) -> bool:
     return cpu.available_memory() >= 2 * nbytes
 
 
-def _room(nbytes: int) -> NDArray[np.uint8] | None:
+def _room(nbytes: int, device: Device) -> Buffer | None:
     """Huge pages for a copy; None where a limit on address space forbids it."""
     try:
-        return reserve((nbytes,), np.uint8, huge_pages=True)  # type: ignore[return-value]
+        return device.reserve(nbytes, Use.DENSE)
     except RuntimeStateError:
         return None
 
 
-def _copied(source: Source, threads: int) -> NDArray[np.uint8]:
-    """A copy by several threads at once; what is mapped, where there is no room for one."""
-    copy = _room(len(source.mapped))
+def _copied(source: Source, device: Device) -> tuple[Place, NDArray[np.uint8]]:
+    """A copy in the host's memory by several threads at once; what is mapped, where there is no room for one."""
+    copy = _room(len(source.mapped), device)
     if copy is None:
-        return source.mapped
+        return device.upload(source.mapped), source.mapped
+    data = copy.host
+    assert data is not None
 
     def read(start: int) -> None:
-        source.read_into(source.descriptor, copy[start : start + _READ_BYTES], start)
+        source.read_into(source.descriptor, data[start : start + _READ_BYTES], start)
 
-    with ThreadPoolExecutor(max(1, threads)) as readers:
-        for _ in readers.map(read, range(0, len(copy), _READ_BYTES)):
+    with ThreadPoolExecutor(max(1, device.threads)) as readers:
+        for _ in readers.map(read, range(0, len(data), _READ_BYTES)):
             pass
-    copy.setflags(write=False)
-    return copy
+    data.setflags(write=False)
+    return copy.at(), data

@@ -35,7 +35,8 @@ class Draft:
         self._tokens = np.zeros(MOST + 1, np.int32)
         self._view = self._tokens.data  # plain integers go through this in a fraction of the time that numpy takes
         self.text = layer.Text(
-            sequence=place, choice=sampler.choice, known=sampler.known, stops=address(self._stops),
+            sequence=place, choice=ctypes.addressof(sampler.choice), seen=sampler.seen, known=sampler.known,
+            stops=address(self._stops),
             stop_count=len(self._stops), tokens=address(self._tokens),
         )  # fmt: skip
         self.alone = layer.Writing(texts=ctypes.addressof(self.text), number=1)  # for a call of this text only

@@ -26,7 +26,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS, KV, NUMPY_DTYPES, Array, Tensor
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.library import Library
+from llmc.runtime.library import Library, Step
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.runtime import Runtime
 from llmc.targets.lowering import LoweredOp, Program
@@ -185,8 +185,7 @@ def _continued(runtime: Runtime, checker: Checker) -> Array:
             with runtime.lock:
                 tokens = [int(scenario.sequences[i][ends[i] + step]) for i in going]
                 for i, place in zip(going, runtime.decode([sequences[i] for i in going], tokens), strict=True):
-                    row = np.frombuffer(ctypes.string_at(place, 4 * runtime.vocab_size), np.float32)
-                    out[scenario.row(i, ends[i] + step)] = row
+                    out[scenario.row(i, ends[i] + step)] = runtime.fetch_logits(place)[0]
     for sequence in sequences:
         sequence.close()
     return out
@@ -217,24 +216,28 @@ def _without_rounding(graph: Graph) -> Graph:
 
 
 class _Watcher:
-    """Stands in for a runtime's library: runs every step, and then again."""
+    """Stands in for the `run` of a runtime's device, which has to be the host: runs every step, and then again."""
 
     def __init__(self, parts: Parts, runtime: Runtime, threads: int, meanings: bool) -> None:
         self.parts, self.runtime, self.threads, self.meanings = parts, runtime, threads, meanings
         self.steps = 0
         self.ops: set[Op] = set()  # whose kernels were compared
         self.caller = runtime.caller
-        self.library: Library = self.caller.library
-        self.replay = Replay(parts.program, self.library.handle, runtime.weights, parts.addresses, parts.load)
-        self.caller.library = self  # type: ignore[assignment]
+        assert isinstance(runtime.code, Library)
+        self.replay = Replay(parts.program, runtime.code.handle, runtime.weights, parts.addresses, parts.load)
+        self.device = runtime.device
+        self._run = self.device.run
+        self.device.run = self.run  # type: ignore[method-assign]
+        self.device.in_process = False  # every step goes through that
 
     def stop(self) -> None:
-        self.caller.library = self.library
+        self.device.run = self._run  # type: ignore[method-assign]
+        self.device.in_process = True
 
-    def run(self, step: int, threads: int) -> None:
-        """What `Library.run` does, watched."""
+    def run(self, step: Step) -> None:
+        """What `Device.run` does, watched."""
         facts = self._facts()
-        self.library.run(step, threads)
+        self._run(step)
         self.steps += 1
         again = self.replay.run(facts, self._compare if self.meanings else None)
         self._same_bits(facts, again)
@@ -279,7 +282,10 @@ class _Watcher:
                 differs = differs or f"cache {index}"
         if differs:
             whole = self.replay.run(facts, keep=True)
-            first = whole.first_difference(self.parts.plan, self.caller.arena)
+            arena = self.caller.arena
+            first = whole.first_difference(
+                self.parts.plan, self.device.fetch(arena.at(), (arena.nbytes,), np.dtype(np.uint8))
+            )
             raise CompileError(
                 f"{what}: {differs} has other bits than its own kernels give one by one"
                 + (f", first at {first}" if first else "")

@@ -45,6 +45,12 @@ class Machine:
         return name
 
     @property
+    def device(self) -> str:
+        """The kind of device that runs its steps (`runtime/devices.py`)."""
+        kind: str = importlib.import_module(f"llmc.targets.{self.arch}.target").device()
+        return kind
+
+    @property
     def key(self) -> str:
         """A short hash of everything that changes the code; part of the kernel cache's key."""
         facts = asdict(self) | {"features": sorted(self.features), "name": ""}

@@ -302,12 +302,12 @@ def _itemsize(value: Value) -> int:
 
 
 def _aligned(array: Array) -> Array:
-    copy = aligned_empty(array.shape, array.dtype)
+    copy = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
 
 def _filled(nbytes: int) -> Array:
-    memory = aligned_empty((max(1, nbytes),), np.uint8)
+    memory = aligned_empty(max(1, nbytes))
     memory[...] = 0xFF
     return memory

@@ -64,6 +64,9 @@ class Target(Protocol):
     def architecture(self) -> str:
         """What the system calls the processors that it is for (`runtime/cpu.py`): "x86_64", "aarch64", ..."""
 
+    def device(self) -> str:
+        """The kind of device that runs its steps: a name of `runtime/devices.py`."""
+
     def names(self) -> list[str]:
         """Its machines' names; no other target has one of them."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -12,8 +12,10 @@ import numpy as np
 from kernel_harness import Compiled, aligned
 
 from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser, Template
 
 PAGE, TILE = 32, 16
 
@@ -33,13 +35,19 @@ class Case:
     cache_dtype: str = "float16"
     causal: bool = True
     span: int = 0
+    member: Template[AttentionProblem] | None = None  # how the kernel is written, where not by default
 
     @property
     def scale(self) -> float:
         return self.head_dim**-0.5
 
     def plan(self, machine: Machine, query: QueryRows | None = None) -> AttentionPlan:
-        return attention_plan(machine, scale=self.scale, query=query, **vars(self))
+        others = () if query is None else query.params()
+        facts = {name: value for name, value in vars(self).items() if name != "member"}
+        problem = AttentionProblem(scale=self.scale, query=others, **facts)
+        plan = attention_plan(Chooser(machine), problem)
+        assert isinstance(plan, AttentionPlan)
+        return plan if self.member is None else replace(plan, tile=self.member.kernel(problem, machine))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -25,6 +26,19 @@ hypothesis.settings.load_profile("llmc")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the expected halves of tests/golden/*.llmc")
+    parser.addoption(
+        "--device", choices=("host", "apart"), default="host", help="where models run: tests/apart_device.py"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def chosen_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--device") == "apart":
+            import apart_device
+
+            apart_device.use_apart(patch.setitem)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mutation_record
 
@@ -45,13 +46,17 @@ class Mutant:
     line: int
     in_function: bool
 
-    def text(self) -> str:
-        """The module with the change; the module as it is if the operator finds nothing to change."""
-        from cosmic_ray.mutating import mutate_code
+    def text(self, tree: Any = None) -> str:
+        """The module with the change; the module as it is if the operator finds nothing to change.
+
+        tree: the module as parsed before, which is changed in place; None parses it, longer than most tests take.
+        """
+        from cosmic_ray.ast import get_ast
+        from cosmic_ray.mutating import MutationVisitor
         from cosmic_ray.plugins import get_operator
 
-        source = (ROOT / self.module).read_text()
-        return mutate_code(source, get_operator(self.operator)(), self.occurrence) or source
+        visitor = MutationVisitor(self.occurrence, get_operator(self.operator)())
+        return str(visitor.walk(tree or get_ast((ROOT / self.module).read_text())).get_code())
 
     def verdict(self, outcome: str, tests: int) -> Verdict:
         """What became of it; the changed line is made again for those that were not killed only, as that takes time."""

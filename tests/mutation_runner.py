@@ -23,7 +23,7 @@ from mutation_forks import Forks
 
 MEMORY = 8 << 30  # bytes that a mutant may ask for besides what is there
 FILE_SECONDS = 3000.0  # for the tests of one file, with nothing changed
-OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow")
+OPTIONS = ("-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not slow", "--tb=no")
 PASSED, FAILED, SAME = 0, 1, 3
 KILLER = "killer.txt"  # in a copy's folder: the test that failed
 OUTCOMES = {PASSED: "survived", SAME: "same code", None: "late"}
@@ -215,7 +215,13 @@ class Runner:
     def run(self, session: pytest.Session, reach: Reach) -> None:
         """Every mutant, in a copy of its own."""
         items = {item.nodeid: item for item in session.items}
+        from cosmic_ray.ast import get_ast
+        from onnx_node_cases import node_cases
+
+        node_cases()  # takes longer than all that tests do with it
         killers: dict[str, Counter[str]] = {module: Counter() for module in self.files.values()}
+        self.trees = {mutant.module: get_ast((ROOT / mutant.module).read_text()) for mutant in self.mutants}
+        gc.freeze()  # the trees too
         started = time.monotonic()
         for mutant in self.mutants:
             tests = [test for test in reach.tests_of(mutant, self.seconds, killers[mutant.module]) if test in items]
@@ -246,7 +252,7 @@ class Runner:
         """Runs tests with a mutant in this process; the name of the one that fails is left in `folder`."""
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        path, text = ROOT / mutant.module, mutant.text()
+        path, text = ROOT / mutant.module, mutant.text(self.trees[mutant.module])  # a copy's own tree
         if text == path.read_text():
             return SAME
         if not mutant.in_function:

@@ -335,7 +335,7 @@ static void check_writing(Caller *c, LlmcModel *model) {
     for (int i = 0; i < TEXTS; i++) {
         Pair *pair = &pairs[i];
         begin_pair(c, model, pair);
-        texts[i] = (LlmcText){.sequence = pair->written, .choice = &pair->choice, .known = pair->known,
+        texts[i] = (LlmcText){.sequence = pair->written, .choice = &pair->choice, .seen = pair->seen, .known = pair->known,
                               .uniforms = pair->choice.temperature != 0 ? pair->uniforms : NULL, .stops = &pair->stop,
                               .stop_count = 1, .tokens = pair->tokens, .count = 1, .most = WRITTEN};
     }

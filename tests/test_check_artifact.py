@@ -131,11 +131,10 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     elif what == "runtime":
         run = check_artifact._Watcher.run
 
-        def late(self: check_artifact._Watcher, step: int, threads: int) -> None:
-            given = Step.from_address(step)
+        def late(self: check_artifact._Watcher, given: Step) -> None:
             positions = (ctypes.c_int32 * given.sizes[0]).from_address(given.positions)
             positions[:] = [position + 1 for position in positions]
-            run(self, step, threads)
+            run(self, given)
 
         monkeypatch.setattr(check_artifact._Watcher, "run", late)
 

@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[Callable[[], Op], str]] = {
     "checked by other sizes": (lambda: s.CheckedIndex(at(3), at(2)), "sizes of .* for indices of"),
     "cumsum of no axis": (lambda: s.Cumsum(x(3), 1), "outside a tensor"),
     "sum of no axis": (lambda: s.Sum(x(3), (0, 1)), "outside a tensor"),
+    "sum of an axis twice": (lambda: s.Mean(x(2, 3), (1, -1)), "name an axis of rank 2 twice"),
     "argmax of no axis": (lambda: s.Argmax(x(3), -2), "outside a tensor"),
     "top k of fewer": (lambda: s.TopK(x(3, 2), 3, 1), "k = 3 of an axis of 2"),
     "softmax of integers": (lambda: s.Softmax(at(3), 0), "needs floats"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from llmc.runtime.errors import CacheFullError, ContextError, RuntimeStateError
+from llmc.runtime.host import Host
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.manifest import LayerCache
 from llmc.runtime.runtime import Runtime
@@ -265,10 +266,14 @@ def test_without_a_cache_every_step_sees_the_whole_sequence(tmp_path: Path) -> N
 
 def test_buffers_are_laid_out_as_kernels_expect() -> None:
     layers = (LayerCache(2, 3, 5, "float16", None), LayerCache(1, 4, 4, "float32", 64))
-    buffers = CacheBuffers(layers, 6, 32)
+    buffers = CacheBuffers(Host(1), layers, 6, 32)
     assert [array.shape for array in buffers.arrays] == [(6, 2, 3, 32), (6, 2, 32, 5), (6, 1, 4, 32), (6, 1, 32, 4)]
     assert [str(array.dtype) for array in buffers.arrays] == ["float16", "float16", "float32", "float32"]
-    assert all(address % 4096 == 0 for address in buffers.table.tolist())
+    assert all(array.__array_interface__["data"][0] % 4096 == 0 for array in buffers.arrays)
+    for array in buffers.arrays:
+        array[2] = 7
+    buffers.copy(2, 5)
+    assert all((array[5] == 7).all() and (array[4] == 0).all() for array in buffers.arrays)
 
 
 class PoolMachine(RuleBasedStateMachine):

@@ -26,7 +26,9 @@ from llmc.runtime import cpu, verified
 from llmc.runtime import manifest as facts
 from llmc.runtime import weights as module
 from llmc.runtime.artifact import HASH_CHUNK, Artifact
+from llmc.runtime.device import Buffer, Use
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
+from llmc.runtime.host import Host
 from llmc.runtime.library import Library
 from llmc.runtime.runtime import Runtime
 
@@ -380,10 +382,14 @@ def test_without_a_thread_the_work_is_done_at_once(path: Path, monkeypatch: pyte
 
 @pytest.mark.usefixtures("copying")
 def test_no_room_for_a_copy_means_in_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeStateError("no address space")
+    reserve, (_, extent) = Host.reserve, place_of(path)
 
-    monkeypatch.setattr(module, "reserve", refuse)
+    def refuse(host: Host, nbytes: int, use: Use) -> Buffer:
+        if nbytes == extent:
+            raise RuntimeStateError("no address space")
+        return reserve(host, nbytes, use)
+
+    monkeypatch.setattr(Host, "reserve", refuse)
     for share in (None, False):
         runtime = Runtime.load(path, threads=1, share_weights=share)
         runtime.finish_loading()

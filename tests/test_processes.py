@@ -18,12 +18,13 @@ import fake_artifact
 import numpy as np
 import pytest
 from fake_kinds import write_arrays, write_encoder
+from watched import Run, watch, watching
 
 from llmc.runtime import cpu
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
-from llmc.runtime.library import Library
+from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sequence import Sequence
 
@@ -293,13 +294,7 @@ def guard(runtime: Runtime, used: list[str]) -> None:
     if runtime.caller.layer is not None:
         calls = runtime.caller.layer._call
         calls.update({name: guarded(calls[name], name) for name in TOUCHING if name in calls})
-    library = runtime.caller.library
-
-    class Guarded(Library):
-        def __init__(self) -> None:
-            self.run = guarded(library.run, "run")  # type: ignore[method-assign]
-
-    runtime.caller.library = Guarded()
+    watch(runtime, lambda run: guarded(run, "run"))  # type: ignore[arg-type, return-value]
 
 
 def decodes(runtime: Runtime) -> None:
@@ -389,16 +384,14 @@ def test_garbage_may_be_collected_in_the_middle_of_a_step(kinds: dict[str, Path]
     first = runtime.sequence()
     first.append(IDS)
     kept = first.fork()
-    library = runtime.caller.library
 
-    class Collecting(Library):
-        def __init__(self) -> None:
-            pass
+    def collecting(run: Run) -> Run:
+        def call(step: Step) -> None:
+            gc.collect()
+            run(step)
+            gc.collect()
 
-        def run(self, step: int, threads: int) -> None:
-            gc.collect()
-            library.run(step, threads)
-            gc.collect()
+        return call
 
     def leave_in_a_circle(sequence: Sequence) -> None:
         circle: list[object] = [hold(sequence)]
@@ -408,11 +401,10 @@ def test_garbage_may_be_collected_in_the_middle_of_a_step(kinds: dict[str, Path]
     gc.disable()
     try:
         leave_in_a_circle(first.fork())
-        runtime.caller.library = Collecting()
-        first.append(IDS)
+        with watching(runtime, collecting):
+            first.append(IDS)
     finally:
         gc.enable()
-        runtime.caller.library = library
     assert len(runtime.orphans) == 1
     runtime.collect_orphans()
     first.close()
@@ -443,20 +435,15 @@ def test_an_interrupt_in_a_step_leaves_sequences_as_they_were(kinds: dict[str, P
     runtime = Runtime.load(kinds["generate"], threads=1)
     sequence = runtime.sequence()
     sequence.append(IDS)
-    library, before = runtime.caller.library, runtime.pool.available
+    before = runtime.pool.available
 
-    class Interrupting(Library):
-        def __init__(self) -> None:
-            pass
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
 
-        def run(self, step: int, threads: int) -> None:
-            raise KeyboardInterrupt
-
-    runtime.caller.library = Interrupting()
-    for use in (lambda: sequence.append(IDS), lambda: runtime.generate("hello", max_tokens=3)):
-        with pytest.raises(KeyboardInterrupt):
-            use()
-    runtime.caller.library = library
+    with watching(runtime, lambda run: interrupt):
+        for use in (lambda: sequence.append(IDS), lambda: runtime.generate("hello", max_tokens=3)):
+            with pytest.raises(KeyboardInterrupt):
+                use()
     runtime.layer.begin([(sequence.place, np.arange(90, dtype=np.int32), 90)])  # and nobody comes back for it
     assert (sequence.append([1]) == fake_artifact.reference_logits([*IDS, 1])[-1]).all()
     assert runtime.pool.available == before
@@ -467,19 +454,18 @@ def test_a_stream_is_closed_by_another_thread(kinds: dict[str, Path]) -> None:
     """One that is in the middle of a token makes no other, and gives its pages back."""
     runtime = Runtime.load(kinds["generate"], threads=1)
     stream = runtime.stream("hello", max_tokens=300)
-    library, inside, closed = runtime.caller.library, threading.Event(), threading.Event()
+    inside, closed = threading.Event(), threading.Event()
 
-    class Slow(Library):
-        def __init__(self) -> None:
-            pass
-
-        def run(self, step: int, threads: int) -> None:
-            library.run(step, threads)
+    def slow(run: Run) -> Run:
+        def call(step: Step) -> None:
+            run(step)
             if len(stream.tokens) == 3:
                 inside.set()
                 closed.wait(60)
 
-    runtime.caller.library = Slow()
+        return call
+
+    watch(runtime, slow)
     texts: list[str] = []
     reader = threading.Thread(target=lambda: texts.append("".join(stream)))
     reader.start()

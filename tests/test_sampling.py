@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library
-from llmc.runtime.memory import address
-from llmc.runtime.sampling import Choice, Chooser, Sampler, SamplingOptions
+from llmc.runtime.host import Host
+from llmc.runtime.library import Choice, Library
+from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
 
 LOGITS = hnp.arrays(
     np.float32, st.integers(1, 60), elements=st.sampled_from([-30.0, -2.0, -1.0, 0.0, 0.5, 1.0, 3.0, 9.0])
@@ -29,11 +29,17 @@ RNG = np.random.default_rng(1)
 @cache
 def chooser(vocab: int, threads: int = 2) -> Chooser:
     path = fake_artifact.library()
-    return Chooser(Library(path, str(path)), vocab, threads)
+    device = Host(threads)
+    device.use(Library(path, str(path)))
+    return Chooser(device, Library(path, str(path)).choose_bytes(vocab), vocab)
 
 
 def choose(logits: np.ndarray, sampler: Sampler) -> int:
-    return sampler.choose(address(logits))
+    place = sampler.device.upload(logits)
+    try:
+        return sampler.choose(place)
+    finally:
+        assert sampler.device.fetch(place, logits.shape, np.uint32).tolist() == logits.view(np.uint32).tolist()
 
 
 def kept(logits: np.ndarray, threads: int = 2, seen: tuple[int, ...] = (), **options: float) -> dict[int, float]:
@@ -197,8 +203,9 @@ def test_a_draw_is_the_inverse_of_the_running_sum(weights: list[float], uniform:
     with np.errstate(divide="ignore"):
         logits = np.log(array).astype(np.float32)
     place = chooser(len(logits))
-    choice = Choice(address(logits), 0, place.scratch, len(logits), 0, 0, 1.0, 1.0, 1.0, 0.0, uniform)
-    chosen = place.choose(ctypes.addressof(choice))
+    given = place.device.upload(logits)
+    choice = Choice(given.number, 0, place.scratch.number, len(logits), 0, 0, 1.0, 1.0, 1.0, 0.0, uniform)
+    chosen = place.device.choose(choice)
     assert array[chosen] > 0
     low, high = array[:chosen].sum() / array.sum(), array[: chosen + 1].sum() / array.sum()
     assert low - 1e-6 <= uniform <= high + 1e-6

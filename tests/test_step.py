@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched import Run, watching
 
 from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
 from llmc.runtime import layer, manifest
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library, Step
+from llmc.runtime.library import Step
 from llmc.runtime.runtime import Runtime
 
 STRUCTS = {
@@ -55,19 +56,18 @@ def test_writer_and_reader_agree_on_the_format() -> None:
         assert getattr(writing, name) == getattr(reading, name)
 
 
-class Watched(Library):
-    """A library that records what its steps are given, and then runs them."""
+class Watched:
+    """Records what steps are given, and then runs them."""
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.steps: list[dict[str, np.ndarray]] = []
 
-    def run(self, step: int, threads: int) -> None:
-        self.record(step)
-        self.library.run(step, threads)
+    def __call__(self, given: Step) -> None:
+        self.record(given)
+        self.run(given)
 
-    def record(self, step: int) -> None:
-        given = Step.from_address(step)
+    def record(self, given: Step) -> None:
         sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
@@ -109,24 +109,21 @@ def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple
     """For any runs: each row is in one tile of at most 16 consecutive tokens of one sequence, at its own position; its
     slot is on the page that the block table names for that position."""
     sequences = [runtime.sequence() for _ in shapes]
-    caller = runtime.caller
-    watched, library = Watched(caller.library), caller.library
+    watched = Watched(runtime.device.run)
     try:
         feeds = []
         for sequence, (start, count, kind) in zip(sequences, shapes, strict=True):
             if start:
                 runtime.step([(sequence, np.arange(start) % 300, "none")])
             feeds.append((sequence, np.arange(start, start + count) % 300, ("all", "last", "none")[kind % 3]))
-        caller.library = watched
-        rows = runtime.step(feeds)  # type: ignore[arg-type]
-        caller.library = library
+        with watching(runtime, lambda run: watched):
+            rows = runtime.step(feeds)  # type: ignore[arg-type]
         assert len(rows) == sum(len(given_["rows"]) for given_ in watched.steps)
         seen = [check_arrays(given_, [one.pages for one in sequences]) for given_ in watched.steps]
         for index, (start, count, _) in enumerate(shapes):
             assert [place for places in seen for place in places[index]] == list(range(start, start + count))
         assert all(len(given_["ids"]) == fake_artifact.MAX_STEP for given_ in watched.steps[:-1])
     finally:
-        caller.library = library
         for sequence in sequences:
             sequence.close()
 
@@ -196,8 +193,7 @@ def test_decoding_sees_every_change_of_pages(operations: list[tuple[str, int]]) 
                 for ids, token in zip(texts, tokens, strict=True):
                     ids.append(token)
                 for place, ids in zip(runtime.decode(sequences, tokens), texts, strict=True):
-                    logits = np.ctypeslib.as_array(ctypes.cast(place, ctypes.POINTER(ctypes.c_float)), (vocab,))
-                    assert logits.tolist() == fake_artifact.reference_logits(ids)[-1].tolist()
+                    assert runtime.fetch_logits(place)[0].tolist() == fake_artifact.reference_logits(ids)[-1].tolist()
         runtime.pool.check()
     finally:
         for sequence in sequences:

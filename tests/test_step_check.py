@@ -26,10 +26,11 @@ from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import ENCODE, GENERATE, run_pipeline
 from llmc.compiler.scenario import random_params
+from llmc.runtime.device import Use
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Library, Step
+from llmc.runtime.host import Host
+from llmc.runtime.library import Choice, Library, Step
 from llmc.runtime.memory import address
-from llmc.runtime.sampling import Choice, Chooser
 from llmc.targets import machine_named
 from llmc.targets.step_limits import STEP_FAILURES, failures_of
 
@@ -230,21 +231,23 @@ def test_every_code_of_the_header_has_its_text() -> None:
     ],
 )
 def test_a_choice_that_cannot_be_is_an_error_and_changes_nothing(wrong: dict[str, float]) -> None:
-    library = fake_artifact.library()
-    chooser = Chooser(Library(library, str(library)), 9, 2)
+    path = fake_artifact.library()
+    library, device = Library(path, str(path)), Host(2)
+    device.use(library)
+    scratch = device.reserve(library.choose_bytes(9), Use.DENSE)
     logits, seen = np.arange(9, dtype=np.float32), np.array([8, 1], np.int32)
     given = {
-        "logits": address(logits), "seen": address(seen), "scratch": chooser.scratch, "count": 9, "seen_count": 2,
+        "logits": address(logits), "seen": address(seen), "scratch": scratch.number, "count": 9, "seen_count": 2,
         "top_k": 3, "penalty": 1.5, "temperature": 1.0, "top_p": 0.9, "min_p": 0.1, "uniform": 0.5,
     }  # fmt: skip
     before = logits.copy()
     choice = Choice(**given)
-    assert chooser.choose(ctypes.addressof(choice)) >= 0
+    assert device.choose(choice) >= 0
     if "id" in wrong:
         seen[1] = wrong["id"]
     else:
         for name, value in wrong.items():
             setattr(choice, name, value)
     with pytest.raises(RuntimeStateError, match="a choice that cannot be"):
-        chooser.choose(ctypes.addressof(choice))
+        device.choose(choice)
     assert (logits == before).all()

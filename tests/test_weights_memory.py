@@ -8,10 +8,13 @@ from pathlib import Path
 import fake_artifact
 import numpy as np
 import pytest
+from large_weights import place_of
 
 from llmc.runtime import cpu
 from llmc.runtime import weights as module
+from llmc.runtime.device import Buffer, Use
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
+from llmc.runtime.host import Host
 from llmc.runtime.runtime import Runtime
 
 IDS = list(range(33))
@@ -72,10 +75,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(path: Path, monkeypatc
 
 @pytest.mark.usefixtures("copying")
 def test_no_room_for_a_copy_means_in_place(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeStateError("no address space")
+    reserve, (_, extent) = Host.reserve, place_of(path)
 
-    monkeypatch.setattr(module, "reserve", refuse)
+    def refuse(host: Host, nbytes: int, use: Use) -> Buffer:
+        if nbytes == extent:
+            raise RuntimeStateError("no address space")
+        return reserve(host, nbytes, use)
+
+    monkeypatch.setattr(Host, "reserve", refuse)
     assert in_file(Runtime.load(path).weights)
 
 

@@ -8,6 +8,7 @@ e / (1 - e) times the average distance of its values from their average.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -19,15 +20,18 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES
 
 from llmc.runtime import cpu
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.builder import let
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import load, maximum, range_kernel, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser, space
 from llmc.targets.x86.attention_matrix import (
     BIAS,
     FIXED,
+    AttentionMatrix,
     excess,
     fits,
     load_bytes,
@@ -106,6 +110,20 @@ def test_splits_and_tiles_do_not_change_a_bit(name: str) -> None:
         other = replace(batch, tiles=tiles_of(new, lengths, most))
         for splits in (1, 2, 4):
             assert np.array_equal(whole, other.run(MACHINE, splits)), (most, splits)
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", ["grouped", "group of seven, window", "softcap, odd heads", "wide"])
+def test_any_knobs_give_the_reference_and_exact_ones_the_same_bits(name: str) -> None:
+    case, bits = CASES[name], {}
+    problem = AttentionProblem(scale=case.scale, **{k: v for k, v in vars(case).items() if k != "member"})
+    members = list(space(AttentionMatrix, problem, MACHINE))
+    default = AttentionMatrix.default(problem, MACHINE)
+    for member in [default, *random.Random(0).sample(members, 6)]:
+        found = make_batch(replace(case, member=member), [*LENGTHS, 301], [*NEW, 290]).run(MACHINE, splits=2)
+        if member.few == default.few:  # the reference rounds groups of more than those
+            assert errors(make_batch(case, [*LENGTHS, 301], [*NEW, 290]), found)[0].max() < 1, member
+        assert bits.setdefault((member.few, member.step_pages), found.tobytes()) == found.tobytes(), member
 
 
 @needs_tiles
@@ -194,9 +212,11 @@ def test_powers_are_as_near_as_they_say_and_rows_reduce() -> None:
 
 
 def test_tiles_serve_f16_caches_where_the_machine_has_them() -> None:
-    def chosen(machine: Machine, **sizes: object) -> str:
-        arguments = {"heads": 4, "kv_heads": 2, "head_dim": 64, "scale": 1.0, **sizes}
-        return attention_plan(machine, **arguments).tile.name  # type: ignore[arg-type]
+    def chosen(machine: Machine, value_dim: int = 64, cache_dtype: str = "float16") -> str:
+        problem = AttentionProblem(4, 2, 64, value_dim, 1.0, cache_dtype=cache_dtype)
+        plan = attention_plan(Chooser(machine), problem)
+        assert isinstance(plan, AttentionPlan)
+        return plan.tile.name
 
     assert fits(MACHINE, 64, "float16")
     assert chosen(MACHINE) == "attention_matrix"

@@ -274,6 +274,7 @@ class Reduce(Op):
 
     def infer(self) -> Tensor:
         axes = {axis_of(axis, self.x.rank) for axis in self.axes}
+        require(len(axes) == len(self.axes), f"axes {self.axes} name an axis of rank {self.x.rank} twice")
         shape: Shape = tuple(
             1 if i in axes else dim for i, dim in enumerate(self.x.shape) if self.keep or i not in axes
         )

@@ -18,7 +18,7 @@ from llmc.compiler.ir.elementwise import Cast, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Iota, Reshape, Slice
 from llmc.compiler.ir.types import FLOATS, Shape
-from llmc.errors import FrontendError, IRError
+from llmc.errors import DimError, FrontendError, IRError
 
 Scalar = bool | int | float
 # The translation of a traced node: a tensor, a size, a plain number, several of them, or none.
@@ -74,7 +74,10 @@ class Translation:
         """Our size for one of the trace's."""
         if isinstance(value, int):
             return value
-        return self._polynomial(value.node.expr)
+        try:
+            return self._polynomial(value.node.expr)
+        except DimError as error:
+            raise FrontendError(f"the model computes the size {value.node.expr}: {error}") from error
 
     def _polynomial(self, expression: Any) -> int | Dim:
         if expression.is_Integer:

@@ -166,6 +166,8 @@ def _pad(t: Translation, node: Node, x: Value, pad: list[int], mode: object = "c
     fill = mode if isinstance(mode, (int, float)) else value
     if isinstance(mode, str) and mode != "constant":
         raise FrontendError(f"{node.name}: padding by {mode} is not supported")
+    if not all(isinstance(amount, int) for amount in pad):
+        raise FrontendError(f"{node.name}: padding by {pad}, which depends on the sizes of inputs, is not supported")
     low, high = [0] * x.rank, [0] * x.rank
     for i in range(len(pad) // 2):
         index = x.rank - 1 - i

@@ -90,9 +90,12 @@ def settled(node: Node, name: str, item: Item | None = None) -> list[Any] | None
 
 
 def axes_of(node: Node, rank: int, item: Item | None = None) -> tuple[int, ...] | None:
-    """The axes that an op is given, by attribute or input, sorted, none negative; None where it is given none."""
+    """The axes that an op is given, by attribute or input, sorted, none negative; None where it is given none.
+
+    An axis that is named twice counts once, as in onnxruntime.
+    """
     given = settled(node, "axes", item)
-    return None if given is None else tuple(sorted(axis_of(int(axis), rank) for axis in given))
+    return None if given is None else tuple(sorted({axis_of(int(axis), rank) for axis in given}))
 
 
 HALVES = ("f16", "bf16")

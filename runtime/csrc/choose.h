@@ -8,7 +8,7 @@
  *
  * top-k keeps the k likeliest tokens and those as likely as the last of them; top-p, of these, the fewest that make up
  * `top_p` of their probability (of equally likely ones the lower ids); min-p, of these, those at least `min_p` times as
- * likely as the likeliest. `runtime/sampling.py` mirrors this struct with ctypes. */
+ * likely as the likeliest. `runtime/library.py` mirrors this struct with ctypes. */
 typedef struct LlmcChoice {
     float *logits;       /* [count]; changed while the choice is made if there is a penalty, but not after */
     const int32_t *seen; /* [seen_count], each id once: what the penalty is for */

@@ -18,6 +18,7 @@ typedef struct LlmcHooks {
     int (*run)(const LlmcStep *step, int64_t threads);           /* llmc_run */
     int64_t (*choose)(const LlmcChoice *choice, int64_t threads); /* llmc_choose */
     void (*copy_page)(int64_t from, int64_t to);                 /* of the KV cache, in all layers */
+    const float *(*fetch)(const float *logits);                  /* a row of logits, as this process sees it */
 } LlmcHooks;
 
 /* What a model is made of. The step has all of its pointers and keeps them; the layer fills its sizes, and the tables,
@@ -74,6 +75,7 @@ typedef struct LlmcText {
     LlmcSequence *sequence;
     LlmcChoice *choice;     /* how tokens are chosen; its logits and its uniform are filled in */
     const double *uniforms; /* [most]: token number i is drawn with uniforms[i]; NULL: greedy */
+    int32_t *seen;          /* choice->seen, as this process sees it */
     unsigned char *known;   /* [vocabulary]: 1 for ids in choice->seen, which then takes up what is chosen; NULL: no
                                penalty */
     const int32_t *stops;   /* [stop_count]: ids that end the text; they are chosen, and not taken up as seen */

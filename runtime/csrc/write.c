@@ -34,7 +34,7 @@ static bool is_stop(const LlmcText *text, int32_t token) {
 static void take_up(const LlmcText *text, int32_t token) {
     if (text->known == NULL || text->known[token]) return;
     text->known[token] = 1;
-    ((int32_t *)(uintptr_t)text->choice->seen)[text->choice->seen_count++] = token; /* Python's own array */
+    text->seen[text->choice->seen_count++] = token;
 }
 
 /* Chooses the next token of a text; whether it goes on. */
@@ -44,7 +44,9 @@ static bool choose_next(const LlmcModel *model, LlmcText *text, float *logits) {
     if (text->uniforms != NULL) choice->uniform = text->uniforms[text->count];
     const int64_t token = llmc_choose_token(model, choice);
     if (token < 0) {
-        const bool is_broken = token == LLMC_NO_TOKEN && !is_finite_row(logits);
+        const LlmcHooks *hooks = model->hooks;
+        const float *row = hooks != NULL && hooks->fetch != NULL ? hooks->fetch(logits) : logits;
+        const bool is_broken = token == LLMC_NO_TOKEN && !is_finite_row(row);
         text->end = is_broken ? LLMC_TEXT_NOT_FINITE : LLMC_TEXT_NO_CHOICE;
         return false;
     }
@@ -80,7 +82,8 @@ static int write_round(LlmcModel *model, LlmcText *texts, LlmcRequest *requests,
 static int check_texts(const LlmcText *texts, int64_t number) {
     for (int64_t i = 0; i < number; i++) {
         const LlmcText *text = &texts[i];
-        if (text->choice == NULL || text->tokens == NULL || text->count < 1 || text->count >= text->most) {
+        if (text->choice == NULL || text->tokens == NULL || text->count < 1 || text->count >= text->most ||
+            (text->known != NULL && text->seen == NULL)) {
             return llmc_fail(LLMC_ERROR_ARGUMENT, "text %lld has no choice, no tokens or no room", (long long)i);
         }
     }

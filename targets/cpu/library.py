@@ -59,6 +59,11 @@ def compiler_command(machine: Machine) -> list[str]:
     raise CompileError("no C compiler found: install gcc or clang, or name one in the environment variable CC")
 
 
+def device() -> str:
+    """CPUs are the host's: see `runtime/devices.py`."""
+    return "host"
+
+
 def check_tools(machine: Machine) -> None:
     """CompileError where there is no C compiler: said before the work, not after it."""
     compiler_command(machine)

@@ -18,7 +18,7 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
 )
 from llmc.targets.cpu.linear_plan import FEW_ROWS, Layout, LinearPlan, float_linear_plan, quantized_linear_plan
 from llmc.targets.cpu.matrix_unit import MatrixUnit, many_rows_unit, matrix_unit
-from llmc.targets.cpu.norms import norm_kernel
+from llmc.targets.cpu.norms import Norm, NormProblem
 from llmc.targets.cpu.plain import RULES as RULES
 from llmc.targets.cpu.quantize_activations import padded, quantize_activations, round_activations
 from llmc.targets.cpu.row_kinds import Guard, few_when, in_company, many_when, only_few
@@ -59,17 +59,20 @@ def norm_rows(op: Op, context: Context) -> Lowered | str:
     offset = op.offset if isinstance(op, RMSNorm) else 0.0
     if offset not in (0.0, 1.0):
         return f"no kernel adds {offset} to the weight"
-    made = norm_kernel(
-        context.machine,
+    problem = NormProblem(
         kind="rms" if isinstance(op, RMSNorm) else "layer",
         features=size,
-        eps=op.eps,
+        eps=float(op.eps),
         weight=op.w is not None,
         bias=bias is not None,
         weight_offset=int(offset),
     )
+    norm = context.choose(Norm, problem)
+    if isinstance(norm, str):
+        return norm
     args = (op.x, *(v for v in (op.w, bias) if v is not None), "result")
-    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), note=f"[{size}]"),))
+    made = norm.kernel(problem, context.machine)
+    return Lowered((Call(made, args, rows_of(op), grain=norm.grain(problem), note=f"[{size}]"),))
 
 
 ROUNDED = (("xq", "i8"), ("xscales", "f32"), ("xsums", "i32"))

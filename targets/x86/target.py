@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from llmc.targets.cpu.library import build_library, check_tools
+from llmc.targets.cpu.library import build_library, check_tools, device
 from llmc.targets.cpu.rules import RULES
 from llmc.targets.lowering import Rules
 from llmc.targets.x86.amx import matrix_unit
 from llmc.targets.x86.detect import machine, names, native
 
-__all__ = ["architecture", "build_library", "check_tools", "machine", "matrix_unit", "names", "native", "rules"]
+__all__ = [
+    "architecture",
+    "build_library",
+    "check_tools",
+    "device",
+    "machine",
+    "matrix_unit",
+    "names",
+    "native",
+    "rules",
+]
 
 
 def architecture() -> str:

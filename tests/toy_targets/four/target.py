@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from llmc.targets.cpu.library import build_library, check_tools
+from llmc.targets.cpu.library import build_library, check_tools, device
 from llmc.targets.cpu.rules import RULES
 from llmc.targets.lowering import Rules
 from llmc.targets.machine import Machine
 
-__all__ = ["build_library", "check_tools"]
+__all__ = ["build_library", "check_tools", "device"]
 
 
 def architecture() -> str:
