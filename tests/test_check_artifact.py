@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,10 @@ from llmc.errors import CompileError
 from llmc.frontends.lifted import Lifted
 from llmc.runtime.library import Step
 from llmc.targets import check_artifact, memory
-from llmc.targets.cpu import library, rules
+from llmc.targets.cpu import library
+from llmc.targets.cpu.norms import Norm, NormProblem
+from llmc.targets.kernel import Kernel
+from llmc.targets.machine import Machine
 
 CONTEXT = 80  # several pages and more than one query tile
 
@@ -100,10 +104,12 @@ def test_weights_in_a_file_of_their_own_are_used(folder: Path) -> None:
 def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Puts one fault into what makes artifacts."""
     if what == "kernel":
-        right = rules.norm_kernel
-        monkeypatch.setattr(
-            rules, "norm_kernel", lambda machine, **facts: right(machine, **{**facts, "eps": facts["eps"] + 0.01})
-        )
+        right = Norm.kernel
+
+        def uneven(self: Norm, problem: NormProblem, machine: Machine) -> Kernel:
+            return right(self, replace(problem, eps=problem.eps + 0.01), machine)
+
+        monkeypatch.setattr(Norm, "kernel", uneven)
     elif what == "weight":
         packed = pipeline.packed_arrays
 
@@ -133,7 +139,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
         def late(self: check_artifact._Watcher, given: Step) -> None:
             positions = (ctypes.c_int32 * given.sizes[0]).from_address(given.positions)
-            positions[:] = [position + 1 for position in positions]
+            positions[:] = [min(position + 1, CONTEXT - 1) for position in positions]
             run(self, given)
 
         monkeypatch.setattr(check_artifact._Watcher, "run", late)
