@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmc.targets.target import Library
 
 SCHEMA = 1
-ABI = 6
+ABI = 7
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 

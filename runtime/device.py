@@ -7,6 +7,7 @@ there are; the host is the first (`runtime/host.py`).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -16,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
     from llmc.runtime.artifact import Artifact
-    from llmc.runtime.library import Choice, Decoding, Step
+    from llmc.runtime.library import Choice, Step
     from llmc.runtime.limits import Limits
     from llmc.runtime.manifest import LimitFacts
 
@@ -76,7 +77,10 @@ class Place:
 
 
 class Code(Protocol):
-    """An artifact's code beside its steps: what runs on the host, whatever the device."""
+    """An artifact's code beside its steps: what runs on the host, whatever the device. handle: its functions."""
+
+    @property
+    def handle(self) -> ctypes.CDLL: ...
 
     def hash(self, data: NDArray[np.uint8], threads: int) -> NDArray[np.uint64]:
         """The 64-bit hashes of the 4 MiB chunks of bytes in the host's memory; see `Library.hash`."""
@@ -91,13 +95,16 @@ class Code(Protocol):
 class Device(Protocol):
     """Runs one artifact's steps. One thread at a time, but for `reserve`, `upload` and `fetch`.
 
-    threads: how many units of work it does at once; steps are divided accordingly.
+    threads: how many units of work it does at once; steps are divided accordingly. in_process: whether places are
+    addresses in this process, and the artifact's code may run steps and choose tokens by itself there, without `run`
+    and `choose`.
 
     Verbs take effect in the order of the calls, whatever they overlap. What a table or an array holds when a verb is
     called is what the device reads: when the verb returns, it may be changed.
     """
 
     threads: int
+    in_process: bool
 
     def open(self, artifact: Artifact) -> Code:
         """Loads the code of an artifact that was checked. Once, before anything else. Raises `ArtifactError`."""
@@ -116,9 +123,9 @@ class Device(Protocol):
     def copy(self, source: Place, target: Place, nbytes: int) -> None:
         """Copies bytes within the device's memory; the two ranges do not overlap."""
 
-    def run(self, step: Step, decoding: Decoding | None = None) -> None:
-        """Runs a step, whose pointers are numbers of places. decoding: fills its slots and tiles first (csrc/decode.h).
-        Raises `StepError` where its inputs are impossible, with what the manifest's `failures` say of it."""
+    def run(self, step: Step) -> None:
+        """Runs a step, whose pointers are numbers of places. Raises `StepError` where its inputs are impossible, with
+        what the manifest's `failures` say of it."""
 
     def fetch(self, place: Place, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[np.generic]:
         """The elements at a place: a copy, or the memory itself. So they are good until a verb writes there, and are

@@ -16,10 +16,12 @@ from llmc.runtime.logits import LogitsProcessors, needs_processors
 from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
 from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
+from llmc.runtime.writing import Draft
 
 if TYPE_CHECKING:
     from llmc.runtime.device import Place
     from llmc.runtime.runtime import Runtime
+    from llmc.runtime.sequence import Sequence as Cached
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -180,7 +182,7 @@ def make_sampler(
 
 
 class Writer:
-    """One text in the making: takes logits, chooses a token, gives the text that is certain.
+    """One text in the making: takes tokens, or logits to choose one from, and gives the text that is certain.
 
     finish_reason: None while it goes on; "stop" at a stop string or token; "length" at max_tokens or at the end of the
     context; "time" after max_time.
@@ -189,41 +191,74 @@ class Writer:
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
         settings, seed, limits = resolve(options, runtime.manifest.generation, runtime.stop_ids, len(prompt))
         self._limits = limits
+        self._has_regimes = bool(runtime.manifest.step.regimes)
         self._sampler = make_sampler(settings, seed, limits, runtime.chooser, prompt.tolist())
         self._tokenizer = runtime.tokenizer
         self._detokenizer = Detokenizer(self._tokenizer, prompt.tolist())
         self._matcher = StopMatcher(limits.stop)
         self._room = runtime.max_context - len(prompt)
-        self._end_time: float | None = None
+        self._draft: Draft | None = None
+        self.end_time: float | None = None  # of `time.perf_counter`
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
 
     def begin(self) -> None:
         """The text begins now: max_time counts from here."""
         if self._limits.max_time is not None:
-            self._end_time = time.perf_counter() + self._limits.max_time
+            self.end_time = time.perf_counter() + self._limits.max_time
 
-    def write(self, place: Place) -> str:
+    def draft(self, sequence: Cached, whole: bool) -> Draft | None:
+        """For tokens that C chooses and feeds one after the other, until it may be over; None: the next one is chosen
+        here. whole: nobody waits for each token's text."""
+        if not self._sampler.is_plain or (self._has_regimes and sequence.changes_regime(1)):
+            return None
+        if self._draft is None:
+            self._draft = Draft(sequence.place, self._sampler, self._limits.stop_ids)
+        most = min(self._limits.max_tokens, self._room + 1) - len(self.tokens)
+        # A stop string is looked for after each token; and so is a change of regime, where all of them are fed again.
+        one_by_one = self._limits.stop or self._has_regimes or not whole
+        self._draft.begin(self.tokens[-1], 1 if one_by_one else most)
+        return self._draft
+
+    def choose(self, place: Place) -> str:
         """Chooses the next token from its logits, float32 [vocab] at this place; returns the text that may go out."""
         token = self._sampler.choose(place)
-        self.tokens.append(token)
-        special = self._tokenizer.special_text(token) if self._limits.stop else ""
-        if token in self._limits.stop_ids:
-            return self._end("stop", special)
-        self._sampler.observe((token,))
-        if special:
-            piece = self._matcher.skip(special, self._detokenizer.pending)
-        else:
-            piece = self._matcher.feed(self._detokenizer.add(token))
-            if self._limits.stop:
-                piece += self._matcher.look(self._detokenizer.pending)
+        if token not in self._limits.stop_ids:
+            self._sampler.observe((token,))
+        return self.write([token])
+
+    def write(self, tokens: list[int]) -> str:
+        """Takes up the next tokens; returns the text that may go out. Only the last of them may end the text."""
+        self.tokens += tokens
+        if not tokens:
+            return ""
+        piece, last = "", tokens[-1]
+        if len(tokens) > 1 and self._limits.stop:
+            piece = "".join(map(self._write_one, tokens[:-1]))
+        elif len(tokens) > 1:
+            piece = self._matcher.feed(self._detokenizer.add(*tokens[:-1]))
+        if last in self._limits.stop_ids:
+            return piece + self._end("stop", self._special(last))
+        piece += self._write_one(last)
         if self._matcher.stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self._limits.max_tokens or len(self.tokens) > self._room:
             piece += self._end("length")
-        elif self._end_time is not None and time.perf_counter() > self._end_time:
+        elif self.end_time is not None and time.perf_counter() > self.end_time:
             piece += self._end("time")
         return piece
+
+    def _special(self, token: int) -> str:
+        return self._tokenizer.special_text(token) if self._limits.stop else ""
+
+    def _write_one(self, token: int) -> str:
+        if not self._limits.stop:
+            return self._matcher.feed(self._detokenizer.add(token))
+        special = self._special(token)
+        if special:
+            return self._matcher.skip(special, self._detokenizer.pending)
+        piece = self._matcher.feed(self._detokenizer.add(token))
+        return piece + self._matcher.look(self._detokenizer.pending)
 
     def _end(self, reason: str, special: str = "") -> str:
         self.finish_reason = reason
@@ -235,13 +270,15 @@ class Writer:
 
 @dataclass
 class Progress:
-    """The state of a stream, in an object of its own, so that no reference to it keeps a dropped stream alive."""
+    """The state of a stream, in an object of its own, so that no reference to it keeps a dropped stream alive. whole:
+    what is left is wanted as one text."""
 
     prompt_tokens: int
     cached_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     closed: bool = False
+    whole: bool = False
 
 
 class TextStream(Iterator[str]):
@@ -295,6 +332,7 @@ class TextStream(Iterator[str]):
 
     def text(self) -> str:
         """All that is left, as one string."""
+        self._progress.whole = True
         return "".join(self)
 
 
@@ -305,14 +343,14 @@ def _write(
     writer.begin()
     with runtime.sequence() as sequence:
         progress.cached_tokens = sequence.adopt_prefix(prompt)
-        sequences, ids = [sequence], prompt[progress.cached_tokens :]
-        while True:
+        error: BaseException | None = None
+        while error is None:
             with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
                 if writer.tokens:
-                    places = runtime.decode(sequences, writer.tokens[-1:])
+                    (piece,), (broken,), failed = _write_on(runtime, [sequence], [writer], progress.whole)
+                    error = broken or failed
                 else:
-                    places = runtime.step_last([(sequence, ids)])
-                piece = writer.write(places[0])
+                    piece = writer.choose(runtime.step_last([(sequence, prompt[progress.cached_tokens :])])[0])
             elapsed = time.perf_counter() - start
             if len(writer.tokens) == 1:
                 progress.prefill_seconds = elapsed
@@ -321,12 +359,33 @@ def _write(
                 yield piece
             if writer.finish_reason is not None or progress.closed:
                 return
+        raise error
+
+
+def _write_on(
+    runtime: Runtime, sequences: list[Cached], writers: list[Writer], whole: bool
+) -> tuple[list[str], list[RuntimeStateError | None], BaseException | None]:
+    """The next piece of each text that has begun, why there is no other behind it, and the error of a step that failed
+    after them. One token each, or as many as nobody has to look at (`Writer.draft`)."""
+    ready: list[Draft] = []
+    for sequence, writer in zip(sequences, writers, strict=True):
+        draft = writer.draft(sequence, whole)
+        if draft is not None:
+            ready.append(draft)
+    if len(ready) < len(writers):
+        places = runtime.decode(sequences, [writer.tokens[-1] for writer in writers])
+        pairs = [_attempt(writer, place) for writer, place in zip(writers, places, strict=True)]
+        return [piece for piece, _ in pairs], [error for _, error in pairs], None
+    ends = [writer.end_time for writer in writers if writer.end_time is not None]
+    failed = runtime.write(sequences, ready, min(ends) if ends else None)
+    pieces = [writer.write(draft.take()) for writer, draft in zip(writers, ready, strict=True)]
+    return pieces, [draft.error for draft in ready], failed
 
 
 def _attempt(writer: Writer, place: Place) -> tuple[str, RuntimeStateError | None]:
     """The next piece of a text, or why there is none."""
     try:
-        return writer.write(place), None
+        return writer.choose(place), None
     except RuntimeStateError as error:
         return "", error
 
@@ -345,22 +404,26 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
         writers[-1].begin()
     texts = [""] * len(prompts)
     errors: dict[int, RuntimeStateError] = {}
+    failed: BaseException | None = None
     sequences = [runtime.sequence() for _ in prompts]
     try:
         fresh = [(one, prompt[one.adopt_prefix(prompt) :]) for one, prompt in zip(sequences, prompts, strict=True)]
         pending = list(range(len(prompts)))
         while pending:
+            going_on = [writers[index] for index in pending]
             with runtime.lock:
                 if fresh:
-                    places, fresh = runtime.step_last(fresh), []
+                    pairs = [_attempt(*item) for item in zip(going_on, runtime.step_last(fresh), strict=True)]
+                    pieces, found, fresh = [piece for piece, _ in pairs], [error for _, error in pairs], []
                 else:
-                    last = [writers[index].tokens[-1] for index in pending]
-                    places = runtime.decode([sequences[index] for index in pending], last)
-                for place, index in zip(places, pending, strict=True):
-                    piece, error = _attempt(writers[index], place)
-                    texts[index] += piece
-                    if error is not None:
-                        errors[index] = error
+                    own_sequences = [sequences[index] for index in pending]
+                    pieces, found, failed = _write_on(runtime, own_sequences, going_on, whole=True)
+            if failed is not None:
+                raise failed
+            for index, piece, error in zip(pending, pieces, found, strict=True):
+                texts[index] += piece
+                if error is not None:
+                    errors[index] = error
             going = [index for index in pending if writers[index].finish_reason is None and index not in errors]
             for index in set(pending).difference(going):
                 sequences[index].close()

@@ -15,7 +15,7 @@ from llmc.runtime import topology
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.device import ALIGNMENT, Buffer, Place, Use
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.library import Choice, Decoding, Library, Step
+from llmc.runtime.library import Choice, Library, Step
 from llmc.runtime.memory import address, aligned_empty, reserve
 
 _NO_CHOICE = -2  # of choose.h
@@ -26,6 +26,7 @@ class Host:
 
     def __init__(self, threads: int, cpus: frozenset[int] | None = None) -> None:
         self.threads = threads
+        self.in_process = True
         self._cpus = cpus
 
     def open(self, artifact: Artifact) -> Library:
@@ -39,7 +40,7 @@ class Host:
     def use(self, library: Library) -> None:
         """Takes code that is loaded already."""
         self._library = library
-        self._run, self._decode, self._choose = library.run, library.decode, library.choose
+        self._run, self._choose = library.run, library.choose
 
     def reserve(self, nbytes: int, use: Use) -> Buffer:
         return _buffer(aligned_empty(nbytes) if use is Use.RESULT else reserve(nbytes, use is Use.DENSE))
@@ -62,8 +63,8 @@ class Host:
     def copy(self, source: Place, target: Place, nbytes: int) -> None:
         ctypes.memmove(target.number, source.number, nbytes)
 
-    def run(self, step: Step, decoding: Decoding | None = None) -> None:
-        code = self._run(step, self.threads) if decoding is None else self._decode(decoding, self.threads)
+    def run(self, step: Step) -> None:
+        code = self._run(step, self.threads)
         if code:
             raise self._library.failure(code)
 

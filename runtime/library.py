@@ -1,4 +1,4 @@
-"""Load an artifact's code: the C interface of step.h, decode.h, choose.h and pool.h, through ctypes."""
+"""Load an artifact's code: the C interface of step.h, choose.h and pool.h, through ctypes (layer.h: `layer.py`)."""
 
 from __future__ import annotations
 
@@ -51,20 +51,6 @@ class Step(ctypes.Structure):
     )
 
 
-class Decoding(ctypes.Structure):
-    """`LlmcDecoding` of decode.h."""
-
-    _fields_ = (
-        ("step", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("last_pages", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("tiles", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("page", ctypes.c_int64),
-    )
-
-
 class Choice(ctypes.Structure):
     """`LlmcChoice` of choose.h. Pointers are numbers of places."""
 
@@ -106,7 +92,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 class Library:
     """The loaded code of one artifact, unloaded when nothing refers to it any more.
 
-    `run`, `decode` and `choose` are its C functions, for `runtime/host.py`: of a struct of this file and a number of
+    `run` and `choose` are its C functions, for `runtime/host.py`: of a struct of this file and a number of
     threads.
 
     The first one stays loaded until the process ends, as the pool's workers run in its code. The loader knows a library
@@ -128,7 +114,7 @@ class Library:
             raise ArtifactError(_why_not_loaded(path, error)) from error
         self._handle = handle
         try:
-            self.run, self.decode = handle.llmc_run, handle.llmc_decode
+            self.run = handle.llmc_run
             self._hash = handle.llmc_hash
             self.choose, self._choose_bytes = handle.llmc_choose, handle.llmc_choose_bytes
             pool_create, pool_use, abi = handle.llmc_pool_create, handle.llmc_pool_use, handle.llmc_abi
@@ -137,7 +123,6 @@ class Library:
                 f"{path} lacks a function that every artifact has: {error}. Compile it again"
             ) from error
         self.run.argtypes, self.run.restype = [ctypes.POINTER(Step), ctypes.c_int64], ctypes.c_int
-        self.decode.argtypes, self.decode.restype = [ctypes.POINTER(Decoding), ctypes.c_int64], ctypes.c_int
         self._hash.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
         self._hash.restype = None
         self.choose.argtypes, self.choose.restype = [ctypes.POINTER(Choice), ctypes.c_int64], ctypes.c_int64

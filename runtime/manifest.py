@@ -44,7 +44,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 6
+ABI = 7
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.

@@ -18,7 +18,7 @@ from llmc.files import OutputFile, write_all, writing
 from llmc.runtime import cpu, topology
 from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.batch import Run, StepRunner
+from llmc.runtime.batch import Rows, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.device import Code, Device, Place, Use
 from llmc.runtime.devices import device_for
@@ -27,6 +27,7 @@ from llmc.runtime.errors import RuntimeStateError, TextError
 from llmc.runtime.fork_lock import STEPS, ForkLock
 from llmc.runtime.generation import Options, TextStream, generate_batch, split_options
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
+from llmc.runtime.layer import Layer
 from llmc.runtime.limits import Limits
 from llmc.runtime.load_options import check_options
 from llmc.runtime.profile import KernelTime, kernel_times
@@ -36,7 +37,7 @@ from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.weights import Weights, load_weights
-from llmc.runtime.work import Rows, Work, cut_into_steps
+from llmc.runtime.writing import Draft, write
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,8 +84,7 @@ class Runtime:
             self.max_context = min(self.max_context, self.max_step)  # every step sees the whole sequence
         self._weights = weights
         capacity = self._page_capacity(kv_memory) if self.paged else 0
-        self.pool = PagePool(capacity)
-        self.orphans: deque[list[int]] = deque()
+        self.orphans: deque[int] = deque()  # places of sequences that were dropped
         self.buffers = CacheBuffers(device, self.manifest.layers if self.paged else (), capacity, self.page)
         self._tokenizer: Tokenizer | None = None
         self._chat_template: ChatTemplate | None = None
@@ -95,11 +95,12 @@ class Runtime:
         if self.task == "run":
             self._caller = self._arrays = ArrayRunner(artifact, device, weights.place)
         elif self.task == "encode":
-            self._caller = runner = RaggedRunner(artifact, device, weights.place)
+            self._caller = runner = RaggedRunner(artifact, device, code, weights.place)
             own = weakref.proxy(self)  # no circle: a runtime that is dropped gives back what it has at once
             self._encoder = Encoder(artifact, runner, self.lock, lambda: own.tokenizer, self.vocab_size)
         else:
-            self._caller = self._decoder = StepRunner(artifact, device, weights.place, self.buffers)
+            self._caller = self._decoder = StepRunner(artifact, device, code, weights.place, self.buffers)
+            self._pool = PagePool(self._decoder.layer)
             self.chooser = Chooser(device, code.choose_bytes(self.vocab_size), self.vocab_size)
         self._caller.source = weights
 
@@ -215,6 +216,17 @@ class Runtime:
         return self._caller
 
     @property
+    def layer(self) -> Layer:
+        """The session layer, which has sequences and their pages. Hold `lock` while you call it."""
+        return self._decodes("sequence()").layer
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages of the cache."""
+        self._decodes("sequence()")
+        return self._pool
+
+    @property
     def weights(self) -> NDArray[np.uint8]:
         """The artifact's weights as steps find them at present; read only."""
         weights = self._weights
@@ -248,17 +260,17 @@ class Runtime:
         expected: how many tokens it will have at least, where that is known. Models for long contexts may compute every
         token differently in a long sequence: this one is computed as such from the start, and not anew as it grows.
         """
-        self._decodes("sequence()")
+        layer = self.layer
         if not 0 <= expected <= self.max_context:
             raise RuntimeStateError(f"expected is {expected}: the context has {self.max_context} tokens")
-        return Sequence(self, expected)
+        with self.lock:
+            return Sequence(self, layer.sequence(expected))
 
     def collect_orphans(self) -> None:
         """Gives back the pages of sequences that were dropped without being closed."""
         with self.lock:
             while self.orphans:
-                for page in reversed(self.orphans.popleft()):
-                    self.pool.release(page)
+                self.layer.end(self.orphans.popleft())
 
     def step(self, requests: Ids[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]]) -> NDArray[np.float32]:
         """Appends tokens to sequences, and returns the logits asked for, float32 [rows, vocab], in order.
@@ -285,43 +297,29 @@ class Runtime:
     def step_last(self, requests: Ids[tuple[Sequence, NDArray[np.int32]]]) -> list[Place]:
         """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
         them: hold `lock` while you use them."""
-        rows: list[tuple[Sequence, Ids[int] | NDArray[np.integer], Rows]] = [(s, ids, "last") for s, ids in requests]
         with self.lock:
-            anew = any(sequence.changes_regime(len(ids)) for sequence, ids in requests)
-            kinds = {self.row_kinds and sequence.decodes(len(ids)) for sequence, ids in requests}
-            several = len(kinds) > 1 or sum(len(ids) for _, ids in requests) > self.max_step
-            checked = [(sequence, self._check_ids(ids), wanted) for sequence, ids, wanted in rows]
-            first = self._step(checked, self._room(len(rows)) if anew or several or not self.paged else None)
+            first = self._step([(sequence, self._check_ids(ids), "last") for sequence, ids in requests], None)
         return [first + 4 * index * self.vocab_size for index in range(len(requests))]
 
     def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[Place]:
-        """`step_last` of one token for each sequence, in few operations: a step leaves nothing of the interpreter in
-        the caches, so that each costs several times what it does elsewhere. Hold `lock` while you use the logits."""
-        runner = self._decodes("step()")
-        with self.lock:
-            return self._decode(runner, sequences, tokens)
+        """`step_last` of one token for each sequence. Hold `lock` while you use the logits."""
+        return self.step_last([(one, np.array([token])) for one, token in zip(sequences, tokens, strict=True)])
 
-    def _decode(self, runner: StepRunner, sequences: list[Sequence], tokens: list[int]) -> list[Place]:
-        anew = self.manifest.step.regimes and any(sequence.changes_regime(1) for sequence in sequences)
-        if anew or not self.paged or not 0 < len(sequences) <= self.max_step:
-            ids = [np.array([token], np.int32) for token in tokens]
-            return self.step_last(list(zip(sequences, ids, strict=True)))
-        if self.orphans:
-            self.collect_orphans()
-        self._check_sequences(sequences)
-        try:
-            for sequence, token in zip(sequences, tokens, strict=True):
-                if not 0 <= token < self.vocab_size:
-                    raise RuntimeStateError(f"token id {token} is not in the vocabulary of {self.vocab_size}")
-                sequence.prepare_token(token)
-            places = runner.decode(sequences, tokens)
-            for sequence in sequences:
-                sequence.commit(1)
-        except BaseException:
-            for sequence in sequences:
-                sequence.abandon()
-            raise
-        return places
+    def write(
+        self,
+        sequences: list[Sequence],
+        drafts: list[Draft],
+        end_time: float | None = None,
+        times: NDArray[np.int64] | None = None,
+    ) -> BaseException | None:
+        """Lets the artifact write on: each draft's last token is fed and the next one chosen, in turn; see
+        `writing.write`. Returns the error of a step, which ended it."""
+        runner = self._decodes("generate()")
+        with self.lock:
+            if self.orphans:
+                self.collect_orphans()
+            self._check_sequences(sequences)
+            return write(runner, drafts, end_time, times)
 
     def _check_sequences(self, sequences: list[Sequence]) -> None:
         if not sequences:
@@ -331,60 +329,18 @@ class Runtime:
         for sequence in sequences:
             if sequence.runtime is not self:
                 raise RuntimeStateError("this sequence belongs to another runtime")
+            if sequence.closed:
+                raise RuntimeStateError("this sequence is closed")
 
     def _step(self, requests: list[tuple[Sequence, NDArray[np.int32], Rows]], out: Place | None) -> Place:
-        """Runs the requests, and returns where the logits are. out None: one step is enough, and they lie in the
-        runner's buffer."""
+        """Runs the requests, and returns where the logits are. out None: they may lie in the runner's buffer."""
         runner = self._decodes("step()")
         self.collect_orphans()
         self._check_sequences([sequence for sequence, _, _ in requests])
-        prepared: list[Sequence] = []
-        try:
-            work: list[Work] = []
-            for sequence, ids, wanted in requests:
-                prepared.append(sequence)
-                again = sequence.restart(len(ids)) if self.paged and sequence.changes_regime(len(ids)) else ids[:0]
-                whole = np.concatenate([again, ids]) if len(again) else ids
-                work.append(Work(sequence, whole, wanted, len(again), sequence.decodes(len(whole))))
-                sequence.prepare(work[-1].ids)
-            if not self.paged:
-                return self._step_whole(runner, requests, out)
-            result = out
-            row = 0
-            for runs in cut_into_steps(work, self.max_step, self.row_kinds):
-                rows = sum(run.rows for run in runs)
-                result = runner.run(runs, None if out is None else out + row * runner.row_bytes)
-                row += rows
-                for run in runs:
-                    run.sequence.commit(len(run.ids))
-            assert result is not None
-            return result if out is None else out
-        finally:
-            for sequence in prepared:
-                sequence.abandon()
-
-    def _step_whole(
-        self,
-        runner: StepRunner,
-        requests: list[tuple[Sequence, NDArray[np.int32], Rows]],
-        out: Place | None,
-    ) -> Place:
-        """Without a cache, each sequence runs again from its first token, on its own."""
-        assert out is not None
-        row = 0
-        for sequence, ids, rows in requests:
-            total = sequence.length + len(ids)
-            tokens = sequence._tokens[:total]
-            wanted = len(ids) if rows == "all" else int(rows == "last")
-            runner.run([Run(sequence, tokens, 0, total - wanted)], out + row * runner.row_bytes)
-            row += wanted
-            sequence.commit(len(ids))
-        return out
+        return runner.feed(requests, out)
 
     def _check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         array = np.asarray(ids)
-        if array.shape == (1,) and array.dtype == np.int32 and 0 <= array[0] < self.vocab_size:
-            return array  # one token after the other, where every microsecond is paid per token
         if array.ndim != 1 or not len(array):
             raise RuntimeStateError(f"token ids must be a list of at least one id, not of shape {array.shape}")
         if array.dtype.kind not in "iu":
@@ -393,7 +349,7 @@ class Runtime:
         if low < 0 or high >= self.vocab_size:
             bad = low if low < 0 else high
             raise RuntimeStateError(f"token id {bad} is not in the vocabulary of {self.vocab_size}")
-        return array.astype(np.int32, copy=False)
+        return np.ascontiguousarray(array, np.int32)
 
     def forward(self, token_ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after each token of a fresh sequence: float32 [len(token_ids), vocab]."""

@@ -19,8 +19,14 @@ from llmc.runtime.device import Device, Place, Use
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.library import Choice
 from llmc.runtime.logits import LogitsProcessors, keep_top_h, still_kept
+from llmc.runtime.memory import address
 
+_DRAWS = 64  # random numbers that are made together
 BROKEN = "the model's logits are not finite: the artifact or its weights are broken"
+INFINITE = (
+    "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is too "
+    "large, or a penalty too small"
+)
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,12 @@ class Sampler:
         self._processors = processors
         self._random = np.random.Generator(np.random.PCG64(options.seed))
         self._penalty = options.repetition_penalty != 1 and processors is None
-        self._known: set[int] = set()
-        self._seen_table = self.device.reserve(4 * chooser.vocab_size if self._penalty else 0, Use.TABLE)
-        self._seen = self._seen_table.table((self._seen_table.nbytes // 4,), np.int32)
+        self._draws: NDArray[np.float64] = np.zeros(0)  # random numbers that were made, and how many of them are used
+        self._used = self._draws_place = 0
+        penalized = chooser.vocab_size if self._penalty else 0
+        self._known = np.zeros(penalized, np.uint8)  # 1 for those that are in _seen
+        self._seen_table = self.device.reserve(4 * penalized, Use.TABLE)
+        self._seen: NDArray[np.int32] = self._seen_table.table((penalized,), np.int32)  # type: ignore[assignment]
         self._greedy = options.greedy
         top_h = not self._greedy and options.top_h > 0
         self._plain = processors is None and not top_h and (self._greedy or not options.filters_late)
@@ -136,18 +145,58 @@ class Sampler:
             self._processors.observe(ids)
         if not self._penalty:
             return
+        count = self._choice.seen_count
         for token in ids:
-            if token not in self._known:
-                self._seen[len(self._known)] = token
-                self._known.add(token)
-        self._choice.seen_count = len(self._known)
+            if not self._known[token]:
+                self._known[token] = 1
+                self._seen[count] = token
+                count += 1
+        self._choice.seen_count = count
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the artifact chooses by itself, without numpy before or after it: then it may write on its own."""
+        return self._plain
+
+    @property
+    def choice(self) -> Choice:
+        """For who chooses by it: whose tokens are observed by that."""
+        return self._choice
+
+    @property
+    def seen(self) -> int | None:
+        """The address of `choice.seen` as this process sees it, int32 [vocab]; None: there is no penalty."""
+        return address(self._seen) if self._penalty else None
+
+    @property
+    def known(self) -> int | None:
+        """The address of the flags of the ids that a penalty is for, uint8 [vocab]; None: there is no penalty."""
+        return address(self._known) if self._penalty else None
+
+    def draws(self, count: int) -> int | None:
+        """Where the next random numbers lie, float64 [count], until more are asked for; None where nothing is drawn.
+        `drawn` says how many were used."""
+        if self._greedy:
+            return None
+        left = len(self._draws) - self._used
+        if left < count:
+            new = self._random.random(max(count - left, _DRAWS))
+            self._draws, self._used = np.concatenate([self._draws[self._used :], new]), 0
+            self._draws_place = address(self._draws)
+        return self._draws_place + 8 * self._used
+
+    def drawn(self, count: int) -> None:
+        """So many of them were used."""
+        self._used += count
 
     def choose(self, place: Place) -> int:
         """The next token. place: where its logits lie, float32 [vocab]; they are as before afterwards."""
         choice = self._choice
         choice.logits = place.number if self._plain else self._changed(place)
         if not self._greedy:
-            choice.uniform = self._random.random()
+            self.draws(1)
+            choice.uniform = self._draws[self._used]
+            self.drawn(1)
         token = self.device.choose(choice)
         if token < 0:
             raise self._no_token(place)
@@ -188,7 +237,4 @@ class Sampler:
                 "no token is left to choose: the settings rule all of them out (suppress_tokens, bad_words_ids, "
                 "no_repeat_ngram_size and the like; an empty list or 0 turns one off)"
             )
-        return RuntimeStateError(
-            "the settings make logits infinite: a factor of exponential_decay_length_penalty, a bias or a penalty is "
-            "too large, or a penalty too small"
-        )
+        return RuntimeStateError(INFINITE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,10 +12,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.device import Buffer, Device, Place, Use
-from llmc.runtime.library import Decoding, Step
+from llmc.runtime.library import Step
 from llmc.runtime.profile import StepSizes
 
 if TYPE_CHECKING:
+    from llmc.runtime.layer import Layer
     from llmc.runtime.weights import Weights
 
 
@@ -28,6 +30,7 @@ class StepCaller:
         self.facts = artifact.manifest.step
         self.device = device
         self.threads = device.threads
+        self.layer: Layer | None = None  # what runs the steps, where it is not `call`
         self.source: Weights | None = None  # where the weights are, if that may change from one step to the next
         self.arena = device.reserve(self.facts.arena_bytes, Use.DENSE)
         self.tables: dict[str, Buffer] = {}
@@ -75,12 +78,60 @@ class StepCaller:
         if self.source is not None and self.source.pending:
             self.step.weights = self.source.settle().number
 
-    def call(self, decoding: Decoding | None = None) -> None:
+    def call(self) -> None:
         """Runs the step that the struct describes. `StepError` says what its inputs made impossible."""
         self.settle()
         if not self.profiling:
-            self.device.run(self.step, decoding)
+            self.device.run(self.step)
             return
         before = self.profile
-        self.device.run(self.step, decoding)
+        self.device.run(self.step)
         self.taken.append(self.profile - before)
+
+    def make_tables(self, context: int) -> dict[str, NDArray[np.int32]]:
+        """The int32 tables of a step of several sequences of `context` tokens at most, where the struct says."""
+        most = self.facts.max_step
+        columns = -(-context // max(1, self.facts.page))
+        shapes = {"starts": (most + 1,), "tiles": (most, 4), "block_table": (most * max(1, columns),)}
+        names = ("ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table")
+        made = {name: self.int32(name, shapes.get(name, (most,))) for name in names}
+        self._tiles = made["tiles"]
+        return made
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether steps are run from here, one by one: they are timed, or the artifact's own code may not."""
+        return self.profiling or not self.device.in_process
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[Layer]:
+        """The session layer, ready for a call that runs steps. Those that are watched are run from here, and all others
+        by C."""
+        assert self.layer is not None
+        self.settle()
+        if not self.is_watched:
+            yield self.layer
+            return
+        self.layer.hook(self._run_one)
+        try:
+            yield self.layer
+        finally:
+            self.layer.hook(None)  # it would keep this object alive
+
+    def _run_one(self) -> None:
+        if not self.profiling:
+            self.device.run(self.step)
+            return
+        before = self.profile
+        self.device.run(self.step)
+        self.taken.append(self.profile - before)
+        self.profiled.append(StepSizes(tuple(self.step.sizes), self._places()))
+
+    def _places(self) -> tuple[tuple[int, int], ...]:
+        """(first position, tokens) of each sequence of the step."""
+        tiles = self._tiles[: self.step.sizes[1]]
+        starts = np.full(self.step.sizes[2], np.iinfo(np.int32).max, np.int64)
+        counts = np.zeros(len(starts), np.int64)
+        np.minimum.at(starts, tiles[:, 0], tiles[:, 3])
+        np.add.at(counts, tiles[:, 0], tiles[:, 2])
+        return tuple(zip(starts.tolist(), counts.tolist(), strict=True))

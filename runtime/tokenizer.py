@@ -146,9 +146,9 @@ class Detokenizer:
             self._feed(context)
             self._told = self.pending
 
-    def add(self, token: int) -> str:
+    def add(self, *tokens: int) -> str:
         """The text that is certain now: empty while a character is not complete."""
-        return self._new(self._feed((token,)))
+        return self._new(self._feed(tokens))
 
     def finish(self) -> str:
         """What is left at the end, complete or not."""

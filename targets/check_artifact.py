@@ -9,7 +9,7 @@ is compared with what the graph gives in numpy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.types import FLOATS, KV, NUMPY_DTYPES, Array, Tensor
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.library import Decoding, Library, Step
+from llmc.runtime.library import Library, Step
 from llmc.runtime.ragged import RaggedRunner, Tokens
 from llmc.runtime.runtime import Runtime
 from llmc.targets.lowering import LoweredOp, Program
@@ -228,33 +228,16 @@ class _Watcher:
         self.device = runtime.device
         self._run = self.device.run
         self.device.run = self.run  # type: ignore[method-assign]
+        self.device.in_process = False  # every step goes through that
 
     def stop(self) -> None:
         self.device.run = self._run  # type: ignore[method-assign]
+        self.device.in_process = True
 
-    def run(self, step: Step, decoding: Decoding | None = None) -> None:
+    def run(self, step: Step) -> None:
         """What `Device.run` does, watched."""
-        if decoding is None:
-            self._watch(lambda: self._run(step))
-        else:
-            self._decode(step, decoding)
-
-    def _decode(self, step: Step, given: Decoding) -> None:
-        """What the code fills in is filled in here before, to be seen."""
-        one, four = ctypes.c_int32 * given.count, ctypes.c_int32 * (4 * given.count)
-        positions, last_pages = one.from_address(given.positions), one.from_address(given.last_pages)
-        slots, tiles = one.from_address(given.slots), four.from_address(given.tiles)
-        for index in range(given.count):
-            slots[index] = last_pages[index] * given.page + positions[index] % given.page
-            tiles[4 * index + 3] = positions[index]
-        filled = [*slots, *tiles]
-        self._watch(lambda: self._run(step, given))
-        if filled != [*slots, *tiles]:
-            raise CompileError("the artifact's code puts tokens that decode into other places than the runtime says")
-
-    def _watch(self, run: Callable[[], None]) -> None:
         facts = self._facts()
-        run()
+        self._run(step)
         self.steps += 1
         again = self.replay.run(facts, self._compare if self.meanings else None)
         self._same_bits(facts, again)

@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.device import Buffer, Place, Use
 from llmc.runtime.host import Host
-from llmc.runtime.library import Choice, Decoding, Library, Step
+from llmc.runtime.library import Choice, Library, Step
 
 FIRST = 1 << 60  # no address of x86-64 or ARM
 _GAP = 1 << 20  # between buffers: a number beyond the end of one is of no other
@@ -48,6 +48,7 @@ class Apart:
 
     def __init__(self, threads: int, cpus: frozenset[int] | None = None) -> None:
         self.threads = threads
+        self.in_process = False
         self.calls: dict[str, int] = {}
         self._host = Host(threads, cpus)
         self._next = FIRST
@@ -128,20 +129,11 @@ class Apart:
                 data[:] = 0xFF
         self._fetched = []
 
-    def run(self, step: Step, decoding: Decoding | None = None) -> None:
+    def run(self, step: Step) -> None:
         self._count("run")
         self._spoil()
         with self._translated(step) as real:
-            if decoding is None:
-                self._host.run(real)
-                return
-            given = Decoding.from_buffer_copy(decoding)
-            assert given.step == ctypes.addressof(step)
-            given.step = ctypes.addressof(real)
-            for name in ("positions", "last_pages", "slots", "tiles"):
-                setattr(given, name, self._real(getattr(decoding, name)))
-            assert (given.positions, given.slots, given.tiles) == (real.positions, real.slots, real.tiles)
-            self._host.run(real, given)
+            self._host.run(real)
 
     @contextmanager
     def _translated(self, step: Step) -> Iterator[Step]:

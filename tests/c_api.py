@@ -53,6 +53,7 @@ _FUNCTIONS = {
     "next": (INT, POINTER, ctypes.POINTER(Sampling), ctypes.POINTER(ctypes.c_int32)),
     "logits": (POINTER, POINTER),
     "encode": (INT, POINTER, POINTER, POINTER, I64, POINTER),
+    "adopt": (INT, POINTER, POINTER, I64, ctypes.POINTER(I64)),
 }
 Api = struct(
     ("bytes", I64),

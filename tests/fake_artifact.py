@@ -23,6 +23,7 @@ from llmc.runtime import cpu
 from llmc.targets.cpu.library import INTERFACE, c_sources, link_options
 from llmc.targets.facts import facts_source
 
+CODED = ("task", "target", "step", "max_context", "kv", "weights", "outputs", "encoder")  # what `facts_source` reads
 VOCAB = 300
 MAX_STEP = 48
 
@@ -152,7 +153,7 @@ def compile_library(source: str, folder: Path, facts: Mapping[str, object] | Non
 
 @cache
 def library(source: str = STEP, facts: str = "") -> Path:
-    """The fake step, compiled once a test process. facts: JSON of the manifest, if not the fake model's."""
+    """The fake step, compiled once a test process. facts: JSON of the manifest's entries that the code has too."""
     folder = Path(tempfile.mkdtemp(prefix="llmc-fake-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return compile_library(
@@ -165,7 +166,7 @@ def manifest(**changes: object) -> dict[str, object]:
     layer = {"kv_heads": 1, "head_dim": 2, "value_dim": 2, "dtype": "float32", "window": None}
     return {
         "schema": 1,
-        "abi": 6,
+        "abi": 7,
         "task": "generate",
         "llmc_version": "0.1.0",
         "model": {"name": "fake", "source": "models/fake", "parameters": VOCAB, "bits_per_weight": 8.0},
@@ -221,6 +222,16 @@ def byte_tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
+def _coded_facts(whole: dict[str, object]) -> str:
+    """What `library` is to code of a manifest; nothing where that is the fake model's, or makes no sense."""
+    facts, plain = ({name: m[name] for name in CODED if name in m} for m in (whole, manifest()))
+    try:
+        facts_source(facts)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return ""
+    return "" if facts == plain else json.dumps(facts)
+
+
 _DEFAULT = object()
 
 
@@ -229,14 +240,13 @@ def write(
     source: str = STEP,
     tokenizer: bytes | None = None,
     tokenizer_facts: object = _DEFAULT,
-    own_facts: bool = False,
     **changes: object,
 ) -> Path:
-    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest.
-    own_facts: the code has them too, and not those of the fake model."""
+    """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest,
+    which the code has too, where it has such facts."""
     if tokenizer_facts is not _DEFAULT:
         changes["tokenizer"] = tokenizer_facts
-    code = library(source, json.dumps(manifest(**changes))) if own_facts else library(source)
+    code = library(source, _coded_facts(manifest(**changes)))
     with ArtifactWriter(path, code) as writer:
         writer.begin_weights()
         writer.append(weights())

@@ -1,8 +1,11 @@
 /* Random calls of llmc.h over a step that is known exactly, by several threads; built with and without sanitizers by
- * tests/test_c_session.py. With STATELESS defined the step keeps no cache. Exits 0 when all holds.
+ * tests/test_c_session.py. With STATELESS defined the step keeps no cache; with REGIMES, sequences are computed in one of
+ * three by their length. Exits 0 when all holds.
  *
- * The step: a token's key is its id and position, put into the cache through `slots`; the logits of a row are a hash of
- * all keys that it sees through `block_table` and `tiles`. A wrong page, slot, tile, position or row changes them. */
+ * The step: a token's key is its id, position and regime, put into the cache through `slots`; the logits of a row are a
+ * hash of all keys that it sees through `block_table` and `tiles`. A wrong page, slot, tile, position, length or row
+ * changes them. */
+#include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +17,7 @@
 #include "step_check.h"
 
 enum { VOCAB = 13, POISON = 12, PAGE = 8, TILE = 4, MAX_STEP = 20, CONTEXT = 90, LAYERS = 2, PAGES = 60, FAILED = 11 };
-enum { SEQUENCES = 6, CALLERS = 4 };
+enum { SEQUENCES = 6, CALLERS = 4, TEXTS = 3, WRITTEN = 30 };
 
 static const char *const failures[FAILED] = {"1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "a poisoned token"};
 #ifdef STATELESS
@@ -23,11 +26,18 @@ enum { MOST = MAX_STEP };
 enum { MOST = CONTEXT };
 static const LlmcLayerFacts layers[LAYERS] = {{1, 2, 2, 4, 0}, {1, 2, 2, 4, 0}};
 #endif
+#ifdef REGIMES
+enum { REGIME_COUNT = 2 };
+static const int64_t regimes[REGIME_COUNT] = {19, 50};
+#else
+enum { REGIME_COUNT = 0 };
+static const int64_t *const regimes = NULL;
+#endif
 
 const LlmcFacts llmc_facts = {
     .bytes = sizeof(LlmcFacts), .task = LLMC_GENERATE, .vocabulary = VOCAB, .max_context = CONTEXT,
     .max_step = MAX_STEP, .page = PAGE, .tile = TILE, .max_splits = 3, .part = 2 * PAGE, .arena_bytes = 8 * MAX_STEP,
-    .architecture = "any", .failure_count = FAILED, .failures = failures, .encoder_output = -1,
+    .regime_count = REGIME_COUNT, .regimes = regimes, .architecture = "any", .failure_count = FAILED, .failures = failures, .encoder_output = -1,
 #ifdef STATELESS
     .state = LLMC_STATELESS,
 #else
@@ -50,7 +60,12 @@ static uint64_t mix(uint64_t sum, uint64_t word) {
     return sum ^ (sum >> 29);
 }
 
-static uint64_t key_of(int32_t id, int64_t position) { return (uint64_t)(id + 1) + UINT64_C(1000) * (uint64_t)position; }
+/* length: of the sequence, or any in the same regime. */
+static uint64_t key_of(int32_t id, int64_t position, int64_t length) {
+    uint64_t regime = 0;
+    for (int i = 0; i < REGIME_COUNT; i++) regime += length > regimes[i];
+    return (uint64_t)(id + 1) + UINT64_C(1000) * (uint64_t)position + UINT64_C(1000000) * regime;
+}
 
 static float logit_of(uint64_t sum, int v) { return (float)(mix(sum, (uint64_t)v) >> 40); }
 
@@ -58,8 +73,9 @@ static void store(void *context, int64_t begin, int64_t end) {
     const LlmcStep *s = context;
     for (int64_t t = begin; llmc_facts.state == LLMC_PAGED && t < end; t++) {
         const int64_t page = s->slots[t] / PAGE, offset = s->slots[t] % PAGE;
-        ((float *)s->cache[0])[page * 2 * PAGE + offset] = (float)key_of(s->ids[t], s->positions[t]);
-        ((float *)s->cache[3])[(page * PAGE + offset) * 2] = 2 * (float)key_of(s->ids[t], s->positions[t]);
+        const float key = (float)key_of(s->ids[t], s->positions[t], s->lengths[t]);
+        ((float *)s->cache[0])[page * 2 * PAGE + offset] = key;
+        ((float *)s->cache[3])[(page * PAGE + offset) * 2] = 2 * key;
     }
 }
 
@@ -73,7 +89,7 @@ static void attend(void *context, int64_t begin, int64_t end) {
             for (int p = 0; p <= tile[3] + row; p++) {
 #ifdef STATELESS
                 (void)pages;
-                sum = mix(sum, key_of(s->ids[p], p));
+                sum = mix(sum, key_of(s->ids[p], p, s->lengths[p]));
 #else
                 const float key = ((float *)s->cache[0])[(int64_t)pages[p / PAGE] * 2 * PAGE + p % PAGE];
                 const float value = ((float *)s->cache[3])[((int64_t)pages[p / PAGE] * PAGE + p % PAGE) * 2];
@@ -104,7 +120,7 @@ static const LlmcApi *llmc;
 typedef struct Twin {
     LlmcSequence *sequence;
     int32_t tokens[CONTEXT];
-    int64_t length;
+    int64_t length, expected;
     bool has_logits;
 } Twin;
 
@@ -125,8 +141,9 @@ static void check_twin(const Twin *twin) {
     const float *logits = llmc->logits(twin->sequence);
     CHECK((logits != NULL) == twin->has_logits);
     if (!twin->has_logits) return;
+    const int64_t whole = twin->length > twin->expected ? twin->length : twin->expected;
     uint64_t sum = 0;
-    for (int64_t p = 0; p < twin->length; p++) sum = mix(sum, key_of(twin->tokens[p], p));
+    for (int64_t p = 0; p < twin->length; p++) sum = mix(sum, key_of(twin->tokens[p], p, whole));
     int32_t best = 0, token = -1;
     for (int v = 0; v < VOCAB; v++) {
         CHECK(logits[v] == logit_of(sum, v));
@@ -178,12 +195,31 @@ static void feed(Caller *c) {
     CHECK((llmc->error()[0] == 0) == (code == LLMC_OK));
     for (int64_t n = 0; n < number; n++) {
         Twin *twin = &c->twins[fed[n]];
-        if (code == LLMC_ERROR_STEP) twin->has_logits = false;
+        if (code == LLMC_ERROR_STEP) {
+            /* Only what is computed anew, in another regime, may be left with fewer tokens. */
+            const int64_t length = llmc->length(twin->sequence);
+            CHECK(length == twin->length || (REGIME_COUNT > 0 && length < twin->length));
+            twin->length = length;
+            twin->has_logits = false;
+        }
         if (code != LLMC_OK) continue;
         memcpy(twin->tokens + twin->length, ids[n], (size_t)counts[n] * sizeof(int32_t));
         twin->length += counts[n];
         twin->has_logits = true;
     }
+}
+
+/* Begins a sequence with what the cache has of another one's tokens, and of some that follow. */
+static void adopt(Caller *c, Twin *twin, const Twin *other) {
+    int32_t ids[CONTEXT];
+    const int64_t count = below(c, MOST);
+    int64_t covered = -1;
+    for (int64_t i = 0; i < count; i++) ids[i] = i < other->length ? other->tokens[i] : (int32_t)below(c, 2);
+    CHECK(llmc->adopt(twin->sequence, ids, count, &covered) == LLMC_OK);
+    CHECK(covered % PAGE == 0 && (covered == 0 || (covered < count && llmc_facts.state == LLMC_PAGED)));
+    memcpy(twin->tokens, ids, (size_t)covered * sizeof *ids);
+    twin->length = covered;
+    if (covered > 0) CHECK(llmc->adopt(twin->sequence, ids, count, &covered) == LLMC_ERROR_STATE && covered == 0);
 }
 
 static void renew(Caller *c, Twin *twin) {
@@ -196,7 +232,9 @@ static void renew(Caller *c, Twin *twin) {
         *twin = *other;
         twin->sequence = sequence;
     } else {
-        CHECK(llmc->sequence(c->model, below(c, MOST), &twin->sequence) == LLMC_OK);
+        twin->expected = below(c, 2) ? below(c, MOST) : 0;
+        CHECK(llmc->sequence(c->model, twin->expected, &twin->sequence) == LLMC_OK);
+        adopt(c, twin, other);
     }
 }
 
@@ -224,22 +262,113 @@ static void *hammer(void *argument) {
     return NULL;
 }
 
-/* Every page has as many users as there are sequences with it; the model is at rest. */
+/* Every page has as many users as there are sequences with it, and one without is free or kept for its tokens, under
+ * which it is found; the model is at rest. */
 static void check_pages(const LlmcModel *model) {
     const LlmcPages *pages = &model->pages;
     int32_t *users = calloc((size_t)pages->capacity + 1, sizeof *users);
     CHECK(users != NULL);
-    int64_t used = 0;
+    int64_t used = 0, kept = 0, listed = 0;
     for (const LlmcSequence *s = model->sequences; s != NULL; s = s->after) {
-        for (int64_t i = 0; i < s->page_count; i++) users[s->page_ids[i]]++;
-        CHECK(s->page_count == (pages->capacity ? (s->length + PAGE - 1) / PAGE : 0));
+        const LlmcSequenceView *view = &s->view;
+        for (int64_t i = 0; i < view->page_count; i++) users[s->page_ids[i]]++;
+        CHECK(view->page_count == (pages->capacity ? (view->length + PAGE - 1) / PAGE : 0));
+        CHECK(s->serial_count == (pages->capacity ? view->length / PAGE : 0) && s->pending == 0);
     }
-    for (int64_t p = 0; p < pages->capacity; p++) {
+    for (int32_t p = 0; p < pages->capacity; p++) {
         CHECK(users[p] == pages->users[p]);
         used += users[p] > 0;
+        kept += users[p] == 0 && pages->serials[p] != 0;
+        if (pages->serials[p]) CHECK(llmc_pages_find(pages, pages->parents[p], pages->tokens + p * PAGE) == p);
     }
+    for (int32_t p = pages->oldest; p; p = pages->newer[p - 1]) {
+        CHECK(users[p - 1] == 0 && pages->serials[p - 1] != 0);
+        listed++;
+    }
+    CHECK(kept == pages->kept_count && kept == listed && used + kept + pages->free_count == pages->fresh);
     CHECK(llmc_pages_available(pages) == pages->capacity - used);
     free(users);
+}
+
+/* A text that `llmc_write` writes, and one beside it that is fed and chosen token by token. */
+typedef struct Pair {
+    LlmcSequence *written, *fed;
+    LlmcChoice choice, twin_choice;
+    unsigned char known[VOCAB], twin_known[VOCAB];
+    int32_t seen[VOCAB], twin_seen[VOCAB], tokens[WRITTEN], stop;
+    double uniforms[WRITTEN];
+    int64_t checked; /* tokens that both have */
+} Pair;
+
+static void begin_pair(Caller *c, LlmcModel *model, Pair *pair) {
+    int32_t ids[CONTEXT];
+    const int64_t count = 1 + below(c, MOST - WRITTEN > 20 ? 20 : MOST - WRITTEN > 0 ? MOST - WRITTEN : 1);
+    for (int64_t i = 0; i < count; i++) ids[i] = (int32_t)below(c, POISON);
+    *pair = (Pair){.stop = (int32_t)below(c, 4 * VOCAB), .checked = 1};
+    CHECK(llmc->sequence(model, 0, &pair->written) == LLMC_OK && llmc->feed(pair->written, ids, count) == LLMC_OK);
+    CHECK(llmc->fork(pair->written, &pair->fed) == LLMC_OK);
+    pair->tokens[0] = (int32_t)below(c, POISON);
+    for (int i = 0; i < WRITTEN; i++) pair->uniforms[i] = (double)below(c, 1000) / 1000;
+    pair->choice = (LlmcChoice){.scratch = model->own.scratch, .count = VOCAB, .penalty = 1 + (double)below(c, 2), .top_p = 1};
+    if (below(c, 2)) pair->choice.temperature = 1e5;
+    pair->twin_choice = pair->choice;
+    pair->choice.seen = pair->seen, pair->twin_choice.seen = pair->twin_seen;
+}
+
+/* What the sequence that is fed by hand chooses next is what the other one was given. */
+static void check_token(const LlmcModel *model, Pair *pair, int32_t token) {
+    LlmcChoice *choice = &pair->twin_choice;
+    CHECK(llmc->feed(pair->fed, &pair->tokens[pair->checked - 1], 1) == LLMC_OK);
+    choice->logits = llmc->logits(pair->fed);
+    choice->uniform = pair->uniforms[pair->checked];
+    CHECK(llmc_choose(choice, model->threads) == token);
+    if (token != pair->stop && !pair->twin_known[token]) pair->twin_known[token] = 1, pair->twin_seen[choice->seen_count++] = token;
+    pair->checked++;
+}
+
+/* Texts in one step, or one after the other: in calls of one round and of many, until one ends. POISON is a token like any
+ * other to a choice, and ends the writing with an error when it is fed. */
+static void check_writing(Caller *c, LlmcModel *model) {
+    static Pair pairs[TEXTS];
+    LlmcText texts[TEXTS];
+    bool is_over = false;
+    for (int i = 0; i < TEXTS; i++) {
+        Pair *pair = &pairs[i];
+        begin_pair(c, model, pair);
+        texts[i] = (LlmcText){.sequence = pair->written, .choice = &pair->choice, .seen = pair->seen, .known = pair->known,
+                              .uniforms = pair->choice.temperature != 0 ? pair->uniforms : NULL, .stops = &pair->stop,
+                              .stop_count = 1, .tokens = pair->tokens, .count = 1, .most = WRITTEN};
+    }
+    while (!is_over) {
+        int64_t times[WRITTEN], before = texts[0].count;
+        LlmcWriting writing = {.texts = texts, .number = TEXTS, .times = times,
+                               .deadline = below(c, 2) ? 0 : INT64_MAX};
+        const int code = llmc_write(model, &writing);
+        if (writing.deadline == 0) CHECK(writing.rounds <= 1);
+        for (int64_t r = 1; r < writing.rounds; r++) CHECK(times[r] >= times[r - 1]);
+        bool is_poisoned = false, is_long = false;
+        for (int i = 0; i < TEXTS; i++) {
+            Pair *pair = &pairs[i];
+            while (pair->checked < texts[i].count) check_token(model, pair, pair->tokens[pair->checked]);
+            const int32_t last = pair->tokens[texts[i].count - 1];
+            const int64_t expected = last == pair->stop && texts[i].count > 1 ? LLMC_TEXT_STOPPED
+                                     : texts[i].count == WRITTEN ? LLMC_TEXT_FULL : LLMC_TEXT_GOES_ON;
+            CHECK(texts[i].end == expected);
+            is_over |= texts[i].end != LLMC_TEXT_GOES_ON;
+            is_poisoned |= last == POISON;
+            is_long |= llmc->length(pair->written) == MOST;
+        }
+        if (code != LLMC_OK) {
+            CHECK((code == LLMC_ERROR_STEP && is_poisoned) || (code == LLMC_ERROR_CONTEXT && is_long));
+            is_over = true;
+        } else {
+            CHECK(texts[0].count == before + writing.rounds && writing.rounds > 0);
+        }
+    }
+    LlmcWriting full = {.texts = texts, .number = 1};
+    texts[0].most = texts[0].count;
+    CHECK(llmc_write(model, &full) == LLMC_ERROR_ARGUMENT);
+    for (int i = 0; i < TEXTS; i++) llmc->end(pairs[i].written), llmc->end(pairs[i].fed);
 }
 
 static void check_what_cannot_be(LlmcModel *model) {
@@ -269,6 +398,9 @@ static void check_what_cannot_be(LlmcModel *model) {
     CHECK(llmc->feed(NULL, &token, 1) == LLMC_ERROR_ARGUMENT);
     LlmcSequence *twice[] = {sequence, sequence};
     CHECK(llmc->feed_all(twice, (const int32_t *[]){ids, ids}, (int64_t[]){one, one}, 2) == LLMC_ERROR_ARGUMENT);
+    CHECK(llmc->adopt(NULL, ids, 1, &one) == LLMC_ERROR_ARGUMENT && llmc->adopt(sequence, NULL, 1, &one) != LLMC_OK);
+    CHECK(llmc->adopt(sequence, ids, CONTEXT + 1, &one) == LLMC_ERROR_CONTEXT && one == 0);
+    one = 1;
     CHECK(llmc->fork(NULL, &other) == LLMC_ERROR_ARGUMENT && llmc->fork(sequence, NULL) == LLMC_ERROR_ARGUMENT);
     CHECK(llmc->feed(sequence, ids, one) == LLMC_OK);
     llmc->logits(sequence)[3] = 0.0f / (float)(token - 1); /* not a number */
@@ -293,6 +425,9 @@ int main(int argc, char **argv) {
     CHECK(llmc->open(NULL, &options, &model) == LLMC_OK && llmc->open(NULL, NULL, &second) == LLMC_OK);
     CHECK(model->pages.capacity == (LLMC_PAGED == llmc_facts.state ? PAGES : 0));
     check_what_cannot_be(second);
+    callers[0].random = 99;
+    for (int i = 0; i < 20; i++) check_writing(&callers[0], second);
+    check_pages(second);
     for (int i = 0; i < CALLERS; i++) {
         callers[i] = (Caller){.model = model, .random = (uint64_t)i + 1, .rounds = argc > 1 ? atoll(argv[1]) : 100};
         CHECK(pthread_create(&threads[i], NULL, hammer, &callers[i]) == 0);

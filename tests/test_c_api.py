@@ -66,6 +66,12 @@ class Model:
         place = self.api.logits(sequence)
         return np.ctypeslib.as_array((ctypes.c_float * self.api.facts.contents.vocabulary).from_address(place)).copy()
 
+    def adopt(self, sequence: ctypes.c_void_p, ids: Sequence[int]) -> int:
+        """How many of these tokens the sequence takes over."""
+        covered = ctypes.c_int64(-1)
+        self.call("adopt", sequence, (ctypes.c_int32 * len(ids))(*ids), len(ids), covered)
+        return covered.value
+
     def encode(self, texts: Sequence[Sequence[int]], width: int) -> np.ndarray:
         ids = np.array([token for text in texts for token in text], np.int32)
         counts, rows = np.array([len(text) for text in texts], np.int64), np.zeros((len(texts), width), np.float32)
@@ -143,16 +149,31 @@ def test_a_fork_and_a_rollback_go_on_like_fresh_sequences(fake: Path) -> None:
         assert (model.feed(other, [9, 9]) == fake_artifact.reference_logits([*LONG[:21], 9, 9])[-1]).all()
 
 
-def test_a_sequence_stays_in_its_regime(tmp_path: Path) -> None:
-    """Growing into another would need all of it again: that is for Python, or for who says what he expects."""
+def test_a_prefix_is_found_again(fake: Path) -> None:
+    """Of a sequence that is there and of one that was ended; whole pages, and at least one token is left to feed."""
+    with Model(fake) as model:
+        first, second, third = model.sequence(), model.sequence(), model.sequence()
+        model.feed(first, LONG[:70])
+        covered = model.adopt(second, LONG[:64])
+        assert covered == 32 == model.api.length(second) and not model.api.logits(second)
+        assert (model.feed(second, LONG[32:90]) == fake_artifact.reference_logits(LONG[:90])[-1]).all()
+        model.api.end(first)
+        assert model.adopt(third, [*LONG[:64], 7, 7]) == 64
+        assert (model.feed(third, [7]) == fake_artifact.reference_logits([*LONG[:64], 7])[-1]).all()
+        with pytest.raises(CodeError, match="has to be empty") as error:
+            model.adopt(third, LONG)
+        assert error.value.args[0] == STATE
+        assert model.adopt(model.sequence(), [LONG[0] + 1, *LONG[1:]]) == 0
+
+
+def test_a_sequence_that_grows_into_another_regime_is_computed_anew(tmp_path: Path) -> None:
+    """With the same logits as one that was expected to be long: the fake model has the same in all regimes."""
     step = {**fake_artifact.manifest()["step"], "regimes": [8]}  # type: ignore[dict-item]
-    path = fake_artifact.write(tmp_path / "model.so", own_facts=True, step=step)
+    path = fake_artifact.write(tmp_path / "model.so", step=step)
     with Model(path) as model:
         short, long = model.sequence(), model.sequence(9)
         model.feed(short, LONG[:8])
-        with pytest.raises(CodeError, match="expected = 9") as error:
-            model.feed(short, LONG[8:9])
-        assert error.value.args[0] == UNSUPPORTED and model.api.length(short) == 8
+        assert (model.feed(short, LONG[8:9]) == fake_artifact.reference_logits(LONG[:9])[-1]).all()
         model.feed(long, LONG[:3])
         assert (model.feed(long, LONG[3:9]) == fake_artifact.reference_logits(LONG[:9])[-1]).all()
 
@@ -202,7 +223,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_a_machine_without_a_feature_is_refused(tmp_path: Path) -> None:
     def needing(*features: str) -> Path:
         target = {"name": "x", "arch": cpu.architecture(), "features": features}
-        return fake_artifact.write(tmp_path / f"{len(features)}.so", own_facts=True, target=target)
+        return fake_artifact.write(tmp_path / f"{len(features)}.so", target=target)
 
     Model(needing(*sorted(cpu.features())))  # all that there is, by LLVM's names
     with pytest.raises(CodeError, match="needs avx9000, which this CPU does not have") as error:
@@ -240,7 +261,7 @@ def test_python_and_c_use_one_artifact_in_one_process(fake: Path) -> None:
 
 
 def test_texts_are_encoded_side_by_side(tmp_path: Path) -> None:
-    path = fake_kinds.write_encoder(tmp_path / "model.so", own_facts=True)
+    path = fake_kinds.write_encoder(tmp_path / "model.so")
     random = np.random.default_rng(1)
     lengths = [1, 40, 7, 33, 12, 1, 39, 2, 2, 31]
     texts = [random.integers(0, fake_artifact.VOCAB, length).tolist() for length in lengths]
@@ -263,7 +284,7 @@ def test_texts_are_encoded_side_by_side(tmp_path: Path) -> None:
 
 def test_arrays_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CodeError, match="takes arrays: use it from Python") as error:
-        Model(fake_kinds.write_arrays(tmp_path / "model.so", own_facts=True))
+        Model(fake_kinds.write_arrays(tmp_path / "model.so"))
     assert error.value.args[0] == UNSUPPORTED
 
 

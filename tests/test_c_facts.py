@@ -36,7 +36,7 @@ def compiled(kind: str, folder: Path) -> Path:
     """An artifact of each kind that there is."""
     path = folder / "model.so"
     if kind == "arrays":
-        return fake_kinds.write_arrays(path, own_facts=True)
+        return fake_kinds.write_arrays(path)
     if kind == "encoder":
         model = make_sentence("bert", folder / "model")
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,9 +22,12 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
 from llmc.errors import CompileError
 from llmc.frontends.lifted import Lifted
-from llmc.runtime.batch import StepRunner
-from llmc.targets import memory
-from llmc.targets.cpu import library, rules
+from llmc.runtime.library import Step
+from llmc.targets import check_artifact, memory
+from llmc.targets.cpu import library
+from llmc.targets.cpu.norms import Norm, NormProblem
+from llmc.targets.kernel import Kernel
+from llmc.targets.machine import Machine
 
 CONTEXT = 80  # several pages and more than one query tile
 
@@ -99,10 +104,12 @@ def test_weights_in_a_file_of_their_own_are_used(folder: Path) -> None:
 def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Puts one fault into what makes artifacts."""
     if what == "kernel":
-        right = rules.norm_kernel
-        monkeypatch.setattr(
-            rules, "norm_kernel", lambda machine, **facts: right(machine, **{**facts, "eps": facts["eps"] + 0.01})
-        )
+        right = Norm.kernel
+
+        def uneven(self: Norm, problem: NormProblem, machine: Machine) -> Kernel:
+            return right(self, replace(problem, eps=problem.eps + 0.01), machine)
+
+        monkeypatch.setattr(Norm, "kernel", uneven)
     elif what == "weight":
         packed = pipeline.packed_arrays
 
@@ -128,14 +135,14 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
 
         monkeypatch.setattr(library, "generate_step", short)
     elif what == "runtime":
-        fill = StepRunner._fill_tokens
+        run = check_artifact._Watcher.run
 
-        def late(self: StepRunner, runs: list[object]) -> tuple[int, int, int]:
-            found = fill(self, runs)  # type: ignore[arg-type]
-            self.positions[: found[0]] += 1
-            return found
+        def late(self: check_artifact._Watcher, given: Step) -> None:
+            positions = (ctypes.c_int32 * given.sizes[0]).from_address(given.positions)
+            positions[:] = [min(position + 1, CONTEXT - 1) for position in positions]
+            run(self, given)
 
-        monkeypatch.setattr(StepRunner, "_fill_tokens", late)
+        monkeypatch.setattr(check_artifact._Watcher, "run", late)
 
 
 @pytest.mark.parametrize(

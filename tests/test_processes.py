@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
@@ -17,12 +18,13 @@ import fake_artifact
 import numpy as np
 import pytest
 from fake_kinds import write_arrays, write_encoder
+from watched import Run, watch, watching
 
 from llmc.runtime import cpu
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.errors import ArtifactError, RuntimeStateError
 from llmc.runtime.fork_lock import LIBRARIES, STEPS, TOKENIZER, ForkLock
-from llmc.runtime.library import Library
+from llmc.runtime.library import Library, Step
 from llmc.runtime.runtime import Runtime
 from llmc.runtime.sequence import Sequence
 
@@ -273,8 +275,13 @@ IDS = list(range(40))
 TOKEN = np.array([7], np.int32)
 
 
+# Functions of the session layer that change what all sequences share, or run steps.
+DECODING = {"sequence", "fork", "end", "rollback", "adopt", "feed_begin", "feed_step", "feed_end", "write"}
+TOUCHING = {*DECODING, "encode_step"}
+
+
 def guard(runtime: Runtime, used: list[str]) -> None:
-    """From now on, steps and the pool's operations insist on the lock; `used` has the names of those that were made."""
+    """From now on, steps and the session layer insist on the lock; `used` has the names of the calls that were made."""
 
     def guarded(function: Callable[..., object], name: str) -> Callable[..., object]:
         def call(*arguments: object) -> object:
@@ -284,10 +291,10 @@ def guard(runtime: Runtime, used: list[str]) -> None:
 
         return call
 
-    for name in ("allocate", "share", "release", "find", "register", "forget"):
-        setattr(runtime.pool, name, guarded(getattr(runtime.pool, name), name))
-    device = runtime.device
-    device.run = guarded(device.run, "run")  # type: ignore[method-assign, assignment]
+    if runtime.caller.layer is not None:
+        calls = runtime.caller.layer._call
+        calls.update({name: guarded(calls[name], name) for name in TOUCHING if name in calls})
+    watch(runtime, lambda run: guarded(run, "run"))  # type: ignore[arg-type, return-value]
 
 
 def decodes(runtime: Runtime) -> None:
@@ -331,9 +338,7 @@ def test_every_method_holds_the_lock_while_it_touches_what_is_shared(kinds: dict
     guard(runtime, used)
     CALLS[kind](runtime)
     assert not runtime.lock.held
-    assert set(used) == (
-        {"run", "allocate", "share", "release", "find", "register", "forget"} if kind == "generate" else {"run"}
-    )
+    assert set(used) == {"run", *{"generate": DECODING, "encode": {"encode_step"}, "run": set()}[kind]}
 
 
 @pytest.mark.parametrize("method", ["decode", "step_last"])
@@ -373,18 +378,20 @@ def hold(sequence: Sequence) -> Generator[None, None, None]:
         yield
 
 
-def test_garbage_may_be_collected_in_the_middle_of_the_pools_work(kinds: dict[str, Path]) -> None:
+def test_garbage_may_be_collected_in_the_middle_of_a_step(kinds: dict[str, Path]) -> None:
     """A stream in a circle of references is closed whenever garbage is collected, in a thread that has the lock too."""
     runtime = Runtime.load(kinds["generate"], threads=1)
     first = runtime.sequence()
     first.append(IDS)
     kept = first.fork()
 
-    class Collecting(dict[int, int]):
-        def __getitem__(self, page: int) -> int:
-            value = super().__getitem__(page)
-            gc.collect(0)
-            return value
+    def collecting(run: Run) -> Run:
+        def call(step: Step) -> None:
+            gc.collect()
+            run(step)
+            gc.collect()
+
+        return call
 
     def leave_in_a_circle(sequence: Sequence) -> None:
         circle: list[object] = [hold(sequence)]
@@ -394,32 +401,73 @@ def test_garbage_may_be_collected_in_the_middle_of_the_pools_work(kinds: dict[st
     gc.disable()
     try:
         leave_in_a_circle(first.fork())
-        runtime.pool._count = Collecting(runtime.pool._count)
-        first.close()
+        with watching(runtime, collecting):
+            first.append(IDS)
     finally:
         gc.enable()
+    assert len(runtime.orphans) == 1
     runtime.collect_orphans()
-    assert [runtime.pool._count[page] for page in kept.pages.tolist()] == [1, 1]
+    first.close()
+    assert [runtime.pool.users[page] for page in kept.pages.tolist()] == [1, 1]
     kept.close()
     runtime.pool.check()
     assert runtime.pool.available == runtime.pool.capacity
+
+
+def test_a_model_may_be_collected_before_its_streams(kinds: dict[str, Path]) -> None:
+    """All of it in one circle of garbage: whatever is finalized first, nothing asks a closed layer for anything."""
+    runtime = Runtime.load(kinds["generate"], threads=1)
+    stream, sequence = runtime.stream("hello", max_tokens=50), runtime.sequence()
+    next(stream)
+    sequence.append(IDS)
+    circle: list[object] = [hold(sequence), stream, runtime]
+    next(circle[0])  # type: ignore[call-overload]
+    circle.append(circle)
+    runtime.circle = circle  # type: ignore[attr-defined]
+    layer = weakref.ref(runtime.layer)
+    del runtime, stream, sequence, circle
+    gc.collect()
+    assert layer() is None
+
+
+def test_an_interrupt_in_a_step_leaves_sequences_as_they_were(kinds: dict[str, Path]) -> None:
+    """Also one that comes before the runtime could say that it gives up what has not run."""
+    runtime = Runtime.load(kinds["generate"], threads=1)
+    sequence = runtime.sequence()
+    sequence.append(IDS)
+    before = runtime.pool.available
+
+    def interrupt(step: Step) -> None:
+        raise KeyboardInterrupt
+
+    with watching(runtime, lambda run: interrupt):
+        for use in (lambda: sequence.append(IDS), lambda: runtime.generate("hello", max_tokens=3)):
+            with pytest.raises(KeyboardInterrupt):
+                use()
+    runtime.layer.begin([(sequence.place, np.arange(90, dtype=np.int32), 90)])  # and nobody comes back for it
+    assert (sequence.append([1]) == fake_artifact.reference_logits([*IDS, 1])[-1]).all()
+    assert runtime.pool.available == before
+    runtime.pool.check()
 
 
 def test_a_stream_is_closed_by_another_thread(kinds: dict[str, Path]) -> None:
     """One that is in the middle of a token makes no other, and gives its pages back."""
     runtime = Runtime.load(kinds["generate"], threads=1)
     stream = runtime.stream("hello", max_tokens=300)
-    run, inside, closed = runtime.device.run, threading.Event(), threading.Event()
+    inside, closed = threading.Event(), threading.Event()
 
-    def slow(*given: object) -> None:
-        run(*given)
-        if len(stream.tokens) == 3:
-            inside.set()
-            closed.wait(60)
+    def slow(run: Run) -> Run:
+        def call(step: Step) -> None:
+            run(step)
+            if len(stream.tokens) == 3:
+                inside.set()
+                closed.wait(60)
 
-    runtime.device.run = slow  # type: ignore[method-assign]
+        return call
+
+    watch(runtime, slow)
     texts: list[str] = []
-    reader = threading.Thread(target=lambda: texts.append(stream.text()))
+    reader = threading.Thread(target=lambda: texts.append("".join(stream)))
     reader.start()
     assert inside.wait(60)
     stream.close()

@@ -7,15 +7,12 @@ import fake_artifact
 import numpy as np
 import pytest
 from small_decoder import small_decoder
-from test_step import Watched
 from x86_machines import MACHINES
 
 from llmc.compiler.ir.dims import Dim, symbols_of
 from llmc.compiler.ir.kernels import RunKernels  # noqa: F401  (registers the op)
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
-from llmc.runtime.batch import Run, StepRunner
-from llmc.runtime.device import Use
 from llmc.runtime.runtime import Runtime
 from llmc.targets import lower
 from llmc.targets.cpu.codegen import build_module
@@ -128,16 +125,3 @@ def test_what_is_left_of_a_prompt_is_a_prompt(runtime: Runtime) -> None:
         with sequence.fork() as fork:
             assert steps_of(runtime, (sequence, ids[32:], "last"), (fork, ids[32:], "last")) == [(2, 1)]
             assert steps_of(runtime, (sequence, [4], "last"), (fork, [5], "last")) == [(2, 0)]
-
-
-def test_tokens_that_were_guessed_have_tiles_of_their_own(runtime: Runtime) -> None:
-    watched = Watched()
-    runner = StepRunner(runtime.artifact, watched, watched.reserve(1, Use.DENSE).at(), runtime.buffers)
-    with runtime.sequence() as sequence:
-        runtime.step([(sequence, [1, 2, 3], "none")])
-        ids = np.array([4, 5, 6], np.int32)
-        sequence.prepare(ids)
-        runner.run([Run(sequence, ids, 3, 0, decoding=True)])
-        sequence.abandon()
-    assert sorted(watched.arrays["tiles"].tolist()) == [[0, row, 1, 3 + row] for row in range(3)]
-    assert runner.step.sizes[6] == 0

@@ -14,37 +14,41 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from watched import Run, watching
 
 from llmc.compiler import artifact as writing
 from llmc.runtime import artifact as reading
-from llmc.runtime import manifest
-from llmc.runtime.batch import Run, StepRunner, choose_splits, choose_tile, cut, parts_of
-from llmc.runtime.device import Use
+from llmc.runtime import layer, manifest
 from llmc.runtime.errors import RuntimeStateError
-from llmc.runtime.host import Host
-from llmc.runtime.library import Decoding, Step
+from llmc.runtime.library import Step
 from llmc.runtime.runtime import Runtime
 
+STRUCTS = {
+    "Step": Step, "Hooks": layer.Hooks, "Tables": layer.Tables, "Layer": layer.LayerOptions, "Pages": layer.Pages,
+    "SequenceView": layer.SequenceView, "Request": layer.Request, "Text": layer.Text, "Writing": layer.Writing,
+}  # fmt: skip
 
-def test_the_struct_is_that_of_the_header(tmp_path: Path) -> None:
-    structs = {"Step": Step, "Decoding": Decoding}
-    fields = [(kind, name, getattr(struct, name)) for kind, struct in structs.items() for name, *_ in struct._fields_]
+
+def test_the_structs_are_those_of_the_headers(tmp_path: Path) -> None:
+    fields = [(kind, name, getattr(struct, name)) for kind, struct in STRUCTS.items() for name, *_ in struct._fields_]
     lines = [f'printf("{kind}.{name} %zu\\n", offsetof(Llmc{kind}, {name}));' for kind, name, _ in fields]
-    lines.append('printf("%zu %zu ", sizeof(LlmcStep), sizeof(LlmcDecoding));')
+    lines += [f'printf("{kind} %zu\\n", sizeof(Llmc{kind}));' for kind in STRUCTS]
     lines.append('printf("%d %lld %d", LLMC_ABI, (long long)LLMC_HASH_CHUNK, LLMC_HASH_LANES);')
+    lines.append('printf(" %d %d", LLMC_TEXT_NOT_FINITE, LLMC_TEXT_NO_CHOICE);')
     main = f"int main(void) {{ {' '.join(lines)} return 0; }}"
-    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "decode.h"\n#include "pool.h"\n{main}\n'
+    source = f'#include <stddef.h>\n#include <stdio.h>\n#include "layer.h"\n#include "pool.h"\n{main}\n'
     (tmp_path / "print.c").write_text(source)
     binary = tmp_path / "print"
     include = f"-I{resources.files('llmc.runtime.csrc')}"
     subprocess.run(["gcc", "-Wall", "-Werror", include, str(tmp_path / "print.c"), "-o", str(binary)], check=True)
     printed = subprocess.run([str(binary)], check=True, capture_output=True, text=True).stdout.split("\n")
-    assert printed[:-1] == [f"{kind}.{name} {field.offset}" for kind, name, field in fields]
-    size, decoding, abi, chunk, lanes = map(int, printed[-1].split())
-    assert (size, decoding) == (ctypes.sizeof(Step), ctypes.sizeof(Decoding))
+    expected = [f"{kind}.{name} {field.offset}" for kind, name, field in fields]
+    assert printed[:-1] == expected + [f"{kind} {ctypes.sizeof(struct)}" for kind, struct in STRUCTS.items()]
+    abi, chunk, lanes, *ends = map(int, printed[-1].split())
     assert abi == manifest.ABI
     assert chunk == writing.HASH_CHUNK == reading.HASH_CHUNK
     assert lanes == writing.HASH_LANES
+    assert ends == [layer.NOT_FINITE, layer.NO_CHOICE]
 
 
 def test_writer_and_reader_agree_on_the_format() -> None:
@@ -52,15 +56,18 @@ def test_writer_and_reader_agree_on_the_format() -> None:
         assert getattr(writing, name) == getattr(reading, name)
 
 
-class Watched(Host):
-    """A host whose steps only record what they are given."""
+class Watched:
+    """Records what steps are given, and then runs them."""
 
-    def __init__(self) -> None:
-        super().__init__(threads=2)
-        self.arrays: dict[str, np.ndarray] = {}
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.steps: list[dict[str, np.ndarray]] = []
 
-    def run(self, given: Step, decoding: Decoding | None = None) -> None:
-        assert decoding is None
+    def __call__(self, given: Step) -> None:
+        self.record(given)
+        self.run(given)
+
+    def record(self, given: Step) -> None:
         sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
@@ -79,15 +86,16 @@ class Watched(Host):
             "weights",
         ):
             assert getattr(given, name) % 64 == 0
-        self.arrays = {
+        arrays = {
             "ids": copy("ids", sizes["T"]),
             "positions": copy("positions", sizes["T"]),
             "slots": copy("slots", sizes["T"]),
             "tiles": copy("tiles", sizes["Q"], 4),
             "block_table": copy("block_table", sizes["B"], sizes["M"]),
             "rows": copy("rows", sizes["R"]) if sizes["R"] else np.zeros(0, np.int32),
-            "splits": np.array(sizes["S"]),
+            "sizes": np.array(given.sizes),
         }
+        self.steps.append(arrays)
 
 
 @pytest.fixture(scope="module")
@@ -95,99 +103,52 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     return Runtime.load(fake_artifact.write(tmp_path_factory.mktemp("step") / "model.so"), threads=2)
 
 
-@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 70), st.integers(0, 70)), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_arrays_mean_what_the_contract_says(runtime: Runtime, shapes: list[tuple[int, int, int]]) -> None:
     """For any runs: each row is in one tile of at most 16 consecutive tokens of one sequence, at its own position; its
     slot is on the page that the block table names for that position."""
     sequences = [runtime.sequence() for _ in shapes]
+    watched = Watched(runtime.device.run)
     try:
-        runs = []
-        for sequence, (start, most, wanted) in zip(sequences, shapes, strict=True):
-            count = min(most, 48 // len(shapes))
+        feeds = []
+        for sequence, (start, count, kind) in zip(sequences, shapes, strict=True):
             if start:
                 runtime.step([(sequence, np.arange(start) % 300, "none")])
-            ids = np.arange(count, dtype=np.int32)
-            sequence.prepare(ids)
-            runs.append(Run(sequence, ids, start, count - min(wanted, count)))
-        check_arrays(runtime, runs)
+            feeds.append((sequence, np.arange(start, start + count) % 300, ("all", "last", "none")[kind % 3]))
+        with watching(runtime, lambda run: watched):
+            rows = runtime.step(feeds)  # type: ignore[arg-type]
+        assert len(rows) == sum(len(given_["rows"]) for given_ in watched.steps)
+        seen = [check_arrays(given_, [one.pages for one in sequences]) for given_ in watched.steps]
+        for index, (start, count, _) in enumerate(shapes):
+            assert [place for places in seen for place in places[index]] == list(range(start, start + count))
+        assert all(len(given_["ids"]) == fake_artifact.MAX_STEP for given_ in watched.steps[:-1])
     finally:
         for sequence in sequences:
             sequence.close()
 
 
-def check_arrays(runtime: Runtime, runs: list[Run]) -> None:
-    watched = Watched()
-    runner = StepRunner(runtime.artifact, watched, watched.reserve(1, Use.DENSE).at(), runtime.buffers)
-    runner.run(runs)
-    given_ = watched.arrays
-    assert len(given_["rows"]) == sum(run.rows for run in runs)
-    assert given_["ids"].tolist() == [i for run in runs for i in range(len(run.ids))]
-    seen = []
+def check_arrays(given_: dict[str, np.ndarray], tables: list[np.ndarray]) -> list[list[int]]:
+    """Checks a step's tables; returns the positions of each sequence whose tokens are in it."""
+    rows_seen: list[int] = []
+    found: list[list[int]] = [[] for _ in tables]
     for index, first, count, position in given_["tiles"].tolist():
         assert 1 <= count <= 16
-        seen += range(first, first + count)
-        run = runs[index]
+        pages = given_["block_table"][index]
+        owners = [i for i, table in enumerate(tables) if len(table) and table[0] == pages[0]]
+        assert len(owners) == 1
+        rows_seen += range(first, first + count)
         for row in range(first, first + count):
             place = given_["positions"][row]
-            assert place == position + row - first == run.start + given_["ids"][row]
-            assert (
-                given_["slots"][row] // 32
-                == given_["block_table"][index][place // 32]
-                == run.sequence.pages[place // 32]
-            )
+            assert place == position + row - first
+            assert given_["ids"][row] == place % 300
+            assert given_["slots"][row] // 32 == pages[place // 32] == tables[owners[0]][place // 32]
             assert given_["slots"][row] % 32 == place % 32
-    assert sorted(seen) == list(range(len(given_["ids"])))
-    assert len(set(given_["slots"].tolist())) == len(seen)
-    ends = np.cumsum([len(run.ids) for run in runs])
-    assert given_["rows"].tolist() == [
-        row for end, run in zip(ends.tolist(), runs, strict=True) for row in range(end - run.rows, end)
-    ]
-
-
-@given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 16), st.integers(1, 128))
-def test_splits_are_for_threads_without_work(tiles: int, kv_heads: int, parts: int, threads: int) -> None:
-    splits = choose_splits(tiles, kv_heads, parts, threads)
-    assert splits in (1, parts)
-    assert splits == 1 or tiles * kv_heads < 4 * threads
-    assert splits == parts or threads == 1 or tiles * kv_heads >= (threads if parts <= 2 else 4 * threads)
-
-
-@given(st.integers(1, 200_000), st.sampled_from([1, 4, 16]), st.sampled_from([32, 512]))
-def test_parts_are_as_short_as_their_number_allows(tokens: int, most: int, part: int) -> None:
-    """The least of part, 2 * part, 4 * part, ... of which `most` hold the context."""
-    length = next(part << i for i in range(40) if (part << i) * most >= tokens)
-    assert parts_of(tokens, part, most) == -(-tokens // length) <= most
-
-
-@given(st.integers(0, 1000), st.integers(1, 600), st.sampled_from([16, 64, 100]))
-def test_tiles_end_where_the_positions_say(start: int, count: int, tile: int) -> None:
-    first, rows = cut(start, count, tile)
-    assert first[0] == 0
-    assert (rows > 0).all()
-    assert rows.sum() == count
-    assert (first[1:] == np.cumsum(rows)[:-1]).all()
-    assert all((start + end) % tile == 0 for end in first[1:].tolist())
-    assert all((start + begin) // tile == (start + begin + n - 1) // tile for begin, n in zip(first, rows, strict=True))
-
-
-@given(
-    st.lists(st.integers(1, 600), min_size=1, max_size=9),
-    st.integers(1, 64),
-    st.integers(1, 128),
-    st.sampled_from([8, 16, 64, 100]),
-)
-def test_tiles_are_as_large_as_leaves_every_thread_work(
-    counts: list[int], kv_heads: int, threads: int, most: int
-) -> None:
-    def units(tile: int) -> int:
-        return sum(-(-count // tile) for count in counts) * kv_heads
-
-    tile = choose_tile(counts, kv_heads, threads, most)
-    assert min(16, most) <= tile <= most
-    assert tile in (min(16, most), most) or units(tile) >= 4 * threads
-    if tile < most:
-        assert units(most) < 4 * threads
+            found[owners[0]].append(int(place))
+    assert sorted(rows_seen) == list(range(len(given_["ids"])))
+    assert len(set(given_["slots"].tolist())) == len(rows_seen)
+    assert sorted(set(given_["rows"].tolist())) == given_["rows"].tolist()
+    return [sorted(places) for places in found]
 
 
 def test_profiles_add_up(runtime: Runtime) -> None:
@@ -206,7 +167,7 @@ def test_profiles_add_up(runtime: Runtime) -> None:
 @settings(max_examples=60, deadline=None)
 def test_decoding_sees_every_change_of_pages(operations: list[tuple[str, int]]) -> None:
     """Sequences that grow token by token, over page ends, forked, shortened and replaced: always the logits of their
-    tokens, although `decode` fills only what it believes to have changed."""
+    tokens."""
     runtime = loaded()
     vocab, texts = fake_artifact.VOCAB, [[7] * 30, [9] * 62]
     sequences = [runtime.sequence() for _ in texts]

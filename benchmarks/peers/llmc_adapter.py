@@ -10,7 +10,7 @@ import numpy as np
 from protocol import Engine, Facts, Options, Task, Timing, main
 
 import llmc
-from llmc.runtime.measure import weight_bytes_per_token
+from llmc.runtime.measure import decode_greedily, weight_bytes_per_token
 
 
 class LlmcEngine:
@@ -21,20 +21,15 @@ class LlmcEngine:
         runtime = self._runtime
         sequences = [runtime.sequence() for _ in prompts]
         rows = [np.array(prompt, np.int32) for prompt in prompts]
-        following: list[int] = []
-        times = [time.perf_counter()]
         try:
-            for _ in range(new_tokens):
-                if following:
-                    places = runtime.decode(sequences, following)
-                else:
-                    places = runtime.step_last(list(zip(sequences, rows, strict=True)))
-                following = [runtime.chooser.likeliest(place) for place in places]
-                times.append(time.perf_counter())
+            start = time.perf_counter()
+            places = runtime.step_last(list(zip(sequences, rows, strict=True)))
+            first = [runtime.chooser.likeliest(place) for place in places]
+            prefill = time.perf_counter() - start
+            return Timing(prefill, sum(decode_greedily(runtime, sequences, first, new_tokens - 1)))
         finally:
             for sequence in sequences:
                 sequence.close()
-        return Timing(times[1] - times[0], times[-1] - times[1])
 
     def uses(self) -> str:
         return ""

@@ -20,6 +20,7 @@ const LlmcApi *llmc_api(int64_t version) {
         .next = llmc_next,
         .logits = llmc_logits,
         .encode = llmc_encode,
+        .adopt = llmc_adopt,
     };
     return version == LLMC_API_VERSION ? &table : NULL;
 }

@@ -47,18 +47,30 @@ static int check_texts(const int32_t *ids, const int64_t *counts, int64_t number
     return LLMC_OK;
 }
 
-/* Parts of as many texts as fit into a step, with pages one after the other; returns how many. */
-static int64_t gather_texts(LlmcModel *model, const int32_t *ids, const int64_t *counts, int64_t number,
-                            const Place *place) {
+int64_t llmc_encode_fitting(const LlmcModel *model, const int64_t *counts, int64_t number) {
     const bool is_cached = llmc_facts.layer_count > 0;
-    int64_t parts = 0, tokens = 0, pages = 0;
-    while (place->text + parts < number) {
-        const int64_t count = counts[place->text + parts], needed = is_cached ? pages_of(count) : 0;
-        const bool fits = tokens + count <= llmc_facts.max_step && pages + needed <= model->pages.capacity;
-        if (parts > 0 && (!fits || llmc_facts.state == LLMC_STATELESS)) break;
-        model->parts[parts++] = (LlmcPart){
-            .ids = ids + place->token + tokens,
-            .pages = model->pages.free + pages, /* page numbers from 0 on: see `llmc_encode` */
+    int64_t texts = 0, tokens = 0, pages = 0;
+    while (texts < number) {
+        tokens += counts[texts];
+        pages += is_cached ? pages_of(counts[texts]) : 0;
+        const bool fits = tokens <= llmc_facts.max_step && pages <= model->pages.capacity;
+        if (texts > 0 && (!fits || llmc_facts.state == LLMC_STATELESS)) break;
+        texts++;
+    }
+    return texts;
+}
+
+int llmc_encode_step(LlmcModel *model, const int32_t *ids, const int32_t *types, const int64_t *counts, int64_t number) {
+    const bool is_cached = llmc_facts.layer_count > 0;
+    int64_t tokens = 0, pages = 0;
+    for (int64_t i = 0; i < number; i++) {
+        const int64_t count = counts[i], needed = is_cached ? pages_of(count) : 0;
+        if (tokens + count > llmc_facts.max_step || pages + needed > model->pages.capacity) {
+            return llmc_fail(LLMC_ERROR_CONTEXT, "%lld texts are more than a step takes", (long long)number);
+        }
+        model->parts[i] = (LlmcPart){
+            .ids = ids + tokens,
+            .pages = model->pages.free + pages, /* which says page numbers from 0 on: see `llmc_make_places` */
             .page_count = needed,
             .count = count,
             .length = count,
@@ -66,18 +78,20 @@ static int64_t gather_texts(LlmcModel *model, const int32_t *ids, const int64_t 
         tokens += count;
         pages += needed;
     }
-    return parts;
+    int32_t *token_types = model->tables.token_types;
+    for (int64_t t = 0; t < tokens; t++) token_types[t] = types != NULL ? types[t] : 0;
+    return llmc_run_parts(model, number, NULL);
 }
 
 /* Copies the rows of a step to where they belong, and moves on. */
-static void take_rows(LlmcModel *model, int64_t parts, Place *place) {
+static void take_rows(LlmcModel *model, int64_t texts, Place *place) {
     const LlmcOutputFacts *output = output_facts();
-    const int64_t tokens = model->step.sizes[LLMC_TOKENS];
-    const int64_t rows = output->per == LLMC_PER_TOKEN ? tokens : parts;
-    memcpy(place->rows, model->outputs[llmc_facts.encoder_output],
+    const int64_t tokens = model->step->sizes[LLMC_TOKENS];
+    const int64_t rows = output->per == LLMC_PER_TOKEN ? tokens : texts;
+    memcpy(place->rows, model->own.outputs[llmc_facts.encoder_output],
            (size_t)(rows * output->elements) * sizeof *place->rows);
     place->rows += rows * output->elements;
-    place->text += parts;
+    place->text += texts;
     place->token += tokens;
 }
 
@@ -90,13 +104,11 @@ int llmc_encode(LlmcModel *model, const int32_t *ids, const int64_t *counts, int
     if (code == LLMC_OK) code = check_texts(ids, counts, number);
     if (code != LLMC_OK) return code;
     pthread_mutex_lock(&model->lock);
-    /* No sequence has pages here, so that the list of free ones can say their numbers. */
-    for (int64_t i = 0; i < model->pages.capacity; i++) model->pages.free[i] = (int32_t)i;
     Place place = {0, 0, rows};
     while (code == LLMC_OK && place.text < number) {
-        const int64_t parts = gather_texts(model, ids, counts, number, &place);
-        code = llmc_run_parts(model, parts);
-        if (code == LLMC_OK) take_rows(model, parts, &place);
+        const int64_t texts = llmc_encode_fitting(model, counts + place.text, number - place.text);
+        code = llmc_encode_step(model, ids + place.token, NULL, counts + place.text, texts);
+        if (code == LLMC_OK) take_rows(model, texts, &place);
     }
     pthread_mutex_unlock(&model->lock);
     return code;

@@ -158,7 +158,7 @@ typedef struct LlmcApi {
     /* Text: artifacts whose task is LLMC_GENERATE. */
 
     /* A new empty sequence. expected: tokens that it will have at least, 0 if unknown. It matters only where there are
-     * regimes: the sequence is computed in that of `expected` tokens, and `feed` refuses to grow it into another. */
+     * regimes: the sequence is computed in that of `expected` tokens from the start, and not anew as it grows into it. */
     int (*sequence)(LlmcModel *model, int64_t expected, LlmcSequence **sequence);
 
     /* A second sequence with the same tokens, and the same logits. Pages of the cache are shared until one of the two
@@ -172,9 +172,11 @@ typedef struct LlmcApi {
     int64_t (*length)(const LlmcSequence *sequence);
 
     /* Appends tokens: ids [count], in as few steps as it takes. Afterwards there are logits for `next`. On an error the
-     * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed.
-     * Where facts->row_kinds is 1, one token behind others counts as one that decodes: feed a prompt at once, or in
-     * pieces of two tokens and more. */
+     * sequence has the tokens that it had before; where a step had begun, it has no logits until something is fed. A
+     * sequence that grows into another regime is computed anew: after an error in the middle of that it has those of
+     * its tokens, from the first on, that are done (`length`).
+     * Where facts->row_kinds is 1, one token behind others that were fed counts as one that decodes: feed a prompt at
+     * once, or in pieces of two tokens and more. */
     int (*feed)(LlmcSequence *sequence, const int32_t *ids, int64_t count);
 
     /* `feed` of several sequences of one model, which share steps: that costs little more than one of them. ids [number]
@@ -197,6 +199,14 @@ typedef struct LlmcApi {
      * has. rows: room for a row of facts->outputs[facts->encoder_output].elements f32 for each text or, where that
      * output is per token, for each token. Token types are 0: a pair of texts is for Python. */
     int (*encode)(LlmcModel *model, const int32_t *ids, const int64_t *counts, int64_t number, float *rows);
+
+    /* Text, again: what an artifact knows if `bytes` says that its table goes so far. */
+
+    /* Takes over cached tokens: as many whole pages as hold the start of ids [count], of sequences that are there or
+     * were ended. covered: how many tokens the sequence has by this, fewer than count, so that something is left to
+     * feed: ids [*covered], ... It has no logits yet. Only for an empty sequence. Prefixes are found by their tokens and
+     * share their pages; what nobody uses is kept until its room is needed, the longest unused first. */
+    int (*adopt)(LlmcSequence *sequence, const int32_t *ids, int64_t count, int64_t *covered);
 } LlmcApi;
 
 /* The table of this artifact; NULL where it has none of that version. */

@@ -27,6 +27,13 @@ static int no_memory(const char *what) {
     return llmc_fail(LLMC_ERROR_MEMORY, "there is no address space for %s: raise the limits of the process", what);
 }
 
+/* Bytes of a page in the buffer number `index`: keys of layer 0, values of layer 0, keys of layer 1, ... */
+static int64_t buffer_bytes(int64_t index) {
+    const LlmcLayerFacts *layer = &llmc_facts.layers[index / 2];
+    const int64_t width = index % 2 ? layer->value_dim : layer->head_dim;
+    return layer->kv_heads * width * llmc_facts.page * layer->element_bytes;
+}
+
 /* The process's workers: of this artifact, or of one that has lent it its pool. */
 static int make_pool(void) {
     static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
@@ -38,9 +45,31 @@ static int make_pool(void) {
     return pool != NULL ? LLMC_OK : llmc_fail(LLMC_ERROR_MEMORY, "there is no memory for the pool of threads");
 }
 
-/* Pages of the cache: none where there is no cache, a step's where it is of one step. */
-static int count_pages(const LlmcOptions *options, int64_t page_bytes, int64_t *pages) {
+int llmc_make_places(LlmcModel *model, int64_t threads, int64_t pages) {
     const LlmcFacts *facts = &llmc_facts;
+    const int64_t buffers = 2 * facts->layer_count;
+    LlmcDivision *division = &model->division;
+    *division = (LlmcDivision){.page = facts->page, .tile = facts->tile, .max_splits = facts->max_splits, .part = facts->part};
+    division->kv_heads = facts->layer_count > 0 ? INT64_MAX : 1;
+    for (int64_t i = 0; i < facts->layer_count; i++) {
+        division->kv_heads = least(division->kv_heads, facts->layers[i].kv_heads);
+    }
+    division->threads = model->threads = threads;
+    model->page_bytes = calloc((size_t)buffers + 1, sizeof *model->page_bytes);
+    model->parts = calloc((size_t)facts->max_step, sizeof *model->parts);
+    if (model->page_bytes == NULL || model->parts == NULL) return no_memory("a step");
+    for (int64_t i = 0; i < buffers; i++) model->page_bytes[i] = buffer_bytes(i);
+    if (!llmc_pages_open(&model->pages, pages, facts->page)) return no_memory("the KV cache");
+    /* Encoders have no sequences whose pages would be counted: the list of free ones says the numbers of all of them. */
+    for (int64_t i = 0; facts->task == LLMC_ENCODE && i < pages; i++) model->pages.free[i] = (int32_t)i;
+    return LLMC_OK;
+}
+
+/* Pages of the cache: none where there is no cache, a step's where it is of one step. */
+static int count_pages(const LlmcOptions *options, int64_t *pages) {
+    const LlmcFacts *facts = &llmc_facts;
+    int64_t page_bytes = 0;
+    for (int64_t i = 0; i < 2 * facts->layer_count; i++) page_bytes += buffer_bytes(i);
     const int64_t context = ceiling(facts->max_context, facts->page), most = INT32_MAX / facts->page;
     *pages = 0;
     if (facts->layer_count == 0) return LLMC_OK;
@@ -59,28 +88,16 @@ static int count_pages(const LlmcOptions *options, int64_t page_bytes, int64_t *
     return LLMC_OK;
 }
 
-static int make_cache(LlmcModel *model, const LlmcOptions *options) {
-    const LlmcFacts *facts = &llmc_facts;
-    const int64_t buffers = 2 * facts->layer_count;
-    int64_t page_bytes = 0, pages;
-    model->cache = calloc((size_t)buffers + 1, sizeof *model->cache);
-    model->page_bytes = calloc((size_t)buffers + 1, sizeof *model->page_bytes);
-    if (model->cache == NULL || model->page_bytes == NULL) return no_memory("the KV cache");
+static int make_cache(LlmcModel *model, int64_t pages) {
+    const int64_t buffers = 2 * llmc_facts.layer_count;
+    void **cache = model->own.cache = calloc((size_t)buffers + 1, sizeof *cache);
+    if (cache == NULL) return no_memory("the KV cache");
     for (int64_t i = 0; i < buffers; i++) {
-        const LlmcLayerFacts *layer = &facts->layers[i / 2];
-        const int64_t width = i % 2 ? layer->value_dim : layer->head_dim;
-        model->page_bytes[i] = layer->kv_heads * width * facts->page * layer->element_bytes;
-        page_bytes += model->page_bytes[i];
+        cache[i] = llmc_reserve(pages * buffer_bytes(i));
+        if (cache[i] == NULL) return no_memory("the KV cache: lower LlmcOptions.cache_bytes");
     }
-    const int code = count_pages(options, page_bytes, &pages);
-    if (code != LLMC_OK) return code;
-    if (!llmc_pages_open(&model->pages, pages)) return no_memory("the KV cache");
-    for (int64_t i = 0; i < buffers; i++) {
-        model->cache[i] = llmc_reserve(pages * model->page_bytes[i]);
-        if (model->cache[i] == NULL) return no_memory("the KV cache: lower LlmcOptions.cache_bytes");
-    }
-    model->step.cache = model->cache;
-    model->step.cache_pages = pages;
+    model->step->cache = cache;
+    model->step->cache_pages = pages;
     return LLMC_OK;
 }
 
@@ -89,43 +106,42 @@ static int make_tables(LlmcModel *model) {
     const LlmcFacts *facts = &llmc_facts;
     const int64_t tokens = facts->max_step, table = tokens * ceiling(facts->max_context, facts->page);
     LlmcTables *tables = &model->tables;
-    int32_t *token_types;
     const struct {
         int32_t **place;
         int64_t numbers;
     } parts[] = {
         {&tables->ids, tokens},       {&tables->positions, tokens},  {&tables->slots, tokens},
         {&tables->lengths, tokens},   {&tables->rows, tokens},       {&tables->tiles, 4 * tokens},
-        {&tables->starts, tokens + 1}, {&tables->block_table, table}, {&token_types, tokens},
+        {&tables->starts, tokens + 1}, {&tables->block_table, table}, {&tables->token_types, tokens},
     };
     const size_t count = sizeof parts / sizeof *parts;
     for (size_t i = 0; i < count; i++) {
-        model->table_bytes += ceiling(parts[i].numbers * (int64_t)sizeof(int32_t), ALIGNMENT) * ALIGNMENT;
+        model->own.table_bytes += ceiling(parts[i].numbers * (int64_t)sizeof(int32_t), ALIGNMENT) * ALIGNMENT;
     }
-    char *memory = model->table_memory = llmc_reserve(model->table_bytes);
-    model->parts = calloc((size_t)tokens, sizeof *model->parts);
-    if (memory == NULL || model->parts == NULL) return no_memory("the tables of a step");
+    char *memory = model->own.table_memory = llmc_reserve(model->own.table_bytes);
+    if (memory == NULL) return no_memory("the tables of a step");
     for (size_t i = 0; i < count; i++) {
         *parts[i].place = (int32_t *)(void *)memory;
         memory += ceiling(parts[i].numbers * (int64_t)sizeof(int32_t), ALIGNMENT) * ALIGNMENT;
     }
-    tables->block_table_room = table;
-    LlmcStep *step = &model->step;
+    LlmcStep *step = model->step;
     step->ids = tables->ids, step->positions = tables->positions, step->slots = tables->slots;
     step->tiles = tables->tiles, step->block_table = tables->block_table, step->rows = tables->rows;
-    step->starts = tables->starts, step->lengths = tables->lengths, step->token_types = token_types;
+    step->starts = tables->starts, step->lengths = tables->lengths, step->token_types = tables->token_types;
     return LLMC_OK;
 }
 
 static int make_logits(LlmcModel *model) {
     const LlmcFacts *facts = &llmc_facts;
-    model->logits_bytes = facts->max_step * facts->vocabulary * (int64_t)sizeof(float);
-    model->scratch_bytes = llmc_choose_bytes(facts->vocabulary);
-    model->logits = llmc_reserve(model->logits_bytes);
-    model->scratch = llmc_reserve_huge(model->scratch_bytes);
-    model->seen = llmc_reserve(facts->vocabulary * (int64_t)sizeof *model->seen);
-    model->known = llmc_reserve(facts->vocabulary);
-    const bool fine = model->logits != NULL && model->scratch != NULL && model->seen != NULL && model->known != NULL;
+    LlmcOwn *own = &model->own;
+    own->logits_bytes = facts->max_step * facts->vocabulary * (int64_t)sizeof(float);
+    own->scratch_bytes = llmc_choose_bytes(facts->vocabulary);
+    own->logits = llmc_reserve(own->logits_bytes);
+    model->logits = &own->logits;
+    own->scratch = llmc_reserve_huge(own->scratch_bytes);
+    own->seen = llmc_reserve(facts->vocabulary * (int64_t)sizeof *own->seen);
+    own->known = llmc_reserve(facts->vocabulary);
+    const bool fine = own->logits != NULL && own->scratch != NULL && own->seen != NULL && own->known != NULL;
     return fine ? LLMC_OK : no_memory("logits");
 }
 
@@ -139,9 +155,9 @@ static int64_t number_bytes(const char *dtype) {
 
 static int make_outputs(LlmcModel *model) {
     const LlmcFacts *facts = &llmc_facts;
-    model->outputs = calloc((size_t)facts->output_count + 1, sizeof *model->outputs);
-    model->output_bytes = calloc((size_t)facts->output_count + 1, sizeof *model->output_bytes);
-    if (model->outputs == NULL || model->output_bytes == NULL) return no_memory("outputs");
+    model->own.outputs = calloc((size_t)facts->output_count + 1, sizeof *model->own.outputs);
+    model->own.output_bytes = calloc((size_t)facts->output_count + 1, sizeof *model->own.output_bytes);
+    if (model->own.outputs == NULL || model->own.output_bytes == NULL) return no_memory("outputs");
     for (int64_t i = 0; i < facts->output_count; i++) {
         const LlmcOutputFacts *output = &facts->outputs[i];
         if (output->per == LLMC_PER_OTHER) {
@@ -149,11 +165,11 @@ static int make_outputs(LlmcModel *model) {
                              output->name);
         }
         const int64_t rows = output->per == LLMC_PER_CALL ? 1 : facts->max_step;
-        model->output_bytes[i] = rows * output->elements * number_bytes(output->dtype);
-        model->outputs[i] = llmc_reserve(model->output_bytes[i]);
-        if (model->outputs[i] == NULL) return no_memory("outputs");
+        model->own.output_bytes[i] = rows * output->elements * number_bytes(output->dtype);
+        model->own.outputs[i] = llmc_reserve(model->own.output_bytes[i]);
+        if (model->own.outputs[i] == NULL) return no_memory("outputs");
     }
-    model->step.outputs = model->outputs;
+    model->step->outputs = model->own.outputs;
     return LLMC_OK;
 }
 
@@ -170,22 +186,18 @@ static int check_options(const LlmcOptions *options) {
 
 static int fill_model(LlmcModel *model, const char *path, const LlmcOptions *options) {
     const LlmcFacts *facts = &llmc_facts;
-    LlmcDivision *division = &model->division;
-    *division = (LlmcDivision){.page = facts->page, .tile = facts->tile, .max_splits = facts->max_splits, .part = facts->part};
-    division->kv_heads = facts->layer_count > 0 ? INT64_MAX : 1;
-    for (int64_t i = 0; i < facts->layer_count; i++) {
-        division->kv_heads = least(division->kv_heads, facts->layers[i].kv_heads);
-    }
-    division->threads = model->threads =
-        least(options->threads > 0 ? options->threads : llmc_usable_cpus(), MOST_THREADS);
-    int code = llmc_open_weights(path, options->weights, options->copy_weights != 0, &model->weights,
-                                 &model->step.weights);
+    const int64_t threads = least(options->threads > 0 ? options->threads : llmc_usable_cpus(), MOST_THREADS);
+    int64_t pages = 0;
+    LlmcStep *step = model->step = &model->own.step;
+    int code = llmc_open_weights(path, options->weights, options->copy_weights != 0, &model->own.weights, &step->weights);
     if (code != LLMC_OK) return code;
-    model->step.arena_bytes = facts->arena_bytes;
-    model->step.arena = llmc_reserve_huge(facts->arena_bytes);
-    if (model->step.arena == NULL) return no_memory("a step");
+    step->arena_bytes = facts->arena_bytes;
+    step->arena = llmc_reserve_huge(facts->arena_bytes);
+    if (step->arena == NULL) return no_memory("a step");
     code = make_tables(model);
-    if (code == LLMC_OK) code = make_cache(model, options);
+    if (code == LLMC_OK) code = count_pages(options, &pages);
+    if (code == LLMC_OK) code = make_cache(model, pages);
+    if (code == LLMC_OK) code = llmc_make_places(model, threads, pages);
     if (code == LLMC_OK) code = facts->task == LLMC_GENERATE ? make_logits(model) : make_outputs(model);
     if (code == LLMC_OK) code = make_pool();
     return code;
@@ -219,36 +231,46 @@ int llmc_open(const char *path, const LlmcOptions *options, LlmcModel **model) {
 void llmc_close(LlmcModel *model) {
     if (model == NULL) return;
     const LlmcFacts *facts = &llmc_facts;
+    LlmcOwn *own = &model->own;
     while (model->sequences != NULL) llmc_end(model->sequences);
-    llmc_give_back(model->weights.memory, model->weights.bytes);
-    llmc_give_back(model->step.arena, model->step.arena_bytes);
-    llmc_give_back(model->table_memory, model->table_bytes);
-    for (int64_t i = 0; model->cache != NULL && i < 2 * facts->layer_count; i++) {
-        llmc_give_back(model->cache[i], model->pages.capacity * model->page_bytes[i]);
+    llmc_give_back(own->weights.memory, own->weights.bytes);
+    llmc_give_back(own->step.arena, own->step.arena_bytes);
+    llmc_give_back(own->table_memory, own->table_bytes);
+    for (int64_t i = 0; own->cache != NULL && i < 2 * facts->layer_count; i++) {
+        llmc_give_back(own->cache[i], own->step.cache_pages * buffer_bytes(i));
     }
-    for (int64_t i = 0; model->outputs != NULL && i < facts->output_count; i++) {
-        llmc_give_back(model->outputs[i], model->output_bytes[i]);
+    for (int64_t i = 0; own->outputs != NULL && i < facts->output_count; i++) {
+        llmc_give_back(own->outputs[i], own->output_bytes[i]);
     }
     llmc_pages_close(&model->pages);
-    llmc_give_back(model->logits, model->logits_bytes);
-    llmc_give_back(model->scratch, model->scratch_bytes);
-    llmc_give_back(model->seen, facts->vocabulary * (int64_t)sizeof *model->seen);
-    llmc_give_back(model->known, facts->vocabulary);
+    llmc_give_back(own->logits, own->logits_bytes);
+    llmc_give_back(own->scratch, own->scratch_bytes);
+    llmc_give_back(own->seen, facts->vocabulary * (int64_t)sizeof *own->seen);
+    llmc_give_back(own->known, facts->vocabulary);
     free(model->parts);
-    free(model->cache);
     free(model->page_bytes);
-    free(model->outputs);
-    free(model->output_bytes);
+    free(own->cache);
+    free(own->outputs);
+    free(own->output_bytes);
     pthread_mutex_destroy(&model->lock);
     free(model);
 }
 
-int llmc_run_parts(LlmcModel *model, int64_t parts) {
-    llmc_fill_step(&model->step, &model->tables, &model->division, model->parts, parts);
-    const int wrong = llmc_run(&model->step, model->threads);
+int llmc_run_parts(LlmcModel *model, int64_t parts, float *logits) {
+    const LlmcHooks *hooks = model->hooks;
+    llmc_fill_step(model->step, &model->tables, &model->division, model->parts, parts);
+    model->step->logits = logits;
+    const bool is_hooked = hooks != NULL && hooks->run != NULL;
+    const int wrong = is_hooked ? hooks->run(model->step, model->threads) : llmc_run(model->step, model->threads);
     if (wrong == 0) return LLMC_OK;
     if (wrong > 0 && wrong <= llmc_facts.failure_count) {
         return llmc_fail(LLMC_ERROR_STEP, "%s", llmc_facts.failures[wrong - 1]);
     }
     return llmc_fail(LLMC_ERROR_STEP, "the artifact's step failed with code %d", wrong);
+}
+
+int64_t llmc_choose_token(const LlmcModel *model, const LlmcChoice *choice) {
+    const LlmcHooks *hooks = model->hooks;
+    if (hooks != NULL && hooks->choose != NULL) return hooks->choose(choice, model->threads);
+    return llmc_choose(choice, model->threads);
 }

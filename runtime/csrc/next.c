@@ -16,13 +16,13 @@ static double draw(uint64_t *state) {
 /* Collects the ids that a sequence has, each once, in the model's `seen`; returns how many. */
 static int64_t collect_seen(LlmcModel *model, const LlmcSequence *sequence) {
     int64_t count = 0;
-    for (int64_t i = 0; i < sequence->length; i++) {
+    for (int64_t i = 0; i < sequence->view.length; i++) {
         const int32_t id = sequence->tokens[i];
-        if (model->known[id]) continue;
-        model->known[id] = 1;
-        model->seen[count++] = id;
+        if (model->own.known[id]) continue;
+        model->own.known[id] = 1;
+        model->own.seen[count++] = id;
     }
-    for (int64_t i = 0; i < count; i++) model->known[model->seen[i]] = 0;
+    for (int64_t i = 0; i < count; i++) model->own.known[model->own.seen[i]] = 0;
     return count;
 }
 
@@ -31,7 +31,7 @@ static int64_t choose(LlmcSequence *sequence, const LlmcSampling *sampling) {
     LlmcModel *model = sequence->model;
     LlmcChoice choice = {
         .logits = sequence->logits,
-        .scratch = model->scratch,
+        .scratch = model->own.scratch,
         .count = llmc_facts.vocabulary,
         .top_k = sampling->top_k,
         .penalty = sampling->repetition_penalty == 0 ? 1 : sampling->repetition_penalty,
@@ -40,12 +40,12 @@ static int64_t choose(LlmcSequence *sequence, const LlmcSampling *sampling) {
         .min_p = sampling->min_p,
     };
     if (choice.penalty != 1) {
-        choice.seen = model->seen;
+        choice.seen = model->own.seen;
         choice.seen_count = collect_seen(model, sequence);
     }
     uint64_t state = sampling->random == NULL ? 0 : *sampling->random;
     if (choice.temperature != 0) choice.uniform = draw(&state);
-    const int64_t token = llmc_choose(&choice, model->threads);
+    const int64_t token = llmc_choose_token(model, &choice);
     if (token >= 0 && choice.temperature != 0) *sampling->random = state;
     return token;
 }

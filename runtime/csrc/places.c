@@ -1,4 +1,4 @@
-/* See places.h. `runtime/batch.py` divides the work of the same step in the same way; a test says so. */
+/* See places.h. */
 #include "places.h"
 
 #include <stdbool.h>
@@ -38,8 +38,6 @@ static int64_t columns_of(const LlmcPart *parts, int64_t number) {
     for (int64_t i = 0; i < number; i++) columns = greatest(columns, parts[i].page_count);
     return columns;
 }
-
-int64_t llmc_table_numbers(const LlmcPart *parts, int64_t number) { return number * columns_of(parts, number); }
 
 /* Ids, positions, slots and lengths of a part whose first token is the step's `token`-th. */
 static void fill_tokens(const LlmcTables *tables, const LlmcPart *part, int64_t page, int64_t token) {

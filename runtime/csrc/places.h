@@ -17,12 +17,13 @@ typedef struct LlmcPart {
     int64_t decoding;  /* 1: its tokens decode, each in a tile of its own; 0: they are read, as a prompt or a text */
 } LlmcPart;
 
-/* Where a step's tables lie: each has room for the tokens of a step, tiles for four numbers each. */
+/* Where a step's tables lie: each has room for the tokens of a step, tiles for four numbers each, and the block table for
+ * as many sequences of the longest context. */
 typedef struct LlmcTables {
     int32_t *ids, *positions, *slots, *lengths, *rows, *tiles;
     int32_t *starts; /* one more than tokens; NULL: the step has none */
+    int32_t *token_types;
     int32_t *block_table;
-    int64_t block_table_room; /* numbers that it has room for */
 } LlmcTables;
 
 /* What decides how the work of attention is divided. */
@@ -33,10 +34,7 @@ typedef struct LlmcDivision {
     int64_t threads;
 } LlmcDivision;
 
-/* Numbers that the block table of a step with these parts has. */
-int64_t llmc_table_numbers(const LlmcPart *parts, int64_t number);
-
-/* Fills the tables and `step->sizes`; the block table has to have room for `llmc_table_numbers`. */
+/* Fills the tables and `step->sizes`. */
 void llmc_fill_step(LlmcStep *step, const LlmcTables *tables, const LlmcDivision *division, const LlmcPart *parts,
                     int64_t number);
 
@@ -45,7 +43,7 @@ void llmc_fill_step(LlmcStep *step, const LlmcTables *tables, const LlmcDivision
 int64_t llmc_parts_of(const LlmcDivision *division, int64_t tokens);
 
 /* Into how many units attention cuts the context of a query tile that is taken in up to `parts` parts: one for every part
- * if threads would have too little to do with one for all of them (`choose_splits` of runtime/batch.py). It decides who
+ * if threads would have too little to do with one for all of them. It decides who
  * does the work, not what is computed. */
 int64_t llmc_choose_splits(const LlmcDivision *division, int64_t tiles, int64_t parts);
 

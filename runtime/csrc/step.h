@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 6
+#define LLMC_ABI 7
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
