@@ -84,7 +84,7 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
         "out": aligned(np.zeros((tokens, n // 2 if gated else n), np.float32)),
     }
     compiled = Compiled(variant.kernel, machine)
-    calls = [[inputs[a] if a in inputs else arrays[a][c] for a in plan.arguments] for c in range(copies)]
+    calls = [[inputs[a] if a in inputs else arrays[a][c] for a in plan.names(variant)] for c in range(copies)]
     units = variant.units(tokens)
 
     def run() -> None:

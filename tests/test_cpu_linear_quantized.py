@@ -12,7 +12,8 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
 from llmc.runtime import cpu
-from llmc.targets.cpu.linear_plan import LinearPlan, Variant, quantized_linear_plan
+from llmc.targets.cpu.linear_plan import quantized_linear_plan
+from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmc.targets import machine_named
 from llmc.targets.cpu.linear_plan import float_linear_plan
-from llmc.targets.cpu.matrix_unit import many_rows_unit, matrix_unit
+from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.machine import Machine
 
 SERVER = machine_named("sapphirerapids")
@@ -25,7 +25,7 @@ def served(machine: Machine) -> set[str]:
     if unit is None:
         return set()
     found = {
-        "many rows": unit.serves_many,
+        "many rows": unit.activations(64, 8, 32) is not None,
         "few integers": unit.quantized_rows(8, {**ROWS, "bits": 4, "group": 32, "symmetric": True}),
         "few floats": unit.float_rows({**ROWS, "dtype": "bf16", "pairs": False}),
         "attention": unit.attention(64, "float16"),
@@ -67,4 +67,4 @@ def test_few_rows_of_floats_go_where_their_activations_can_be_made() -> None:
     [machine_named("znver5"), machine_named("x86-64-v3"), without("amx-tile"), replace(SERVER, vector_bits=256)],
 )
 def test_there_is_none_without_tiles_or_vectors_as_wide(machine: Machine) -> None:
-    assert matrix_unit(machine) is None and many_rows_unit(machine) is None
+    assert matrix_unit(machine) is None

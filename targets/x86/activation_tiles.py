@@ -1,18 +1,18 @@
-"""f32 activations to bf16 in tiles, after a norm if asked: what `linear_tiles` multiplies.
-
-Row r and input i of part p are at [r // 16, i // 32, p, r % 16, i % 32], so that a tile is one kilobyte in a row. One
-part rounds to bf16; three hold all of an f32, each what the ones before leave. Inputs past `k` are zeros; rows past the
-last token, up to a multiple of 32, hold anything, and so do the results that come of them.
-"""
+"""Activations as bf16 in tiles, after a norm if asked: what tile registers multiply. The form, and its kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.compiler.ir.dims import Dim
+import numpy as np
+from ml_dtypes import bfloat16
+
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.quantize_activations import norm_inputs, normalised
+from llmc.targets.cpu.quantize_activations import norm_inputs, normalised, padded
+from llmc.targets.forms import Array, Buffer, Converted, Rows
+from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tiles import INPUTS, ROWS, TILE
@@ -21,9 +21,54 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
 
-def tiles_elements(rows: int | Dim, inputs: int, parts: int = 1) -> int | Dim:
-    """bf16 in the tiles of `rows` rows of `inputs` (a multiple of 32) activations."""
-    return (rows + (2 * ROWS - 1)) // (2 * ROWS) * (2 * ROWS * inputs * parts)
+PAIRED_ROWS = 2 * ROWS  # kernels multiply two tiles of rows at a time
+
+
+@dataclass(frozen=True)
+class Bf16Tiles(Converted):
+    """Rows as `parts` bf16 an activation, in tiles of 16 rows by 32 inputs: xtiles u16 bits, a tile after the other.
+
+    Row r and input i of part p are at [r // 16, i // 32, p, r % 16, i % 32], so that a tile is one kilobyte in a row.
+    One part rounds to bf16; three hold all of an f32 (from 2^-109 on up), each what the ones before leave. inputs: a
+    multiple of 32, at least `features`; those behind the last feature are zeros. Rows behind the last one, up to a
+    multiple of 32, hold anything, and so do the results that come of them.
+    """
+
+    inputs: int
+    parts: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"bf16 in tiles of {self.inputs} inputs" + (f", {self.parts} parts" if self.parts > 1 else "")
+
+    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+        tiles = (rows + (PAIRED_ROWS - 1)) // PAIRED_ROWS * (PAIRED_ROWS // ROWS)
+        return (Buffer("xtiles", "uint16", (tiles, self.inputs // INPUTS, self.parts, ROWS, INPUTS)),)
+
+    def encode(self, x: Array) -> dict[str, Array]:
+        (buffer,) = self.buffers(len(x))
+        left = np.zeros((padded(len(x), PAIRED_ROWS), self.inputs), np.float32)
+        left[: len(x), : self.features] = x
+        tiles = buffer.empty()
+        for part in range(self.parts):
+            rounded = left.astype(bfloat16)
+            left = left - rounded.astype(np.float32)
+            bits = rounded.view(np.uint16).reshape(-1, ROWS, self.inputs // INPUTS, INPUTS)
+            tiles[:, :, part] = bits.transpose(0, 2, 1, 3)
+        return {"xtiles": tiles}
+
+    def decode(self, arrays: Mapping[str, Array], rows: int) -> Array:
+        (buffer,) = self.buffers(rows)
+        tiles = arrays["xtiles"].reshape(-1)[: buffer.empty().size].reshape(buffer.empty().shape)
+        values = tiles.view(bfloat16).astype(np.float32).transpose(2, 0, 3, 1, 4).reshape(self.parts, -1, self.inputs)
+        total: Array = values[-1]
+        for larger in values[-2::-1]:  # the small ones first: exact
+            total = total + larger
+        return total[:rows, : self.features]
+
+    def writer(self, machine: Machine, **norm: Param) -> Kernel:
+        parts: dict[str, Param] = {"parts": self.parts} if self.parts > 1 else {}
+        return kernel(activation_tiles, machine.key, k=self.features, inputs=self.inputs, **parts, **norm)
 
 
 def bf16_parts(isa: X86Isa, first: Expr, second: Expr, parts: int, paired: bool = False) -> Iterator[Expr]:
@@ -56,7 +101,8 @@ def activation_tiles(
 ) -> PrimFunc:
     """(x f32 [T, k], weight f32 [k] if norm, norm_bias f32 [k] if any, xtiles u16; begin, end). One unit: one row.
 
-    norm: as in `quantize_activations`. parts: 1 or 3. Rounds to nearest, ties to even. The limit is the memory.
+    xtiles: see `Bf16Tiles`. norm: as in `quantize_activations`. parts: 1 or 3. Rounds to nearest, ties to even. The
+    limit is the memory.
     """
     isa = isa_for(machine)
 

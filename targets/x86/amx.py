@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.compiler.ir.dims import Dim
 from llmc.targets.cpu.limits import LimitKernel
-from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit, TilePlan
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit
+from llmc.targets.cpu.quantize_activations import padded
+from llmc.targets.cpu.variants import LinearPlan
+from llmc.targets.kernel import Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import attention_matrix, linear_tile_rows, tile_plan
 from llmc.targets.x86 import linear_float_tile_rows as float_tile_rows
-from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
+from llmc.targets.x86.activation_tiles import Bf16Tiles
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.tile_limits import limit_kernels
 from llmc.targets.x86.tiles import INPUTS, ROWS, has_tiles
@@ -28,27 +29,22 @@ class Amx:
 
     machine: Machine
 
-    inputs = INPUTS
-    few_split = float_tile_rows.SPLIT
+    def activations(self, features: int, bits: int, group: int | None) -> Bf16Tiles | None:
+        if bits not in (4, 8, 16, 32) or (group or INPUTS) % INPUTS or not tile_plan.usable(self.machine):
+            return None
+        return tile_plan.activations(features, bits, group or INPUTS)
 
-    @property
-    def serves_many(self) -> bool:
-        return tile_plan.usable(self.machine)
+    def result(self, features: int, bits: int) -> Bf16Tiles | None:
+        return tile_plan.activations(features, bits) if features % INPUTS == 0 else None
 
     def rows_from(self, bits: int) -> int:
         return tile_plan.rows_from(bits)
 
-    def split_of(self, bits: int) -> int:
-        return tile_plan.split_of(bits)
+    def cost(self, bits: int) -> float:
+        return tile_plan.cost(bits)
 
-    def plan(self, *, n: int, k: int, bits: int, packed: bool, **facts: object) -> TilePlan:
+    def plan(self, *, n: int, k: int, bits: int, packed: bool, **facts: object) -> LinearPlan:
         return tile_plan.tile_plan(self.machine, n=n, k=k, bits=bits, packed=packed, **facts)  # type: ignore[arg-type]
-
-    def elements(self, rows: int | Dim, inputs: int, split: int = 1) -> int | Dim:
-        return tiles_elements(rows, inputs, split)
-
-    def activations(self, *, k: int, inputs: int, **facts: Param) -> Kernel:
-        return kernel(activation_tiles, self.machine.key, k=k, inputs=inputs, **facts)
 
     def quantized_rows(self, rows: int, params: Mapping[str, Param]) -> FewRows | None:
         if not has_tiles(self.machine, "int8"):
@@ -57,11 +53,14 @@ class Amx:
         return FewRows(made, rows, linear_tile_rows.TILES)
 
     def float_rows(self, params: Mapping[str, Param]) -> FewRows | None:
-        if not self.serves_many:  # activations become bf16 with the same instructions
+        if not tile_plan.usable(self.machine):  # activations become bf16 with the same instructions
             return None
         own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
         made = kernel(float_tile_rows.float_linear_tile_rows, self.machine.key, **own)
-        return FewRows(made, ROWS, float_tile_rows.TILES)
+        k = params["k"]
+        assert isinstance(k, int)
+        form = Bf16Tiles(k, padded(k, INPUTS), float_tile_rows.SPLIT)
+        return FewRows(made, ROWS, float_tile_rows.TILES, form)
 
     def attention(self, value_dim: int, cache_dtype: str) -> Callable[..., PrimFunc] | None:
         fits = attention_matrix.fits(self.machine, value_dim, cache_dtype)

@@ -13,15 +13,17 @@ from __future__ import annotations
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.linear_quantized import quantized_layout
-from llmc.targets.cpu.matrix_unit import TilePlan, TileVariant
+from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.kernel import Param, kernel
 from llmc.targets.machine import Machine
+from llmc.targets.x86.activation_tiles import Bf16Tiles
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.linear_tiles import tile_linear, workspace_bytes
 from llmc.targets.x86.tiles import INPUTS, has_tiles
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
 SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products
+COST, SPLIT_COST = 0.5, 0.65  # of 128 to 512 rows, as docs/adr/0006 and 0007 measured it
 FEW, MANY = 128, 256  # rows of a block
 NARROW, WIDEST = 4, 28  # tiles of a panel
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
@@ -42,9 +44,14 @@ def rows_from(bits: int) -> int:
     return SPLIT_FROM if bits == 32 else ROWS_FROM
 
 
-def split_of(bits: int) -> int:
-    """bf16 that stand for one activation in front of weights of so many bits."""
-    return 3 if bits == 32 else 1
+def cost(bits: int) -> float:
+    """Time that many rows take, against kernels on vectors."""
+    return SPLIT_COST if bits == 32 else COST
+
+
+def activations(features: int, bits: int, group: int = INPUTS) -> Bf16Tiles:
+    """The form of activations in front of weights of so many bits: as many bf16 as a weight becomes, whole groups."""
+    return Bf16Tiles(features, -(-features // group) * group, 3 if bits == 32 else 1)
 
 
 def tile_plan(
@@ -60,7 +67,7 @@ def tile_plan(
     bias: bool = False,
     residual: bool = False,
     packed: bool = False,
-) -> TilePlan:
+) -> LinearPlan:
     """y[T, features] for T >= `rows_from` from weights of 4, 8, 16 (bf16) or 32 (f32) bits; packed: y is in tiles."""
     isa = isa_for(machine)
     layout: QuantizedLayout | FloatLayout = (
@@ -71,23 +78,24 @@ def tile_plan(
     epilogue = Epilogue(n, gated, activation, bias, residual)
     params: dict[str, Param] = {"n": n, "k": k, "bits": bits, "group": group, "symmetric": symmetric, "gated": gated}
     params |= {"activation": activation, "bias": bias, "residual": residual, "packed": packed}
-    inputs = -(-k // group) * group
-    split = split_of(bits)
+    form = activations(k, bits, group)
+    inputs, split = form.inputs, form.parts
     least = 2 * epilogue.tiles if packed else 2
 
-    def variant(low: int, high: int | None, row_block: int) -> TileVariant:
+    def variant(low: int, high: int | None, row_block: int) -> Variant:
         near = 2 * inputs * split * row_block <= machine.l2_bytes // 2
         step = _even_step(inputs, group, (NEAR_STEP if near else FAR_STEP) // split)
         far = not near and high is None
         tiles = _panel(layout.tiles(n), least) if far else max(least, NARROW)
         made = kernel(tile_linear, machine.key, **params, far=far, step=step, tiles=tiles, row_block=row_block)
         panels = -(-layout.tiles(n) // tiles)
-        return TileVariant(made, low, high, panels, row_block, workspace_bytes(step, tiles, row_block, split))
+        workspace = workspace_bytes(step, tiles, row_block, split)
+        return Variant(made, form, low, high, panels, row_block, workspace=workspace)
 
     fused = tuple(name for name in ("bias", "residual") if params[name])
-    arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
+    arguments = (*layout.arrays(n, k), *fused, "out", "workspace")
     variants = (variant(rows_from(bits), FEW, FEW), variant(FEW + 1, None, MANY))
-    return TilePlan(layout, arguments, inputs, split, 1 if split == 1 else 6, variants)
+    return LinearPlan(layout, arguments, variants, "bf16", 1 if split == 1 else 6)
 
 
 def _panel(all_tiles: int, multiple: int) -> int:
