@@ -21,7 +21,7 @@ from llmc.compiler.ir.dims import Dim, product
 from llmc.targets.kernel import Kernel, Param
 from llmc.targets.machine import Machine
 
-Rows: TypeAlias = int | Dim
+RowCount: TypeAlias = int | Dim
 Array: TypeAlias = np.ndarray[Any, Any]
 
 ALIGNMENT = 64  # bytes: every buffer of a form starts at a multiple
@@ -33,10 +33,10 @@ class Buffer:
 
     name: str
     dtype: str
-    shape: tuple[Rows, ...]
+    shape: tuple[RowCount, ...]
 
     @property
-    def elements(self) -> Rows:
+    def elements(self) -> RowCount:
         return product(self.shape)
 
     def empty(self) -> Array:
@@ -48,7 +48,7 @@ class Buffer:
 class Form(ABC):
     """How rows of `features` activations lie. Equal forms are the same bytes for the same numbers.
 
-    Rows are independent of each other: a row's bytes follow from the row, and what is at other rows changes none.
+    RowCount are independent of each other: a row's bytes follow from the row, and what is at other rows changes none.
     """
 
     features: int
@@ -59,7 +59,7 @@ class Form(ABC):
         """For people, and in the names of its buffers: "i8 in groups of 64"."""
 
     @abstractmethod
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         """Its arrays for so many rows, in the order in which kernels take them."""
 
     @abstractmethod
@@ -75,9 +75,9 @@ class Form(ABC):
 class OwnRows(Form):
     """f32 row by row, in the buffer that every activation has: who computes it writes it."""
 
-    name: ClassVar[str] = "f32"  # type: ignore[misc]
+    name: ClassVar[str] = "f32"
 
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         return (Buffer("x", "float32", (rows, self.features)),)
 
     def encode(self, x: Array) -> dict[str, Array]:

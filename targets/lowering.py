@@ -22,7 +22,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
 from llmc.errors import CompileError
 from llmc.targets.agreement import Agreement, Statement
-from llmc.targets.forms import Converted, Form, Rows
+from llmc.targets.forms import Converted, Form, RowCount
 from llmc.targets.kernel import CachePart, Call, Scratch
 from llmc.targets.machine import Machine
 
@@ -174,7 +174,7 @@ class Context:
         form is read for."""
         if not isinstance(form, Converted):
             return {buffer.name: value for buffer in form.buffers(1)}
-        rows: Rows = product(value.shape[:-1])
+        rows: RowCount = product(value.shape[:-1])
         bounds = [item.high for item in self.agreement.when(value, form) if item.symbol == str(rows)]
         rows = rows if not bounds or bounds[0] is None else bounds[0]
         return {

@@ -16,7 +16,7 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import CompileError
 from llmc.targets.agreement import Agreement, Guard, Reading, Statement, Way, Writing, either, unrounded
-from llmc.targets.forms import Array, Buffer, Converted, OwnRows, Rows
+from llmc.targets.forms import Array, Buffer, Converted, OwnRows, RowCount
 from llmc.targets.kernel import Kernel, Range
 from llmc.targets.kernel import Param as KernelParam
 from llmc.targets.machine import Machine
@@ -34,7 +34,7 @@ class Fake(Converted):
 
     name: str = "tiles"
 
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         return (Buffer("data", "uint8", (rows, self.features)),)
 
     def encode(self, x: Array) -> dict[str, Array]:

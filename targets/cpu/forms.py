@@ -10,7 +10,7 @@ from ml_dtypes import bfloat16
 
 from llmc.targets.cpu.quantize_activations import SMALLEST, padded, quantize_activations, round_activations
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.forms import Array, Buffer, Converted, Rows
+from llmc.targets.forms import Array, Buffer, Converted, RowCount
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 
@@ -36,7 +36,7 @@ class IntegerGroups(Converted):
         """Bytes of a row."""
         return padded(self.features, self.group)
 
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         groups = self.columns // self.group
         return (
             Buffer("xq", "int8", (rows, self.columns)),
@@ -84,7 +84,7 @@ class Bf16Pairs(Converted):
 
     name = "bf16 in pairs"
 
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         return (Buffer("xh", "uint16", (rows, padded(self.features, 2))),)
 
     def encode(self, x: Array) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from ml_dtypes import bfloat16
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.quantize_activations import norm_inputs, normalised, padded
-from llmc.targets.forms import Array, Buffer, Converted, Rows
+from llmc.targets.forms import Array, Buffer, Converted, RowCount
 from llmc.targets.kernel import Kernel, Param, kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
@@ -26,11 +26,11 @@ PAIRED_ROWS = 2 * ROWS  # kernels multiply two tiles of rows at a time
 
 @dataclass(frozen=True)
 class Bf16Tiles(Converted):
-    """Rows as `parts` bf16 an activation, in tiles of 16 rows by 32 inputs: xtiles u16 bits, a tile after the other.
+    """RowCount as `parts` bf16 an activation, in tiles of 16 rows by 32 inputs: xtiles u16 bits, a tile after the other.
 
     Row r and input i of part p are at [r // 16, i // 32, p, r % 16, i % 32], so that a tile is one kilobyte in a row.
     One part rounds to bf16; three hold all of an f32 (from 2^-109 on up), each what the ones before leave. inputs: a
-    multiple of 32, at least `features`; those behind the last feature are zeros. Rows behind the last one, up to a
+    multiple of 32, at least `features`; those behind the last feature are zeros. RowCount behind the last one, up to a
     multiple of 32, hold anything, and so do the results that come of them.
     """
 
@@ -41,7 +41,7 @@ class Bf16Tiles(Converted):
     def name(self) -> str:
         return f"bf16 in tiles of {self.inputs} inputs" + (f", {self.parts} parts" if self.parts > 1 else "")
 
-    def buffers(self, rows: Rows) -> tuple[Buffer, ...]:
+    def buffers(self, rows: RowCount) -> tuple[Buffer, ...]:
         tiles = (rows + (PAIRED_ROWS - 1)) // PAIRED_ROWS * (PAIRED_ROWS // ROWS)
         return (Buffer("xtiles", "uint16", (tiles, self.inputs // INPUTS, self.parts, ROWS, INPUTS)),)
 
