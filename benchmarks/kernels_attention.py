@@ -24,13 +24,15 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, runnable
 
 from llmc.runtime import cpu
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.builder import loop, scratch
 from llmc.targets.cpu.limit_kernels import INPUT_BYTES
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86 import detect
 from llmc.targets.x86.tile_limits import TILE_SUMS, limit_tiles
 from llmc.targets.x86.tiles import has_tiles
@@ -124,7 +126,8 @@ def runner(
     machine: Machine, shape: tuple[int, int, int], sequences: int, context: int, new: int
 ) -> tuple[Callable[[], None], list[np.ndarray]]:
     heads, kv_heads, dim = shape
-    plan = attention_plan(machine, heads=heads, kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5)
+    plan = attention_plan(Chooser(machine), AttentionProblem(heads, kv_heads, dim, dim, dim**-0.5))
+    assert isinstance(plan, AttentionPlan)
     arrays, pages, tiles = attention_arrays(shape, sequences, context, new)
     unused = aligned(np.zeros(16, np.float32))
     tile = Compiled(plan.tile, machine)

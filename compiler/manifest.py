@@ -238,7 +238,7 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
         for report in compiled.reports
     ]
     groups: dict[tuple[object, ...], dict[str, object]] = {}
-    chosen = [(lowered.choice, _kernels(lowered.calls)) for lowered in program.ops]
+    chosen = [(lowered.choice, _kernels(lowered.calls, program)) for lowered in program.ops]
     for choice, kernels in [*chosen, *((choice, []) for choice in program.decomposed)]:
         key = (choice.op, choice.rule, choice.rejected, json.dumps(kernels))
         entry = groups.setdefault(key, _entry(choice, kernels))
@@ -258,7 +258,7 @@ def _entry(choice: Choice, kernels: list[dict[str, object]]) -> dict[str, object
     }
 
 
-def _kernels(calls: tuple[Call, ...]) -> list[dict[str, object]]:
+def _kernels(calls: tuple[Call, ...], program: Program) -> list[dict[str, object]]:
     """The kernels of an op, those for few rows first. when: (symbol, low, high) of the step's sizes, as in costs."""
     found: list[dict[str, object]] = [
         {
@@ -266,6 +266,7 @@ def _kernels(calls: tuple[Call, ...]) -> list[dict[str, object]]:
             "parameters": call.kernel.parameters(),
             "when": [[item.symbol, item.low, item.high] for item in call.when],
             "origin": call.origin,
+            "space": program.space_of(call.kernel),
         }
         for call in sorted(calls, key=lambda call: [(item.symbol, item.low) for item in call.when])
     ]

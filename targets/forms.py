@@ -48,7 +48,7 @@ class Buffer:
 class Form(ABC):
     """How rows of `features` activations lie. Equal forms are the same bytes for the same numbers.
 
-    RowCount are independent of each other: a row's bytes follow from the row, and what is at other rows changes none.
+    Rows are independent of each other: a row's bytes follow from the row, and what is at other rows changes none.
     """
 
     features: int

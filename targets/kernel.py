@@ -11,39 +11,60 @@ out, and never starts threads. Buffers are 64-byte aligned at their start; rows 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
+
+    from llmc.targets.machine import Machine
+    from llmc.targets.template import Problem, Template
 
 Param = int | float | str | bool | tuple["Param", ...] | None
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel instance: a template function and the parameters that specialise it.
+    """One kernel instance: a template and the parameters that specialise it.
 
-    `template(machine, **params)` returns the TIR PrimFunc; it is called only when the kernel is not in the cache, so
-    creating a `Kernel` imports no tvm. The symbol is derived from the template's name and the parameters.
+    template: a `Template` (targets/template.py), whose parameters are the problem's fields and its own knobs; or, where
+    there is no problem, a function: `template(machine, **params)` returns the TIR PrimFunc. Either is called only when
+    the kernel is not in the cache, so creating a `Kernel` imports no tvm. The symbol is derived from the template's
+    name and the parameters.
     """
 
-    template: Callable[..., PrimFunc]
+    template: Callable[..., PrimFunc] | Template[Any]
     params: tuple[tuple[str, Param], ...] = ()
     machine_key: str = ""
+    problem: Problem | None = None
+
+    def build(self, machine: Machine) -> PrimFunc:
+        """The kernel's code."""
+        if self.problem is not None:
+            return self.template.build(self.problem, machine)  # type: ignore[union-attr]
+        return self.template(machine, **dict(self.params))  # type: ignore[operator]
 
     @property
     def name(self) -> str:
-        return self.template.__name__
+        name: str = self.template.__name__ if self.problem is None else self.template.name  # type: ignore[union-attr]
+        return name
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Where the template is written, and the problem: what else decides about the code, these import."""
+        if self.problem is None:
+            return (self.template.__module__,)
+        return tuple(dict.fromkeys(type(item).__module__ for item in (self.template, self.problem)))
 
     @property
     def symbol(self) -> str:
         """A C identifier, unique for (template, parameters, machine)."""
-        text = json.dumps([self.template.__module__, self.name, self.params, self.machine_key])
+        text = json.dumps([self.modules[0], self.name, self.params, self.machine_key])
         return f"llmc_{self.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def describe(self) -> str:
@@ -51,10 +72,14 @@ class Kernel:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.params)})"
 
     def parameters(self) -> list[str]:
-        """`n=512`, `k=256`, `symmetric`, ...: in the order of the template's signature, without what is switched off:
-        False, None, 0 and "none"."""
+        """`n=512`, `k=256`, `symmetric`, ...: in the order of the problem's fields and then of the knobs, or of the
+        template's signature, without what is switched off: False, None, 0 and "none"."""
         given = dict(self.params)
-        known = [name for name in inspect.signature(self.template).parameters if name in given]
+        if self.problem is None:
+            names = list(inspect.signature(self.template).parameters)  # type: ignore[arg-type]
+        else:
+            names = [field.name for item in (self.problem, self.template) for field in dataclasses.fields(item)]  # type: ignore[arg-type]
+        known = [name for name in names if name in given]
         names = [*known, *(name for name in given if name not in known)]
         return [
             name if given[name] is True else f"{name}={given[name]}"

@@ -23,8 +23,9 @@ from llmc.compiler.ir.structural import Reshape
 from llmc.errors import CompileError
 from llmc.targets.agreement import Agreement, Statement
 from llmc.targets.forms import Converted, Form, RowCount
-from llmc.targets.kernel import CachePart, Call, Scratch
+from llmc.targets.kernel import CachePart, Call, Kernel, Scratch
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser, describe_space
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,10 @@ class Rules:
 
 
 @dataclass(frozen=True, eq=False)
-class Context:
-    """What a rule may look at."""
+class Context(Chooser):
+    """What a rule may look at, and ask."""
 
     graph: Graph
-    machine: Machine
     rules: Rules
 
     def only_user(self, value: Value) -> Op | None:
@@ -212,12 +212,19 @@ class Program:
     ops: list[LoweredOp] = field(default_factory=list)
     aliases: dict[Value, Value] = field(default_factory=dict)
     decomposed: list[Choice] = field(default_factory=list)
+    _spaces: dict[Kernel, dict[str, object] | None] = field(default_factory=dict)
 
     def buffer_of(self, value: Value) -> Value:
         """The value that owns the bytes."""
         while value in self.aliases:
             value = self.aliases[value]
         return value
+
+    def space_of(self, kernel: Kernel) -> dict[str, object] | None:
+        """Its template's knobs and how many of them there may be, for manifests; None where none are declared."""
+        if kernel not in self._spaces:
+            self._spaces[kernel] = describe_space(kernel, self.machine)
+        return self._spaces[kernel]
 
 
 def values_of(call: Call) -> list[Value]:
@@ -235,7 +242,7 @@ def decompose_unsupported(graph: Graph, rules: Rules, machine: Machine) -> tuple
     """Replace run-time ops that no rule takes by their decompositions, until every op has a rule."""
     choices: list[Choice] = []
     for _ in range(8):
-        context = Context(graph, machine, rules)
+        context = Context(machine, graph, rules)
         refused: dict[Op, Choice] = {}
         for op in graph.ops:
             if op in graph.constants or isinstance(op, Reshape):
@@ -272,7 +279,7 @@ def _expand(graph: Graph, refused: dict[Op, Choice], machine: Machine) -> Graph:
 def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
     """The program of a graph. Users are lowered before what they use, so that rules can absorb operands."""
     graph, decomposed = decompose_unsupported(graph, rules, machine)
-    context = Context(graph, machine, rules)
+    context = Context(machine, graph, rules)
     program = Program(graph, machine, decomposed=decomposed)
     needed: set[Value] = {value for _, value in graph.outputs}
     done: set[Value] = set()

@@ -12,8 +12,10 @@ import numpy as np
 from kernel_harness import Compiled, aligned
 
 from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 
 PAGE, TILE = 32, 16
 
@@ -39,7 +41,10 @@ class Case:
         return self.head_dim**-0.5
 
     def plan(self, machine: Machine, query: QueryRows | None = None) -> AttentionPlan:
-        return attention_plan(machine, scale=self.scale, query=query, **vars(self))
+        others = () if query is None else query.params()
+        plan = attention_plan(Chooser(machine), AttentionProblem(scale=self.scale, query=others, **vars(self)))
+        assert isinstance(plan, AttentionPlan)
+        return plan
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 from llmc.targets.cpu.kernel_cache import compile_kernels
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Problem, Template
 
 CACHE = Path(tempfile.gettempdir()) / "llmc-test-kernels"
 
@@ -23,6 +24,13 @@ def aligned(array: np.ndarray, alignment: int = 64) -> np.ndarray:
     out: np.ndarray = np.ndarray(array.shape, array.dtype, flat.data, start)  # at `start` also where it is empty
     out[...] = array
     return out
+
+
+def default_kernel(template: type[Template], problem: Problem, machine: Machine) -> Kernel:
+    """The kernel of a template's default knobs, which have to be legal."""
+    chosen = template.default(problem, machine)
+    assert not chosen.refuse(problem, machine)
+    return chosen.kernel(problem, machine)
 
 
 class Compiled:

@@ -11,14 +11,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
-from kernel_harness import Compiled, aligned
+from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
 from llmc.compiler.ir.attention import MOST_PARTS, PART
 from llmc.runtime import cpu
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
-from llmc.targets.cpu.rope_append import rope_append_kernel
+from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
 
@@ -122,11 +122,10 @@ def test_extreme_scores_pick_one_value(machine: Machine) -> None:
 
 
 def test_a_plan_refuses_what_no_kernel_does() -> None:
-    machine = MACHINES[0].values[0]
     with pytest.raises(ValueError, match="no multiple"):
-        attention_plan(machine, heads=3, kv_heads=2, head_dim=8, scale=1.0)
+        AttentionProblem(heads=3, kv_heads=2, head_dim=8, value_dim=8, scale=1.0)
     with pytest.raises(ValueError, match="float16 or float32"):
-        attention_plan(machine, heads=2, kv_heads=2, head_dim=8, scale=1.0, cache_dtype="bfloat16")
+        AttentionProblem(heads=2, kv_heads=2, head_dim=8, value_dim=8, scale=1.0, cache_dtype="bfloat16")
 
 
 @pytest.mark.parametrize("machine", [*MACHINES, TILES])
@@ -147,8 +146,7 @@ def test_queries_are_turned_and_normalised_where_they_lie(
     angles = rng.standard_normal((tokens, 2, max(1, pairs))).astype(np.float32)
     weight = rng.standard_normal(dim).astype(np.float32)
     extras = [aligned(angles)] * bool(pairs) + [aligned(weight)] * (norm_eps is not None)
-    turn = rope_append_kernel(
-        machine,
+    problem = rope_problem(
         heads=heads,
         kv_heads=0,
         head_dim=dim,
@@ -160,7 +158,7 @@ def test_queries_are_turned_and_normalised_where_they_lie(
     )
     wide = aligned(wide.astype(np.float32))
     turned = aligned(np.zeros_like(batch.query))
-    Compiled(turn, machine)(wide, *extras, turned, 0, tokens)
+    Compiled(default_kernel(RopeAppend, problem, machine), machine)(wide, *extras, turned, 0, tokens)
     before = replace(batch, query=turned)
     for splits in (1, 3):
         found = replace(batch, query=wide).run(machine, splits, query=rows, extras=extras)

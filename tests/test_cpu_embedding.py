@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_harness import Compiled, aligned
+from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
 from llmc.compiler.encodings import GroupQuantized
-from llmc.targets.cpu.embedding import RowLayout, embedding_kernel
+from llmc.targets.cpu.embedding import RowLayout, embedding
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.machine import Machine
@@ -36,7 +36,7 @@ def quantized_table(
 
 def run(machine: Machine, layout: object, arrays: list[np.ndarray], features: int) -> np.ndarray:
     out = aligned(np.full((len(IDS), features), np.nan, np.float32))
-    kernel = Compiled(embedding_kernel(machine, layout, features, SCALE), machine)
+    kernel = Compiled(default_kernel(*embedding(layout, features, SCALE), machine), machine)
     kernel(IDS, *(aligned(a) for a in arrays), out, 3, len(IDS))
     kernel(IDS, *(aligned(a) for a in arrays), out, 0, 3)
     return out
@@ -102,10 +102,9 @@ def test_packing_comes_back(kind: tuple[int, bool], group: int, features: int, s
 
 
 def test_what_is_no_table_is_refused() -> None:
-    machine = MACHINES[0].values[0]
     with pytest.raises(ValueError, match="gated"):
-        embedding_kernel(machine, FloatLayout("f32", 8, gated=True), 64)
+        embedding(FloatLayout("f32", 8, gated=True), 64)
     with pytest.raises(ValueError, match="f64"):
-        embedding_kernel(machine, "f64", 64)
+        embedding("f64", 64)
     with pytest.raises(ValueError, match="minimums"):
         RowLayout(4, 32).pack(np.zeros((2, 32), np.int8), np.zeros((2, 1), np.float16), np.zeros((2, 1), np.float16))

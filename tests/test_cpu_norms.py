@@ -6,18 +6,24 @@ Sums of n squares in f32 with 32 or more independent terms are off by a few unit
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
-from kernel_harness import Compiled, aligned
+from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
-from llmc.targets.cpu.norms import norm_kernel
+from llmc.targets.cpu.norms import Norm, NormProblem
+from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
 EPS = 1e-5
 ROWS = 7
+
+
+def norm_kernel(machine: Machine, **facts: Any) -> Kernel:
+    return default_kernel(Norm, NormProblem(**facts), machine)
 
 
 def reference(kind: str, x: np.ndarray, weight: np.ndarray | None, bias: np.ndarray | None, offset: int) -> np.ndarray:

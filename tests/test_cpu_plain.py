@@ -12,8 +12,9 @@ from llmc.compiler.ir.dims import concrete, symbol
 from llmc.compiler.ir.op import REGISTRY, Input, Op
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor
 from llmc.targets import machine_named
-from llmc.targets.cpu.plain import plain_kernel, plain_units
+from llmc.targets.cpu.plain import PlainCall, plain_call
 from llmc.targets.cpu.plain_builder import FORMS
+from llmc.targets.template import Chooser
 
 T = symbol("T", 1, 512)
 X = Input("x", Tensor((T, 7, 5), "f32"))
@@ -91,10 +92,11 @@ def test_plain_kernel_equals_meaning(op: Op) -> None:
         arguments = [data[x] for x in op.operands]
         expected = op.bind({"T": tokens}).evaluate(*arguments)
         out = aligned(np.full(expected.shape, 111, NUMPY_DTYPES[op.dtype]))
-        kernel = plain_kernel(op, machine)
-        symbols = dict(kernel.params)["symbols"]
-        count = concrete(plain_units(op), {"T": tokens})
-        compiled = Compiled(kernel, machine)
+        call = plain_call(op, Chooser(machine))
+        assert isinstance(call, PlainCall)
+        symbols = dict(call.kernel.params)["symbols"]
+        count = concrete(call.units, {"T": tokens})
+        compiled = Compiled(call.kernel, machine)
         half = count // 2  # any split of the units gives the same
         for begin, end in ((half, count), (0, half)):
             compiled(*(aligned(a) for a in arguments), out, *(tokens for _ in symbols), begin, end)

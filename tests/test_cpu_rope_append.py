@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from kernel_harness import Compiled, aligned
+from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
-from llmc.targets.cpu.rope_append import rope_append_kernel
+from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.machine import Machine
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
@@ -72,8 +72,7 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
     starts = np.cumsum([3, *widths])
     merged = aligned(rng.standard_normal((TOKENS, int(starts[-1]) + 5)).astype(np.float32))
     stride = merged.shape[1]
-    kernel = rope_append_kernel(
-        machine,
+    problem = rope_problem(
         **vars(case),
         query_rows=(stride, int(starts[0]), case.head_dim),
         key_rows=(stride, int(starts[1]), case.head_dim),
@@ -93,7 +92,7 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
         args += [weights[0]] * bool(case.heads) + [weights[1]] * bool(case.kv_heads)
     args += [out] if out is not None else []
     args += [keys, values] if case.kv_heads else []
-    run = Compiled(kernel, machine)
+    run = Compiled(default_kernel(RopeAppend, problem, machine), machine)
     for begin, end in reversed(list(pairwise((0, 1, 20, TOKENS)))):
         run(*args, begin, end)
 
@@ -116,6 +115,5 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
 
 
 def test_a_kernel_that_cannot_be_is_refused() -> None:
-    machine = MACHINES[0].values[0]
     with pytest.raises(ValueError, match="do not fit"):
-        rope_append_kernel(machine, heads=1, kv_heads=1, head_dim=8, pairs=5)
+        rope_problem(heads=1, kv_heads=1, head_dim=8, pairs=5)

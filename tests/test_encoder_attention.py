@@ -7,15 +7,18 @@ test_x86_attention_matrix.py (tile registers: bounds from the roundings to bf16)
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
+from kernel_harness import default_kernel
 from test_cpu_attention import MACHINES as VECTOR_MACHINES
 from test_cpu_attention import tolerance
 from test_x86_attention_matrix import MACHINE, errors, needs_tiles
 
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
+from llmc.targets.cpu.attention_tile import AttentionTile
 from llmc.targets.machine import Machine
 
 SPAN = 224  # whole pages, more than the longest sequence
@@ -118,16 +121,16 @@ def test_later_tokens_count_and_slots_behind_the_sequence_do_not(machine: Machin
 
 
 def test_a_decoder_has_the_kernel_that_it_had() -> None:
-    """A causal kernel without a table is no other instance than before either existed."""
+    """A kernel that is not causal is another instance."""
     machine = VECTOR_MACHINES[0].values[0]
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 64, "scale": 1.0}
-    plain = attention_plan(machine, **sizes).tile  # type: ignore[arg-type]
-    assert not {"causal", "span"} & {name for name, _ in plain.params}
-    assert plain == attention_plan(machine, **sizes, causal=True, span=0).tile  # type: ignore[arg-type]
-    assert plain != attention_plan(machine, **sizes, causal=False).tile  # type: ignore[arg-type]
+    plain, other = (default_kernel(AttentionTile, problem(causal=causal), machine) for causal in (True, False))
+    assert plain.symbol != other.symbol
 
 
 def test_a_table_of_broken_pages_is_refused() -> None:
-    machine = VECTOR_MACHINES[0].values[0]
     with pytest.raises(ValueError, match="whole pages"):
-        attention_plan(machine, heads=2, kv_heads=2, head_dim=8, scale=1.0, span=40)
+        problem(span=40)
+
+
+def problem(**facts: Any) -> AttentionProblem:
+    return AttentionProblem(heads=4, kv_heads=2, head_dim=64, value_dim=64, scale=1.0, **facts)

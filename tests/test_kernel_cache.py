@@ -15,14 +15,15 @@ import pytest
 
 from llmc.targets import machine_named
 from llmc.targets.cpu import kernel_cache
-from llmc.targets.cpu.embedding import embedding_quantized
-from llmc.targets.cpu.norms import norm
-from llmc.targets.kernel import Kernel, kernel
+from llmc.targets.cpu.embedding import EmbeddingQuantized, QuantizedProblem
+from llmc.targets.cpu.norms import Norm, NormProblem
+from llmc.targets.kernel import Kernel
 from llmc.targets.sources import closure, closure_hash
 
 ROOT = Path(__file__).parent.parent
 MACHINE = machine_named("x86-64-v3")
-EMBEDDING, NORM = kernel(embedding_quantized, MACHINE.key, dim=64), kernel(norm, MACHINE.key, dim=64)
+EMBEDDING = EmbeddingQuantized(4).kernel(QuantizedProblem(6, 64, True, 32, 0, 64, 1.0), MACHINE)
+NORM = Norm(4, 4096).kernel(NormProblem("rms", 64, 1e-5), MACHINE)
 DAY = 24 * 3600
 LOADED = """
 import importlib, json, sys

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_decoder import small_decoder
@@ -15,26 +16,25 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.errors import CompileError
 from llmc.targets import lower, machine_named
-from llmc.targets.cpu.attention_tile import attention_tile
+from llmc.targets.cpu.attention_problem import AttentionProblem
+from llmc.targets.cpu.attention_tile import AttentionTile
 from llmc.targets.cpu.codegen import build_module, object_code
 from llmc.targets.cpu.library import kernels_of
 from llmc.targets.cpu.linear_quantized import quantized_linear_rows
 from llmc.targets.cpu.stack import MOST_STACK_BYTES, stack_bytes
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86.attention_matrix import attention_matrix
+from llmc.targets.x86.attention_matrix import AttentionMatrix
 
 # Saved and spilled registers: at most as many of them as a block of code has values, 64 bytes each. And alignment.
 SPILLED = 8 << 10
 
 
-def attention(machine: Machine, head_dim: int, value_dim: int, **other: Param) -> Kernel:
-    template = attention_matrix if machine.has("amx-bf16") else attention_tile
-    facts: dict[str, Param] = {
-        "heads": 16, "kv_heads": 1, "head_dim": head_dim, "value_dim": value_dim, "scale": 0.1, "window": 0,
-        "softcap": 0.0, "sinks": False, "alibi": False, "cache_dtype": "float16",
-    }  # fmt: skip
-    return kernel(template, machine.key, **{**facts, **other})
+def attention(machine: Machine, head_dim: int, value_dim: int, **other: Any) -> Kernel:
+    template = AttentionMatrix if machine.has("amx-bf16") else AttentionTile
+    facts = {"heads": 16, "kv_heads": 1, "scale": 0.1, **other}
+    problem = AttentionProblem(head_dim=head_dim, value_dim=value_dim, **facts)
+    return template.default(problem, machine).kernel(problem, machine)
 
 
 def wide_linear(machine: Machine, k: int) -> Kernel:
@@ -45,7 +45,7 @@ def wide_linear(machine: Machine, k: int) -> Kernel:
 
 
 def stated(item: Kernel, machine: Machine) -> int:
-    return stack_bytes(item.template(machine, **dict(item.params)))
+    return stack_bytes(item.build(machine))
 
 
 def frames(kernels: list[Kernel], machine: Machine, folder: Path) -> dict[str, int]:

@@ -19,12 +19,14 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES
 
 from llmc.runtime import cpu
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention import AttentionPlan, attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.builder import let
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import load, maximum, range_kernel, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86.attention_matrix import (
     BIAS,
     FIXED,
@@ -194,9 +196,11 @@ def test_powers_are_as_near_as_they_say_and_rows_reduce() -> None:
 
 
 def test_tiles_serve_f16_caches_where_the_machine_has_them() -> None:
-    def chosen(machine: Machine, **sizes: object) -> str:
-        arguments = {"heads": 4, "kv_heads": 2, "head_dim": 64, "scale": 1.0, **sizes}
-        return attention_plan(machine, **arguments).tile.name  # type: ignore[arg-type]
+    def chosen(machine: Machine, value_dim: int = 64, cache_dtype: str = "float16") -> str:
+        problem = AttentionProblem(4, 2, 64, value_dim, 1.0, cache_dtype=cache_dtype)
+        plan = attention_plan(Chooser(machine), problem)
+        assert isinstance(plan, AttentionPlan)
+        return plan.tile.name
 
     assert fits(MACHINE, 64, "float16")
     assert chosen(MACHINE) == "attention_matrix"

@@ -122,6 +122,9 @@ def _check(artifact: Artifact) -> list[str]:
 def explain(
     artifact: o.Artifact,
     all_entries: Annotated[bool, typer.Option("--all", help="Also passes that changed and refused nothing.")] = False,
+    space: Annotated[
+        bool, typer.Option("--space", help="The numbers that could be chosen in each kernel, and their values.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Say which passes did what and refused what, and which kernels were chosen over which others, and why."""
@@ -134,6 +137,9 @@ def explain(
         raise ArtifactError(f"{artifact} says nothing about how it was made: compile it again")
     if json:
         output.print_json(raw)
+        return
+    if space:
+        _print_spaces(_objects(raw.get("kernels")))
         return
     print("Passes (ops before -> after)")
     for entry in _objects(raw.get("passes")):
@@ -176,6 +182,38 @@ def _choice_lines(entry: Mapping[str, object], tell_origin: bool) -> list[str]:
         origin = f" by {kernel.get('origin')}" if tell_origin else ""
         lines.append(f"{rows:<{width}}  {kernel.get('kernel')}({parameters}){origin}")
     return lines + [f"not {what}: {why}" for what, why in _pairs(entry.get("rejected"))]
+
+
+def _print_spaces(entries: list[Mapping[str, object]]) -> None:
+    """The kernels of the model, once each: how many ways there are to make one, and the values that each knob may have,
+    the chosen one in brackets."""
+    kernels = [kernel for entry in entries for kernel in _objects(entry.get("kernels"))]
+    for lines in dict.fromkeys(tuple(_space_lines(kernel)) for kernel in kernels):
+        print("\n".join(lines))
+
+
+def _space_lines(kernel: Mapping[str, object]) -> list[str]:
+    space, given = _object(kernel.get("space")), kernel.get("parameters")
+    knobs = _object(space.get("knobs"))
+    parameters = (
+        [str(item) for item in given if str(item).partition("=")[0] not in knobs] if isinstance(given, list) else []
+    )
+    name = f"{kernel.get('kernel')}({', '.join(parameters)})"
+    if not space:
+        return [f"{name}: no knobs are declared"]
+    bits = "the same bits" if space.get("exact") else "bits depend on those with *"
+    legal = int(str(space.get("legal")))
+    lines = [f"{name}: {legal} way{'s' * (legal != 1)}, {bits}, by {kernel.get('origin')}"]
+    width = max(map(len, knobs), default=0) + 1
+    for knob, facts in knobs.items():
+        values, star = _object(facts), "" if _object(facts).get("exact") else "*"
+        legal_values = values.get("values")
+        listed = [
+            f"[{value}]" if value == values.get("value") else str(value)
+            for value in (legal_values if isinstance(legal_values, list) else [])
+        ]
+        lines.append(f"  {knob + star:<{width}}  {' '.join(listed)}")
+    return lines
 
 
 def _object(value: object) -> Mapping[str, object]:

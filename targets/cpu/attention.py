@@ -1,7 +1,7 @@
 """Attention over the paged key-value cache: the plan (which kernels, on how many units) and the merge of splits.
 
-`attention_plan` gives the calls to make. `attention_tile` (attention_tile.py), or a template of the matrix unit's, does
-one query tile for one key-value head, over one part of the context or all of them; `attention_combine` here merges the
+`attention_plan` gives the calls to make. `AttentionTile` (attention_tile.py), or a template of the matrix unit's, does
+one query tile for one key-value head, over one part of the context or all of them; `AttentionCombine` here merges the
 parts that several units did (attention_parts.py).
 """
 
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_parts import fused, merge_weights
-from llmc.targets.cpu.attention_query import QueryRows
-from llmc.targets.cpu.attention_tile import attention_tile
+from llmc.targets.cpu.attention_problem import AttentionProblem
+from llmc.targets.cpu.attention_tile import AttentionTile
 from llmc.targets.cpu.builder import either, let, loop, scratch, when
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.matrix_unit import matrix_unit
-from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.cpu.vectors import for_pieces, load, permute, pin, range_kernel, splat, store
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Chooser, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
@@ -33,11 +34,13 @@ class AttentionPlan:
     """How to run one attention op. Sizes and units are functions of ints or symbolic dims (only + - * are used).
 
     tile: call it with `tile_units(Q, S)` units (query tiles, splits), grain 1.
-    combine: after it, with `combine_units(T)` units, only where S >= 2. Arguments: the kernels' docstrings.
+    combine: after it, with `combine_units(T)` units, only where S >= 2; `combine_grain` of them are worth a thread.
+    Arguments: the problems' docstrings.
     """
 
     tile: Kernel
     combine: Kernel
+    combine_grain: int
     heads: int
     kv_heads: int
     value_dim: int
@@ -45,7 +48,7 @@ class AttentionPlan:
     @property
     def by_kind(self) -> bool:
         """Whether `tile` computes rows of prompts otherwise than rows that decode: it has the size PROMPT behind S."""
-        return self.tile.template is not attention_tile
+        return not isinstance(self.tile.template, AttentionTile)
 
     @property
     def arithmetic(self) -> str:
@@ -67,73 +70,55 @@ class AttentionPlan:
         return tokens * (splits - 1) * (self.heads * self.value_dim)
 
 
-def attention_plan(
-    machine: Machine,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int | None = None,
-    scale: float,
-    window: int = 0,
-    softcap: float = 0.0,
-    sinks: bool = False,
-    alibi: bool = False,
-    cache_dtype: str = "float16",
-    causal: bool = True,
-    span: int = 0,
-    query: QueryRows | None = None,
-) -> AttentionPlan:
-    """Kernels for attention with `heads` query heads over `kv_heads` key-value heads.
-
-    window: how many keys a row sees, itself included (0: all). softcap c: scores become c * tanh(score / c) (0: off).
-    sinks: a logit a head joins the softmax's denominator. alibi: slope * (key position - query position) is added to
-    the scaled score. cache_dtype: float16 or float32. causal: rows see keys up to their own position; else the whole
-    sequence, or what is less than `window` away on both sides. span: a table of what to add by distance (0: none).
-    query: where queries lie and what happens to them first; by default they are [T, heads, head_dim] as they should be.
-    """
-    if heads % kv_heads:
-        raise ValueError(f"attention: {heads} query heads are no multiple of {kv_heads} key-value heads")
-    if cache_dtype not in ("float16", "float32"):
-        raise ValueError(f"attention: cache_dtype must be float16 or float32, not {cache_dtype!r}")
-    if span % PAGE:
-        raise ValueError(f"attention: a table of distances spans whole pages of {PAGE} tokens, not {span}")
-    values = head_dim if value_dim is None else value_dim
-    # A kernel without one of these has no such parameter, and so the name that it always had.
-    others: dict[str, Param] = {} if causal else {"causal": False}
-    others |= {"span": span} if span else {}
-    others |= {"query": query.params()} if query not in (None, QueryRows(heads * head_dim)) else {}
+def attention_plan(chooser: Chooser, problem: AttentionProblem) -> AttentionPlan | str:
+    """Kernels for attention, or why there are none."""
+    machine, merged = chooser.machine, CombineProblem(problem.value_dim)
     unit = matrix_unit(machine)
-    on_unit = None if unit is None else unit.attention(values, cache_dtype)
-    tile = kernel(
-        on_unit or attention_tile,
-        machine.key,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=values,
-        scale=float(scale),
-        window=window,
-        softcap=float(softcap),
-        sinks=sinks,
-        alibi=alibi,
-        cache_dtype=cache_dtype,
-        **others,
-    )
-    combine = kernel(attention_combine, machine.key, value_dim=values)
-    return AttentionPlan(tile, combine, heads, kv_heads, values)
+    on_unit = None if unit is None else unit.attention(problem.value_dim, problem.cache_dtype)
+    tile, combine = chooser.choose(on_unit or AttentionTile, problem), chooser.choose(AttentionCombine, merged)
+    if isinstance(tile, str):
+        return tile
+    if isinstance(combine, str):
+        return combine
+    made = tile.kernel(problem, machine), combine.kernel(merged, machine)
+    return AttentionPlan(*made, combine.grain(merged), problem.heads, problem.kv_heads, problem.value_dim)
 
 
-def attention_combine(machine: Machine, *, value_dim: int) -> PrimFunc:
+@dataclass(frozen=True)
+class CombineProblem(Problem):
     """Merge the parts of a context. One unit is one row of one head, u = token * heads + head. Arguments:
 
         state f32[units, S, 2], partial f32[units, S - 1, value_dim], out f32[units, value_dim], S
 
     state holds each part's greatest score m and its denominator l (0: no part); out holds the weighted values of the
     first and is replaced by sum_s exp(m_s - M) acc_s / sum_s exp(m_s - M) l_s, merged one by one. state is used up.
-    Reads bound it: 4 S bytes a value.
     """
-    isa = isa_for(machine)
+
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class AttentionCombine(CpuTemplate[CombineProblem], name="attention_combine"):
+    """Reads bound it: 4 S bytes a value. least: values that are worth a thread. The order of parts is fixed
+    (docs/adr/0017)."""
+
+    least: int = knob(512, 1024, 2048, 4096, 8192, code=False)
+
+    @classmethod
+    def default(cls, problem: CombineProblem, machine: Machine, rows: Rows = ANY_ROWS) -> AttentionCombine:
+        return cls(least=2048)
+
+    def grain(self, problem: CombineProblem) -> int:
+        return max(1, self.least // problem.value_dim)
+
+    def stack_bytes(self, problem: CombineProblem, machine: Machine) -> int:
+        return arrays(*[4 * isa_for(machine).lanes] * 8)
+
+    def build(self, problem: CombineProblem, machine: Machine) -> PrimFunc:
+        return _combine(isa_for(machine), problem.value_dim)
+
+
+def _combine(isa: VectorIsa, value_dim: int) -> PrimFunc:
     lanes = isa.lanes
 
     def unit(a: SimpleNamespace, u: Expr) -> None:

@@ -13,18 +13,9 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr
 
 
-def block_rows(isa: VectorIsa) -> int:
-    """Query rows of a register block: with two or three vectors each, accumulators fill most of the registers."""
-    return 8 if isa.registers == 32 else 4
-
-
-def block_vectors(isa: VectorIsa, rows: int) -> int:
-    """Vectors a row of a register block: at most 24 of 32, or 12 of 16, registers are accumulators."""
-    return int(max(1, (isa.registers * 3 // 4) // rows))
-
-
 def multiply(
     isa: VectorIsa,
+    accumulators: int,
     rows: int,
     columns: int,
     depth: Expr | int,
@@ -34,7 +25,8 @@ def multiply(
     finish: Callable[[int, int, int, Expr], None],
     ahead: Callable[[Expr | int, int, int], None] | None = None,
 ) -> None:
-    """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks.
+    """out[r, c] = start(r, c) + sum_k left(r, k) * right(k, c): `rows` by `columns`, in register blocks of so many
+    accumulators at most.
 
     left(r, k) is a scalar; right(k, offset, width), start(r, offset, width) and finish(r, offset, width, value) deal in
     vectors of `width` columns from `offset` on. Terms are added in the order of k, for any number of rows, so that a
@@ -42,7 +34,7 @@ def multiply(
     for prefetches.
     """
     columns_cut = pieces(columns, isa.lanes)
-    step = block_vectors(isa, rows)
+    step = max(1, accumulators // rows)
     blocks = -(-len(columns_cut) // step)
     step = -(-len(columns_cut) // blocks)
     for first in range(0, len(columns_cut), step):

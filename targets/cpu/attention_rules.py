@@ -14,13 +14,15 @@ from llmc.compiler.ir.structural import Reshape, Slice
 from llmc.compiler.ir.types import KV
 from llmc.targets.call_facts import keys, pairs
 from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.plain import RULES
-from llmc.targets.cpu.rope_angles import rope_angles
-from llmc.targets.cpu.rope_append import GRAIN, rope_append_kernel
+from llmc.targets.cpu.rope_angles import AnglesProblem
+from llmc.targets.cpu.rope_angles import RopeAngles as AngleRows
+from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.cpu.row_kinds import PROMPT
 from llmc.targets.cpu.vector_isa import missing_vectors
-from llmc.targets.kernel import CachePart, Call, Range, Scratch, kernel
+from llmc.targets.kernel import CachePart, Call, Range, Scratch
 from llmc.targets.lowering import Context, Lowered
 
 CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
@@ -73,7 +75,7 @@ def _rows(value: Value, norm: RMSNorm | None, rope: Rope | None) -> Heads:
 
 
 def head_stride(heads: Heads, dim: int) -> tuple[int, int, int]:
-    """(element stride of a token, offset of head 0, stride of a head), as `rope_append_kernel` wants rows."""
+    """(element stride of a token, offset of head 0, stride of a head), as `rope_problem` wants rows."""
     return heads.stride, heads.offset, dim
 
 
@@ -113,8 +115,7 @@ def append_to_cache(op: Op, context: Context) -> Lowered | str:
     if v.norm is not None or v.rope is not None:
         v = _rows(op.v, None, None)
     kind, dim = op.kv, op.kv.key_dim
-    made = rope_append_kernel(
-        context.machine,
+    problem = rope_problem(
         heads=0,
         kv_heads=kind.heads,
         head_dim=dim,
@@ -127,12 +128,16 @@ def append_to_cache(op: Op, context: Context) -> Lowered | str:
         norm_offset=_norm_offset(k),
         cache_dtype=CACHE_DTYPES[kind.dtype],
     )
+    append = context.choose(RopeAppend, problem)
+    if isinstance(append, str):
+        return append
     weight = None if k.norm is None else k.norm.w
     extras = (each for each in (_angles(k.rope), op.slots, weight) if each is not None)
     args = (k.base, v.base, *extras, CachePart(op.cache, "keys"), CachePart(op.cache, "values"))
     tokens = k.base.shape[0]
     note, written = f"[{kind.heads}, {dim}]", tokens * _cache_bytes(kind)
-    return Lowered((Call(made, args, tokens, GRAIN, note=note, bytes_moved=written),))
+    made, grain = append.kernel(problem, context.machine), append.grain(problem)
+    return Lowered((Call(made, args, tokens, grain, note=note, bytes_moved=written),))
 
 
 def _unfit(op: KVAppend) -> str:
@@ -169,22 +174,24 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         _norm_eps(q),
         _norm_offset(q),
     )
-    plan = attention_plan(
-        context.machine,
+    problem = AttentionProblem(
         heads=heads,
         kv_heads=kind.heads,
         head_dim=dim,
         value_dim=kind.value_dim,
-        scale=op.scale,
+        scale=float(op.scale),
         window=op.window,
-        softcap=op.softcap,
+        softcap=float(op.softcap),
         sinks=op.sinks is not None,
         alibi=op.slopes is not None,
         cache_dtype=CACHE_DTYPES[kind.dtype],
         causal=op.causal,
         span=span,
-        query=rows,
+        query=() if rows == QueryRows(heads * dim) else rows.params(),
     )
+    plan = attention_plan(context, problem)
+    if isinstance(plan, str):
+        return plan
     state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
     partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
     starts = None if op.causal else op.starts
@@ -215,7 +222,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         plan.combine,
         (state, partial, "result", SPLITS),
         plan.combine_units(tokens),
-        max(1, 2048 // kind.value_dim),
+        plan.combine_grain,
         (Range("SPLITS", 2, None),),
         note=note,
     )
@@ -230,8 +237,12 @@ def angles_of_tokens(op: Op, context: Context) -> Lowered | str:
         return f"positions are {op.positions.dtype} and frequencies {op.frequencies.dtype}, not i32 and f32"
     tokens, _, pairs = op.shape
     assert isinstance(pairs, int)
-    made = kernel(rope_angles, context.machine.key, pairs=pairs, scale=op.scale)
-    return Lowered((Call(made, (op.positions, op.frequencies, "result"), tokens, 16),))
+    problem = AnglesProblem(pairs, op.scale)
+    angles = context.choose(AngleRows, problem)
+    if isinstance(angles, str):
+        return angles
+    made = angles.kernel(problem, context.machine)
+    return Lowered((Call(made, (op.positions, op.frequencies, "result"), tokens, angles.grain(problem)),))
 
 
 @RULES.lower(Rope, priority=10, needs=missing_vectors)
@@ -243,8 +254,7 @@ def turn_heads(op: Op, context: Context) -> Lowered | str:
     _, heads, dim = op.shape
     assert isinstance(heads, int) and isinstance(dim, int)
     rows = _rows(op.x, None, op)
-    made = rope_append_kernel(
-        context.machine,
+    problem = rope_problem(
         heads=heads,
         kv_heads=0,
         head_dim=dim,
@@ -252,5 +262,9 @@ def turn_heads(op: Op, context: Context) -> Lowered | str:
         interleaved=op.interleaved,
         query_rows=head_stride(rows, dim),
     )
-    tokens = rows.base.shape[0]
-    return Lowered((Call(made, (rows.base, op.angles, "result"), tokens, GRAIN, note=f"[{heads}, {dim}]"),))
+    turn = context.choose(RopeAppend, problem)
+    if isinstance(turn, str):
+        return turn
+    made, tokens = turn.kernel(problem, context.machine), rows.base.shape[0]
+    args = (rows.base, op.angles, "result")
+    return Lowered((Call(made, args, tokens, turn.grain(problem), note=f"[{heads}, {dim}]"),))

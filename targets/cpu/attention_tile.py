@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_parts import MASKED, Parts, locate_parts
-from llmc.targets.cpu.attention_products import block_rows, multiply
+from llmc.targets.cpu.attention_problem import AttentionProblem
+from llmc.targets.cpu.attention_products import multiply
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.cpu.vector_math import exp, tanh
 from llmc.targets.cpu.vectors import (
@@ -46,69 +48,77 @@ from llmc.targets.cpu.vectors import (
 )
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-CHUNK = 64  # rows whose accumulators and queries are held at once; they stay in L2
+INDICES = 10 << 10  # bytes of stack for the places of tiles, parts, pages and rows, which are many
+ROW_MULTIPLE = 16  # rows of a chunk are a multiple of it, and of every register block's
 
 
-def attention_tile(
-    machine: Machine,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: bool,
-    alibi: bool,
-    cache_dtype: str,
-    causal: bool = True,
-    span: int = 0,
-    query: tuple[Param, ...] = (),
-) -> PrimFunc:
-    """One unit is (tile, key-value head, split): u = (tile * kv_heads + kv_head) * S + split. Arguments:
+@dataclass(frozen=True)
+class AttentionTile(CpuTemplate[AttentionProblem], name="attention_tile"):
+    """Vectors of f32. The unit of a page is the cache's format, and the pages of a part decide bits whatever the kernel
+    (docs/adr/0017). The page after this one is prefetched, as the block table names it: a distance in bytes means
+    nothing in a cache of pages.
 
-        query f32[T, heads, head_dim], keys cache[pages, kv_heads, head_dim, 32], values cache[pages, kv_heads, 32,
-        value_dim], tiles i32[Q, 4], block_table i32[B, M], [sinks f32[heads]], [slopes f32[heads]] (alibi),
-        [starts i32[B + 1]] (not causal), [bias f32[heads, 2 * span - 1]] (span), [angles f32[T, 2, pairs],
-        query_weight f32[head_dim]] (query), out f32[T, heads, value_dim], state f32[T, heads, S, 2],
-        partial f32[T, heads, S - 1, value_dim], M, S
-
-    causal: a row sees the keys of its sequence up to its own position, the last `window` of them; else all keys, rows
-    starts[s] to starts[s + 1], or those less than `window` away. span: bias adds a number by key - query + span - 1;
-    no sequence is longer than span, which is a whole number of pages. query: what `QueryRows` is made from, where the
-    queries are not rows of their own.
-
-    The pages that a tile sees are in parts (attention_parts.py). Where S == 1, one unit does all of them, out is the
-    result, and state and partial are not touched. Otherwise unit s does the tile's s-th part (unit 0 does all, if they
-    are more than S) and writes (greatest score, denominator) to state and its unnormalised sum of values to out (s = 0)
-    or to partial (s - 1); `attention_combine` merges them. A row whose part has no visible key writes finite numbers of
-    weight zero, and a unit without a part a denominator of zero. Cache slots that no row of the tile may see are read
-    but never enter a result.
+    chunk: rows whose accumulators and queries are held at once; they stay in L2. block: query rows of a register block
+    where there are many. accumulators: registers that hold sums; the others have keys, values and scores.
     """
-    isa = isa_for(machine)
-    body = TileBody(
-        isa,
-        heads,
-        kv_heads,
-        head_dim,
-        value_dim,
-        scale,
-        window,
-        softcap,
-        sinks,
-        alibi,
-        cache_dtype,
-        CHUNK,
-        causal,
-        span,
-        query,
-    )
-    return body.kernel()
+
+    chunk: int = knob(16, 32, 64, 128)
+    block: int = knob(1, 2, 4, 8, 16)
+    accumulators: int = knob(4, 6, 8, 12, 16, 20, 24, 28)
+
+    @classmethod
+    def default(cls, problem: AttentionProblem, machine: Machine, rows: Rows = ANY_ROWS) -> AttentionTile:
+        registers = isa_for(machine).registers
+        sized = [cls(chunk, default_block(registers), registers * 3 // 4) for chunk in (64, 32, 16)]
+        return next((each for each in sized if not each.refuse(problem, machine)), sized[0])
+
+    def refuse(self, problem: AttentionProblem, machine: Machine) -> str:
+        return refuse_registers(self.block, self.accumulators, isa_for(machine)) or super().refuse(problem, machine)
+
+    def stack_bytes(self, problem: AttentionProblem, machine: Machine) -> int:
+        return vector_stack(problem, isa_for(machine), self.chunk, self.block, self.accumulators)
+
+    def build(self, problem: AttentionProblem, machine: Machine) -> PrimFunc:
+        knobs = {"chunk": self.chunk, "block": self.block, "accumulators": self.accumulators}
+        return TileBody(isa=isa_for(machine), **problem.params(), **knobs).kernel()  # type: ignore[arg-type]
+
+
+def default_block(registers: int) -> int:
+    """Rows of a register block: with two or three vectors each, sums fill most of the registers."""
+    return 8 if registers == 32 else 4
+
+
+def refuse_registers(block: int, accumulators: int, isa: VectorIsa) -> str:
+    """Why a register block cannot be, empty where it can."""
+    if block > accumulators:
+        return f"{block} rows of a block have more sums than {accumulators} accumulators"
+    if accumulators > isa.registers - 4:
+        return f"{accumulators} accumulators leave less than 4 of {isa.registers} registers to operands"
+    return ""
+
+
+def vector_stack(problem: AttentionProblem, isa: VectorIsa, chunk: int, block: int, accumulators: int) -> int:
+    """Bytes of stack of `TileBody`."""
+    lanes, padded = isa.lanes, chunk + isa.lanes
+    rows_of_chunk = (problem.head_dim, problem.value_dim, lanes, 1, 1, 1)  # queries, sums, totals, place, slope, middle
+    sizes = [chunk * width for width in rows_of_chunk] + [padded] * 5 + [problem.head_dim, lanes]
+    group = problem.group
+    if group <= accumulators and group <= chunk:
+        sizes += _page_sizes(problem, lanes, group, convert=False)
+    sizes += _page_sizes(problem, lanes, block, convert=problem.cache_dtype != "float32")
+    return arrays(*(4 * size for size in sizes)) + INDICES
+
+
+def _page_sizes(problem: AttentionProblem, lanes: int, rows: int, convert: bool) -> list[int]:
+    """Numbers in the arrays that `TileBody.rows_chunk` makes."""
+    sums = [width for size in (PAGE, problem.value_dim) for _, width in pieces(size, lanes)] * rows
+    page = [(problem.head_dim + problem.value_dim) * PAGE] * convert
+    return [*page, rows * PAGE, *[-(-rows // lanes) * lanes] * 2, *sums]
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,12 @@ class TileBody(Parts):
     sinks: bool
     alibi: bool
     cache_dtype: str
+    causal: bool
+    span: int
+    query: tuple[Param, ...]
     chunk: int
-    causal: bool = True
-    span: int = 0
-    query: tuple[Param, ...] = ()
+    block: int
+    accumulators: int
 
     @property
     def query_rows(self) -> QueryRows:
@@ -222,11 +234,11 @@ class TileBody(Parts):
             self.each_chunk(
                 t,
                 lambda first, left: self.rows_chunk(
-                    a, t, first, left, block_rows(self.isa), convert=self.cache_dtype != "float32"
+                    a, t, first, left, self.block, convert=self.cache_dtype != "float32"
                 ),
             )
 
-        if self.group <= self.isa.registers * 3 // 4 and self.group <= self.chunk:
+        if self.group <= self.accumulators and self.group <= self.chunk:
             either(t.count == 1, decode, prefill)
         else:
             prefill()
@@ -236,7 +248,7 @@ class TileBody(Parts):
         from tvm import tirx
 
         number = pin(divide(t.rows + (self.chunk - 1), self.chunk))
-        block = 16  # a multiple of every kernel's block of rows
+        block = ROW_MULTIPLE
         size = pin(divide(divide(t.rows + (number - 1), number) + (block - 1), block) * block)
         with loop(divide(t.rows + (size - 1), size)) as place:
             first = pin(place * size)
@@ -431,6 +443,7 @@ class TileBody(Parts):
 
         multiply(
             self.isa,
+            self.accumulators,
             rows,
             PAGE,
             self.head_dim,
@@ -446,6 +459,7 @@ class TileBody(Parts):
         visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
         multiply(
             self.isa,
+            self.accumulators,
             rows,
             self.value_dim,
             visible,

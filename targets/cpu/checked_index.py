@@ -6,6 +6,7 @@ One element is read and one written an index; the comparisons between are the li
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
@@ -13,27 +14,52 @@ from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.structural import CheckedIndex
 from llmc.compiler.ir.types import UNSIGNED
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate
 from llmc.targets.cpu.plain import RULES
 from llmc.targets.cpu.plain_builder import TIR_DTYPES
 from llmc.targets.cpu.sizes import dim_expression, dim_param
-from llmc.targets.kernel import FAILED, Call, Param, kernel
+from llmc.targets.kernel import FAILED, Call, Param
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-_GRAIN = 4096  # indices worth a thread
 
-
-def checked_index(
-    machine: Machine, *, dtype: str, result: str, sizes: str, size: Param, symbols: tuple[str, ...]
-) -> PrimFunc:
+@dataclass(frozen=True)
+class CheckProblem(Problem):
     """One unit is an index. Arguments: x, sizes (where each index has one of its own), out, failed i32[1], symbols.
 
     failed becomes 1 where an index is in neither 0 .. size - 1 nor -size .. -1. What is written for it is 0.
+    dtype, result, sizes: IR dtypes of x, out and sizes (empty: all indices have the size `size`).
     """
 
+    dtype: str
+    result: str
+    sizes: str
+    size: Param
+    symbols: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CheckIndices(CpuTemplate[CheckProblem], name="checked_index"):
+    """least: indices that are worth a thread."""
+
+    least: int = knob(1024, 4096, 16384, code=False)
+
+    @classmethod
+    def default(cls, problem: CheckProblem, machine: Machine, rows: Rows = ANY_ROWS) -> CheckIndices:
+        return cls(least=4096)
+
+    def grain(self, problem: CheckProblem) -> int:
+        return self.least
+
+    def build(self, problem: CheckProblem, machine: Machine) -> PrimFunc:
+        return _check(**problem.params())  # type: ignore[arg-type]
+
+
+def _check(dtype: str, result: str, sizes: str, size: Param, symbols: tuple[str, ...]) -> PrimFunc:
     def body(handles: Mapping[str, Expr], given: Mapping[str, Expr]) -> None:
         from tvm import tirx
 
@@ -64,16 +90,18 @@ def check_indices(op: Op, context: Context) -> Lowered | str:
     if 0 in op.shape:
         return Lowered((), reason="nothing to compute")
     names = sorted(item.name for item in symbols_of(op.size)) if op.sizes is None else []
-    made = kernel(
-        checked_index,
-        context.machine.key,
+    problem = CheckProblem(
         dtype=op.x.dtype,
         result=op.dtype,
         sizes=op.sizes.dtype if op.sizes is not None else "",
         size=dim_param(op.size) if op.sizes is None else 0,
         symbols=tuple(names),
     )
+    check = context.choose(CheckIndices, problem)
+    if isinstance(check, str):
+        return check
     own = () if op.sizes is None else (op.sizes,)
     sizes: tuple[int | Dim, ...] = tuple(symbol(name) for name in names)
-    call = Call(made, (op.x, *own, "result", FAILED, *sizes), product(op.shape), _GRAIN, failure=op.failure)
+    made, args = check.kernel(problem, context.machine), (op.x, *own, "result", FAILED, *sizes)
+    call = Call(made, args, product(op.shape), check.grain(problem), failure=op.failure)
     return Lowered((call,), reason="not proved to be in range")

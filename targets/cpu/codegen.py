@@ -41,7 +41,7 @@ def _build(kernels: Iterable[Kernel], machine: Machine) -> tvm.runtime.Module:
     functions, names = {}, {}
     for item in kernels:
         names[item.symbol] = item.describe()
-        function = item.template(machine, **dict(item.params))
+        function = item.build(machine)
         attributes = {"global_symbol": item.symbol, "target": target, "tirx.noalias": True}
         functions[item.symbol] = function.with_attr(attributes)
     passes = [

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmc.compiler.encodings.levels import BEND, BENT_BITS
 from llmc.targets.cpu.builder import index, let, loop, scratch
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
@@ -34,13 +35,14 @@ from llmc.targets.cpu.vectors import (
     store,
     typed,
 )
-from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, P, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tvm.tirx import Buffer, Expr, PrimFunc
+    from typing_extensions import Self
 
 # Bits of a stored integer, lowest first, by the planes of a group that hold them: 6 bits are half bytes, then quarters.
 _PLANES = {4: (4,), 6: (4, 2), 8: (8,)}
@@ -140,40 +142,103 @@ class RowLayout:
 Layout: TypeAlias = RowLayout | QuantizedLayout | FloatLayout
 
 
-def embedding_kernel(machine: Machine, layout: Layout | str, features: int, scale: float = 1.0) -> Kernel:
-    """The kernel that gathers rows of a table of `features` columns and multiplies them by `scale`. Units: T tokens.
+@dataclass(frozen=True)
+class RowsProblem(Problem):
+    """ids i32[T], table [n, features] (f32, f16, or bf16 as u16), out f32[T, features]: rows times `scale`."""
 
-    layout: "f32", "f16" or "bf16" for plain rows (template `embedding_rows`), a RowLayout or a QuantizedLayout
-    (`embedding_quantized`), or a FloatLayout (`embedding_tiles`). Gated layouts are no tables: ValueError.
+    dtype: str
+    features: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class TilesProblem(Problem):
+    """ids i32[T], table as a `FloatLayout` of `lanes` packs it, out f32[T, features]: rows times `scale`."""
+
+    dtype: str
+    lanes: int
+    features: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class QuantizedProblem(Problem):
+    """ids i32[T], data u8, scales f16, [minimums f16 (asymmetric)], out f32[T, features]: rows times `scale`.
+
+    lanes = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s, with tiles of `lanes` rows.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+    offset: int
+    lanes: int
+    features: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Embedding(CpuTemplate[P]):
+    """One unit is one token. least: tokens that are worth a thread. Rows are copied a vector at a time: nothing is
+    added up, so that there is nothing to wait for."""
+
+    least: int = knob(1, 2, 4, 8, 16, 32, code=False)
+
+    @classmethod
+    def default(cls, problem: P, machine: Machine, rows: Rows = ANY_ROWS) -> Self:
+        return cls(least=4)
+
+    def grain(self, problem: P) -> int:
+        return self.least
+
+
+class EmbeddingRows(Embedding[RowsProblem], name="embedding_rows"):
+    """Of plain rows."""
+
+    def build(self, problem: RowsProblem, machine: Machine) -> PrimFunc:
+        return _rows(isa_for(machine).lanes, **problem.params())  # type: ignore[arg-type]
+
+
+class EmbeddingTiles(Embedding[TilesProblem], name="embedding_tiles"):
+    """Of rows of floats that are lanes of tiles."""
+
+    def build(self, problem: TilesProblem, machine: Machine) -> PrimFunc:
+        return _tiles(**problem.params())  # type: ignore[arg-type]
+
+
+class EmbeddingQuantized(Embedding[QuantizedProblem], name="embedding_quantized"):
+    """Of quantized rows, or lanes of tiles. Groups are decoded one after another, as the encoding has them."""
+
+    def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
+        return arrays(4 * problem.group)
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        return _quantized(isa_for(machine).lanes, **problem.params())  # type: ignore[arg-type]
+
+
+def embedding(
+    layout: Layout | str, features: int, scale: float = 1.0
+) -> tuple[type[EmbeddingRows | EmbeddingTiles | EmbeddingQuantized], Problem]:
+    """What gathers rows of a table of `features` columns and multiplies them by `scale`. Units: T tokens.
+
+    layout: "f32", "f16" or "bf16" for plain rows, a RowLayout, a QuantizedLayout or a FloatLayout. Gated layouts are no
+    tables: ValueError.
     """
     if isinstance(layout, str):
         if layout not in _STORAGE:
             raise ValueError(f"no embedding from rows of {layout!r}; known: {', '.join(_STORAGE)}")
-        return kernel(embedding_rows, machine.key, dtype=layout, features=features, scale=float(scale))
+        return EmbeddingRows, RowsProblem(layout, features, float(scale))
     lanes = 0 if isinstance(layout, RowLayout) else layout.lanes
     if lanes and getattr(layout, "gated", False):
         raise ValueError("a gated layout is no embedding table")
     if isinstance(layout, FloatLayout):
-        return kernel(
-            embedding_tiles, machine.key, dtype=layout.dtype, lanes=lanes, features=features, scale=float(scale)
-        )
-    return kernel(
-        embedding_quantized,
-        machine.key,
-        bits=layout.bits,
-        group=layout.group,
-        symmetric=layout.symmetric,
-        offset=layout.offset,
-        lanes=lanes,
-        features=features,
-        scale=float(scale),
+        return EmbeddingTiles, TilesProblem(layout.dtype, lanes, features, float(scale))
+    return EmbeddingQuantized, QuantizedProblem(
+        layout.bits, layout.group, layout.symmetric, layout.offset, lanes, features, float(scale)
     )
 
 
-def embedding_rows(machine: Machine, *, dtype: str, features: int, scale: float) -> PrimFunc:
-    """ids i32[T], table [n, features] (f32, f16, or bf16 as u16), out f32[T, features]. One unit is one token."""
-    lanes = isa_for(machine).lanes
-
+def _rows(lanes: int, dtype: str, features: int, scale: float) -> PrimFunc:
     def unit(a: SimpleNamespace, token: Expr) -> None:
         source, target = pin(integer(load_raw(a.ids, token, 1)) * features), pin(token * features)
         for_pieces(
@@ -185,8 +250,7 @@ def embedding_rows(machine: Machine, *, dtype: str, features: int, scale: float)
     return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
 
 
-def embedding_tiles(machine: Machine, *, dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
-    """ids i32[T], table as `FloatLayout` packs it, out f32[T, features]. One unit is one token."""
+def _tiles(dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
     inputs = 2 if dtype == "bf16" else 1  # consecutive inputs of a lane
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
@@ -207,26 +271,13 @@ def embedding_tiles(machine: Machine, *, dtype: str, lanes: int, features: int, 
     return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
 
 
-def embedding_quantized(
-    machine: Machine,
-    *,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    offset: int,
-    lanes: int,
-    features: int,
-    scale: float,
+def _quantized(
+    vector: int, bits: int, group: int, symmetric: bool, offset: int, lanes: int, features: int, scale: float
 ) -> PrimFunc:
-    """ids i32[T], data u8, scales f16, [minimums f16 (asymmetric)], out f32[T, features]. One unit is one token.
-
-    lanes = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s, with tiles of `lanes` rows.
-    """
     from tvm import tirx
 
     groups = -(-features // group)
     group_bytes = group * bits // 8
-    vector = isa_for(machine).lanes
     bent = bits == BENT_BITS
     stride = lanes or 1  # elements from one group's scale to the next
 

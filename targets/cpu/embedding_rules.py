@@ -9,10 +9,10 @@ from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.llm import Embed, Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Gather
-from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding_kernel
+from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding
 from llmc.targets.cpu.layouts import FloatLayout
 from llmc.targets.cpu.linear_quantized import quantized_layout
-from llmc.targets.cpu.plain import RULES, plain_kernel, used_symbols
+from llmc.targets.cpu.plain import RULES, plain_call, used_symbols
 from llmc.targets.cpu.vector_isa import isa_for, missing_vectors
 from llmc.targets.kernel import Call, Packed, Scratch
 from llmc.targets.lowering import Context, Lowered
@@ -58,17 +58,25 @@ def embed_tokens(op: Op, context: Context) -> Lowered | str:
     if op.ids.dtype != "i32":
         narrow = Cast(op.ids, "i32")
         ids = Scratch("ids", "i32", tokens)
-        made = plain_kernel(narrow, context.machine)
-        calls.append(Call(made, (op.ids, ids, *used_symbols(narrow)), tokens, 256))
+        cast = plain_call(narrow, context)
+        if isinstance(cast, str):
+            return cast
+        calls.append(Call(cast.kernel, (op.ids, ids, *used_symbols(narrow)), cast.units, cast.grain))
     if isinstance(layout, str):
         table: tuple[object, ...] = (op.table,)
     else:
         n, k = op.table.shape
         assert isinstance(n, int) and isinstance(k, int)
         table = tuple(Packed(op.table, layout, part) for part in layout.arrays(n, k))
-    made = embedding_kernel(context.machine, layout, features)
+    template, problem = embedding(layout, features)
+    rows = context.choose(template, problem)
+    if isinstance(rows, str):
+        return rows
+    made = rows.kernel(problem, context.machine)
     read = tokens * storage_bytes(replace(op.table.tensor, shape=(features,)))
-    calls.append(Call(made, (ids, *table, "result"), tokens, 4, note=f"[{features}]", bytes_moved=read))
+    calls.append(
+        Call(made, (ids, *table, "result"), tokens, rows.grain(problem), note=f"[{features}]", bytes_moved=read)
+    )
     return Lowered(tuple(calls))
 
 
@@ -83,4 +91,9 @@ def gather_rows(op: Op, context: Context) -> Lowered | str:
     rows, features = op.shape
     if not isinstance(features, int):
         return "the row length is not known when compiling"
-    return Lowered((Call(embedding_kernel(context.machine, "f32", features), (op.indices, op.x, "result"), rows, 4),))
+    template, problem = embedding("f32", features)
+    copy = context.choose(template, problem)
+    if isinstance(copy, str):
+        return copy
+    made = copy.kernel(problem, context.machine)
+    return Lowered((Call(made, (op.indices, op.x, "result"), rows, copy.grain(problem)),))

@@ -5,6 +5,7 @@ The limit is the arithmetic of exp, about 15 instructions a vector; libm's takes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,8 @@ from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.structural import Softmax
 from llmc.targets.cpu import vector_math
 from llmc.targets.cpu.builder import index, let, loop, scratch
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays, few
 from llmc.targets.cpu.plain import RULES, used_symbols
-from llmc.targets.cpu.plain_builder import few
 from llmc.targets.cpu.plain_functions import intrinsic
 from llmc.targets.cpu.sizes import dim_expression, dim_param
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for, missing_vectors
@@ -31,14 +32,13 @@ from llmc.targets.cpu.vectors import (
     splat,
     store,
 )
-from llmc.targets.kernel import Call, Param, kernel
+from llmc.targets.kernel import Call, Param
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
-
-BLOCK = 1024  # elements of a unit of an activation
 
 
 class _Tail:
@@ -73,19 +73,46 @@ def _keep_nan(isa: VectorIsa, x: Expr, result: Expr) -> Expr:
     return tirx.Select(bits > isa.splat(0x7F800000, "int32"), x, result)
 
 
-def activation_rows(machine: Machine, *, kind: str, size: Param, symbols: tuple[str, ...]) -> PrimFunc:
-    """out = kind(x), f32 [size]; symbols in order. One unit is `BLOCK` elements."""
+@dataclass(frozen=True)
+class ActivationProblem(Problem):
+    """out = kind(x), f32 [size]; symbols of the size in order."""
+
+    kind: str
+    size: Param
+    symbols: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ActivationRows(CpuTemplate[ActivationProblem], name="activation_rows"):
+    """One unit is `block` elements. least: elements that are worth a thread."""
+
+    block: int = knob(256, 512, 1024, 2048, 4096)
+    least: int = knob(1024, 2048, 4096, 8192, 16384, code=False)
+
+    @classmethod
+    def default(cls, problem: ActivationProblem, machine: Machine, rows: Rows = ANY_ROWS) -> ActivationRows:
+        return cls(block=1024, least=4096)
+
+    def grain(self, problem: ActivationProblem) -> int:
+        return max(1, self.least // self.block)
+
+    def stack_bytes(self, problem: ActivationProblem, machine: Machine) -> int:
+        return arrays(4 * isa_for(machine).lanes)
+
+    def build(self, problem: ActivationProblem, machine: Machine) -> PrimFunc:
+        return _activation(problem, isa_for(machine), self.block)
+
+
+def _activation(problem: ActivationProblem, isa: VectorIsa, block: int) -> PrimFunc:
     from tvm import tirx
 
-    isa = isa_for(machine)
-
     def unit(a: SimpleNamespace, u: Expr) -> None:
-        start = pin(u * BLOCK)
-        count = pin(tirx.Min(dim_expression(size, vars(a)) - start, index(BLOCK)))
+        start = pin(u * block)
+        count = pin(tirx.Min(dim_expression(problem.size, vars(a)) - start, index(block)))
         whole = pin(divide(count, isa.lanes))
 
         def value(x: Expr) -> Expr:
-            return _keep_nan(isa, x, vector_math.activation(isa, kind, x))
+            return _keep_nan(isa, x, vector_math.activation(isa, problem.kind, x))
 
         with loop(whole) as number:
             at = start + number * isa.lanes
@@ -96,22 +123,49 @@ def activation_rows(machine: Machine, *, kind: str, size: Param, symbols: tuple[
         tail.set(value(let(tail.vector)))
         tail.write(a.out, behind)
 
-    return range_kernel([("x", "float32"), ("out", "float32")], symbols, unit)
+    return range_kernel([("x", "float32"), ("out", "float32")], problem.symbols, unit)
 
 
-def softmax_rows(machine: Machine, *, size: Param, symbols: tuple[str, ...]) -> PrimFunc:
-    """out = softmax(x) over the rows of f32 [units, size]; symbols in order.
+@dataclass(frozen=True)
+class SoftmaxProblem(Problem):
+    """out = softmax(x) over the rows of f32 [units, size]; symbols of the size in order.
 
     A row whose greatest element is infinite or not a number is not a number, as in exp(x - max) / sum.
     """
+
+    size: Param
+    symbols: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SoftmaxRows(CpuTemplate[SoftmaxProblem], name="softmax_rows"):
+    """One unit is a row. least: elements that are worth a thread. There is one vector of running values: exp is so long
+    that no addition is waited for."""
+
+    least: int = knob(1024, 2048, 4096, 8192, 16384, code=False)
+
+    @classmethod
+    def default(cls, problem: SoftmaxProblem, machine: Machine, rows: Rows = ANY_ROWS) -> SoftmaxRows:
+        return cls(least=4096)
+
+    def grain(self, problem: SoftmaxProblem) -> int:
+        return few(problem.size if isinstance(problem.size, int) else None, self.least)
+
+    def stack_bytes(self, problem: SoftmaxProblem, machine: Machine) -> int:
+        return arrays(*[4 * isa_for(machine).lanes] * 2)
+
+    def build(self, problem: SoftmaxProblem, machine: Machine) -> PrimFunc:
+        return _softmax(problem, isa_for(machine))
+
+
+def _softmax(problem: SoftmaxProblem, isa: VectorIsa) -> PrimFunc:
     from tvm import tirx
 
-    isa = isa_for(machine)
     lanes = isa.lanes
     greatest = intrinsic("maximum")
 
     def unit(a: SimpleNamespace, u: Expr) -> None:
-        columns = dim_expression(size, vars(a))
+        columns = dim_expression(problem.size, vars(a))
         base, whole = pin(u * columns), pin(divide(columns, lanes))
         behind = base + whole * lanes
         tail = _Tail(isa, columns - whole * lanes, float("-inf"))
@@ -143,7 +197,7 @@ def softmax_rows(machine: Machine, *, size: Param, symbols: tuple[str, ...]) -> 
         tail.set(tail.vector * splat(factor, lanes))
         tail.write(a.out, behind)
 
-    return range_kernel([("x", "float32"), ("out", "float32")], symbols, unit)
+    return range_kernel([("x", "float32"), ("out", "float32")], problem.symbols, unit)
 
 
 @RULES.lower(Activation, Sigmoid, priority=5, needs=missing_vectors)
@@ -154,9 +208,12 @@ def activation_vectors(op: Op, context: Context) -> Lowered | str:
         return f"no vectors of {op.type}"
     size, symbols = product(op.shape), used_symbols(op)
     names = tuple(str(symbol) for symbol in symbols)
-    made = kernel(activation_rows, context.machine.key, kind=kind, size=dim_param(size), symbols=names)
-    units = (size + (BLOCK - 1)) // BLOCK
-    return Lowered((Call(made, (op.operands[0], "result", *symbols), units, grain=4, note=kind),))
+    problem = ActivationProblem(kind, dim_param(size), names)
+    rows = context.choose(ActivationRows, problem)
+    if isinstance(rows, str):
+        return rows
+    made, units = rows.kernel(problem, context.machine), (size + (rows.block - 1)) // rows.block
+    return Lowered((Call(made, (op.operands[0], "result", *symbols), units, rows.grain(problem), note=kind),))
 
 
 @RULES.lower(Softmax, priority=5, needs=missing_vectors)
@@ -169,6 +226,9 @@ def softmax_vectors(op: Op, context: Context) -> Lowered | str:
         return "not over the last axis"
     size, symbols = op.shape[-1], used_symbols(op)
     names = tuple(str(symbol) for symbol in symbols)
-    made = kernel(softmax_rows, context.machine.key, size=dim_param(size), symbols=names)
-    call = Call(made, (op.x, "result", *symbols), product(op.shape[:-1]), grain=few(size), note=f"[{size}]")
-    return Lowered((call,))
+    problem = SoftmaxProblem(dim_param(size), names)
+    rows = context.choose(SoftmaxRows, problem)
+    if isinstance(rows, str):
+        return rows
+    made, units = rows.kernel(problem, context.machine), product(op.shape[:-1])
+    return Lowered((Call(made, (op.x, "result", *symbols), units, rows.grain(problem), note=f"[{size}]"),))

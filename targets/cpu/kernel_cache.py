@@ -32,7 +32,7 @@ def cache_key(kernel: Kernel, machine: Machine) -> str:
     """What an object file depends on: its template and how code is made of it, with all that these import, parameters,
     machine, TVM version."""
     named = (f"llmc.targets.{machine.arch}.{name}" for name in ("isa", "features"))  # found by their names
-    sources = map(closure_hash, (kernel.template.__module__, _GENERATOR, *named))
+    sources = map(closure_hash, (*kernel.modules, _GENERATOR, *named))
     text = "\0".join((*sources, kernel.symbol, machine.key, metadata.version("apache-tvm")))
     return hashlib.sha256(text.encode()).hexdigest()
 

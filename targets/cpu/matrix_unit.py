@@ -7,18 +7,17 @@ own for activations, whatever they are rounded to in the graph: that says how co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.limits import LimitKernel
 from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.forms import Converted, Form
 from llmc.targets.kernel import Kernel, Param
 from llmc.targets.machine import Machine
-
-if TYPE_CHECKING:
-    from tvm.tirx import PrimFunc
+from llmc.targets.template import Template
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,9 @@ class MatrixUnit(Protocol):
     def float_rows(self, params: Mapping[str, Param]) -> FewRows | None:
         """For bf16 weights and f32 activations, as exact as in f32."""
 
-    def attention(self, value_dim: int, cache_dtype: str) -> Callable[..., PrimFunc] | None:
-        """A template with the parameters, arguments and meaning of `attention_tile`; it multiplies bf16."""
+    def attention(self, value_dim: int, cache_dtype: str) -> type[Template[AttentionProblem]] | None:
+        """A template of attention that multiplies bf16; its kernels have one more size, behind S: PROMPT, 1 where the
+        step's rows are those of prompts or texts that are encoded, and 0 where they decode."""
 
     def limits(self) -> list[LimitKernel]:
         """What it multiplies at most, as kernels."""

@@ -7,46 +7,23 @@ loop is as long as can be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llmc.compiler.encodings.grouped import storage_bytes
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, Symbol, product, symbol, symbols_of
 from llmc.compiler.ir.op import REGISTRY, Op, Value
 from llmc.compiler.ir.types import itemsize
-from llmc.targets.cpu import builder as b
 from llmc.targets.cpu import plain_moves, plain_reductions  # noqa: F401  (registers their forms)
-from llmc.targets.cpu.plain_builder import FORMS, TIR_DTYPES, Operand, Plain, Problem
+from llmc.targets.cpu.plain_builder import FORMS, MergedOp, PlainProblem
 from llmc.targets.cpu.plain_problems import problem_of
 from llmc.targets.cpu.sizes import dim_param
-from llmc.targets.kernel import Call, Kernel, Param, kernel
+from llmc.targets.kernel import Call, Kernel, Param
 from llmc.targets.lowering import Context, Lowered, Rules
-from llmc.targets.machine import Machine
-
-if TYPE_CHECKING:
-    from tvm.tirx import Expr, PrimFunc
+from llmc.targets.template import Chooser
 
 RULES = Rules()
-
-
-def plain(
-    machine: Machine,
-    *,
-    op: str,
-    operands: tuple[Operand, ...],
-    result: Operand,
-    attributes: tuple[tuple[str, Param], ...],
-    symbols: tuple[str, ...],
-) -> PrimFunc:
-    """(x0, x1, ..., out, symbols in name order, begin, end). What a unit is, the op's form says."""
-
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        k = Plain(operands, result, [*attributes, ("op", op)], handles, sizes)
-        FORMS[op].emit(k, sizes["begin"], sizes["end"])
-
-    pointers = [(f"x{i}", TIR_DTYPES[dtype]) for i, (dtype, _) in enumerate(operands)]
-    return b.plain_function([*pointers, ("out", TIR_DTYPES[result[0]])], list(symbols), body)
 
 
 def _attribute(value: object) -> Param:
@@ -75,27 +52,34 @@ def _used_symbols(op: Op) -> list[str]:
     return sorted(symbol.name for symbol in found)
 
 
-def plain_kernel(op: Op, machine: Machine) -> Kernel:
-    """The plain kernel of an op at its shapes."""
-    return _kernel(problem_of(op), _used_symbols(op), machine)
-
-
-def _kernel(problem: Problem, symbols: Sequence[str], machine: Machine) -> Kernel:
-    return kernel(
-        plain,
-        machine.key,
-        op=problem.op,
-        operands=tuple((dtype, tuple(dim_param(d) for d in shape)) for dtype, shape in problem.operands),
-        result=(problem.dtype, tuple(dim_param(d) for d in problem.shape)),
-        attributes=tuple((name, _attribute(value)) for name, value in problem.attributes.items()),
+def _problem(merged: MergedOp, symbols: Sequence[str]) -> PlainProblem:
+    return PlainProblem(
+        op=merged.op,
+        operands=tuple((dtype, tuple(dim_param(d) for d in shape)) for dtype, shape in merged.operands),
+        result=(merged.dtype, tuple(dim_param(d) for d in merged.shape)),
+        attributes=tuple((name, _attribute(value)) for name, value in merged.attributes.items()),
         symbols=tuple(symbols),
     )
 
 
-def plain_units(op: Op) -> int | Dim:
-    """How many units the plain kernel of an op has."""
-    problem = problem_of(op)
-    return FORMS[problem.op].units(problem)
+@dataclass(frozen=True)
+class PlainCall:
+    """A plain kernel of an op at its shapes: how many units it has, and how many are worth a thread."""
+
+    kernel: Kernel
+    units: int | Dim
+    grain: int
+
+
+def plain_call(op: Op, chooser: Chooser) -> PlainCall | str:
+    """The plain kernel of an op, or why there is none."""
+    merged = problem_of(op)
+    form, problem = FORMS[merged.op], _problem(merged, _used_symbols(op))
+    chosen = chooser.choose(form.template(merged), problem)
+    if isinstance(chosen, str):
+        return chosen
+    made = chosen.kernel(problem, chooser.machine)
+    return PlainCall(made, form.units(merged, chosen), chosen.units_worth(form.work(merged)))
 
 
 def _weights_read(op: Op, context: Context) -> int | Dim:
@@ -117,13 +101,14 @@ def plain_rule(op: Op, context: Context) -> Lowered | str:
     if 0 in op.shape:
         return Lowered((), reason="nothing to compute")
     operands: tuple[Value, ...] = op.operands
-    problem = problem_of(op)
-    form = FORMS[problem.op]
+    made = plain_call(op, context)
+    if isinstance(made, str):
+        return made
     call = Call(
-        _kernel(problem, _used_symbols(op), context.machine),
+        made.kernel,
         (*operands, "result", *used_symbols(op)),
-        form.units(problem),
-        grain=form.grain(problem),
+        made.units,
+        grain=made.grain,
         bytes_moved=_weights_read(op, context),
         operations=_operations(op),
     )

@@ -1,7 +1,7 @@
 """What plain kernels are built with: operands of any dtype by index, results of any dtype, and who does which unit.
 
-A kernel is made for a `Problem`: an op with its axes merged where it treats them alike. A *form* says what a unit of a
-problem is (an element, a row, a line along an axis, ...) and emits it.
+A kernel is made for a `MergedOp`: an op with its axes merged where it treats them alike. A *form* says what a unit of
+it is (an element, a row, a line along an axis, ...), which template has the numbers that may be chosen, and emits it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.types import INTEGERS, Shape
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays, few
 from llmc.targets.cpu.plain_functions import convert, widened
 from llmc.targets.cpu.sizes import dim_expression
 from llmc.targets.cpu.vectors import divide, pin, remainder
 from llmc.targets.kernel import Param
+from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob, knobs
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, Expr
+    from tvm.tirx import Buffer, Expr, PrimFunc
+    from typing_extensions import Self
 
 TIR_DTYPES = {
     "f64": "float64",
@@ -31,8 +35,6 @@ TIR_DTYPES = {
     **{dtype: dtype.replace("i", "int").replace("u", "uint") for dtype in INTEGERS},
     "bool": "uint8",
 }
-
-COLUMNS = 64  # of a strip that is accumulated at a time, next to each other in memory
 
 Index = Sequence["Expr"]
 Operand = tuple[str, tuple[Param, ...]]
@@ -45,7 +47,7 @@ def wide(dtype: str) -> str:
 
 
 @dataclass(frozen=True)
-class Problem:
+class MergedOp:
     """What a plain kernel computes: an op's name, typed operands and result with merged axes, and attributes."""
 
     op: str
@@ -56,28 +58,106 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a problem is split: `units` in all, at least `grain` of which are worth a thread; `emit(k, begin, end)`."""
+class PlainProblem(Problem):
+    """(x0, x1, ..., out, symbols in name order, begin, end). What a unit is, the op's form says."""
 
-    units: Callable[[Problem], int | Dim]
-    grain: Callable[[Problem], int]
+    op: str
+    operands: tuple[Operand, ...]
+    result: Operand
+    attributes: tuple[tuple[str, Param], ...]
+    symbols: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlainTemplate(CpuTemplate[PlainProblem], name="plain"):
+    """least: elements of work that are worth a thread."""
+
+    least: int = knob(1024, 2048, 4096, 8192, 16384, code=False)
+
+    @classmethod
+    def default(cls, problem: PlainProblem, machine: Machine, rows: Rows = ANY_ROWS) -> Self:
+        others = {"columns": 64, "lanes": 16, "least_rows": 256}
+        names = [field.name for field in knobs(cls)]
+        return cls(**{name: 4096 if name == "least" else others[name] for name in names})
+
+    def units_worth(self, work: int | Dim) -> int:
+        """The fewest units that are worth a thread. work: what the form says of one of them."""
+        return few(work if isinstance(work, int) else None, self.least)
+
+    def build(self, problem: PlainProblem, machine: Machine) -> PrimFunc:
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            k = Plain(self, problem, handles, sizes)
+            FORMS[problem.op].emit(k, sizes["begin"], sizes["end"])
+
+        pointers = [(f"x{i}", TIR_DTYPES[dtype]) for i, (dtype, _) in enumerate(problem.operands)]
+        pointers.append(("out", TIR_DTYPES[problem.result[0]]))
+        return b.plain_function(pointers, list(problem.symbols), body)
+
+
+class PlainElements(PlainTemplate, name="plain"):
+    """Of elements, rows, and lines that are done one after another: nothing is held that has a size."""
+
+
+@dataclass(frozen=True)
+class PlainStrips(PlainTemplate, name="plain"):
+    """columns: elements next to each other that are accumulated at a time."""
+
+    columns: int = knob(16, 32, 64, 128, 256)
+
+    def units_worth(self, work: int | Dim) -> int:
+        return super().units_worth(work * self.columns)
+
+    def stack_bytes(self, problem: PlainProblem, machine: Machine) -> int:
+        return arrays(8 * self.columns)
+
+
+@dataclass(frozen=True)
+class PlainSums(PlainTemplate, name="plain"):
+    """lanes: running totals of a row."""
+
+    lanes: int = knob(1, 4, 8, 16, 32, 64, exact=False)
+
+    def stack_bytes(self, problem: PlainProblem, machine: Machine) -> int:
+        return arrays(8 * self.lanes)
+
+
+@dataclass(frozen=True)
+class PlainRanges(PlainTemplate, name="plain"):
+    """least_rows: rows that are worth a thread whatever their length, since a range of them looks through all that may
+    be for it."""
+
+    least_rows: int = knob(64, 128, 256, 512, 1024, code=False)
+
+    def units_worth(self, work: int | Dim) -> int:
+        return max(self.least_rows, super().units_worth(work))
+
+
+def elements_template(merged: MergedOp) -> type[PlainTemplate]:
+    """The template of forms whose units hold nothing."""
+    return PlainElements
+
+
+@dataclass(frozen=True)
+class Form:
+    """How an op is split. units: how many there are. work: elements that one of them reads. emit: emit(k, begin, end).
+    template: whose knobs it has; `units` and `emit` are given them."""
+
+    units: Callable[[MergedOp, PlainTemplate], int | Dim]
+    work: Callable[[MergedOp], int | Dim]
     emit: Callable[[Plain, Expr, Expr], None]
+    template: Callable[[MergedOp], type[PlainTemplate]] = elements_template
 
 
 class Plain:
     """One plain kernel while its body is built."""
 
     def __init__(
-        self,
-        operands: Sequence[Operand],
-        result: Operand,
-        attributes: Sequence[tuple[str, Param]],
-        handles: Mapping[str, Expr],
-        sizes: Mapping[str, Expr],
+        self, template: PlainTemplate, problem: PlainProblem, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
     ) -> None:
-        self.attributes = dict(attributes)
-        self.operands = list(operands)
-        self.dtype, self.shape = result
+        self.template = template
+        self.attributes = {**dict(problem.attributes), "op": problem.op}
+        self.operands = list(problem.operands)
+        self.dtype, self.shape = problem.result
         self.sizes = sizes
         self.extents = [dim_expression(dim, sizes) for dim in self.shape]
         self.buffers = [
@@ -169,11 +249,6 @@ def register(form: Form, *kinds: type[Op]) -> None:
         FORMS[kind.name] = form
 
 
-def few(work: int | Dim) -> int:
-    """A grain for units of `work` elements each."""
-    return max(1, 4096 // max(1, work)) if isinstance(work, int) else 4
-
-
 def elements(*kinds: type[Op]) -> Callable[[Element], Element]:
     """Register a function that gives one element; it is called in a loop over the last axis, which LLVM vectorises."""
 
@@ -189,13 +264,13 @@ def elements(*kinds: type[Op]) -> Callable[[Element], Element]:
                 with b.loop(k.extents[-1]) as column:
                     b.store(k.out, [row * k.extents[-1] + column], k.narrow(function(k, [*outer, column])))
 
-        def units(problem: Problem) -> int | Dim:
-            return product(problem.shape[: max(1, len(problem.shape) - 1)])
+        def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
+            return product(merged.shape[: max(1, len(merged.shape) - 1)])
 
-        def grain(problem: Problem) -> int:
-            return few(1 if len(problem.shape) <= 1 else problem.shape[-1])
+        def work(merged: MergedOp) -> int | Dim:
+            return 1 if len(merged.shape) <= 1 else merged.shape[-1]
 
-        register(Form(units, grain, emit), *kinds)
+        register(Form(units, work, emit), *kinds)
         return function
 
     return decorate
@@ -216,10 +291,10 @@ def lines(*kinds: type[Op]) -> Callable[[Line], Line]:
                 outer, inner = unravel(pin(begin + step), [k.extents[0], k.extents[2]])
                 function(k, lambda place: [outer, place, inner])
 
-        def units(problem: Problem) -> int | Dim:
-            return problem.shape[0] * problem.shape[2]
+        def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
+            return merged.shape[0] * merged.shape[2]
 
-        register(Form(units, lambda problem: few(problem.operands[0][1][1]), emit), *kinds)
+        register(Form(units, lambda merged: merged.operands[0][1][1], emit), *kinds)
         return function
 
     return decorate
@@ -228,22 +303,29 @@ def lines(*kinds: type[Op]) -> Callable[[Line], Line]:
 Strip = Callable[[Plain, list["Expr"], Callable[[Callable[["Expr"], None]], None], "Expr"], None]
 
 
-def strips(work: Callable[[Problem], int | Dim]) -> Callable[[Strip], Form]:
-    """A form of up to `COLUMNS` neighbouring elements of the last axis a unit: f(k, outer, each, start).
+def columns_of(template: PlainTemplate) -> int:
+    """The columns of a strip."""
+    assert isinstance(template, PlainStrips)
+    return template.columns
 
-    `each(body)` emits a loop over the places in the strip, which begins at column `start`. work: what a unit costs.
+
+def strips(work: Callable[[MergedOp], int | Dim]) -> Callable[[Strip], Form]:
+    """A form of up to `PlainStrips.columns` neighbouring elements of the last axis a unit: f(k, outer, each, start).
+
+    `each(body)` emits a loop over the places in the strip, which begins at column `start`. work: elements that are read
+    for each.
     """
 
     def decorate(function: Strip) -> Form:
         def emit(k: Plain, begin: Expr, end: Expr) -> None:
             from tvm import tirx
 
-            columns = k.extents[-1]
-            count = divide(columns + (COLUMNS - 1), COLUMNS)
+            columns, strip_columns = k.extents[-1], columns_of(k.template)
+            count = divide(columns + (strip_columns - 1), strip_columns)
             with b.loop(end - begin) as step:
                 *outer, strip = unravel(pin(begin + step), [*k.extents[:-1], count])
-                start = pin(strip * COLUMNS)
-                width = pin(tirx.Min(columns - start, b.index(COLUMNS)))
+                start = pin(strip * strip_columns)
+                width = pin(tirx.Min(columns - start, b.index(strip_columns)))
 
                 def each(body: Callable[[Expr], None]) -> None:
                     with b.loop(width) as place:
@@ -251,10 +333,11 @@ def strips(work: Callable[[Problem], int | Dim]) -> Callable[[Strip], Form]:
 
                 function(k, outer, each, start)
 
-        def units(problem: Problem) -> int | Dim:
-            return product(problem.shape[:-1]) * ((problem.shape[-1] + (COLUMNS - 1)) // COLUMNS)
+        def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
+            columns = columns_of(template)
+            return product(merged.shape[:-1]) * ((merged.shape[-1] + (columns - 1)) // columns)
 
-        return Form(units, lambda problem: few(work(problem)), emit)
+        return Form(units, work, emit, lambda merged: PlainStrips)
 
     return decorate
 

@@ -9,7 +9,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.op import Op
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.plain_builder import Form, Index, Plain, elements, few, register
+from llmc.targets.cpu.plain_builder import Form, Index, Plain, PlainRanges, elements, register
 from llmc.targets.cpu.plain_functions import ACTIVATIONS, ELEMENTWISE, let, maximum, minimum, plus, times
 from llmc.targets.cpu.vectors import pin
 
@@ -98,7 +98,7 @@ def _concat(k: Plain, begin: Expr, end: Expr) -> None:
             start = start + size
 
 
-register(Form(lambda p: p.shape[0], lambda p: few(p.shape[1]), _concat), s.Concat)
+register(Form(lambda merged, _: merged.shape[0], lambda merged: merged.shape[1], _concat), s.Concat)
 
 
 _COMBINE: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -124,4 +124,7 @@ def _scatter(k: Plain, begin: Expr, end: Expr) -> None:
             k.store([row, column], combine(let(k.stored([row, column])), let(k.load(2, [count, column]))))
 
 
-register(Form(lambda p: p.shape[0], lambda p: max(256, few(p.shape[1])), _scatter), s.Scatter)
+register(
+    Form(lambda merged, _: merged.shape[0], lambda merged: merged.shape[1], _scatter, lambda merged: PlainRanges),
+    s.Scatter,
+)

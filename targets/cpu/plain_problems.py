@@ -9,18 +9,18 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.op import Op
 from llmc.compiler.ir.types import Shape, itemsize
-from llmc.targets.cpu.plain_builder import Problem
+from llmc.targets.cpu.plain_builder import MergedOp
 
 _COPIES = (s.Transpose, s.Broadcast, s.Slice, s.Concat, s.Gather, s.GatherElements, e.Where)
 # Attributes that say nothing but the shape or the dtype, which a problem has anyway.
 _SHAPES = ("to", "size", "dtype_name", "stop", "keep", "k")
 
 
-def problem_of(op: Op) -> Problem:
+def problem_of(op: Op) -> MergedOp:
     """The problem of an op: same elements in the same order, in fewer axes where that is possible."""
     attributes = {name: value for name, value in op.attributes().items() if name not in _SHAPES}
     operands = tuple((_memory(op, x.dtype), x.shape) for x in op.operands)
-    problem = Problem(op.name, operands, _memory(op, op.dtype), op.shape, attributes)
+    problem = MergedOp(op.name, operands, _memory(op, op.dtype), op.shape, attributes)
     for kinds, merge in _MERGES:
         if isinstance(op, kinds):
             return merge(problem)
@@ -53,7 +53,7 @@ def _grouped(keys: Sequence[object], sizes: Shape) -> list[tuple[list[int], int 
     return groups
 
 
-def _broadcast(problem: Problem) -> Problem:
+def _broadcast(problem: MergedOp) -> MergedOp:
     """Elementwise ops: axes along which the same operands repeat are one."""
     rank = len(problem.shape)
     aligned = [(*(1,) * (rank - len(shape)), *shape) for _, shape in problem.operands]
@@ -65,10 +65,10 @@ def _broadcast(problem: Problem) -> Problem:
         merged = tuple(1 if own[axes[0]] == 1 else size for axes, size in groups)
         # A single number needs no axes.
         operands.append((dtype, () if all(size == 1 for size in merged) else merged))
-    return Problem(problem.op, tuple(operands), problem.dtype, shape, problem.attributes)
+    return MergedOp(problem.op, tuple(operands), problem.dtype, shape, problem.attributes)
 
 
-def _transpose(problem: Problem) -> Problem:
+def _transpose(problem: MergedOp) -> MergedOp:
     """Axes that stay neighbours are one."""
     ((dtype, shape),) = problem.operands
     permutation = problem.attributes["permutation"]
@@ -83,7 +83,7 @@ def _transpose(problem: Problem) -> Problem:
             runs.append([axis])
     sizes = [product(tuple(shape[axis] for axis in run)) for run in runs]
     order = sorted(range(len(runs)), key=lambda i: runs[i][0])
-    return Problem(
+    return MergedOp(
         problem.op,
         ((dtype, tuple(sizes[i] for i in order)),),
         problem.dtype,
@@ -97,13 +97,13 @@ def _around(shape: Shape, axis: int) -> Shape:
     return product(shape[:axis]), shape[axis], product(shape[axis + 1 :])
 
 
-def _axis(problem: Problem) -> int:
+def _axis(problem: MergedOp) -> int:
     axis = problem.attributes["axis"]
     assert isinstance(axis, int)
     return axis % len(problem.operands[0][1])
 
 
-def _without(problem: Problem, *names: str) -> dict[str, object]:
+def _without(problem: MergedOp, *names: str) -> dict[str, object]:
     return {name: value for name, value in problem.attributes.items() if name not in names}
 
 
@@ -112,53 +112,53 @@ def _tight(shape: Shape) -> Shape:
     return shape[:-1] if shape[-1] == 1 else shape
 
 
-def _line(problem: Problem) -> Problem:
+def _line(problem: MergedOp) -> MergedOp:
     """Ops along one axis: [outer, size, inner]."""
     axis = _axis(problem)
     operands = tuple((dtype, _around(shape, axis)) for dtype, shape in problem.operands)
     rest = _without(problem, "axis")
     if len(problem.shape) < len(problem.operands[0][1]):  # the axis vanishes
         outer, _, inner = operands[0][1]
-        return Problem(problem.op, operands, problem.dtype, (outer, inner), rest)
-    return Problem(problem.op, operands, problem.dtype, _around(problem.shape, axis), rest)
+        return MergedOp(problem.op, operands, problem.dtype, (outer, inner), rest)
+    return MergedOp(problem.op, operands, problem.dtype, _around(problem.shape, axis), rest)
 
 
-def _slice(problem: Problem) -> Problem:
+def _slice(problem: MergedOp) -> MergedOp:
     line = _line(problem)
     ((dtype, shape),) = line.operands
-    return Problem(line.op, ((dtype, _tight(shape)),), line.dtype, _tight(line.shape), line.attributes)
+    return MergedOp(line.op, ((dtype, _tight(shape)),), line.dtype, _tight(line.shape), line.attributes)
 
 
-def _gather(problem: Problem) -> Problem:
+def _gather(problem: MergedOp) -> MergedOp:
     (dtype, shape), (index_dtype, indices) = problem.operands
     outer, size, inner = _around(shape, _axis(problem))
     count = product(indices)
     operands = ((dtype, _tight((outer, size, inner))), (index_dtype, (count,)))
-    return Problem(problem.op, operands, problem.dtype, _tight((outer, count, inner)), {})
+    return MergedOp(problem.op, operands, problem.dtype, _tight((outer, count, inner)), {})
 
 
-def _gather_elements(problem: Problem) -> Problem:
-    return Problem(problem.op, problem.operands, problem.dtype, problem.shape, {"axis": _axis(problem)})
+def _gather_elements(problem: MergedOp) -> MergedOp:
+    return MergedOp(problem.op, problem.operands, problem.dtype, problem.shape, {"axis": _axis(problem)})
 
 
-def _concat(problem: Problem) -> Problem:
+def _concat(problem: MergedOp) -> MergedOp:
     axis = _axis(problem)
 
     def flat(shape: Shape) -> Shape:
         return product(shape[:axis]), product(shape[axis:])
 
     operands = tuple((dtype, flat(shape)) for dtype, shape in problem.operands)
-    return Problem(problem.op, operands, problem.dtype, flat(problem.shape), {})
+    return MergedOp(problem.op, operands, problem.dtype, flat(problem.shape), {})
 
 
-def _pad(problem: Problem) -> Problem:
+def _pad(problem: MergedOp) -> MergedOp:
     ((dtype, shape),) = problem.operands
     low = problem.attributes["low"]
     assert isinstance(low, tuple)
     keys = ["same" if a == b else None for a, b in zip(shape, problem.shape, strict=True)]
     groups = _grouped(keys, problem.shape)
     operand = tuple(product(tuple(shape[axis] for axis in axes)) for axes, _ in groups)
-    return Problem(
+    return MergedOp(
         problem.op,
         ((dtype, operand),),
         problem.dtype,
@@ -167,7 +167,7 @@ def _pad(problem: Problem) -> Problem:
     )
 
 
-def _reduce(problem: Problem) -> Problem:
+def _reduce(problem: MergedOp) -> MergedOp:
     """Neighbouring axes that go are one, as are those that stay."""
     ((dtype, shape),) = problem.operands
     axes = problem.attributes["axes"]
@@ -179,18 +179,18 @@ def _reduce(problem: Problem) -> Problem:
     if not reduced:  # over axes of one element, or over none
         operand, reduced = (*operand, 1), (len(operand),)
     result = tuple(size for i, size in enumerate(operand) if i not in reduced)
-    return Problem(problem.op, ((dtype, operand),), problem.dtype, result, {"axes": reduced})
+    return MergedOp(problem.op, ((dtype, operand),), problem.dtype, result, {"axes": reduced})
 
 
-def _scatter(problem: Problem) -> Problem:
+def _scatter(problem: MergedOp) -> MergedOp:
     (dtype, shape), indices, (_, updates) = problem.operands
     rows, inner = shape[0], product(shape[1:])
     operands = ((dtype, (rows, inner)), indices, (dtype, (updates[0], inner)))
-    return Problem(problem.op, operands, problem.dtype, (rows, inner), problem.attributes)
+    return MergedOp(problem.op, operands, problem.dtype, (rows, inner), problem.attributes)
 
 
 _ELEMENTWISE = (e.Unary, e.Binary, e.Where, e.Cast, e.Bitcast, e.Activation, s.Broadcast)
-_MERGES: tuple[tuple[type[Op] | tuple[type[Op], ...], Callable[[Problem], Problem]], ...] = (
+_MERGES: tuple[tuple[type[Op] | tuple[type[Op], ...], Callable[[MergedOp], MergedOp]], ...] = (
     (_ELEMENTWISE, _broadcast),
     (s.Transpose, _transpose),
     (s.Slice, _slice),

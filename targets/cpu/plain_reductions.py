@@ -1,6 +1,7 @@
 """Plain kernels that combine elements: reductions, running sums, softmax, order, matrix products.
 
-Sums along rows have `LANES` running totals, sums across rows a strip of `COLUMNS` of them: both vectorise.
+Sums along rows have some running totals (`PlainSums.lanes`), sums across rows a strip of them (`PlainStrips.columns`):
+both vectorise.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim, product
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.plain_builder import (
-    COLUMNS,
     FORMS,
     Form,
     Index,
+    MergedOp,
     Plain,
-    Problem,
+    PlainStrips,
+    PlainSums,
+    PlainTemplate,
+    columns_of,
     elements,
-    few,
     highest,
     lines,
     lowest,
@@ -43,8 +46,6 @@ from llmc.targets.cpu.vectors import divide, pin
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
-
-LANES = 16
 
 Fold = Callable[["Expr", "Expr"], "Expr"]
 
@@ -83,12 +84,14 @@ def _outer_index(k: Plain, kept: Sequence[Expr], reduced: Sequence[Expr]) -> lis
 
 
 def _along_row(k: Plain, index: Index) -> Expr:
-    """One result where the last axis goes: `LANES` totals side by side, then combined."""
+    """One result where the last axis goes: some totals side by side, then combined."""
     dtype, start, fold = _fold(k)
     *axes, last = k.integers("axes")
     size = k.extent(0, last)
-    totals = b.scratch(LANES, dtype)
-    with b.loop(LANES) as lane:
+    assert isinstance(k.template, PlainSums)
+    lanes = k.template.lanes
+    totals = b.scratch(lanes, dtype)
+    with b.loop(lanes) as lane:
         b.store(totals, [lane], start)
 
     def row(outer: list[Expr]) -> None:
@@ -96,14 +99,14 @@ def _along_row(k: Plain, index: Index) -> Expr:
             x = let(k.load(0, _outer_index(k, index, [*outer, place])).astype(dtype))
             b.store(totals, [lane], fold(let(totals[lane]), x))
 
-        whole = divide(size, LANES)
-        with b.loop(whole) as block, b.loop(LANES) as lane:
-            join(lane, block * LANES + lane)
-        with b.loop(size - whole * LANES) as lane:
-            join(lane, whole * LANES + lane)
+        whole = divide(size, lanes)
+        with b.loop(whole) as block, b.loop(lanes) as lane:
+            join(lane, block * lanes + lane)
+        with b.loop(size - whole * lanes) as lane:
+            join(lane, whole * lanes + lane)
 
     nest([k.extent(0, axis) for axis in axes], row)
-    width = LANES
+    width = lanes
     while width > 1:
         width //= 2
         with b.loop(width) as lane:
@@ -111,17 +114,17 @@ def _along_row(k: Plain, index: Index) -> Expr:
     return _finish(k, let(totals[b.index(0)]))
 
 
-def _reduced_work(problem: Problem) -> int | Dim:
-    axes = problem.attributes["axes"]
+def _reduced_work(merged: MergedOp) -> int | Dim:
+    axes = merged.attributes["axes"]
     assert isinstance(axes, tuple)
-    return product(tuple(problem.operands[0][1][axis] for axis in axes))
+    return product(tuple(merged.operands[0][1][axis] for axis in axes))
 
 
-@strips(lambda problem: _reduced_work(problem) * COLUMNS)
+@strips(_reduced_work)
 def _across_rows(k: Plain, outer: list[Expr], each: Callable[[Callable[[Expr], None]], None], start: Expr) -> None:
     """A strip of results where the last axis stays: each row is added to the totals of the strip."""
     dtype, initial, fold = _fold(k)
-    totals = b.scratch(COLUMNS, dtype)
+    totals = b.scratch(columns_of(k.template), dtype)
     each(lambda column: b.store(totals, [column], initial))
 
     def row(reduced: list[Expr]) -> None:
@@ -135,30 +138,30 @@ def _across_rows(k: Plain, outer: list[Expr], each: Callable[[Callable[[Expr], N
     each(lambda column: k.store([*outer, start + column], _finish(k, let(totals[column]))))
 
 
-def _is_across(problem: Problem) -> bool:
-    axes = problem.attributes["axes"]
+def _is_across(merged: MergedOp) -> bool:
+    axes = merged.attributes["axes"]
     assert isinstance(axes, tuple)
-    return len(problem.operands[0][1]) - 1 not in axes
+    return len(merged.operands[0][1]) - 1 not in axes
 
 
 def _reduction() -> Form:
     elements(s.Sum)(_along_row)
     along = FORMS[s.Sum.name]
 
-    def units(problem: Problem) -> int | Dim:
-        return (_across_rows if _is_across(problem) else along).units(problem)
+    def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
+        return (_across_rows if _is_across(merged) else along).units(merged, template)
 
-    def grain(problem: Problem) -> int:
-        if _is_across(problem):
-            return _across_rows.grain(problem)
-        row = 1 if len(problem.shape) <= 1 else problem.shape[-1]
-        return few(_reduced_work(problem) * row)
+    def work(merged: MergedOp) -> int | Dim:
+        if _is_across(merged):
+            return _across_rows.work(merged)
+        row = 1 if len(merged.shape) <= 1 else merged.shape[-1]
+        return _reduced_work(merged) * row
 
     def emit(k: Plain, begin: Expr, end: Expr) -> None:
         across = len(k.operands[0][1]) - 1 not in k.integers("axes")
         (_across_rows if across else along).emit(k, begin, end)
 
-    return Form(units, grain, emit)
+    return Form(units, work, emit, lambda merged: PlainStrips if _is_across(merged) else PlainSums)
 
 
 register(_reduction(), s.Sum, s.Prod, s.Mean, s.Max, s.Min, s.Any, s.All)
@@ -276,8 +279,8 @@ def _top_k(k: Plain, at: Callable[[Expr], list[Expr]]) -> None:
         sift(b.index(0), last)
 
 
-def _product_work(problem: Problem) -> int | Dim:
-    return problem.operands[0][1][-1] * COLUMNS
+def _product_work(merged: MergedOp) -> int | Dim:
+    return merged.operands[0][1][-1]
 
 
 @strips(_product_work)
@@ -287,7 +290,7 @@ def _matmul(k: Plain, outer: list[Expr], each: Callable[[Callable[[Expr], None]]
 
     *leading, row = outer
     dtype = k.wide()
-    totals = b.scratch(COLUMNS, dtype)
+    totals = b.scratch(columns_of(k.template), dtype)
     each(lambda column: b.store(totals, [column], tirx.const(0, dtype)))
 
     with b.loop(k.extent(0, len(k.operands[0][1]) - 1)) as i:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     add,
@@ -32,79 +33,19 @@ from llmc.targets.cpu.vectors import (
     splat,
     store,
 )
-from llmc.targets.kernel import Kernel, kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-GRAIN = 4  # tokens worth handing to a thread together: decoded ones write to head_dim lines from memory each
-
-Rows = tuple[int, int, int]
+HeadRows = tuple[int, int, int]
 """Where heads lie in a buffer: element stride of a token, offset of head 0, stride of a head."""
 
 
-def rope_append_kernel(
-    machine: Machine,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int | None = None,
-    pairs: int = 0,
-    interleaved: bool = False,
-    query_rows: Rows | None = None,
-    key_rows: Rows | None = None,
-    value_rows: Rows | None = None,
-    norm_eps: float | None = None,
-    norm_offset: float = 0.0,
-    cache_dtype: str = "float16",
-) -> Kernel:
-    """The kernel; see `rope_append` for its arguments. Units: T tokens, grain GRAIN.
-
-    heads = 0 leaves the queries alone, kv_heads = 0 the cache; pairs = 0 turns nothing (a pure append). Rows default to
-    dense [T, heads, dim] buffers of their own; q, k and v may be the same buffer with different offsets.
-    """
-    values = head_dim if value_dim is None else value_dim
-    if 2 * pairs > head_dim:
-        raise ValueError(f"rope: {pairs} pairs do not fit heads of {head_dim} channels")
-    if cache_dtype not in ("float16", "float32"):
-        raise ValueError(f"rope: cache_dtype must be float16 or float32, not {cache_dtype!r}")
-    return kernel(
-        rope_append,
-        machine.key,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=values,
-        pairs=pairs,
-        interleaved=interleaved,
-        query_rows=query_rows or (heads * head_dim, 0, head_dim),
-        key_rows=key_rows or (kv_heads * head_dim, 0, head_dim),
-        value_rows=value_rows or (kv_heads * values, 0, values),
-        norm_eps=norm_eps,
-        norm_offset=float(norm_offset),
-        cache_dtype=cache_dtype,
-    )
-
-
-def rope_append(
-    machine: Machine,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    pairs: int,
-    interleaved: bool,
-    query_rows: Rows,
-    key_rows: Rows,
-    value_rows: Rows,
-    norm_eps: float | None,
-    norm_offset: float,
-    cache_dtype: str,
-) -> PrimFunc:
-    """One unit is one token. Arguments, in this order, those in brackets only where the parameters call for them:
+@dataclass(frozen=True)
+class RopeProblem(Problem):
+    """One unit is one token. Arguments, in this order, those in brackets only where the problem calls for them:
 
         [q f32] (heads), [k f32, v f32] (kv_heads),
         [angles f32[T, 2, pairs]: cosines, then sines] (pairs), [slots i32[T]] (kv_heads),
@@ -115,41 +56,123 @@ def rope_append(
     With norm_eps each head of q and k is first rms-normalised: x / sqrt(mean(x^2) + eps) * (norm_offset + weight). Then
     channel i turns with i + pairs, or (interleaved) 2i with 2i + 1: a' = a cos - b sin, b' = b cos + a sin. Channels
     from 2 * pairs on pass. q goes to out, k and v to the cache, rounded to its dtype.
+
+    heads = 0 leaves the queries alone, kv_heads = 0 the cache; pairs = 0 turns nothing (a pure append). Rows default to
+    dense [T, heads, dim] buffers of their own; q, k and v may be the same buffer with different offsets.
     """
-    style = Rotation(isa_for(machine).lanes, head_dim, pairs, interleaved, norm_eps, norm_offset)
-    pointers = [("q", "float32")] * bool(heads) + [("k", "float32"), ("v", "float32")] * bool(kv_heads)
-    pointers += [("angles", "float32")] * bool(pairs)
-    pointers += [("slots", "int32")] * bool(kv_heads)
-    if norm_eps is not None:
-        pointers += [("q_weight", "float32")] * bool(heads) + [("k_weight", "float32")] * bool(kv_heads)
-    pointers += [("out", "float32")] * bool(heads)
-    pointers += [("keys", cache_dtype), ("values", cache_dtype)] * bool(kv_heads)
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    pairs: int
+    interleaved: bool
+    query_rows: HeadRows
+    key_rows: HeadRows
+    value_rows: HeadRows
+    norm_eps: float | None
+    norm_offset: float
+    cache_dtype: str
+
+    def rotation(self, lanes: int) -> Rotation:
+        """What happens to each head."""
+        return Rotation(lanes, self.head_dim, self.pairs, self.interleaved, self.norm_eps, self.norm_offset)
+
+
+def rope_problem(
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    pairs: int = 0,
+    interleaved: bool = False,
+    query_rows: HeadRows | None = None,
+    key_rows: HeadRows | None = None,
+    value_rows: HeadRows | None = None,
+    norm_eps: float | None = None,
+    norm_offset: float = 0.0,
+    cache_dtype: str = "float16",
+) -> RopeProblem:
+    """A problem whose rows are dense where nothing else is said; ValueError where no kernel can be for it."""
+    values = head_dim if value_dim is None else value_dim
+    if 2 * pairs > head_dim:
+        raise ValueError(f"rope: {pairs} pairs do not fit heads of {head_dim} channels")
+    if cache_dtype not in ("float16", "float32"):
+        raise ValueError(f"rope: cache_dtype must be float16 or float32, not {cache_dtype!r}")
+    return RopeProblem(
+        heads,
+        kv_heads,
+        head_dim,
+        values,
+        pairs,
+        interleaved,
+        query_rows or (heads * head_dim, 0, head_dim),
+        key_rows or (kv_heads * head_dim, 0, head_dim),
+        value_rows or (kv_heads * values, 0, values),
+        norm_eps,
+        float(norm_offset),
+        cache_dtype,
+    )
+
+
+@dataclass(frozen=True)
+class RopeAppend(CpuTemplate[RopeProblem], name="rope_append"):
+    """least: tokens that are worth a thread; decoded ones write to head_dim lines from memory each. The norm of a head
+    is summed in one vector: heads are short."""
+
+    least: int = knob(1, 2, 4, 8, 16, code=False)
+
+    @classmethod
+    def default(cls, problem: RopeProblem, machine: Machine, rows: Rows = ANY_ROWS) -> RopeAppend:
+        return cls(least=4)
+
+    def grain(self, problem: RopeProblem) -> int:
+        return self.least
+
+    def stack_bytes(self, problem: RopeProblem, machine: Machine) -> int:
+        turned = problem.head_dim * (2 if problem.cache_dtype == "float16" else 4)
+        return arrays(turned, *[4 * isa_for(machine).lanes] * 2)
+
+    def build(self, problem: RopeProblem, machine: Machine) -> PrimFunc:
+        return _rope_append(problem, isa_for(machine).lanes)
+
+
+def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
+    style = p.rotation(lanes)
+    pointers = [("q", "float32")] * bool(p.heads) + [("k", "float32"), ("v", "float32")] * bool(p.kv_heads)
+    pointers += [("angles", "float32")] * bool(p.pairs)
+    pointers += [("slots", "int32")] * bool(p.kv_heads)
+    if p.norm_eps is not None:
+        pointers += [("q_weight", "float32")] * bool(p.heads) + [("k_weight", "float32")] * bool(p.kv_heads)
+    pointers += [("out", "float32")] * bool(p.heads)
+    pointers += [("keys", p.cache_dtype), ("values", p.cache_dtype)] * bool(p.kv_heads)
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
         turn: tuple[Buffer, Expr] | None = None
-        if pairs:
-            turn = (a.angles, pin(token * (2 * pairs)))
-        if heads:
-            with loop(heads) as head:
-                source = pin(token * query_rows[0] + (head * query_rows[2] + query_rows[1]))
-                target = pin((token * heads + head) * head_dim)
-                weight = a.q_weight if norm_eps is not None else None
+        if p.pairs:
+            turn = (a.angles, pin(token * (2 * p.pairs)))
+        if p.heads:
+            with loop(p.heads) as head:
+                source = pin(token * p.query_rows[0] + (head * p.query_rows[2] + p.query_rows[1]))
+                target = pin((token * p.heads + head) * p.head_dim)
+                weight = a.q_weight if p.norm_eps is not None else None
                 style.head(a.q, source, weight, turn, a.out, target)
-        if kv_heads:
+        if p.kv_heads:
             slot = integer(load_raw(a.slots, token, 1))
             page, offset = pin(divide(slot, PAGE)), pin(remainder(slot, PAGE))
             # Rounded here, so that the scattered stores below move finished elements.
-            turned = scratch(head_dim, cache_dtype)
-            with loop(kv_heads) as head:
-                source = pin(token * key_rows[0] + (head * key_rows[2] + key_rows[1]))
-                weight = a.k_weight if norm_eps is not None else None
+            turned = scratch(p.head_dim, p.cache_dtype)
+            with loop(p.kv_heads) as head:
+                source = pin(token * p.key_rows[0] + (head * p.key_rows[2] + p.key_rows[1]))
+                weight = a.k_weight if p.norm_eps is not None else None
                 style.head(a.k, source, weight, turn, turned, 0)
-                column = pin((page * kv_heads + head) * (head_dim * PAGE) + offset)
-                with loop(head_dim) as channel:
+                column = pin((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
+                with loop(p.head_dim) as channel:
                     copy_element(turned, channel, a.keys, column + channel * PAGE)
-                values = pin(token * value_rows[0] + (head * value_rows[2] + value_rows[1]))
-                slot_row = pin(((page * kv_heads + head) * PAGE + offset) * value_dim)
-                copy(style.lanes, a.v, values, a.values, slot_row, value_dim)
+                values = pin(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
+                slot_row = pin(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
+                copy(style.lanes, a.v, values, a.values, slot_row, p.value_dim)
 
     return range_kernel(pointers, [], unit)
 

@@ -14,7 +14,7 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
     pooling,
 )
 from llmc.targets.cpu.linear_rules import rows_of
-from llmc.targets.cpu.norms import norm_kernel
+from llmc.targets.cpu.norms import Norm, NormProblem
 from llmc.targets.cpu.plain import RULES as RULES
 from llmc.targets.cpu.vector_isa import missing_vectors
 from llmc.targets.kernel import Call
@@ -43,17 +43,20 @@ def norm_rows(op: Op, context: Context) -> Lowered | str:
     offset = op.offset if isinstance(op, RMSNorm) else 0.0
     if offset not in (0.0, 1.0):
         return f"no kernel adds {offset} to the weight"
-    made = norm_kernel(
-        context.machine,
+    problem = NormProblem(
         kind="rms" if isinstance(op, RMSNorm) else "layer",
         features=size,
-        eps=op.eps,
+        eps=float(op.eps),
         weight=op.w is not None,
         bias=bias is not None,
         weight_offset=int(offset),
     )
+    norm = context.choose(Norm, problem)
+    if isinstance(norm, str):
+        return norm
     args = (op.x, *(v for v in (op.w, bias) if v is not None), "result")
-    return Lowered((Call(made, args, rows_of(op), grain=max(1, 4096 // size), note=f"[{size}]"),))
+    made = norm.kernel(problem, context.machine)
+    return Lowered((Call(made, args, rows_of(op), grain=norm.grain(problem), note=f"[{size}]"),))
 
 
 @RULES.lower(QuantizeActivations, priority=10, needs=missing_vectors)

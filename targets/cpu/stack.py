@@ -34,13 +34,20 @@ def stack_bytes(function: PrimFunc) -> int:
     return total
 
 
+def refuse_stack(nbytes: int) -> str:
+    """Why a kernel cannot take so many bytes of the stack, empty where it can: no thread is sure to have more."""
+    if nbytes <= MOST_STACK_BYTES:
+        return ""
+    return f"needs {nbytes >> 10} KiB of stack, and threads are sure of {MOST_STACK_BYTES >> 10}"
+
+
 def check_stack(name: str, function: PrimFunc) -> None:
     """CompileError where a kernel would take more of the stack than any thread that runs it is sure to have."""
-    nbytes = stack_bytes(function)
-    if nbytes > MOST_STACK_BYTES:
+    reason = refuse_stack(stack_bytes(function))
+    if reason:
         raise CompileError(
-            f"kernel {name} needs {nbytes >> 10} KiB of stack, and threads are sure of {MOST_STACK_BYTES >> 10}: the "
-            "layer is too wide for it. Give that layer another scheme (--override), or larger groups (--group-size)"
+            f"kernel {name} {reason}: the layer is too wide for it. Give that layer another scheme (--override), or "
+            "larger groups (--group-size)"
         )
 
 

@@ -26,11 +26,11 @@ PAIRED_ROWS = 2 * ROWS  # kernels multiply two tiles of rows at a time
 
 @dataclass(frozen=True)
 class Bf16Tiles(Converted):
-    """RowCount as `parts` bf16 an activation, in tiles of 16 rows by 32 inputs: xtiles u16 bits, a tile after the other.
+    """Rows as `parts` bf16 an activation, in tiles of 16 rows by 32 inputs: xtiles u16 bits, a tile after the other.
 
     Row r and input i of part p are at [r // 16, i // 32, p, r % 16, i % 32], so that a tile is one kilobyte in a row.
     One part rounds to bf16; three hold all of an f32 (from 2^-109 on up), each what the ones before leave. inputs: a
-    multiple of 32, at least `features`; those behind the last feature are zeros. RowCount behind the last one, up to a
+    multiple of 32, at least `features`; those behind the last feature are zeros. Rows behind the last one, up to a
     multiple of 32, hold anything, and so do the results that come of them.
     """
 

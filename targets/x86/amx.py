@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.limits import LimitKernel
 from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit
@@ -12,15 +11,13 @@ from llmc.targets.cpu.quantize_activations import padded
 from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.kernel import Param, kernel
 from llmc.targets.machine import Machine
-from llmc.targets.x86 import attention_matrix, linear_tile_rows, tile_plan
 from llmc.targets.x86 import linear_float_tile_rows as float_tile_rows
+from llmc.targets.x86 import linear_tile_rows, tile_plan
 from llmc.targets.x86.activation_tiles import Bf16Tiles
+from llmc.targets.x86.attention_matrix import AttentionMatrix, fits
 from llmc.targets.x86.isa import isa_for
 from llmc.targets.x86.tile_limits import limit_kernels
 from llmc.targets.x86.tiles import INPUTS, ROWS, has_tiles
-
-if TYPE_CHECKING:
-    from tvm.tirx import PrimFunc
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,8 @@ class Amx:
         form = Bf16Tiles(k, padded(k, INPUTS), float_tile_rows.SPLIT)
         return FewRows(made, ROWS, float_tile_rows.TILES, form)
 
-    def attention(self, value_dim: int, cache_dtype: str) -> Callable[..., PrimFunc] | None:
-        fits = attention_matrix.fits(self.machine, value_dim, cache_dtype)
-        return attention_matrix.attention_matrix if fits else None
+    def attention(self, value_dim: int, cache_dtype: str) -> type[AttentionMatrix] | None:
+        return AttentionMatrix if fits(self.machine, value_dim, cache_dtype) else None
 
     def limits(self) -> list[LimitKernel]:
         return limit_kernels(self.machine)

@@ -1,6 +1,6 @@
 """Attention on tile registers (AMX): products of bf16, sums in f32, for units of more than a few query rows.
 
-A step takes `STEP_PAGES` pages for every block of 16 rows: their keys and values become bf16 pairs once for all rows
+A step takes some pages for every block of 16 rows: their keys and values become bf16 pairs once for all rows
 of the unit, then each block has scores = Q K in tiles, weights = 2^(scores - greatest) in vectors, sums += weights V
 in tiles. Scores carry a factor of log2(e), so that a weight is a power of two, and bf16 is built from integers: while
 tiles are in use, half of the units for floating point stand still. For 16 rows, 32 keys and 64 channels the tiles take
@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_parts import MASKED, fused
-from llmc.targets.cpu.attention_products import block_rows
-from llmc.targets.cpu.attention_tile import TileBody
+from llmc.targets.cpu.attention_problem import AttentionProblem
+from llmc.targets.cpu.attention_tile import TileBody, default_block, refuse_registers, vector_stack
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import (
     aligned_scratch,
@@ -41,8 +42,8 @@ from llmc.targets.cpu.vectors import (
     splat,
     store,
 )
-from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Rows, knob
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import X86Bf16Dots, X86Isa, isa_for
 from llmc.targets.x86.tiles import COLUMNS, ROWS, WORDS
@@ -55,48 +56,55 @@ HALF = PAGE // 2
 BIAS = 127  # of the exponent of f32 and bf16
 FIXED = 65536.0  # f32 from here on are multiples of 1/128
 FIXED_BITS = 0x47800000  # its bits
-STEP_PAGES = 2  # pages between two looks at the greatest score: their pairs stay in L1, beside scores and weights
 WIDE = 768  # elements of a key and a value together
-CHUNK_BYTES = 256 << 10  # queries and sums of the rows that share a conversion; they stay in L2
 
 
-def attention_matrix(
-    machine: Machine,
-    *,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: bool,
-    alibi: bool,
-    cache_dtype: str,
-    causal: bool = True,
-    span: int = 0,
-    query: tuple[Param, ...] = (),
-) -> PrimFunc:
-    """As `attention_tile`, on a machine that `fits`; one more size, behind S: PROMPT, 1 where the step's rows are those
-    of prompts or texts that are encoded, and 0 where they decode."""
-    isa = isa_for(machine)
-    few = block_rows(isa)
-    fields = (
-        heads,
-        kv_heads,
-        head_dim,
-        value_dim,
-        scale,
-        window,
-        softcap,
-        sinks,
-        alibi,
-        cache_dtype,
-        few,
-        causal,
-        span,
-    )
-    return MatrixBody(isa, *fields, query).kernel(isa.pairs_helper + X86Bf16Dots(isa.lanes).helper, ("PROMPT",))
+@dataclass(frozen=True)
+class AttentionMatrix(CpuTemplate[AttentionProblem], name="attention_matrix"):
+    """Tiles of bf16 for units of many rows, vectors of f32 as `AttentionTile` for `few` that decode.
+
+    few: heads that share a key head, up to which tokens decode on vectors; also the rows of those' register blocks.
+    accumulators: registers that hold their sums. step_pages: pages between two looks at the greatest score; their
+    pairs stay in L1, beside scores and weights. room: KiB of queries and sums of the rows that share a conversion of
+    keys and values; they stay in L2.
+    """
+
+    few: int = knob(4, 8, 16, exact=False)
+    accumulators: int = knob(8, 12, 16, 20, 24, 28)
+    step_pages: int = knob(1, 2, 4, exact=False)
+    room: int = knob(32, 64, 128, 256, 512)
+
+    @classmethod
+    def default(cls, problem: AttentionProblem, machine: Machine, rows: Rows = ANY_ROWS) -> AttentionMatrix:
+        """Half of the room for wide heads, whose pages take more of the stack."""
+        registers = isa_for(machine).registers
+        room = 256 if problem.head_dim + problem.value_dim <= WIDE else 128
+        return cls(default_block(registers), registers * 3 // 4, step_pages=2, room=room)
+
+    def refuse(self, problem: AttentionProblem, machine: Machine) -> str:
+        if not fits(machine, problem.value_dim, problem.cache_dtype):
+            return "no tiles of bf16 for such values, or none in the machine"
+        return refuse_registers(self.few, self.accumulators, isa_for(machine)) or super().refuse(problem, machine)
+
+    def stack_bytes(self, problem: AttentionProblem, machine: Machine) -> int:
+        isa = isa_for(machine)
+        chunk, step, lanes = self._chunk(problem), self.step_pages, isa.lanes
+        depth_tiles, value_tiles = -(-problem.head_dim // DEPTH), -(-problem.value_dim // COLUMNS)
+        words = chunk // ROWS * depth_tiles, step * 2 * depth_tiles, step * value_tiles, step
+        rows = value_tiles * COLUMNS, lanes, 1, 1, 1  # sums, totals, places, slopes, middles
+        sizes = [WORDS * tiles for tiles in words] + [chunk * width for width in rows] + [chunk + lanes] * 5
+        sizes += [ROWS * step * PAGE, ROWS * lanes, *[lanes] * 8, problem.head_dim]
+        return arrays(*(4 * size for size in sizes)) + vector_stack(problem, isa, self.few, self.few, self.accumulators)
+
+    def _chunk(self, problem: AttentionProblem) -> int:
+        return chunk_rows(problem.head_dim, problem.value_dim, self.room << 10)
+
+    def build(self, problem: AttentionProblem, machine: Machine) -> PrimFunc:
+        isa = isa_for(machine)
+        knobs = {"chunk": self.few, "block": self.few, "accumulators": self.accumulators}
+        own = {"tall_chunk": self._chunk(problem), "step_pages": self.step_pages}
+        body = MatrixBody(isa=isa, **problem.params(), **knobs, **own)  # type: ignore[arg-type]
+        return body.kernel(isa.pairs_helper + X86Bf16Dots(isa.lanes).helper, ("PROMPT",))
 
 
 def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
@@ -105,11 +113,9 @@ def fits(machine: Machine, value_dim: int, cache_dtype: str) -> bool:
     return instructions and cache_dtype == "float16" and value_dim >= 16
 
 
-def chunk_rows(head_dim: int, value_dim: int) -> int:
-    """Rows whose queries, sums and statistics are held at once: what CHUNK_BYTES hold, a multiple of 16. Half of that
-    for wide heads, whose pages take more of the stack (`targets/cpu/stack.py`)."""
+def chunk_rows(head_dim: int, value_dim: int, room: int) -> int:
+    """Rows whose queries, sums and statistics are held at once: what `room` bytes hold, a multiple of 16."""
     row_bytes = 2 * round_up(head_dim, DEPTH) + 4 * round_up(value_dim, COLUMNS) + 4 * COLUMNS
-    room = CHUNK_BYTES if head_dim + value_dim <= WIDE else CHUNK_BYTES // 2
     return max(ROWS, room // row_bytes // ROWS * ROWS)
 
 
@@ -180,22 +186,26 @@ class MatrixBody(TileBody):
     """
 
     isa: X86Isa
+    tall_chunk: int
+    step_pages: int
 
     def work(self, a: SimpleNamespace, place: SimpleNamespace) -> None:
         from tvm import tirx
 
-        tall = TallBody(**{**vars(self), "chunk": chunk_rows(self.head_dim, self.value_dim)})
-        few = block_rows(self.isa)
-        alone = tirx.And(a.PROMPT == 0, place.rows <= few)
+        shared = {field.name: getattr(self, field.name) for field in fields(TileBody)}
+        tall = TallBody(**{**shared, "chunk": self.tall_chunk}, step_pages=self.step_pages)
+        alone = tirx.And(a.PROMPT == 0, place.rows <= self.block)
         either(alone, lambda: super(MatrixBody, self).work(a, place), lambda: tall.work(a, place))
 
 
+@dataclass(frozen=True)
 class TallBody(TileBody):
     """Units of many rows. Queries lie in tiles [block of 16 rows, head_dim / 32] of bf16 pairs; sums in rows of
     `sums_width`, whose last 16 columns are the last 16 of the values.
     """
 
     isa: X86Isa
+    step_pages: int
 
     @property
     def depth_tiles(self) -> int:
@@ -217,10 +227,10 @@ class TallBody(TileBody):
         t = SimpleNamespace(
             **vars(place),
             query=self.words(self.chunk // ROWS * self.depth_tiles),
-            keys=self.words(STEP_PAGES * 2 * self.depth_tiles),
-            values=self.words(STEP_PAGES * self.value_tiles),
-            scores=aligned_scratch(ROWS * STEP_PAGES * PAGE, self.lanes),
-            weights=self.words(STEP_PAGES),
+            keys=self.words(self.step_pages * 2 * self.depth_tiles),
+            values=self.words(self.step_pages * self.value_tiles),
+            scores=aligned_scratch(ROWS * self.step_pages * PAGE, self.lanes),
+            weights=self.words(self.step_pages),
             greatest=aligned_scratch(ROWS * self.lanes, self.lanes),
             peaks=aligned_scratch(ROWS, self.lanes),
             shrink=aligned_scratch(ROWS, self.lanes),
@@ -289,7 +299,7 @@ class TallBody(TileBody):
         used, rows = -(-self.head_dim // 2), self.depth_tiles * ROWS
         if used == rows:
             return
-        with loop(STEP_PAGES * 2) as half, loop(rows - used) as row:
+        with loop(self.step_pages * 2) as half, loop(rows - used) as row:
             at = (half * rows + used + row) * self.lanes
             store_vector(self.isa, t.keys, [at], self.isa.splat(0, "int32"))
 
@@ -303,7 +313,7 @@ class TallBody(TileBody):
         page_id = integer(load_raw(a.block_table, t.table + page, 1))
         head = pin(page_id * self.kv_heads + t.kv_head)
         keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
-        next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + STEP_PAGES, last), 1))
+        next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + self.step_pages, last), 1))
         next_head = pin(next_id * self.kv_heads + t.kv_head)
         next_keys, next_values = pin(next_head * (self.head_dim * PAGE)), pin(next_head * (PAGE * self.value_dim))
 
@@ -352,7 +362,7 @@ class TallBody(TileBody):
         stop = self.last_page_of(t, first, count)
 
         def step(page: Expr, high: Expr) -> None:
-            pages = pin(tirx.Min(high - page, index(STEP_PAGES)))
+            pages = pin(tirx.Min(high - page, index(self.step_pages)))
             with loop(pages) as place:
                 self.convert(a, t, pin(page + place), place, pin(stop - 1))
             with loop(blocks) as block:
@@ -364,23 +374,23 @@ class TallBody(TileBody):
                     begin = pin(tirx.Max(self.first_page(top) - page, index(0)))
                 end = pin(tirx.Min(divide(self.last_seen(t.length, bottom), PAGE) + 1 - page, pages))
                 with when(begin < end):
-                    self.block(t, row, page, begin, end, top)
+                    self.rows_block(t, row, page, begin, end, top)
 
         with loop(t.parts) as number:
             part = pin(t.first_part + number)
             self.start_part(a, t, first, count, pin(blocks * ROWS), part)
             low, high = self.pages_of_rows(t, part, first, stop)
-            with loop(divide(tirx.Max(high - low, index(0)) + (STEP_PAGES - 1), STEP_PAGES)) as place:
-                step(pin(low + place * STEP_PAGES), high)
+            with loop(divide(tirx.Max(high - low, index(0)) + (self.step_pages - 1), self.step_pages)) as place:
+                step(pin(low + place * self.step_pages), high)
             self.finish_part(a, t, first, count, number)
         self.finish_rows(a, t, first, count)
 
     def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
         """From the first page of a step on: steps lie at the same pages for all rows, which round by step."""
         low, high = super().pages_of_rows(t, part, first, stop)
-        return pin(low - remainder(low, STEP_PAGES)), high
+        return pin(low - remainder(low, self.step_pages)), high
 
-    def block(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
+    def rows_block(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
         """16 rows from `row` on, whose first is at position `top`, over places [begin, end) of a step from `page`."""
         self.multiply_keys(t, row, begin, end)
         self.weigh(t, row, page, begin, end, top)
@@ -406,7 +416,7 @@ class TallBody(TileBody):
                     amx.load(right, t.keys, ((place * 2 + half) * self.depth_tiles + j) * WORDS)
                     amx.dot_bf16(half, left, right)
             for half in range(2):
-                amx.store(half, t.scores, place * PAGE + half * COLUMNS, STEP_PAGES * PAGE * 4)
+                amx.store(half, t.scores, place * PAGE + half * COLUMNS, self.step_pages * PAGE * 4)
 
     def multiply_values(self, t: SimpleNamespace, row: Expr, begin: Expr, end: Expr) -> None:
         """sums += weights times values: four tiles of sums at a time."""
@@ -464,7 +474,7 @@ class TallBody(TileBody):
             store(total, 0, load(t.total, (row + r) * lanes, lanes), lanes)
             with loop(end - begin) as number:
                 place = pin(begin + number)
-                start = r * (STEP_PAGES * PAGE) + place * PAGE
+                start = r * (self.step_pages * PAGE) + place * PAGE
                 low, high = (let(load(t.scores, start + half * lanes, lanes) + shift) for half in range(2))
                 pairs = let(power_pairs(self.isa, low, high, table))
                 ones = self.isa.splat(0x3F803F80, "int32")
@@ -483,7 +493,7 @@ class TallBody(TileBody):
             with loop(end - begin) as number:
                 place = pin(begin + number)
                 for half in range(2):
-                    at = r * (STEP_PAGES * PAGE) + place * PAGE + half * lanes
+                    at = r * (self.step_pages * PAGE) + place * PAGE + half * lanes
                     value = let(load(t.scores, at, lanes))
                     if where is not None:
                         limit = let(where - (place * PAGE).astype("int32"))  # the row's own slot of the page
