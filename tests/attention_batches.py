@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import ml_dtypes
@@ -15,7 +15,7 @@ from llmc.targets.cpu.attention import AttentionPlan, attention_plan
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.machine import Machine
-from llmc.targets.template import Chooser
+from llmc.targets.template import Chooser, Template
 
 PAGE, TILE = 32, 16
 
@@ -35,6 +35,7 @@ class Case:
     cache_dtype: str = "float16"
     causal: bool = True
     span: int = 0
+    member: Template[AttentionProblem] | None = None  # how the kernel is written, where not by default
 
     @property
     def scale(self) -> float:
@@ -42,9 +43,11 @@ class Case:
 
     def plan(self, machine: Machine, query: QueryRows | None = None) -> AttentionPlan:
         others = () if query is None else query.params()
-        plan = attention_plan(Chooser(machine), AttentionProblem(scale=self.scale, query=others, **vars(self)))
+        facts = {name: value for name, value in vars(self).items() if name != "member"}
+        problem = AttentionProblem(scale=self.scale, query=others, **facts)
+        plan = attention_plan(Chooser(machine), problem)
         assert isinstance(plan, AttentionPlan)
-        return plan
+        return plan if self.member is None else replace(plan, tile=self.member.kernel(problem, machine))
 
 
 @dataclass(frozen=True)
