@@ -18,8 +18,8 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, product
-from llmc.targets.kernel import Kernel, Param
-from llmc.targets.machine import Machine
+from llmc.targets.kernel import Kernel
+from llmc.targets.template import Chooser
 
 RowCount: TypeAlias = int | Dim
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -87,10 +87,18 @@ class OwnRows(Form):
         return arrays["x"][:rows]
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A kernel that writes a form: (x f32 [T, features], what a norm reads, the form's buffers; begin, end). One unit
+    of work is a row. grain: the fewest that are worth a thread."""
+
+    kernel: Kernel
+    grain: int
+
+
 class Converted(Form):
     """A form that a kernel makes of an activation's own rows."""
 
     @abstractmethod
-    def writer(self, machine: Machine, **norm: Param) -> Kernel:
-        """That kernel: (x f32 [T, features], what a norm reads, the form's buffers; begin, end). One unit of work is a
-        row. norm: of the rows first, as `norm`, `eps`, `weight_offset` and `norm_bias` of `quantize_activations`."""
+    def writer(self, chooser: Chooser, **norm: Any) -> Writer:
+        """That kernel. norm: what is done to the rows first, as a `RoundingProblem` has it."""

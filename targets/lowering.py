@@ -137,7 +137,7 @@ class Context(Chooser):
     """What a rule may look at, and ask."""
 
     graph: Graph
-    rules: Rules
+    rules: Rules = field(default_factory=lambda: Rules())
 
     def only_user(self, value: Value) -> Op | None:
         """The one op that uses `value`, if it is the only use and no output is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,9 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import CompileError
 from llmc.targets.agreement import Agreement, Guard, Reading, Statement, Way, Writing, either, unrounded
-from llmc.targets.forms import Array, Buffer, Converted, OwnRows, RowCount
-from llmc.targets.kernel import Kernel, Range
-from llmc.targets.kernel import Param as KernelParam
-from llmc.targets.machine import Machine
+from llmc.targets.forms import Array, Buffer, Converted, OwnRows, RowCount, Writer
+from llmc.targets.kernel import Range
+from llmc.targets.template import Chooser
 
 WIDTH = 32
 T = symbol("T", 1, 4096)
@@ -43,7 +43,7 @@ class Fake(Converted):
     def decode(self, arrays: Mapping[str, Array], rows: int) -> Array:
         raise NotImplementedError
 
-    def writer(self, machine: Machine, **norm: KernelParam) -> Kernel:
+    def writer(self, chooser: Chooser, **norm: Any) -> Writer:
         raise NotImplementedError
 
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
-from llmc.targets.cpu.quantize_activations import SMALLEST, padded, quantize_activations, round_activations
+from llmc.targets.cpu.linear_problem import chosen
+from llmc.targets.cpu.quantize_activations import (
+    SMALLEST,
+    BytesProblem,
+    QuantizeRows,
+    RoundingProblem,
+    RoundRows,
+    padded,
+)
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.forms import Array, Buffer, Converted, RowCount
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.forms import Array, Buffer, Converted, RowCount, Writer
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser, P, Template
+
+
+def writer(chooser: Chooser, template: type[Template[P]], problem: P) -> Writer:
+    """The kernel of a template that rounds rows."""
+    found = chosen(chooser, template, problem)
+    return Writer(found.kernel(problem, chooser.machine), found.grain(problem))
 
 
 @dataclass(frozen=True)
@@ -67,10 +82,10 @@ class IntegerGroups(Converted):
         values: Array = q * arrays["xscales"][:rows, :, None]
         return values.reshape(rows, -1)[:, : self.features]
 
-    def writer(self, machine: Machine, **norm: Param) -> Kernel:
-        if self.paired != isa_for(machine).pair_sums(self.group):
-            raise ValueError(f"sums of {self.name} are not those that kernels for {machine.name!r} read")
-        return kernel(quantize_activations, machine.key, k=self.features, group=self.group, **norm)
+    def writer(self, chooser: Chooser, **norm: Any) -> Writer:
+        if self.paired != isa_for(chooser.machine).pair_sums(self.group):
+            raise ValueError(f"sums of {self.name} are not those that kernels for {chooser.machine.name!r} read")
+        return writer(chooser, QuantizeRows, BytesProblem(k=self.features, group=self.group, **norm))
 
 
 def integer_groups(machine: Machine, features: int, group: int) -> IntegerGroups:
@@ -97,5 +112,5 @@ class Bf16Pairs(Converted):
         values: Array = np.ascontiguousarray(arrays["xh"][:rows, : self.features]).view(bfloat16).astype(np.float32)
         return values
 
-    def writer(self, machine: Machine, **norm: Param) -> Kernel:
-        return kernel(round_activations, machine.key, k=self.features, **norm)
+    def writer(self, chooser: Chooser, **norm: Any) -> Writer:
+        return writer(chooser, RoundRows, RoundingProblem(k=self.features, **norm))

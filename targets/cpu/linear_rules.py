@@ -12,6 +12,7 @@ from llmc.compiler.ir.llm import GatedLinear, Linear, QuantizeActivations
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.agreement import Reading, Statement, Way, Writing, unrounded
 from llmc.targets.cpu.linear_plan import float_linear_plan, quantized_linear_plan
+from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
 from llmc.targets.cpu.matrix_unit import MatrixUnit, matrix_unit
 from llmc.targets.cpu.plain import RULES
 from llmc.targets.cpu.row_kinds import few_when, in_company, many_when, only_few
@@ -113,9 +114,12 @@ def _features(op: AnyLinear) -> int:
     return _shape(op)[0] // (2 if isinstance(op, GatedLinear) else 1)
 
 
-def _epilogue(op: AnyLinear) -> dict[str, Any]:
-    """The parameters of what is fused behind the sums."""
+def _facts(op: AnyLinear) -> dict[str, Any]:
+    """What any `LinearProblem` has."""
+    n, k = _shape(op)
     return {
+        "n": n,
+        "k": k,
         "gated": isinstance(op, GatedLinear),
         "activation": op.activation or "none",
         "bias": op.bias is not None,
@@ -160,37 +164,24 @@ def refuses_floats(op: AnyLinear, context: Context) -> str | None:
 
 
 def _encoding(op: AnyLinear) -> dict[str, Any]:
-    """The parameters of a quantized weight; none of another."""
+    """Bits, groups and symmetry of a quantized weight."""
     encoding = op.w.tensor.encoding
-    if encoding is None:
-        return {}
-    return {"group": getattr(encoding, "group", 0), "symmetric": bool(getattr(encoding, "symmetric", True))}
+    symmetric = bool(getattr(encoding, "symmetric", True))
+    return {"bits": weight_bits(op), "group": getattr(encoding, "group", 0), "symmetric": symmetric}
 
 
 def _integer_plan(op: AnyLinear, on_unit: bool, context: Context) -> LinearPlan:
-    n, k = _shape(op)
-    return quantized_linear_plan(context.machine, n=n, k=k, bits=weight_bits(op), **_encoding(op), **_epilogue(op))
+    return quantized_linear_plan(context, QuantizedProblem(**_encoding(op), **_facts(op)))
 
 
 def _float_plan(op: AnyLinear, on_unit: bool, context: Context) -> LinearPlan:
     """on_unit: the matrix unit could serve the op. Activations of few rows stay as they are then, since the memory is
     their limit; else they are rounded where the graph rounds them and the machine multiplies pairs of bf16."""
-    n, k = _shape(op)
     if op.w.tensor.encoding is not None:
-        encoding = _encoding(op)
-        return quantized_linear_plan(
-            context.machine, n=n, k=k, bits=weight_bits(op), activations="f32", **encoding, **_epilogue(op)
-        )
-    paired = not on_unit and unrounded(op.x) is not op.x
-    return float_linear_plan(
-        context.machine,
-        n=n,
-        k=k,
-        dtype=op.w.dtype,
-        activations="bf16" if paired else "f32",
-        in_company=in_company(context.graph),
-        **_epilogue(op),
-    )
+        return quantized_linear_plan(context, QuantizedProblem(**_encoding(op), **_facts(op)), "f32")
+    pairs = not on_unit and unrounded(op.x) is not op.x
+    problem = FloatProblem(dtype=op.w.dtype, pairs=pairs, **_facts(op))
+    return float_linear_plan(context, problem, in_company(context.graph))
 
 
 @RULES.lower(Linear, GatedLinear, priority=20, needs=missing_vectors)
@@ -215,8 +206,8 @@ def _lowered(op: AnyLinear, context: Context) -> Lowered:
     calls = []
     for writing in context.agreement.converts(op):
         args = (value, *context.buffers(value, writing.form).values())
-        made = writing.form.writer(context.machine)
-        calls.append(Call(made, args, rows, max(1, 4096 // k), writing.when, note=f"[{k}]"))
+        made = writing.form.writer(context)
+        calls.append(Call(made.kernel, args, rows, made.grain, writing.when, note=f"[{k}]"))
     unit, many_from = statement.unit, None
     if unit is not None and context.agreement.way(op) is not statement.ways[0]:
         many_from = unit.rows_from(weight_bits(op))
@@ -232,12 +223,12 @@ def _calls_of_many(
     op: AnyLinear, statement: LinearStatement, unit: MatrixUnit, many_from: int, context: Context
 ) -> Iterator[Call]:
     """The calls that run on the matrix unit; their result is in another form than f32 where that was agreed on."""
-    (n, k), out = _shape(op), dict[str, object](out="result")
+    out: dict[str, object] = {"out": "result"}
     instead = context.agreement.writes_instead(op)
     for of, writing in instead:
         (out["out"],) = context.buffers(of, writing.form).values()
-    facts = {**_encoding(op), **_epilogue(op)}
-    plan = unit.plan(n=n, k=k, bits=weight_bits(op), packed=bool(instead), **facts)
+    problem = ManyRowsProblem(packed=bool(instead), **_encoding(op), **_facts(op))
+    plan = unit.plan(context, problem)
     for variant in plan.variants:
         when = many_when(rows_of(op), variant.low, variant.high, many_from, context.graph)
         if when is not None:

@@ -7,29 +7,30 @@ own for activations, whatever they are rounded to in the graph: that says how co
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.limits import LimitKernel
+from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
 from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.forms import Converted, Form
-from llmc.targets.kernel import Kernel, Param
+from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
-from llmc.targets.template import Template
+from llmc.targets.template import Chooser, Template
 
 
 @dataclass(frozen=True)
 class FewRows:
     """A kernel that streams a weight for up to `rows` rows at a time, `tiles` weight tiles a unit of work.
 
-    form: how it reads activations; None: as kernels on vectors do.
+    least: bytes of weights that are worth a thread. form: how it reads activations; None: as kernels on vectors do.
     """
 
     kernel: Kernel
     rows: int
     tiles: int
+    least: int
     form: Form | None = None
 
 
@@ -52,14 +53,13 @@ class MatrixUnit(Protocol):
     def cost(self, bits: int) -> float:
         """Time that many rows take, against kernels on vectors: less than 1."""
 
-    def plan(self, *, n: int, k: int, bits: int, packed: bool, **facts: object) -> LinearPlan:
-        """y[T, features] for T >= `rows_from`. packed: y is in the form `result`. facts: group and symmetric of an
-        encoding, gated, activation, bias, residual."""
+    def plan(self, chooser: Chooser, problem: ManyRowsProblem) -> LinearPlan:
+        """y[T, features] for T >= `rows_from`."""
 
-    def quantized_rows(self, rows: int, params: Mapping[str, Param]) -> FewRows | None:
-        """For integer activations and weights of up to `rows` rows; same arguments as `quantized_linear_rows`."""
+    def quantized_rows(self, chooser: Chooser, problem: QuantizedProblem, rows: int) -> FewRows | None:
+        """For integer activations and weights of up to `rows` rows; same arguments as `QuantizedRows`."""
 
-    def float_rows(self, params: Mapping[str, Param]) -> FewRows | None:
+    def float_rows(self, chooser: Chooser, problem: FloatProblem) -> FewRows | None:
         """For bf16 weights and f32 activations, as exact as in f32."""
 
     def attention(self, value_dim: int, cache_dtype: str) -> type[Template[AttentionProblem]] | None:

@@ -83,7 +83,7 @@ def round_rows(op: Op, context: Context) -> Lowered | str:
             x = norm.x
     calls = []
     for writing in context.agreement.writes_of(op):
-        made = writing.form.writer(context.machine, **params)
+        made = writing.form.writer(context, **params)
         args = (x, *extra, *context.buffers(op, writing.form).values())
-        calls.append(Call(made, args, rows_of(op), max(1, 4096 // size), writing.when, note=f"[{size}]"))
+        calls.append(Call(made.kernel, args, rows_of(op), made.grain, writing.when, note=f"[{size}]"))
     return Lowered(tuple(calls), reads=(x,))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.quantize_activations import norm_inputs, normalised, padded
-from llmc.targets.forms import Array, Buffer, Converted, RowCount
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.cpu.forms import writer
+from llmc.targets.cpu.quantize_activations import RoundingProblem, RowRounding, normalised, padded
+from llmc.targets.forms import Array, Buffer, Converted, RowCount, Writer
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tiles import INPUTS, ROWS, TILE
 
@@ -66,9 +67,9 @@ class Bf16Tiles(Converted):
             total = total + larger
         return total[:rows, : self.features]
 
-    def writer(self, machine: Machine, **norm: Param) -> Kernel:
-        parts: dict[str, Param] = {"parts": self.parts} if self.parts > 1 else {}
-        return kernel(activation_tiles, machine.key, k=self.features, inputs=self.inputs, **parts, **norm)
+    def writer(self, chooser: Chooser, **norm: Any) -> Writer:
+        problem = TilesProblem(k=self.features, inputs=self.inputs, parts=self.parts, **norm)
+        return writer(chooser, ActivationTiles, problem)
 
 
 def bf16_parts(isa: X86Isa, first: Expr, second: Expr, parts: int, paired: bool = False) -> Iterator[Expr]:
@@ -88,45 +89,54 @@ def bf16_parts(isa: X86Isa, first: Expr, second: Expr, parts: int, paired: bool 
             second = b.let(second - tirx.reinterpret(isa.f32, bits & isa.splat(0xFFFF0000, "uint32")))
 
 
-def activation_tiles(
-    machine: Machine,
-    *,
-    k: int,
-    inputs: int,
-    norm: str = "none",
-    eps: float = 0.0,
-    weight_offset: float = 0.0,
-    norm_bias: bool = False,
-    parts: int = 1,
-) -> PrimFunc:
-    """(x f32 [T, k], weight f32 [k] if norm, norm_bias f32 [k] if any, xtiles u16; begin, end). One unit: one row.
+@dataclass(frozen=True, kw_only=True)
+class TilesProblem(RoundingProblem):
+    """To bf16 in tiles: (..., xtiles u16), see `Bf16Tiles`. Rounds to nearest, ties to even."""
 
-    xtiles: see `Bf16Tiles`. norm: as in `quantize_activations`. parts: 1 or 3. Rounds to nearest, ties to even. The
-    limit is the memory.
-    """
-    isa = isa_for(machine)
+    inputs: int
+    parts: int = 1
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
 
-        x = b.view(handles["x"], [b.MANY, k], "float32")
-        out = b.view(handles["xtiles"], [b.MANY], "uint16")
-        with b.loop(sizes["end"] - sizes["begin"]) as i:
-            row = b.let(sizes["begin"] + i)
-            value = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
-            first = b.let(row // ROWS * (inputs * ROWS * parts) + row % ROWS * INPUTS)
+@dataclass(frozen=True)
+class ActivationTiles(RowRounding[TilesProblem], name="activation_tiles"):
+    """Row by row into tiles."""
 
-            def block(start: Expr, valid: int) -> None:
-                halves = value(start, valid), value(start + isa.lanes, valid - isa.lanes)
-                if parts > 1:
-                    halves = b.let(halves[0]), b.let(halves[1])
-                for part, both in enumerate(bf16_parts(isa, *halves, parts)):
-                    at = first + start * (ROWS * parts) + part * TILE
-                    b.store_vector(isa, out, [at], tirx.reinterpret("uint16x32", both))
+    def refuse(self, problem: TilesProblem, machine: Machine) -> str:
+        if isa_for(machine).bf16_dots is None:
+            return f"{machine.name} has no instruction that rounds to bf16"
+        return super().refuse(problem, machine)
 
-            with b.loop(k // INPUTS) as j:
-                block(j * INPUTS, INPUTS)
-            for start in range(k // INPUTS * INPUTS, inputs, INPUTS):
-                block(b.index(start), k - start)
+    def build(self, problem: TilesProblem, machine: Machine) -> PrimFunc:
+        isa = isa_for(machine)
 
-    return b.plain_function([*norm_inputs(norm, norm_bias), ("xtiles", "uint16")], [], body, isa.pairs_helper)
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            _write_tiles(problem, isa, self.chains, handles, sizes)
+
+        return b.plain_function([*problem.inputs_read(), ("xtiles", "uint16")], [], body, isa.pairs_helper)
+
+
+def _write_tiles(
+    problem: TilesProblem, isa: X86Isa, chains: int, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
+) -> None:
+    from tvm import tirx
+
+    k, inputs, parts = problem.k, problem.inputs, problem.parts
+    x = b.view(handles["x"], [b.MANY, k], "float32")
+    out = b.view(handles["xtiles"], [b.MANY], "uint16")
+    with b.loop(sizes["end"] - sizes["begin"]) as i:
+        row = b.let(sizes["begin"] + i)
+        value = normalised(isa, handles, x, row, problem, chains)
+        first = b.let(row // ROWS * (inputs * ROWS * parts) + row % ROWS * INPUTS)
+
+        def block(start: Expr, valid: int) -> None:
+            halves = value(start, valid), value(start + isa.lanes, valid - isa.lanes)
+            if parts > 1:
+                halves = b.let(halves[0]), b.let(halves[1])
+            for part, both in enumerate(bf16_parts(isa, *halves, parts)):
+                at = first + start * (ROWS * parts) + part * TILE
+                b.store_vector(isa, out, [at], tirx.reinterpret("uint16x32", both))
+
+        with b.loop(k // INPUTS) as j:
+            block(j * INPUTS, INPUTS)
+        for start in range(k // INPUTS * INPUTS, inputs, INPUTS):
+            block(b.index(start), k - start)
