@@ -14,6 +14,7 @@ from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.forms import ALIGNMENT, Converted, Form, OwnRows
 from llmc.targets.machine import Machine
 from llmc.targets.memory import ALIGNMENT as ARENA_ALIGNMENT
+from llmc.targets.template import Chooser
 from llmc.targets.x86 import detect
 from llmc.targets.x86.activation_tiles import Bf16Tiles
 
@@ -101,7 +102,7 @@ def test_kernels_write_what_the_form_means(features: int) -> None:
     rows, guard = 33, 64
     x = numbers(rows, features)
     for machine, form in writers(features):
-        expected, kernel = form.encode(x), Compiled(form.writer(machine), machine)
+        expected, kernel = form.encode(x), Compiled(form.writer(Chooser(machine)).kernel, machine)
         arrays = []
         for buffer in form.buffers(rows):
             room = aligned(np.zeros(buffer.empty().nbytes + guard, np.uint8))
@@ -148,4 +149,4 @@ def test_a_matrix_unit_reads_whole_groups_and_writes_whole_tiles() -> None:
 def test_sums_of_another_machine_are_refused() -> None:
     machine = MACHINES["avx512vnni"]
     with pytest.raises(ValueError, match="are not those"):
-        replace(integer_groups(machine, 33, 64), paired=True).writer(machine)
+        replace(integer_groups(machine, 33, 64), paired=True).writer(Chooser(machine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import ml_dtypes
@@ -12,13 +13,18 @@ from kernel_harness import Compiled, aligned
 
 from llmc.runtime import cpu
 from llmc.targets.cpu.codegen import build_module
+from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
+from llmc.targets.template import Chooser, space
 from llmc.targets.x86 import detect
 from llmc.targets.x86.activation_tiles import Bf16Tiles
-from llmc.targets.x86.linear_tiles import tile_linear
-from llmc.targets.x86.tile_plan import ROWS_FROM, tile_plan, usable
+from llmc.targets.x86.linear_float_tile_rows import FloatTileRows
+from llmc.targets.x86.linear_tile_rows import QuantizedTileRows
+from llmc.targets.x86.tile_plan import ROWS_FROM, TileLinear, tile_plan, usable
 
 MACHINE = detect.machine("sapphirerapids")
 needs_tiles = pytest.mark.skipif(not MACHINE.features <= cpu.features(), reason="this computer has no tile registers")
+
+SMALL = ManyRowsProblem(n=64, k=64, bits=4, group=64)
 
 # A product's factors are each rounded to bf16, by 2^-9 at most; f32 sums of thousands add little to that.
 ROUNDING = 2.0**-8 + 2.0**-12
@@ -40,7 +46,10 @@ class Case:
     def __init__(self, tokens: int, n: int, k: int, bits: int, group: int, symmetric: bool = True, **fused) -> None:
         rng = np.random.default_rng(n * k + bits)
         self.tokens, self.fused = tokens, fused
-        self.plan = tile_plan(MACHINE, n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        if bits >= 16:
+            group = 0
+        problem = ManyRowsProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        self.plan = tile_plan(Chooser(MACHINE), problem)
         self.x = x = rng.standard_normal((tokens, k)).astype(np.float32)
         if bits >= 16:
             weight = rng.standard_normal((n, k)).astype(np.float32 if bits == 32 else ml_dtypes.bfloat16)
@@ -157,7 +166,7 @@ def test_parts_of_numbers_of_every_size() -> None:
     x[0, :4] = 0.0, -0.0, 1.0, np.finfo(np.float32).max / 2
     form = Bf16Tiles(64, 64, 3)
     out = aligned(np.full(form.buffers(5)[0].elements, 0x7FC0, np.uint16))
-    Compiled(form.writer(MACHINE), MACHINE)(aligned(x), out, 0, 5)
+    Compiled(form.writer(Chooser(MACHINE)).kernel, MACHINE)(aligned(x), out, 0, 5)
     assert (form.decode({"xtiles": out}, 5) == x).all()
 
 
@@ -196,7 +205,7 @@ def test_activations_round_to_the_nearest_bf16(k: int, norm: str) -> None:
     extra = [] if norm == "none" else [aligned(weight)]
     form = Bf16Tiles(k, inputs)
     out = aligned(np.full(form.buffers(tokens)[0].elements, 0x7FC0, np.uint16))
-    Compiled(form.writer(MACHINE, norm=norm, eps=1e-5), MACHINE)(aligned(x), *extra, out, 0, tokens)
+    Compiled(form.writer(Chooser(MACHINE), norm=norm, eps=1e-5).kernel, MACHINE)(aligned(x), *extra, out, 0, tokens)
     got = replace(form, features=inputs).decode({"xtiles": out}, tokens)
     exact = x.astype(np.float64)
     if norm != "none":
@@ -210,7 +219,7 @@ def test_activations_round_to_the_nearest_bf16(k: int, norm: str) -> None:
 
 
 def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
-    made = tile_plan(MACHINE, n=64, k=64, bits=4, group=64).variants[0].kernel
+    made = tile_plan(Chooser(MACHINE), SMALL).variants[0].kernel
     code = build_module(made, MACHINE).inspect_source("asm")
     for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
         assert instruction in code
@@ -218,14 +227,35 @@ def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        tile_linear(MACHINE, n=64, k=64, bits=4, group=64, step=64, tiles=3, row_block=32)
-    with pytest.raises(ValueError, match="cannot be packed"):
-        tile_linear(MACHINE, n=48, k=64, bits=4, group=64, packed=True, step=64, tiles=2, row_block=32)
+    assert "tiles is one of" in TileLinear(3, 32, 512, 0).refuse(SMALL, MACHINE)
+    gated = replace(SMALL, gated=True, packed=True)
+    assert TileLinear(2, 32, 512, 0).refuse(gated, MACHINE) == (
+        "panels of 2 weight tiles have no whole number of tiles of results"
+    )
+    assert TileLinear(4, 32, 512, 0).refuse(gated, MACHINE) == ""
+    assert "48 features do not fill" in TileLinear(4, 32, 512, 0).refuse(replace(SMALL, n=48, packed=True), MACHINE)
+    assert "no tile registers" in TileLinear(4, 32, 512, 0).refuse(SMALL, detect.machine("znver5"))
+    ring = QuantizedTileRows(rows=8, unpack_ahead=2, ring=2, ahead=3072, least=32 << 10)
+    few = QuantizedProblem(n=64, k=64, bits=4, group=64, symmetric=True)
+    assert ring.refuse(few, MACHINE) == "a ring of 2 groups has no room for 2 ahead and one that is multiplied"
+    assert replace(ring, ring=4).refuse(few, MACHINE) == ""
+
+
+def test_every_way_to_write_a_kernel_becomes_code() -> None:
+    """A few members of each space, drawn by chance; what they compute is tested where there are tile registers."""
+    drawn = random.Random(0)
+    for template, problem in (
+        (TileLinear, SMALL),
+        (TileLinear, ManyRowsProblem(n=96, k=129, bits=32, packed=True)),
+        (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=96, symmetric=False)),
+        (FloatTileRows, FloatProblem(n=70, k=129, dtype="bf16")),
+    ):
+        for member in drawn.sample(list(space(template, problem, MACHINE)), 2):
+            assert "tdp" in build_module(member.kernel(problem, MACHINE), MACHINE).inspect_source("asm")
 
 
 def test_few_rows_are_left_to_the_integer_kernels() -> None:
-    plan = tile_plan(MACHINE, n=64, k=64, bits=4, group=64)
+    plan = tile_plan(Chooser(MACHINE), SMALL)
     assert plan.variants[0].low == ROWS_FROM
     assert plan.variants[0].high is not None and plan.variants[0].high + 1 == plan.variants[1].low
     assert plan.variants[1].high is None
