@@ -236,6 +236,28 @@ def test_explain_tells_origins_apart_where_they_differ(tmp_path: Path, capfd: py
     assert "8 x llm.linear: linear\n" in out  # what reads the same is said once
 
 
+def test_explain_space_lists_knobs_with_what_they_may_be(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    knobs = {
+        "chains": {"value": 4, "exact": False, "values": [1, 2, 4]},
+        "least": {"value": 64, "exact": True, "values": [64, 128]},
+    }
+    space = {"version": 1, "legal": 6, "exact": False, "knobs": knobs}
+    kernels = [
+        {"kernel": "norm", "parameters": ["n=2", "chains=4"], "when": [], "origin": "default formula", "space": space},
+        {"kernel": "gemv", "parameters": ["n=2"], "when": [], "origin": "default formula", "space": None},
+    ]
+    entry = {"op": "llm.linear", "count": 1, "chosen": "linear", "reason": "", "rejected": [], "kernels": kernels}
+    fake_artifact.write(tmp_path / "fake.so", explain={"passes": [], "kernels": [entry, entry]})
+    status, out, _ = run(capfd, "explain", tmp_path / "fake.so", "--space")
+    assert status == 0
+    assert out == (
+        "norm(n=2): 6 ways, bits depend on those with *, by default formula\n"
+        "  chains*  1 2 [4]\n"
+        "  least    [64] 128\n"
+        "gemv(n=2): no knobs are declared\n"
+    )
+
+
 def test_inspect_finds_a_flipped_byte_in_every_part(
     artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

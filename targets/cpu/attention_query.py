@@ -32,7 +32,7 @@ class QueryRows:
     norm_eps: float | None = None
     norm_offset: float = 0.0
 
-    def params(self) -> Param:
+    def params(self) -> tuple[Param, ...]:
         """Its fields as a kernel's parameter, which `QueryRows(*parameter)` takes."""
         return (self.stride, self.offset, self.pairs, self.interleaved, self.norm_eps, self.norm_offset)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -218,7 +218,7 @@ class EmbeddingQuantized(Embedding[QuantizedProblem], name="embedding_quantized"
 
 def embedding(
     layout: Layout | str, features: int, scale: float = 1.0
-) -> tuple[type[EmbeddingRows | EmbeddingTiles | EmbeddingQuantized], Problem]:
+) -> tuple[type[Embedding[Any]], Problem]:  # of one kind of problem, which types cannot say
     """What gathers rows of a table of `features` columns and multiplies them by `scale`. Units: T tokens.
 
     layout: "f32", "f16" or "bf16" for plain rows, a RowLayout, a QuantizedLayout or a FloatLayout. Gated layouts are no

@@ -21,6 +21,7 @@ from llmc.targets.cpu.vectors import (
     pieces,
     pin,
     range_kernel,
+    reciprocal_root,
     reduce_lanes,
     remainder,
     splat,
@@ -101,7 +102,7 @@ def _norm(problem: NormProblem, lanes: int, chains: int) -> PrimFunc:
             return _row_sum(source, base, features, lanes, chains, term)
 
         mean = let(total(lambda v: v) * (1.0 / features)) if problem.kind == "layer" else None
-        scale = _reciprocal_root(_centred_squares(total, mean), features, problem.eps)
+        scale = reciprocal_root(_centred_squares(total, mean), features, problem.eps)
         parameters = pin(remainder(u, problem.groups) * features) if problem.groups > 1 else 0
 
         def normalise(offset: Expr | int, width: int) -> None:
@@ -141,13 +142,6 @@ def _centred_squares(total: Callable[[Callable[[Expr], Expr]], Expr], mean: Expr
         return centred * centred
 
     return total(square)
-
-
-def _reciprocal_root(total: Expr, features: int, eps: float) -> Expr:
-    """1 / sqrt(total / features + eps), one a row."""
-    from tvm import tirx
-
-    return let(tirx.const(1.0, "float32") / tirx.sqrt(total * (1.0 / features) + tirx.const(eps, "float32")))
 
 
 def _row_sum(source: Buffer, base: Expr, features: int, lanes: int, chains: int, term: Callable[[Expr], Expr]) -> Expr:

@@ -28,6 +28,7 @@ from llmc.targets.cpu.vectors import (
     pieces,
     pin,
     range_kernel,
+    reciprocal_root,
     reduce_lanes,
     remainder,
     splat,
@@ -214,8 +215,6 @@ class Rotation:
 
     def _reader(self, source: Buffer, start: Expr, weight: Buffer | None) -> Callable[[Expr | int, int], Expr]:
         """Channels of the head as f32 vectors, normalised if wanted."""
-        from tvm import tirx
-
         if weight is None or self.norm_eps is None:
             return lambda i, width: load(source, start + i, width)
         total = scratch(self.lanes, "float32")
@@ -223,8 +222,8 @@ class Rotation:
         for i, width in pieces(self.head_dim, self.lanes):
             value = let(load(source, start + i, width))
             store(total, 0, load(total, 0, width) + value * value, width)
-        mean = reduce_lanes(load(total, 0, self.lanes), self.lanes, add) * (1.0 / self.head_dim)
-        scale = let(tirx.const(1.0, "float32") / tirx.sqrt(mean + tirx.const(self.norm_eps, "float32")))
+        squares = reduce_lanes(load(total, 0, self.lanes), self.lanes, add)
+        scale = reciprocal_root(squares, self.head_dim, self.norm_eps)
 
         def read(i: Expr | int, width: int) -> Expr:
             factor = load(weight, i, width)

@@ -143,6 +143,13 @@ def maximum(left: Expr, right: Expr) -> Expr:
     return tirx.Max(left, right)
 
 
+def reciprocal_root(total: Expr, features: int, eps: float) -> Expr:
+    """1 / sqrt(total / features + eps), what a norm multiplies a row of f32 by whose squares add up to `total`."""
+    from tvm import tirx
+
+    return let(tirx.const(1.0, "float32") / tirx.sqrt(total * (1.0 / features) + tirx.const(eps, "float32")))
+
+
 def integer(value: Expr) -> Expr:
     """An index read from memory (i32), as int64 for address arithmetic."""
     return pin(value.astype("int64"))
