@@ -375,7 +375,7 @@ def _float_weights(problem: FloatProblem, machine: Machine, part: int) -> _Float
 class FloatRows(StreamedFloats[FloatProblem], name="float_linear_rows"):
     """Weights in f32, f16 or bf16. part: terms of the outer of two loops."""
 
-    part: int = knob(32, 64, 128)
+    part: int = knob(64, 128)
 
     @classmethod
     def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatRows:
@@ -399,7 +399,7 @@ class FloatRows(StreamedFloats[FloatProblem], name="float_linear_rows"):
 class FloatBlocks(FloatPanels[FloatProblem], name="float_linear_blocks"):
     """Weights in f32, f16 or bf16. part: terms that a panel holds at a time."""
 
-    part: int = knob(32, 64, 128)
+    part: int = knob(64, 128)
 
     @classmethod
     def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatBlocks:

@@ -46,10 +46,10 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     """
 
     rows: int = knob(1, 2, 4, 8)
-    tiles: int = knob(1, 2, 4)
+    tiles: int = knob(1, 2)
     row_block: int = knob(1, 4, 8, 16)
     unroll: int = knob(*UNROLL)
-    chains: int = knob(1, 2, 4)
+    chains: int = knob(1, 2)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
 
