@@ -54,7 +54,10 @@ def _weights(problem: QuantizedProblem) -> tuple[list[np.ndarray], np.ndarray]:
     scales = ((0.5 + rng.random((problem.n, groups))) / most).astype(np.float16)
     if problem.symmetric:
         return [q, scales], q * wide(scales, problem.group, problem.k)
-    stored, minimums = (q + most).astype(np.uint8), (-rng.random((problem.n, groups))).astype(np.float16)
+    stored, minimums = (
+        (q.astype(np.int16) + most).astype(np.uint8),
+        (-rng.random((problem.n, groups))).astype(np.float16),
+    )
     exact = stored * wide(scales, problem.group, problem.k) + wide(minimums, problem.group, problem.k)
     return [stored, scales, minimums], exact
 

@@ -227,7 +227,7 @@ def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    assert "tiles is one of" in TileLinear(3, 32, 512, 0).refuse(SMALL, MACHINE)
+    assert "no whole number of tiles" in TileLinear(3, 32, 512, 0).refuse(SMALL, MACHINE)
     gated = replace(SMALL, gated=True, packed=True)
     assert TileLinear(2, 32, 512, 0).refuse(gated, MACHINE) == (
         "panels of 2 weight tiles have no whole number of tiles of results"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmc.compiler.ir.dims import Dim
-from llmc.compiler.ir.llm import LayerNorm, QuantizeActivations, RMSNorm
+from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, QuantizeActivations, RMSNorm
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
     attention_rules,
@@ -13,7 +13,7 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
     linear_rules,
     pooling,
 )
-from llmc.targets.cpu.linear_rules import rows_of
+from llmc.targets.cpu.linear_rules import refuses_integers, rows_of
 from llmc.targets.cpu.norms import Norm, NormProblem
 from llmc.targets.cpu.plain import RULES as RULES
 from llmc.targets.cpu.vector_isa import missing_vectors
@@ -63,9 +63,11 @@ def norm_rows(op: Op, context: Context) -> Lowered | str:
 def round_rows(op: Op, context: Context) -> Lowered | str:
     """A row at a time, in the forms that are read; a norm in front that nobody else reads is computed on the way."""
     assert isinstance(op, QuantizeActivations)
-    others = [user.name for user in context.graph.users.get(op, ()) if user not in context.agreement.statements]
-    if others:
-        return f"{others[0]} reads no rounded activations"
+    for user in context.graph.users.get(op, ()):
+        if user not in context.agreement.statements:
+            linear = isinstance(user, (Linear, GatedLinear))
+            why = refuses_integers(user, context) if linear else "no linear op"  # type: ignore[arg-type]
+            return f"{user.name} cannot read rounded activations: {why}"
     size = features_of(op)
     x: Value = op.x
     norm = x if isinstance(x, (RMSNorm, LayerNorm)) and context.only_user(x) is op else None
