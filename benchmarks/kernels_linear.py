@@ -26,9 +26,12 @@ import linear_limits as limits
 from kernel_harness import Compiled, aligned
 
 from llmc.targets import machine_named, machine_names
-from llmc.targets.cpu.linear_plan import LinearPlan, quantized_linear_plan
+from llmc.targets.cpu.linear_plan import quantized_linear_plan
+from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86.isa import isa_for
 
 # (name, n, k, gated) of a decoder of half a billion and one of a billion parameters
@@ -84,7 +87,7 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
         "out": aligned(np.zeros((tokens, n // 2 if gated else n), np.float32)),
     }
     compiled = Compiled(variant.kernel, machine)
-    calls = [[inputs[a] if a in inputs else arrays[a][c] for a in plan.arguments] for c in range(copies)]
+    calls = [[inputs[a] if a in inputs else arrays[a][c] for a in plan.names(variant)] for c in range(copies)]
     units = variant.units(tokens)
 
     def run() -> None:
@@ -125,7 +128,8 @@ def jobs(machine: Machine, tokens: list[int], shapes: str) -> list[Job]:
             continue
         fused = {"gated": gated, "activation": "silu" if gated else "none"}
         for bits in (4, 8):
-            plan = quantized_linear_plan(machine, n=n, k=k, bits=bits, group=GROUP, symmetric=True, **fused)
+            problem = QuantizedProblem(n=n, k=k, bits=bits, group=GROUP, symmetric=True, **fused)
+            plan = quantized_linear_plan(Chooser(machine), problem)
             found += [linear_job(machine, plan, f"{shape} q{bits} T={count}", count, n, k, gated) for count in tokens]
     return found
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from tvm import tirx
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.group_sums import UNROLLED
+from llmc.targets.cpu.group_sums import UNROLL
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
 
@@ -62,7 +62,7 @@ def linear_work(isa: X86Isa, *, tokens: int, tiles: int, groups: int, group: int
     if isa.vnni:
         dot = Work(heavy=quads)
     elif bits == 4:
-        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / UNROLLED), light=quads)
+        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / UNROLL[-1]), light=quads)
     else:
         dot = Work(heavy=3 * quads, light=quads) if isa.lanes == 8 else Work(heavy=2 * quads, light=2 * quads)
         unpack = Work(light=quads) * passes

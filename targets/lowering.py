@@ -16,11 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Reshape
 from llmc.errors import CompileError
-from llmc.targets.kernel import CachePart, Call, Kernel
+from llmc.targets.agreement import Agreement, Statement
+from llmc.targets.forms import Converted, Form, RowCount
+from llmc.targets.kernel import CachePart, Call, Kernel, Scratch
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser, describe_space
 
@@ -39,34 +42,8 @@ class Lowered:
     reason: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class Context(Chooser):
-    """What a rule may look at, and ask."""
-
-    graph: Graph
-
-    def only_user(self, value: Value) -> Op | None:
-        """The one op that uses `value`, if it is the only use and no output is."""
-        users = self.graph.users.get(value, ())
-        if len(users) != 1 or any(out is value for _, out in self.graph.outputs):
-            return None
-        return users[0]
-
-    def scratch_name(self, value: Value, part: str) -> str:
-        """The name of a scratch that belongs to a value, the same for all ops that read it."""
-        return f"@{self.numbers[value]}.{part}"
-
-    @cached_property
-    def numbers(self) -> dict[Value, int]:
-        """Each op's place in the graph; inputs come behind."""
-        return {value: index for index, value in enumerate((*self.graph.ops, *self.graph.inputs))}
-
-    def known(self, value: Value) -> bool:
-        """Whether the value is computed when compiling."""
-        return value in self.graph.constants
-
-
-RuleFunction = Callable[[Op, Context], "Lowered | str"]
+RuleFunction = Callable[[Op, "Context"], "Lowered | str"]
+StateFunction = Callable[[Op, "Context"], "Statement | None"]
 # What a rule needs: features, or a function that says which of those it needs a machine lacks.
 Needs = tuple[str, ...] | Callable[[Machine], tuple[str, ...]]
 
@@ -95,6 +72,7 @@ class Rules:
 
     def __init__(self) -> None:
         self.table: dict[type[Op], list[Rule]] = {}
+        self._states: dict[type[Op], StateFunction] = {}
 
     def lower(self, *kinds: type[Op], priority: int, needs: Needs = ()) -> Callable[[RuleFunction], RuleFunction]:
         """Register a rule for some ops."""
@@ -105,6 +83,21 @@ class Rules:
             return function
 
         return register
+
+    def states(self, *kinds: type[Op]) -> Callable[[StateFunction], StateFunction]:
+        """Register what says which forms of an activation some ops can read: `agreement.Statement`, or None."""
+
+        def register(function: StateFunction) -> StateFunction:
+            for kind in kinds:
+                self._states[kind] = function
+            return function
+
+        return register
+
+    def state(self, op: Op, context: Context) -> Statement | None:
+        """An op's statement; None: it reads its operands' own rows."""
+        function = self._states.get(type(op))
+        return None if function is None else function(op, context)
 
     def has(self, op: Op) -> bool:
         """Whether any rule is for this kind of op."""
@@ -137,6 +130,57 @@ class Rules:
             return choice
         choice.reason = winner[1].reason
         return winner[1], choice
+
+
+@dataclass(frozen=True, eq=False)
+class Context(Chooser):
+    """What a rule may look at, and ask."""
+
+    graph: Graph
+    rules: Rules = field(default_factory=lambda: Rules())
+
+    def only_user(self, value: Value) -> Op | None:
+        """The one op that uses `value`, if it is the only use and no output is."""
+        users = self.graph.users.get(value, ())
+        if len(users) != 1 or any(out is value for _, out in self.graph.outputs):
+            return None
+        return users[0]
+
+    def scratch_name(self, value: Value, part: str) -> str:
+        """The name of a scratch that belongs to a value, the same for all ops that read it."""
+        return f"@{self.numbers[value]}.{part}"
+
+    @cached_property
+    def numbers(self) -> dict[Value, int]:
+        """Each op's place in the graph; inputs come behind."""
+        return {value: index for index, value in enumerate((*self.graph.ops, *self.graph.inputs))}
+
+    def known(self, value: Value) -> bool:
+        """Whether the value is computed when compiling."""
+        return value in self.graph.constants
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """Which form of an activation each op reads, and who writes it."""
+        stated = {
+            op: statement
+            for op in self.graph.ops
+            if op not in self.graph.constants and (statement := self.rules.state(op, self)) is not None
+        }
+        return Agreement(self.graph, stated)
+
+    def buffers(self, value: Value, form: Form) -> dict[str, object]:
+        """What calls pass as a form of an activation, by the names of the form's buffers: room for as many rows as the
+        form is read for."""
+        if not isinstance(form, Converted):
+            return {buffer.name: value for buffer in form.buffers(1)}
+        rows: RowCount = product(value.shape[:-1])
+        bounds = [item.high for item in self.agreement.when(value, form) if item.symbol == str(rows)]
+        rows = rows if not bounds or bounds[0] is None else bounds[0]
+        return {
+            buffer.name: Scratch(self.scratch_name(value, f"{form.name}.{buffer.name}"), buffer.dtype, buffer.elements)
+            for buffer in form.buffers(rows)
+        }
 
 
 @dataclass
@@ -198,7 +242,7 @@ def decompose_unsupported(graph: Graph, rules: Rules, machine: Machine) -> tuple
     """Replace run-time ops that no rule takes by their decompositions, until every op has a rule."""
     choices: list[Choice] = []
     for _ in range(8):
-        context = Context(machine, graph)
+        context = Context(machine, graph, rules)
         refused: dict[Op, Choice] = {}
         for op in graph.ops:
             if op in graph.constants or isinstance(op, Reshape):
@@ -235,7 +279,7 @@ def _expand(graph: Graph, refused: dict[Op, Choice], machine: Machine) -> Graph:
 def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
     """The program of a graph. Users are lowered before what they use, so that rules can absorb operands."""
     graph, decomposed = decompose_unsupported(graph, rules, machine)
-    context = Context(machine, graph)
+    context = Context(machine, graph, rules)
     program = Program(graph, machine, decomposed=decomposed)
     needed: set[Value] = {value for _, value in graph.outputs}
     done: set[Value] = set()
@@ -256,4 +300,5 @@ def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
             needed.update(values_of(call))
         reverse.append(LoweredOp(op, lowered.calls, choice))
     program.ops = reverse[::-1]
+    context.agreement.check({lowered.op for lowered in program.ops}.__contains__)
     return program

@@ -8,7 +8,7 @@ import math
 import numpy as np
 from kernel_harness import Compiled, aligned
 
-from llmc.targets.cpu.linear_plan import LinearPlan, Variant
+from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.machine import Machine
 
@@ -85,7 +85,7 @@ class Case:
         """The result, computed in `pieces` ranges of units, last first; what lies behind it must stay untouched."""
         out = aligned(np.full(self.expected.size + 16, np.nan, np.float32))
         compiled = Compiled(variant.kernel, self.machine)
-        arguments = [out if name == "out" else self.aligned[name] for name in variant.arguments or self.plan.arguments]
+        arguments = [out if name == "out" else self.aligned[name] for name in self.plan.names(variant)]
         bounds = [variant.units(self.tokens) * i // pieces for i in range(pieces + 1)]
         for begin, end in reversed(list(itertools.pairwise(bounds))):
             compiled(*arguments, self.tokens, begin, end)

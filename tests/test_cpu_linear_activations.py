@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from cpu_linear_cases import activation_sums
 from kernel_harness import Compiled, aligned
-from x86_machines import MACHINES, each_machine
+from x86_machines import each_machine
 
-from llmc.targets.cpu.quantize_activations import padded, quantize_activations, round_activations
-from llmc.targets.kernel import kernel
+from llmc.targets.cpu.forms import Bf16Pairs, integer_groups
+from llmc.targets.cpu.quantize_activations import BytesProblem, padded
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 
 SIZES = [(1, 1, 32), (3, 31, 32), (2, 33, 32), (2, 129, 64), (1, 300, 128), (2, 512, 64)]
 
@@ -23,7 +24,7 @@ def run(machine: Machine, x: np.ndarray, group: int, weights: tuple[np.ndarray, 
     xq = aligned(np.full(tokens * size + 1, 55, np.int8))
     scales = aligned(np.full((tokens, size // group), np.nan, np.float32))
     sums = aligned(np.full((tokens, size // group), 1 << 30, np.int32))
-    compiled = Compiled(kernel(quantize_activations, machine.key, k=k, group=group, **params), machine)
+    compiled = Compiled(integer_groups(machine, k, group).writer(Chooser(machine), **params).kernel, machine)
     compiled(aligned(x), *map(aligned, weights), xq, scales, sums, 0, tokens)
     assert xq[-1] == 55
     q = xq[:-1].reshape(tokens, -1, group).astype(np.int64)
@@ -60,16 +61,6 @@ def test_zero_and_tiny_groups_have_scale_zero(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", each_machine())
-def test_rows_may_lie_apart(machine: Machine) -> None:
-    wide = np.random.default_rng(0).standard_normal((3, 70)).astype(np.float32)
-    compiled = Compiled(kernel(quantize_activations, machine.key, k=33, group=32, stride=70), machine)
-    q, scales, sums = (aligned(np.zeros(s, d)) for s, d in [((3, 64), "i1"), ((3, 2), "f4"), ((3, 2), "i4")])
-    compiled(aligned(wide), q, scales, sums, 0, 3)
-    for found, expected in zip((q, scales, sums), run(machine, wide[:, :33], 32), strict=True):
-        np.testing.assert_array_equal(found.reshape(expected.shape), expected)
-
-
-@pytest.mark.parametrize("machine", each_machine())
 @pytest.mark.parametrize(("tokens", "k", "group"), SIZES)
 @pytest.mark.parametrize("weight_offset", [0.0, 1.0])
 def test_rms_norm(machine: Machine, tokens: int, k: int, group: int, weight_offset: float) -> None:
@@ -103,7 +94,7 @@ def test_bf16_is_rounded_to_nearest_even(machine: Machine, k: int) -> None:
     x[2, -1] = np.nan
     width = k + k % 2
     xh = aligned(np.full(3 * width + 1, 7, np.uint16))
-    Compiled(kernel(round_activations, machine.key, k=k), machine)(aligned(x), xh, 0, 3)
+    Compiled(Bf16Pairs(k).writer(Chooser(machine)).kernel, machine)(aligned(x), xh, 0, 3)
     assert xh[-1] == 7
     found = xh[:-1].reshape(3, width)
     expected = x.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -118,7 +109,7 @@ def test_bf16_after_a_norm(machine: Machine) -> None:
     rng = np.random.default_rng(5)
     x, w = rng.standard_normal((2, 33)).astype(np.float32), rng.standard_normal(33).astype(np.float32)
     xh = aligned(np.zeros((2, 34), np.uint16))
-    Compiled(kernel(round_activations, machine.key, k=33, norm="rms", eps=1e-5), machine)(
+    Compiled(Bf16Pairs(33).writer(Chooser(machine), norm="rms", eps=1e-5).kernel, machine)(
         aligned(x), aligned(w), xh, 0, 2
     )
     exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * w
@@ -128,4 +119,4 @@ def test_bf16_after_a_norm(machine: Machine) -> None:
 
 def test_unknown_norms_are_refused() -> None:
     with pytest.raises(ValueError, match="known: none, rms, layer"):
-        quantize_activations(MACHINES["avx2"], k=32, group=32, norm="batch")
+        BytesProblem(k=32, group=32, norm="batch")

@@ -10,12 +10,12 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
 from llmc.targets.cpu.codegen import build_module
-from llmc.targets.cpu.linear_plan import FEW_ROWS, float_linear_plan
-from llmc.targets.cpu.quantize_activations import round_activations
-from llmc.targets.kernel import kernel
+from llmc.targets.cpu.linear_float import FloatRows
+from llmc.targets.cpu.linear_plan import float_linear_plan
+from llmc.targets.cpu.linear_problem import FloatProblem
+from llmc.targets.forms import Converted
 from llmc.targets.machine import Machine
-from llmc.targets.x86.activation_tiles import activation_tiles
-from llmc.targets.x86.linear_float_tile_rows import SPLIT
+from llmc.targets.template import Chooser
 
 TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 
@@ -23,23 +23,23 @@ TYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 def float_case(
     machine: Machine, tokens: int, n: int, k: int, dtype: str, activations: str = "f32", **fused: object
 ) -> Case:
-    plan = float_linear_plan(machine, n=n, k=k, dtype=dtype, activations=activations, **fused)
+    problem = FloatProblem(n=n, k=k, dtype=dtype, pairs=activations == "bf16", **fused)
+    plan = float_linear_plan(Chooser(machine), problem)
     rng = np.random.default_rng(n * 7 + k)
     weight = (rng.standard_normal((n, k)) / np.sqrt(k)).astype(TYPES[dtype])
     x = rng.standard_normal((tokens, k)).astype(np.float32)
     exact = x.astype(np.float64)
-    if plan.activations == "bf16":
+    if plan.arithmetic == "bf16":
         exact = x.astype(ml_dtypes.bfloat16).astype(np.float64)
-        bits = aligned(np.zeros((tokens, k + k % 2), np.uint16))
-        Compiled(kernel(round_activations, machine.key, k=k), machine)(aligned(x), bits, 0, tokens)
-        x = bits
     arrays = {"x": x, **plan.layout.pack(weight)}
-    if any(FEW_ROWS in variant.arguments for variant in plan.variants):
-        arrays[FEW_ROWS] = np.full((-(-tokens // 32) * 2, -(-k // 32), SPLIT, 16, 32), 0xFFFF, np.uint16)  # NaN
-        made = kernel(activation_tiles, machine.key, k=k, inputs=-(-k // 32) * 32, parts=SPLIT)
-        tiles = aligned(arrays[FEW_ROWS])
-        Compiled(made, machine)(aligned(x), tiles, 0, tokens)
-        arrays[FEW_ROWS] = tiles
+    for form in {variant.form for variant in plan.variants}:
+        if isinstance(form, Converted):
+            for buffer in form.buffers(tokens):
+                room = buffer.empty()
+                room.reshape(-1).view(np.uint8)[:] = 0xFF  # NaN behind the last row
+                arrays[buffer.name] = aligned(room)
+            written = [arrays[buffer.name] for buffer in form.buffers(tokens)]
+            Compiled(form.writer(Chooser(machine)).kernel, machine)(aligned(x), *written, 0, tokens)
     return Case(machine, plan, arrays, exact, weight.astype(np.float64), **fused)
 
 
@@ -82,7 +82,7 @@ def test_bf16_pairs(name: str, n: int, k: int) -> None:
     """vdpbf16ps rounds each of two additions, and flushes denormals; the products are exact."""
     for tokens in (1, 7, 31):
         case = float_case(MACHINES[name], tokens, n, k, "bf16", activations="bf16")
-        assert case.plan.activations == "bf16"
+        assert case.plan.arithmetic == "bf16"
         for variant in case.plan.variants:
             case.check(variant, tolerance=5e-7)
     assert "vdpbf16ps" in build_module(case.plan.variants[0].kernel, case.machine).inspect_source("asm")
@@ -92,7 +92,7 @@ def test_bf16_pairs(name: str, n: int, k: int) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_every_number_of_rows_has_one_kernel(machine: Machine, dtype: str) -> None:
     low = 1
-    for variant in float_linear_plan(machine, n=48, k=40, dtype=dtype).variants:
+    for variant in float_linear_plan(Chooser(machine), FloatProblem(n=48, k=40, dtype=dtype)).variants:
         assert variant.low == low
         low = variant.high + 1 if variant.high is not None else 0
     assert low == 0
@@ -100,5 +100,10 @@ def test_every_number_of_rows_has_one_kernel(machine: Machine, dtype: str) -> No
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
 def test_bf16_activations_fall_back_where_they_gain_nothing(name: str) -> None:
-    assert float_linear_plan(MACHINES[name], n=8, k=8, dtype="bf16", activations="bf16").activations == "f32"
-    assert float_linear_plan(MACHINES[name], n=8, k=8, dtype="f16", activations="bf16").activations == "f32"
+    for dtype in ("bf16", "f16"):
+        problem = FloatProblem(n=8, k=8, dtype=dtype, pairs=True)
+        assert float_linear_plan(Chooser(MACHINES[name]), problem).arithmetic == "f32"
+        reason, machine = Chooser(MACHINES[name]).choose(FloatRows, problem, (1, 1)), MACHINES[name]
+        assert (
+            reason == f"bf16 activations need bf16 weights and products of their pairs, not {dtype} on {machine.name}"
+        )

@@ -12,8 +12,11 @@ from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
 from llmc.runtime import cpu
-from llmc.targets.cpu.linear_plan import LinearPlan, Variant, quantized_linear_plan
+from llmc.targets.cpu.linear_plan import quantized_linear_plan
+from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86 import detect
 
 
@@ -41,9 +44,8 @@ def quantized_case(
     **fused: object,
 ) -> Case:
     """Random weights whose results are around 1, in every scheme."""
-    plan = quantized_linear_plan(
-        machine, n=n, k=k, bits=bits, group=group, symmetric=symmetric, activations=activations, **fused
-    )
+    problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+    plan = quantized_linear_plan(Chooser(machine), problem, activations)
     rng = np.random.default_rng(n * 7 + k)
     low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
     q = rng.integers(low, high, (n, k)).astype(np.int8 if symmetric else np.uint8)
@@ -105,7 +107,8 @@ def test_every_variant_at_awkward_sizes(
 def test_the_largest_integer_sums_are_exact(machine: Machine, symmetric: bool) -> None:
     """Weights and activations at both ends of their ranges: every i16 sum is as far from zero as it can be."""
     group, k, n, tokens = 64, 128, 4 * 16, 9
-    plan = quantized_linear_plan(machine, n=n, k=k, bits=4, group=group, symmetric=symmetric)
+    problem = QuantizedProblem(n=n, k=k, bits=4, group=group, symmetric=symmetric)
+    plan = quantized_linear_plan(Chooser(machine), problem)
     ends = np.array([-8, 7] if symmetric else [0, 15])
     q = np.repeat(ends, n // 2)[:, None].repeat(k, 1).astype(np.int8 if symmetric else np.uint8)
     q[1::2, k // 2 :] = ends[0]
@@ -178,14 +181,14 @@ def test_residual_may_be_the_result(name: str) -> None:
     for variant in case.plan.variants:
         separate = case.run(variant)
         buffer = aligned(case.arrays["residual"])
-        arguments = [buffer if name in ("out", "residual") else case.aligned[name] for name in case.plan.arguments]
+        arguments = [buffer if name in ("out", "residual") else case.aligned[name] for name in case.plan.names(variant)]
         Compiled(variant.kernel, case.machine)(*arguments, 20, 0, variant.units(20))
         np.testing.assert_array_equal(buffer, separate)
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_plans_cover_every_number_of_tokens_once(machine: Machine) -> None:
-    plan = quantized_linear_plan(machine, n=64, k=64, bits=4, group=32, symmetric=True)
+    plan = quantized_linear_plan(Chooser(machine), QuantizedProblem(n=64, k=64, bits=4, group=32, symmetric=True))
     assert plan.variants[0].low == 1 and plan.variants[-1].high is None
     for before, after in itertools.pairwise(plan.variants):
         assert after.low == before.high + 1

@@ -178,7 +178,7 @@ def test_rules_that_tie_are_an_error_and_refusals_are_kept() -> None:
 
     from llmc.targets.lowering import Context
 
-    context = Context(machine_named("x86-64-v3"), Graph("g", (), (("y", op),)))
+    context = Context(machine_named("x86-64-v3"), Graph("g", (), (("y", op),)), rules)
     chosen = rules.choose(op, context)
     assert isinstance(chosen, tuple)
     assert chosen[1].rule == "plain"

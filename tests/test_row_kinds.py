@@ -3,20 +3,27 @@ rows there are: what lowering guards its calls with, and which steps the runtime
 
 from __future__ import annotations
 
+import itertools
+
 import fake_artifact
 import numpy as np
 import pytest
 from small_decoder import small_decoder
 from x86_machines import MACHINES
 
-from llmc.compiler.ir.dims import Dim, symbols_of
+from llmc.compiler.ir.dims import Dim, symbol, symbols_of
+from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.kernels import RunKernels  # noqa: F401  (registers the op)
+from llmc.compiler.ir.llm import GatedLinear, Linear, Quantize, QuantizeActivations
+from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.types import Tensor
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.runtime.runtime import Runtime
 from llmc.targets import lower
 from llmc.targets.cpu.codegen import build_module
-from llmc.targets.kernel import Call
+from llmc.targets.kernel import Call, Scratch
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
@@ -56,6 +63,62 @@ def test_the_kind_decides_and_not_the_number(scheme: str) -> None:
             assert len(kinds) == 1, (op.op.name, kinds)
     names = {call.kernel.name for op in program.ops for call in op.calls}
     assert ("tile_linear" in names) == (scheme != "f16"), "tiles multiply no f16"
+
+
+def scratches(call: Call) -> tuple[set[str], set[str]]:
+    """The forms' buffers that a call reads, and those that it writes: a kernel's results come last."""
+    names = [arg.name for arg in call.args if isinstance(arg, Scratch) and arg.name.startswith("@")]
+    results = {"quantize_activations": 3, "round_activations": 1, "activation_tiles": 1}.get(call.kernel.name, 0)
+    if call.kernel.name == "tile_linear":
+        results = dict(call.kernel.params)["packed"] is True
+    return set(names[: len(names) - results]), set(names[len(names) - results :])
+
+
+def chain(kind: str) -> Graph:
+    """Arrays through linear ops one behind the other, with a reader that needs own rows."""
+    tokens = symbol("T", 1, 4096)
+    x = Input("x", Tensor((tokens, 96), "f32"))
+    dtype = "bf16" if kind == "bf16" else "f32"
+
+    def weight(name: str, outputs: int, inputs: int) -> Value:
+        plain = Param(name, Tensor((outputs, inputs), dtype))
+        return Quantize(plain, "q4g32") if kind == "int8" else plain
+
+    def rounds(value: Value) -> Value:
+        if kind == "int8":
+            return QuantizeActivations(value, 32)
+        return Cast(Cast(value, "bf16"), "f32") if kind == "bf16" else value
+
+    first = Linear(rounds(x), weight("a", 128, 96), activation="gelu")
+    gated = GatedLinear(rounds(first), weight("b", 128, 128))
+    last = Linear(rounds(gated), weight("c", 64, 64), residual=gated)
+    others = Linear(rounds(last), weight("d", 33, 64)), Linear(rounds(last), weight("e", 40, 64))
+    return Graph("chain", (x,), (("y", others[0]), ("z", others[1])))
+
+
+KINDS = (*SCHEMES, "chain f32", "chain bf16", "chain int8")
+
+
+@pytest.mark.parametrize("name", ["tiles", "znver5"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_is_written_before_it_is_read(kind: str, name: str) -> None:
+    """At every size and kind of step; and nothing is written twice, or for nobody."""
+    machine = TILES if name == "tiles" else detect.machine(name)
+    array = kind.removeprefix("chain ")
+    program = lower(chain(array), machine) if array != kind else lowered(kind, machine)
+    shared = set()
+    for tokens in COUNTS:
+        for rows, prompt in itertools.product((1, 20, 200), (0, 1)):
+            sizes = {"T": tokens, "R": rows, "B": 1, "SPLITS": 1, "PROMPT": prompt}
+            written: set[str] = set()
+            read: set[str] = set()
+            for call in (call for op in program.ops for call in op.calls if runs(call, sizes)):
+                reads, writes = scratches(call)
+                assert reads <= written and not writes & written, (call.kernel.name, sizes)
+                written, read = written | writes, read | reads
+            assert written == read, sizes
+            shared |= written
+    assert shared or (kind not in ("int4", "int8", "chain int8") and name != "tiles") or kind == "f16"
 
 
 def family(call: Call) -> str:

@@ -20,9 +20,10 @@ from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_tile import AttentionTile
 from llmc.targets.cpu.codegen import build_module, object_code
 from llmc.targets.cpu.library import kernels_of
-from llmc.targets.cpu.linear_quantized import quantized_linear_rows
+from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.linear_quantized import QuantizedRows
 from llmc.targets.cpu.stack import MOST_STACK_BYTES, stack_bytes
-from llmc.targets.kernel import Kernel, kernel
+from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
 from llmc.targets.x86.attention_matrix import AttentionMatrix
 
@@ -39,9 +40,9 @@ def attention(machine: Machine, head_dim: int, value_dim: int, **other: Any) -> 
 
 def wide_linear(machine: Machine, k: int) -> Kernel:
     """Sums of 16 rows, which keep a number of each group."""
-    return kernel(
-        quantized_linear_rows, machine.key, n=16, k=k, bits=4, group=32, symmetric=True, rows=1, tiles=1, row_block=16
-    )
+    problem = QuantizedProblem(n=16, k=k, bits=4, group=32, symmetric=True)
+    rows = QuantizedRows(rows=1, tiles=1, row_block=16, unroll=8, chains=2, ahead=3072, least=32 << 10)
+    return rows.kernel(problem, machine)
 
 
 def stated(item: Kernel, machine: Machine) -> int:

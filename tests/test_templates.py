@@ -12,6 +12,7 @@ import pytest
 from small_decoder import small_decoder
 from small_encoder import small_encoder
 from template_cases import Case, cases, functions
+from template_linear_cases import linear_cases
 from x86_machines import MACHINES, runnable
 
 from llmc.compiler.options import CompileOptions
@@ -24,12 +25,16 @@ from llmc.targets.kernel import Kernel
 from llmc.targets.lowering import Context
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser, Problem, Template, count, describe_space, is_exact, knob, knobs, space
+from llmc.targets.x86.activation_tiles import ActivationTiles
 from llmc.targets.x86.attention_matrix import AttentionMatrix
+from llmc.targets.x86.linear_float_tile_rows import FloatTileRows
+from llmc.targets.x86.linear_tile_rows import QuantizedTileRows
+from llmc.targets.x86.tile_plan import TileLinear
 
 TARGETS = ("x86-64-v3", "znver4", "sapphirerapids")
 RUNNABLE = [name for name in ("avx2", "avx512vnni") if runnable(name)]
 SLACK = 24 << 10  # of what is stated as taken of the stack: indices are counted as more than there are
-CASES = cases()
+CASES = [*cases(), *linear_cases()]
 
 
 def templates(kind: type[Template[Any]] = Template) -> Iterator[type[Template[Any]]]:
@@ -110,8 +115,9 @@ def test_knobs_that_change_bits_do_not_depend_on_rows(met: list[tuple[Kernel, Ma
 
 def test_every_template_with_numbers_in_its_code_is_here() -> None:
     have = {template for template in templates() if any(field.code for field in knobs(template))}
-    # attention_matrix needs tile registers: test_x86_attention_matrix.py.
-    assert have == {item.template for item in CASES} | {AttentionMatrix}
+    # Those for tile registers: test_x86_attention_matrix.py, test_x86_linear_tiles.py, test_forms.py.
+    on_tiles = {AttentionMatrix, TileLinear, QuantizedTileRows, FloatTileRows, ActivationTiles}
+    assert have == {item.template for item in CASES} | on_tiles
 
 
 def check(item: Case, machine: Machine, members: list[Template[Any]]) -> None:

@@ -8,11 +8,14 @@ import pytest
 
 from llmc.targets import machine_named
 from llmc.targets.cpu.linear_plan import float_linear_plan
-from llmc.targets.cpu.matrix_unit import many_rows_unit, matrix_unit
+from llmc.targets.cpu.linear_problem import FloatProblem, QuantizedProblem
+from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 
 SERVER = machine_named("sapphirerapids")
-ROWS = {"n": 64, "k": 64, "gated": False, "activation": "none", "bias": False, "residual": False}
+QUANTIZED = QuantizedProblem(n=64, k=64, bits=4, group=32, symmetric=True)
+FLOAT = FloatProblem(n=64, k=64, dtype="bf16")
 
 
 def without(*features: str) -> Machine:
@@ -25,9 +28,9 @@ def served(machine: Machine) -> set[str]:
     if unit is None:
         return set()
     found = {
-        "many rows": unit.serves_many,
-        "few integers": unit.quantized_rows(8, {**ROWS, "bits": 4, "group": 32, "symmetric": True}),
-        "few floats": unit.float_rows({**ROWS, "dtype": "bf16", "pairs": False}),
+        "many rows": unit.activations(64, 8, 32) is not None,
+        "few integers": unit.quantized_rows(Chooser(machine), QUANTIZED, 8),
+        "few floats": unit.float_rows(Chooser(machine), FLOAT),
         "attention": unit.attention(64, "float16"),
         **{limit.name: True for limit in unit.limits()},
     }
@@ -55,11 +58,11 @@ def test_a_missing_feature_is_what_needs_it(machine: Machine, lacks: set[str]) -
 
 def test_few_rows_of_floats_go_where_their_activations_can_be_made() -> None:
     def names(machine: Machine) -> set[str]:
-        plan = float_linear_plan(machine, n=64, k=64, dtype="bf16")
+        plan = float_linear_plan(Chooser(machine), FLOAT)
         return {variant.kernel.name for variant in plan.variants}
 
     assert "float_linear_tile_rows" in names(SERVER)
-    assert names(without("avx512bf16")) == {"float_linear"}
+    assert names(without("avx512bf16")) == {"float_linear_rows", "float_linear_blocks"}
 
 
 @pytest.mark.parametrize(
@@ -67,4 +70,4 @@ def test_few_rows_of_floats_go_where_their_activations_can_be_made() -> None:
     [machine_named("znver5"), machine_named("x86-64-v3"), without("amx-tile"), replace(SERVER, vector_bits=256)],
 )
 def test_there_is_none_without_tiles_or_vectors_as_wide(machine: Machine) -> None:
-    assert matrix_unit(machine) is None and many_rows_unit(machine) is None
+    assert matrix_unit(machine) is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,14 +13,18 @@ from kernel_harness import Compiled, aligned
 
 from llmc.runtime import cpu
 from llmc.targets.cpu.codegen import build_module
-from llmc.targets.kernel import kernel
+from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
+from llmc.targets.template import Chooser, space
 from llmc.targets.x86 import detect
-from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
-from llmc.targets.x86.linear_tiles import tile_linear
-from llmc.targets.x86.tile_plan import ROWS_FROM, TilePlan, tile_plan, usable
+from llmc.targets.x86.activation_tiles import Bf16Tiles
+from llmc.targets.x86.linear_float_tile_rows import FloatTileRows
+from llmc.targets.x86.linear_tile_rows import QuantizedTileRows
+from llmc.targets.x86.tile_plan import ROWS_FROM, TileLinear, tile_plan, usable
 
 MACHINE = detect.machine("sapphirerapids")
 needs_tiles = pytest.mark.skipif(not MACHINE.features <= cpu.features(), reason="this computer has no tile registers")
+
+SMALL = ManyRowsProblem(n=64, k=64, bits=4, group=64)
 
 # A product's factors are each rounded to bf16, by 2^-9 at most; f32 sums of thousands add little to that.
 ROUNDING = 2.0**-8 + 2.0**-12
@@ -25,29 +32,12 @@ ROUNDING = 2.0**-8 + 2.0**-12
 SPLIT_ROUNDING = 2.0**-20
 
 
-def parts_of(x: np.ndarray, split: int) -> np.ndarray:
-    """[split, ...] bf16: each part is what the ones before leave, rounded."""
-    parts = []
-    for _ in range(split):
-        parts.append(x.astype(ml_dtypes.bfloat16))
-        x = x - parts[-1].astype(np.float32)
-    return np.stack(parts)
-
-
-def in_tiles(x: np.ndarray, inputs: int, split: int = 1) -> np.ndarray:
-    """[T, k] as the kernels want it; rows past the last hold NaN, which must not leak."""
-    tokens, k = x.shape
-    padded = np.full((-(-tokens // 32) * 32, inputs), np.nan, np.float32)
-    padded[:tokens] = 0
-    padded[:tokens, :k] = x
-    parts = parts_of(padded, split).reshape(split, len(padded) // 16, 16, inputs // 32, 32)
-    return np.ascontiguousarray(parts.transpose(1, 3, 0, 2, 4)).view(np.uint16)
-
-
-def from_tiles(bits: np.ndarray, tokens: int, features: int, split: int = 1) -> np.ndarray:
-    """The inverse, f32."""
-    tiles = bits.view(ml_dtypes.bfloat16).reshape(-1, features // 32, split, 16, 32).transpose(2, 0, 3, 1, 4)
-    return tiles.reshape(split, -1, features)[:, :tokens].astype(np.float32).sum(axis=0)
+def in_tiles(form: Bf16Tiles, x: np.ndarray) -> np.ndarray:
+    """[T, features] as the kernels want it; rows past the last hold NaN, which must not leak."""
+    tiles = form.encode(x)["xtiles"]
+    rows = tiles.transpose(0, 3, 1, 2, 4).reshape(-1, *tiles[0, :, :, 0].shape)
+    rows[len(x) :] = 0x7FC0
+    return np.ascontiguousarray(rows.reshape(-1, 16, *rows.shape[1:]).transpose(0, 2, 3, 1, 4))
 
 
 class Case:
@@ -56,7 +46,10 @@ class Case:
     def __init__(self, tokens: int, n: int, k: int, bits: int, group: int, symmetric: bool = True, **fused) -> None:
         rng = np.random.default_rng(n * k + bits)
         self.tokens, self.fused = tokens, fused
-        self.plan = tile_plan(MACHINE, n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        if bits >= 16:
+            group = 0
+        problem = ManyRowsProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        self.plan = tile_plan(Chooser(MACHINE), problem)
         self.x = x = rng.standard_normal((tokens, k)).astype(np.float32)
         if bits >= 16:
             weight = rng.standard_normal((n, k)).astype(np.float32 if bits == 32 else ml_dtypes.bfloat16)
@@ -91,7 +84,9 @@ class Case:
         if fused.get("residual"):
             arrays["residual"] = rng.standard_normal((tokens, features)).astype(np.float32)
             self.expected = self.expected + arrays["residual"]
-        arrays["xtiles"] = in_tiles(x, self.plan.inputs, self.plan.split)
+        self.form = self.plan.variants[0].form
+        assert isinstance(self.form, Bf16Tiles)
+        arrays["xtiles"] = in_tiles(self.form, x)
         self.arrays = {name: aligned(values) for name, values in arrays.items()}
 
     def run(self, which: int, pieces: int = 1) -> np.ndarray:
@@ -99,7 +94,8 @@ class Case:
         variant = self.plan.variants[which]
         tokens, features = self.expected.shape
         packed = self.fused.get("packed")
-        elements = int(tiles_elements(tokens, features, self.plan.split)) if packed else tokens * features
+        result = Bf16Tiles(features, features, self.form.parts)
+        elements = result.buffers(tokens)[0].elements if packed else tokens * features
         guard = 64
         out = aligned(np.full(elements + guard, 7, np.uint16 if packed else np.float32))
         workspace = aligned(
@@ -109,14 +105,14 @@ class Case:
         compiled, units = Compiled(variant.kernel, MACHINE), variant.units(tokens)
         bounds = [units * i // pieces for i in range(pieces + 1)]
         for i in reversed(range(pieces)):
-            compiled(*(given[name] for name in self.plan.arguments), tokens, bounds[i], bounds[i + 1])
+            compiled(*(given[name] for name in self.plan.names(variant)), tokens, bounds[i], bounds[i + 1])
         assert (out[elements:] == 7).all(), "wrote past its result"
         if packed:
-            return from_tiles(out[:elements], tokens, features, self.plan.split)
+            return result.decode({"xtiles": out[:elements]}, tokens)
         return out[:elements].reshape(tokens, features)
 
     def check(self, which: int, pieces: int = 1) -> None:
-        split = self.plan.split > 1
+        split = self.form.parts > 1
         tolerance = SPLIT_ROUNDING if split else ROUNDING + (2.0**-8 if self.fused.get("packed") else 0)
         allowed = tolerance * (self.terms + (np.abs(self.expected) if self.fused.get("packed") else 0)) + 1e-6
         assert (np.abs(self.run(which, pieces) - self.expected) <= allowed).all()
@@ -168,10 +164,10 @@ def test_parts_of_numbers_of_every_size() -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((5, 64)) * 2.0 ** rng.integers(-100, 120, (5, 64))).astype(np.float32)
     x[0, :4] = 0.0, -0.0, 1.0, np.finfo(np.float32).max / 2
-    made = kernel(activation_tiles, MACHINE.key, k=64, inputs=64, parts=3)
-    out = aligned(np.full(int(tiles_elements(5, 64, 3)), 0x7FC0, np.uint16))
-    Compiled(made, MACHINE)(aligned(x), out, 0, 5)
-    assert (from_tiles(out, 5, 64, 3) == x).all()
+    form = Bf16Tiles(64, 64, 3)
+    out = aligned(np.full(form.buffers(5)[0].elements, 0x7FC0, np.uint16))
+    Compiled(form.writer(Chooser(MACHINE)).kernel, MACHINE)(aligned(x), out, 0, 5)
+    assert (form.decode({"xtiles": out}, 5) == x).all()
 
 
 @needs_tiles
@@ -207,10 +203,10 @@ def test_activations_round_to_the_nearest_bf16(k: int, norm: str) -> None:
     x = rng.standard_normal((tokens, k)).astype(np.float32)
     weight = rng.standard_normal(k).astype(np.float32)
     extra = [] if norm == "none" else [aligned(weight)]
-    made = kernel(activation_tiles, MACHINE.key, k=k, inputs=inputs, norm=norm, eps=1e-5)
-    out = aligned(np.full(int(tiles_elements(tokens, inputs)), 0x7FC0, np.uint16))
-    Compiled(made, MACHINE)(aligned(x), *extra, out, 0, tokens)
-    got = from_tiles(out, tokens, inputs)
+    form = Bf16Tiles(k, inputs)
+    out = aligned(np.full(form.buffers(tokens)[0].elements, 0x7FC0, np.uint16))
+    Compiled(form.writer(Chooser(MACHINE), norm=norm, eps=1e-5).kernel, MACHINE)(aligned(x), *extra, out, 0, tokens)
+    got = replace(form, features=inputs).decode({"xtiles": out}, tokens)
     exact = x.astype(np.float64)
     if norm != "none":
         centred = exact - (exact.mean(1, keepdims=True) if norm == "layer" else 0)
@@ -223,7 +219,7 @@ def test_activations_round_to_the_nearest_bf16(k: int, norm: str) -> None:
 
 
 def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
-    made = tile_plan(MACHINE, n=64, k=64, bits=4, group=64).variants[0].kernel
+    made = tile_plan(Chooser(MACHINE), SMALL).variants[0].kernel
     code = build_module(made, MACHINE).inspect_source("asm")
     for instruction in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
         assert instruction in code
@@ -231,14 +227,35 @@ def test_the_code_multiplies_tiles_and_nothing_else_does() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit"):
-        tile_linear(MACHINE, n=64, k=64, bits=4, group=64, step=64, tiles=3, row_block=32)
-    with pytest.raises(ValueError, match="cannot be packed"):
-        tile_linear(MACHINE, n=48, k=64, bits=4, group=64, packed=True, step=64, tiles=2, row_block=32)
+    assert "no whole number of tiles" in TileLinear(3, 32, 512, 0).refuse(SMALL, MACHINE)
+    gated = replace(SMALL, gated=True, packed=True)
+    assert TileLinear(2, 32, 512, 0).refuse(gated, MACHINE) == (
+        "panels of 2 weight tiles have no whole number of tiles of results"
+    )
+    assert TileLinear(4, 32, 512, 0).refuse(gated, MACHINE) == ""
+    assert "48 features do not fill" in TileLinear(4, 32, 512, 0).refuse(replace(SMALL, n=48, packed=True), MACHINE)
+    assert "no tile registers" in TileLinear(4, 32, 512, 0).refuse(SMALL, detect.machine("znver5"))
+    ring = QuantizedTileRows(rows=8, unpack_ahead=2, ring=2, ahead=3072, least=32 << 10)
+    few = QuantizedProblem(n=64, k=64, bits=4, group=64, symmetric=True)
+    assert ring.refuse(few, MACHINE) == "a ring of 2 groups has no room for 2 ahead and one that is multiplied"
+    assert replace(ring, ring=4).refuse(few, MACHINE) == ""
+
+
+def test_every_way_to_write_a_kernel_becomes_code() -> None:
+    """A few members of each space, drawn by chance; what they compute is tested where there are tile registers."""
+    drawn = random.Random(0)
+    for template, problem in (
+        (TileLinear, SMALL),
+        (TileLinear, ManyRowsProblem(n=96, k=129, bits=32, packed=True)),
+        (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=96, symmetric=False)),
+        (FloatTileRows, FloatProblem(n=70, k=129, dtype="bf16")),
+    ):
+        for member in drawn.sample(list(space(template, problem, MACHINE)), 2):
+            assert "tdp" in build_module(member.kernel(problem, MACHINE), MACHINE).inspect_source("asm")
 
 
 def test_few_rows_are_left_to_the_integer_kernels() -> None:
-    plan: TilePlan = tile_plan(MACHINE, n=64, k=64, bits=4, group=64)
+    plan = tile_plan(Chooser(MACHINE), SMALL)
     assert plan.variants[0].low == ROWS_FROM
     assert plan.variants[0].high is not None and plan.variants[0].high + 1 == plan.variants[1].low
     assert plan.variants[1].high is None

@@ -11,7 +11,7 @@ from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Gather
 from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding
 from llmc.targets.cpu.layouts import FloatLayout
-from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.linear_problem import quantized_layout
 from llmc.targets.cpu.plain import RULES, plain_call, used_symbols
 from llmc.targets.cpu.vector_isa import isa_for, missing_vectors
 from llmc.targets.kernel import Call, Packed, Scratch

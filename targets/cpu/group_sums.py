@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from llmc.targets.cpu.vector_isa import VectorIsa
 
-# Quads that are unrolled: 32 inputs, the smallest group. Even, as two quads of 4-bit weights share a vector.
-UNROLLED = 8
+UNROLL = (4, 8)  # quads that may be unrolled, of 8 in the smallest group. Even: two quads of 4 bits share a vector
 # What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `PairSums`.
 CENTRE = 8
 
@@ -79,10 +78,14 @@ class Sums(ABC):
     def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """total + the products of a quad."""
 
+    def refuse(self, unroll: int, chains: int) -> str:
+        """Why so many quads cannot be unrolled into so many chains; empty where they can."""
+        return "" if unroll % chains == 0 else f"{unroll} unrolled quads are no whole number for {chains} chains"
+
     @abstractmethod
-    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
-        """Emit the sums of a group, i32 by slot. chains: successive quads go to successive sums, so that with few rows
-        the multiplier's latency is hidden."""
+    def emit(self, products: Products, weights: Sequence[Weights], unroll: int, chains: int) -> b.Registers:
+        """Emit the sums of a group, i32 by slot, `unroll` quads at a time. chains: successive quads go to successive
+        sums, so that with few rows the multiplier's latency is hidden."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class WideSums(Sums):
     def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         return isa.dot(total, weights, activations, bits)
 
-    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
+    def emit(self, products: Products, weights: Sequence[Weights], unroll: int, chains: int) -> b.Registers:
         isa, bits = products.isa, products.bits
         count = len(weights) * len(products.rows)
         sums = [b.Registers(count, isa.i32) for _ in range(chains)]
@@ -103,8 +106,8 @@ class WideSums(Sums):
             sums[0][slot] = products.start(slot)
             for more in sums[1:]:
                 more[slot] = isa.splat(0, "int32")
-        with b.loop(products.quads // UNROLLED) as chunk:
-            for step, slot, w, a in products.operands(weights, chunk * UNROLLED, UNROLLED):
+        with b.loop(products.quads // unroll) as several:
+            for step, slot, w, a in products.operands(weights, several * unroll, unroll):
                 chain = sums[step % chains]
                 chain[slot] = isa.in_place(isa.dot(chain[slot], w, a, bits))
         for slot in range(count):
@@ -128,10 +131,6 @@ class PairSums(Sums):
 
     registers = 2
 
-    def __post_init__(self) -> None:
-        if self.held < UNROLLED:
-            raise ValueError(f"i16 sums of {self.held} pairs, where {UNROLLED} are unrolled")
-
     @property
     def centre(self) -> int:  # type: ignore[override]
         return CENTRE if self.whole else 0
@@ -142,32 +141,37 @@ class PairSums(Sums):
     def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         return total + self.narrow.dot_narrow(weights, activations)
 
-    def emit(self, products: Products, weights: Sequence[Weights], chains: int) -> b.Registers:
-        return (self._whole if self.whole else self._parts)(products, weights)
+    def refuse(self, unroll: int, chains: int) -> str:
+        if unroll > self.held and not self.whole:
+            return f"i16 hold {self.held} sums of two products, not {unroll}"
+        return super().refuse(unroll, chains)
 
-    def _parts(self, products: Products, weights: Sequence[Weights]) -> b.Registers:
-        """UNROLLED of them at a time."""
+    def emit(self, products: Products, weights: Sequence[Weights], unroll: int, chains: int) -> b.Registers:
+        return self._whole(products, weights) if self.whole else self._several(products, weights, unroll)
+
+    def _several(self, products: Products, weights: Sequence[Weights], unroll: int) -> b.Registers:
+        """`unroll` of them at a time."""
         isa, count = products.isa, len(weights) * len(products.rows)
         sums = b.Registers(count, isa.i32)
         for slot in range(count):
             sums[slot] = products.start(slot)
-        with b.loop(products.quads // UNROLLED) as chunk:
-            parts = b.Registers(count, isa.i16)
-            for step, slot, w, a in products.operands(weights, chunk * UNROLLED, UNROLLED):
+        with b.loop(products.quads // unroll) as several:
+            pairs = b.Registers(count, isa.i16)
+            for step, slot, w, a in products.operands(weights, several * unroll, unroll):
                 dots = self.narrow.dot_narrow(w, a)
-                parts[slot] = isa.in_place(parts[slot] + dots) if step else dots
+                pairs[slot] = isa.in_place(pairs[slot] + dots) if step else dots
             for slot in range(count):
-                sums[slot] = self.narrow.widen(sums[slot], parts[slot])
+                sums[slot] = self.narrow.widen(sums[slot], pairs[slot])
         return sums
 
     def _whole(self, products: Products, weights: Sequence[Weights]) -> b.Registers:
         isa, count = products.isa, len(weights) * len(products.rows)
-        parts = b.Registers(count, isa.i16)
+        pairs = b.Registers(count, isa.i16)
         for slot in range(count):
-            parts[slot] = products.narrow_start(slot)
+            pairs[slot] = products.narrow_start(slot)
         for _, slot, w, a in products.operands(weights, b.index(0), products.quads):
-            parts[slot] = isa.in_place(parts[slot] + self.narrow.dot_narrow(w, a))
+            pairs[slot] = isa.in_place(pairs[slot] + self.narrow.dot_narrow(w, a))
         sums = b.Registers(count, isa.i32)
         for slot in range(count):
-            sums[slot] = self.narrow.widen(products.start(slot), parts[slot])
+            sums[slot] = self.narrow.widen(products.start(slot), pairs[slot])
         return sums

@@ -10,21 +10,22 @@ out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 *
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_blocks import each_block
-from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.linear_problem import FloatProblem, LinearProblem, QuantizedProblem, refuse_blocks
 from llmc.targets.cpu.vector_isa import Bf16Dots, VectorIsa, isa_for
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, P, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-UNROLLED = 8  # terms of the sum in an unrolled step
-PART = 64  # terms of float weights that a panel holds; quantized ones: a group
+LATENCY_BYTES = 64  # of weights that are multiplied in four cycles, at least: what no core reads from memory
 
 # (first term of the part, how many of its vectors) -> vectors, one a term
 Vectors = Callable[["Expr", int], list["Expr"]]
@@ -37,15 +38,11 @@ class _FloatWeights:
     `bundle_bytes`; a tile has `tile_bytes`.
     """
 
-    def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool) -> None:
-        if pairs and (layout.dtype != "bf16" or isa.bf16_dots is None):
-            raise ValueError(
-                f"bf16 activations need bf16 weights and products of their pairs, not {layout.dtype} on {isa.name}"
-            )
+    def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool, part: int) -> None:
         self.isa, self.layout, self.n, self.k = isa, layout, n, k
         self.dots = isa.bf16_dots if pairs else None
         self.terms = -(-k // 2) if pairs else k
-        self.part = PART
+        self.part = part
         self.bundle = 2 if layout.dtype == "bf16" and not pairs else 1
         self.bundle_bytes = isa.lanes * (2 if layout.dtype == "f16" else 4)
         self.tile_bytes = -(-self.terms // self.bundle) * self.bundle_bytes
@@ -149,18 +146,18 @@ class _Activations:
         return self.isa.fma(spread, weights, total)
 
 
-def _function(isa: VectorIsa, weights: _Weights, epilogue: Epilogue, body: Callable[..., None]) -> PrimFunc:
-    pointers = [("x", "uint16" if weights.dots else "float32"), *weights.pointers(), *epilogue.pointers()]
+def _function(weights: _Weights, problem: LinearProblem, body: Callable[..., None]) -> PrimFunc:
+    pointers = [("x", "uint16" if weights.dots else "float32"), *weights.pointers(), *problem.epilogue.pointers()]
     return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER + (weights.dots.helper if weights.dots else ""))
 
 
-def _steps(terms: int) -> Iterator[tuple[Expr, int]]:
+def _steps(terms: int, unroll: int) -> Iterator[tuple[Expr, int]]:
     """(first term, how many): emit each once. A loop of unrolled steps, then what is left."""
-    if terms >= UNROLLED:
-        with b.loop(terms // UNROLLED) as step:
-            yield step * UNROLLED, UNROLLED
-    if terms % UNROLLED:
-        yield b.index(terms // UNROLLED * UNROLLED), terms % UNROLLED
+    if terms >= unroll:
+        with b.loop(terms // unroll) as step:
+            yield step * unroll, unroll
+    if terms % unroll:
+        yield b.index(terms // unroll * unroll), terms % unroll
 
 
 def _parts(terms: int, part: int) -> Iterator[tuple[Expr, int]]:
@@ -179,10 +176,10 @@ def _bundles(first: Expr, count: int, size: int) -> Iterator[tuple[Expr, int, in
 
 
 class _Stream:
-    """Prefetches of one tile, `ahead_bytes` before its bytes are multiplied."""
+    """Prefetches of one tile, `distance` bytes before its bytes are multiplied."""
 
-    def __init__(self, handles: Mapping[str, Expr], weights: _Weights, tile: Expr, streams: int) -> None:
-        self.data = b.view(handles["data"], [b.MANY], "uint8")
+    def __init__(self, handles: Mapping[str, Expr], weights: _Weights, tile: Expr, streams: int, distance: int) -> None:
+        self.data, self.distance = b.view(handles["data"], [b.MANY], "uint8"), distance
         self.weights, self.start, self.streams = weights, b.let(tile * weights.tile_bytes), streams
 
     def ahead(self, term: Expr) -> Callable[[int], None]:
@@ -193,7 +190,7 @@ class _Stream:
         from tvm import tirx
 
         weights = self.weights
-        inside = b.let(term // weights.bundle * weights.bundle_bytes + weights.isa.ahead_bytes)
+        inside = b.let(term // weights.bundle * weights.bundle_bytes + self.distance)
         skip = b.index((self.streams - 1) * weights.tile_bytes)
         at = b.let(self.start + inside + tirx.Select(inside >= weights.tile_bytes, skip, b.index(0)))
 
@@ -206,13 +203,10 @@ class _Stream:
         return prefetch
 
 
-def _rows_kernel(
-    isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int
-) -> PrimFunc:
-    """Any T, `rows` at a time. One unit: `tiles` tiles, streamed side by side: several streams keep more of the memory
-    busy. The limit is the memory's read bandwidth. Each sum adds its terms in order, as in blocks of rows, so that a
-    row has the same bits beside any number of others.
-    """
+def _rows_kernel(problem: LinearProblem, weights: _Weights, knobs: StreamedFloats[P]) -> PrimFunc:
+    """The code of `StreamedFloats`."""
+    isa, epilogue, all_tiles = weights.isa, problem.epilogue, weights.layout.tiles(problem.n)
+    rows, tiles = knobs.rows, knobs.tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x = _Activations(isa, weights.k, weights.dots, handles["x"])
@@ -228,10 +222,10 @@ def _rows_kernel(
         totals = b.Registers(tiles * rows, isa.f32)
         for slot in range(len(totals.slots)):
             totals[slot] = isa.splat(0.0)
-        streams = [_Stream(handles, weights, tile[t], tiles) for t in range(tiles)]
+        streams = [_Stream(handles, weights, tile[t], tiles, knobs.ahead) for t in range(tiles)]
         for part, terms in _parts(weights.terms, weights.part):
             sources = [weights.at(handles, tile[t], part) for t in range(tiles)]
-            for first, count in _steps(terms):
+            for first, count in _steps(terms, knobs.unroll):
                 ahead = [stream.ahead(part * weights.part + first) for stream in streams]
                 for term, place, size in _bundles(first, count, weights.bundle):
                     vectors = []
@@ -254,7 +248,7 @@ def _rows_kernel(
                     sums = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
                     epilogue.emit(isa, handles, row[m], (first_tile + t) // epilogue.tiles, sums)
 
-    return _function(isa, weights, epilogue, body)
+    return _function(weights, problem, body)
 
 
 def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> Expr:
@@ -266,17 +260,11 @@ def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> E
     return first_tile * weights.tile_bytes + tirx.Select(ended, b.index(tiles * weights.tile_bytes), inside)
 
 
-def _blocks_kernel(
-    isa: VectorIsa, weights: _Weights, epilogue: Epilogue, all_tiles: int, rows: int, tiles: int, row_block: int
-) -> PrimFunc:
-    """Prefill. One unit: `row_block` rows by a panel of `tiles` tiles; consecutive units share the panel.
-
-    A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
-    lasts. Loads per multiply: 1/rows + 1/tiles. The limit is the multipliers; of up to some 30 rows it is the memory,
-    so the next part is asked for evenly while this one is multiplied: 24 to 35% faster at 13 to 48 rows of f32.
-    """
-
-    lines = -(-UNROLLED // weights.bundle * weights.bundle_bytes // isa.cache_line) * tiles  # of a step, in all tiles
+def _blocks_kernel(problem: LinearProblem, weights: _Weights, knobs: FloatPanels[P]) -> PrimFunc:
+    """The code of `FloatPanels`."""
+    isa, epilogue, all_tiles = weights.isa, problem.epilogue, weights.layout.tiles(problem.n)
+    rows, tiles, row_block, unroll = knobs.rows, knobs.tiles, knobs.row_block, knobs.unroll
+    lines = -(-unroll // weights.bundle * weights.bundle_bytes // isa.cache_line) * tiles  # of a step, in all tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         x, tokens = _Activations(isa, weights.k, weights.dots, handles["x"]), sizes["T"]
@@ -290,7 +278,7 @@ def _blocks_kernel(
             for part, terms in _parts(weights.terms, weights.part):
                 for t in range(tiles):
                     source = weights.at(handles, unit.tile[t], part)
-                    for first, count in _steps(terms):
+                    for first, count in _steps(terms, unroll):
                         for term, _, size in _bundles(first, count, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
                                 b.store(panel, [t, term + j], vector)
@@ -301,7 +289,7 @@ def _blocks_kernel(
                     sums = b.Registers(rows * tiles, isa.f32)
                     for slot in range(rows * tiles):
                         sums[slot] = totals[block * rows + slot % rows, slot // rows]
-                    for first, count in _steps(terms):
+                    for first, count in _steps(terms, unroll):
                         with b.loop(share) as i:
                             line = b.let(block * share + i)
                             at = first // weights.bundle * weights.bundle_bytes + line // tiles * isa.cache_line
@@ -314,56 +302,164 @@ def _blocks_kernel(
                     for slot in range(rows * tiles):
                         b.store(totals, [block * rows + slot % rows, slot // rows], sums[slot])
 
-    return _function(isa, weights, epilogue, body)
+    return _function(weights, problem, body)
 
 
-def float_linear(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    dtype: str,
-    pairs: bool = False,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    rows: int,
-    tiles: int,
-    row_block: int = 0,
-) -> PrimFunc:
-    """Weights of `dtype` "f32", "f16" or "bf16". With `row_block`: the prefill kernel, else the streaming one.
-
-    pairs: x is bf16, and pairs of it are multiplied with pairs of bf16 weights.
+@dataclass(frozen=True)
+class StreamedFloats(CpuTemplate[P]):
+    """Any T, `rows` at a time. One unit: `tiles` tiles, streamed side by side: several streams keep more of the memory
+    busy. The limit is the memory's read bandwidth. Each sum adds its terms in order, as in blocks of rows, so that a
+    row has the same bits beside any number of others. unroll: terms of a step. ahead, least: see `QuantizedRows`.
     """
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    layout = FloatLayout(dtype, isa.lanes, gated)
-    weights = _FloatWeights(isa, layout, n, k, pairs)
-    if row_block:
-        return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
-    return _rows_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles)
+
+    rows: int = knob(1, 4, 6, 8, 12)
+    tiles: int = knob(1, 2, 4)
+    unroll: int = knob(8, 16)
+    ahead: int = knob(1536, 3072, 6144)
+    least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
+
+    def stack_bytes(self, problem: P, machine: Machine) -> int:
+        return arrays(*[isa_for(machine).vector_bytes] * (self.rows * self.tiles))
 
 
-def dequantized_linear(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    rows: int,
-    tiles: int,
-    row_block: int = 0,
-) -> PrimFunc:
-    """Weights of 4 or 8 bits times f32 activations. With `row_block`: the prefill kernel, else the streaming one."""
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    layout = quantized_layout(machine, bits, group, symmetric, gated)
-    weights = _DequantizedWeights(isa, layout, k)
-    if row_block:
-        return _blocks_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles, row_block)
-    return _rows_kernel(isa, weights, epilogue, layout.tiles(n), rows, tiles)
+def streams(problem: LinearProblem, isa: VectorIsa, bits: int, rows: int) -> int:
+    """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
+
+    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four. One
+    row has one sum a tile, and a sum takes one term every four cycles: short terms come in four tiles, so that this is
+    no slower than the memory.
+    """
+    if rows == 1:
+        return min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
+    return 2 if problem.gated or 2 * rows <= isa.registers - 4 else 1
+
+
+@dataclass(frozen=True)
+class FloatPanels(CpuTemplate[P]):
+    """Prefill. One unit: `row_block` rows by a panel of `tiles` tiles; consecutive units share the panel.
+
+    A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
+    lasts. Loads per multiply: 1/rows + 1/tiles. The limit is the multipliers; of up to some 30 rows it is the memory,
+    so the next part is asked for evenly while this one is multiplied: 24 to 35% faster at 13 to 48 rows of f32. unroll:
+    terms of a step.
+    """
+
+    rows: int = knob(2, 4, 6, 8)
+    tiles: int = knob(2, 4)
+    row_block: int = knob(32, 64, 96, 192)
+    unroll: int = knob(8, 16)
+
+    def panel_bytes(self, part: int, isa: VectorIsa) -> int:
+        """Bytes of stack, of parts of so many terms."""
+        sums = [isa.vector_bytes] * (2 * self.rows * self.tiles)  # of whole parts, and of the last one
+        return arrays(isa.vector_bytes * self.tiles * part, isa.vector_bytes * self.row_block * self.tiles, *sums)
+
+
+def _refuse_pairs(problem: FloatProblem, machine: Machine) -> str:
+    if problem.pairs and (problem.dtype != "bf16" or isa_for(machine).bf16_dots is None):
+        return f"bf16 activations need bf16 weights and products of their pairs, not {problem.dtype} on {machine.name}"
+    return ""
+
+
+def _refuse_unroll(unroll: int, part: int, bundle: int) -> str:
+    if part % unroll or unroll % bundle:
+        return f"steps of {unroll} do not divide parts of {part} terms into whole loads of {bundle}"
+    return ""
+
+
+def _float_weights(problem: FloatProblem, machine: Machine, part: int) -> _FloatWeights:
+    return _FloatWeights(isa_for(machine), problem.layout(machine), problem.n, problem.k, problem.pairs, part)
+
+
+@dataclass(frozen=True)
+class FloatRows(StreamedFloats[FloatProblem], name="float_linear_rows"):
+    """Weights in f32, f16 or bf16. part: terms of the outer of two loops."""
+
+    part: int = knob(64, 128)
+
+    @classmethod
+    def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatRows:
+        most = rows[1] or 1
+        tiles = streams(problem, isa_for(machine), 32 if problem.dtype == "f32" else 16, most)
+        return cls(most, tiles, unroll=8, ahead=3072, least=32 << 10, part=64)
+
+    def refuse(self, problem: FloatProblem, machine: Machine) -> str:
+        return (
+            _refuse_pairs(problem, machine)
+            or refuse_blocks(problem.epilogue, self.rows, self.tiles, self.rows)
+            or _refuse_unroll(self.unroll, self.part, 2)
+            or super().refuse(problem, machine)
+        )
+
+    def build(self, problem: FloatProblem, machine: Machine) -> PrimFunc:
+        return _rows_kernel(problem, _float_weights(problem, machine, self.part), self)
+
+
+@dataclass(frozen=True)
+class FloatBlocks(FloatPanels[FloatProblem], name="float_linear_blocks"):
+    """Weights in f32, f16 or bf16. part: terms that a panel holds at a time."""
+
+    part: int = knob(64, 128)
+
+    @classmethod
+    def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatBlocks:
+        return cls(**vars(isa_for(machine).float_blocks), unroll=8, part=64)
+
+    def refuse(self, problem: FloatProblem, machine: Machine) -> str:
+        return (
+            _refuse_pairs(problem, machine)
+            or refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            or _refuse_unroll(self.unroll, self.part, 2)
+            or super().refuse(problem, machine)
+        )
+
+    def stack_bytes(self, problem: FloatProblem, machine: Machine) -> int:
+        return self.panel_bytes(self.part, isa_for(machine))
+
+    def build(self, problem: FloatProblem, machine: Machine) -> PrimFunc:
+        return _blocks_kernel(problem, _float_weights(problem, machine, self.part), self)
+
+
+@dataclass(frozen=True)
+class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear_rows"):
+    """Weights of 4 or 8 bits times f32 activations."""
+
+    @classmethod
+    def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedRows:
+        most = rows[1] or 1
+        tiles = streams(problem, isa_for(machine), problem.bits, most)
+        return cls(most, tiles, unroll=8, ahead=3072, least=32 << 10)
+
+    def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
+        return (
+            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.rows)
+            or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
+            or super().refuse(problem, machine)
+        )
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        weights = _DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
+        return _rows_kernel(problem, weights, self)
+
+
+@dataclass(frozen=True)
+class DequantizedBlocks(FloatPanels[QuantizedProblem], name="dequantized_linear_blocks"):
+    """Weights of 4 or 8 bits times f32 activations; a panel holds a group at a time."""
+
+    @classmethod
+    def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedBlocks:
+        return cls(**vars(isa_for(machine).float_blocks), unroll=8)
+
+    def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
+        return (
+            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
+            or super().refuse(problem, machine)
+        )
+
+    def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
+        return self.panel_bytes(problem.group, isa_for(machine))
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        weights = _DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
+        return _blocks_kernel(problem, weights, self)

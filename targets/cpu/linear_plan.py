@@ -1,240 +1,126 @@
 """Which kernels serve one linear op at every number of tokens, over one packed weight.
 
 A `LinearPlan` is all that a lowering rule needs: the layout to pack the weight with, the kernels, for which T each one
-runs, and how its work divides.
+runs, the forms that they read activations in, and how their work divides.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any
 
-from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
-from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_float import dequantized_linear, float_linear
-from llmc.targets.cpu.linear_quantized import quantized_layout, quantized_linear_blocks, quantized_linear_rows
-from llmc.targets.cpu.matrix_unit import matrix_unit
-from llmc.targets.cpu.vector_isa import Blocking, VectorIsa, isa_for
-from llmc.targets.kernel import Kernel, Param, kernel
-from llmc.targets.machine import Machine
-
-if TYPE_CHECKING:
-    from tvm.tirx import PrimFunc
-
-Layout: TypeAlias = QuantizedLayout | FloatLayout
-
-GRAIN_BYTES = 32 << 10  # about a microsecond of memory: less is not worth handing to a thread
-FEW_ROWS = "xfew"  # the argument of few rows of activations, as the tiles that `MatrixUnit.float_rows` reads
-LATENCY_BYTES = 64  # of weights that are multiplied in four cycles, at least: what no core reads from memory
-FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
+from llmc.targets.cpu.forms import Bf16Pairs, integer_groups
+from llmc.targets.cpu.linear_float import DequantizedBlocks, DequantizedRows, FloatBlocks, FloatRows
+from llmc.targets.cpu.linear_problem import FloatProblem, LinearProblem, QuantizedProblem, chosen
+from llmc.targets.cpu.linear_quantized import QuantizedBlocks, QuantizedRows
+from llmc.targets.cpu.matrix_unit import FewRows, matrix_unit
+from llmc.targets.cpu.variants import Layout, LinearPlan, Variant
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.forms import Form, OwnRows
+from llmc.targets.template import Chooser
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One kernel and where it applies: low <= T <= high (None: no limit).
+def quantized_linear_plan(chooser: Chooser, problem: QuantizedProblem, activations: str = "i8") -> LinearPlan:
+    """y[T, features] from weights of 4 or 8 bits.
 
-    Its work units number `panels * ceil(T / row_block)`, or just `panels` where row_block is 0 (each unit does all
-    rows). grain: the fewest units worth handing to a thread. arguments: where they are not the plan's.
+    activations "i8": 8-bit activations in the weight's groups; the sums are exact but for one f32 rounding a group.
+    "f32": weights are dequantized in registers and multiplied with f32 activations (no machine multiplies bf16 by
+    integers, so bf16 gains nothing and loses digits).
     """
-
-    kernel: Kernel
-    low: int
-    high: int | None
-    panels: int
-    row_block: int
-    grain: int
-    arguments: tuple[str, ...] = ()
-
-    def units(self, tokens: object) -> object:
-        """Independent work units for `tokens` rows: an int, or a symbolic dim with +, * and //."""
-        if not self.row_block:
-            return self.panels
-        return (tokens + (self.row_block - 1)) // self.row_block * self.panels  # type: ignore[operator]
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """How one linear op runs.
-
-    arguments: names of the kernels' pointers in order: activations ("xq", "xscales", "xsums", or "x"; FEW_ROWS in a
-    variant's own), the layout's arrays ("data", "scales", "minimums"), "bias", "residual", "out". One size: T.
-    activations: what the kernels multiply, "i8" (see quantize_activations, with the weight's group), "f32" or "bf16".
-    variants: their T ranges are disjoint and cover 1, 2, ...
-    """
-
-    layout: Layout
-    activations: str
-    arguments: tuple[str, ...]
-    variants: tuple[Variant, ...]
-
-
-def _streamed_blocking(isa: VectorIsa, layout: QuantizedLayout, n: int, high: int) -> Blocking:
-    """For up to `high` rows: how many at once, and how many weight tiles side by side.
-
-    Two streams keep a core's memory pipeline busier than one (a fifth, at 4 and 8 rows) and halve the activations'
-    loads. A weight of few tiles keeps them apart, so that there is work for many threads.
-    """
-    rows = {1: 1, 4: 4}.get(high, 8)
-    sums = rows * isa.sums(layout.bits, layout.group).registers
-    pairs = layout.gated or (2 * sums <= isa.registers // 2 and layout.tiles(n) >= FEW_TILES)
-    if pairs:
-        rows = min(rows, isa.registers // 4)  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
-    return Blocking(rows, 2 if pairs else 1, high)
-
-
-def _streamed_floats(isa: VectorIsa, layout: Layout, rows: int) -> int:
-    """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
-
-    Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four. One
-    row has one sum a tile, and a sum takes one term every four cycles: short terms come in four tiles, so that this is
-    no slower than the memory.
-    """
-    if rows == 1:
-        bits = layout.bits if isinstance(layout, QuantizedLayout) else 32 if layout.dtype == "f32" else 16
-        return min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
-    return 2 if layout.gated or 2 * rows <= isa.registers - 4 else 1
-
-
-def quantized_linear_plan(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    activations: str = "i8",
-) -> LinearPlan:
-    """y[T, features] from weights of 4 or 8 bits, logical [n, k] (n = 2F when gated).
-
-    activation: one of `vector_math.ACTIVATIONS`. activations "i8": 8-bit activations in the weight's groups; the sums
-    are exact but for one f32 rounding a group. "f32" or "bf16": weights are dequantized in registers and multiplied
-    with f32 activations (no machine multiplies bf16 by integers, so bf16 gains nothing and loses digits).
-    """
-    if activations not in ("i8", "bf16", "f32"):
-        raise ValueError(f"unknown activations {activations!r}; known: i8, bf16, f32")
-    isa, unit = isa_for(machine), matrix_unit(machine)
-    layout = quantized_layout(machine, bits, group, symmetric, gated)
-    params = _params(n, k, gated, activation, bias, residual)
-    params |= {"bits": bits, "group": group, "symmetric": symmetric}
-    if activations != "i8":
-        return _float_plan(machine, dequantized_linear, layout, params, "f32")
+    if activations not in ("i8", "f32"):
+        raise ValueError(f"unknown activations {activations!r}; known: i8, f32")
+    machine = chooser.machine
+    unit, layout = matrix_unit(machine), problem.layout(machine)
+    if activations == "f32":
+        return _float_plan(chooser, (DequantizedRows, DequantizedBlocks), problem, layout, OwnRows(problem.k))
+    form = integer_groups(machine, problem.k, problem.group)
 
     def rows(low: int, high: int) -> Variant:
-        streamed = _streamed_blocking(isa, layout, n, high)
-        made = kernel(quantized_linear_rows, machine.key, **vars(streamed), **params)
-        return _rows_variant(made, layout, low, high, streamed.tiles)
+        member = chosen(chooser, QuantizedRows, problem, (low, high))
+        few = FewRows(member.kernel(problem, machine), high, member.tiles, member.least)
+        return _rows_variant(few, form, problem, layout, low, high)
 
     def several(low: int, high: int) -> Variant:
-        found = None if unit is None else unit.quantized_rows(high, params)
-        return rows(low, high) if found is None else _rows_variant(found.kernel, layout, low, high, found.tiles)
+        found = None if unit is None else unit.quantized_rows(chooser, problem, high)
+        return rows(low, high) if found is None else _rows_variant(found, form, problem, layout, low, high)
 
-    blocking = isa.quantized_blocks
-    made = kernel(quantized_linear_blocks, machine.key, **vars(blocking), **params)
-    variants = (rows(1, 1), rows(2, 4), several(5, 8), several(9, 16), _blocks_variant(made, layout, blocking, 17))
-    return LinearPlan(layout, "i8", _arguments(("xq", "xscales", "xsums"), layout, params), variants)
+    blocks = chosen(chooser, QuantizedBlocks, problem, (17, None))
+    many = _blocks_variant(blocks, form, problem, layout, 17, chooser)
+    variants = (rows(1, 1), rows(2, 4), several(5, 8), several(9, 16), many)
+    return LinearPlan(layout, _arguments(layout, problem), variants, "int8")
 
 
-def float_linear_plan(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    dtype: str,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    activations: str = "f32",
-    in_company: bool = False,
-) -> LinearPlan:
-    """y[T, features] from weights of dtype "f32", "f16" or "bf16", logical [n, k] (n = 2F when gated).
+def float_linear_plan(chooser: Chooser, problem: FloatProblem, in_company: bool = False) -> LinearPlan:
+    """y[T, features] from weights of dtype "f32", "f16" or "bf16".
 
-    activations "bf16" asks for products of bf16 pairs; the plan says "f32" where weights or machine do not do that.
+    problem.pairs asks for products of bf16 pairs, which are f32 ones where weights or machine do not do that.
     in_company: every number of rows has the same bits in a row; else only where that costs nothing.
     """
-    if activations not in ("bf16", "f32"):
-        raise ValueError(f"unknown activations {activations!r} for float weights; known: bf16, f32")
-    isa = isa_for(machine)
-    pairs = activations == "bf16" and dtype == "bf16" and isa.bf16_dots is not None
-    params = _params(n, k, gated, activation, bias, residual) | {"dtype": dtype, "pairs": pairs}
-    layout = FloatLayout(dtype, isa.lanes, gated)
-    return _float_plan(machine, float_linear, layout, params, "bf16" if pairs else "f32", in_company)
+    pairs = problem.pairs and problem.dtype == "bf16" and isa_for(chooser.machine).bf16_dots is not None
+    problem = dataclasses.replace(problem, pairs=pairs)
+    form = Bf16Pairs(problem.k) if pairs else OwnRows(problem.k)
+    return _float_plan(chooser, (FloatRows, FloatBlocks), problem, problem.layout(chooser.machine), form, in_company)
 
 
 def _float_plan(
-    machine: Machine,
-    template: Callable[..., PrimFunc],
+    chooser: Chooser,
+    templates: tuple[type[Any], type[Any]],
+    problem: QuantizedProblem | FloatProblem,
     layout: Layout,
-    params: dict[str, Param],
-    activations: str,
+    form: Form,
     in_company: bool = False,
 ) -> LinearPlan:
-    """Few rows stream the weight: through the matrix unit, if it is of bf16, else through vector registers."""
-    isa, unit = isa_for(machine), matrix_unit(machine)
-    arguments = _arguments(("x",), layout, params)
+    """Few rows stream the weight: through the matrix unit, if it is of bf16, else through vector registers.
+
+    templates: of few rows, and of blocks of rows.
+    """
+    isa, unit = isa_for(chooser.machine), matrix_unit(chooser.machine)
+
+    def plan(*variants: Variant) -> LinearPlan:
+        arithmetic = "bf16" if isinstance(form, Bf16Pairs) else "f32"
+        return LinearPlan(layout, _arguments(layout, problem), variants, arithmetic)
 
     def rows(low: int, high: int) -> Variant:
-        tiles = _streamed_floats(isa, layout, high)
-        made = kernel(template, machine.key, rows=high, tiles=tiles, **params)
-        return _rows_variant(made, layout, low, high, tiles)
+        member = chosen(chooser, templates[0], problem, (low, high))
+        few = FewRows(member.kernel(problem, chooser.machine), high, member.tiles, member.least)
+        return _rows_variant(few, form, problem, layout, low, high)
 
     on_unit = None
-    if unit is not None and params.get("dtype") == "bf16" and activations == "f32":
-        on_unit = unit.float_rows(params)
+    if unit is not None and isinstance(problem, FloatProblem) and problem.dtype == "bf16" and isinstance(form, OwnRows):
+        on_unit = unit.float_rows(chooser, problem)
     few: tuple[Variant, ...]
     if on_unit is not None:
-        on_tiles = (FEW_ROWS, *arguments[1:])
+        read = on_unit.form or form
         if in_company:  # the matrix unit adds up in another order than vectors
-            every = _rows_variant(on_unit.kernel, layout, 1, None, on_unit.tiles)
-            return LinearPlan(layout, activations, arguments, (replace(every, arguments=on_tiles),))
-        several = _rows_variant(on_unit.kernel, layout, 2, on_unit.rows, on_unit.tiles)
-        few = (rows(1, 1), replace(several, arguments=on_tiles))
+            return plan(_rows_variant(on_unit, read, problem, layout, 1, None))
+        few = rows(1, 1), _rows_variant(on_unit, read, problem, layout, 2, on_unit.rows)
     else:
         bounds = (0, 1, 4, 8, 12) if isa.registers >= 32 else (0, 1, 4, 6, 8)
         few = tuple(rows(low + 1, high) for low, high in itertools.pairwise(bounds))
     most = few[-1].high
     assert most is not None
-    blocking = isa.float_blocks
-    blocks = kernel(template, machine.key, **vars(blocking), **params)
-    variants = (*few, _blocks_variant(blocks, layout, blocking, most + 1))
-    return LinearPlan(layout, activations, arguments, variants)
+    blocks = chosen(chooser, templates[1], problem, (most + 1, None))
+    return plan(*few, _blocks_variant(blocks, form, problem, layout, most + 1, chooser))
 
 
-def _params(n: int, k: int, gated: bool, activation: str, bias: bool, residual: bool) -> dict[str, Param]:
-    Epilogue(n, gated, activation, bias, residual)  # refuses what does not fit together
-    return {"n": n, "k": k, "gated": gated, "activation": activation, "bias": bias, "residual": residual}
+def _arguments(layout: Layout, problem: LinearProblem) -> tuple[str, ...]:
+    fused = (name for name in ("bias", "residual") if getattr(problem, name))
+    return (*layout.arrays(problem.n, problem.k), *fused, "out")
 
 
-def _arguments(inputs: tuple[str, ...], layout: Layout, params: dict[str, Param]) -> tuple[str, ...]:
-    fused = (name for name in ("bias", "residual") if params[name])
-    return (*inputs, *layout.arrays(*_size_in(params)), *fused, "out")
+def _rows_variant(
+    few: FewRows, form: Form, problem: LinearProblem, layout: Layout, low: int, high: int | None
+) -> Variant:
+    """A kernel whose every unit streams its share of the weight."""
+    units = -(-layout.tiles(problem.n) // few.tiles)
+    grain = max(1, few.least * units // layout.nbytes(problem.n, problem.k))
+    return Variant(few.kernel, form, low, high, units, 0, grain)
 
 
-def _size(made: Kernel) -> tuple[int, int]:
-    return _size_in(dict(made.params))
-
-
-def _size_in(params: dict[str, Param]) -> tuple[int, int]:
-    n, k = params["n"], params["k"]
-    assert isinstance(n, int)
-    assert isinstance(k, int)
-    return n, k
-
-
-def _rows_variant(made: Kernel, layout: Layout, low: int, high: int | None, tiles: int = 0) -> Variant:
-    """A kernel whose every unit streams its share of the weight: `tiles` tiles, by default those of one result."""
-    n, k = _size(made)
-    units = -(-layout.tiles(n) // (tiles or (2 if layout.gated else 1)))
-    return Variant(made, low, high, units, 0, max(1, GRAIN_BYTES * units // layout.nbytes(n, k)))
-
-
-def _blocks_variant(made: Kernel, layout: Layout, blocking: Blocking, low: int) -> Variant:
+def _blocks_variant(
+    member: Any, form: Form, problem: LinearProblem, layout: Layout, low: int, chooser: Chooser
+) -> Variant:
     """A prefill kernel: units are large, so that each is worth a thread."""
-    return Variant(made, low, None, -(-layout.tiles(_size(made)[0]) // blocking.tiles), blocking.row_block, 1)
+    panels = -(-layout.tiles(problem.n) // member.tiles)
+    return Variant(member.kernel(problem, chooser.machine), form, low, None, panels, member.row_block)

@@ -54,15 +54,15 @@ class Operands:
         packed = vector(tirx.shift_right(quad, b.index(1)))
         return self.isa.high_nibbles(packed) if odd else self.isa.low_nibbles(packed)
 
-    def ahead(self, tile: Expr, group: Expr, streams: int) -> Expr:
+    def ahead(self, tile: Expr, group: Expr, streams: int, distance: int) -> Expr:
         """Where in the weights to prefetch from while this group of a tile is multiplied.
 
-        That is `ahead_bytes` on; past the tile's end, in the tile that follows it in its stream, `streams` tiles on.
+        That is `distance` bytes on; past the tile's end, in the tile that follows it in its stream, `streams` tiles on.
         """
         from tvm import tirx
 
         size = self.layout.groups(self.k) * self.layout.vectors * self.isa.vector_bytes
-        inside = b.let(group * (self.layout.vectors * self.isa.vector_bytes) + self.isa.ahead_bytes)
+        inside = b.let(group * (self.layout.vectors * self.isa.vector_bytes) + distance)
         skip = tirx.Select(inside >= size, b.index((streams - 1) * size), b.index(0)) if streams > 1 else 0
         return b.let(tile * size + inside + skip)
 
@@ -149,6 +149,16 @@ class KnownRows:
         return self.scales[m, g], None if self.shifts is None else self.shifts[m, g]
 
 
+def known_bytes(isa: VectorIsa, layout: QuantizedLayout, rows: int, groups: int) -> list[int]:
+    """Bytes of the arrays of `KnownRows`, at most."""
+    return [4 * -(-rows * groups // isa.lanes) * isa.lanes] * (3 if layout.symmetric else 4)
+
+
+def sums_bytes(isa: VectorIsa, rows: int, tiles: int, chains: int) -> list[int]:
+    """Bytes of the registers of a group's sums, at most: several chains, or sums in i16 and in i32."""
+    return [isa.vector_bytes] * (rows * tiles * max(chains, 2))
+
+
 def _pieces(count: int, most: int) -> list[tuple[int, int]]:
     """`count` elements as (start, width) of vectors of at most `most` lanes, widths powers of two."""
     found, start, width = [], 0, most
@@ -199,9 +209,9 @@ class GroupSums:
     group: Expr
     position: Expr
 
-    def __call__(self, weights: Sequence[Weights], chains: int = 1) -> b.Registers:
-        """chains: see `Sums.emit`."""
-        return self.known.sums.emit(self, weights, chains)
+    def __call__(self, weights: Sequence[Weights], unroll: int, chains: int = 1) -> b.Registers:
+        """unroll, chains: see `Sums.emit`."""
+        return self.known.sums.emit(self, weights, unroll, chains)
 
     @property
     def isa(self) -> VectorIsa:

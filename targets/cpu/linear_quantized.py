@@ -1,8 +1,8 @@
 """Linear ops with weights of 4 or 8 bits and activations of 8 bits per group.
 
-Two kernels share one inner product. `quantized_linear_rows` keeps a few rows' sums in registers while it streams each
+Two kernels share one inner product. `QuantizedRows` keeps a few rows' sums in registers while it streams each
 weight tile once: for one token and small batches, whose limit is the memory that holds the weights.
-`quantized_linear_blocks` unpacks a panel of weights into the first-level cache and runs a block of rows over it: for
+`QuantizedBlocks` unpacks a panel of weights into the first-level cache and runs a block of rows over it: for
 prefill, whose limit is the byte multipliers. A matrix unit (`matrix_unit.py`) does the same its own way.
 
 Both take (xq i8 [T, Kpad], xscales f32 [T, groups], xsums i32 [T, groups], data, scales, minimums if asymmetric,
@@ -14,93 +14,117 @@ xsums are the sums of xq over each group, or two sums in one number (`VectorIsa.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.group_sums import Weights
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
+from llmc.targets.cpu.group_sums import UNROLL, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
-from llmc.targets.cpu.linear_blocks import each_block
-from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands
-from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.linear_blocks import Block, each_block
+from llmc.targets.cpu.linear_problem import QuantizedProblem, refuse_blocks
+from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands, known_bytes, sums_bytes
+from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Rows, knob
 
 if TYPE_CHECKING:
-    from tvm.tirx import Expr, PrimFunc
+    from tvm.tirx import Buffer, Expr, PrimFunc
 
-# Unpacked weights that a panel holds at a time: with the sums they fit a first-level cache of 32 KiB.
-PANEL_BYTES = 16 << 10
-
-
-def quantized_layout(machine: Machine, bits: int, group: int, symmetric: bool, gated: bool) -> QuantizedLayout:
-    """The layout that this machine's kernels read."""
-    isa = isa_for(machine)
-    return QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric), gated)
+FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
-def quantized_linear_rows(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    rows: int = 1,
-    tiles: int = 1,
-    row_block: int = 1,
-) -> PrimFunc:
+@dataclass(frozen=True)
+class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows"):
     """Any T. One unit: `tiles` weight tiles, streamed side by side: several streams keep more of the memory busy.
 
     rows x tiles integer sums are in registers. Every weight byte comes from the memory once per `row_block` rows, and
     once per `rows` rows from a cache; few rows are limited by the memory's read bandwidth. A short block repeats the
-    last row.
+    last row. unroll, chains: of the quads of a group, see `Sums.emit`. ahead: bytes from what is multiplied to what is
+    asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured best, 1.5
+    to 8 KiB within 3%). least: bytes of weights that are worth a thread: 32 KiB are about a microsecond of memory.
     """
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    layout = quantized_layout(machine, bits, group, symmetric, gated)
-    groups, all_tiles = layout.groups(k), layout.tiles(n)
-    if row_block % rows or tiles % epilogue.tiles:
-        raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
-    chains = 2 if rows * tiles < 8 else 1
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+    rows: int = knob(1, 2, 4, 8)
+    tiles: int = knob(1, 2)
+    row_block: int = knob(1, 4, 8, 16)
+    unroll: int = knob(*UNROLL)
+    chains: int = knob(1, 2)
+    ahead: int = knob(1536, 3072, 6144)
+    least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
+
+    @classmethod
+    def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedRows:
+        """Two streams keep a core's memory pipeline busier than one (a fifth, at 4 and 8 rows) and halve the
+        activations' loads. A weight of few tiles keeps them apart, so that there is work for many threads."""
+        isa, layout, high = isa_for(machine), problem.layout(machine), rows[1] or 16
+        most = {1: 1, 4: 4}.get(high, 8)
+        sums = most * isa.sums(problem.bits, problem.group).registers
+        pairs = problem.gated or (2 * sums <= isa.registers // 2 and layout.tiles(problem.n) >= FEW_TILES)
+        if pairs:  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
+            most = min(most, isa.registers // 4)
+        tiles = 2 if pairs else 1
+        return cls(most, tiles, high, unroll=8, chains=2 if most * tiles < 8 else 1, ahead=3072, least=32 << 10)
+
+    def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
+        sums = isa_for(machine).sums(problem.bits, problem.group)
+        return (
+            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            or sums.refuse(self.unroll, self.chains)
+            or super().refuse(problem, machine)
+        )
+
+    def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
+        isa, layout = isa_for(machine), problem.layout(machine)
+        known = known_bytes(isa, layout, self.row_block, layout.groups(problem.k))
+        totals = [isa.vector_bytes] * (self.rows * self.tiles)
+        return arrays(*known, *totals, *sums_bytes(isa, self.rows, self.tiles, self.chains))
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        return _StreamedRows(problem, self, isa_for(machine), problem.layout(machine)).function()
+
+
+@dataclass(frozen=True)
+class _StreamedRows:
+    """The code of `QuantizedRows`."""
+
+    problem: QuantizedProblem
+    knobs: QuantizedRows
+    isa: VectorIsa
+    layout: QuantizedLayout
+
+    def function(self) -> PrimFunc:
+        pointers = [*Operands.pointers(self.layout), *self.problem.epilogue.pointers()]
+        return b.plain_function(pointers, ["T"], self.body, b.ORDER_HELPER + self.isa.in_place_helper)
+
+    def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         from tvm import tirx
 
-        ops, tokens = Operands(isa, layout, k, handles), sizes["T"]
+        rows, row_block, groups = self.knobs.rows, self.knobs.row_block, self.layout.groups(self.problem.k)
+        ops, tokens = Operands(self.isa, self.layout, self.problem.k, handles), sizes["T"]
         known = KnownRows(ops, row_block, groups)
-        with b.loop((tokens + (row_block - 1)) // row_block) as part:
-            first_row = b.let(part * row_block)
+        with b.loop((tokens + (row_block - 1)) // row_block) as number:
+            first_row = b.let(number * row_block)
             blocks = b.let((tirx.Min(tokens - first_row, b.index(row_block)) + (rows - 1)) // rows)
             known.fill(first_row, blocks * rows, tokens, b.index(0), groups)
             with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
-                unit(ops, known, first_row, block * rows, b.let((sizes["begin"] + i) * tiles), tokens)
+                self.unit(ops, known, first_row, block * rows, b.let((sizes["begin"] + i) * self.knobs.tiles), tokens)
 
-    def unit(ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
+    def unit(self, ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
+        """Rows from `first` of the block that starts at row `base`, times the tiles from `first_tile`."""
         from tvm import tirx
 
+        isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        all_tiles = self.layout.tiles(self.problem.n)
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
         row = b.clamped_rows(base + first, rows, tokens)
         totals = b.Registers(tiles * rows, isa.f32)
         for slot in range(tiles * rows):
             totals[slot] = isa.splat(0.0)
-        with b.loop(groups) as g:
-
-            def weight(t: int, g: Expr = g) -> Weights:
-                ahead = ops.ahead(tile[t], g, tiles)
-
-                def streamed(quad: Expr, odd: int) -> Expr:
-                    if bits == 8 or not odd:
-                        ops.prefetch(ahead, quad)
-                    return ops.stored(tile[t], g, quad, odd)
-
-                return streamed
-
-            sums = GroupSums(ops, known, row, first, g, g)([weight(t) for t in range(tiles)], chains)
+        with b.loop(self.layout.groups(self.problem.k)) as g:
+            weights = [self.weight(ops, tile[t], g) for t in range(tiles)]
+            sums = GroupSums(ops, known, row, first, g, g)(weights, self.knobs.unroll, self.knobs.chains)
             for slot in range(tiles * rows):
                 t, m = divmod(slot, rows)
                 totals[slot] = ops.accumulate(totals[slot], sums[slot], known.factors(first + m, g), tile[t], g)
@@ -110,105 +134,175 @@ def quantized_linear_rows(
                     finished = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
                     epilogue.emit(isa, ops.handles, row[m], (first_tile + t) // epilogue.tiles, finished)
 
-    return b.plain_function(
-        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.in_place_helper
-    )
+    def weight(self, ops: Operands, tile: Expr, group: Expr) -> Weights:
+        """A tile's weights of a group, which ask for those that follow as they are read."""
+        ahead = ops.ahead(tile, group, self.knobs.tiles, self.knobs.ahead)
+
+        def streamed(quad: Expr, odd: int) -> Expr:
+            if self.layout.bits == 8 or not odd:
+                ops.prefetch(ahead, quad)
+            return ops.stored(tile, group, quad, odd)
+
+        return streamed
 
 
-def quantized_linear_blocks(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    rows: int,
-    tiles: int,
-    row_block: int,
-) -> PrimFunc:
+@dataclass(frozen=True)
+class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_blocks"):
     """Prefill. One unit: `row_block` rows by a panel of `tiles` weight tiles; consecutive units share the panel.
 
-    rows x tiles integer sums are in registers; the f32 sums of the whole block and the unpacked panel (up to
-    PANEL_BYTES a step) are on the stack, in the first two caches. Loads per multiply: 1/rows + 1/tiles; the limit is
-    the multipliers.
+    rows x tiles integer sums are in registers; the f32 sums of the whole block, and the unpacked part of the panel, are
+    on the stack, in the first two caches. panel: bytes that are unpacked at a time, about: with the sums they fit a
+    first-level cache of 32 KiB. Loads per multiply: 1/rows + 1/tiles; the limit is the multipliers.
     """
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    layout = quantized_layout(machine, bits, group, symmetric, gated)
-    groups, all_tiles = layout.groups(k), layout.tiles(n)
-    quads = group // 4
-    step = min(groups, max(1, PANEL_BYTES // (tiles * group * isa.lanes)))  # groups that are unpacked at a time
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        ops, tokens = Operands(isa, layout, k, handles), sizes["T"]
-        panel = b.scratch([tiles, step * quads], isa.i8) if bits == 4 else None
+    rows: int = knob(2, 3, 4, 6, 8)
+    tiles: int = knob(2, 4)
+    row_block: int = knob(32, 64, 96, 192)
+    panel: int = knob(8 << 10, 16 << 10, 32 << 10)
+    unroll: int = knob(*UNROLL)
+
+    @classmethod
+    def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
+        return cls(**vars(isa_for(machine).quantized_blocks), panel=16 << 10, unroll=8)
+
+    def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
+        sums = isa_for(machine).sums(problem.bits, problem.group)
+        return (
+            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            or sums.refuse(self.unroll, 1)
+            or super().refuse(problem, machine)
+        )
+
+    def groups(self, problem: QuantizedProblem, isa: VectorIsa) -> int:
+        """Groups that are unpacked at a time."""
+        all_groups = -(-problem.k // problem.group)
+        return min(all_groups, max(1, self.panel // (self.tiles * problem.group * isa.lanes)))
+
+    def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
+        isa, groups = isa_for(machine), self.groups(problem, isa_for(machine))
+        known = known_bytes(isa, problem.layout(machine), self.row_block, groups)
+        panel = isa.vector_bytes * self.tiles * groups * (problem.group // 4) * (problem.bits == 4)
+        totals, sums = isa.vector_bytes * self.row_block * self.tiles, sums_bytes(isa, self.rows, self.tiles, 1)
+        return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        return _PanelBlocks(problem, self, isa_for(machine), problem.layout(machine)).function()
+
+
+@dataclass(frozen=True)
+class _PanelBlocks:
+    """The code of `QuantizedBlocks`."""
+
+    problem: QuantizedProblem
+    knobs: QuantizedBlocks
+    isa: VectorIsa
+    layout: QuantizedLayout
+
+    @property
+    def groups(self) -> int:
+        """Of a row."""
+        return self.layout.groups(self.problem.k)
+
+    @property
+    def quads(self) -> int:
+        """Of a group."""
+        return self.layout.group // 4
+
+    def function(self) -> PrimFunc:
+        pointers = [*Operands.pointers(self.layout), *self.problem.epilogue.pointers()]
+        return b.plain_function(pointers, ["T"], self.body, b.ORDER_HELPER + self.isa.in_place_helper)
+
+    def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        ops, step = Operands(self.isa, self.layout, self.problem.k, handles), self.knobs.groups(self.problem, self.isa)
+        panel = b.scratch([self.knobs.tiles, step * self.quads], self.isa.i8) if self.layout.bits == 4 else None
         if panel is not None:
             b.order_scratch(panel)
-        known = KnownRows(ops, row_block, step)
+        known = KnownRows(ops, self.knobs.row_block, step)
         walk = each_block(
-            isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
+            self.isa,
+            self.problem.epilogue,
+            handles,
+            sizes,
+            all_tiles=self.layout.tiles(self.problem.n),
+            rows=self.knobs.rows,
+            tiles=self.knobs.tiles,
+            row_block=self.knobs.row_block,
         )
-        with walk as unit:
-            tile, totals = unit.tile, unit.totals
+        with walk as block:
+            panels = _Panel(self, ops, known, block, panel, sizes["T"])
+            with b.loop(self.groups // step) as number:
+                panels.multiply(number * step, step)
+            if self.groups % step:
+                panels.multiply(b.index(self.groups // step * step), self.groups % step)
 
-            def groups_from(first: Expr, count: int) -> None:
-                if panel is not None:
-                    with b.loop(count) as g, b.loop(layout.vectors) as vector:
-                        for t in range(tiles):
-                            for odd in (0, 1):
-                                quad = vector * 2 + odd
-                                b.store(panel, [t, g * quads + quad], ops.stored(tile[t], first + g, quad, odd))
-                known.fill(unit.first_row, unit.blocks * rows, tokens, first, count)
-                with b.loop(unit.blocks) as block:
-                    row = b.clamped_rows(unit.first_row + block * rows, rows, tokens)
-                    with b.when(first + count >= groups):
-                        fetch_results(row)
-                    with b.loop(count) as g:
-                        fetch_next(block, row, first + g)
-                        multiply(block, row, first + g, g)
 
-            def fetch_results(row: Sequence[Expr]) -> None:
-                """The lines that the last groups' sums will go to, a little before they do."""
-                out = b.view(handles["out"], [b.MANY], "float32")
-                for m in range(rows):
-                    for column in range(tiles // epilogue.tiles):
-                        first_column = (unit.first_tile // epilogue.tiles + column) * isa.lanes
-                        b.prefetch(out, row[m] * epilogue.features + first_column, write=True)
+@dataclass(frozen=True)
+class _Panel:
+    """A unit of `QuantizedBlocks` while its code is emitted. panel: unpacked weights, of 4-bit ones."""
 
-            def fetch_next(block: Expr, row: Sequence[Expr], group: Expr) -> None:
-                """This group of the next rows, and by and by the weights that are unpacked next."""
-                activations = b.view(handles["xq"], [b.MANY], "int8")
-                for m in range(rows):
-                    b.prefetch(activations, ((row[m] + rows) * groups + group) * layout.group, near=True)
-                data = b.view(handles["data"], [b.MANY], "uint8")
-                for t in range(tiles):
-                    vector = (tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
-                    b.prefetch(data, vector * isa.vector_bytes)
+    code: _PanelBlocks
+    ops: Operands
+    known: KnownRows
+    unit: Block
+    panel: Buffer | None
+    tokens: Expr
 
-            def multiply(block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
-                def weight(t: int) -> Weights:
-                    if panel is None:
-                        return lambda quad, odd: ops.stored(tile[t], group, quad, odd)
-                    return lambda quad, _: panel[t, position * quads + quad]
+    def multiply(self, first: Expr, count: int) -> None:
+        """Add up `count` groups from `first` on."""
+        code, rows = self.code, self.code.knobs.rows
+        if self.panel is not None:
+            self._unpack(self.panel, first, count)
+        self.known.fill(self.unit.first_row, self.unit.blocks * rows, self.tokens, first, count)
+        with b.loop(self.unit.blocks) as block:
+            row = b.clamped_rows(self.unit.first_row + block * rows, rows, self.tokens)
+            with b.when(first + count >= code.groups):
+                self._fetch_results(row)
+            with b.loop(count) as g:
+                self._fetch_next(block, row, first + g)
+                self._multiply_group(block, row, first + g, g)
 
-                weights = [weight(t) for t in range(tiles)]
-                sums = GroupSums(ops, known, row, block * rows, group, position)(weights)
-                for slot in range(tiles * rows):
-                    t, m = divmod(slot, rows)
-                    whole = totals[block * rows + m, t]
-                    factors = known.factors(block * rows + m, position)
-                    whole = ops.accumulate(whole, sums[slot], factors, tile[t], group)
-                    b.store(totals, [block * rows + m, t], whole)
+    def _unpack(self, panel: Buffer, first: Expr, count: int) -> None:
+        code, tile = self.code, self.unit.tile
+        with b.loop(count) as g, b.loop(code.layout.vectors) as vector:
+            for t in range(code.knobs.tiles):
+                for odd in (0, 1):
+                    quad = vector * 2 + odd
+                    b.store(panel, [t, g * code.quads + quad], self.ops.stored(tile[t], first + g, quad, odd))
 
-            with b.loop(groups // step) as part:
-                groups_from(part * step, step)
-            if groups % step:
-                groups_from(b.index(groups // step * step), groups % step)
+    def _fetch_results(self, row: Sequence[Expr]) -> None:
+        """The lines that the last groups' sums will go to, a little before they do."""
+        epilogue, lanes = self.code.problem.epilogue, self.code.isa.lanes
+        out = b.view(self.ops.handles["out"], [b.MANY], "float32")
+        for m in range(self.code.knobs.rows):
+            for column in range(self.code.knobs.tiles // epilogue.tiles):
+                first_column = (self.unit.first_tile // epilogue.tiles + column) * lanes
+                b.prefetch(out, row[m] * epilogue.features + first_column, write=True)
 
-    return b.plain_function(
-        [*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER + isa.in_place_helper
-    )
+    def _fetch_next(self, block: Expr, row: Sequence[Expr], group: Expr) -> None:
+        """This group of the next rows, and by and by the weights that are unpacked next."""
+        layout, groups, knobs = self.code.layout, self.code.groups, self.code.knobs
+        step = knobs.groups(self.code.problem, self.code.isa)
+        activations = b.view(self.ops.handles["xq"], [b.MANY], "int8")
+        for m in range(knobs.rows):
+            b.prefetch(activations, ((row[m] + knobs.rows) * groups + group) * layout.group, near=True)
+        data = b.view(self.ops.handles["data"], [b.MANY], "uint8")
+        for t in range(knobs.tiles):
+            vector = (self.unit.tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
+            b.prefetch(data, vector * self.code.isa.vector_bytes)
+
+    def _multiply_group(self, block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
+        rows, tiles, totals = self.code.knobs.rows, self.code.knobs.tiles, self.unit.totals
+        weights = [self._weight(t, group, position) for t in range(tiles)]
+        sums = GroupSums(self.ops, self.known, row, block * rows, group, position)(weights, self.code.knobs.unroll)
+        for slot in range(tiles * rows):
+            t, m = divmod(slot, rows)
+            whole = totals[block * rows + m, t]
+            factors = self.known.factors(block * rows + m, position)
+            whole = self.ops.accumulate(whole, sums[slot], factors, self.unit.tile[t], group)
+            b.store(totals, [block * rows + m, t], whole)
+
+    def _weight(self, t: int, group: Expr, position: Expr) -> Weights:
+        panel, quads = self.panel, self.code.quads
+        if panel is None:
+            return lambda quad, odd: self.ops.stored(self.unit.tile[t], group, quad, odd)
+        return lambda quad, _: panel[t, position * quads + quad]

@@ -7,14 +7,18 @@ A group whose largest magnitude is below 1e-30 becomes zeros with scale 0. Input
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
+    from typing_extensions import Self
 
 NORMS = ("none", "rms", "layer")
 SMALLEST = 1e-30  # below this 127 / max|x| would come near overflow
@@ -26,103 +30,147 @@ def padded(k: int, group: int) -> int:
     return -(-k // group) * group
 
 
-def quantize_activations(
-    machine: Machine,
-    *,
-    k: int,
-    group: int,
-    norm: str = "none",
-    eps: float = 0.0,
-    weight_offset: float = 0.0,
-    norm_bias: bool = False,
-    stride: int = 0,
-) -> PrimFunc:
-    """(x f32 [T, stride], weight f32 [k] if norm, norm_bias f32 [k] if any, xq i8 [T, padded(k, group)],
-    xscales f32 [T, groups], xsums i32 [T, groups]; begin, end). One unit: one row.
+@dataclass(frozen=True, kw_only=True)
+class RoundingProblem(Problem):
+    """Rows of k numbers that are rounded, after a norm if asked: kernels take (x f32 [T, k], weight f32 [k] if norm,
+    norm_bias f32 [k] if any, what they write; begin, end). One unit: one row.
 
-    xsums: a group's sum, or where `VectorIsa.pair_sums` says so the sum of the first two of every four inputs in the
-    low 16 bits and of the other two in the high ones, both signed. stride: elements from row to row of x (0: k). norm
-    "rms": x / sqrt(mean(x^2) + eps) * (weight + weight_offset); "layer": (x - mean) / sqrt(variance + eps) * (weight +
-    weight_offset) + norm_bias. The limit is the memory: a row is read from it once, and from the first-level cache
-    after that.
+    norm "rms": x / sqrt(mean(x^2) + eps) * (weight + weight_offset); "layer": (x - mean) / sqrt(variance + eps) *
+    (weight + weight_offset) + norm_bias. ValueError for a norm that is not known.
     """
-    isa, groups = isa_for(machine), -(-k // group)
-    results = [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32")]
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        x = b.view(handles["x"], [b.MANY, stride or k], "float32")
-        xq = b.view(handles["xq"], [b.MANY, groups * group], "int8")
-        xscales, xsums = (b.view(handles[name], [b.MANY, groups], dtype) for name, dtype in results[1:])
-        with b.loop(sizes["end"] - sizes["begin"]) as i:
-            row = b.let(sizes["begin"] + i)
-            normed = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
+    k: int
+    norm: str = "none"
+    eps: float = 0.0
+    weight_offset: float = 0.0
+    norm_bias: bool = False
 
-            def one_group(g: Expr, valid: int) -> None:
-                vectors = group // isa.lanes
-                values = b.Registers(vectors, isa.f32)
-                for v in range(vectors):
-                    values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
-                scale, whole = _round(isa, values)
-                b.store(xscales, [row, g], scale)
-                b.store(xsums, [row, g], whole.pair_sums() if isa.pair_sums(group) else whole.total)
-                for v in range(vectors):
-                    narrow = whole.low_bytes(v)
-                    b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS or (self.norm_bias and self.norm == "none"):
+            raise ValueError(f"norm {self.norm!r} with norm_bias={self.norm_bias}; known: {', '.join(NORMS)}")
 
-            with b.loop(k // group) as g:
-                one_group(g, group)
-            if k % group:
-                one_group(b.index(groups - 1), k % group)
-
-    return b.plain_function([*norm_inputs(norm, norm_bias), *results], [], body)
+    def inputs_read(self) -> list[tuple[str, str]]:
+        """The pointers that are read."""
+        names = ["x", *(["weight"] if self.norm != "none" else []), *(["norm_bias"] if self.norm_bias else [])]
+        return [(name, "float32") for name in names]
 
 
-def round_activations(
-    machine: Machine,
-    *,
-    k: int,
-    norm: str = "none",
-    eps: float = 0.0,
-    weight_offset: float = 0.0,
-    norm_bias: bool = False,
-    stride: int = 0,
-) -> PrimFunc:
-    """(x f32 [T, stride], weight?, norm_bias?, xh u16 [T, 2 * ceil(k / 2)]; begin, end): x, normed, as bits of bf16.
-
-    Rounds to nearest, ties to even; NaN stays NaN. An odd k is padded with a zero. Otherwise as `quantize_activations`.
-    """
-    isa, width = isa_for(machine), -(-k // 2) * 2
-
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
-
-        x = b.view(handles["x"], [b.MANY, stride or k], "float32")
-        xh = b.view(handles["xh"], [b.MANY, width], "uint16")
-        with b.loop(sizes["end"] - sizes["begin"]) as i:
-            row = b.let(sizes["begin"] + i)
-            normed = normalised(isa, handles, x, row, k, norm, eps, weight_offset, norm_bias)
-
-            def convert(start: Expr, valid: int) -> Expr:
-                return isa.f32_to_bf16(b.let(normed(start, valid)))
-
-            with b.loop(k // isa.lanes) as v:
-                b.store_vector(isa, xh, [row, v * isa.lanes], convert(v * isa.lanes, isa.lanes))
-            if k % isa.lanes:
-                start = b.index(k // isa.lanes * isa.lanes)
-                lane = tirx.Ramp(start, b.index(1), isa.lanes)
-                inside = isa.first(width % isa.lanes or isa.lanes)
-                I.evaluate(I.masked_store(xh, convert(start, k % isa.lanes), row, lane, inside))
-
-    return b.plain_function([*norm_inputs(norm, norm_bias), ("xh", "uint16")], [], body)
+R = TypeVar("R", bound=RoundingProblem)
 
 
-def norm_inputs(norm: str, norm_bias: bool) -> list[tuple[str, str]]:
-    """The pointers that a norm reads. ValueError for a norm that is not known."""
-    if norm not in NORMS or (norm_bias and norm == "none"):
-        raise ValueError(f"norm {norm!r} with norm_bias={norm_bias}; known: {', '.join(NORMS)}")
-    names = ["x", *(["weight"] if norm != "none" else []), *(["norm_bias"] if norm_bias else [])]
-    return [(name, "float32") for name in names]
+@dataclass(frozen=True)
+class RowRounding(CpuTemplate[R]):
+    """A row at a time. The limit is the memory: a row is read from it once, and from the first-level cache after that.
+    chains: independent sums of a norm, since an addition takes some cycles. least: numbers that are worth a thread."""
+
+    chains: int = knob(1, 2, 4, 8, exact=False)
+    least: int = knob(1024, 2048, 4096, 8192, 16384, code=False)
+
+    @classmethod
+    def default(cls, problem: R, machine: Machine, rows: Rows = ANY_ROWS) -> Self:
+        return cls(chains=4, least=4096)
+
+    def vectors(self, problem: R, lanes: int) -> int:
+        """That are in registers beside the sums of a norm."""
+        return 0
+
+    def stack_bytes(self, problem: R, machine: Machine) -> int:
+        isa = isa_for(machine)
+        count = 2 * self.chains + self.vectors(problem, isa.lanes)
+        return arrays(*[isa.vector_bytes] * count)
+
+    def grain(self, problem: R) -> int:
+        return max(1, self.least // problem.k)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BytesProblem(RoundingProblem):
+    """To bytes: (..., xq i8 [T, padded(k, group)], xscales f32 [T, groups], xsums i32 [T, groups]); see
+    `IntegerGroups`."""
+
+    group: int
+
+
+@dataclass(frozen=True)
+class QuantizeRows(RowRounding[BytesProblem], name="quantize_activations"):
+    """To bytes in groups."""
+
+    def vectors(self, problem: BytesProblem, lanes: int) -> int:
+        return 4 * -(-problem.group // lanes)  # numbers and integers, of whole groups and of a last one
+
+    def build(self, problem: BytesProblem, machine: Machine) -> PrimFunc:
+        results = [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32")]
+
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            _quantize(problem, isa_for(machine), self.chains, handles, sizes)
+
+        return b.plain_function([*problem.inputs_read(), *results], [], body)
+
+
+def _quantize(
+    problem: BytesProblem, isa: VectorIsa, chains: int, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
+) -> None:
+    k, group, groups = problem.k, problem.group, -(-problem.k // problem.group)
+    x = b.view(handles["x"], [b.MANY, k], "float32")
+    xq = b.view(handles["xq"], [b.MANY, groups * group], "int8")
+    xscales = b.view(handles["xscales"], [b.MANY, groups], "float32")
+    xsums = b.view(handles["xsums"], [b.MANY, groups], "int32")
+    with b.loop(sizes["end"] - sizes["begin"]) as i:
+        row = b.let(sizes["begin"] + i)
+        normed = normalised(isa, handles, x, row, problem, chains)
+
+        def one_group(g: Expr, valid: int) -> None:
+            vectors = group // isa.lanes
+            values = b.Registers(vectors, isa.f32)
+            for v in range(vectors):
+                values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
+            scale, whole = _round(isa, values)
+            b.store(xscales, [row, g], scale)
+            b.store(xsums, [row, g], whole.pair_sums() if isa.pair_sums(group) else whole.total)
+            for v in range(vectors):
+                narrow = whole.low_bytes(v)
+                b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
+
+        with b.loop(k // group) as g:
+            one_group(g, group)
+        if k % group:
+            one_group(b.index(groups - 1), k % group)
+
+
+@dataclass(frozen=True)
+class RoundRows(RowRounding[RoundingProblem], name="round_activations"):
+    """To bf16: (..., xh u16 [T, 2 * ceil(k / 2)]), see `Bf16Pairs`. Rounds to nearest, ties to even; NaN stays NaN."""
+
+    def build(self, problem: RoundingProblem, machine: Machine) -> PrimFunc:
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            _round_to_bf16(problem, isa_for(machine), self.chains, handles, sizes)
+
+        return b.plain_function([*problem.inputs_read(), ("xh", "uint16")], [], body)
+
+
+def _round_to_bf16(
+    problem: RoundingProblem, isa: VectorIsa, chains: int, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
+) -> None:
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    k, width = problem.k, padded(problem.k, 2)
+    x = b.view(handles["x"], [b.MANY, k], "float32")
+    xh = b.view(handles["xh"], [b.MANY, width], "uint16")
+    with b.loop(sizes["end"] - sizes["begin"]) as i:
+        row = b.let(sizes["begin"] + i)
+        normed = normalised(isa, handles, x, row, problem, chains)
+
+        def convert(start: Expr, valid: int) -> Expr:
+            return isa.f32_to_bf16(b.let(normed(start, valid)))
+
+        with b.loop(k // isa.lanes) as v:
+            b.store_vector(isa, xh, [row, v * isa.lanes], convert(v * isa.lanes, isa.lanes))
+        if k % isa.lanes:
+            start = b.index(k // isa.lanes * isa.lanes)
+            lane = tirx.Ramp(start, b.index(1), isa.lanes)
+            inside = isa.first(width % isa.lanes or isa.lanes)
+            I.evaluate(I.masked_store(xh, convert(start, k % isa.lanes), row, lane, inside))
 
 
 class _Rounded:
@@ -184,15 +232,7 @@ def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
 
 
 def normalised(
-    isa: VectorIsa,
-    handles: Mapping[str, Expr],
-    x: Buffer,
-    row: Expr,
-    k: int,
-    norm: str,
-    eps: float,
-    weight_offset: float,
-    norm_bias: bool,
+    isa: VectorIsa, handles: Mapping[str, Expr], x: Buffer, row: Expr, problem: RoundingProblem, chains: int
 ) -> Callable[[Expr, int], Expr]:
     """Emit the norm's statistics of a row; returns (start, valid) -> `lanes` normalised values, zeros past `valid`."""
     from tvm import tirx
@@ -200,9 +240,10 @@ def normalised(
     def load(start: Expr, valid: int) -> Expr:
         return isa.load_first(x, valid, row, start)
 
-    if norm == "none":
+    if problem.norm == "none":
         return load
-    mean = b.let(_sum_over_row(isa, k, load) / tirx.const(float(k), "float32")) if norm == "layer" else None
+    k, is_layer = problem.k, problem.norm == "layer"
+    mean = b.let(_sum_over_row(isa, k, chains, load) / tirx.const(float(k), "float32")) if is_layer else None
 
     def centred(start: Expr, valid: int) -> Expr:
         value = load(start, valid)
@@ -211,16 +252,16 @@ def normalised(
         value = value - isa.splat(mean)
         return value if valid >= isa.lanes else tirx.Select(isa.first(valid), value, isa.splat(0.0))
 
-    squares = _sum_over_row(isa, k, lambda start, valid: _squared(centred(start, valid)))
+    squares = _sum_over_row(isa, k, chains, lambda start, valid: _squared(centred(start, valid)))
     variance = squares / tirx.const(float(k), "float32")
-    inverse = b.let(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(eps, "float32")))
+    inverse = b.let(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(problem.eps, "float32")))
     weight = b.view(handles["weight"], [k], "float32")
-    shift = b.view(handles["norm_bias"], [k], "float32") if norm_bias else None
+    shift = b.view(handles["norm_bias"], [k], "float32") if problem.norm_bias else None
 
     def value(start: Expr, valid: int) -> Expr:
         factor = isa.load_first(weight, valid, start)
-        if weight_offset:
-            factor = factor + isa.splat(weight_offset)
+        if problem.weight_offset:
+            factor = factor + isa.splat(problem.weight_offset)
         scaled = centred(start, valid) * isa.splat(inverse) * factor
         return scaled if shift is None else scaled + isa.load_first(shift, valid, start)
 
@@ -233,16 +274,18 @@ def _squared(value: Expr) -> Expr:
     return bind(value, lambda v: v * v)
 
 
-def _sum_over_row(isa: VectorIsa, k: int, term: Callable[[Expr, int], Expr]) -> Expr:
-    """The sum of term(start, valid) over a row's k elements: four partial sums, to hide the adder's latency."""
-    width = 4
-    sums = b.Registers(width, isa.f32)
-    for j in range(width):
+def _sum_over_row(isa: VectorIsa, k: int, chains: int, term: Callable[[Expr, int], Expr]) -> Expr:
+    """The sum of term(start, valid) over a row's k elements: partial sums, to hide the adder's latency."""
+    sums = b.Registers(chains, isa.f32)
+    for j in range(chains):
         sums[j] = isa.splat(0.0)
-    step = width * isa.lanes
-    with b.loop(k // step) as i:
-        for j in range(width):
-            sums[j] = sums[j] + term(i * step + j * isa.lanes, isa.lanes)
-    for j, start in enumerate(range(k // step * step, k, isa.lanes)):
+    stride = chains * isa.lanes
+    with b.loop(k // stride) as i:
+        for j in range(chains):
+            sums[j] = sums[j] + term(i * stride + j * isa.lanes, isa.lanes)
+    for j, start in enumerate(range(k // stride * stride, k, isa.lanes)):
         sums[j] = sums[j] + term(b.index(start), k - start)
-    return isa.reduce("fadd", (sums[0] + sums[1]) + (sums[2] + sums[3]))
+    totals = [sums[j] for j in range(chains)]
+    while len(totals) > 1:
+        totals = [one + other for one, other in zip(totals[::2], totals[1::2], strict=True)]
+    return isa.reduce("fadd", totals[0])

@@ -71,9 +71,7 @@ class VectorIsa(ABC):
     lanes: 32-bit lanes of a register. registers: how many there are. bf16_dots: None where no instruction multiplies
     pairs of bf16. signed_bytes: weights of 8 bits are stored signed, since bytes are multiplied so.
     quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats. register_class: what inline
-    assembly calls a vector register. cache_line: bytes. ahead_bytes: how far ahead of the multiplications a streamed
-    tile is asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured
-    best, 1.5 to 8 KiB within 3%).
+    assembly calls a vector register. cache_line: bytes.
     """
 
     name: str
@@ -85,7 +83,6 @@ class VectorIsa(ABC):
     float_blocks: Blocking
     register_class: str
     cache_line: int = CACHE_LINE
-    ahead_bytes: int = 3072
 
     # Types
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmc.compiler.ir.dims import Dim
 from llmc.targets.cpu.limits import LimitKernel
-from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit, TilePlan
-from llmc.targets.kernel import Kernel, Param, kernel
+from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
+from llmc.targets.cpu.matrix_unit import FewRows, MatrixUnit
+from llmc.targets.cpu.quantize_activations import padded
+from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 from llmc.targets.x86 import linear_float_tile_rows as float_tile_rows
-from llmc.targets.x86 import linear_tile_rows, tile_plan
-from llmc.targets.x86.activation_tiles import activation_tiles, tiles_elements
+from llmc.targets.x86 import tile_plan
+from llmc.targets.x86.activation_tiles import Bf16Tiles
 from llmc.targets.x86.attention_matrix import AttentionMatrix, fits
 from llmc.targets.x86.isa import isa_for
+from llmc.targets.x86.linear_float_tile_rows import FloatTileRows
+from llmc.targets.x86.linear_tile_rows import TILES, QuantizedTileRows
 from llmc.targets.x86.tile_limits import limit_kernels
-from llmc.targets.x86.tiles import INPUTS, ROWS, has_tiles
+from llmc.targets.x86.tiles import INPUTS, ROWS
 
 
 @dataclass(frozen=True)
@@ -25,40 +28,37 @@ class Amx:
 
     machine: Machine
 
-    inputs = INPUTS
-    few_split = float_tile_rows.SPLIT
+    def activations(self, features: int, bits: int, group: int | None) -> Bf16Tiles | None:
+        if bits not in (4, 8, 16, 32) or (group or INPUTS) % INPUTS or not tile_plan.usable(self.machine):
+            return None
+        return tile_plan.activations(features, bits, group or INPUTS)
 
-    @property
-    def serves_many(self) -> bool:
-        return tile_plan.usable(self.machine)
+    def result(self, features: int, bits: int) -> Bf16Tiles | None:
+        return tile_plan.activations(features, bits) if features % INPUTS == 0 else None
 
     def rows_from(self, bits: int) -> int:
         return tile_plan.rows_from(bits)
 
-    def split_of(self, bits: int) -> int:
-        return tile_plan.split_of(bits)
+    def cost(self, bits: int) -> float:
+        return tile_plan.cost(bits)
 
-    def plan(self, *, n: int, k: int, bits: int, packed: bool, **facts: object) -> TilePlan:
-        return tile_plan.tile_plan(self.machine, n=n, k=k, bits=bits, packed=packed, **facts)  # type: ignore[arg-type]
+    def plan(self, chooser: Chooser, problem: ManyRowsProblem) -> LinearPlan:
+        return tile_plan.tile_plan(chooser, problem)
 
-    def elements(self, rows: int | Dim, inputs: int, split: int = 1) -> int | Dim:
-        return tiles_elements(rows, inputs, split)
-
-    def activations(self, *, k: int, inputs: int, **facts: Param) -> Kernel:
-        return kernel(activation_tiles, self.machine.key, k=k, inputs=inputs, **facts)
-
-    def quantized_rows(self, rows: int, params: Mapping[str, Param]) -> FewRows | None:
-        if not has_tiles(self.machine, "int8"):
+    def quantized_rows(self, chooser: Chooser, problem: QuantizedProblem, rows: int) -> FewRows | None:
+        found = chooser.choose(QuantizedTileRows, problem, (1, rows))
+        if isinstance(found, str):
             return None
-        made = kernel(linear_tile_rows.quantized_linear_tile_rows, self.machine.key, rows=rows, **params)
-        return FewRows(made, rows, linear_tile_rows.TILES)
+        return FewRows(found.kernel(problem, self.machine), found.rows, TILES, found.least)
 
-    def float_rows(self, params: Mapping[str, Param]) -> FewRows | None:
-        if not self.serves_many:  # activations become bf16 with the same instructions
+    def float_rows(self, chooser: Chooser, problem: FloatProblem) -> FewRows | None:
+        if not tile_plan.usable(self.machine):  # activations become bf16 with the same instructions
             return None
-        own = {name: value for name, value in params.items() if name not in ("dtype", "pairs")}
-        made = kernel(float_tile_rows.float_linear_tile_rows, self.machine.key, **own)
-        return FewRows(made, ROWS, float_tile_rows.TILES)
+        found = chooser.choose(FloatTileRows, problem, (1, ROWS))
+        if isinstance(found, str):
+            return None
+        form = Bf16Tiles(problem.k, padded(problem.k, INPUTS), float_tile_rows.PARTS)
+        return FewRows(found.kernel(problem, self.machine), ROWS, float_tile_rows.TILES, found.least, form)
 
     def attention(self, value_dim: int, cache_dtype: str) -> type[AttentionMatrix] | None:
         return AttentionMatrix if fits(self.machine, value_dim, cache_dtype) else None

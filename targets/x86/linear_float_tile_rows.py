@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import FloatLayout
-from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.linear_problem import FloatProblem
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Rows, knob
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import X86Isa, isa_for
 from llmc.targets.x86.tiles import INPUTS, TILE
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 # Weight tiles of a unit, side by side: they share the loads of activations, which come from the second-level cache.
 # With two, 8 rows took 3% longer and 16 rows 8%.
 TILES = 4
-SPLIT = 3  # bf16 of an activation
+PARTS = 3  # bf16 of an activation
 _PAIRS = INPUTS // 2  # rows of a weight tile
 # Numbers of the tile registers. A weight tile's products have one sum: two, with the small parts' own, are nearer still
 # (root mean square error 0.6 times that), but one is as near as numpy's f32 already.
@@ -38,7 +40,7 @@ class _Unit:
     """TILES weight tiles times a block of rows, while their code is emitted.
 
     start: where the weight tiles begin, in bytes; first_x: where the block's activations do, in elements. padded: a
-    tile on the stack for the inputs past the last multiple of 32, if there are any.
+    tile on the stack for the inputs past the last multiple of 32, if there are any. distance: of prefetches, in bytes.
     """
 
     isa: X86Isa
@@ -48,6 +50,7 @@ class _Unit:
     padded: Buffer | None
     start: Sequence[Expr]
     first_x: Expr
+    distance: int
 
     def run(self) -> None:
         """Add up all inputs."""
@@ -69,22 +72,22 @@ class _Unit:
         lines = 2 * TILE // line_bytes
         for t in range(TILES):
             amx.load(_B, self.data, self.start[t] + block * (2 * TILE))
-            for part in range(SPLIT):
+            for part in range(PARTS):
                 amx.dot_bf16(_C[t], _A[part], _B)
                 b.keep_order()
-                for line in range(lines * part // SPLIT, lines * (part + 1) // SPLIT):
+                for line in range(lines * part // PARTS, lines * (part + 1) // PARTS):
                     b.prefetch(self.data, ahead[t] + line * line_bytes, near=True)
 
     def _load_x(self, block: Expr | int) -> None:
-        for part in range(SPLIT):
-            amx.load(_A[part], self.x, self.first_x + (b.index(block) * SPLIT + part) * TILE)
+        for part in range(PARTS):
+            amx.load(_A[part], self.x, self.first_x + (b.index(block) * PARTS + part) * TILE)
 
     def _ahead(self, start: Expr, block: Expr) -> Expr:
-        """Where to prefetch from: `ahead_bytes` on; past the tile's end, in the tile that follows it in its stream."""
+        """Where to prefetch from: `distance` bytes on; past the tile's end, in the tile that follows in its stream."""
         from tvm import tirx
 
         size = -(-self.k // 2) * self.isa.vector_bytes
-        inside = b.let(block * (2 * TILE) + self.isa.ahead_bytes)
+        inside = b.let(block * (2 * TILE) + self.distance)
         return b.let(start + inside + tirx.Select(inside >= size, b.index((TILES - 1) * size), b.index(0)))
 
     def _multiply_rest(self, t: int, blocks: int, rest: int) -> None:
@@ -100,54 +103,70 @@ class _Unit:
                 value = tirx.reinterpret(isa.i32, isa.load(self.data, at, lanes=isa.vector_bytes))
             b.store(self.padded, [row], value)
         amx.load(_B, b.view(self.padded.data, [b.MANY], "int32"), 0)
-        for part in range(SPLIT):
+        for part in range(PARTS):
             amx.dot_bf16(_C[t], _A[part], _B)
 
 
-def float_linear_tile_rows(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-) -> PrimFunc:
-    """(x u16 [row tiles, ceil(k / 32), 3, 16, 32] as `activation_tiles` writes it, data u16, bias f32 [n] if any,
-    residual f32 [T, features] if any, out f32 [T, features]; T, begin, end).
+@dataclass(frozen=True)
+class FloatTileRows(CpuTemplate[FloatProblem], name="float_linear_tile_rows"):
+    """(x u16 in the form `Bf16Tiles` of PARTS parts, data u16, bias f32 [n] if any, residual f32 [T, features] if any,
+    out f32 [T, features]; T, begin, end).
 
-    Any T, 16 rows at a time; a short block is multiplied as short as it is. One unit: TILES weight tiles.
+    Any T, 16 rows at a time; a short block is multiplied as short as it is. One unit: TILES weight tiles. ahead, least:
+    see `QuantizedRows`.
     """
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    if not amx.has_tiles(machine, "bf16") or isa.lanes != amx.ROWS:
-        raise ValueError(f"vectors of {isa.lanes} lanes do not go through tiles of bf16 on {machine.name!r}")
-    all_tiles, pairs = FloatLayout("bf16", isa.lanes, gated).tiles(n), -(-k // 2)
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
+    ahead: int = knob(1536, 3072, 6144)
+    least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
 
-        tokens = sizes["T"]
-        x, data = b.view(handles["x"], [b.MANY], "uint16"), b.view(handles["data"], [b.MANY], "uint8")
-        sums = b.scratch([TILES, amx.ROWS], isa.f32)
-        padded = b.scratch([_PAIRS], isa.i32) if pairs % _PAIRS else None
-        with b.loop((tokens + (amx.ROWS - 1)) // amx.ROWS) as block:
-            first_row = b.let(block * amx.ROWS)
-            here = b.let(tirx.Min(tokens - first_row, b.index(amx.ROWS)))
-            first_x = b.let(block * (-(-k // INPUTS) * SPLIT * TILE))
-            rows = dict.fromkeys((*_A, *_C), (here, amx.ROW_BYTES))
-            with amx.configured(rows), b.loop(sizes["end"] - sizes["begin"]) as i:
-                # The last unit may be short: it repeats the last tile and stores it once.
-                first_tile, last = b.let((sizes["begin"] + i) * TILES), b.index(all_tiles - 1)
-                tile = [first_tile, *(b.let(tirx.Min(first_tile + t, last)) for t in range(1, TILES))]
-                start = [b.let(t * (pairs * isa.vector_bytes)) for t in tile]
-                _Unit(isa, k, x, data, padded, start, first_x).run()
-                for t, c in enumerate(_C):
-                    amx.store(c, b.view(sums.data, [b.MANY], "float32"), t * (amx.ROWS * isa.lanes))
-                with b.loop(here) as m:
-                    for t in range(0, TILES, epilogue.tiles):
-                        with b.when(first_tile + t < all_tiles):
-                            finished = [sums[t + j, m] for j in range(epilogue.tiles)]
-                            epilogue.emit(isa, handles, first_row + m, (first_tile + t) // epilogue.tiles, finished)
+    @classmethod
+    def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatTileRows:
+        return cls(ahead=3072, least=32 << 10)
 
-    return b.plain_function([("x", "uint16"), ("data", "uint16"), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER)
+    def refuse(self, problem: FloatProblem, machine: Machine) -> str:
+        if not amx.has_tiles(machine, "bf16") or isa_for(machine).lanes != amx.ROWS:
+            return f"{machine.name} has no tile registers for bf16, as wide as its vectors"
+        if problem.dtype != "bf16" or problem.pairs:
+            return f"weights are {problem.dtype}, and activations {'bf16' if problem.pairs else 'f32'}"
+        return super().refuse(problem, machine)
+
+    def stack_bytes(self, problem: FloatProblem, machine: Machine) -> int:
+        vector = isa_for(machine).vector_bytes
+        return arrays(vector * TILES * amx.ROWS, vector * _PAIRS)
+
+    def build(self, problem: FloatProblem, machine: Machine) -> PrimFunc:
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            _emit(problem, isa_for(machine), self.ahead, handles, sizes)
+
+        pointers = [("x", "uint16"), ("data", "uint16"), *problem.epilogue.pointers()]
+        return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER)
+
+
+def _emit(
+    problem: FloatProblem, isa: X86Isa, ahead: int, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
+) -> None:
+    from tvm import tirx
+
+    k, epilogue, tokens = problem.k, problem.epilogue, sizes["T"]
+    all_tiles, pairs = FloatLayout("bf16", isa.lanes, problem.gated).tiles(problem.n), -(-k // 2)
+    x, data = b.view(handles["x"], [b.MANY], "uint16"), b.view(handles["data"], [b.MANY], "uint8")
+    sums = b.scratch([TILES, amx.ROWS], isa.f32)
+    padded = b.scratch([_PAIRS], isa.i32) if pairs % _PAIRS else None
+    with b.loop((tokens + (amx.ROWS - 1)) // amx.ROWS) as block:
+        first_row = b.let(block * amx.ROWS)
+        here = b.let(tirx.Min(tokens - first_row, b.index(amx.ROWS)))
+        first_x = b.let(block * (-(-k // INPUTS) * PARTS * TILE))
+        rows = dict.fromkeys((*_A, *_C), (here, amx.ROW_BYTES))
+        with amx.configured(rows), b.loop(sizes["end"] - sizes["begin"]) as i:
+            # The last unit may be short: it repeats the last tile and stores it once.
+            first_tile, last = b.let((sizes["begin"] + i) * TILES), b.index(all_tiles - 1)
+            tile = [first_tile, *(b.let(tirx.Min(first_tile + t, last)) for t in range(1, TILES))]
+            start = [b.let(t * (pairs * isa.vector_bytes)) for t in tile]
+            _Unit(isa, k, x, data, padded, start, first_x, ahead).run()
+            for t, c in enumerate(_C):
+                amx.store(c, b.view(sums.data, [b.MANY], "float32"), t * (amx.ROWS * isa.lanes))
+            with b.loop(here) as m:
+                for t in range(0, TILES, epilogue.tiles):
+                    with b.when(first_tile + t < all_tiles):
+                        finished = [sums[t + j, m] for j in range(epilogue.tiles)]
+                        epilogue.emit(isa, handles, first_row + m, (first_tile + t) // epilogue.tiles, finished)

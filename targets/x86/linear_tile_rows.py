@@ -1,4 +1,4 @@
-"""Quantized linear ops of a few rows on tile registers (AMX): the same exact integer sums as `quantized_linear_rows`.
+"""Quantized linear ops of a few rows on tile registers (AMX): the same exact integer sums as `QuantizedRows`.
 
 A group of 64 inputs by 16 result columns is one multiplication of tiles, which takes as many cycles as there are rows;
 the vector units would take eight times as long. 4-bit weights are unpacked to a ring of tiles on the stack on the way,
@@ -13,33 +13,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import QuantizedLayout
-from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_products import KnownRows, Operands
-from llmc.targets.cpu.linear_quantized import quantized_layout
+from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.linear_products import KnownRows, Operands, known_bytes
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Rows, knob
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.isa import X86Isa, isa_for
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-TILES = 2  # weight tiles of a unit, side by side: they share the loads of activations
-# Groups that are unpacked ahead of their multiplication. A tile is loaded only after the stores to it have left the
-# core's store buffer, and those wait behind all that was issued before them: without a head start each group waits for
-# the one before.
-UNPACK_AHEAD = 2
-RING = 4  # groups in flight: unpacked ones, and sums that are not scaled yet
+TILES = 2  # weight tiles of a unit, side by side, as many as tile registers hold: they share loads of activations
 # Numbers of the tile registers.
 _A, _B, _C = (0, 1), (2, 3, 4), (5, 6, 7)
 
 
 class _Shape:
-    """How a group is cut into multiplications: `parts` of `inputs` inputs, which are `quads` rows of a tile."""
+    """How a group is cut into multiplications: `count` of `inputs` inputs, which are `quads` rows of a tile."""
 
     def __init__(self, isa: X86Isa, layout: QuantizedLayout) -> None:
         self.inputs = 64 if layout.group % 64 == 0 else 32
-        self.parts, self.quads = layout.group // self.inputs, self.inputs // 4
+        self.count, self.quads = layout.group // self.inputs, self.inputs // 4
         self.tile_bytes = self.quads * isa.vector_bytes
         # 4-bit weights are multiplied as the high halves of bytes, 16 times what they stand for: that is two's
         # complement for no operation more.
@@ -57,17 +53,17 @@ class _Shape:
 class _Unit:
     """TILES weight tiles times a block of rows, while their code is emitted.
 
-    unpacked: u8 vectors [RING, TILES, quads of a group], of 4-bit weights. sums: i32 vectors [RING, TILES, rows].
+    unpacked: u8 vectors [ring, TILES, quads of a group], of 4-bit weights. sums: i32 vectors [ring, TILES, rows].
     totals: f32 vectors [TILES * rows], in registers as far as they go.
     """
 
+    knobs: QuantizedTileRows
     ops: Operands
     shape: _Shape
     known: KnownRows
     unpacked: Buffer | None
     sums: Buffer
     totals: b.Registers
-    rows: int
     tile: Sequence[Expr]
     first_row: Expr
 
@@ -78,33 +74,35 @@ class _Unit:
         ops = self.ops
         groups = ops.layout.groups(ops.k)
         last = b.index(groups - 1)
-        for slot in range(TILES * self.rows):
+        for slot in range(TILES * self.knobs.rows):
             self.totals[slot] = ops.isa.splat(0.0)
-        for g in range(UNPACK_AHEAD):
+        unpack_ahead, ring = self.knobs.unpack_ahead, self.knobs.ring
+        for g in range(unpack_ahead):
             self._unpack(b.index(min(g, groups - 1)), b.index(g), None)
         with b.loop(groups) as g:
             prefetch = self._prefetches(g)
-            self._unpack(b.let(tirx.Min(g + UNPACK_AHEAD, last)), b.let((g + UNPACK_AHEAD) % RING), prefetch)
-            self._multiply(g, b.let(g % RING))
+            self._unpack(b.let(tirx.Min(g + unpack_ahead, last)), b.let((g + unpack_ahead) % ring), prefetch)
+            self._multiply(g, b.let(g % ring))
             # 8-bit weights are not unpacked; their prefetches go between the rows' sums.
             spread = prefetch if self.unpacked is None else None
             b.either(
                 g > 0,
-                lambda: self._scale(g - 1, b.let((g - 1) % RING), spread),
+                lambda: self._scale(g - 1, b.let((g - 1) % ring), spread),
                 lambda: self._each_row(spread),
             )
-        self._scale(last, b.index((groups - 1) % RING), None)
+        self._scale(last, b.index((groups - 1) % ring), None)
 
     def _prefetches(self, group: Expr) -> Callable[[int, int, int], None]:
-        """(tile, part, parts): ask for that part of the lines of a tile that are due while this group is multiplied."""
+        """(tile, i, n): ask for the i-th of n shares of the lines of a tile that are due while this group is
+        multiplied."""
         ops = self.ops
         data = b.view(ops.handles["data"], [b.MANY], "uint8")
-        ahead = [ops.ahead(tile, group, TILES) for tile in self.tile]
+        ahead = [ops.ahead(tile, group, TILES, self.knobs.ahead) for tile in self.tile]
 
-        def prefetch(t: int, part: int, parts: int) -> None:
+        def prefetch(t: int, share: int, shares: int) -> None:
             b.keep_order()
             lines = ops.layout.vectors
-            for line in range(lines * part // parts, lines * (part + 1) // parts):
+            for line in range(lines * share // shares, lines * (share + 1) // shares):
                 b.prefetch(data, ahead[t] + line * ops.isa.vector_bytes)
 
         return prefetch
@@ -134,22 +132,22 @@ class _Unit:
         groups = layout.groups(ops.k)
         xq = b.view(ops.handles["xq"], [b.MANY], "int8")
         sums = b.view(self.sums.data, [b.MANY], "int32")
-        for part in range(shape.parts):
-            start = self.first_row * (groups * layout.group) + group * layout.group + part * shape.inputs
-            amx.load(_A[part % 2], xq, start, groups * layout.group)
+        for number in range(shape.count):
+            start = self.first_row * (groups * layout.group) + group * layout.group + number * shape.inputs
+            amx.load(_A[number % 2], xq, start, groups * layout.group)
             for t, tile in enumerate(self.tile):
-                if part == 0:
+                if number == 0:
                     amx.zero(_C[t])
                 if self.unpacked is None:
                     source = b.view(ops.handles["data"], [b.MANY], "uint8")
-                    vector = (tile * groups + group) * layout.vectors + part * shape.quads
+                    vector = (tile * groups + group) * layout.vectors + number * shape.quads
                     amx.load(_B[t], source, vector * ops.isa.vector_bytes)
                 else:
                     source = b.view(self.unpacked.data, [b.MANY], "uint8")
-                    amx.load(_B[t], source, ((place * TILES + t) * shape.parts + part) * shape.tile_bytes)
-                amx.dot_int8(_C[t], _A[part % 2], _B[t], unsigned=not shape.signed)
+                    amx.load(_B[t], source, ((place * TILES + t) * shape.count + number) * shape.tile_bytes)
+                amx.dot_int8(_C[t], _A[number % 2], _B[t], unsigned=not shape.signed)
         for t in range(TILES):
-            amx.store(_C[t], sums, (place * TILES + t) * (self.rows * ops.isa.lanes))
+            amx.store(_C[t], sums, (place * TILES + t) * (self.knobs.rows * ops.isa.lanes))
 
     def _scale(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
         """totals += what the sums in a place of the ring stand for."""
@@ -163,7 +161,7 @@ class _Unit:
         )
 
         def add(t: int, m: int) -> None:
-            slot = t * self.rows + m
+            slot = t * self.knobs.rows + m
             whole = self.sums[place, t, m]
             if not self.shape.signed:  # otherwise the tiles hold weights without their offset
                 whole = whole + self.known.start(b.index(m), group)
@@ -182,58 +180,79 @@ class _Unit:
     ) -> None:
         """Code for every tile and row, with prefetches spread over it."""
         for t in range(TILES):
-            for m in range(self.rows):
+            for m in range(self.knobs.rows):
                 if prefetch is not None:
-                    prefetch(t, m, self.rows)
+                    prefetch(t, m, self.knobs.rows)
                 emit(t, m)
 
 
-def quantized_linear_tile_rows(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int,
-    symmetric: bool,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    rows: int,
-) -> PrimFunc:
-    """Any T, `rows` (up to 16) at a time. One unit: TILES weight tiles. Parameters as `quantized_linear_rows` has them.
+@dataclass(frozen=True)
+class QuantizedTileRows(CpuTemplate[QuantizedProblem], name="quantized_linear_tile_rows"):
+    """Any T, `rows` at a time, with the arguments of `QuantizedRows`. One unit: TILES weight tiles.
 
     Every weight byte comes from the memory once per `rows` rows. A short block is multiplied as short as it is.
+    unpack_ahead: groups that are unpacked ahead of their multiplication. A tile is loaded only after the stores to it
+    have left the core's store buffer, and those wait behind all that was issued before them: without a head start each
+    group waits for the one before. ring: groups in flight, unpacked ones, and sums that are not scaled yet. ahead,
+    least: see `QuantizedRows`.
     """
-    isa, epilogue = isa_for(machine), Epilogue(n, gated, activation, bias, residual)
-    if not amx.has_tiles(machine, "int8") or isa.lanes != amx.ROWS or not 0 < rows <= amx.ROWS:
-        raise ValueError(f"{rows} rows of {isa.lanes} lanes do not go through tiles on {machine.name!r}")
-    layout = quantized_layout(machine, bits, group, symmetric, gated)
-    groups, all_tiles, shape = layout.groups(k), layout.tiles(n), _Shape(isa, layout)
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        from tvm import tirx
+    rows: int = knob(4, 8, 16)
+    unpack_ahead: int = knob(1, 2, 3)
+    ring: int = knob(2, 4, 8)
+    ahead: int = knob(1536, 3072, 6144)
+    least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
 
-        ops, tokens = Operands(isa, layout, k, handles), sizes["T"]
-        known = KnownRows(ops, rows, groups)
-        unpacked = b.scratch([RING, TILES, group // 4], isa.u8) if bits == 4 else None
-        sums = b.scratch([RING, TILES, rows], isa.i32)
-        with b.loop((tokens + (rows - 1)) // rows) as block:
-            first_row = b.let(block * rows)
-            here = b.let(tirx.Min(tokens - first_row, b.index(rows)))
-            known.fill(first_row, rows, tokens, b.index(0), groups)
-            with amx.configured(shape.tiles(isa, here)), b.loop(sizes["end"] - sizes["begin"]) as i:
-                # The last unit may be short: it repeats the last tile and stores it once.
-                first_tile, last = b.let((sizes["begin"] + i) * TILES), b.index(all_tiles - 1)
-                tile = [first_tile, *(b.let(tirx.Min(first_tile + t, last)) for t in range(1, TILES))]
-                totals = b.Registers(TILES * rows, isa.f32)
-                _Unit(ops, shape, known, unpacked, sums, totals, rows, tile, first_row).run()
-                for t in range(0, TILES, epilogue.tiles):
-                    for m in range(rows):
-                        with b.when(tirx.And(m < here, first_tile + t < all_tiles)):
-                            finished = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
-                            column = (first_tile + t) // epilogue.tiles
-                            epilogue.emit(isa, handles, first_row + m, column, finished)
+    @classmethod
+    def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedTileRows:
+        return cls(rows[1] or amx.ROWS, unpack_ahead=2, ring=4, ahead=3072, least=32 << 10)
 
-    return b.plain_function([*Operands.pointers(layout), *epilogue.pointers()], ["T"], body, b.ORDER_HELPER)
+    def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
+        if not amx.has_tiles(machine, "int8") or isa_for(machine).lanes != amx.ROWS:
+            return f"{machine.name} has no tile registers for bytes, as wide as its vectors"
+        if self.ring <= self.unpack_ahead:  # what is unpacked would overwrite what is multiplied
+            return f"a ring of {self.ring} groups has no room for {self.unpack_ahead} ahead and one that is multiplied"
+        return super().refuse(problem, machine)
+
+    def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
+        isa, layout = isa_for(machine), problem.layout(machine)
+        known = known_bytes(isa, layout, self.rows, layout.groups(problem.k))
+        flying = [TILES * problem.group // 4 * (problem.bits == 4), TILES * self.rows]
+        rings = [isa.vector_bytes * self.ring * each for each in flying]
+        return arrays(*known, *rings, *[isa.vector_bytes] * (TILES * self.rows))
+
+    def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
+        isa, layout = isa_for(machine), problem.layout(machine)
+
+        def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+            _emit(self, problem, Operands(isa, layout, problem.k, handles), sizes)
+
+        pointers = [*Operands.pointers(layout), *problem.epilogue.pointers()]
+        return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER)
+
+
+def _emit(knobs: QuantizedTileRows, problem: QuantizedProblem, ops: Operands, sizes: Mapping[str, Expr]) -> None:
+    from tvm import tirx
+
+    isa, layout, epilogue, rows, tokens = ops.isa, ops.layout, problem.epilogue, knobs.rows, sizes["T"]
+    assert isinstance(isa, X86Isa)
+    groups, all_tiles, shape = layout.groups(problem.k), layout.tiles(problem.n), _Shape(isa, layout)
+    known = KnownRows(ops, rows, groups)
+    unpacked = b.scratch([knobs.ring, TILES, layout.group // 4], isa.u8) if layout.bits == 4 else None
+    sums = b.scratch([knobs.ring, TILES, rows], isa.i32)
+    with b.loop((tokens + (rows - 1)) // rows) as block:
+        first_row = b.let(block * rows)
+        here = b.let(tirx.Min(tokens - first_row, b.index(rows)))
+        known.fill(first_row, rows, tokens, b.index(0), groups)
+        with amx.configured(shape.tiles(isa, here)), b.loop(sizes["end"] - sizes["begin"]) as i:
+            # The last unit may be short: it repeats the last tile and stores it once.
+            first_tile, last = b.let((sizes["begin"] + i) * TILES), b.index(all_tiles - 1)
+            tile = [first_tile, *(b.let(tirx.Min(first_tile + t, last)) for t in range(1, TILES))]
+            totals = b.Registers(TILES * rows, isa.f32)
+            _Unit(knobs, ops, shape, known, unpacked, sums, totals, tile, first_row).run()
+            for t in range(0, TILES, epilogue.tiles):
+                for m in range(rows):
+                    with b.when(tirx.And(m < here, first_tile + t < all_tiles)):
+                        finished = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
+                        column = (first_tile + t) // epilogue.tiles
+                        epilogue.emit(isa, ops.handles, first_row + m, column, finished)

@@ -10,25 +10,33 @@ into three bf16 each, with nothing rounded away: six multiplications on tiles ar
 
 from __future__ import annotations
 
-from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
-from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.linear_quantized import quantized_layout
-from llmc.targets.cpu.matrix_unit import TilePlan, TileVariant
-from llmc.targets.kernel import Param, kernel
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmc.targets.cpu.cpu_template import CpuTemplate
+from llmc.targets.cpu.linear_problem import ManyRowsProblem, chosen, quantized_layout
+from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Chooser, Rows, knob
+from llmc.targets.x86.activation_tiles import Bf16Tiles
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_tiles import tile_linear, workspace_bytes
+from llmc.targets.x86.linear_tiles import PAIR, ROWS, TileWork, tile_linear
+from llmc.targets.x86.tile_weights import Float, Quantized, Single, Source
 from llmc.targets.x86.tiles import INPUTS, has_tiles
+
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
 
 ROWS_FROM = 17  # measured: below, integer kernels are as fast
 SPLIT_FROM = 49  # the same for f32 weights, which are six times as many products
-FEW, MANY = 128, 256  # rows of a block
+COST, SPLIT_COST = 0.5, 0.65  # of 128 to 512 rows, as docs/adr/0006 and 0007 measured it
+FEW, MANY = 128, 256  # rows of a unit, as far as there are so many
 NARROW, WIDEST = 4, 28  # tiles of a panel
 THREADS = (2, 4, 8, 16)  # that panels are meant to share out among: how many there will be is not known here
-# Inputs at a time. Where the activations of a block of rows stay in the second-level cache, long steps are best: sums
-# are hardly stored and loaded again (1.3 against 1.1 TFLOPS of one core on [9728, 896]). Elsewhere short steps leave
-# room for wide panels, which read the activations less often.
-NEAR_STEP, FAR_STEP = 1024, 256
+# Inputs at a time. Where the activations of a block of rows stay in the second-level cache, many are best: sums are
+# hardly stored and loaded again (1.3 against 1.1 TFLOPS of one core on [9728, 896]). Elsewhere few leave room for wide
+# panels, which read the activations less often.
+NEAR_DEPTH, FAR_DEPTH = 1024, 256
 READING = 4.0  # what reading the activations costs a panel of one tile, as a part of multiplying it
 
 
@@ -42,52 +50,100 @@ def rows_from(bits: int) -> int:
     return SPLIT_FROM if bits == 32 else ROWS_FROM
 
 
-def split_of(bits: int) -> int:
-    """bf16 that stand for one activation in front of weights of so many bits."""
-    return 3 if bits == 32 else 1
+def cost(bits: int) -> float:
+    """Time that many rows take, against kernels on vectors."""
+    return SPLIT_COST if bits == 32 else COST
 
 
-def tile_plan(
-    machine: Machine,
-    *,
-    n: int,
-    k: int,
-    bits: int,
-    group: int = INPUTS,
-    symmetric: bool = True,
-    gated: bool = False,
-    activation: str = "none",
-    bias: bool = False,
-    residual: bool = False,
-    packed: bool = False,
-) -> TilePlan:
-    """y[T, features] for T >= `rows_from` from weights of 4, 8, 16 (bf16) or 32 (f32) bits; packed: y is in tiles."""
-    isa = isa_for(machine)
-    layout: QuantizedLayout | FloatLayout = (
-        FloatLayout("f32" if bits == 32 else "bf16", isa.lanes, gated)
-        if bits >= 16
-        else quantized_layout(machine, bits, group, symmetric, gated)
-    )
-    epilogue = Epilogue(n, gated, activation, bias, residual)
-    params: dict[str, Param] = {"n": n, "k": k, "bits": bits, "group": group, "symmetric": symmetric, "gated": gated}
-    params |= {"activation": activation, "bias": bias, "residual": residual, "packed": packed}
-    inputs = -(-k // group) * group
-    split = split_of(bits)
-    least = 2 * epilogue.tiles if packed else 2
+def activations(features: int, bits: int, group: int = INPUTS) -> Bf16Tiles:
+    """The form of activations in front of weights of so many bits: as many bf16 as a weight becomes, whole groups."""
+    return Bf16Tiles(features, -(-features // group) * group, 3 if bits == 32 else 1)
 
-    def variant(low: int, high: int | None, row_block: int) -> TileVariant:
-        near = 2 * inputs * split * row_block <= machine.l2_bytes // 2
-        step = _even_step(inputs, group, (NEAR_STEP if near else FAR_STEP) // split)
+
+def form_of(problem: ManyRowsProblem) -> Bf16Tiles:
+    """How its kernels read activations."""
+    return activations(problem.k, problem.bits, problem.group or INPUTS)
+
+
+@dataclass(frozen=True)
+class TileLinear(CpuTemplate[ManyRowsProblem], name="tile_linear"):
+    """See `linear_tiles`. A unit is `row_block` rows by a panel of `tiles` weight tiles. depth: inputs that a panel
+    holds at a time, at most: whole groups, and a third of it where each becomes three parts. far: 1 where the
+    activations of a block of rows do not stay in the second-level cache, and are asked for ahead of their use."""
+
+    tiles: int = knob(*range(2, WIDEST + 1, 2))
+    row_block: int = knob(32, 64, FEW, MANY, 512)
+    depth: int = knob(128, FAR_DEPTH, 512, NEAR_DEPTH, 2048)
+    far: int = knob(0, 1)
+
+    @classmethod
+    def default(cls, problem: ManyRowsProblem, machine: Machine, rows: Rows = ANY_ROWS) -> TileLinear:
+        form, high = form_of(problem), rows[1]
+        row_block = FEW if high is not None and high <= FEW else MANY
+        near = 2 * form.inputs * form.parts * row_block <= machine.l2_bytes // 2
         far = not near and high is None
-        tiles = _panel(layout.tiles(n), least) if far else max(least, NARROW)
-        made = kernel(tile_linear, machine.key, **params, far=far, step=step, tiles=tiles, row_block=row_block)
-        panels = -(-layout.tiles(n) // tiles)
-        return TileVariant(made, low, high, panels, row_block, workspace_bytes(step, tiles, row_block, split))
+        multiple = _panel_multiple(problem)
+        tiles = _panel(problem.layout(machine).tiles(problem.n), multiple) if far else max(multiple, NARROW)
+        return cls(tiles, row_block, NEAR_DEPTH if near else FAR_DEPTH, int(far))
 
-    fused = tuple(name for name in ("bias", "residual") if params[name])
-    arguments = ("xtiles", *layout.arrays(n, k), *fused, "out", "workspace")
-    variants = (variant(rows_from(bits), FEW, FEW), variant(FEW + 1, None, MANY))
-    return TilePlan(layout, arguments, inputs, split, 1 if split == 1 else 6, variants)
+    def refuse(self, problem: ManyRowsProblem, machine: Machine) -> str:
+        if not usable(machine):
+            return f"{machine.name} has no tile registers for bf16, as wide as its vectors"
+        if (problem.group or INPUTS) % INPUTS:
+            return f"groups of {problem.group} are no whole number of {INPUTS} inputs"
+        if problem.packed and problem.epilogue.features % INPUTS:
+            return f"{problem.epilogue.features} features do not fill tiles of {INPUTS}"
+        if self.tiles % _panel_multiple(problem):
+            return f"panels of {self.tiles} weight tiles have no whole number of tiles of results"
+        if self.row_block % ROWS:
+            return f"{self.row_block} rows are no whole number of {ROWS}"
+        return super().refuse(problem, machine)
+
+    def work(self, problem: ManyRowsProblem, machine: Machine) -> TileWork:
+        """What the kernel does."""
+        isa, form = isa_for(machine), form_of(problem)
+        source: Source
+        if problem.bits >= 16:
+            source = Single(isa, problem.k) if problem.bits == 32 else Float(isa, problem.k)
+        else:
+            layout = quantized_layout(machine, problem.bits, problem.group, problem.symmetric, problem.gated)
+            source = Quantized(isa, layout, problem.k)
+        depth = _even_depth(form.inputs, problem.group or INPUTS, self.depth // form.parts)
+        return TileWork(
+            isa=isa,
+            epilogue=problem.epilogue,
+            source=source,
+            all_tiles=problem.layout(machine).tiles(problem.n),
+            depth=min(depth, form.inputs),
+            tiles=self.tiles,
+            row_block=self.row_block,
+            packed=problem.packed,
+            far=bool(self.far),
+        )
+
+    def build(self, problem: ManyRowsProblem, machine: Machine) -> PrimFunc:
+        return tile_linear(self.work(problem, machine))
+
+
+def _panel_multiple(problem: ManyRowsProblem) -> int:
+    """Weight tiles of a panel are a multiple: pairs, and of packed results whole tiles."""
+    return PAIR * problem.epilogue.tiles if problem.packed else PAIR
+
+
+def tile_plan(chooser: Chooser, problem: ManyRowsProblem) -> LinearPlan:
+    """y[T, features] for T >= `rows_from` from weights of 4, 8, 16 (bf16) or 32 (f32) bits."""
+    machine, form, layout = chooser.machine, form_of(problem), problem.layout(chooser.machine)
+
+    def variant(low: int, high: int | None) -> Variant:
+        member = chosen(chooser, TileLinear, problem, (low, high))
+        panels, workspace = -(-layout.tiles(problem.n) // member.tiles), member.work(problem, machine).workspace_bytes
+        made = member.kernel(problem, machine)
+        return Variant(made, form, low, high, panels, member.row_block, workspace=workspace)
+
+    fused = tuple(name for name in ("bias", "residual") if getattr(problem, name))
+    arguments = (*layout.arrays(problem.n, problem.k), *fused, "out", "workspace")
+    variants = (variant(rows_from(problem.bits), FEW), variant(FEW + 1, None))
+    return LinearPlan(layout, arguments, variants, "bf16", 1 if form.parts == 1 else 6)
 
 
 def _panel(all_tiles: int, multiple: int) -> int:
@@ -102,7 +158,7 @@ def _panel(all_tiles: int, multiple: int) -> int:
     return min(range(multiple, WIDEST + 1, multiple), key=cost)
 
 
-def _even_step(inputs: int, group: int, most: int) -> int:
-    """Inputs at a time: whole groups, near `most`, so that the steps are about as long as each other."""
-    steps = max(1, -(-inputs // max(most, group)))
-    return -(-inputs // (steps * group)) * group
+def _even_depth(inputs: int, group: int, most: int) -> int:
+    """Inputs at a time: whole groups, near `most`, so that each time there are about as many."""
+    times = max(1, -(-inputs // max(most, group)))
+    return -(-inputs // (times * group)) * group

@@ -1,8 +1,8 @@
 """Weights of linear ops as bf16 in tiles of pairs, out of the forms that they are stored in, a chunk at a time.
 
-A tile of weights is 16 result columns of all inputs. A *part* of it is what shares a scale, or what fills a tile
+A tile of weights is 16 result columns of all inputs. A *section* of it is what shares a scale, or what fills a tile
 register: whole tiles of `INPUTS` inputs. A *chunk* is CHUNK rows of pairs, little enough to be unpacked between two
-products of tiles.
+products of tiles. f32 weights become three bf16 *parts*.
 """
 
 from __future__ import annotations
@@ -20,53 +20,55 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr
 
 CHUNK = 4
+TILE_CHUNKS = INPUTS // (2 * CHUNK)  # of INPUTS inputs
 
 
 class Put(Protocol):
     """Where a source of weights puts what it unpacks: pairs of bf16 as i32 lanes, by row of the chunk."""
 
-    def __call__(self, row: int, pairs: Expr, split: int = 0) -> None:
-        """split: which of the parts of an f32 weight."""
+    def __call__(self, row: int, pairs: Expr, part: int = 0) -> None:
+        """part: which of the parts of an f32 weight."""
 
 
 class Source(Protocol):
     """Weights as the kernel's arguments have them.
 
-    part: inputs of a part; parts: how many a tile has; chunks, part_bytes: of a part; split: bf16 of a weight.
+    section: inputs of a section; sections: how many a tile has; section_bytes: of a section; parts: bf16 that a weight
+    becomes.
     """
 
-    part: int
+    section: int
+    sections: int
+    section_bytes: int
     parts: int
-    part_bytes: int
-    split: int
 
     def pointers(self) -> list[tuple[str, str]]:
         """The kernel's arguments for them."""
 
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
-        """One chunk of one part of one tile."""
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
+        """One chunk of one section of one tile."""
 
 
 def chunks(source: Source) -> int:
-    """Chunks of a part."""
-    return source.part // (2 * CHUNK)
+    """Chunks of a section."""
+    return source.section // (2 * CHUNK)
 
 
 class Quantized:
-    """Weights of 4 or 8 bits: one part is a group."""
+    """Weights of 4 or 8 bits: one section is a group."""
 
-    split = 1
+    parts = 1
 
     def __init__(self, isa: X86Isa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
-        self.part, self.parts = layout.group, self.groups
-        self.part_bytes = layout.vectors * isa.vector_bytes
+        self.section, self.sections = layout.group, self.groups
+        self.section_bytes = layout.vectors * isa.vector_bytes
 
     def pointers(self) -> list[tuple[str, str]]:
         minimums = [] if self.layout.symmetric else [("minimums", "float16")]
         return [("data", "uint8"), ("scales", "float16"), *minimums]
 
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
         """One vector of 4-bit weights, or two of 8-bit ones."""
         from tvm import tirx
 
@@ -75,7 +77,7 @@ class Quantized:
 
         def per_group(name: str) -> Expr:
             buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
-            return b.let(isa.f16_to_f32(isa.load(buffer, tile, part, 0)))
+            return b.let(isa.f16_to_f32(isa.load(buffer, tile, section, 0)))
 
         scale = per_group("scales")
         # What a stored zero stands for; exact, since scales have 11 bits.
@@ -96,7 +98,7 @@ class Quantized:
         rows = 2 * 8 // layout.bits  # of pairs in a vector
         vectors = CHUNK // rows
         for v in range(vectors):
-            raw = isa.load(data, tile, part, chunk * vectors + v, 0, lanes=isa.vector_bytes)
+            raw = isa.load(data, tile, section, chunk * vectors + v, 0, lanes=isa.vector_bytes)
             words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
             for row in range(rows):
                 # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
@@ -107,24 +109,24 @@ class Quantized:
 class Float:
     """Weights in bf16, which lie in pairs already."""
 
-    split = 1
+    parts = 1
 
     def __init__(self, isa: X86Isa, k: int) -> None:
         self.isa, self.pairs = isa, -(-k // 2)
-        self.part, self.parts = INPUTS, -(-k // INPUTS)
-        self.part_bytes = INPUTS * isa.lanes * 2
+        self.section, self.sections = INPUTS, -(-k // INPUTS)
+        self.section_bytes = INPUTS * isa.lanes * 2
 
     def pointers(self) -> list[tuple[str, str]]:
         return [("data", "uint16")]
 
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
         """CHUNK pairs of rows of one tile, zeros after the last."""
         from tvm import tirx
 
         isa = self.isa
         data = b.view(handles["data"], [b.MANY, self.pairs * isa.lanes * 2], "uint16")
         for row in range(CHUNK):
-            pair = part * (INPUTS // 2) + chunk * CHUNK + row
+            pair = section * (INPUTS // 2) + chunk * CHUNK + row
 
             def copy(row: int = row, pair: Expr = pair) -> None:
                 both = isa.load(data, tile, pair * (isa.lanes * 2), lanes=isa.lanes * 2)
@@ -139,29 +141,29 @@ class Float:
 class Single:
     """Weights in f32, split into three bf16."""
 
-    split = 3
+    parts = 3
 
     def __init__(self, isa: X86Isa, k: int) -> None:
         self.isa, self.k = isa, k
-        self.part, self.parts = INPUTS, -(-k // INPUTS)
-        self.part_bytes = INPUTS * isa.lanes * 4
+        self.section, self.sections = INPUTS, -(-k // INPUTS)
+        self.section_bytes = INPUTS * isa.lanes * 4
 
     def pointers(self) -> list[tuple[str, str]]:
         return [("data", "float32")]
 
-    def unpack(self, handles: Mapping[str, Expr], tile: Expr, part: Expr, chunk: Expr, put: Put) -> None:
+    def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
         """CHUNK pairs of rows of one tile, zeros after the last."""
         isa = self.isa
         data = b.view(handles["data"], [b.MANY, self.k, isa.lanes], "float32")
         zero = isa.splat(0.0)
         for row in range(CHUNK):
-            first = b.let(part * INPUTS + (chunk * CHUNK + row) * 2)
+            first = b.let(section * INPUTS + (chunk * CHUNK + row) * 2)
 
             def pairs(count: int, row: int = row, first: Expr = first) -> None:
                 loaded = [b.let(isa.load(data, tile, first + i, 0)) for i in range(count)]
                 even, odd = [*loaded, *[zero] * (2 - count)]
-                for split, both in enumerate(bf16_parts(isa, even, odd, self.split, paired=True)):
-                    put(row, both, split)
+                for part, both in enumerate(bf16_parts(isa, even, odd, self.parts, paired=True)):
+                    put(row, both, part)
 
             if self.k % INPUTS == 0:
                 pairs(2)

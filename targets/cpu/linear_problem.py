@@ -1,0 +1,105 @@
+"""What linear kernels compute: sizes, weights, and what is fused behind the sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmc.errors import CompileError
+from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.machine import Machine
+from llmc.targets.template import ANY_ROWS, Chooser, Problem, Rows, T
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(Problem):
+    """A weight of n output rows (2F when gated) by k inputs. Kernels take pointers to activations, the weight's arrays,
+    bias f32 [n] if any, residual f32 [T, features] if any, and out f32 [T, features]; then T, begin, end. What is
+    fused: see `Epilogue`. ValueError where it does not fit together."""
+
+    n: int
+    k: int
+    gated: bool = False
+    activation: str = "none"
+    bias: bool = False
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.epilogue
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.n, self.gated, self.activation, self.bias, self.residual)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedProblem(LinearProblem):
+    """Weights of 4 or 8 bits in groups along the inputs."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def layout(self, machine: Machine) -> QuantizedLayout:
+        """How the weight lies on this machine."""
+        return quantized_layout(machine, self.bits, self.group, self.symmetric, self.gated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatProblem(LinearProblem):
+    """Weights of `dtype` "f32", "f16" or "bf16". pairs: activations are bf16, and pairs of them are multiplied with
+    pairs of bf16 weights."""
+
+    dtype: str
+    pairs: bool = False
+
+    def layout(self, machine: Machine) -> FloatLayout:
+        """How the weight lies on this machine."""
+        return FloatLayout(self.dtype, isa_for(machine).lanes, self.gated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyRowsProblem(LinearProblem):
+    """For a matrix unit: weights of 4 or 8 bits in groups, of 16 (bf16) or of 32 (f32), which have no group.
+
+    packed: the result is in the unit's own form (`MatrixUnit.result`) instead of f32.
+    """
+
+    bits: int
+    group: int = 0
+    symmetric: bool = True
+    packed: bool = False
+
+    def layout(self, machine: Machine) -> QuantizedLayout | FloatLayout:
+        """How the weight lies on this machine."""
+        if self.bits < 16:
+            return quantized_layout(machine, self.bits, self.group, self.symmetric, self.gated)
+        return FloatLayout("f32" if self.bits == 32 else "bf16", isa_for(machine).lanes, self.gated)
+
+
+def quantized_layout(machine: Machine, bits: int, group: int, symmetric: bool, gated: bool) -> QuantizedLayout:
+    """The layout that this machine's kernels read."""
+    isa = isa_for(machine)
+    return QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric), gated)
+
+
+def chosen(chooser: Chooser, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T:
+    """How to write a kernel that a linear op cannot do without. CompileError where it cannot be."""
+    found = chooser.choose(template, problem, rows)
+    if isinstance(found, str):
+        sizes = " by ".join(str(problem.params()[name]) for name in ("n", "k") if name in problem.params())
+        raise CompileError(
+            f"kernel {template.name} of {sizes} {found}: the layer is too wide for it. Give that layer another scheme "
+            "(--override), or larger groups (--group-size)"
+        )
+    return found
+
+
+def refuse_blocks(epilogue: Epilogue, rows: int, tiles: int, row_block: int) -> str:
+    """Why a kernel cannot multiply `rows` rows by `tiles` weight tiles at once, `row_block` rows a unit; empty: can."""
+    if row_block % rows:
+        return f"{row_block} rows are no whole number of blocks of {rows}"
+    if tiles % epilogue.tiles:
+        return f"{tiles} tiles at a time have no whole pairs of gate and up"
+    return ""
