@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operations: each translation gives what ONNX Runtime gives, for every combination we accept."""
+"""ONNX Runtime's own attention, rotations and products: each translation gives what ONNX Runtime gives."""
 
 from __future__ import annotations
 
@@ -16,107 +16,6 @@ S_AND_BATCH = {7: "S", 3: "B"}
 
 def choice(*shape: int, high: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).integers(0, high, shape)
-
-
-# Norms, embeddings, activations
-
-
-@pytest.mark.parametrize("size", [1, 33, 129])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("skip_shape", [(3, 7), (1, 7), (7,)])
-def test_skip_norms(size: int, bias: bool, skip_shape: tuple[int, ...]) -> None:
-    x, skip, gamma = normal(3, 7, size), normal(*skip_shape, size, seed=1), Fixed(normal(size, seed=2))
-    extra = [Fixed(normal(size, seed=4))] if bias else []
-    # In a row of one element its difference from the mean is rounding, which a small eps would blow up.
-    layer = Case("SkipLayerNormalization", [x, skip, gamma, Fixed(normal(size, seed=3)), *extra], {"epsilon": 1e-2}, 4)
-    simple = Case("SkipSimplifiedLayerNormalization", [x, skip, gamma, *extra], {"epsilon": 1e-5}, 4)
-    for case in (layer, simple):
-        case.symbols = Case("", [], symbols=S_AND_BATCH).symbols if size not in S_AND_BATCH else {}
-        compare(case, outputs=[0, 3])
-
-
-def test_skip_norms_without_beta_and_with_the_epsilon_of_the_standard() -> None:
-    x, skip, gamma = normal(1, 7, 33), normal(1, 7, 33, seed=1), Fixed(normal(33, seed=2))
-    compare(Case("SkipLayerNormalization", [x, skip, gamma, None, Fixed(normal(33))], {}, 1, symbols=S))
-    compare(Case("SkipSimplifiedLayerNormalization", [x, skip, gamma], {}, 1, symbols=S))
-
-
-def test_statistics_of_skip_norms_are_those_of_the_sum() -> None:
-    """ONNX Runtime's CPU kernels leave these outputs empty, so numpy says what they are."""
-    x, skip, gamma = normal(2, 7, 33), normal(2, 7, 33, seed=1), Fixed(np.ones(33, np.float32))
-    total = (x + skip).astype(np.float64)
-    _, mean, inverse, _ = Case("SkipLayerNormalization", [x, skip, gamma], {"epsilon": 1e-3}, 4).translated()
-    np.testing.assert_allclose(mean, total.mean(-1, keepdims=True), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(inverse, 1 / np.sqrt(total.var(-1, keepdims=True) + 1e-3), rtol=1e-5)
-    case = Case("SkipSimplifiedLayerNormalization", [x, skip, gamma], {"epsilon": 1e-3}, 4)
-    np.testing.assert_allclose(case.translated()[2], 1 / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-3), rtol=1e-5)
-
-
-@pytest.mark.parametrize("axis", [-1, 2])
-def test_simplified_layer_norm_is_rms_norm(axis: int) -> None:
-    case = Case(
-        "SimplifiedLayerNormalization",
-        [normal(3, 7, 31), Fixed(normal(31))],
-        {"epsilon": 1e-5, "axis": axis, "stash_type": 1},
-        2,
-        domain="",
-        symbols=S_AND_BATCH,
-    )
-    compare(case)
-
-
-@pytest.mark.parametrize("op", ["Gelu", "FastGelu", "QuickGelu"])
-def test_activations(op: str) -> None:
-    compare(Case(op, [3 * normal(3, 7, 33)], symbols=S_AND_BATCH), tolerance=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [1.0, 1.5, 1.702])
-def test_quick_gelu_has_an_alpha(alpha: float) -> None:
-    compare(Case("QuickGelu", [3 * normal(3, 7, 33)], {"alpha": alpha}), tolerance=1e-6)
-
-
-@pytest.mark.parametrize("op", ["BiasGelu", "FastGelu"])
-def test_activations_of_a_sum_with_a_bias(op: str) -> None:
-    compare(Case(op, [normal(3, 7, 33), Fixed(normal(33))], symbols=S_AND_BATCH), tolerance=1e-6)
-
-
-def test_bias_split_gelu_gates_its_left_half_with_its_right() -> None:
-    """ONNX Runtime has no CPU kernel of it."""
-    from math import erf, sqrt
-
-    x, bias = normal(3, 7, 34), normal(34, seed=1)
-    left, right = np.split((x + bias).astype(np.float64), 2, axis=-1)
-    expected = left * right / 2 * (1 + np.vectorize(erf)(right / sqrt(2)))
-    [found] = Case("BiasSplitGelu", [x, Fixed(bias)], symbols=S_AND_BATCH).translated()
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("mask", [False, True])
-@pytest.mark.parametrize("positions", [False, True])
-def test_embed_layer_norm(segments: bool, mask: bool, positions: bool) -> None:
-    lengths = np.array([7, 4, 1])
-    inputs = [
-        choice(3, 7, high=50).astype(np.int32),
-        choice(3, 7, high=2, seed=1).astype(np.int32) if segments else None,
-        Fixed(normal(50, 33)),
-        Fixed(normal(20, 33, seed=1)),
-        Fixed(normal(2, 33, seed=2)) if segments else None,
-        Fixed(normal(33, seed=3)),
-        Fixed(normal(33, seed=4)),
-        (np.arange(7)[None] < lengths[:, None]).astype(np.int32) if mask else None,
-        choice(3, 7, high=20, seed=2).astype(np.int32) if positions else None,
-    ]
-    compare(
-        Case("EmbedLayerNormalization", inputs, {"epsilon": 1e-6, "mask_index_type": int(mask)}, 3, symbols=S_AND_BATCH)
-    )
-
-
-def test_embed_layer_norm_refuses_other_kinds_of_masks() -> None:
-    tables = [Fixed(normal(50, 33)), Fixed(normal(20, 33)), None, Fixed(normal(33)), Fixed(normal(33))]
-    ids = choice(3, 7, high=50).astype(np.int32)
-    case = Case("EmbedLayerNormalization", [ids, None, *tables, np.ones((3, 7), np.int32)], {"mask_index_type": 2}, 2)
-    refused(case, "mask_index_type=2 is not supported")
 
 
 # Rotary embedding
@@ -142,6 +41,14 @@ def test_rotary_embedding(interleaved: int, layout: str, first: bool) -> None:
     compare(Case("RotaryEmbedding", [x, at, *caches(pairs)], attributes, symbols=S_AND_BATCH))
 
 
+@pytest.mark.parametrize(("pairs", "dim"), [(3, 8), (4, 12), (1, 3), (8, 16)])
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_the_channels_behind_the_pairs_stay(pairs: int, dim: int, interleaved: int) -> None:
+    inputs = [normal(3, 7, 4 * dim), choice(3, 7, high=40), *caches(pairs)]
+    attributes = {"interleaved": interleaved, "num_heads": 4, "rotary_embedding_dim": 2 * pairs}
+    compare(Case("RotaryEmbedding", inputs, attributes, symbols=S_AND_BATCH))
+
+
 def test_rotary_embedding_refuses_packed_batches_and_scales() -> None:
     inputs = [normal(1, 7, 64), choice(1, 7, high=40), *caches(8)]
     refused(Case("RotaryEmbedding", inputs, {"is_packed_batching": 1}), "is_packed_batching=1 is not supported, only 0")
@@ -163,10 +70,11 @@ def grouped_query(
     dim: int = 16,
     norms: bool = False,
     tokens: int = 7,
+    heads: int = 4,
+    kv_heads: int = 2,
     **attributes: object,
 ) -> Case:
-    """4 query heads and 2 key heads of `dim` channels, 16 of which are rotated."""
-    heads, kv_heads = 4, 2
+    """Heads of `dim` channels, 16 of which are rotated."""
     q = normal(batch, tokens, heads * dim)
     k, v = (normal(batch, tokens, kv_heads * dim, seed=i) for i in (1, 2))
     rotary = bool(attributes.get("do_rotary"))
@@ -197,6 +105,11 @@ def test_grouped_query_attention(packed: bool, rotary: str) -> None:
             rotary_interleaved=int(rotary == "interleaved"),
         )
     )
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (3, 1), (7, 7)])
+def test_packed_heads_are_told_apart(heads: int, kv_heads: int) -> None:
+    compare(grouped_query(packed=True, heads=heads, kv_heads=kv_heads))
 
 
 @pytest.mark.parametrize("window", [-1, 1, 2, 6, 7, 100])
@@ -245,8 +158,9 @@ def test_queries_and_keys_may_be_normalised() -> None:
         (grouped_query(qk_output=1), "qk_output=1 is not supported, only 0"),
         (grouped_query(k_quant_type="PER_TENSOR"), "k_quant_type=PER_TENSOR is not supported"),
         (grouped_query(kv_num_heads=3), "key: 32 does not split into 3 parts"),
+        (grouped_query(local_window_size=0), "local_window_size=0: a token would not even see itself"),
     ],
-    ids=["past", "scores", "quantized cache", "heads"],
+    ids=["past", "scores", "quantized cache", "heads", "window"],
 )
 def test_grouped_query_attention_refuses(case: Case, why: str) -> None:
     refused(case, why)
@@ -347,6 +261,22 @@ def test_biases_of_packed_inputs_are_those_of_inputs_apart() -> None:
     for case in (packed, whole):
         case.symbols = {}
         np.testing.assert_allclose(case.translated()[0], expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["of keys and values", "of both"])
+def test_a_past_that_holds_nothing_adds_nothing(kind: str) -> None:
+    if kind == "of both":
+        case, without = projected(), projected()
+        case.inputs += [None, np.zeros((2, 3, 2, 0, 16), np.float32)]
+        case.names += ["", "in4"]
+    else:
+        case, without = multi_head(), multi_head()
+        case.inputs += [None, None, None, *[np.zeros((3, 2, 0, 16), np.float32)] * 2]
+        case.names += ["", "", "", "in6", "in7"]
+    case.outputs = without.outputs = 2
+    assert [op.name for op in case.graph().ops if "past" not in op.name] == [op.name for op in without.graph().ops]
+    for expected, found in zip(without.translated(), case.translated(), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_mask_of_ones_adds_nothing() -> None:
@@ -454,40 +384,37 @@ def test_fused_matmul(flags: int) -> None:
     compare(Case("FusedMatMul", [a, b], {**dict.fromkeys(names, 1), "alpha": 0.3}))
 
 
-@pytest.mark.parametrize("bidirectional", [0, 1])
-@pytest.mark.parametrize(("tokens", "buckets", "distance"), [(1, 32, 128), (7, 8, 20), (150, 32, 128)])
-def test_relative_position_bias(bidirectional: int, tokens: int, buckets: int, distance: int) -> None:
-    """ONNX Runtime has no CPU kernel of it: the buckets are T5's."""
-    length = Fixed(np.array([tokens], np.int64))
-    attributes = {"max_distance": distance, "is_bidirectional": bidirectional}
+@pytest.mark.parametrize("attributes", [{}, {"alpha": 0.0}, {"alpha": 1.0}])
+@pytest.mark.parametrize(("a", "b"), [((7, 9), (9, 11)), ((3, 7, 9), (9, 11)), ((7, 9), (3, 9, 11))])
+def test_fused_matmul_scales_as_it_is_told(
+    a: tuple[int, ...], b: tuple[int, ...], attributes: dict[str, float]
+) -> None:
+    compare(Case("FusedMatMul", [normal(*a), normal(*b, seed=1)], attributes, symbols=S))
+
+
+@pytest.mark.parametrize("bidirectional", [None, 0, 1])
+@pytest.mark.parametrize(
+    ("queries", "keys", "buckets", "distance"),
+    [(1, 1, 32, 128), (7, 7, 8, 20), (150, 150, 32, 128), (3, 7, 8, 20), (7, 3, 8, 20), (9, 9, 4, 3), (40, 40, 7, 12)],
+)
+def test_relative_position_bias(
+    bidirectional: int | None, queries: int, keys: int, buckets: int, distance: int
+) -> None:
+    """ONNX Runtime has no CPU kernel of it: the buckets are T5's. One direction, where nothing else is said."""
+    lengths = [Fixed(np.array([size], np.int64)) for size in (queries, keys)]
+    attributes = {"max_distance": distance}
+    if bidirectional is not None:
+        attributes["is_bidirectional"] = bidirectional
     table = normal(buckets, 3)
-    [found] = Case("RelativePositionBias", [Fixed(table), length, length], attributes).translated()
-    at = torch.arange(tokens)
+    [found] = Case("RelativePositionBias", [Fixed(table), *lengths], attributes).translated()
+    at = torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
     bucket = T5Attention._relative_position_bucket(
-        at[None, :] - at[:, None], bidirectional=bool(bidirectional), num_buckets=buckets, max_distance=distance
+        at, bidirectional=bool(bidirectional), num_buckets=buckets, max_distance=distance
     )
     np.testing.assert_array_equal(found, table[bucket.numpy()].transpose(2, 0, 1)[None])
 
 
 # What is left out
-
-
-def test_epsilons_that_are_left_out() -> None:
-    """Numbers so small that the epsilon decides."""
-    x, skip, gamma = 1e-3 * normal(1, 7, 33), 1e-3 * normal(1, 7, 33, seed=1), Fixed(normal(33, seed=2))
-    compare(Case("SimplifiedLayerNormalization", [x, gamma], {"axis": -1, "stash_type": 1}, 2, domain=""))
-    tiny, other = x * np.float32(1e-3), skip * np.float32(1e-3)
-    compare(Case("SkipLayerNormalization", [tiny, other, gamma, gamma], {}, 1))
-    compare(Case("SkipSimplifiedLayerNormalization", [tiny, other, gamma], {}, 1))
-    tables = [Fixed(1e-6 * normal(50, 33)), Fixed(1e-6 * normal(20, 33, seed=1))]
-    ids = choice(1, 7, high=50).astype(np.int32)
-    compare(Case("EmbedLayerNormalization", [ids, None, *tables, None, gamma, gamma], {}, 2), outputs=[0])
-
-
-def test_embeddings_without_a_mask_have_no_ends() -> None:
-    tables = [Fixed(normal(50, 33)), Fixed(normal(20, 33)), None, Fixed(normal(33)), Fixed(normal(33))]
-    ids = choice(3, 7, high=50).astype(np.int32)
-    compare(Case("EmbedLayerNormalization", [ids, None, *tables], {}, 3, symbols=S_AND_BATCH))
 
 
 def test_hidden_keys_have_ten_thousand_less() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from onnx_contrib_tools import Case, Fixed, normal
-from test_onnx_contrib import choice, grouped_query, multi_head, projected, refused
+from test_onnx_contrib import caches, choice, grouped_query, multi_head, projected, refused
 
 
 def without(case: Case, *places: int) -> Case:
@@ -31,6 +31,12 @@ def giving(case: Case, outputs: int) -> Case:
     return case
 
 
+def buckets(count: int, distance: int, **attributes: int) -> Case:
+    length = Fixed(np.array([7], np.int64))
+    given = {"max_distance": distance, **attributes}
+    return Case("RelativePositionBias", [Fixed(normal(count, 3)), length, length], given)
+
+
 ROWS = np.array([1], np.int32)
 REFUSED = {
     "values in integers": (grouped_query(v_quant_type="PER_TENSOR"), "v_quant_type=PER_TENSOR is not supported"),
@@ -43,9 +49,19 @@ REFUSED = {
     "a key alone": (without(grouped_query(), 2), "key and value come together or not at all"),
     "a value alone": (without(grouped_query(), 1), "key and value come together or not at all"),
     "a norm of queries alone": (without(grouped_query(norms=True), 15), "normalised together or not at all"),
+    "a norm of keys alone": (without(grouped_query(norms=True), 14), "normalised together or not at all"),
+    "a bias of more keys": (having(grouped_query(), at_10=normal(1, 1, 7, 9)), "do not broadcast"),
     "no cosines": (without(grouped_query(do_rotary=1), 7), "do_rotary=1 needs cos_cache and sin_cache"),
     "no sines": (without(grouped_query(do_rotary=1), 8), "do_rotary=1 needs cos_cache and sin_cache"),
     "more pairs than channels": (grouped_query(dim=8, do_rotary=1), "a cache of 8 pairs for heads of 8"),
+    "a rotation of rows alone": (
+        Case("RotaryEmbedding", [normal(7, 64), choice(1, 7, high=40), *caches(8)]),
+        "x of rank 2: needs [B, S, heads * dim] or [B, heads, S, dim]",
+    ),
+    "a rotation of five axes": (
+        Case("RotaryEmbedding", [normal(1, 2, 4, 7, 16), choice(1, 7, high=40), *caches(8)]),
+        "x of rank 5: needs",
+    ),
     "a length of the past": (having(multi_head(), at_8=ROWS), "its input past_sequence_length is not supported"),
     "beams": (having(multi_head(), at_9=ROWS), "its input cache_indirection is not supported"),
     "scores": (giving(multi_head(), 4), "its output qk is not supported"),
@@ -56,6 +72,7 @@ REFUSED = {
     "packed keys for other heads": (multi_head("packed keys", num_heads=4), "needs [B, K, heads, 2, dim]"),
     "no value": (without(multi_head(), 2), "a key without a value"),
     "a length of the past of all": (having(projected(), at_6=ROWS), "its input past_sequence_length is not supported"),
+    "queries and keys of unequal sizes": (projected(sizes=(32, 16, 32)), "queries and keys have different sizes"),
     "unequal sizes together": (giving(projected(sizes=(32, 32, 10)), 2), "keys and values of different sizes"),
     "a vector times a matrix": (Case("FusedMatMul", [normal(3), normal(3, 3)]), "factors without two axes"),
     "a matrix times a vector": (Case("FusedMatMul", [normal(3, 3), normal(3)]), "factors without two axes"),
@@ -69,6 +86,18 @@ REFUSED = {
                                          normal(5), normal(5)]),
         "segment ids and their table come together",
     ),
+    "a table without segments": (
+        Case("EmbedLayerNormalization", [choice(1, 7, high=9), None, normal(9, 5), normal(9, 5), normal(2, 5),
+                                         normal(5), normal(5)]),
+        "segment ids and their table come together",
+    ),
+    "a gain of two axes": (
+        Case("SkipLayerNormalization", [normal(3, 7), normal(3, 7, seed=1), normal(1, 7)]), "(1, 7) for rows of 7",
+    ),
+    "one bucket": (buckets(1, 20), "1 buckets a direction for distances up to 20: needs at least two"),
+    "one bucket a direction": (buckets(3, 20, is_bidirectional=1), "1 buckets a direction"),
+    "no far distances": (buckets(8, 4), "8 buckets a direction for distances up to 4"),
+    "endless distances": (buckets(8, 1 << 40), "for distances up to 1099511627776: needs"),
 }  # fmt: skip
 
 

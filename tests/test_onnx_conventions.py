@@ -120,6 +120,7 @@ def test_the_batch_of_a_past_is_called_as_that_of_the_ids() -> None:
         ((1, 2, 3), "a cache of a fixed size is not supported"),
         (("batch", "heads", "past", 4), "which of its axes is the past cannot be told"),
         ((None, 2, None, None), r"has shape \['\?', 2, '\?', '\?'\]: which of its axes"),
+        ((None, 1, 2, "past", 4), "which of its axes is the past cannot be told"),
         ((None, "past", 4), "which of its axes is the past cannot be told"),
         (("batch", 2, "past", None), "which of its axes is the past cannot be told"),
     ],
@@ -135,6 +136,7 @@ def test_pasts_of_which_no_axis_or_many_may_grow(dims: Dims, why: str) -> None:
         ("present.0.key", ("b", 2, "p", 4), True), ("present_0", ("b", "p", 8), True), ("new_past_1", None, True),
         ("present.0.key", None, True), ("logits", ("b", "s", 9), False), ("logits", ("b", 2, "s", 9), True),
         ("logits", None, False), ("present.0.key", ("b", 9), False), ("presently", ("b", "s", 9), False),
+        ("present", (), False), ("hidden_states", ("layers", "b", 2, "s", 4), True),
         ("attentions", ("b", 2, "s", "s"), True), ("pooled", ("b", 9), False),
     ],
 )  # fmt: skip

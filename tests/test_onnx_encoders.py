@@ -75,6 +75,7 @@ def test_an_exported_encoder_is_its_original(exported: tuple[str, Path]) -> None
                 np.testing.assert_allclose(found[name], want, rtol=0, atol=1e-4)
     facts = ("task", "encoder", "vocab_size", "layers", "max_context", "architecture")
     assert {name: getattr(lifted, name) for name in facts} == {name: getattr(original, name) for name in facts}
+    assert lifted.text.facts is not None and lifted.text.facts == original.text.facts
     if case in ("bert", "bert classifier", "bert masked"):  # the others' exports leave outputs out
         ours, theirs = (operations(one) for one in (lifted, original))
         assert ours == theirs

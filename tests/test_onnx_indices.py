@@ -11,11 +11,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from onnx_files import write
-from onnx_graphs import Nodes
+from onnx_graphs import Nodes, compare
 
 from llmc.compiler.ir.llm import Linear
 from llmc.compiler.ir.structural import CheckedIndex
 from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.manager import parse_pipeline, run_passes
 from llmc.compiler.pipeline import compile_model, lift_model, run_lifted
 from llmc.compiler.progress import Silent
 from llmc.errors import CompileError, FrontendError
@@ -28,6 +29,7 @@ GRID = np.arange(20, dtype=np.float32).reshape(4, 5)
 PLAIN = CompileOptions(quantization="none")
 
 
+ZERO, ZERO_TO_TWO = np.array([0]), (np.array([0]), np.array([2]))
 KINDS = ("Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND")
 
 
@@ -107,6 +109,37 @@ def test_an_index_of_a_branch_that_is_not_taken_is_no_error(tmp_path: Path) -> N
         np.testing.assert_array_equal(found, session.run(None, given)[0])
     with pytest.raises(StepError, match="index out of range"):
         runtime.run({"c": np.array(False), "a": np.array([1]), "b": np.array([10])})
+
+
+KNOWN = np.array([[0, -1], [-4, 2], [3, -5], [-1, -1], [1, 3]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_places_count_from_the_end_of_their_own_axis(kind: str) -> None:
+    """And need no check when the step runs."""
+    g = Nodes({"table": ("float32", GRID.shape), "row": ("float32", (5,))})
+    made = {
+        "Gather": lambda: g.add("Gather", "table", KNOWN[:, 0]),
+        "GatherElements": lambda: g.add("GatherElements", "table", KNOWN[:4], axis=1),
+        "GatherND": lambda: g.add("GatherND", "table", KNOWN),
+        "ScatterND": lambda: g.add("ScatterND", "table", KNOWN, "row"),
+        "ScatterElements": lambda: g.add(
+            "ScatterElements", "table", KNOWN[:1], g.add("Unsqueeze", g.add("Slice", "row", *ZERO_TO_TWO), ZERO), axis=1
+        ),
+    }[kind]()
+    compare(g, [made], {"table": GRID, "row": -TABLE.reshape(-1)[:5]})
+    graph, _ = run_passes(g.graph(made), parse_pipeline("fold,bound-indices"), [])
+    assert not any(isinstance(op, CheckedIndex) for op in graph.ops)
+
+
+@pytest.mark.parametrize("kind", ["GatherND", "ScatterND"])
+def test_a_place_that_may_be_the_last_is_none_of_the_row_before(kind: str) -> None:
+    """Clipped to -1 .. 4, it is in range of an axis of 5, and -1 counts from the end of that axis."""
+    g = Nodes({"table": ("float32", (5, 5)), "i": ("int64", ("n", 2)), "row": ("float32", ("n",))})
+    places = g.add("Clip", "i", np.int64(-1), np.int64(4))
+    made = g.add(kind, "table", places, *(["row"] if kind == "ScatterND" else []))
+    given = np.array([[0, -1], [-1, 3], [2, 9], [-7, -7]])
+    compare(g, [made], {"table": TABLE.reshape(-1)[:25].reshape(5, 5), "i": given, "row": -TABLE.reshape(-1)[:4]})
 
 
 @pytest.mark.parametrize("index, size", [(np.array([3, 10, 0]), 10), (np.array([-11, 2]), 10)])

@@ -114,6 +114,13 @@ def test_pooling_with_every_padding(op: str, mode: str) -> None:
                 one(op, floats(2, 3, size), pads=[0, 1], **options)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_padding_is_less_than_any_integer(dtype: type) -> None:
+    info = np.iinfo(dtype)
+    for x in (np.full((1, 2, 7), info.min, dtype), np.arange(info.min, info.min + 14, dtype=dtype).reshape(1, 2, 7)):
+        one("MaxPool", x, kernel_shape=[3], strides=[2], pads=[2, 2])
+
+
 @pytest.mark.parametrize("size", range(5, 12))
 @pytest.mark.parametrize("stride", [2, 3, 4])
 def test_pooling_with_a_last_window_that_is_not_whole(size: int, stride: int) -> None:

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from onnx_files import write
 from onnx_graphs import Nodes
+from safetensors.numpy import save_file
+from tiny_encoders import VOCAB, write_encoder_tokenizer
 
+from llmc.compiler.ir.evaluate import evaluate
+from llmc.errors import FrontendError
 from llmc.frontends import lift
 from llmc.frontends.lifted import Lifted
 
@@ -22,13 +26,15 @@ def weight(*shape: int) -> np.ndarray:
 
 
 def lifted(tmp_path: Path, outputs: dict[str, str], **config: object) -> Lifted:
-    """A model with outputs of some kinds: "rows" a token, "text" (their mean), either with a width, or "both"."""
+    """A model with outputs of some kinds: "rows" a token, "text" (their mean), either with a width; "pairs" of rows."""
+    tmp_path.mkdir(exist_ok=True)
     g = Nodes({"input_ids": ("int64", ["batch", "seq"])})
     rows = g.add("Gather", weight(VOCABULARY, WIDTH), "input_ids")
     mean = g.add("ReduceMean", rows, np.array([1]), keepdims=0)
+    pairs = g.add("MatMul", rows, g.add("Transpose", rows, perm=[0, 2, 1]))
     for name, kind in outputs.items():
         base, _, width = kind.partition(" ")
-        value = {"rows": rows, "text": mean}[base]
+        value = {"rows": rows, "text": mean, "pairs": pairs}[base]
         made = g.add("MatMul", value, weight(WIDTH, int(width))) if width not in ("", "1 squeezed") else value
         if width == "1 squeezed":
             made = g.add("Squeeze", g.add("MatMul", value, weight(WIDTH, 1)), np.array([-1]))
@@ -100,6 +106,7 @@ def test_outputs_that_an_exporter_numbered_get_names(
     [
         ({"logits": "text 3"}, {}, ("classification", "logits")),
         ({"logits": "rows 3"}, {}, ("tokens", "logits")),
+        ({"logits": "rows 1"}, {}, ("tokens", "logits")),
         ({"logits": "rows 39"}, {}, ("tokens", "logits")),
         ({"logits": "rows 40"}, {"architectures": ["OwnForMaskedLM"]}, None),
         ({"logits": "rows 1 squeezed"}, {}, None),
@@ -117,6 +124,98 @@ def test_purposes(
     outputs: dict[str, str], config: dict[str, object], expected: tuple[str, str] | None, tmp_path: Path
 ) -> None:
     assert facts(lifted(tmp_path, outputs, **config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("outputs", "width"),
+    [({"a": "rows 3", "b": "rows"}, 3), ({"a": "rows", "b": "rows 3"}, WIDTH), ({"a": "rows 3", "b": "pairs"}, 3),
+     ({"a": "pairs", "b": "rows 3"}, 3)],
+)  # fmt: skip
+def test_the_first_features_of_tokens_are_pooled(outputs: dict[str, str], width: int, tmp_path: Path) -> None:
+    """What has no width, such as a number for each two tokens, are no features."""
+    found = lifted(tmp_path, outputs)
+    assert facts(found) == ("embedding", "embedding")
+    assert found.graph.output("embedding").shape == (1, width)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_model_that_takes_token_types_knows_those_of_two_texts(takes: bool, tmp_path: Path) -> None:
+    """The tokenizer gives type 1 to the second text of a pair, whatever the model takes."""
+    write_encoder_tokenizer(tmp_path)
+    inputs = {name: ("int64", ["batch", "seq"]) for name in ("input_ids", "token_type_ids")[: 1 + takes]}
+    g = Nodes(inputs)
+    rows = g.add("Gather", weight(VOCAB, WIDTH), "input_ids")
+    rows = g.add("Add", rows, g.add("Gather", weight(2, WIDTH), "token_type_ids")) if takes else rows
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OwnModel"]}))
+    found = lift(write(g.model(rows), tmp_path / "m.onnx"))
+    found = found if found.otherwise is None else found.otherwise()
+    assert found.text.facts is not None and found.text.facts["token_types"] == (2 if takes else 0)
+
+
+# In a directory of sentence-transformers
+
+
+def sentence_directory(tmp_path: Path, *modules: tuple[str, dict[str, object]], **settings: object) -> Path:
+    """Settings of the whole, and modules by their class and settings, behind a Transformer; none has weights yet."""
+    kinds = ["Transformer", *(kind for kind, _ in modules)]
+    paths = ["", *(f"{number}_{kind}" for number, (kind, _) in enumerate(modules, 1))]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(zip(paths, kinds, strict=True))
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(listed))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    for path, (_, own) in zip(paths[1:], modules, strict=True):
+        (tmp_path / path).mkdir()
+        (tmp_path / path / "config.json").write_text(json.dumps(own))
+    return tmp_path
+
+
+POOLING = ("Pooling", {"word_embedding_dimension": WIDTH, "pooling_mode_mean_tokens": True})
+
+
+def dense(inputs: int, outputs: int) -> tuple[str, dict[str, object]]:
+    activation = "torch.nn.modules.linear.Identity"
+    return "Dense", {"in_features": inputs, "out_features": outputs, "activation_function": activation}
+
+
+def test_modules_bring_weights_of_their_own(tmp_path: Path) -> None:
+    directory = sentence_directory(tmp_path, POOLING, dense(WIDTH, 3), dense(3, 5))
+    stored = {}
+    for number, (inputs, outputs) in ((2, (WIDTH, 3)), (3, (3, 5))):
+        stored[number] = weight(outputs, inputs), weight(outputs)
+        named = dict(zip(("linear.weight", "linear.bias"), stored[number], strict=True))
+        save_file(named, directory / f"{number}_Dense" / "model.safetensors")
+    found = lifted(tmp_path, {"last_hidden_state": "rows"})
+    assert names(found) == ["embedding"]
+    inputs = {"ids": np.array([[3, 1, 4]], np.int32), "positions": np.arange(3, dtype=np.int32)[None]}
+    given = {value.name: inputs[value.name] for value in found.graph.inputs}
+    plain = evaluate(lifted(tmp_path / "plain", {"embedding": "text"}).graph, given, found.load)["embedding"]
+    (w, b), (w_2, b_2) = stored[2], stored[3]
+    want = (plain @ w.T + b) @ w_2.T + b_2
+    np.testing.assert_allclose(evaluate(found.graph, given, found.load)["embedding"], want, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    directory = sentence_directory(tmp_path, POOLING, dense(WIDTH + 1, 3))
+    named = {"linear.weight": weight(3, WIDTH + 1), "linear.bias": weight(3)}
+    save_file(named, directory / "2_Dense" / "model.safetensors")
+    with pytest.raises(FrontendError, match="2_Dense does not fit what stands before it: "):
+        lifted(tmp_path, {"last_hidden_state": "rows"})
+
+
+@pytest.mark.parametrize(("said", "most"), [({"max_seq_length": 17}, 17), ({"max_seq_length": 4000}, 2048), ({}, 2048)])
+def test_the_directory_says_how_long_texts_may_be(said: dict[str, int], most: int, tmp_path: Path) -> None:
+    (sentence_directory(tmp_path, POOLING) / "sentence_bert_config.json").write_text(json.dumps(said))
+    encoder = lifted(tmp_path, {"last_hidden_state": "rows"}).encoder
+    assert encoder is not None and encoder["max_tokens"] == most
+
+
+@pytest.mark.parametrize(("outputs", "width"), [({"sentence_embedding": "text"}, 2), ({"logits": "text 3"}, 3)])
+def test_embeddings_are_cut_and_classes_are_not(outputs: dict[str, str], width: int, tmp_path: Path) -> None:
+    sentence_directory(tmp_path, POOLING, truncate_dim=2)
+    found = lifted(tmp_path, outputs)
+    assert found.graph.output(next(iter(outputs))).shape == (1, width)
 
 
 @pytest.mark.parametrize(

@@ -381,6 +381,7 @@ def test_gathers_of_batches(batch: int, depth: int) -> None:
         ("TopK", (at(5),), {}, "5 elements of an axis of 4"),
         ("TensorScatter", (np.zeros((2, 3, 4), np.float32),), {"axis": 0}, "cannot be its batch"),
         ("Gather", (at(0, 2),), {}, "index 2 is out of range: axis 0 of x has 2 elements"),
+        ("Gather", (at(0, 5, -9),), {}, "index 5 is out of range"),
         ("Gather", (at(-3, 0),), {}, "index -3 is out of range"),
         ("GatherElements", (np.full((1, 1, 1), 3),), {"axis": 1}, "index 3 is out of range: axis 1 of x"),
     ],
@@ -391,6 +392,14 @@ def test_what_makes_no_shape(
     nodes = Nodes({"x": ("float32", (2, 3, 4))})
     with pytest.raises(FrontendError, match=message):
         nodes.graph(nodes.add(op, "x", *constants, **attributes))
+
+
+@pytest.mark.parametrize("less", [5, 64])
+def test_a_start_that_only_some_sizes_count_from_the_end_is_open(less: int) -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    start = nodes.add("Sub", nodes.add("Shape", "x"), at(less))
+    with pytest.raises(FrontendError, match=f"whether S . -{less} is negative depends on the input"):
+        nodes.graph(nodes.add("Slice", "x", start, at(99)))
 
 
 @pytest.mark.parametrize(

@@ -41,19 +41,19 @@ def heads_of(x: Value, heads: int, what: str) -> Value:
 
 def merged(x: Value) -> Value:
     """[B, S, heads, dim] -> [B, S, heads * dim]"""
-    return Reshape(x, (*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+    batch, tokens, heads, dim = x.shape
+    return Reshape(x, (batch, tokens, heads * dim))
 
 
-def is_empty(past: Item | None) -> bool:
-    """Whether a past [B, heads, P, dim] is left out, or holds nothing."""
-    return past is None or past.shape[2] == 0
+def kept(past: Value | None) -> Value | None:
+    """A past [B, heads, P, dim]; None where it is left out, or holds nothing."""
+    return None if past is None or past.shape[2] == 0 else past
 
 
-def with_past(past: Item | None, new: Value) -> Value:
+def with_past(past: Value | None, new: Value) -> Value:
     """Keys or values [B, P + S, heads, dim] of a past [B, heads, P, dim] and new ones [B, S, heads, dim]."""
-    if past is None or is_empty(past):
-        return new
-    return Concat((Transpose(past.value, HEADS_OUT), new), 1)
+    old = kept(past)
+    return new if old is None else Concat((Transpose(old, HEADS_OUT), new), 1)
 
 
 @handles("GroupQueryAttention", domain=MICROSOFT)
@@ -85,7 +85,7 @@ def group_query_attention(
     heads, kv_heads = int(node.attributes["num_heads"]), int(node.attributes["kv_num_heads"])
     refuse_attributes(node, qk_output=0, k_quant_type="NONE", v_quant_type="NONE", kv_cache_bit_width=0, causal=1)
     refuse_inputs(node, k_scale=k_scale, v_scale=v_scale)
-    if not (is_empty(past_key) and is_empty(past_value)):
+    if kept(given(past_key)) is not None or kept(given(past_value)) is not None:
         raise Unsupported("a past of some length: only graphs whose past is empty at the first step are supported")
     if key is None or value is None:
         require(key is None and value is None, "key and value come together or not at all")
@@ -95,26 +95,26 @@ def group_query_attention(
     else:
         q, k, v = query.value, key.value, value.value
     q, k, v = heads_of(q, heads, "query"), heads_of(k, kv_heads, "key"), heads_of(v, kv_heads, "value")
-    require((q_norm_weight is None) == (k_norm_weight is None), "query and key are normalised together or not at all")
     if q_norm_weight is not None and k_norm_weight is not None:
         eps = float(node.get("qk_norm_epsilon", 1e-6))
         q, k = RMSNorm(q, q_norm_weight.value, eps), RMSNorm(k, k_norm_weight.value, eps)
+    else:
+        alone = q_norm_weight is not None or k_norm_weight is not None
+        require(not alone, "query and key are normalised together or not at all")
     if node.get("do_rotary", 0):
         if cos_cache is None or sin_cache is None:
             raise Unsupported("do_rotary=1 needs cos_cache and sin_cache")
         cos, sin = (
-            cache_rows(cache.value, given(position_ids), q.shape[0], q.shape[1], q.dtype)
-            for cache in (cos_cache, sin_cache)
+            cache_rows(cache.value, given(position_ids), q.shape[1], q.dtype) for cache in (cos_cache, sin_cache)
         )
         interleaved = bool(node.get("rotary_interleaved", 0))
         q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
     window = int(node.get("local_window_size", -1))
+    require(window != 0, "local_window_size=0: a token would not even see itself. Without a window it is -1")
     sinks = given(head_sink)
-    if sinks is None and node.get("smooth_softmax", 0) == 1:
+    if sinks is None and node.get("smooth_softmax") == 1:
         sinks = constant([0.0] * heads, q.dtype)
-    bias = None
-    if attention_bias is not None:
-        bias = in_dtype(part(attention_bias.value, -1, 0, q.shape[1]), q.dtype)
+    bias = None if attention_bias is None else in_dtype(attention_bias.value, q.dtype)
     found = Attention(
         q, k, v, sinks, None, bias,
         scale=_scale(node, q), causal=True, window=max(0, window), softcap=float(node.get("softcap", 0.0)),
@@ -153,11 +153,11 @@ def multi_head_attention(
     require(len(node.outputs) < 4 or not node.outputs[3], "its output qk is not supported")
     q, k, v = _queries_keys_values(query, key, value, heads)
     if bias is not None:
-        sizes = [x.shape[-2] * x.shape[-1] for x in (q, k, v)]
-        cuts: list[int | Dim] = [0, sizes[0], sizes[0] + sizes[1], bias.shape[0]]
+        size = q.shape[2] * q.shape[3]  # of queries and of keys
+        cuts: list[int | Dim] = [0, size, 2 * size, bias.shape[0]]
         parts = [part(bias.value, 0, cuts[i], cuts[i + 1]) for i in range(3)]
         q, k, v = (_biased(x, in_dtype(b, x.dtype)) for x, b in zip((q, k, v), parts, strict=True))
-    k, v = with_past(past_key, k), with_past(past_value, v)
+    k, v = with_past(given(past_key), k), with_past(given(past_value), v)
     terms = [
         padding_bias(key_padding_mask, node, q, k.shape[1]),
         None if attention_bias is None else in_dtype(attention_bias.value, q.dtype),
@@ -190,7 +190,7 @@ def _biased(x: Value, bias: Value) -> Value:
     """[B, S, heads, dim] + bias [heads * dim], where x is the result of a projection if it comes of one."""
     if isinstance(x, Reshape) and x.x.rank == 3:
         return Reshape(Add(x.x, bias), x.shape)
-    return Add(x, Reshape(bias, x.shape[-2:]))
+    return Add(x, Reshape(bias, x.shape[2:]))
 
 
 def _unpacked(x: Value, index: int) -> Value:
@@ -211,10 +211,11 @@ def padding_bias(mask: Item | None, node: Node, q: Value, keys: int | Dim) -> Va
     if mask.rank == 1:
         at = Reshape(Iota(keys, "i32"), (1, keys))
         x = in_dtype(x, "i32")
-        if mask.shape[0] not in (batch, 2 * batch):
+        (numbers,) = mask.shape
+        if numbers not in (batch, 2 * batch):
             raise Unsupported(f"a mask of {list(mask.shape)} for {batch} sequences: only [B] and [2 B] of one axis")
         visible: Value = Less(at, Reshape(part(x, 0, 0, batch), (batch, 1)))
-        if mask.shape[0] != batch:
+        if numbers != batch:
             starts = Reshape(part(x, 0, batch, 2 * batch), (batch, 1))
             visible = And(visible, GreaterEqual(at, starts))
         shape: tuple[int | Dim, ...] = (batch, 1, 1, keys)
@@ -280,18 +281,15 @@ def attention(
         heads_of(part(projected, -1, cuts[i], cuts[i + 1]), heads, what)
         for i, what in enumerate(("query", "key", "value"))
     )
-    if past is not None and past.shape[3] != 0:
-        k, v = (
-            Concat((Transpose(Reshape(part(past.value, 0, i, i + 1), past.shape[1:]), HEADS_OUT), new), 1)
-            for i, new in enumerate((k, v))
-        )
+    if past is not None:
+        k, v = (with_past(Reshape(part(past.value, 0, i, i + 1), past.shape[1:]), new) for i, new in enumerate((k, v)))
     terms = [
         padding_bias(mask_index, node, q, k.shape[1]),
         None if attention_bias is None else in_dtype(attention_bias.value, q.dtype),
     ]
     found = _attend(node, q, k, v, terms)
     results: list[Value] = [merged(found)]
-    if len(node.outputs) > 1 and node.outputs[1]:
+    if any(node.outputs[1:]):
         require(k.shape == v.shape, "keys and values of different sizes in one output")
         both = tuple(Reshape(y, (1, *y.shape)) for y in (Transpose(k, HEADS_OUT), Transpose(v, HEADS_OUT)))
         results.append(Concat(both, 0))

@@ -9,12 +9,19 @@ from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.elementwise import Abs, Add, Greater, Maximum, Minimum, Sub, Where, constant
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Gather, Iota, Reshape, Transpose
-from llmc.frontends.onnx.contrib_parts import known
+from llmc.frontends.onnx.contrib_parts import known, require
+
+MOST_DISTANCE = 1 << 20  # T5 tells distances up to 128 apart
 
 
 def buckets_of(buckets: int, max_distance: int) -> NDArray[np.int64]:
     """The buckets of distances 0 .. max_distance: each its own up to buckets / 2, then by logarithm (in f32)."""
     exact = buckets // 2
+    require(
+        0 < exact < max_distance <= MOST_DISTANCE,
+        f"{buckets} buckets a direction for distances up to {max_distance}: needs at least two buckets, and a "
+        f"max_distance above half of them, at most {MOST_DISTANCE}",
+    )
     distance = np.arange(max_distance + 1)
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     far = np.log(ratio) / np.float32(np.log(max_distance / exact)) * np.float32(buckets - exact)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from llmc.compiler.ir.elementwise import Activation, Add, Cast, Mul, Sigmoid, constant
+from llmc.compiler.ir.elementwise import Activation, Add, Cast, Equal, Mul, Sigmoid, constant
+from llmc.compiler.ir.llm import LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Gather, Iota, Matmul, Reshape, Sum
 from llmc.frontends.onnx.contrib_parts import (
     MICROSOFT,
     given,
-    in_dtype,
-    layer_norm,
     part,
     refuse_attributes,
     require,
-    rms_norm,
     scaled,
     split,
     statistics,
     sum_of,
 )
+from llmc.frontends.onnx.forms import reshape
 from llmc.frontends.onnx.translation import Item, Node, Result, Translation, handles
 
 SKIP_EPSILON = 1e-12
@@ -30,14 +29,13 @@ def simplified_layer_normalization(t: Translation, node: Node, x: Item, scale: I
     """RMS norm over the last axis; outputs: the result, 1 / root mean square."""
     require(node.get("axis", -1) in (-1, x.rank - 1), f"axis={node.get('axis')} of rank {x.rank}: only the last axis")
     eps = float(node.get("epsilon", 1e-5))
-    return [rms_norm(x.value, scale.value, eps), statistics(x.value, eps, False)[1]]
+    weight = reshape(scale.value, x.shape[-1:])
+    return [RMSNorm(x.value, weight, eps), statistics(x.value, eps, False)[1]]
 
 
 def _with_skip(x: Value, skip: Value, bias: Value | None) -> Value:
     """x + skip + bias, where the bias joins the product that it belongs to, if one of them is one."""
-    if isinstance(skip, Matmul) and not isinstance(x, Matmul):
-        return sum_of(x, sum_of(skip, bias))
-    return sum_of(sum_of(x, bias), skip)
+    return sum_of(sum_of(x, bias), skip) if isinstance(x, Matmul) else sum_of(x, sum_of(skip, bias))
 
 
 @handles("SkipLayerNormalization", domain=MICROSOFT)
@@ -47,7 +45,7 @@ def skip_layer_normalization(
     """Layer norm of x + skip + bias; outputs: the result, mean, 1 / deviation, the sum."""
     eps = float(node.get("epsilon", SKIP_EPSILON))
     total = _with_skip(x.value, skip.value, given(bias))
-    result = layer_norm(total, gamma.value, given(beta), eps)
+    result = LayerNorm(total, gamma.value, given(beta), eps)
     return [result, *statistics(total, eps, True), total]
 
 
@@ -58,7 +56,7 @@ def skip_simplified_layer_normalization(
     """RMS norm of x + skip + bias; outputs: the result, mean, 1 / root mean square, the sum."""
     eps = float(node.get("epsilon", SKIP_EPSILON))
     total = _with_skip(x.value, skip.value, given(bias))
-    return [rms_norm(total, gamma.value, eps), *statistics(total, eps, False), total]
+    return [RMSNorm(total, gamma.value, eps), *statistics(total, eps, False), total]
 
 
 @handles("EmbedLayerNormalization", domain=MICROSOFT)
@@ -77,24 +75,26 @@ def embed_layer_normalization(
 ) -> Result:
     """Layer norm of the word, position and segment embeddings of ids [B, S].
 
-    Outputs: the result [B, S, features], i32 [B] ones in the mask (zeros without a mask), the embeddings' sum.
+    Outputs: the result [B, S, features]; i32 [B], how many ones the mask has (zeros without a mask); the sum.
     """
     batch, tokens = ids.shape
     if position_ids is None:
         at: Value = Reshape(Iota(tokens), (1, tokens))
-        at = at if batch == 1 else Broadcast(at, (batch, tokens))
     else:
         at = position_ids.value
     total: Value = Add(Gather(words.value, ids.value, 0), Gather(positions.value, at, 0))
-    require((segments is None) == (segment_table is None), "segment ids and their table come together or not at all")
     if segments is not None and segment_table is not None:
         total = Add(total, Gather(segment_table.value, segments.value, 0))
-    result = layer_norm(total, gamma.value, beta.value, float(node.get("epsilon", SKIP_EPSILON)))
-    refuse_attributes(node, mask_index_type=1 if mask is not None else node.get("mask_index_type", 0))
+    else:
+        alone = segments is not None or segment_table is not None
+        require(not alone, "segment ids and their table come together or not at all")
+    result = LayerNorm(total, gamma.value, beta.value, float(node.get("epsilon", SKIP_EPSILON)))
     if mask is None:
         ends: Value = Broadcast(constant(0, "i32"), (batch,))
     else:
-        ends = Cast(Sum(in_dtype(mask.value, "i64"), (1,), False), "i32")
+        refuse_attributes(node, mask_index_type=1)
+        ones = Equal(mask.value, constant(1, mask.dtype))
+        ends = Cast(Sum(Cast(ones, "i64"), (1,), False), "i32")
     return [result, ends, total]
 
 
@@ -119,12 +119,7 @@ def fast_gelu(t: Translation, node: Node, x: Item, bias: Item | None = None) -> 
 @handles("QuickGelu", domain=MICROSOFT)
 def quick_gelu(t: Translation, node: Node, x: Item) -> Result:
     """x * sigmoid(alpha * x)"""
-    alpha = float(node.get("alpha", 1.702))
-    if alpha == 1:
-        return Activation(x.value, "silu")
-    if abs(alpha - 1.702) < 1e-6:
-        return Activation(x.value, "quick_gelu")
-    return Mul(x.value, Sigmoid(scaled(x.value, alpha)))
+    return Mul(x.value, Sigmoid(scaled(x.value, float(node.get("alpha", 1.702)))))
 
 
 @handles("BiasSplitGelu", domain=MICROSOFT)

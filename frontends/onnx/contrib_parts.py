@@ -7,8 +7,8 @@ import numpy as np
 from llmc.compiler.ir.dims import Dim, exact_division
 from llmc.compiler.ir.elementwise import Add, Cast, Constant, Rsqrt, Sub, constant
 from llmc.compiler.ir.elementwise import Mul as Multiply
-from llmc.compiler.ir.llm import LayerNorm, RMSNorm
 from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.structural import Broadcast, Mean, Reshape, Slice
 from llmc.frontends.onnx.translation import Item, Node, Unsupported
 
@@ -74,7 +74,7 @@ def known(size: int | Dim, what: str) -> int:
 
 def part(x: Value, axis: int, start: int | Dim, stop: int | Dim) -> Value:
     """Elements start .. stop - 1 along an axis."""
-    axis %= x.rank
+    axis = axis_of(axis, x.rank)
     return x if (start, stop) == (0, x.shape[axis]) else Slice(x, axis, start, stop)
 
 
@@ -83,19 +83,6 @@ def all_ones(x: Value) -> bool:
     while isinstance(x, (Broadcast, Reshape, Cast)):
         x = x.x
     return isinstance(x, Constant) and bool(np.all(x.value.array == 1))
-
-
-def layer_norm(x: Value, weight: Value, bias: Value | None, eps: float) -> Value:
-    """Layer normalisation over the last axis."""
-    bias = None if bias is None else Reshape(bias, x.shape[-1:]) if bias.rank != 1 else bias
-    return LayerNorm(x, weight if weight.rank == 1 else Reshape(weight, x.shape[-1:]), bias, eps)
-
-
-def rms_norm(x: Value, weight: Value | None, eps: float) -> Value:
-    """Root mean square normalisation over the last axis."""
-    if weight is not None and weight.rank != 1:
-        weight = Reshape(weight, x.shape[-1:])
-    return RMSNorm(x, weight, eps)
 
 
 def statistics(x: Value, eps: float, centred: bool) -> tuple[Value, Value]:

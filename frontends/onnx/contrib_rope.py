@@ -7,11 +7,12 @@ from llmc.compiler.ir.elementwise import Add, Mul, Sub
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Concat, Gather, Iota, Reshape, Transpose
 from llmc.frontends.onnx.contrib_parts import MICROSOFT, in_dtype, known, part, refuse_attributes, require, split
+from llmc.frontends.onnx.forms import concat
 from llmc.frontends.onnx.translation import Item, Node, Result, Translation, handles
 
 
-def cache_rows(cache: Value, positions: Value | None, batch: int | Dim, tokens: int | Dim, dtype: str) -> Value:
-    """The rows of a cache [positions, pairs] as [B, S, 1, pairs]. positions: i64 [B, S] or [1, S]; None: 0, 1, ..."""
+def cache_rows(cache: Value, positions: Value | None, tokens: int | Dim, dtype: str) -> Value:
+    """The rows of a cache [positions, pairs] as [B or 1, S, 1, pairs]. positions: i64 [B or 1, S]; None: 0, 1, ..."""
     if positions is None:
         positions = Reshape(Iota(tokens), (1, tokens))
     rows = in_dtype(Gather(cache, positions, 0), dtype)
@@ -41,7 +42,7 @@ def rotate(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
         parts = (first, second)
     if dim != 2 * pairs:
         parts = (*parts, part(x, -1, 2 * pairs, dim))
-    return Concat(parts, last) if len(parts) > 1 else parts[0]
+    return concat(parts, last)
 
 
 @handles("RotaryEmbedding", domain=MICROSOFT)
@@ -50,6 +51,7 @@ def rotary_embedding(
 ) -> Result:
     """x [B, S, heads * dim] or [B, heads, S, dim] turned by position. position_ids: [B, S], or [1]: the first one."""
     refuse_attributes(node, is_packed_batching=0, scale=1.0)
+    require(x.rank in (3, 4), f"x of rank {x.rank}: needs [B, S, heads * dim] or [B, heads, S, dim]")
     pairs, given_heads = cos_cache.shape[1], int(node.get("num_heads", 0))
     rotary = int(node.get("rotary_embedding_dim", 0))
     require(rotary in (0, 2 * known(pairs, "pairs")), f"rotary_embedding_dim={rotary} for a cache of {pairs} pairs")
@@ -59,10 +61,10 @@ def rotary_embedding(
     else:
         heads = given_heads or split(x.shape[-1], 2 * pairs, "the last axis")
         value = Reshape(value, (*x.shape[:-1], heads, split(x.shape[-1], heads, "the last axis")))
-    batch, tokens = value.shape[:2]
+    tokens = value.shape[1]
     at = position_ids.value
     if position_ids.rank == 1:
         at = Reshape(Add(Iota(tokens, at.dtype), Broadcast(at, (tokens,))), (1, tokens))
-    cos, sin = (cache_rows(cache.value, at, batch, tokens, value.dtype) for cache in (cos_cache, sin_cache))
+    cos, sin = (cache_rows(cache.value, at, tokens, value.dtype) for cache in (cos_cache, sin_cache))
     turned = rotate(value, cos, sin, bool(node.get("interleaved", 0)))
     return Transpose(turned, (0, 2, 1, 3)) if x.rank == 4 else Reshape(turned, x.shape)

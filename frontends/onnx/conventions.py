@@ -65,16 +65,16 @@ def text_inputs(inputs: Sequence[Signature]) -> tuple[TextInputs | None, str]:
     ids = [signature for signature in inputs if _role(signature) is Role.IDS]
     if len(ids) != 1:
         return None, ""
-    dims = ids[0].dims
-    if dims is None or len(dims) != 2 or ids[0].dtype not in _INTEGERS:
-        return None, f"{ids[0].name!r} is not an integer tensor [batch, sequence]"
-    if isinstance(dims[1], int):
-        return (
-            None,
-            f"{ids[0].name!r} has a fixed length of {dims[1]}: export the model with dynamic axes to use it with text",
-        )
-    if isinstance(dims[0], int) and dims[0] != 1:
-        return None, f"{ids[0].name!r} has a fixed batch of {dims[0]}: export the model with a dynamic batch, or 1"
+    (found,) = ids
+    if found.dtype not in _INTEGERS:
+        return None, f"{found.name!r} is not an integer tensor [batch, sequence]"
+    assert found.dims is not None  # else it had no role
+    batch, length = found.dims
+    if isinstance(length, int):
+        why = f"{found.name!r} has a fixed length of {length}: export the model with dynamic axes to use it with text"
+        return None, why
+    if isinstance(batch, int) and batch != 1:
+        return None, f"{found.name!r} has a fixed batch of {batch}: export the model with a dynamic batch, or 1"
     roles: dict[str, Role] = {}
     for signature in inputs:
         role = _role(signature)
@@ -97,7 +97,7 @@ def _role(signature: Signature) -> Role | None:
 
 def empty_past(signature: Signature, ids: Signature) -> tuple[int, ...]:
     """The shape of keys or values of a past of no tokens: batch 1, the axis that grows 0."""
-    assert signature.dims is not None and ids.dims is not None
+    assert signature.dims is not None
     shape: list[int] = []
     grows = []
     for axis, dim in enumerate(signature.dims):
@@ -125,7 +125,9 @@ def _is_batch(dim: str | None, ids: Signature) -> bool:
 def is_present(signature: Signature) -> bool:
     """Whether an output is keys and values for the next step, or the like: more than a row a token."""
     rank = None if signature.dims is None else len(signature.dims)
-    return ((rank or 4) >= 3 and bool(_PRESENT.match(signature.name))) or (rank is not None and rank >= 4)
+    if rank is None or rank == 3:
+        return bool(_PRESENT.match(signature.name))
+    return rank > 3
 
 
 def is_batch_size(name: str) -> bool:

@@ -47,7 +47,7 @@ def as_encoder(graph: Graph, companions: Companions, weights: WeightSource, voca
     lower_case = sentence is not None and sentence.lower_case
     text = read_encoder_text(folder, settings, lower_case)  # type: ignore[arg-type]
     companions.require_tokenizer(text.text)
-    takes_types = any(value.name == "token_types" for value in graph.inputs)
+    takes_types = "token_types" in [value.name for value in graph.inputs]
     text = text.with_types(_TOKEN_TYPES if takes_types else 0)
     notes = (*text.text.notes, *(sentence.notes if sentence is not None else ()))
     kind, output = _purpose(graph, companions.labels is not None)
@@ -145,11 +145,11 @@ def _purpose(graph: Graph, has_labels: bool) -> tuple[str | None, str]:
             return EMBEDDING, name
     if "logits" in shapes:
         return (CLASSIFICATION if _is_a_row_a_text(shapes["logits"]) else TOKENS), "logits"
-    features = [name for name, shape in shapes.items() if len(shape) == 3 and not _is_a_row_a_text(shape)]
+    features = [name for name, shape in shapes.items() if len(shape) == 3 and _width(shape)]
     for name in _FEATURES:
         if name in features:
             return None, name
-    if features and not has_labels and all(isinstance(dim, int) for dim in shapes[features[0]][2:]):
+    if features and not has_labels:
         return None, features[0]
     name, shape = next(iter(shapes.items()))
     if not _is_a_row_a_text(shape):

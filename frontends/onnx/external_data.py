@@ -31,8 +31,8 @@ class ExternalFiles:
         """The bytes of a tensor. needed: how many it has; what: the tensor, for messages."""
         if length is not None and length != needed:
             raise FrontendError(f"{what} needs {needed} bytes, but has {length} in {location!r:.100}")
-        if needed == 0:
-            return Span(mmap.mmap(-1, 1), 0, 0)
+        if not needed:
+            return Span(mmap.mmap(-1, mmap.PAGESIZE), 0, 0)  # wherever it lies
         if location not in self._maps:
             self._maps[location] = self._open(location, what)
         size = len(self._maps[location])
@@ -46,20 +46,12 @@ class ExternalFiles:
     def _open(self, location: str, what: str) -> mmap.mmap:
         parts = _parts(location, what)
         shown = self._folder / location
-        descriptor = -1
         try:
             descriptor = self._descriptor(parts)
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
-                raise FrontendError(f"{what} lies in {shown}, which is not a regular file")
-            if found.st_nlink > 1:
-                raise FrontendError(
-                    f"{what} lies in {shown}, which has {found.st_nlink} names (hard links): it may be a file from "
-                    "outside the model's folder. Copy it"
-                )
-            if found.st_size == 0:
-                raise FrontendError(f"{what} lies in {shown}, which is empty")
-            return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+            try:
+                return _mapped(descriptor, f"{what} lies in {shown}")
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             raise FrontendError(
                 f"{what} lies in {shown}, which is missing: the model's weights are in files beside it; copy them too"
@@ -67,9 +59,6 @@ class ExternalFiles:
         except (OSError, ValueError) as error:
             why = "it is a link, or lies behind one" if _is_link_error(error) else error
             raise FrontendError(f"{what} lies in {shown}, which cannot be read: {why}") from None
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
 
     def _descriptor(self, parts: list[str]) -> int:
         """The opened file; no part of the way to it may be a link (what is checked is what is opened)."""
@@ -103,6 +92,21 @@ class ExternalFiles:
                 target = Path(os.path.normpath(link.parent.resolve() / os.readlink(link)))
                 return target if target.parent == blobs and _HUB_BLOB.match(target.name) else None
         return None
+
+
+def _mapped(descriptor: int, where: str) -> mmap.mmap:
+    """An opened file, if it is one that belongs to the folder alone. where: the tensor and the file, for messages."""
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise FrontendError(f"{where}, which is not a regular file")
+    if found.st_nlink > 1:
+        raise FrontendError(
+            f"{where}, which has {found.st_nlink} names (hard links): it may be a file from outside the model's "
+            "folder. Copy it"
+        )
+    if not found.st_size:
+        raise FrontendError(f"{where}, which is empty")
+    return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
 
 
 def _parts(location: str, what: str) -> list[str]:

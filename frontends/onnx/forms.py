@@ -159,7 +159,8 @@ def cut(value: Value, axis: int, start: int | Dim, stop: int | Dim, step: int = 
 
 def concat(values: Sequence[Value], axis: int) -> Value:
     """Values one after another; one alone is itself."""
-    return s.Concat(tuple(values), axis) if len(values) > 1 else values[0]
+    first, *rest = values
+    return s.Concat((first, *rest), axis) if rest else first
 
 
 def iota(size: int | Dim, dtype: str = "i64") -> Value:
@@ -171,19 +172,16 @@ def iota(size: int | Dim, dtype: str = "i64") -> Value:
 
 def along(value: Value, axis: int, rank: int) -> Value:
     """A vector as a tensor of a rank that varies along one axis only."""
+    (size,) = value.shape
     axis = axis_of(axis, rank)
-    return reshape(value, [value.shape[0] if i == axis else 1 for i in range(rank)])
+    return reshape(value, [size if i == axis else 1 for i in range(rank)])
 
 
 def flip(value: Value, axis: int) -> Value:
     """An axis in reverse order."""
-    size = value.shape[axis_of(axis, value.rank)]
-    if size == 1 or size == 0:
-        return value
-    if isinstance(size, int) and size <= 4096:
-        return s.Gather(value, e.constant(np.arange(size)[::-1].copy(), "i64"), axis_of(axis, value.rank))
-    last = cut(s.Iota(size + 1), 0, size, size + 1)  # [size] as a tensor
-    return s.Gather(value, e.Sub(e.Sub(last, e.constant([1])), s.Iota(size)), axis_of(axis, value.rank))
+    axis = axis_of(axis, value.rank)
+    size = value.shape[axis]
+    return s.Gather(value, e.Sub(size_scalar(size - 1), iota(size)), axis)
 
 
 def size_scalar(size: int | Dim, dtype: str = "i64") -> Value:
@@ -259,12 +257,6 @@ def divided(total: Sequence[int | Dim], by: Sequence[int | Dim]) -> int | Dim:
 def from_start(index: Value, size: int | Dim) -> Value:
     """Indices into an axis with negative ones counted from its end, as i64 that are none."""
     index = cast(index, "i64")
-    if isinstance(index, e.Constant):
-        array = index.value.array
-        if not (array < 0).any():
-            return index
-        if isinstance(size, int):
-            return e.constant(np.where(array < 0, array + size, array), "i64")
     return e.Where(e.Less(index, like(0, index)), e.Add(index, size_scalar(size)), index)
 
 
@@ -286,17 +278,13 @@ def checked(index: Value, size: int | Dim, what: str) -> Value:
 
 
 def lowest(dtype: str) -> float | int:
-    """The least value of a dtype: minus infinity for floats."""
-    if dtype in FLOATS:
-        return -math.inf
-    return 0 if dtype == "bool" else int(np.iinfo(NUMPY_DTYPES[dtype]).min)
+    """The least value of a dtype of numbers: minus infinity for floats."""
+    return -math.inf if dtype in FLOATS else int(np.iinfo(NUMPY_DTYPES[dtype]).min)
 
 
 def highest(dtype: str) -> float | int:
-    """The greatest value of a dtype: infinity for floats."""
-    if dtype in FLOATS:
-        return math.inf
-    return 1 if dtype == "bool" else int(np.iinfo(NUMPY_DTYPES[dtype]).max)
+    """The greatest value of a dtype of numbers: infinity for floats."""
+    return math.inf if dtype in FLOATS else int(np.iinfo(NUMPY_DTYPES[dtype]).max)
 
 
 def require_floats(value: Value) -> None:
