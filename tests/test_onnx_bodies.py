@@ -65,7 +65,14 @@ def test_a_constant_by_both_names_of_the_domain(domain: str, tmp_path: Path) -> 
     assert result(model_of([node, helper.make_node("Add", ["x", "c"], ["y"])], [X], [Y]), tmp_path).tolist() == [11, 22]
 
 
-def test_constants_that_are_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [{"value_floats": [10.0, 20.0]}, {"value_float": 10.0}])
+def test_constants_that_are_no_tensors(given: dict[str, object], tmp_path: Path) -> None:
+    nodes = [helper.make_node("Constant", [], ["c"], **given), helper.make_node("Add", ["x", "c"], ["y"])]
+    expected = [11, 22] if "value_floats" in given else [11, 12]
+    assert result(model_of(nodes, [X], [Y]), tmp_path).tolist() == expected
+
+
+def test_what_is_no_constant(tmp_path: Path) -> None:
     add, good = helper.make_node("Add", ["x", "c"], ["y"]), constant(np.float32([10, 20]))
 
     def changed(op: str = "Constant", **fields: list[object]) -> onnx.ModelProto:
@@ -310,8 +317,12 @@ def test_how_many_axes_a_tensor_may_have(dim: int | str, tmp_path: Path) -> None
 def test_how_many_axes_and_elements_a_weight_may_have(tmp_path: Path) -> None:
     for dims in ([1] * 16, [0, 3], [1, 0, 1 << 40]):
         assert result_shape(with_weight(*dims), tmp_path) == tuple(dims)
+    said = r"tensor 'w' has dims \[.*\], which no tensor has"
     for dims in ([1] * 17, [0, (1 << 40) + 1]):
-        refused(with_weight(*dims), tmp_path, r"tensor 'w' has dims \[.*\], which no tensor has")
+        refused(with_weight(*dims), tmp_path, said)
+    made = with_weight(1, 1)
+    made.graph.initializer[0].dims[:] = [1, -1]
+    refused(made, tmp_path, said)
 
 
 def result_shape(made: onnx.ModelProto, tmp_path: Path) -> tuple[object, ...]:

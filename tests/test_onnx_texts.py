@@ -97,7 +97,7 @@ def test_inputs_are_what_they_are_for_one_text(
     if len(shape) == 3:
         read = g.add("Einsum", np.float32([1, 10, 100]), read, equation="k,kbs->bs")
     if len(shape) > 1 or name == "cache_position":
-        read = g.add("Unsqueeze", read, np.array([-1]))
+        read = g.add("Unsqueeze", read, np.array([1 if len(shape) == 1 else 2]))
     x = named(g, g.add("Add", g.add("Gather", TABLE, "input_ids"), read), "last_hidden_state")
     types = [number % 2 for number in range(1, 32)] if name == "token_type_ids" else []
     lifted = require_same(saved(tmp_path, g, x), lambda size: {name: np.array(array(size), dtype)}, types)
@@ -198,8 +198,14 @@ def test_a_row_that_is_narrower_than_the_vocabulary_is_no_next_token(widths: dic
     assert decoder_or_not(tmp_path, widths, past=True).task == "encode"
 
 
+def test_the_next_token_is_no_first_output_perhaps(tmp_path: Path) -> None:
+    lifted = decoder_or_not(tmp_path, {"features": 3, "scores": VOCABULARY}, ["OwnForCausalLM"])
+    assert (lifted.task, lifted.graph.output("logits").shape[2]) == ("generate", VOCABULARY)
+
+
 def test_a_vocabulary_of_one_token(tmp_path: Path) -> None:
-    assert decoder_or_not(tmp_path, {"logits": 1}, ["OwnForCausalLM"], rows=1).vocab_size == 1
+    lifted = decoder_or_not(tmp_path, {"logits": 1}, ["OwnForCausalLM"], rows=1)
+    assert (lifted.task, lifted.vocab_size) == ("generate", 1)
 
 
 def test_the_next_token_after_some_tokens_only_is_refused(tmp_path: Path) -> None:

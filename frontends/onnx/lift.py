@@ -280,12 +280,10 @@ class _Text:
         size = graph.input("ids").shape[1]
         named = dict(graph.outputs).get("logits")
         for value in [named] if named is not None else [value for _, value in graph.outputs]:
-            if value.rank != 3:
-                continue
-            *rows, width = value.shape
+            width = value.shape[-1] if value.rank == 3 else None
             if not isinstance(width, int) or width < max(vocabulary, 1):
                 continue
-            if rows == [1, size]:
+            if value.shape[:-1] == (1, size):
                 return value
             if self.has_past and named is not None:
                 raise FrontendError(
