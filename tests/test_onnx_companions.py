@@ -173,6 +173,20 @@ def test_a_table_of_which_a_slice_is_taken(tmp_path: Path) -> None:
     assert context(lift(positioned(tmp_path, 20, 2, sliced=True)))[0] == 18
 
 
+@pytest.mark.parametrize("rows", [3, 5, 7])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_a_table_of_very_few_positions(sliced: bool, rows: int, tmp_path: Path) -> None:
+    """Of a slice it cannot be told before that it ends; then --max-context says it, as the error asks for."""
+    path = positioned(tmp_path, rows, sliced=sliced)
+    if sliced:
+        with pytest.raises(FrontendError, match=f"an axis of {rows} depends on the input; bound it with --max-context"):
+            lift(path)
+    else:
+        assert context(lift(path)) == (rows, False, False)
+    assert context(lift(path, max_context=rows)) == (rows, False, False)
+    assert context(lift(positioned(tmp_path, 8, sliced=sliced))) == (8, False, False)
+
+
 def test_what_a_text_model_is_asked_for(tmp_path: Path) -> None:
     path = positioned(tmp_path, 20)
     with pytest.raises(FrontendError, match="max context is 1: at least 2 tokens are needed"):

@@ -34,6 +34,8 @@ def test_outside_is_as_inside(tmp_path: Path, where: str, offset: int) -> None:
     (tmp_path / where).write_bytes(bytes(offset) + FIRST.tobytes() + b"more")
     outside = lift(write(external(mlp(), "first", where, offset=offset, length=FIRST.nbytes), tmp_path / "out.onnx"))
     np.testing.assert_array_equal(result(inside), result(outside))
+    array = outside.load("first")  # the file's own bytes where its numbers stand at multiples of their size
+    assert array.flags.aligned and array.flags.writeable == (offset % 4 > 0)
 
 
 def test_a_length_and_an_offset_may_be_left_out(tmp_path: Path) -> None:
@@ -143,7 +145,8 @@ def test_devices_are_refused(tmp_path: Path) -> None:
         ({"offset": "0x10"}, "offset '0x10'"),
         ({"offset": "٣"}, "offset"),
         ({"offset": 1 << 80}, "offset"),
-        ({"offset": (1 << 58) - 1}, "truncated"),
+        ({"offset": 10**18 - 1}, "truncated"),
+        ({"offset": 10**18}, f"external data with offset '{10**18}'"),
         *(({"offset": offset}, "truncated") for offset in (1, 4, 8, 256, 1024)),
         ({"length": 8}, "but has 8"),
         ({"length": 1 << 50}, "but has"),
@@ -153,6 +156,16 @@ def test_offsets_and_lengths_are_checked(tmp_path: Path, entries: dict[str, obje
     (tmp_path / "weights.bin").write_bytes(FIRST.tobytes())
     with pytest.raises(FrontendError, match=message):
         lift(write(external(mlp(), "first", "weights.bin", **entries), tmp_path / "model.onnx"))
+
+
+@pytest.mark.parametrize("hidden", [3, 99])  # 84 bytes, and 2,772 that are not parsed
+def test_data_that_lies_in_two_places_is_refused(hidden: int, tmp_path: Path) -> None:
+    data = next(tensor.raw_data for tensor in mlp(7, hidden).graph.initializer if tensor.name == "first")
+    (tmp_path / "weights.bin").write_bytes(data)
+    model = external(mlp(7, hidden), "first", "weights.bin")
+    model.graph.initializer[0].raw_data = data
+    with pytest.raises(FrontendError, match="'first' has its data in the model's file and outside it"):
+        lift(write(model, tmp_path / "model.onnx"))
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:

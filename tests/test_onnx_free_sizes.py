@@ -17,6 +17,7 @@ from onnx_graphs import Nodes
 from test_cli import run
 
 import llmc
+from llmc.compiler.ir.dims import bounds
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.errors import CompileError, FrontendError, LlmcError, RuntimeStateError
 from llmc.frontends import lift
@@ -124,6 +125,71 @@ def test_a_size_that_can_be_one_number_only_is_that(build: Builder, number: int,
     same_as_onnxruntime(path, lifted, {"a": (number, 3)})
 
 
+def test_two_sizes_that_are_numbers_are_told_in_order(tmp_path: Path) -> None:
+    other = np.ones((5, 3, 7), np.float32)
+    path = write(tmp_path / "model.onnx", {"a": ["n", 3, "m"]}, lambda g: g.add("Concat", "a", other, axis=1))
+    lifted = lift(path)
+    assert lifted.notes == ("the size n has to be 5", "the size m has to be 7")
+    same_as_onnxruntime(path, lifted, {"a": (5, 3, 7)})
+
+
+# What no size, or more than one, could mend: nothing is decided then, and all of it is said.
+UNSETTLED: dict[str, tuple[Shapes, Builder, str]] = {
+    "two added and one doubled": (
+        {"a": ["n1", 3], "b": ["n2", 3], "c": ["n3", 3]},
+        lambda g: g.add("Add", g.add("Concat", "a", "b", axis=0), g.add("Concat", "c", "c", axis=0)),
+        r"n1 \(1 to 1024\), n2 \(1 to 1024\), n3 \(1 to 1024\)",
+    ),
+    "one doubled": (
+        {"a": ["n1", 3], "b": ["n2", 3]},
+        lambda g: g.add("Add", g.add("Concat", "a", "a", axis=0), "b"),
+        r"n1 \(1 to 1024\), n2 \(1 to 1024\)",
+    ),
+    "a square": ({"a": ["n", "n"]}, lambda g: g.add("Reshape", "a", np.array([4])), r"n \(1 to 8\)"),
+    "an odd number doubled": (
+        {"a": ["n", 3]}, lambda g: g.add("Add", g.add("Concat", "a", "a", axis=0), W), r"n \(1 to 8\)"
+    ),
+    "none of it": (
+        {"a": ["n", 3]}, lambda g: g.add("Add", g.add("Concat", "a", W, axis=0), W), r"n \(1 to 8\)"
+    ),
+    "after two that are one": (
+        {"a": ["n1", 3], "b": ["n2", 3]},
+        lambda g: g.add("Resize", g.add("Add", "a", "b"), None, np.float32([2, 1]), mode="linear"),
+        r"n1 \(1 to 1024\)",
+    ),
+    "beside one that is a number": (
+        {"a": ["n", 3], "b": ["m", 3]},
+        lambda g: g.add("Resize", g.add("MatMul", g.add("Transpose", W, perm=[1, 0]), "a"), None,
+                        g.add("Cast", g.add("Slice", g.add("Shape", "b"), [0], [2], [0]), to=1), mode="linear"),
+        r"m \(1 to 1024\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSETTLED)
+def test_sizes_that_nothing_settles_are_listed_once_each(name: str, tmp_path: Path) -> None:
+    shapes, build, listed = UNSETTLED[name]
+    path = write(tmp_path / "model.onnx", shapes, build)
+    with pytest.raises(FrontendError, match=rf"\. Free sizes of the inputs are {listed}: --dim NAME=N makes one a"):
+        lift(path)
+
+
+def test_what_nothing_settles_may_be_said(tmp_path: Path) -> None:
+    shapes, build, _ = UNSETTLED["two added and one doubled"]
+    path = write(tmp_path / "model.onnx", shapes, build)
+    same_as_onnxruntime(path, lift(path, dims={"n1": 1, "n2": 3}), {"a": (1, 3), "b": (3, 3), "c": (2, 3)})
+
+
+@pytest.mark.parametrize("most", [4, 5, 6])
+def test_a_size_is_no_number_beyond_what_was_asked(most: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", {"a": ["n", 3]}, lambda g: g.add("Concat", "a", W, axis=1))
+    if most < len(W):
+        with pytest.raises(FrontendError, match=r"n \(1 to 4\)"):
+            lift(path, max_dims={"n": most})
+    else:
+        assert lift(path, max_dims={"n": most}).graph.inputs[0].shape == (5, 3)
+
+
 ROOM: dict[str, tuple[Builder, int]] = {
     "max pool": (lambda g: g.add("MaxPool", "a", kernel_shape=[5]), 5),
     "average pool": (lambda g: g.add("AveragePool", "a", kernel_shape=[3], strides=[2], pads=[1, 0]), 2),
@@ -182,8 +248,27 @@ def test_sizes_that_there_are_none_of(tmp_path: Path) -> None:
         lift(path, dims={"m": 3})
     with pytest.raises(FrontendError, match="n is a number by --dim: leave --max-dim n away"):
         lift(path, dims={"n": 3}, max_dims={"n": 4})
+    two = write(tmp_path / "two.onnx", {"a": ["n", "m"]}, lambda g: g.add("Relu", "a"))
+    with pytest.raises(FrontendError, match="m is a number by --dim: leave --max-dim m away"):
+        lift(two, dims={"n": 3, "m": 3}, max_dims={"n": 4, "m": 4})
     with pytest.raises(FrontendError, match=r"window of 5 does not fit into steps elements.*steps \(1 to 4\)"):
         lift(write(path, {"a": ["batch", 3, "steps"]}, ROOM["max pool"][0]), max_dims={"steps": 4})
+
+
+@pytest.mark.parametrize("option", ["dims", "max_dims"])
+def test_the_greatest_size(option: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", {"a": ["n", 3]}, lambda g: g.add("Relu", "a"))
+    size = lift(path, **{option: {"n": 1 << 31}}).graph.inputs[0].shape[0]  # type: ignore[arg-type]
+    assert bounds(size)[1] == 1 << 31
+    with pytest.raises(FrontendError, match=r"n is 2147483649: it must be within 1..2147483648"):
+        lift(path, **{option: {"n": (1 << 31) + 1}})  # type: ignore[arg-type]
+
+
+def test_names_of_sizes_are_short_words_of_their_own(tmp_path: Path) -> None:
+    names = ["a b", "a.b", "a-b", "x" * 47, "x" * 48, "x" * 49, "x" * 50, "7 up", "\u00e9"]
+    path = write(tmp_path / "model.onnx", {"a": names}, lambda g: g.add("Relu", "a"))  # type: ignore[dict-item]
+    expected = ["a_b", "a_b_2", "a_b_3", "x" * 47, "x" * 48, "x" * 48 + "_2", "x" * 48 + "_3", "size_7_up", "size"]
+    assert [str(size) for size in lift(path).graph.inputs[0].shape] == expected
 
 
 @pytest.mark.parametrize("option", ["--dim", "--max-dim"])

@@ -19,6 +19,7 @@ from onnx_files import FLOAT, INT64, mlp, model_of, value, write
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.text import parse, print_graph
+from llmc.compiler.ir.types import NUMPY_DTYPES
 from llmc.errors import FrontendError
 from llmc.frontends.onnx import lift
 from llmc.frontends.onnx.initializers import OnnxWeights, TensorReader, unpacked
@@ -182,11 +183,13 @@ def test_elements_of_less_than_a_byte(tmp_path: Path, bits: int, signed: bool, c
     numbers = np.random.default_rng(count).integers(low, low + (1 << bits), count)
     kind = getattr(TensorProto, f"{'' if signed else 'U'}INT{bits}")
     tensor = helper.make_tensor("t", kind, [count], numbers.tolist())
-    found = TensorReader(tmp_path / "model.onnx").stored(tensor, "t").read()
-    assert found.dtype == (np.int8 if signed else np.uint8)
-    np.testing.assert_array_equal(found, numbers)
-    packed = np.frombuffer(numpy_helper.from_array(numpy_helper.to_array(tensor), "t").raw_data, np.uint8)
-    np.testing.assert_array_equal(unpacked(packed, count, bits, signed), numbers)
+    raw = numpy_helper.from_array(numpy_helper.to_array(tensor), "t")
+    for form in (tensor, raw):
+        stored = TensorReader(tmp_path / "model.onnx").stored(form, "t")
+        found = stored.read()
+        assert found.dtype == (np.int8 if signed else np.uint8) == NUMPY_DTYPES[stored.dtype]
+        np.testing.assert_array_equal(found, numbers)
+    np.testing.assert_array_equal(unpacked(np.frombuffer(raw.raw_data, np.uint8), count, bits, signed), numbers)
 
 
 @pytest.mark.parametrize("kind", ["STRING", "COMPLEX64", "FLOAT8E4M3FN", "FLOAT8E5M2", "FLOAT4E2M1"])
@@ -229,6 +232,11 @@ def test_random_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     for name in ("first", "second", "table"):
         assert 0 < np.abs(lifted.load(name)).max() < 0.2
         np.testing.assert_array_equal(lifted.load(name), again.load(name))
+    unsaid, zero, one = (
+        lift(tmp_path / "model.onnx", weights="random", **seed) for seed in ({}, {"seed": 0}, {"seed": 1})
+    )
+    np.testing.assert_array_equal(unsaid.load("first"), zero.load("first"))
+    assert (unsaid.load("first") != one.load("first")).any()
 
 
 # What makes no sense is one clear error.
@@ -253,7 +261,7 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], object], str]] = {
     "no output": (lambda m: m.graph.ClearField("output"), "no graph with outputs"),
     "cycle": (lambda m: m.graph.node[0].input.__setitem__(0, "positive"), "cycle"),
     "missing input": (lambda m: m.graph.node[0].input.__setitem__(0, "nowhere"), "'nowhere', which nothing computes"),
-    "missing output": (lambda m: _set(m.graph.output[0], "name", "nowhere"), "nothing computes the output 'nowhere'"),
+    "missing output": (lambda m: _set(m.graph.output[0], "name", "nowhere"), "output 'nowhere' of the graph"),
     "two producers": (lambda m: m.graph.node[1].output.__setitem__(0, "product"), "computes 'product' twice"),
     "a node computes an initializer": (lambda m: m.graph.node[0].output.__setitem__(0, "bias"), "twice"),
     "two initializers": (lambda m: _set(m.graph.initializer[0], "name", "bias"), "two initializers"),

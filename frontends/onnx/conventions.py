@@ -20,7 +20,7 @@ class Role(Enum):
 
     IDS = "token ids [batch, S]"
     MASK = "1 where a token is no padding [batch, past + S]"
-    POSITIONS = "position of each token [batch, S] or [S]"
+    POSITIONS = "position of each token [batch, S] or [S], or [kinds, batch, S]: all kinds are the same for text"
     TOKEN_TYPES = "which of two texts a token belongs to [batch, S]"
     PAST = "keys or values of earlier steps"
     LENGTH = "tokens of the sequence in all"
@@ -86,10 +86,14 @@ def text_inputs(inputs: Sequence[Signature]) -> tuple[TextInputs | None, str]:
 
 def _role(signature: Signature) -> Role | None:
     name = signature.name.split(":")[0]  # TensorFlow's ":0"
-    rank = None if signature.dims is None else len(signature.dims)
+    if signature.dims is None:
+        return None
+    rank = len(signature.dims)
     role = _BY_NAME.get(name)
     if role in (Role.IDS, Role.TOKEN_TYPES, Role.MASK):
         return role if rank == 2 else None
+    if role is Role.POSITIONS:
+        return role if rank in (1, 2) or (rank == 3 and isinstance(signature.dims[0], int)) else None
     if role is not None:
         return role
     return Role.PAST if rank in (3, 4, 5) and _PAST.match(name) and not _OTHER_PAST.search(name) else None

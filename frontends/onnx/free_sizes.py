@@ -9,10 +9,11 @@ and then `--dim` has to say so. Inputs of other sizes are refused when running.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from llmc.compiler.ir.dims import Dim, Symbol, substitute, symbol, symbols_of
+from llmc.compiler.ir.dims import Dim, Symbol, concrete, substitute, symbol, symbols_of
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.shapes import UnequalSizes
 from llmc.compiler.ir.types import Tensor
@@ -63,9 +64,8 @@ class FreeSizes:
                     raise FrontendError(f"{option}: the model has no size {name!r:.60}: {has}")
                 if not 1 <= value <= _MOST_SIZE:
                     raise FrontendError(f"{option} {name} is {value}: it must be within 1..{_MOST_SIZE}")
-        both = sorted(set(numbers) & set(most))
-        if both:
-            raise FrontendError(f"{both[0]} is a number by --dim: leave --max-dim {both[0]} away")
+        for name in sorted(set(numbers) & set(most)):
+            raise FrontendError(f"{name} is a number by --dim: leave --max-dim {name} away")
         return cls(names, numbers, most, numbers)
 
     def inputs(self, inputs: Sequence[Signature]) -> tuple[Input, ...]:
@@ -100,11 +100,9 @@ class FreeSizes:
         return symbol(root, self.least.get(root, 1), min(asked, default=default))
 
     @property
-    def free(self) -> list[str]:
-        """The names of the sizes that are free still."""
-        return sorted(
-            name for name in self.names.values() if isinstance(self._size(name), Dim) and name not in self.same
-        )
+    def free(self) -> list[Symbol]:
+        """The sizes that are free still, by name."""
+        return sorted({size for name in self.names.values() for size in symbols_of(self._size(name))}, key=str)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -126,7 +124,7 @@ class FreeSizes:
         if isinstance(cause, MayNotFit):
             for size in sorted(cause.room.symbols(), key=str):
                 least = _least(cause.room, size)
-                if least is not None and size.name in self.free:
+                if least is not None:
                     return replace(self, least={**self.least, size.name: least})
         return None
 
@@ -135,7 +133,7 @@ class FreeSizes:
         difference = a - b
         if isinstance(difference, int):
             return None
-        symbols = sorted((size for size in difference.symbols() if size.name in self.free), key=str)
+        symbols = sorted(difference.symbols(), key=str)
         for kept in symbols:
             for other in symbols:
                 if other != kept and substitute(difference, {other.name: symbol(kept.name, kept.low, kept.high)}) == 0:
@@ -152,8 +150,7 @@ class FreeSizes:
         """What to say behind an error of the translation: how free sizes become numbers, where that may help."""
         if not self.free or not isinstance(cause, (SizeUnknown, DimError, UnequalSizes)):
             return ""
-        sizes = [self._size(name) for name in self.free]
-        ranges = ", ".join(f"{s.name} ({s.low} to {s.high})" for size in sizes for s in symbols_of(size))
+        ranges = ", ".join(f"{size.name} ({size.low} to {size.high})" for size in self.free)
         return f". Free sizes of the inputs are {ranges}: --dim NAME=N makes one a number"
 
 
@@ -165,34 +162,26 @@ def _text(signature: Signature, axis: int) -> str:
 
 def _least(room: Dim, size: Symbol) -> int | None:
     """The least value of a size from which on there is room; None where there is none at its greatest."""
-    low, high = size.low, size.high if size.high is not None else _MOST_SIZE
+    assert size.high is not None
 
     def fits(least: int) -> bool:
-        return at_most(0, substitute(room, {size.name: symbol(size.name, least, high)})) is True
+        return at_most(0, substitute(room, {size.name: symbol(size.name, least, size.high)})) is True
 
-    if not fits(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        if fits(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(size.high), True, lo=size.low, key=fits) if fits(size.high) else None
 
 
 def _solution(difference: Dim, size: Symbol) -> int | None:
     """The value of a size at which a difference is zero; None where there is not exactly one within its range."""
     if difference.symbols() != {size}:
         return None
-    at = [substitute(difference, {size.name: value}) for value in (0, 1, 2)]
-    assert all(isinstance(value, int) for value in at)
-    start, slope = int(at[0]), int(at[1]) - int(at[0])  # type: ignore[arg-type]
+    start, following = (concrete(difference, {size.name: value}) for value in (0, 1))
+    slope = following - start
     is_linear = difference == symbol(size.name, size.low, size.high) * slope + start
-    if not is_linear or not slope or start % slope:
+    if not is_linear or start % slope:
         return None
+    assert size.high is not None
     value = -start // slope
-    return value if size.low <= value and (size.high is None or value <= size.high) else None
+    return value if size.low <= value <= size.high else None
 
 
 def _plain_name(text: str, taken: set[str]) -> str:

@@ -29,7 +29,7 @@ _PACKED: dict[int, tuple[int, bool]] = {
     TensorProto.UINT2: (2, False),
     TensorProto.INT2: (2, True),
 }
-_MOST_AXES = 16
+MOST_AXES = 16
 _MOST_ELEMENTS = 1 << 40
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 
@@ -52,7 +52,7 @@ def ir_dtype(number: int, what: str) -> str:
     if number in _PACKED:
         return "i8" if _PACKED[number][1] else "u8"
     name = DTYPES.get(number)
-    if name is None or name not in NUMPY_DTYPES:
+    if name is None:
         raise FrontendError(f"{what} has dtype {dtype_name(number)}, which is not supported")
     return name
 
@@ -133,11 +133,7 @@ class TensorReader:
 def element_count(dims: Iterable[int], what: str) -> int:
     """The number of elements of dims that make sense."""
     dims = tuple(dims)
-    if (
-        len(dims) > _MOST_AXES
-        or any(dim < 0 for dim in dims)
-        or math.prod(max(dim, 1) for dim in dims) > _MOST_ELEMENTS
-    ):
+    if len(dims) > MOST_AXES or any(dim < 0 for dim in dims) or math.prod(filter(None, dims)) > _MOST_ELEMENTS:
         raise FrontendError(f"{what} has dims {list(dims)!s:.100}, which no tensor has")
     return math.prod(dims)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from llmc.compiler.ir.dims import Dim, symbol, symbols_of
-from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.integers import parameter_count
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Broadcast, Reshape, Softmax
+from llmc.compiler.ir.structural import Broadcast, Softmax
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.lifted import ENCODE, GENERATE, RUN, Lifted, Text, WeightSource
@@ -26,6 +26,7 @@ from llmc.frontends.onnx.conventions import (
     text_inputs,
 )
 from llmc.frontends.onnx.encoder import as_encoder
+from llmc.frontends.onnx.forms import broadcast, cast, reshape
 from llmc.frontends.onnx.free_sizes import FreeSizes
 from llmc.frontends.onnx.initializers import NoiseWeights
 from llmc.frontends.onnx.model import Bodies, OnnxModel, Signature, signature_dtype
@@ -179,9 +180,10 @@ class _Text:
             return Item(Broadcast(constant(np.ones((1, 1)), dtype), (1, size)))
         if role in (Role.IDS, Role.POSITIONS, Role.TOKEN_TYPES):
             source = {Role.IDS: ids, Role.POSITIONS: positions}.get(role, types)
-            value: Value = source if dtype == "i32" else Cast(source, dtype)
-            return Item(value if len(dims) == 2 else Reshape(value, (size,) if len(dims) == 1 else (1, 1, size)))
-        number = {Role.LENGTH: size, Role.LAST: size - 1, Role.BRANCH: False}.get(role, 0)
+            value = cast(source, dtype)
+            kinds = [dim for dim in dims[:-2] if isinstance(dim, int)]  # of positions, all the same for text
+            return Item(reshape(value, (size,)) if len(dims) == 1 else broadcast(value, (*kinds, 1, size)))
+        number = {Role.LENGTH: size, Role.LAST: size - 1}.get(role, 0)
         return Item(known=objects([number], (1,) * len(dims)), dtype=dtype)
 
     def _ids(self) -> Signature:
@@ -201,7 +203,7 @@ class _Text:
             ]
         whole = _Whole(Graph("model", translated.inputs, outputs), context, tuple(notes), weights, seed)
         logits = self._vocabulary_logits(whole.graph, token_rows(whole.graph))
-        decodes = self._decodes() if logits is not None else False
+        decodes = self._decodes()
         if logits is None or decodes is False:
             return self._encoder(whole)
         decoder = self._decoder(whole, logits)
@@ -254,9 +256,9 @@ class _Text:
 
     def _context(self, max_context: int | None) -> tuple[int, list[str]]:
         """Tokens a sequence may have: as asked, unless the model's own tables end before."""
-        first = self.translate(_SHORT)
+        first = self.translate(min(_SHORT, max_context or _SHORT))
         graph = Graph("model", first.inputs, first.outputs)
-        size = next(iter(symbols_of(first.inputs[0].shape[1])))
+        size = next(iter(symbols_of(graph.input("ids").shape[1])))
         room = longest_sequence(graph, size, self.bodies.weights)
         declared = self.companions.max_positions
         context = max_context or min((n for n in (declared, room) if n is not None), default=_DEFAULT_CONTEXT)
@@ -275,14 +277,15 @@ class _Text:
         return False if any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in classes) else None
 
     def _vocabulary_logits(self, graph: Graph, vocabulary: int) -> Value | None:
-        size = graph.inputs[0].shape[1]
+        size = graph.input("ids").shape[1]
         named = dict(graph.outputs).get("logits")
         for value in [named] if named is not None else [value for _, value in graph.outputs]:
-            *rows, width = value.shape or (0,)
-            wide = isinstance(width, int) and width >= max(vocabulary, 1)
-            if wide and rows == [1, size]:
+            width = value.shape[-1] if value.rank == 3 else None
+            if not isinstance(width, int) or width < max(vocabulary, 1):
+                continue
+            if value.shape[:-1] == (1, size):
                 return value
-            if wide and self.has_past and len(rows) == 2 and named is not None:
+            if self.has_past and named is not None:
                 raise FrontendError(
                     f"{self.model.path} gives logits {list(value.shape)} of some tokens only: "
                     "export the model with logits of all tokens"
@@ -292,8 +295,3 @@ class _Text:
     def _layer_count(self, graph: Graph) -> int:
         """Layers, as far as a graph shows them: a softmax or an attention each."""
         return sum(isinstance(op, (Softmax, Attention)) for op in graph.ops) or len(self.inputs.having(Role.PAST)) // 2
-
-
-def cast(value: Value, dtype: str) -> Value:
-    """The value in another dtype."""
-    return value if value.dtype == dtype else Cast(value, dtype)

@@ -7,6 +7,7 @@ some node, functions do not call themselves, and everything has a bounded size.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,21 @@ from typing import Any
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
 
-from llmc.compiler.ir.elementwise import Cast, constant
+from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.onnx import ordering
-from llmc.frontends.onnx.forms import DTYPES, HALVES
-from llmc.frontends.onnx.initializers import OnnxWeights, Stored, TensorReader, element_count, ir_dtype, text_of
+from llmc.frontends.onnx.forms import DTYPES, HALVES, cast
+from llmc.frontends.onnx.initializers import (
+    MOST_AXES,
+    OnnxWeights,
+    Stored,
+    TensorReader,
+    element_count,
+    ir_dtype,
+    text_of,
+)
 from llmc.frontends.onnx.protobuf import Parsed, Span, parse
 from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Reference, objects
 
@@ -29,7 +38,6 @@ OLDEST_OPSET, NEWEST_OPSET = 7, onnx.defs.onnx_opset_version()
 _MOST_NODES = 250_000  # with every call of a function expanded
 _MOST_NAME = 4096  # characters
 _MOST_SHOWN = 200  # of a node's name, which is for messages only
-_MOST_AXES = 16
 _MATRIX = 64  # elements of the smallest matrix of floats that is a weight rather than a constant
 
 
@@ -75,7 +83,7 @@ class OnnxModel:
 
         How such a model rounds is noise. One whose weights are f32 rounds to halves where it says so, and nowhere else.
         """
-        counts = dict.fromkeys(FLOATS, 0)
+        counts: Counter[str] = Counter()
         for tensor in self._parsed.message.graph.initializer:
             dtype = DTYPES.get(tensor.data_type)
             if dtype in FLOATS:
@@ -95,12 +103,11 @@ class OnnxModel:
 
 @dataclass(frozen=True)
 class Bodies:
-    """A model ready to be translated. sizes: the elements of every initializer that is used, by name."""
+    """A model ready to be translated."""
 
     main: Body
     functions: Mapping[tuple[str, str], Body]
     weights: OnnxWeights
-    sizes: Mapping[str, int]
 
 
 def _opsets(imports: Iterable[Any], what: str) -> dict[str, int]:
@@ -138,7 +145,7 @@ def _signature(info: ValueInfoProto, kind: str) -> Signature:
             dims.append(dim.dim_value if dim.dim_value > 0 else None)
         else:
             dims.append(text_of(dim.dim_param) or None if kind_of_dim == "dim_param" else None)
-    if len(dims) > _MOST_AXES:
+    if len(dims) > MOST_AXES:
         raise FrontendError(f"{what} has {len(dims)} axes")
     element_count((dim for dim in dims if isinstance(dim, int)), what)
     return Signature(info.name, tensor.elem_type, tuple(dims))
@@ -163,7 +170,6 @@ class _Decoder:
         self._wide = wide_floats
         self._tensors = TensorReader(model.path)
         self._weights = OnnxWeights()
-        self._sizes: dict[str, int] = {}
         self._overloads: set[tuple[str, str]] = set()
 
     def bodies(self) -> Bodies:
@@ -180,7 +186,7 @@ class _Decoder:
             functions[key] = self._function(function)
         main = self._graph(self._message.graph, frozenset(), "the graph", self._opsets, {}, self._raw)
         ordering.require_bounded(main, functions, _MOST_NODES)
-        return Bodies(main, functions, self._weights, self._sizes)
+        return Bodies(main, functions, self._weights)
 
     def _function(self, function: FunctionProto) -> Body:
         what = printable(f"function {text_of(function.domain)}.{text_of(function.name)}")
@@ -254,9 +260,10 @@ class _Decoder:
             name = _node_name(message, index, taken)
             tensor = _constant_of(message)
             if tensor is not None:
-                if message.output[0] in constants:
-                    raise FrontendError(f"{what} computes {message.output[0]!r:.100} twice")
-                constants[message.output[0]] = (tensor, None)
+                (output,) = message.output
+                if output in constants:
+                    raise FrontendError(f"{what} computes {output!r:.100} twice")
+                constants[output] = (tensor, None)
                 continue
             nodes.append(self._node(message, name, opsets, defaults, visible))
         return nodes, constants
@@ -332,13 +339,12 @@ class _Decoder:
     def _item(self, name: str, message: TensorProto, raw: Span | None) -> Item:
         """What an initializer's name stands for: a constant whose elements are known, or a param."""
         stored = self._tensors.stored(message, f"tensor {name!r:.100}", raw)
-        self._sizes[name] = count = element_count(stored.shape, stored.what)
         dtype = "f32" if stored.dtype in self._wide else stored.dtype
-        if count <= SMALL and not _is_matrix(stored):
+        if math.prod(stored.shape) <= SMALL and not _is_matrix(stored):
             array = stored.read().astype(NUMPY_DTYPES[dtype])
             return Item(constant(array, dtype), objects(array.tolist(), array.shape))
         param = Param(self._weights.add(name, stored), Tensor(stored.shape, stored.dtype))
-        return Item(param if dtype == stored.dtype else Cast(param, dtype))
+        return Item(cast(param, dtype))
 
 
 def _is_matrix(stored: Stored) -> bool:
@@ -372,13 +378,13 @@ def _node_name(message: NodeProto, index: int, taken: set[str]) -> str:
 
 
 def _constant_of(message: NodeProto) -> TensorProto | None:
-    """The tensor of a Constant node."""
-    if message.op_type != "Constant" or _domain(message.domain) or len(message.output) != 1 or message.input:
+    """The tensor that a Constant node is, if it is one."""
+    if (message.op_type, _domain(message.domain)) != ("Constant", "") or message.input or len(message.output) != 1:
         return None
-    if len(message.attribute) != 1 or message.attribute[0].name != "value" or message.attribute[0].ref_attr_name:
+    if len(message.attribute) != 1:
         return None
-    attribute = message.attribute[0]
-    return attribute.t if attribute.type == AttributeProto.TENSOR else None
+    (attribute,) = message.attribute
+    return attribute.t if attribute.type == AttributeProto.TENSOR and not attribute.ref_attr_name else None
 
 
 def signature_dtype(signature: Signature, kind: str) -> str:
