@@ -218,9 +218,9 @@ class Layer:
 
     def error_of(self, code: int) -> BaseException | None:
         """The error that a call's code means; None: it is none."""
-        error, self._error = self._error, None
         if not code:
             return None
+        error, self._error = self._error, None
         if error is not None:
             return error
         if code == _FULL:
