@@ -345,11 +345,11 @@ def _write(
         progress.cached_tokens = sequence.adopt_prefix(prompt)
         error: BaseException | None = None
         while error is None:
-            with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
-                if writer.tokens:
-                    (piece,), (broken,), failed = _write_on(runtime, [sequence], [writer], progress.whole)
-                    error = broken or failed
-                else:
+            if writer.tokens:
+                (piece,), (broken,), failed = _write_on(runtime, [sequence], [writer], progress.whole)
+                error = broken or failed
+            else:
+                with runtime.lock:  # the logits lie in a buffer that the next step of anyone overwrites
                     piece = writer.choose(runtime.step_last([(sequence, prompt[progress.cached_tokens :])])[0])
             elapsed = time.perf_counter() - start
             if len(writer.tokens) == 1:
@@ -373,8 +373,9 @@ def _write_on(
         if draft is not None:
             ready.append(draft)
     if len(ready) < len(writers):
-        places = runtime.decode(sequences, [writer.tokens[-1] for writer in writers])
-        pairs = [_attempt(writer, place) for writer, place in zip(writers, places, strict=True)]
+        with runtime.lock:
+            places = runtime.decode(sequences, [writer.tokens[-1] for writer in writers])
+            pairs = [_attempt(writer, place) for writer, place in zip(writers, places, strict=True)]
         return [piece for piece, _ in pairs], [error for _, error in pairs], None
     ends = [writer.end_time for writer in writers if writer.end_time is not None]
     failed = runtime.write(sequences, ready, min(ends) if ends else None)
@@ -411,13 +412,13 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
         pending = list(range(len(prompts)))
         while pending:
             going_on = [writers[index] for index in pending]
-            with runtime.lock:
-                if fresh:
+            if fresh:
+                with runtime.lock:
                     pairs = [_attempt(*item) for item in zip(going_on, runtime.step_last(fresh), strict=True)]
-                    pieces, found, fresh = [piece for piece, _ in pairs], [error for _, error in pairs], []
-                else:
-                    own_sequences = [sequences[index] for index in pending]
-                    pieces, found, failed = _write_on(runtime, own_sequences, going_on, whole=True)
+                pieces, found, fresh = [piece for piece, _ in pairs], [error for _, error in pairs], []
+            else:
+                own_sequences = [sequences[index] for index in pending]
+                pieces, found, failed = _write_on(runtime, own_sequences, going_on, whole=True)
             if failed is not None:
                 raise failed
             for index, piece, error in zip(pending, pieces, found, strict=True):

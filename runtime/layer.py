@@ -26,7 +26,7 @@ GOES_ON, STOPPED, FULL, NOT_FINITE, NO_CHOICE = range(5)
 
 _Run = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _I64)
 _Choose = ctypes.CFUNCTYPE(_I64, ctypes.POINTER(Choice), _I64)
-_CopyPage = ctypes.CFUNCTYPE(None, _I64, _I64)
+_CopyPage = ctypes.CFUNCTYPE(ctypes.c_int, _I64, _I64)
 _Fetch = ctypes.CFUNCTYPE(_POINTER, _POINTER)
 _NO_RUN = _Run()
 _REFUSED = -2  # LLMC_NO_CHOICE of choose.h
@@ -205,7 +205,7 @@ class Layer:
             vocabulary=facts.vocab_size, max_context=manifest.max_context, max_step=facts.max_step, page=facts.page,
         )  # fmt: skip
         self._call = functions = _functions(code)
-        self._error: BaseException | None = None  # of a hook
+        self._errors: list[BaseException] = []  # of hooks: C goes on with a code
         self._rows = _I64()
         self._requests: object = None
         self._feeding = False
@@ -224,7 +224,7 @@ class Layer:
 
     def error_of(self, code: int) -> BaseException | None:
         """The error that a call's code means; None: it is none."""
-        error, self._error = self._error, None
+        error = self._errors.pop() if self._errors else None
         if error is not None or not code:
             return error
         if code == _FULL:
@@ -255,8 +255,8 @@ class Layer:
             assert run is not None
             try:
                 run()
-            except BaseException as error:  # C goes on with a code
-                self._error = error
+            except BaseException as error:
+                self._errors[:] = [error]
                 return -1
             return 0
 
@@ -270,6 +270,7 @@ class Layer:
     ) -> None:
         """For memory that is not this process's: what chooses a token, copies a page of the cache, and brings a row of
         logits here by its number. None of them may refer to this layer."""
+        errors = self._errors
         rows: list[NDArray[np.float32]] = []  # what was fetched last
 
         def call_choose(choice: ctypes._Pointer[Choice], _threads: int) -> int:
@@ -277,13 +278,28 @@ class Layer:
                 return choose(choice.contents)
             except RuntimeStateError:
                 return _REFUSED
+            except BaseException as error:
+                errors[:] = [error]
+                return _REFUSED
 
-        def call_fetch(number: int) -> int:
-            rows[:] = [np.ascontiguousarray(fetch(number))]
+        def call_copy(source: int, target: int) -> int:
+            try:
+                copy_page(source, target)
+            except BaseException as error:
+                errors[:] = [error]
+                return -1
+            return 0
+
+        def call_fetch(number: int) -> int | None:
+            try:
+                rows[:] = [np.ascontiguousarray(fetch(number))]
+            except BaseException as error:
+                errors[:] = [error]
+                return None
             return address(rows[0])
 
         hooks = self._options.hooks
-        hooks.choose, hooks.copy_page, hooks.fetch = _Choose(call_choose), _CopyPage(copy_page), _Fetch(call_fetch)
+        hooks.choose, hooks.copy_page, hooks.fetch = _Choose(call_choose), _CopyPage(call_copy), _Fetch(call_fetch)
 
     def write_logits_to(self, number: int) -> None:
         """From now on, rows of logits go to the place of this number, float32 [rows of any step, vocab], 64-byte

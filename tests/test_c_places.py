@@ -98,8 +98,8 @@ def test_tiles_end_where_the_positions_say(
     part = Part(ids.ctypes.data, pages.ctypes.data, len(pages), count, start, count, 0, int(decoding))
     arrays = {name: np.full(4 * count + len(pages) + 2, -1, np.int32) for name in NAMES}
     tables, step = Tables(*(array.ctypes.data for array in arrays.values())), Step()
-    cut = division(kv_heads=4, tile=size)
-    places.llmc_fill_step(ctypes.byref(step), ctypes.byref(tables), cut, ctypes.byref(part), I64(1))
+    divided = division(kv_heads=4, tile=size)
+    places.llmc_fill_step(ctypes.byref(step), ctypes.byref(tables), divided, ctypes.byref(part), I64(1))
     tokens, number, sequences, columns, rows, splits, prompt = step.sizes
     assert (tokens, sequences, columns, rows, splits, prompt) == (count, 1, len(pages), 0, 1, int(not decoding))
     tiles = arrays["tiles"][: 4 * number].reshape(-1, 4)[::-1]

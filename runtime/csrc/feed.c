@@ -11,16 +11,17 @@ static int no_page(const LlmcModel *model) {
 }
 
 /* Copies a page in all layers. */
-static void copy_page(const LlmcModel *model, int32_t from, int32_t to) {
+static int copy_page(const LlmcModel *model, int32_t from, int32_t to) {
     if (model->hooks != NULL && model->hooks->copy_page != NULL) {
-        model->hooks->copy_page(from, to);
-        return;
+        if (model->hooks->copy_page(from, to) == 0) return LLMC_OK;
+        return llmc_fail(LLMC_ERROR_STEP, "a page of the KV cache could not be copied");
     }
     for (int64_t i = 0; i < 2 * llmc_facts.layer_count; i++) {
         char *buffer = model->step->cache[i];
         const int64_t bytes = model->page_bytes[i];
         memcpy(buffer + to * bytes, buffer + from * bytes, (size_t)bytes);
     }
+    return LLMC_OK;
 }
 
 /* Makes pages for `end` tokens, and the one that the next token goes to this sequence's own, and unknown to others. */
@@ -33,8 +34,9 @@ static int add_pages(LlmcSequence *sequence, int64_t end) {
         if (pages->users[*last] > 1) {
             const int32_t own = llmc_pages_take(pages);
             if (own < 0) return no_page(model);
-            copy_page(model, *last, own);
-            llmc_pages_release(pages, *last);
+            const int code = copy_page(model, *last, own);
+            llmc_pages_release(pages, code == LLMC_OK ? *last : own);
+            if (code != LLMC_OK) return code;
             *last = own;
         } else {
             llmc_pages_forget(pages, *last);

@@ -17,8 +17,8 @@
 typedef struct LlmcHooks {
     int (*run)(const LlmcStep *step, int64_t threads);           /* llmc_run */
     int64_t (*choose)(const LlmcChoice *choice, int64_t threads); /* llmc_choose */
-    void (*copy_page)(int64_t from, int64_t to);                 /* of the KV cache, in all layers */
-    const float *(*fetch)(const float *logits);                  /* a row of logits, as this process sees it */
+    int (*copy_page)(int64_t from, int64_t to);                  /* of the KV cache, in all layers; 0: done */
+    const float *(*fetch)(const float *logits);                  /* a row of logits, as this process sees it; or NULL */
 } LlmcHooks;
 
 /* What a model is made of. The step has all of its pointers and keeps them; the layer fills its sizes, and the tables,

@@ -46,7 +46,7 @@ static bool choose_next(const LlmcModel *model, LlmcText *text, float *logits) {
     if (token < 0) {
         const LlmcHooks *hooks = model->hooks;
         const float *row = hooks != NULL && hooks->fetch != NULL ? hooks->fetch(logits) : logits;
-        const bool is_broken = token == LLMC_NO_TOKEN && !is_finite_row(row);
+        const bool is_broken = token == LLMC_NO_TOKEN && row != NULL && !is_finite_row(row);
         text->end = is_broken ? LLMC_TEXT_NOT_FINITE : LLMC_TEXT_NO_CHOICE;
         return false;
     }
