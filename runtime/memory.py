@@ -32,8 +32,8 @@ def aligned_empty(nbytes: int) -> NDArray[np.uint8]:
         data = np.empty(nbytes + ALIGNMENT, np.uint8)
     except (MemoryError, ValueError) as error:
         raise RuntimeStateError(f"there is no memory for an array of {nbytes:,} bytes") from error
-    start = -address(data) % ALIGNMENT
-    return data[start : start + nbytes]
+    # A slice of no elements would begin where `data` does.
+    return np.ndarray((nbytes,), np.uint8, data.data, -address(data) % ALIGNMENT)
 
 
 def address(array: NDArray[np.generic]) -> int:

@@ -16,6 +16,7 @@ from fake_kinds import write_arrays, write_encoder
 from llmc.runtime import devices
 from llmc.runtime.device import Use
 from llmc.runtime.errors import ArtifactError
+from llmc.runtime.host import Host
 from llmc.runtime.library import Choice, Step
 from llmc.runtime.runtime import Runtime
 
@@ -191,6 +192,45 @@ def test_an_unknown_kind_of_device_is_refused(tmp_path: Path) -> None:
 def test_the_kinds_that_are_named_are_there() -> None:
     for module, name in devices.KINDS.values():
         assert callable(getattr(__import__(module, fromlist=[name]), name))
+
+
+@pytest.mark.parametrize("verb", ["run", "choose", "copy"])
+def test_a_verb_that_fails_is_raised_and_changes_nothing(
+    model: Path, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever called it: C goes on from a hook only to give up."""
+    runtime = apart(model, monkeypatch)
+    with runtime.sequence() as sequence, sequence.fork():
+        sequence.append(PROMPT[:40])
+        with sequence.fork() as fork:
+            before = runtime.pool.available
+
+            def fail(*_: object) -> int:
+                raise KeyboardInterrupt(verb)
+
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=verb):
+                if verb == "copy":  # of the page that both have
+                    patch.setattr(runtime.device, "copy", fail)
+                    fork.append([7])
+                else:
+                    patch.setattr(runtime.device, verb, fail)
+                    runtime.layer.drive(
+                        runtime.device.choose, runtime.buffers.copy, lambda number: np.zeros(1, np.float32)
+                    )
+                    runtime.generate("ab", max_tokens=5)
+            assert (fork.length, runtime.pool.available) == (40, before)
+            again = fork.append([7])
+    assert (again == host(model).forward([*PROMPT[:40], 7])[-1]).all()
+    runtime.pool.check()
+
+
+@pytest.mark.parametrize("use", Use)
+def test_places_of_the_host_are_aligned_at_every_size(use: Use) -> None:
+    """Buffers of no bytes too. numpy aligns to 16 bytes, so that about one in four would be right by chance."""
+    device = Host(1)
+    buffers = [device.reserve(nbytes, use) for nbytes in (0, 1, 7, 31, 33, 129, 0, 4096) for _ in range(8)]
+    assert all(buffer.number % 64 == 0 for buffer in buffers)
+    assert [buffer.nbytes for buffer in buffers[::8]] == [0, 1, 7, 31, 33, 129, 0, 4096]
 
 
 # The device itself: what it finds

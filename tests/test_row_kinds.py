@@ -124,8 +124,9 @@ def test_every_form_is_written_before_it_is_read(kind: str, name: str) -> None:
 def family(call: Call) -> str:
     """The name of a kernel; one for all whose sums are the same, bit by bit (tests/test_x86_company.py)."""
     name = call.kernel.name
-    alike = ("quantized_linear_rows", "quantized_linear_blocks", "quantized_linear_tile_rows")
-    return "integers" if name in alike else name
+    integers = ("quantized_linear_rows", "quantized_linear_blocks", "quantized_linear_tile_rows")
+    floats = ("float_linear_rows", "float_linear_blocks")
+    return "integers" if name in integers else "floats" if name in floats else name
 
 
 def test_attention_is_told_the_kind(monkeypatch: pytest.MonkeyPatch) -> None:
