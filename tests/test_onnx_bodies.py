@@ -81,6 +81,8 @@ def test_what_is_no_constant(tmp_path: Path) -> None:
 
     refused(changed(input=["x"]), tmp_path, r"Constant .* is not valid")
     refused(changed(attribute=[]), tmp_path, "a constant given by nothing is not supported")
+    two = [*good.attribute, helper.make_attribute("value_float", 1.0)]
+    refused(changed(attribute=two), tmp_path, "a constant given by value, value_float is not supported")
     refused(model_of([good, good, add], [X], [Y]), tmp_path, "the graph computes 'c' twice")
     for op in ("Abacus", "Frobnicate"):
         refused(changed(op), tmp_path, f"not supported: {op}")

@@ -150,13 +150,16 @@ def test_a_decoder_has_no_types_of_tokens(tmp_path: Path) -> None:
 
 def decoder_or_not(
     tmp_path: Path, widths: dict[str, int], classes: Sequence[str] = (), past: bool = False, rows: int = VOCABULARY,
-    last: bool = False,
+    last: bool = False, alone: bool = False,
 ) -> Lifted:  # fmt: skip
-    """A model with rows of some widths. rows: of its table of words; last: of the last token only."""
+    """A model with rows of some widths. rows: of its table of words; last: of the last token only; alone: without an axis
+    of tokens."""
     g = Nodes({**IDS, **(PAST if past else {})})  # type: ignore[dict-item]
     x = g.add("Gather", RNG.standard_normal((rows, WIDTH)).astype(np.float32), "input_ids")
     if last:
         x = g.add("Slice", x, np.array([-1]), np.array([1 << 40]), np.array([1]))
+    if alone:
+        x = g.add("Squeeze", x, np.array([1]))
     outputs = [
         named(g, g.add("MatMul", x, RNG.standard_normal((WIDTH, width)).astype(np.float32)), name)
         for name, width in widths.items()
@@ -214,6 +217,16 @@ def test_the_next_token_after_some_tokens_only_is_refused(tmp_path: Path) -> Non
     assert decoder_or_not(tmp_path, {"logits": VOCABULARY}, last=True).task == "encode"
     assert decoder_or_not(tmp_path, {"logits": VOCABULARY - 1}, past=True, last=True).task == "encode"
     assert decoder_or_not(tmp_path, {"scores": VOCABULARY}, past=True, last=True).task == "encode"
+    assert decoder_or_not(tmp_path, {"logits": VOCABULARY}, past=True, last=True, alone=True).task == "encode"
+
+
+def test_rows_of_nothing_are_no_next_token(tmp_path: Path) -> None:
+    """Where no table says how many words there are."""
+    g = Nodes(IDS)  # type: ignore[arg-type]
+    x = g.add("Unsqueeze", g.add("Cast", "input_ids", to=TensorProto.FLOAT), np.array([-1]))
+    nothing = g.add("MatMul", x, np.zeros((1, 0), np.float32))
+    path = saved(tmp_path, g, named(g, nothing, "logits"), architectures=["OwnForCausalLM"])
+    assert lift(path).task == "encode"
 
 
 # Facts

@@ -18,6 +18,8 @@ from llmc.frontends.onnx.translation import Handler, Item, Node, Translation, Un
 @handles("Constant")
 def _constant(t: Translation, node: Node) -> Item:
     for name, value in node.attributes.items():
+        if len(node.attributes) > 1:
+            break
         if isinstance(value, Item):
             return value
         if name in ("value_int", "value_ints"):
