@@ -152,6 +152,15 @@ def test_norms_of_windows_and_channels(p: int) -> None:
     one("LpNormalization", x, p=min(p, 2), axis=1)
 
 
+@pytest.mark.parametrize(
+    ("op", "options"), [("LpNormalization", {"axis": 2}), ("MeanVarianceNormalization", {"axes": [-3]})]
+)
+def test_an_axis_that_is_not_there_is_no_other_one(op: str, options: dict[str, object]) -> None:
+    nodes = Nodes({"x": ("float32", (2, 3))})
+    with pytest.raises(FrontendError, match="is outside a tensor of rank 2"):
+        nodes.graph(nodes.add(op, "x", **options))
+
+
 def test_rows_of_zeros_have_no_length() -> None:
     one("LpNormalization", np.array([[0, 0], [3, -4]], np.float32))
 
@@ -224,6 +233,9 @@ def test_before_opset_21_groups_have_one_scale_each(groups: int, opset: int) -> 
     now = Nodes({"x": ("float32", x.shape)}, 21)
     output = now.add("GroupNormalization", "x", scale.repeat(each), bias.repeat(each), num_groups=groups)
     np.testing.assert_array_equal(found, evaluated(now.graph(output), {"x": x})[0])
+    with pytest.raises(FrontendError, match=r"GroupNormalization \(node_0\) cannot be translated"):
+        wrong = Nodes({"x": ("float32", x.shape)}, opset)
+        wrong.graph(wrong.add("GroupNormalization", "x", floats(6), floats(6), num_groups=groups))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -262,6 +274,16 @@ def test_losses(reduction: str, weighted: bool, ignored: int | None) -> None:
         x = floats(3, 4, *shape[1:])
         one("NegativeLogLikelihoodLoss", x, target, *weights, **options)
         one("SoftmaxCrossEntropyLoss", x, target, *weights, outputs=2, **options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weights", [None, [1, 2, 3], [np.inf, 2, 3]], ids=str)
+def test_what_is_ignored_may_be_infinite(reduction: str, weights: list[float] | None) -> None:
+    """Logs and weights of a class that an ignored target could have stood for."""
+    x = np.array([[-np.inf, 1, 2], [1, 2, 3], [3, 2, 1]], np.float32)
+    target, rest = np.array([7, 1, 2]), [] if weights is None else [np.array(weights, np.float32)]
+    one("NegativeLogLikelihoodLoss", x, target, *rest, reduction=reduction, ignore_index=7)
+    one("SoftmaxCrossEntropyLoss", x, target, *rest, outputs=2, reduction=reduction, ignore_index=7)
 
 
 def test_a_loss_that_is_not_reduced_as_any() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -74,6 +75,33 @@ def test_functions_of_one_number(op: str) -> None:
 def test_functions_of_part_of_the_numbers(op: str) -> None:
     span = np.linspace(1, 9, 33) if op == "Acosh" else np.linspace(-0.99, 0.99, 33)
     one(op, span.astype(np.float32))
+
+
+INVERSES: dict[str, tuple[Callable[..., Array], float, float]] = {
+    # The function, and where it is defined; beyond that it is no number.
+    "Sinh": (np.sinh, -np.inf, np.inf), "Cosh": (np.cosh, -np.inf, np.inf), "Asinh": (np.arcsinh, -np.inf, np.inf),
+    "Acosh": (np.arccosh, 1, np.inf), "Atanh": (np.arctanh, -1, 1), "Asin": (np.arcsin, -1, 1),
+    "Acos": (np.arccos, -1, 1), "Atan": (np.arctan, -np.inf, np.inf),
+    "Softplus": (lambda x: np.logaddexp(0, x), -np.inf, np.inf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("op", INVERSES)
+def test_functions_are_right_to_some_last_places_at_every_size(op: str, dtype: type) -> None:
+    """From the least normal number to the largest, and around 1; infinite only where the result is."""
+    function, low, high = INVERSES[op]
+    info = np.finfo(dtype)
+    sizes = np.geomspace(float(info.tiny), float(info.max) * 0.999, 500)
+    sizes = np.concatenate([sizes, np.linspace(0, 12, 500), 1 + np.geomspace(float(info.eps), 1, 50)])
+    x = np.concatenate([sizes, -sizes]).astype(dtype)
+    nodes = Nodes({"x": (np.dtype(dtype).name, x.shape)})
+    (found,) = evaluated(nodes.graph(nodes.add(op, "x")), {"x": x})
+    defined = (x >= low) & (x <= high)
+    assert np.isnan(found[~defined]).all()
+    with np.errstate(over="ignore", divide="ignore"):
+        expected = function(x[defined].astype(np.longdouble)).astype(dtype)
+    np.testing.assert_allclose(found[defined], expected, rtol=4 * info.eps, atol=float(info.tiny))
 
 
 def test_signs_of_zero_survive() -> None:
@@ -276,6 +304,11 @@ def test_dropout_outside_training_is_nothing() -> None:
         found, mask = evaluated(nodes.graph(*outputs), {"x": x})
         np.testing.assert_array_equal(found, x)
         np.testing.assert_array_equal(mask, np.ones(x.shape, bool))
+    old = Nodes({"x": ("float32", x.shape)}, 10)
+    kept, mask = old.many("Dropout", "x", outputs=2)
+    np.testing.assert_array_equal(evaluated(old.graph(kept), {"x": x})[0], x)
+    with pytest.raises(FrontendError, match=f"nothing computes the output '{mask}'"):
+        old.graph(mask)
     for operands in ((np.float32(0.5), np.array(True)), (None, np.array(True))):
         nodes = Nodes({"x": ("float32", x.shape)})
         with pytest.raises(FrontendError, match="dropout while training is random"):

@@ -11,6 +11,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Draws, Nodes, compare, evaluated
 
+from llmc.compiler.ir.attention import Attention
+from llmc.compiler.ir.elementwise import Constant
 from llmc.errors import FrontendError
 
 RNG = np.random.default_rng(17)
@@ -212,14 +214,14 @@ def test_attention_within_windows(window: tuple[int, int], causal: int, kind: st
 def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
     """Since opset 24; over a free number of keys too."""
     arrays = attending(3, 5)
-    for shape in ((1,), (3, 2), (2, 1, 3, 4)):
+    for opset, shape in itertools.product((24, 26), ((1,), (3, 1), (3, 2), (2, 1, 3, 4))):
         for mask in (np.ones(shape, bool), floats(*shape)):
             whole = np.full((*shape[:-1], 5), -np.inf, np.float32)
             whole[..., : shape[-1]] = 0 if mask.dtype == bool else mask
             found = []
             for given, keys in ((mask, 5), (mask, "K"), (whole, 5)):
                 sizes = {n: [*a.shape[:2], keys if n in "kv" else a.shape[2], a.shape[3]] for n, a in arrays.items()}
-                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, 24)
+                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, opset)
                 at_least = nodes.add("Concat", "k", np.zeros((2, 2, 0, 6), np.float32), axis=2)
                 if keys == "K" and shape[-1] > 1:
                     continue  # one key at least is there
@@ -227,6 +229,45 @@ def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
                 found.append(evaluated(nodes.graph(output), arrays)[0])
             for other in found[:-1]:
                 np.testing.assert_allclose(other, found[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_a_mask_as_long_as_the_keys_is_used_as_it_is(opset: int) -> None:
+    nodes = Nodes({name: ("float32", a.shape) for name, a in attending(3, 5).items()}, opset)
+    graph = nodes.graph(nodes.add("Attention", "q", "k", "v", floats(3, 5)))
+    (found,) = (op for op in graph.ops if isinstance(op, Attention))
+    assert isinstance(found.bias, Constant)
+
+
+def test_before_opset_24_a_mask_of_one_column_is_for_all_keys() -> None:
+    """It broadcasts; since then it hides all keys but the first."""
+    arrays = attending(3, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 23)
+    outputs = [nodes.add("Attention", "q", "k", "v", mask) for mask in (np.ones((3, 1), bool), None)]
+    found, plain = evaluated(nodes.graph(*outputs), arrays)
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "causal", "window"),
+    [
+        ({}, False, 0), ({"is_causal": 1}, True, 0), ({"right_window_size": 0}, True, 0),
+        ({"is_causal": 1, "left_window_size": 2}, True, 3), ({"left_window_size": 2, "right_window_size": 0}, True, 3),
+        ({"left_window_size": 0, "right_window_size": 0}, True, 1), ({"is_causal": 1, "left_window_size": 0}, True, 1),
+        ({"left_window_size": 2, "right_window_size": 2}, False, 3), ({"softcap": -0.5}, False, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("past", [0, 4])
+def test_what_attention_can_say_itself_is_no_mask(
+    options: dict[str, float], causal: bool, window: int, past: int
+) -> None:
+    """So that its kernels leave out what is not seen. A softcap below zero is none."""
+    arrays = attending(5, 5, past=past)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 26)
+    output = nodes.add("Attention", "q", "k", "v", None, *(["pk", "pv"] if past else []), **options)
+    (found,) = (op for op in nodes.graph(output).ops if isinstance(op, Attention))
+    assert (found.causal, found.window, found.softcap, found.bias) == (causal, window, 0, None)
 
 
 def test_a_mask_of_one_number_is_for_all() -> None:

@@ -13,7 +13,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.structural import CheckedIndex
 from llmc.compiler.ir.types import Tensor
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, IRError
 from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation
 
 RNG = np.random.default_rng(7)
@@ -53,6 +53,15 @@ def test_reshapes_with_zeros_and_what_is_left() -> None:
 def test_flattening_from_each_axis(axis: int) -> None:
     one("Flatten", counted(2, 3, 4), axis=axis)
     free("Flatten", ("S", 3, 4), axis=axis)
+
+
+def test_flattening_of_other_ranks() -> None:
+    one("Flatten", counted(3))
+    one("Flatten", counted(), axis=0)
+    for shape, axis in (((2, 3), 3), ((2, 3), -3), ((), 1), ((), -1)):
+        nodes = Nodes({"x": ("float32", shape)})
+        with pytest.raises(FrontendError, match=f"axis {axis} is outside"):
+            nodes.graph(nodes.add("Flatten", "x", axis=axis))
 
 
 @pytest.mark.parametrize("axes", [(0,), (-1,), (2, 0), (0, -1, 1)], ids=str)
@@ -338,12 +347,20 @@ def test_elements_kept_by_a_mask() -> None:
     one("Compress", counted(3, 4), np.array([False, True, True]), axis=0)
     one("Compress", counted(3, 4), np.array([True, False, False, True]), axis=-1)
     one("Compress", counted(3, 4), np.array([False, True, False, False, True]))
+    one("Compress", counted(3, 4), np.array([True, False, True, False, False]), axis=0)  # more, but nothing of it
+    for size in (3, "S"):
+        nodes = Nodes({"x": ("float32", (size, 4))})
+        with pytest.raises((FrontendError, IRError), match=r"index .*out of range"):
+            graph = nodes.graph(nodes.add("Compress", "x", np.array([False] * 3 + [True]), axis=0))
+            evaluated(graph, {"x": counted(3, 4)})
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 1), (1, 0)])
 def test_beginnings_of_sequences_reversed(batch: int, time: int) -> None:
     x = counted(*((3, 5, 2) if batch == 0 else (5, 3, 2)))
     one("ReverseSequence", x, at(1, 5, 3), batch_axis=batch, time_axis=time)
+    if batch == 1:
+        one("ReverseSequence", x, at(1, 5, 3))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

@@ -195,7 +195,9 @@ def _compress(t: Translation, node: Node, x: Item, condition: Item) -> Value:
     kept = np.flatnonzero(numbers(condition, "which elements are kept"))
     axis = node.get("axis")
     value = x.value if axis is not None else reshape(x.value, (product(x.shape),))
-    return s.Gather(value, e.constant(kept, "i64"), 0 if axis is None else axis_of(axis, x.rank))
+    along_axis = 0 if axis is None else axis_of(axis, x.rank)
+    what = f"axis {along_axis} of {node.inputs[0]}"
+    return s.Gather(value, checked(e.constant(kept, "i64"), value.shape[along_axis], what), along_axis)
 
 
 @handles("NonZero")

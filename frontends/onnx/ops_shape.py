@@ -75,7 +75,7 @@ def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: 
 @handles("Flatten")
 def _flatten(t: Translation, node: Node, x: Item) -> Value:
     axis = node.get("axis", 1)
-    axis = axis + x.rank if axis < 0 else axis
+    axis = axis if axis == x.rank else axis_of(axis, x.rank)
     return reshape(x.value, (product(x.shape[:axis]), product(x.shape[axis:])))
 
 
