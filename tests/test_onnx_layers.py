@@ -129,6 +129,12 @@ def test_padding_that_counts(size: int) -> None:
         one("AveragePool", floats(1, 2, size), kernel_shape=[3], strides=[2], pads=pads, count_include_pad=1)
 
 
+@pytest.mark.parametrize("counted", [0, 1])
+def test_padding_of_each_of_three_axes(counted: int) -> None:
+    pads = [1, 0, 1, 0, 1, 1]
+    one("AveragePool", floats(1, 2, 3, 4, 5), kernel_shape=[2, 2, 3], pads=pads, count_include_pad=counted)
+
+
 def test_average_pools_over_free_sizes_are_those_of_numbers() -> None:
     for stride, pads, counted in ((1, [1, 1], 0), (2, [2, 0], 0), (2, [0, 2], 1), (3, [2, 1], 1)):
         nodes = Nodes({"x": ("float32", (1, 2, "S"))})
@@ -142,6 +148,7 @@ def test_places_of_largest_elements(order: int) -> None:
     x = RNG.permutation(2 * 3 * 7 * 5).reshape(2, 3, 7, 5).astype(np.float32)
     for kernel, pads in (([2, 3], [0, 0, 0, 0]), ([3, 2], [1, 1, 0, 1])):
         one("MaxPool", x, outputs=2, kernel_shape=kernel, strides=[2, 1], pads=pads, storage_order=order)
+        one("MaxPool", x, outputs=2, kernel_shape=kernel, strides=[2, 1], pads=pads)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -286,10 +293,11 @@ def test_what_is_ignored_may_be_infinite(reduction: str, weights: list[float] | 
     one("SoftmaxCrossEntropyLoss", x, target, *rest, outputs=2, reduction=reduction, ignore_index=7)
 
 
-def test_a_loss_that_is_not_reduced_as_any() -> None:
+@pytest.mark.parametrize("reduction", ["average", "odd", "total"])
+def test_a_loss_that_is_not_reduced_as_any(reduction: str) -> None:
     nodes = Nodes({"x": ("float32", (3, 4))})
-    with pytest.raises(FrontendError, match="reduction 'odd' is not supported"):
-        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction="odd"))
+    with pytest.raises(FrontendError, match=f"reduction '{reduction}' is not supported"):
+        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction=reduction))
 
 
 @pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])

@@ -8,14 +8,14 @@ from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.structural import split_exact
-from llmc.frontends.onnx.forms import along, broadcast, cast, like, reshape, squeeze, unsqueeze
+from llmc.frontends.onnx.forms import broadcast, cast, like, reshape, squeeze, unsqueeze
 from llmc.frontends.onnx.ops_reduce import log_softmax
 from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
 from llmc.frontends.onnx.windows import Window, in_windows
 
 
 def _channels(vector: Value, rank: int) -> Value:
-    return along(vector, 1, rank) if rank > 1 else vector
+    return reshape(vector, (*vector.shape, *(1,) * (rank - 2)))
 
 
 def normalised(x: Value, mean: Value, variance: Value, epsilon: float) -> Value:
