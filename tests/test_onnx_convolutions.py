@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from onnx_graphs import Draws, Nodes, compare, evaluated
 
-from llmc.compiler.ir.structural import Matmul
+from llmc.compiler.ir.elementwise import Constant
+from llmc.compiler.ir.structural import Matmul, Pad, Scatter
 from llmc.errors import FrontendError
 
 RNG = np.random.default_rng(3)
@@ -93,7 +94,7 @@ def test_convolutions_with_every_padding(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["NOTSET", "SAME_UPPER", "SAME_LOWER"])
 def test_transposed_convolutions_to_a_given_shape(mode: str) -> None:
-    for shape, more in (([8, 15], 0), ([9, 16], 0), ([7, 14], 0), ([8, 15], 1)):
+    for shape, more in (([8, 15], 0), ([9, 16], 0), ([7, 14], 0), ([8, 15], 1), ([10, 14], 0), ([7, 17], 0)):
         nodes = Nodes({"x": ("float32", (1, 2, 4, 5))})
         output = nodes.add(
             "ConvTranspose", "x", floats(2, 3, 3, 3), kernel_shape=[3, 3], strides=[2, 3], output_shape=shape,
@@ -148,6 +149,7 @@ def test_causal_convolutions_with_a_state(past: bool, kernel: int) -> None:
     outputs = nodes.many("CausalConvWithState", "x", w, bias, *([state] if past else []), outputs=2, activation="silu")
     found, after = evaluated(nodes.graph(*outputs), {"x": x})
     whole = np.concatenate([state, x], 2)
+    assert not any(isinstance(op, Pad) for op in nodes.graph(*outputs).ops)
     plain = F.conv1d(torch.from_numpy(whole), torch.from_numpy(w), torch.from_numpy(bias), groups=3)
     np.testing.assert_allclose(found, F.silu(plain).numpy(), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(after, whole[:, :, 7:])
@@ -157,6 +159,16 @@ def test_an_activation_that_causal_convolutions_do_not_have() -> None:
     nodes = Nodes({"x": ("float32", (2, 3, 7))}, 26)
     with pytest.raises(FrontendError, match="activation 'relu' is not supported"):
         nodes.graph(nodes.many("CausalConvWithState", "x", floats(3, 1, 4), outputs=2, activation="relu")[0])
+
+
+def test_what_is_added_up_in_the_padding_is_a_row_of_its_own() -> None:
+    """`t.scatter` has no rows below 0."""
+    nodes = Nodes({"x": ("float32", (1, 4, 9))})
+    graph = nodes.graph(nodes.add("Col2Im", "x", np.array([2, 2]), np.array([2, 2]), pads=[1, 1, 1, 1]))
+    (places,) = (op.indices for op in graph.ops if isinstance(op, Scatter))
+    assert isinstance(places, Constant)
+    assert places.value.array.min() == 0
+    assert places.value.array.max() == 4
 
 
 Shape = tuple[int | str, ...]

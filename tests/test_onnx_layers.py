@@ -136,6 +136,12 @@ def test_padding_that_counts(size: int) -> None:
         one("AveragePool", floats(1, 2, size), kernel_shape=[3], strides=[2], pads=pads, count_include_pad=1)
 
 
+@pytest.mark.parametrize("counted", [0, 1])
+def test_padding_of_each_of_three_axes(counted: int) -> None:
+    pads = [1, 0, 1, 0, 1, 1]
+    one("AveragePool", floats(1, 2, 3, 4, 5), kernel_shape=[2, 2, 3], pads=pads, count_include_pad=counted)
+
+
 def test_average_pools_over_free_sizes_are_those_of_numbers() -> None:
     for stride, pads, counted in ((1, [1, 1], 0), (2, [2, 0], 0), (2, [0, 2], 1), (3, [2, 1], 1)):
         nodes = Nodes({"x": ("float32", (1, 2, "S"))})
@@ -149,6 +155,7 @@ def test_places_of_largest_elements(order: int) -> None:
     x = RNG.permutation(2 * 3 * 7 * 5).reshape(2, 3, 7, 5).astype(np.float32)
     for kernel, pads in (([2, 3], [0, 0, 0, 0]), ([3, 2], [1, 1, 0, 1])):
         one("MaxPool", x, outputs=2, kernel_shape=kernel, strides=[2, 1], pads=pads, storage_order=order)
+        one("MaxPool", x, outputs=2, kernel_shape=kernel, strides=[2, 1], pads=pads)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -157,6 +164,15 @@ def test_norms_of_windows_and_channels(p: int) -> None:
     one("LpPool", x, kernel_shape=[3], p=p)
     one("GlobalLpPool", x, p=p)
     one("LpNormalization", x, p=min(p, 2), axis=1)
+
+
+@pytest.mark.parametrize(
+    ("op", "options"), [("LpNormalization", {"axis": 2}), ("MeanVarianceNormalization", {"axes": [-3]})]
+)
+def test_an_axis_that_is_not_there_is_no_other_one(op: str, options: dict[str, object]) -> None:
+    nodes = Nodes({"x": ("float32", (2, 3))})
+    with pytest.raises(FrontendError, match="is outside a tensor of rank 2"):
+        nodes.graph(nodes.add(op, "x", **options))
 
 
 def test_rows_of_zeros_have_no_length() -> None:
@@ -231,6 +247,9 @@ def test_before_opset_21_groups_have_one_scale_each(groups: int, opset: int) -> 
     now = Nodes({"x": ("float32", x.shape)}, 21)
     output = now.add("GroupNormalization", "x", scale.repeat(each), bias.repeat(each), num_groups=groups)
     np.testing.assert_array_equal(found, evaluated(now.graph(output), {"x": x})[0])
+    with pytest.raises(FrontendError, match=r"GroupNormalization \(node_0\) cannot be translated"):
+        wrong = Nodes({"x": ("float32", x.shape)}, opset)
+        wrong.graph(wrong.add("GroupNormalization", "x", floats(6), floats(6), num_groups=groups))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
@@ -271,10 +290,21 @@ def test_losses(reduction: str, weighted: bool, ignored: int | None) -> None:
         one("SoftmaxCrossEntropyLoss", x, target, *weights, outputs=2, **options)
 
 
-def test_a_loss_that_is_not_reduced_as_any() -> None:
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("weights", [None, [1, 2, 3], [np.inf, 2, 3]], ids=str)
+def test_what_is_ignored_may_be_infinite(reduction: str, weights: list[float] | None) -> None:
+    """Logs and weights of a class that an ignored target could have stood for."""
+    x = np.array([[-np.inf, 1, 2], [1, 2, 3], [3, 2, 1]], np.float32)
+    target, rest = np.array([7, 1, 2]), [] if weights is None else [np.array(weights, np.float32)]
+    one("NegativeLogLikelihoodLoss", x, target, *rest, reduction=reduction, ignore_index=7)
+    one("SoftmaxCrossEntropyLoss", x, target, *rest, outputs=2, reduction=reduction, ignore_index=7)
+
+
+@pytest.mark.parametrize("reduction", ["average", "odd", "total"])
+def test_a_loss_that_is_not_reduced_as_any(reduction: str) -> None:
     nodes = Nodes({"x": ("float32", (3, 4))})
-    with pytest.raises(FrontendError, match="reduction 'odd' is not supported"):
-        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction="odd"))
+    with pytest.raises(FrontendError, match=f"reduction '{reduction}' is not supported"):
+        nodes.graph(nodes.add("NegativeLogLikelihoodLoss", "x", np.zeros(3, np.int64), reduction=reduction))
 
 
 @pytest.mark.parametrize("op", ["GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool"])

@@ -82,6 +82,10 @@ LEFT_OUT: dict[str, tuple[str, ...]] = {
         "test_roialign_*",
         "test_*deform_conv_*",
     ),
+    "it counts a fraction of an element, where the standard's text, onnxruntime and torch count whole ones": (
+        "test_resize_downsample_scales_cubic_align_corners",
+        "test_resize_downsample_scales_linear_align_corners",
+    ),
     "Scan before opset 9 scanned each batch by itself": ("test_scan_sum",),
 }
 
@@ -208,7 +212,7 @@ def test_an_attribute_left_out_is_the_standards_default() -> None:
 def test_most_of_the_standard_is_covered() -> None:
     passed = [case for case in node_cases() if not outcomes()[case.name]]
     count, ops = len(passed), len(frozenset[str]().union(*(case.ops for case in passed)))
-    assert count >= 1566
+    assert count >= 1564
     assert ops >= 170
 
 

@@ -11,7 +11,14 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Draws, Nodes, compare, evaluated
 
-from llmc.errors import FrontendError
+from llmc.compiler.ir.attention import Attention
+from llmc.compiler.ir.elementwise import Constant
+from llmc.compiler.ir.evaluate import evaluate
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Input, Param
+from llmc.compiler.ir.types import Tensor
+from llmc.errors import FrontendError, IRError
+from llmc.frontends.onnx.translation import Body, Item, Node, Translation
 
 RNG = np.random.default_rng(17)
 floats = Draws(RNG).floats
@@ -26,8 +33,10 @@ def test_gemm(turn_a: int, turn_b: int) -> None:
     for c in (floats(), floats(7), floats(3, 1), floats(3, 7)):
         outputs += [
             nodes.add("Gemm", "a", b, c, transA=turn_a, transB=turn_b, alpha=alpha, beta=beta)
-            for alpha, beta in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.25), (2.0, 0.0))
+            for alpha, beta in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.25), (2.0, 0.0), (1.0, 2.0), (1.0, -1.0))
         ]
+    none = np.array([np.nan, np.inf, 0, 1, 2, 3, 4], np.float32)  # of which nothing is added
+    outputs.append(nodes.add("Gemm", "a", b, none, transA=turn_a, transB=turn_b, beta=0.0))
     compare(nodes, outputs, {"a": a})
 
 
@@ -69,6 +78,21 @@ def test_products_of_integers_that_are_rounded_again() -> None:
         np.testing.assert_array_equal(evaluated(nodes.graph(output), {"a": a})[0], np.clip(expected, 0, 255))
 
 
+@pytest.mark.parametrize(("left", "right"), [((2, 3, 5), (5, 7)), ((5,), (5, 7)), ((5,), (5,))], ids=str)
+def test_rows_of_batches_and_vectors_that_are_rounded_again(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    a, b, scale = integers(*left), integers(*right, dtype=np.int8), np.float32(0.25)
+    of_rows = np.array([0.5, 1, 0.25] if len(left) == 3 else [0.5], np.float32)
+    zeros = np.arange(7, 7 + len(of_rows)).astype(np.uint8)
+    nodes = Nodes({"a": ("uint8", left)})
+    output = nodes.add(
+        "QLinearMatMul", "a", of_rows, zeros, b, scale.reshape(1), np.array([-2], np.int8), np.float32(16), np.uint8(9)
+    )
+    turned = (-1, 1) if len(left) > 1 else (-1,)
+    total = (a.astype(np.int64) - zeros.reshape(turned)) @ (b.astype(np.int64) + 2)
+    expected = np.rint(total * of_rows.reshape(turned if len(left) > 1 else ()).astype(np.float64) * scale / 16) + 9
+    np.testing.assert_array_equal(evaluated(nodes.graph(output), {"a": a})[0], np.clip(expected, 0, 255))
+
+
 @pytest.mark.parametrize(
     ("equation", "shapes", "message"),
     [
@@ -98,6 +122,10 @@ def test_equations_that_do_not_fit(equation: str, shapes: tuple[tuple[int, ...],
         (" a b , b c -> a c ", ((2, 3), (3, 4))),
         ("ab,cd->", ((2, 3), (4, 5))),
         ("ba", ((2, 3),)),
+        ("ij,jk,kl,lm->im", ((2, 3), (3, 4), (4, 5), (5, 6))),
+        ("ij,jk,kl,lm->ml", ((2, 3), (3, 4), (4, 5), (5, 6))),
+        ("...ij,...jk->...ik", ((2, 3), (3, 4))),
+        ("...i,...j->...ij", ((5, 1, 2), (1, 4, 3))),
     ],
     ids=str,
 )
@@ -212,14 +240,14 @@ def test_attention_within_windows(window: tuple[int, int], causal: int, kind: st
 def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
     """Since opset 24; over a free number of keys too."""
     arrays = attending(3, 5)
-    for shape in ((1,), (3, 2), (2, 1, 3, 4)):
+    for opset, shape in itertools.product((24, 26), ((1,), (3, 1), (3, 2), (2, 1, 3, 4))):
         for mask in (np.ones(shape, bool), floats(*shape)):
             whole = np.full((*shape[:-1], 5), -np.inf, np.float32)
             whole[..., : shape[-1]] = 0 if mask.dtype == bool else mask
             found = []
             for given, keys in ((mask, 5), (mask, "K"), (whole, 5)):
                 sizes = {n: [*a.shape[:2], keys if n in "kv" else a.shape[2], a.shape[3]] for n, a in arrays.items()}
-                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, 24)
+                nodes = Nodes({name: ("float32", size) for name, size in sizes.items()}, opset)
                 at_least = nodes.add("Concat", "k", np.zeros((2, 2, 0, 6), np.float32), axis=2)
                 if keys == "K" and shape[-1] > 1:
                     continue  # one key at least is there
@@ -227,6 +255,45 @@ def test_masks_shorter_than_the_keys_hide_the_rest() -> None:
                 found.append(evaluated(nodes.graph(output), arrays)[0])
             for other in found[:-1]:
                 np.testing.assert_allclose(other, found[-1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_a_mask_as_long_as_the_keys_is_used_as_it_is(opset: int) -> None:
+    nodes = Nodes({name: ("float32", a.shape) for name, a in attending(3, 5).items()}, opset)
+    graph = nodes.graph(nodes.add("Attention", "q", "k", "v", floats(3, 5)))
+    (found,) = (op for op in graph.ops if isinstance(op, Attention))
+    assert isinstance(found.bias, Constant)
+
+
+def test_before_opset_24_a_mask_of_one_column_is_for_all_keys() -> None:
+    """It broadcasts; since then it hides all keys but the first."""
+    arrays = attending(3, 5)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 23)
+    outputs = [nodes.add("Attention", "q", "k", "v", mask) for mask in (np.ones((3, 1), bool), None)]
+    found, plain = evaluated(nodes.graph(*outputs), arrays)
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "causal", "window"),
+    [
+        ({}, False, 0), ({"is_causal": 1}, True, 0), ({"right_window_size": 0}, True, 0),
+        ({"is_causal": 1, "left_window_size": 2}, True, 3), ({"left_window_size": 2, "right_window_size": 0}, True, 3),
+        ({"left_window_size": 0, "right_window_size": 0}, True, 1), ({"is_causal": 1, "left_window_size": 0}, True, 1),
+        ({"left_window_size": 2, "right_window_size": 2}, False, 3), ({"softcap": -0.5}, False, 0),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("past", [0, 4])
+def test_what_attention_can_say_itself_is_no_mask(
+    options: dict[str, float], causal: bool, window: int, past: int
+) -> None:
+    """So that its kernels leave out what is not seen. A softcap below zero is none."""
+    arrays = attending(5, 5, past=past)
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 26)
+    output = nodes.add("Attention", "q", "k", "v", None, *(["pk", "pv"] if past else []), **options)
+    (found,) = (op for op in nodes.graph(output).ops if isinstance(op, Attention))
+    assert (found.causal, found.window, found.softcap, found.bias) == (causal, window, 0, None)
 
 
 def test_a_mask_of_one_number_is_for_all() -> None:
@@ -277,6 +344,43 @@ def test_scans_of_each_axis_in_each_direction(backward: int, axis: int, turned: 
         scan_input_directions=[backward], scan_output_axes=[axis], scan_output_directions=[turned],
     )  # fmt: skip
     compare(nodes, outputs, {"s": floats(3), "x": x})
+
+
+def scanning(states: int, rows: int) -> object:
+    """A body: each state plus the row; as many rows of the first state times the row, each one more."""
+    made = [helper.make_node("Add", [f"state{i}", "row"], [f"next{i}"]) for i in range(states)]
+    made.append(helper.make_node("Mul", ["next0", "row"] if states else ["row", "row"], ["out0"]))
+    made += [helper.make_node("Add", [f"out{i - 1}", "row"], [f"out{i}"]) for i in range(1, rows)]
+    return helper.make_graph(
+        made, "body", [*(info(f"state{i}") for i in range(states)), info("row")],
+        [*(info(f"next{i}") for i in range(states)), *(info(f"out{i}") for i in range(rows))],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("states", "rows"), [(0, 1), (0, 2), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("opset", [9, 21])
+def test_scans_of_the_first_axis_forwards_where_nothing_is_said(states: int, rows: int, opset: int) -> None:
+    names = [f"s{i}" for i in range(states)]
+    nodes = Nodes({**dict.fromkeys(names, ("float32", (3,))), "x": ("float32", (4, 3))}, opset)
+    outputs = nodes.many(
+        "Scan", *names, "x", outputs=states + rows, body=scanning(states, rows), num_scan_inputs=1
+    )  # fmt: skip
+    compare(nodes, outputs, {**{name: floats(3) for name in names}, "x": floats(4, 3)})
+
+
+@pytest.mark.parametrize("length", [5000, 0, "S"])
+def test_a_scan_is_over_a_known_number_of_elements(length: int | str) -> None:
+    nodes = Nodes({"s0": ("float32", (3,)), "x": ("float32", (length, 3))})
+    outputs = nodes.many("Scan", "s0", "x", outputs=2, body=scanning(1, 1), num_scan_inputs=1)
+    with pytest.raises(FrontendError, match=f"it runs over {length} elements; a known number from 1 to 4096"):
+        nodes.graph(*outputs)
+
+
+def test_a_scan_of_the_most_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.frontends.onnx.ops_control._MOST_STEPS", 4)
+    nodes = Nodes({"s0": ("float32", (3,)), "x": ("float32", (4, 3))})
+    outputs = nodes.many("Scan", "s0", "x", outputs=2, body=scanning(1, 1), num_scan_inputs=1)
+    compare(nodes, outputs, {"s0": floats(3), "x": floats(4, 3)})
 
 
 def looped(
@@ -345,6 +449,41 @@ def test_a_lookup_of_a_branch_that_is_not_taken_may_be_out_of_range(first: bool)
         np.testing.assert_array_equal(found, row if taken else np.abs(x))
 
 
+def test_a_lookup_around_a_branch_is_done_whatever_is_taken() -> None:
+    table = np.arange(12, dtype=np.float32).reshape(4, 3)
+    nodes = Nodes({"x": ("float32", (3,)), "i": ("int64", ()), "flag": ("bool", ())})
+    row = nodes.add("Gather", table, "i")
+    graphs = [
+        helper.make_graph([helper.make_node(op, [name], [op])], op, [], [info(op)])
+        for op, name in (("Neg", row), ("Abs", "x"))
+    ]
+    graph = nodes.graph(nodes.add("If", "flag", then_branch=graphs[0], else_branch=graphs[1]))
+    x = floats(3)
+    for flag in (True, False):
+        (found,) = evaluated(graph, {"x": x, "i": np.array(2), "flag": np.array(flag)})
+        np.testing.assert_array_equal(found, -table[2] if flag else np.abs(x))
+        with pytest.raises(IRError, match="out of"):
+            evaluated(graph, {"x": x, "i": np.array(99), "flag": np.array(flag)})
+
+
+def test_a_branch_may_have_weights_of_its_own() -> None:
+    """Before its lookups, which are not done where the other branch is taken."""
+    weights = Param("weights", Tensor((4, 3), "f32"))
+    index, x, flag = Input("i", Tensor((), "i64")), Input("x", Tensor((3,), "f32")), Input("flag", Tensor((), "bool"))
+    gather = Node("Gather", "", 21, "gather", ("weights", "i"), ("row",))
+    then = Body((), ("row",), (gather,), {"weights": Item(weights)})
+    other = Body((), ("x",), ())
+    choice = Node("If", "", 21, "if", ("flag",), ("y",), {"then_branch": then, "else_branch": other})
+    inputs = (index, x, flag)
+    (item,) = Translation().run(Body((), ("y",), (choice,)), {value.name: Item(value) for value in inputs})
+    graph = Graph("g", inputs, (("y", item.value),))
+    table, row = floats(4, 3), floats(3)
+    for place, taken in ((2, True), (2, False), (99, False)):
+        given = {"i": np.array(place), "x": row, "flag": np.array(taken)}
+        found = evaluate(graph, given, lambda name: table)["y"]
+        np.testing.assert_array_equal(found, table[place] if taken else row)
+
+
 @pytest.mark.parametrize("kind", [TensorProto.INT32, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.UINT8])
 def test_branches_of_different_types_are_no_choice(kind: int) -> None:
     cast = [helper.make_node("Cast", ["x"], ["cast"], to=kind)]
@@ -360,9 +499,9 @@ def test_loops_that_end_by_what_they_compute(start: float) -> None:
     compare(nodes, outputs, {"a": np.float32(start)})
 
 
-@pytest.mark.parametrize("most", [0, 3])
-def test_loops_that_never_run_keep_their_state(most: int) -> None:
-    nodes, outputs = looped(np.int64(most), np.array(most == 0), None, rows=False)
+@pytest.mark.parametrize("most", [0, 3, None])
+def test_loops_that_never_run_keep_their_state(most: int | None) -> None:
+    nodes, outputs = looped(None if most is None else np.int64(most), np.array(most == 0), None, rows=False)
     compare(nodes, outputs, {"a": np.float32(0.5)})
 
 

@@ -11,9 +11,9 @@ from onnx_graphs import Nodes, compare, evaluated
 from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
-from llmc.compiler.ir.structural import CheckedIndex
+from llmc.compiler.ir.structural import CheckedIndex, Iota, Pad, Slice
 from llmc.compiler.ir.types import Tensor
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, IRError
 from llmc.frontends.onnx.translation import SMALL, Body, Item, Node, Translation
 
 RNG = np.random.default_rng(7)
@@ -53,6 +53,15 @@ def test_reshapes_with_zeros_and_what_is_left() -> None:
 def test_flattening_from_each_axis(axis: int) -> None:
     one("Flatten", counted(2, 3, 4), axis=axis)
     free("Flatten", ("S", 3, 4), axis=axis)
+
+
+def test_flattening_of_other_ranks() -> None:
+    one("Flatten", counted(3))
+    one("Flatten", counted(), axis=0)
+    for shape, axis in (((2, 3), 3), ((2, 3), -3), ((), 1), ((), -1)):
+        nodes = Nodes({"x": ("float32", shape)})
+        with pytest.raises(FrontendError, match=f"axis {axis} is outside"):
+            nodes.graph(nodes.add("Flatten", "x", axis=axis))
 
 
 @pytest.mark.parametrize("axes", [(0,), (-1,), (2, 0), (0, -1, 1)], ids=str)
@@ -128,6 +137,28 @@ def test_pads_of_large_integers_are_exact(fill: int) -> None:
     )
 
 
+@pytest.mark.parametrize("fill", [0, 1, -7, 2**53 - 1])
+def test_pads_of_one_number_are_one_op(fill: int) -> None:
+    nodes = Nodes({"x": ("int64", (2, 3))})
+    ops = nodes.graph(nodes.add("Pad", "x", at(0, 1, 2, 0), np.int64(fill))).ops
+    assert [type(op) for op in ops] == [Pad]
+
+
+def test_pads_of_a_number_that_is_computed() -> None:
+    for dtype in ("float32", "int64"):
+        nodes = Nodes({"x": (dtype, (2, 3)), "fill": (dtype, ())})
+        outputs = [nodes.add("Pad", "x", at(0, 1, 2, 0), "fill"), nodes.add("Pad", "x", at(0, 0, 0, 0), "fill")]
+        compare(nodes, outputs, {"x": counted(2, 3, dtype=np.dtype(dtype)), "fill": np.array(7, dtype)})
+
+
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge", "wrap"])
+def test_pads_of_nothing_are_nothing(mode: str) -> None:
+    """Also where nothing could be mirrored."""
+    for size in (1, 3, "S"):
+        nodes = Nodes({"x": ("float32", (2, size))})
+        assert not nodes.graph(nodes.add("Pad", "x", at(0, 0, 0, 0), mode=mode)).ops
+
+
 @pytest.mark.parametrize("pads", [(0, "S"), ("S", 0)], ids=str)
 def test_mirrored_pads_are_numbers(pads: tuple[int | str, int | str]) -> None:
     nodes = Nodes({"x": ("float32", ("S",))})
@@ -162,7 +193,11 @@ def test_ranges(dtype: type, start: int, limit: int, delta: int) -> None:
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.float32])
 def test_long_ranges(size: int, start: int, delta: int, dtype: type) -> None:
     nodes = Nodes({})
-    compare(nodes, [nodes.add("Range", *(np.array(x, dtype) for x in (start, start + delta * size, delta)))], {})
+    output = nodes.add("Range", *(np.array(x, dtype) for x in (start, start + delta * size, delta)))
+    compare(nodes, [output], {})
+    made = {op.name for op in nodes.graph(output).ops}
+    assert ("t.iota" in made) == (size > SMALL)
+    assert (start, delta) != (0, 1) or not made & {"t.add", "t.mul"}
 
 
 def test_ranges_of_fractions() -> None:
@@ -197,7 +232,7 @@ def test_steps_of_sizes_are_whole(bounds: str, delta: float) -> None:
 
 
 @pytest.mark.parametrize("delta", [1, 2, 3, -1, -2])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("start", [-3, 0, 2])
 def test_ranges_up_to_a_free_size(delta: int, start: int) -> None:
     nodes = Nodes({"x": ("float32", ("S",))})
     size = nodes.add("Gather", nodes.add("Shape", "x"), np.int64(0))
@@ -206,6 +241,17 @@ def test_ranges_up_to_a_free_size(delta: int, start: int) -> None:
     output = nodes.add("Range", *bounds, np.int64(delta))
     for count in (1, 7, 64):
         compare(nodes, [output], {"x": counted(count)})
+
+
+def test_a_range_up_to_a_size_may_be_empty() -> None:
+    nodes = Nodes({"x": ("float32", ("S",))})
+    size = nodes.add("Gather", nodes.add("Shape", "x"), np.int64(0))
+    output = nodes.add("Range", np.int64(1), size, np.int64(1))
+    for count in (1, 7):
+        compare(nodes, [output], {"x": counted(count)})
+    assert [type(op) for op in nodes.graph(nodes.add("Range", np.int64(0), size, np.int64(1))).ops] == [Iota]
+    with pytest.raises(FrontendError, match="whether the range from 2 to S has any elements depends on the input"):
+        nodes.graph(nodes.add("Range", np.int64(2), size, np.int64(1)))
 
 
 @pytest.mark.parametrize("upper", [0, 1])
@@ -229,11 +275,32 @@ def test_ones_on_a_diagonal(k: int) -> None:
 def test_blocks_of_places_and_channels(mode: str) -> None:
     x = counted(2, 18, 2, 5)
     one("DepthToSpace", x, blocksize=3, mode=mode)
+    one("DepthToSpace", x, blocksize=3)
     nodes = Nodes({"x": ("float32", x.shape)})
     turned = nodes.add("DepthToSpace", "x", blocksize=3, mode=mode)
     back = nodes.add("SpaceToDepth", turned, blocksize=3, mode=mode)
     (found,) = evaluated(nodes.graph(back), {"x": x})
     np.testing.assert_array_equal(found, x)
+
+
+@pytest.mark.parametrize("op", ["DepthToSpace", "SpaceToDepth"])
+@pytest.mark.parametrize("mode", ["", "odd"])
+def test_blocks_of_another_order_are_refused(op: str, mode: str) -> None:
+    nodes = Nodes({"x": ("float32", (1, 4, 2, 2))})
+    with pytest.raises(FrontendError, match=f"mode '{mode}' is neither of DCR, CRD"):
+        nodes.graph(nodes.add(op, "x", blocksize=2, mode=mode))
+
+
+@pytest.mark.parametrize("size", [SMALL, SMALL + 1])
+def test_as_many_numbers_as_are_followed(size: int) -> None:
+    kept = np.arange(size) % 3 == 0
+    nodes = Nodes({})
+    output = nodes.add("NonZero", kept)
+    if size == SMALL:
+        compare(nodes, [output], {})
+        return
+    with pytest.raises(FrontendError, match="which elements are zero must be known numbers"):
+        nodes.graph(output)
 
 
 @pytest.mark.parametrize("sizes", [(3, 4), (4, 3), (8, 9), (9, 8), (5, 6), (2, 9)], ids=str)
@@ -253,6 +320,8 @@ def test_rows_by_a_known_index(axis: int) -> None:
     size = (4, 3, 5)[axis]
     for index in (np.int64(-1), np.int64(0), np.int64(size - 1), at(-size), np.array([[1]]), at(1, -1)):
         one("Gather", counted(4, 3, 5), index, axis=axis)
+    nodes = Nodes({"x": ("float32", (4, 3, 5))})
+    assert [type(op) for op in nodes.graph(nodes.add("Gather", "x", at(1), axis=axis)).ops] == [Slice]
     nodes = Nodes({"x": ("float32", ("S", 3))})
     compare(nodes, [nodes.add("Gather", "x", np.int64(-1)), nodes.add("Gather", "x", at(0))], {"x": counted(7, 3)})
 
@@ -262,6 +331,18 @@ def test_elements_of_one_number_are_that_number(axis: int) -> None:
     nodes = Nodes({"i": ("int64", (3, 2))})
     same = nodes.add("Expand", np.float32(7), at(2, 3, 4))
     compare(nodes, [nodes.add("Gather", same, "i", axis=axis)], {"i": np.array([[0, 1], [1, 0], [-1, -2]])})
+
+
+def test_elements_of_what_has_none() -> None:
+    nodes = Nodes({"i": ("int64", (0, 1))})
+    empty = np.zeros((0, 3), np.float32)
+    compare(nodes, [nodes.add(op, empty, "i") for op in ("Gather", "GatherND")], {"i": np.zeros((0, 1), np.int64)})
+
+
+def test_an_index_of_no_axis_is_all() -> None:
+    x, index = counted(2, 3), np.zeros((4, 5, 0), np.int64)
+    one("GatherND", x, index)
+    one("ScatterND", x, index, RNG.random((4, 5, 2, 3)).astype(np.float32))
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -334,16 +415,61 @@ def test_ones_at_indices(axis: int) -> None:
     compare(nodes, [output], {"i": np.array([[0, 3], [-1, -4], [4, -5]])})
 
 
+def test_as_many_ones_as_a_size_says() -> None:
+    nodes = Nodes({"i": ("int64", (3,)), "x": ("float32", ("S",))})
+    depths, ends = (nodes.add("Shape", "x"), np.array([5.0], np.float32)), np.array([0, 1], np.float32)
+    outputs = [nodes.add("OneHot", "i", depth, ends) for depth in depths]
+    for size in (1, 7):
+        compare(nodes, outputs, {"i": np.array([0, -1, 4]), "x": counted(size)})
+
+
+@pytest.mark.parametrize("mode", ["linear", "circular"])
+@pytest.mark.parametrize("starts", [None, [1, 3]])
+@pytest.mark.parametrize("axis", [1, -2, 2])
+def test_a_cache_is_written_from_each_start(mode: str, starts: list[int] | None, axis: int) -> None:
+    x, update = counted(2, 5, 5, 3), -1 - counted(2, 5, 5, 3)
+    update = update[:, :, :2] if axis != 1 else update[:, :2]
+    nodes = Nodes({"x": ("float32", x.shape), "u": ("float32", update.shape)}, 24)
+    given = [] if starts is None else [np.array(starts)]
+    (found,) = evaluated(
+        nodes.graph(nodes.add("TensorScatter", "x", "u", *given, axis=axis, mode=mode)), {"x": x, "u": update}
+    )
+    expected = x.copy()
+    for b, start in enumerate(starts or [0, 0]):
+        for i in range(2):
+            place = (slice(None),) * (axis % 4 - 1)
+            expected[b][(*place, (start + i) % 5)] = update[b][(*place, i)]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_cache_is_not_written_beyond_its_end() -> None:
+    nodes = Nodes({"x": ("float32", (2, 5, 3)), "u": ("float32", (2, 2, 3))}, 24)
+    graph = nodes.graph(nodes.add("TensorScatter", "x", "u", np.array([4, 0])))
+    with pytest.raises(IRError, match="axis 1 of x"):
+        evaluated(graph, {"x": counted(2, 5, 3), "u": counted(2, 2, 3)})
+    for mode in ("", "ring"):
+        with pytest.raises(FrontendError, match=f"mode '{mode}' is neither of linear, circular"):
+            nodes.graph(nodes.add("TensorScatter", "x", "u", np.array([0, 0]), mode=mode))
+
+
 def test_elements_kept_by_a_mask() -> None:
     one("Compress", counted(3, 4), np.array([False, True, True]), axis=0)
     one("Compress", counted(3, 4), np.array([True, False, False, True]), axis=-1)
     one("Compress", counted(3, 4), np.array([False, True, False, False, True]))
+    one("Compress", counted(3, 4), np.array([True, False, True, False, False]), axis=0)  # more, but nothing of it
+    for size in (3, "S"):
+        nodes = Nodes({"x": ("float32", (size, 4))})
+        with pytest.raises((FrontendError, IRError), match=r"index .*out of range"):
+            graph = nodes.graph(nodes.add("Compress", "x", np.array([False] * 3 + [True]), axis=0))
+            evaluated(graph, {"x": counted(3, 4)})
 
 
 @pytest.mark.parametrize(("batch", "time"), [(0, 1), (1, 0)])
 def test_beginnings_of_sequences_reversed(batch: int, time: int) -> None:
     x = counted(*((3, 5, 2) if batch == 0 else (5, 3, 2)))
     one("ReverseSequence", x, at(1, 5, 3), batch_axis=batch, time_axis=time)
+    if batch == 1:
+        one("ReverseSequence", x, at(1, 5, 3))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

@@ -38,12 +38,13 @@ def _halved(x: Value) -> Value:
 
 
 def _sinh(x: Value) -> Value:
-    # (g + g / (g + 1)) / 2 with g = e^|x| - 1; past the point where g overflows, e^|x| / 2 = (e^(|x| / 2))^2 / 2.
+    # (g + g / (g + 1)) / 2 with g = e^|x| - 1; away from zero (e^|x| - e^-|x|) / 2, by halves so as not to overflow.
     size = e.Abs(x)
     grown = expm1(size)
     near = _halved(e.Add(grown, e.Div(grown, e.Add(grown, like(1, x)))))
     half = e.Exp(_halved(size))
-    found = e.Where(e.Less(size, like(8, x)), near, e.Mul(_halved(half), half))
+    far = e.Sub(e.Mul(_halved(half), half), e.Div(like(0.5, x), e.Mul(half, half)))
+    found = e.Where(e.Less(size, like(8, x)), near, far)
     return e.Where(e.Less(x, like(0, x)), e.Neg(found), e.Where(e.Equal(x, like(0, x)), x, found))
 
 
@@ -56,13 +57,22 @@ def _asinh(x: Value) -> Value:
     # log(|x| + sqrt(x^2 + 1)) = log1p(|x| + x^2 / (1 + sqrt(x^2 + 1)))
     size, square = e.Abs(x), e.Mul(x, x)
     root = e.Sqrt(e.Add(square, like(1, x)))
-    found = log1p(e.Add(size, e.Div(square, e.Add(root, like(1, x)))))
+    near = log1p(e.Add(size, e.Div(square, e.Add(root, like(1, x)))))
+    found = e.Where(e.Equal(square, like(math.inf, x)), _log_of_twice(size), near)
     return e.Where(e.Less(x, like(0, x)), e.Neg(found), found)
 
 
 def _acosh(x: Value) -> Value:
-    above = e.Sub(x, like(1, x))
-    return log1p(e.Add(above, e.Sqrt(e.Add(e.Mul(above, like(2, x)), e.Mul(above, above)))))
+    # log(x + sqrt(x^2 - 1)) = log1p(y + sqrt(y) sqrt(x + 1)) with y = x - 1, of which there is no root below 1.
+    one = like(1, x)
+    above = e.Sub(x, one)
+    grown = e.Add(above, e.Mul(e.Sqrt(above), e.Sqrt(e.Add(x, one))))
+    return e.Where(e.Equal(grown, like(math.inf, x)), _log_of_twice(x), log1p(grown))
+
+
+def _log_of_twice(x: Value) -> Value:
+    """log(2 x), where 2 x may overflow."""
+    return e.Add(e.Log(x), like(math.log(2), x))
 
 
 def _atanh(x: Value) -> Value:
@@ -198,6 +208,5 @@ def _dropout(
     dropping = training is not None and numbers(training, "whether it trains").any()
     if dropping and (ratio is None or numbers(ratio, "how much is dropped").any()):
         raise Unsupported("dropout while training is random; export the model for inference")
-    if len(node.outputs) < 2:
-        return [x]
-    return [x, broadcast(e.constant(True), x.shape)]
+    # Before opset 12 the mask is not filled outside training: who uses it is told that nothing computes it.
+    return [x] if node.version < 12 else [x, broadcast(e.constant(True), x.shape)]

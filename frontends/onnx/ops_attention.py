@@ -6,7 +6,7 @@ import math
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.attention import Attention
-from llmc.compiler.ir.dims import Dim
+from llmc.compiler.ir.dims import Dim, exact_division
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.structural import Broadcast, Matmul, Max, Pad, Softmax
 from llmc.compiler.ir.structural import split_exact as split
@@ -107,10 +107,9 @@ class _Visible:
         aligned = lengths is None and past + queries == keys
         one_sided = self.is_causal or self.right == 0
         self.causal = aligned and one_sided
-        both = self.left >= 0 and self.left == self.right
-        self.window = self.left + 1 if aligned and self.left >= 0 and (one_sided or both) else 0
-        none = not self.is_causal and self.left < 0 and self.right < 0
-        self.is_said = none or self.causal or bool(self.window)
+        said = one_sided or self.left == self.right
+        self.window = self.left + 1 if aligned and self.left >= 0 and said else 0
+        self.is_said = self.causal or bool(self.window)
 
     def bias(self, mask: Value | None, dtype: str) -> Value | None:
         """What is added to scores [B, heads, Q, K]: the mask, and what `causal` and `window` do not say."""
@@ -152,7 +151,8 @@ def _scores(op: Attention, mode: int) -> Value:
     q, k = transpose(op.q, BY_HEAD), transpose(op.k, BY_HEAD)
     batch, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
     if heads != kv_heads:
-        group = split(heads, kv_heads) if isinstance(kv_heads, int) else 1
+        group = exact_division(heads, kv_heads)
+        assert group is not None  # or it would be no attention
         shared = Broadcast(unsqueeze(k, 2), (batch, kv_heads, group, *k.shape[2:]))
         k = reshape(shared, (batch, heads, *k.shape[2:]))
     scores: Value = e.Mul(Matmul(q, transpose(k, (0, 1, 3, 2))), like(op.scale, q))

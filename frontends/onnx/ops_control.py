@@ -6,7 +6,8 @@ is known only when running, both branches are computed and one result is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
@@ -24,7 +25,7 @@ def _if(t: Translation, node: Node, condition: Item) -> Sequence[Item | Value]:
     around = t.around
     branches: list[Body] = [node.attributes[name] for name in ("then_branch", "else_branch")]
     if condition.numbers is not None:
-        return t.run(branches[0 if condition.numbers.reshape(-1)[0] else 1], around)
+        return t.run(branches[0 if condition.numbers.item() else 1], around)
     chosen = reshape(condition.value, ())
     then, other = (t.run(body, around) for body in branches)
     then, other = _looking_up_if(chosen, then, around), _looking_up_if(e.Not(chosen), other, around)
@@ -67,17 +68,17 @@ def _loop(t: Translation, node: Node, most: Item | None = None, going: Item | No
     """Steps one after another. A condition that is known only when running keeps the state as it is once it fails."""
     body: Body = node.attributes["body"]
     around = t.around
-    count = _MOST_STEPS + 1 if most is None else int(numbers(most, "how often it runs").item())
+    steps: Iterable[int] = itertools.count() if most is None else range(int(numbers(most, "how often it runs").item()))
     carried = list(state)
     rows: list[list[Item]] = [[] for _ in body.outputs[1 + len(carried) :]]
     condition: Item | None = going
-    for i in range(count):
-        if condition is not None and condition.numbers is not None and not condition.numbers.reshape(-1)[0]:
+    for i in steps:
+        if condition is not None and condition.numbers is not None and not condition.numbers.item():
             break
         if i == _MOST_STEPS:
             raise Unsupported(f"it runs more than {_MOST_STEPS} times, or for how long is known only when running")
         flag = condition if condition is not None else Item(known=objects([True], ()), dtype="bool")
-        given = dict(zip(body.inputs, (_number(i), flag, *carried), strict=False))
+        given = dict(zip(body.inputs, (_number(i), flag, *carried), strict=True))
         after, *results = t.run(body, {**around, **given})
         new, scanned = results[: len(carried)], results[len(carried) :]
         if condition is not None and condition.numbers is None:

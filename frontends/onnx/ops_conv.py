@@ -82,8 +82,7 @@ def _qlinear_conv(
     total = convolved(first, second, windows, node.get("group", 1))
     if bias is not None:
         total = e.Add(total, _along_channels(bias.value, x.rank))
-    scale = w_scale.value
-    scale = reshape(scale, ()) if scale.shape in ((), (1,)) else _along_channels(scale, x.rank)
+    scale = w_scale.value if w_scale.rank == 0 else _along_channels(w_scale.value, x.rank)
     return requantized(total, e.Mul(reshape(x_scale.value, ()), scale), y_scale.value, y_zero.value)
 
 
@@ -100,13 +99,12 @@ def _conv_transpose(t: Translation, node: Node, x: Item, w: Item, bias: Item | N
     for i in range(rank):
         axis, size = 2 + i, x.shape[2 + i]
         reach = dilations[i] * (kernel[i] - 1) + 1
-        if strides[i] > 1:
-            # Zeros between the elements: each becomes itself and stride - 1 of them, but for the last.
-            spread = unsqueeze(value, axis + 1)
-            high = [strides[i] - 1 if j == axis + 1 else 0 for j in range(spread.rank)]
-            spread = padded(spread, [0] * spread.rank, high, like(0, value))
-            value = reshape(spread, (*value.shape[:axis], size * strides[i], *value.shape[axis + 1 :]))
-            value = cut(value, axis, 0, (size - 1) * strides[i] + 1)
+        # Zeros between the elements: each becomes itself and stride - 1 of them, but for the last.
+        spread = unsqueeze(value, axis + 1)
+        high = [strides[i] - 1 if j == axis + 1 else 0 for j in range(spread.rank)]
+        spread = padded(spread, [0] * spread.rank, high, like(0, value))
+        value = reshape(spread, (*value.shape[:axis], size * strides[i], *value.shape[axis + 1 :]))
+        value = cut(value, axis, 0, (size - 1) * strides[i] + 1)
         low, high_pad = reach - 1 - pads[i][0], reach - 1 - pads[i][1] + more[i]
         value = cut(value, axis, max(-low, 0), value.shape[axis] - max(-high_pad, 0))
         low, high_pad = max(low, 0), max(high_pad, 0)

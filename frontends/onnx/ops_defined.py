@@ -24,6 +24,8 @@ from llmc.frontends.onnx.translation import (
     objects,
 )
 
+_NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+
 
 def known_item(tensor: TensorProto) -> Item:
     """A tensor of a message as a constant of which every element is known, unless there are many."""
@@ -51,7 +53,7 @@ def body_of(message: GraphProto | FunctionProto, versions: Mapping[str, int]) ->
         Node(
             node.op_type,
             node.domain,
-            versions.get(node.domain, 1),
+            versions[node.domain],
             node.name or f"{node.op_type}_{index}",
             tuple(node.input),
             tuple(node.output),
@@ -94,16 +96,16 @@ def _message(node: Node) -> NodeProto:
 def _type(item: Item | None) -> onnx.TypeProto:
     if item is None:
         return onnx.TypeProto()
-    number = next(number for number, dtype in DTYPES.items() if dtype == item.dtype)
-    return onnx.helper.make_tensor_type_proto(number, [d if isinstance(d, int) else None for d in item.shape])
+    return onnx.helper.make_tensor_type_proto(_NUMBERS[item.dtype], None)
 
 
-@handles("AffineGrid", "BlackmanWindow", "HammingWindow", "HannWindow", "LinearAttention")
+@handles("LinearAttention", since=27)
+@handles("AffineGrid", since=20)
+@handles("BlackmanWindow", "HammingWindow", "HannWindow", since=17)
 def _defined(t: Translation, node: Node, *items: Item | None) -> list[Item]:
-    try:
-        function = _definition(node, items)
-    except (RuntimeError, ValueError, TypeError, StopIteration) as error:
-        raise Unsupported(f"the standard has no definition of it with these inputs ({error})") from error
+    function = _definition(node, items)
+    if not function.node:
+        raise Unsupported("the standard has no definition of it with these inputs and attributes")
     versions = {opset.domain: opset.version for opset in function.opset_import}
     given = {name: item for name, item in zip(function.input, items, strict=False) if item is not None}
     schema = schema_of(node)

@@ -75,9 +75,8 @@ handles("Ceil")(_integral(lambda x: e.Neg(e.Floor(e.Neg(x)))))
 @handles("Sign")
 def _sign(t: Translation, node: Node, x: Item) -> Value:
     value, zero, one = x.value, like(0, x.value), like(1, x.value)
-    # What is neither above nor below zero is zero, or no number.
-    negative = e.Sub(zero, one) if x.dtype.startswith("u") else like(-1, value)
-    return e.Where(e.Greater(value, zero), one, e.Where(e.Less(value, zero), negative, value))
+    # What is neither above nor below zero is zero, or no number. Unsigned integers have no -1, but none is below zero.
+    return e.Where(e.Greater(value, zero), one, e.Where(e.Less(value, zero), e.Sub(zero, one), value))
 
 
 @handles("IsNaN")
@@ -115,8 +114,8 @@ def _pow(t: Translation, node: Node, a: Item, b: Item) -> Value:
 def _folded(make: Callable[[Value, Value], Value]) -> Handler:
     """An op of any number of operands, two at a time."""
 
-    def handler(t: Translation, node: Node, *items: Item) -> Value | Item:
-        return functools.reduce(make, (item.value for item in items)) if len(items) > 1 else items[0]
+    def handler(t: Translation, node: Node, *items: Item) -> Value:
+        return functools.reduce(make, (item.value for item in items))
 
     return handler
 

@@ -34,8 +34,6 @@ def _flex_attention(t: Translation, node: Node, query: Item, key: Item, value: I
 
 def _repeated(x: Value, times: int) -> Value:
     """Each head `times` times, one after another."""
-    if times == 1:
-        return x
     batch, heads, rows, dim = x.shape
     repeated = broadcast(unsqueeze(x, 2), (batch, heads, times, rows, dim))
     return reshape(repeated, (batch, heads * times, rows, dim))

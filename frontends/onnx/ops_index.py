@@ -152,7 +152,10 @@ def _tensor_scatter(t: Translation, node: Node, x: Item, update: Item, starts: I
     batch, size, length = x.shape[0], x.shape[axis], update.shape[axis]
     begin = broadcast(e.constant(0), (batch,)) if starts is None else cast(starts.value, "i64")
     place: Value = e.Add(unsqueeze(begin, 1), iota(length))
-    if node.get("mode", "linear") == "circular":
+    mode = node.get("mode", "linear")
+    if mode not in ("linear", "circular"):
+        raise Unsupported(f"mode {mode!r} is neither of linear, circular")
+    if mode == "circular":
         place = e.Mod(place, size_scalar(size))
     else:
         place = checked(place, size, f"axis {axis} of {node.inputs[0]}")
@@ -171,7 +174,7 @@ def _tensor_scatter(t: Translation, node: Node, x: Item, update: Item, starts: I
 
 @handles("OneHot")
 def _one_hot(t: Translation, node: Node, indices: Item, depth: Item, values: Item) -> Value:
-    size = known(depth, "the depth")[0]
+    (size,) = known(depth, "the depth")
     size = size if isinstance(size, Dim) else int(size)
     rank = indices.rank + 1
     axis = axis_of(node.get("axis", -1), rank)
@@ -184,7 +187,7 @@ def _one_hot(t: Translation, node: Node, indices: Item, depth: Item, values: Ite
 @handles("TopK")
 def _top_k(t: Translation, node: Node, x: Item, k: Item | None = None) -> list[Value]:
     axis = axis_of(node.get("axis", -1), x.rank)
-    count = node.get("k") if k is None else known(k, "the number of elements")[0]
+    (count,) = [node.get("k")] if k is None else known(k, "the number of elements")
     require_room(x.shape[axis] - count, f"{count} elements of an axis of {x.shape[axis]}")
     chosen = s.TopK(x.value, count, axis, bool(node.get("largest", 1)))
     return [s.GatherElements(x.value, chosen, axis), chosen]
@@ -195,7 +198,9 @@ def _compress(t: Translation, node: Node, x: Item, condition: Item) -> Value:
     kept = np.flatnonzero(numbers(condition, "which elements are kept"))
     axis = node.get("axis")
     value = x.value if axis is not None else reshape(x.value, (product(x.shape),))
-    return s.Gather(value, e.constant(kept, "i64"), 0 if axis is None else axis_of(axis, x.rank))
+    along_axis = 0 if axis is None else axis_of(axis, x.rank)
+    what = f"axis {along_axis} of {node.inputs[0]}"
+    return s.Gather(value, checked(e.constant(kept, "i64"), value.shape[along_axis], what), along_axis)
 
 
 @handles("NonZero")

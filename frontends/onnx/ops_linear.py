@@ -15,9 +15,9 @@ def matmul(a: Value, b: Value) -> Value:
     """numpy's matmul: a vector is a row on the left, a column on the right, and its axis vanishes again."""
     left, right = a.rank == 1, b.rank == 1
     result: Value = s.Matmul(unsqueeze(a, 0) if left else a, unsqueeze(b, 1) if right else b)
-    if right:
-        result = squeeze(result, -1)
-    return squeeze(result, -1 if right else -2) if left else result
+    if left:
+        result = squeeze(result, -2)
+    return squeeze(result, -1) if right else result
 
 
 @handles("MatMul")
@@ -109,9 +109,9 @@ def _contracted(a: Value, left: str, b: Value, right: str, wanted: set[str]) -> 
     rows, columns = [x for x in left if x not in right], [x for x in right if x not in left]
     sizes: dict[str, int | Dim] = {}
     for letter, dim in (*zip(left, a.shape, strict=True), *zip(right, b.shape, strict=True)):
-        if sizes.setdefault(letter, dim) != dim:
-            # An axis of size 1 is repeated, as an ellipsis allows.
-            sizes[letter] = dim if sizes[letter] == 1 else sizes[letter]
+        # An axis of size 1 is repeated, as an ellipsis allows.
+        if sizes.setdefault(letter, dim) == 1:
+            sizes[letter] = dim
     result = "".join((*both, *rows, *columns))
     if not inner:
         whole = [
@@ -169,7 +169,7 @@ def _qlinear_matmul(
     scales = []
     for item, axis in ((a_scale, -2), (b_scale, -1)):
         scale = cast(item.value, "f32")
-        scales.append(reshape(scale, ()) if scale.shape in ((), (1,)) else scale)
-        if scale.rank == 1 and scale.shape != (1,):
-            scales[-1] = along(scale, axis, total.rank)
+        if scale.shape == (1,):
+            scale = reshape(scale, ())
+        scales.append(along(scale, axis, total.rank) if scale.rank == 1 else scale)
     return requantized(total, e.Mul(*scales), y_scale.value, y_zero.value)

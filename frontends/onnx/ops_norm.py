@@ -6,15 +6,16 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.structural import split_exact
-from llmc.frontends.onnx.forms import along, broadcast, cast, like, reshape, squeeze, unsqueeze
+from llmc.frontends.onnx.forms import broadcast, cast, like, reshape, squeeze, unsqueeze
 from llmc.frontends.onnx.ops_reduce import log_softmax
 from llmc.frontends.onnx.translation import Item, Node, Translation, Unsupported, handles
 from llmc.frontends.onnx.windows import Window, in_windows
 
 
 def _channels(vector: Value, rank: int) -> Value:
-    return along(vector, 1, rank) if rank > 1 else vector
+    return reshape(vector, (*vector.shape, *(1,) * (rank - 2)))
 
 
 def normalised(x: Value, mean: Value, variance: Value, epsilon: float) -> Value:
@@ -73,7 +74,7 @@ def _group_norm(t: Translation, node: Node, x: Item, scale: Item, bias: Item) ->
     found = normalised(grouped, mean, variance, node.get("epsilon", 1e-5))
 
     def weights(item: Item) -> Value:
-        if item.shape == (groups,) and node.version < 21:
+        if node.version < 21:
             return reshape(item.value, (1, groups, *(1,) * (grouped.rank - 2)))
         return reshape(item.value, (1, groups, each, *(1,) * (grouped.rank - 3)))
 
@@ -83,7 +84,7 @@ def _group_norm(t: Translation, node: Node, x: Item, scale: Item, bias: Item) ->
 
 @handles("MeanVarianceNormalization")
 def _mean_variance_norm(t: Translation, node: Node, x: Item) -> Value:
-    axes = tuple(axis % x.rank for axis in node.get("axes") or (0, 2, 3))
+    axes = tuple(axis_of(axis, x.rank) for axis in node.get("axes") or (0, 2, 3))
     mean, variance = moments(x.value, axes)
     return e.Div(e.Sub(x.value, mean), e.Add(e.Sqrt(variance), like(1e-9, variance)))
 
@@ -123,11 +124,13 @@ def _loss(node: Node, logs: Value, target: Value, weight: Item | None) -> Value:
         index = e.Where(counted, index, e.constant(0))
     loss: Value = e.Neg(squeeze(s.GatherElements(logs, unsqueeze(index, 1), 1), 1))
     each: Value | None = None if weight is None else s.Gather(weight.value, index, 0)
-    if counted is not None:
-        kept = cast(counted, logs.dtype)
-        each = kept if each is None else e.Mul(each, kept)
     if each is not None:
         loss = e.Mul(loss, each)
+    if counted is not None:
+        # Chosen, not multiplied by zero: what is ignored may be infinite.
+        nothing = like(0, loss)
+        loss = e.Where(counted, loss, nothing)
+        each = e.Where(counted, like(1, loss) if each is None else each, nothing)
     axes = tuple(range(loss.rank))
     if mode == "none":
         return loss

@@ -8,6 +8,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.op import Value
+from llmc.compiler.ir.shapes import axis_of
 from llmc.compiler.ir.types import NUMPY_DTYPES
 from llmc.frontends.onnx.forms import (
     along,
@@ -148,7 +149,7 @@ def _max_unpool(t: Translation, node: Node, x: Item, places: Item, shape: Item |
 
 @handles("LpNormalization")
 def _lp_normalization(t: Translation, node: Node, x: Item) -> Value:
-    axis = node.get("axis", -1) % x.rank
+    axis = axis_of(node.get("axis", -1), x.rank)
     norm = _norm(x.value, (axis,), node.get("p", 2), keep=True)
     # A row of zeros stays one.
     return e.Where(e.Equal(norm, like(0, norm)), like(0, norm), e.Div(x.value, norm))

@@ -46,7 +46,7 @@ def reduction(make: Reduction, before: Callable[[Value], Value] | None = None) -
     return handler
 
 
-def total(x: Value, axes: tuple[int, ...], keep: bool = True) -> Value:
+def total(x: Value, axes: tuple[int, ...], keep: bool) -> Value:
     """The sum, over no axes too."""
     return s.Sum(x, axes, keep) if axes else x
 
@@ -157,7 +157,8 @@ handles("Hardmax")(_in_rows(_hardmax))
 
 @handles("CumSum")
 def _cumsum(t: Translation, node: Node, x: Item, axis_item: Item) -> Value:
-    axis = axis_of(integers(axis_item, "the axis")[0], x.rank)
+    (given,) = integers(axis_item, "the axis")
+    axis = axis_of(given, x.rank)
     value = flip(x.value, axis) if node.get("reverse", 0) else x.value
     if node.get("exclusive", 0):
         # What comes before: one zero, and all elements but the last.
@@ -170,7 +171,8 @@ def _cumsum(t: Translation, node: Node, x: Item, axis_item: Item) -> Value:
 @handles("CumProd")
 def _cumprod(t: Translation, node: Node, x: Item, axis_item: Item) -> Value:
     """Each product by itself, of a row of a table that has ones where it does not reach."""
-    axis = axis_of(integers(axis_item, "the axis")[0], x.rank)
+    (given,) = integers(axis_item, "the axis")
+    axis = axis_of(given, x.rank)
     value, size = unsqueeze(x.value, axis), x.shape[axis]
     rank = x.rank + 1
     result = reshape(iota(size), [size if i == axis else 1 for i in range(rank)])

@@ -17,9 +17,13 @@ from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.shapes import axis_of
-from llmc.compiler.ir.types import FLOATS
-from llmc.frontends.onnx.forms import cast, known, like, move_axis, numbers, reshape
+from llmc.compiler.ir.types import INTEGERS
+from llmc.frontends.onnx.forms import cast, highest, known, like, lowest, move_axis, numbers
+from llmc.frontends.onnx.ops_linear import matmul
 from llmc.frontends.onnx.translation import Item, Node, SizeUnknown, Translation, Unsupported, handles
+
+_WHOLE = (0.0, 1.0)
+_FIRST = "as before opset 11"  # how the nearest element was chosen: the next one where an axis gets shorter
 
 
 @dataclass(frozen=True)
@@ -32,24 +36,31 @@ class _Axis:
     roi: tuple[float, float]
 
     def coordinates(self, mode: str) -> np.ndarray:
-        """[count]: where in the input each output element lies."""
-        at = np.arange(self.count, dtype=np.float64)
-        width, last = self.scale * self.size, self.size - 1
-        half = (at + 0.5) / self.scale - 0.5
-        start, end = self.roi
+        """[count]: where in the input each output element lies.
+
+        In f32, as onnxruntime and torch compute it: how it is rounded decides which of two elements is the nearest.
+        """
+        at, scale = np.arange(self.count, dtype=np.float32), np.float32(self.scale)
+        last, steps = np.float32(self.size - 1), np.float32(self.count - 1)
+        centre = (at + np.float32(0.5)) / scale
+        half = centre - np.float32(0.5)
+        start, end = np.array(self.roi, np.float32)
         if mode == "half_pixel":
             return half
         if mode == "asymmetric":
-            return at / self.scale
+            return at / scale
         if mode == "pytorch_half_pixel":
-            return half if width != 1 else np.full(self.count, -0.5)
+            return half if self.count > 1 else np.zeros_like(at)
         if mode == "align_corners":
-            return at * last / (width - 1) if width != 1 else np.zeros(self.count)
+            return at * last / steps if self.count > 1 else np.zeros_like(at)
         if mode == "half_pixel_symmetric":
-            return np.asarray(half + self.size / 2 * (1 - self.count / width))
+            size = np.float32(self.size)
+            off = size / np.float32(2) * (np.float32(1) - np.float32(self.count) / (scale * size))
+            return off + centre - np.float32(0.5)
         if mode == "tf_crop_and_resize":
-            inner = at * (end - start) * last / (width - 1) if width != 1 else (end - start) * last / 2
-            return np.broadcast_to(inner + start * last, (self.count,))
+            if self.count > 1:
+                return start * last + at * (end - start) * last / steps
+            return np.full_like(at, np.float32(0.5) * (start + end) * last)
         raise Unsupported(f"coordinates of mode {mode!r} are not supported")
 
 
@@ -66,7 +77,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 
 def weights(axis: _Axis, node: Node) -> np.ndarray:
     """[count, size]: how much of each input element goes into each output element."""
-    where = axis.coordinates(node.get("coordinate_transformation_mode", "half_pixel"))
+    where = axis.coordinates(node.get("coordinate_transformation_mode", "half_pixel")).astype(np.float64)
     cubic = node.get("mode", "nearest") == "cubic"
     # When shrinking without aliases the kernel is stretched over all elements that fall together.
     stretch = min(axis.scale, 1.0) if node.get("antialias", 0) else 1.0
@@ -76,8 +87,7 @@ def weights(axis: _Axis, node: Node) -> np.ndarray:
     parts = _cubic(distance, node.get("cubic_coeff_a", -0.75)) if cubic else _triangle(distance)
     if node.get("exclude_outside", 0):
         parts = np.where((taps >= 0) & (taps < axis.size), parts, 0)
-    if node.get("exclude_outside", 0) or node.get("antialias", 0):
-        parts = parts / parts.sum(1, keepdims=True)
+    parts = parts / parts.sum(1, keepdims=True)
     # What lies outside counts as the element at the edge.
     inside = np.clip(taps, 0, axis.size - 1).astype(np.int64)
     found = np.zeros((axis.count, axis.size))
@@ -87,12 +97,13 @@ def weights(axis: _Axis, node: Node) -> np.ndarray:
 
 def nearest(axis: _Axis, node: Node) -> np.ndarray:
     """[count]: the input element that each output element is."""
-    where = axis.coordinates(node.get("coordinate_transformation_mode", "half_pixel"))
+    where = axis.coordinates(node.get("coordinate_transformation_mode", "half_pixel")).astype(np.float64)
     rounded = {
         "round_prefer_floor": np.ceil(where - 0.5),
         "round_prefer_ceil": np.floor(where + 0.5),
         "floor": np.floor(where),
         "ceil": np.ceil(where),
+        _FIRST: np.ceil(where) if axis.scale < 1 else np.floor(where),
     }
     mode = node.get("nearest_mode", "round_prefer_floor")
     if mode not in rounded:
@@ -103,40 +114,37 @@ def nearest(axis: _Axis, node: Node) -> np.ndarray:
 def _axes(
     node: Node, x: Item, scales: list[float] | None, sizes: list[Any] | None, roi: list[float] | None
 ) -> dict[int, _Axis]:
-    """The axes that change, with their scales and sizes."""
+    """The axes that change, with their scales and sizes. What stays as it is may have any size."""
     chosen = node.get("axes")
     along = [axis_of(axis, x.rank) for axis in chosen] if chosen is not None else list(range(x.rank))
-    if scales is not None and len(scales) == len(along):
-        # What stays as it is may have any size.
-        moving = [i for i, scale in enumerate(scales) if scale != 1 or roi is not None]
-        along, scales = [along[i] for i in moving], [scales[i] for i in moving]
-        roi = None if roi is None else [*roi[: len(along)], *roi[-len(along) :]]
-    if sizes is not None and len(sizes) == len(along) and roi is None and not node.get("keep_aspect_ratio_policy"):
-        moving = [i for i, axis in enumerate(along) if sizes[i] != x.shape[axis]]
-        along, sizes = [along[i] for i in moving], [sizes[i] for i in moving]
-    if sizes is not None and any(isinstance(size, Dim) for size in sizes):
-        raise SizeUnknown("the sizes must be known numbers when compiling")
-    have = [size for size in (x.shape[axis] for axis in along) if isinstance(size, int)]
-    if len(have) != len(along):
-        raise SizeUnknown("resized axes need sizes that are known numbers when compiling")
+    parts = [_WHOLE] * len(along) if roi is None else list(zip(roi[: len(along)], roi[len(along) :], strict=True))
+    policy = node.get("keep_aspect_ratio_policy", "stretch")
     if sizes is not None:
-        ratios = [wanted / size for wanted, size in zip(sizes, have, strict=True)]
-        policy = node.get("keep_aspect_ratio_policy", "stretch")
+        scales = None
         if policy != "stretch":
-            one = min(ratios) if policy == "not_larger" else max(ratios)
-            ratios = [one] * len(along)
-            sizes = [math.floor(one * size + 0.5) for size in have]
-    elif scales is not None:
-        ratios = scales
-        sizes = [math.floor(size * ratio) for size, ratio in zip(have, scales, strict=True)]
-    else:
+            ratios = [_number(want) / _number(x.shape[axis]) for axis, want in zip(along, sizes, strict=True)]
+            scales = [min(ratios) if policy == "not_larger" else max(ratios)] * len(along)
+    elif scales is None:
         raise Unsupported("neither scales nor sizes are given")
-    parts = roi or [0.0] * len(along) + [1.0] * len(along)
-    return {
-        axis: _Axis(have[i], sizes[i], ratios[i], (parts[i], parts[len(along) + i]))
-        for i, axis in enumerate(along)
-        if have[i] != sizes[i] or ratios[i] != 1 or (parts[i], parts[len(along) + i]) != (0.0, 1.0)
-    }
+    found = {}
+    for axis, part, want in zip(along, parts, sizes if scales is None else scales, strict=True):
+        size = x.shape[axis]
+        if part == _WHOLE and want == (size if scales is None else 1):
+            continue
+        size = _number(size)
+        if scales is None:
+            found[axis] = _Axis(size, _number(want), _number(want) / size, part)
+        else:
+            # In f32, where 10 * 0.7 is 7; to the nearest number where sizes are given.
+            count = np.float32(size) * np.float32(want) + np.float32(0 if sizes is None else 0.5)
+            found[axis] = _Axis(size, math.floor(count), want, part)
+    return found
+
+
+def _number(size: int | Dim) -> int:
+    if isinstance(size, int):
+        return size
+    raise SizeUnknown("resized axes need sizes that are known numbers when compiling")
 
 
 def _given(item: Item | None, what: str) -> list[float] | None:
@@ -188,11 +196,11 @@ def _upsample_7(t: Translation, node: Node, x: Item) -> Value:
 
 
 def _as_first_versions(node: Node, x: Item, scales: list[float]) -> Value:
-    """Before opset 11: no choice of coordinates."""
-    plain = {"mode": node.get("mode", "nearest"), "coordinate_transformation_mode": "asymmetric"}
-    own = Node(
-        node.op, node.domain, node.version, node.name, node.inputs, node.outputs, {**plain, "nearest_mode": "floor"}
-    )
+    """Before opset 11: no choice of coordinates or of rounding."""
+    attributes = {
+        "mode": node.get("mode", "nearest"), "coordinate_transformation_mode": "asymmetric", "nearest_mode": _FIRST
+    }  # fmt: skip
+    own = Node(node.op, node.domain, node.version, node.name, node.inputs, node.outputs, attributes)
     return resized(own, x.value, _axes(own, x, scales, None, None))
 
 
@@ -206,11 +214,13 @@ def resized(node: Node, x: Value, axes: dict[int, _Axis]) -> Value:
     if mode not in ("linear", "bilinear", "trilinear", "cubic"):
         raise Unsupported(f"mode {mode!r} is not supported")
     dtype = x.dtype
+    if dtype in ("i64", "u64"):
+        raise Unsupported(f"numbers between those of {dtype} have no exact place in floats: cast the input before")
     if dtype not in ("f32", "f64"):
-        x = cast(x, "f32")
+        x = cast(x, "f64" if dtype in ("i32", "u32") else "f32")
     for i, axis in axes.items():
         turned = move_axis(x, i, x.rank - 1)
-        rows = reshape(turned, (*turned.shape[:-1], axis.size)) if turned.rank > 1 else reshape(turned, (1, axis.size))
-        product = s.Matmul(rows, e.constant(weights(axis, node).T, x.dtype))
-        x = move_axis(reshape(product, (*turned.shape[:-1], axis.count)), x.rank - 1, i)
-    return cast(x if dtype in FLOATS else e.Round(x), dtype)
+        x = move_axis(matmul(turned, e.constant(weights(axis, node).T, x.dtype)), x.rank - 1, i)
+    if dtype in INTEGERS:
+        x = e.Minimum(e.Maximum(e.Round(x), like(lowest(dtype), x)), like(highest(dtype), x))
+    return cast(x, dtype)

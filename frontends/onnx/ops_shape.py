@@ -75,7 +75,7 @@ def target_shape(shape: tuple[int | Dim, ...], target: list[Any], zero_is_zero: 
 @handles("Flatten")
 def _flatten(t: Translation, node: Node, x: Item) -> Value:
     axis = node.get("axis", 1)
-    axis = axis + x.rank if axis < 0 else axis
+    axis = axis if axis == x.rank else axis_of(axis, x.rank)
     return reshape(x.value, (product(x.shape[:axis]), product(x.shape[axis:])))
 
 
@@ -301,7 +301,7 @@ def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) ->
             return e.constant((wide + np.arange(size).astype(wide.dtype) * step.astype(wide.dtype)), start.dtype)
         length: int | Dim = size
     else:
-        first, last = known(start, "the start")[0], known(limit, "the limit")[0]
+        (first,), (last,) = known(start, "the start"), known(limit, "the limit")
         step = _whole_step(delta)
         span = last - first if step > 0 else first - last
         length = (span + (abs(step) - 1)) // abs(step)
@@ -336,7 +336,7 @@ def _depth_to_space(t: Translation, node: Node, x: Item) -> Value:
     n, c, h, w = x.shape
     block = node.attributes["blocksize"]
     depth = split_exact(c, block * block)
-    if node.get("mode", "DCR") == "DCR":
+    if _is_depth_first(node):
         parts = transpose(reshape(x.value, (n, block, block, depth, h, w)), (0, 3, 4, 1, 5, 2))
     else:
         parts = transpose(reshape(x.value, (n, depth, block, block, h, w)), (0, 1, 4, 2, 5, 3))
@@ -349,11 +349,16 @@ def _space_to_depth(t: Translation, node: Node, x: Item) -> Value:
     block = node.attributes["blocksize"]
     rows, columns = split_exact(h, block), split_exact(w, block)
     blocks = reshape(x.value, (n, c, rows, block, columns, block))
-    if node.get("mode", "DCR") == "DCR":
-        parts = transpose(blocks, (0, 3, 5, 1, 2, 4))
-    else:
-        parts = transpose(blocks, (0, 1, 3, 5, 2, 4))
+    parts = transpose(blocks, (0, 3, 5, 1, 2, 4) if _is_depth_first(node) else (0, 1, 3, 5, 2, 4))
     return reshape(parts, (n, c * block * block, rows, columns))
+
+
+def _is_depth_first(node: Node) -> bool:
+    """Whether a block's places are counted before the channels are."""
+    mode = node.get("mode", "DCR")
+    if mode not in ("DCR", "CRD"):
+        raise Unsupported(f"mode {mode!r} is neither of DCR, CRD")
+    return bool(mode == "DCR")
 
 
 @handles("CenterCropPad")
