@@ -232,7 +232,7 @@ def _min_other(t: Translation, node: Node, a: Value, b: Value) -> Value:
 
 
 @handles("argmax")
-def _argmax(t: Translation, node: Node, x: Value, dim: int, keepdim: bool = False) -> Value:
+def _argmax(t: Translation, node: Node, x: Value, dim: int, *_: object) -> Value:
     return reshape(s.Argmax(x, axis(x, dim)), t.shape(node))
 
 
@@ -277,6 +277,8 @@ def _var(
         count = product(tuple(x.shape[i] for i in axes))
         if not isinstance(count, int):
             raise FrontendError(f"{node.name}: an unbiased variance over the tokens is not supported")
+        if count <= less:
+            raise FrontendError(f"{node.name}: a variance of {count} elements, corrected by {less}, is not a number")
         variance = e.Mul(variance, e.constant(count / (count - less)))
     return (variance, s.Mean(x, axes, keepdim)) if "var_mean" in str(node.target) else variance
 
