@@ -49,6 +49,7 @@ CASES: dict[str, Function] = {
     "a square and a cube": lambda x: x * (x.shape[1] ** 2) + x.shape[1] * x.shape[1] * x.shape[1],
     "a quotient": lambda x: x + torch.arange(x.shape[1])[:, None] // (x.shape[1] // 3 + 1),
     "a remainder": lambda x: x * (x.shape[1] % 4),
+    "a remainder of what may be negative": lambda x: x * ((x.shape[1] - 7) % 4),
     "a remainder of a multiple": lambda x: x * ((3 * x.shape[1] + 1) % 7),
     "the greater": lambda x: x * torch.sym_max(x.shape[1], 1),
     "the smaller": lambda x: x * torch.sym_min(x.shape[1], 1000),

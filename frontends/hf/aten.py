@@ -42,7 +42,7 @@ _DTYPES = {
 }
 _RANK = ("bool", "u8", "i8", "i16", "i32", "i64", "bf16", "f16", "f32")
 # Higher-order ops that only wrap a graph: name -> where the graph stands among the arguments.
-_WRAPPERS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1, "hints_wrapper": 0}
+_WRAPPERS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
 
 
 def handles(*names: str) -> Callable[[_H], _H]:

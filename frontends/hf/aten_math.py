@@ -104,9 +104,7 @@ def _logical(make: Callable[[Value, Value], Value]) -> Callable[..., Value]:
 
 
 def _truth(t: Translation, value: Meaning) -> Value:
-    if isinstance(value, Value) and value.dtype != "bool":
-        return e.NotEqual(value, e.constant(0, value.dtype))
-    return t.tensor(value, "bool")
+    return t.tensor(value, "bool")  # a number is true where it is not 0
 
 
 handles("logical_and", "bitwise_and", "__and__")(_logical(e.And))
@@ -115,21 +113,18 @@ handles("logical_xor", "bitwise_xor", "__xor__")(_logical(e.NotEqual))
 handles("logical_not", "bitwise_not")(lambda t, node, x: e.Not(_truth(t, x)))
 
 
-def _unary(make: Callable[[Value], Value], floats: bool = True) -> Callable[..., Value]:
-    return lambda t, node, x: make(cast(x, t.dtype(node)) if floats else x)
+def _unary(make: Callable[[Value], Value]) -> Callable[..., Value]:
+    return lambda t, node, x: make(cast(x, t.dtype(node)))
 
 
 for _name, _one in (
     ("exp", e.Exp), ("log", e.Log), ("sqrt", e.Sqrt), ("rsqrt", e.Rsqrt), ("reciprocal", e.Reciprocal),
     ("tanh", e.Tanh), ("sigmoid", e.Sigmoid), ("erf", e.Erf), ("sin", e.Sin), ("cos", e.Cos), ("floor", e.Floor),
-    ("round", e.Round),
+    ("round", e.Round), ("neg", e.Neg), ("abs", e.Abs), ("relu", e.Relu),
 ):  # fmt: skip
     handles(_name)(_unary(_one))
-handles("neg")(_unary(e.Neg, floats=False))
-handles("abs")(_unary(e.Abs, floats=False))
-handles("relu")(_unary(e.Relu, floats=False))
 handles("silu")(_unary(lambda x: e.Activation(x, "silu")))
-handles("square")(_unary(lambda x: e.Mul(x, x), floats=False))
+handles("square")(_unary(lambda x: e.Mul(x, x)))
 handles("expm1")(_unary(lambda x: e.Sub(e.Exp(x), e.constant(1.0, x.dtype))))
 handles("log1p")(_unary(lambda x: e.Log(e.Add(x, e.constant(1.0, x.dtype)))))
 
@@ -141,13 +136,15 @@ def _gelu(t: Translation, node: Node, x: Value, approximate: str = "none") -> Va
 
 @handles("softplus")
 def _softplus(t: Translation, node: Node, x: Value, beta: float = 1, threshold: float = 20) -> Value:
-    scaled = x if beta == 1 else e.Mul(x, e.constant(float(beta)))
+    x = cast(x, "f32")  # as torch does: a half is rounded once, at the end
+    scaled = e.Mul(x, e.constant(float(beta)))
     # log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), which cannot overflow.
     tail = e.Log(e.Add(e.Exp(e.Neg(e.Abs(scaled))), e.constant(1.0)))
-    soft: Value = e.Add(e.Relu(scaled), tail)
-    soft = soft if beta == 1 else e.Mul(soft, e.constant(1 / beta))
+    soft: Value = e.Mul(e.Add(e.Relu(scaled), tail), e.constant(1 / beta))
     # From 20 on, torch's own threshold, the tail is less than a rounding: only a lower one shows.
-    return soft if threshold >= 20 else e.Where(e.Greater(scaled, e.constant(float(threshold))), x, soft)
+    if threshold < 20:
+        soft = e.Where(e.Greater(scaled, e.constant(float(threshold))), x, soft)
+    return cast(soft, t.dtype(node))
 
 
 @handles("clamp", "clamp_min", "clamp_max", "clip")
@@ -165,15 +162,15 @@ def _clamp(t: Translation, node: Node, x: Value, low: Meaning = None, high: Mean
 
 @handles("pow")
 def _pow(t: Translation, node: Node, base: Meaning, exponent: Meaning) -> Value:
+    base = t.tensor(base, t.dtype(node))
     if not isinstance(exponent, (Value, Dim)):
-        assert isinstance(base, Value)
         if exponent == 2:
             return e.Mul(base, base)
         if exponent == 3:
             return e.Mul(e.Mul(base, base), base)
         if exponent in (0.5, -0.5):
-            return (e.Sqrt if exponent > 0 else e.Rsqrt)(cast(base, t.dtype(node)))
-    return e.Pow(t.tensor(base, t.dtype(node)), t.tensor(exponent, t.dtype(node)))
+            return (e.Sqrt if exponent > 0 else e.Rsqrt)(base)
+    return e.Pow(base, t.tensor(exponent, base.dtype))
 
 
 @handles("where")
@@ -196,7 +193,7 @@ def _axes(x: Value, dims: object) -> tuple[int, ...]:
     return tuple(axis(x, d) for d in ([dims] if isinstance(dims, int) else dims))  # type: ignore[attr-defined]
 
 
-def _reduction(make: Callable[..., Value], floats: bool = False) -> Callable[..., Value]:
+def _reduction(make: Callable[..., Value]) -> Callable[..., Value]:
     def handler(
         t: Translation, node: Node, x: Value, dim: object = None, keepdim: bool = False, dtype: object = None
     ) -> Value:
@@ -235,14 +232,14 @@ def _min_other(t: Translation, node: Node, a: Value, b: Value) -> Value:
 
 
 @handles("argmax")
-def _argmax(t: Translation, node: Node, x: Value, dim: int, keepdim: bool = False) -> Value:
+def _argmax(t: Translation, node: Node, x: Value, dim: int, *_: object) -> Value:
     return reshape(s.Argmax(x, axis(x, dim)), t.shape(node))
 
 
 @handles("topk")
-def _topk(t: Translation, node: Node, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> (
-    tuple[Value, Value]
-):  # fmt: skip
+def _topk(
+    t: Translation, node: Node, x: Value, k: int, dim: int = -1, largest: bool = True, *_: object
+) -> tuple[Value, Value]:
     if not isinstance(k, int):
         raise FrontendError(f"{node.name}: topk needs a fixed k")
     index = axis(x, dim)
@@ -280,6 +277,8 @@ def _var(
         count = product(tuple(x.shape[i] for i in axes))
         if not isinstance(count, int):
             raise FrontendError(f"{node.name}: an unbiased variance over the tokens is not supported")
+        if count <= less:
+            raise FrontendError(f"{node.name}: a variance of {count} elements, corrected by {less}, is not a number")
         variance = e.Mul(variance, e.constant(count / (count - less)))
     return (variance, s.Mean(x, axes, keepdim)) if "var_mean" in str(node.target) else variance
 
@@ -322,7 +321,7 @@ def _einsum(t: Translation, node: Node, equation: str, operands: list[Value], pa
     """Two operands, every letter at most once in each: transposes, a matmul over the summed letters, a transpose."""
     sides, _, result = equation.replace(" ", "").partition("->")
     names = sides.split(",")
-    if "." in equation or "->" not in equation or len(names) != 2 or any(len(set(n)) != len(n) for n in names):
+    if len(names) != 2 or any(len(set(n)) != len(n) for n in names):
         raise FrontendError(f"{node.name}: einsum {equation!r} is not supported")
     (first, second), (a, b) = names, t.pair(*operands)
     sizes = dict(zip(first + second, a.shape + b.shape, strict=True))
@@ -355,7 +354,7 @@ def _decomposed(op: Op) -> Value:
 @handles("layer_norm", "native_layer_norm")
 def _layer_norm(
     t: Translation, node: Node, x: Value, shape: list[int], w: Value | None = None, b: Value | None = None,
-    eps: float = 1e-5, cudnn_enable: bool = True,
+    eps: float = 1e-5, *_: object,
 ) -> Meaning:  # fmt: skip
     if len(shape) != 1:
         raise FrontendError(f"{node.name}: a norm over {len(shape)} axes is not supported")
@@ -385,8 +384,10 @@ def _vector_norm(
 @handles("scaled_dot_product_attention")
 def _sdpa(
     t: Translation, node: Node, q: Value, k: Value, v: Value, mask: Value | None = None, dropout: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    is_causal: bool = False, scale: float | None = None, **_: object,
 ) -> Value:  # fmt: skip
+    if dropout:
+        raise FrontendError(f"{node.name}: attention that drops {dropout} of its probabilities is not supported")
     width = q.shape[-1]
     assert isinstance(width, int)
     scale = width**-0.5 if scale is None else scale
@@ -398,7 +399,7 @@ def _sdpa(
     if mask is None:
         q, k, v = (s.Transpose(x, swap) for x in (q, k, v))
         return s.Transpose(Attention(q, k, v, scale=scale, causal=is_causal), swap)
-    if enable_gqa and q.shape[-3] != k.shape[-3]:
+    if q.shape[-3] != k.shape[-3]:
         k, v = (_repeat_heads(x, q.shape[-3]) for x in (k, v))
     last = (*range(k.rank - 2), k.rank - 1, k.rank - 2)
     scores: Value = e.Mul(s.Matmul(q, s.Transpose(k, last)), e.constant(float(scale)))
@@ -408,7 +409,8 @@ def _sdpa(
 
 def _repeat_heads(x: Value, heads: int | Dim) -> Value:
     *leading, kv_heads, tokens, width = x.shape
-    groups = s.split_exact(heads, kv_heads) if isinstance(kv_heads, int) else 1
+    assert isinstance(kv_heads, int)
+    groups = s.split_exact(heads, kv_heads)
     grown = broadcast(reshape(x, (*leading, kv_heads, 1, tokens, width)), (*leading, kv_heads, groups, tokens, width))
     return reshape(grown, (*leading, heads, tokens, width))
 
@@ -428,7 +430,7 @@ def _mask(t: Translation, node: Node, like: Value, queries: object, keys: object
 
 @handles("llmc::attention")
 def _attention(
-    t: Translation, node: Node, q: Value, k: Value, v: Value, mask: Mask | None, sinks: Value | None, layer: int,
+    t: Translation, node: Node, q: Value, k: Value, v: Value, mask: Mask | None, sinks: Value | None,
     scale: float, causal: bool, window: int, softcap: float,
 ) -> Value:  # fmt: skip
     if mask is not None:

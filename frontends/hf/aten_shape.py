@@ -19,10 +19,17 @@ Size = int | Dim
 
 
 @handles(
-    "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "dropout", "native_dropout",
-    "feature_dropout", "expand_as_identity", "_conj",
+    "contiguous", "clone", "detach", "alias", "lift_fresh_copy", "lift_fresh", "expand_as_identity",
+    "_conj",
 )  # fmt: skip
 def _same(t: Translation, node: Node, x: Value, *_: object, **__: object) -> Value:
+    return x
+
+
+@handles("dropout", "feature_dropout")
+def _dropout(t: Translation, node: Node, x: Value, part: float, train: bool) -> Value:
+    if train and part:
+        raise FrontendError(f"{node.name}: dropping {part} of the elements is not supported: the result is random")
     return x
 
 
@@ -71,10 +78,9 @@ def _slice(
         first = 0 if isinstance(size, int) and size + first < 0 else size + first
     elif isinstance(first, int) and isinstance(size, int):
         first = min(first, size)
-    if length == size and step == 1:
+    if length == size:
         return x
-    stop = first + length if step == 1 else first + (length - 1) * step + 1
-    return s.Slice(x, index, first, stop, step)
+    return s.Slice(x, index, first, first + (length - 1) * step + 1, step)
 
 
 @handles("narrow")
@@ -119,7 +125,7 @@ def _unbind(t: Translation, node: Node, x: Value, dim: int = 0) -> tuple[Value, 
 def _cat(t: Translation, node: Node, xs: list[Value], dim: int = 0) -> Value:
     dtype = t.dtype(node)
     # torch lets an empty vector join anything.
-    kept = [cast(x, dtype) for x in xs if x.shape != (0,)]
+    kept = [cast(x, dtype) for x in xs if x.shape != (0,)] or [cast(xs[0], dtype)]
     return kept[0] if len(kept) == 1 else s.Concat(tuple(kept), axis(kept[0], dim))
 
 
@@ -202,7 +208,7 @@ def _index_select(t: Translation, node: Node, x: Value, dim: int, indices: Value
 
 
 @handles("gather")
-def _gather(t: Translation, node: Node, x: Value, dim: int, indices: Value, sparse_grad: bool = False) -> Value:
+def _gather(t: Translation, node: Node, x: Value, dim: int, indices: Value, *_: object) -> Value:
     index = axis(x, dim)
     # torch allows an index smaller than the operand on the other axes.
     for other in range(x.rank):
@@ -250,12 +256,8 @@ def _slice_scatter(
     first = start or 0
     if isinstance(first, int) and first < 0:
         first = size + first
-    parts = [cast(source, x.dtype)]
-    if first != 0:
-        parts.insert(0, s.Slice(x, index, 0, first))
-    if first + length != size:
-        parts.append(s.Slice(x, index, first + length, size))
-    return parts[0] if len(parts) == 1 else s.Concat(tuple(parts), index)
+    parts = (s.Slice(x, index, 0, first), cast(source, x.dtype), s.Slice(x, index, first + length, size))
+    return s.Concat(tuple(part for part in parts if part.shape[index] != 0), index)
 
 
 @handles("scatter.value")
@@ -329,6 +331,6 @@ handles("triu")(_triangle(e.GreaterEqual))
 
 
 @handles("one_hot")
-def _one_hot(t: Translation, node: Node, x: Value, classes: int = -1) -> Value:
+def _one_hot(t: Translation, node: Node, x: Value, classes: int) -> Value:
     hot = e.Equal(reshape(x, (*x.shape, 1)), cast(s.Iota(classes), x.dtype))
     return cast(hot, t.dtype(node))

@@ -49,7 +49,6 @@ def attention(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    layer: int,
     scale: float,
     causal: bool,
     window: int,
@@ -60,7 +59,7 @@ def attention(
 
 
 @attention.register_fake
-def _(q, k, v, mask, sinks, layer, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
+def _(q, k, v, mask, sinks, scale, causal, window, softcap):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -82,7 +81,6 @@ def _captured(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -100,14 +98,12 @@ def _captured(
     if causal is None:
         causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
     captured = torch.ops.llmc.attention(
         query,
         key,
         value,
         attention_mask,
         s_aux,
-        -1 if layer is None else layer,
         float(scale),
         bool(causal),
         sliding_window or 0,
