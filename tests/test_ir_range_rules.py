@@ -223,6 +223,11 @@ def test_floats_as_narrower_floats(wide: str, narrow: str) -> None:
     step = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}[narrow]
     exact = occurring(numbers, {}).astype(np.float64)
     assert found.low >= exact.min() * (1 + step) - 1e-9 and found.high <= exact.max() * (1 + step) + 1e-9
+    # What is rounded away from 0 is inside too.
+    outward = e.constant([-1 - 0.75 * step, 1 + 0.75 * step], wide)
+    wider = Ranges({}).of(e.Cast(outward, narrow))
+    assert isinstance(wider, FloatRange) and wider.low <= -1 - step and 1 + step <= wider.high
+    assert occurring(e.Cast(outward, narrow), {}).astype(np.float64).tolist() == [-1 - step, 1 + step]
     # A wider dtype holds them as they are.
     again = Ranges({}).of(e.Cast(e.Cast(numbers, narrow), "f64"))
     assert again == found
@@ -298,13 +303,18 @@ def test_places_are_below_the_size_of_their_axis() -> None:
 def test_checked_places_are_below_the_sizes_that_they_were_checked_with() -> None:
     x, sizes = Input("x", Tensor((N,), "i64")), Input("sizes", Tensor((N,), "i32"))
     assert Ranges({}).of(s.CheckedIndex(x, None, 12)) == Range(0, 11)
-    assert Ranges({sizes: Range(2, 9)}).of(s.CheckedIndex(x, sizes)) == Range(0, 8)
+    for most in (8, 9):
+        assert Ranges({sizes: Range(2, most)}).of(s.CheckedIndex(x, sizes)) == Range(0, most - 1)
 
 
 def test_a_slice_of_a_count_begins_at_its_start() -> None:
     ranges = Ranges({})
     assert ranges.of(s.Slice(s.Iota(9), 0, 2, 5)) == Range(2, 4)
     assert ranges.of(s.Slice(s.Iota(N + 3), 0, N, N + 3, 2)) == Range(N, N + 2)
+    # A part that the dtype holds of a count that it does not hold.
+    assert ranges.of(s.Slice(s.Iota(300, "i8"), 0, 2, 128)) == Range(2, 127)
+    assert ranges.of(s.Slice(s.Iota(300, "i8"), 0, 2, 129)) == Range(-128, 127)
+    assert ranges.of(s.Slice(s.Iota(9, "f32"), 0, 2, 5)) == FloatRange(-math.inf, math.inf, True)
     x = Input("x", Tensor((9,), "i64"))
     assert Ranges({x: Range(0, 3)}).of(s.Slice(x, 0, 2, 5)) == Range(0, 3)
     assert ranges.of(s.Slice(e.Neg(s.Iota(9)), 0, 2, 5)) == Range(-8, 0)
