@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pytest
 from onnx_files import write
 from onnx_graphs import Nodes
 
+from llmc.compiler.ir.dims import symbols_of
 from llmc.errors import FrontendError
 from llmc.frontends import lift
 from llmc.frontends.lifted import Lifted
+from llmc.frontends.onnx.initializers import OnnxWeights
+from llmc.frontends.onnx.position_tables import longest_sequence
 from llmc.frontends.onnx.text import Companions, model_name
 
 RNG = np.random.default_rng(29)
@@ -51,10 +55,20 @@ def test_positions_that_a_model_was_made_for(config: dict[str, object], position
     assert beside(tmp_path, **config).max_positions == positions
 
 
+@pytest.mark.parametrize(("length", "positions"), [(77, 77), (2, 2), (1, None), ("77", None), (None, None)])
+def test_positions_that_the_settings_of_generation_name(length: object, positions: int | None, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"context_length": length}}))
+    assert beside(tmp_path).max_positions == positions
+    assert beside(tmp_path, n_positions=5).max_positions == 5
+
+
 @pytest.mark.parametrize(
     ("config", "layers"),
-    [({"num_hidden_layers": 6}, 6), ({"n_layer": 1}, 1), ({"num_layers": 3}, 3), ({"n_layers": 0}, None), ({}, None)],
-)
+    [
+        ({"num_hidden_layers": 6}, 6), ({"n_layer": 1}, 1), ({"num_layers": 3}, 3), ({"n_layers": 0}, None),
+        ({"n_layers": -1}, None), ({}, None),
+    ],
+)  # fmt: skip
 def test_layers(config: dict[str, object], layers: int | None, tmp_path: Path) -> None:
     assert beside(tmp_path, **config).layers == layers
 
@@ -85,6 +99,20 @@ def test_labels(names: object, labels: list[str] | None, tmp_path: Path) -> None
 )  # fmt: skip
 def test_what_makes_scores_of_logits(config: dict[str, object], width: int, expected: str, tmp_path: Path) -> None:
     assert beside(tmp_path, **config).activation_of_scores(width, None) == expected
+
+
+def test_scores_of_a_kind_that_is_not_known_are_an_error_of_the_file(tmp_path: Path) -> None:
+    beside(tmp_path, sbert_ce_default_activation_function="torch.nn.Frobnicate")
+    (tmp_path / "onnx").mkdir()
+    with pytest.raises(FrontendError, match=rf"^{tmp_path / 'config.json'}:? .*Frobnicate"):
+        Companions(tmp_path / "onnx" / "model.onnx").activation_of_scores(3, None)
+
+
+def test_where_no_folder_holds_a_tokenizer_it_is_looked_for_beside_the_model(tmp_path: Path) -> None:
+    found = beside(tmp_path, "onnx")
+    assert found.tokenizer_folder() == tmp_path / "onnx"
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert found.tokenizer_folder() == tmp_path
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (3, 3), (True, None), ("3", None), (None, None)])
@@ -166,6 +194,61 @@ def test_a_text_is_as_long_as_was_declared(tmp_path: Path) -> None:
 
 def test_a_text_of_a_model_that_says_nothing_has_some_length(tmp_path: Path) -> None:
     assert context(lift(positioned(tmp_path, None))) == (2048, False, False)
+
+
+def last(n: Nodes) -> str:
+    """S as a vector."""
+    return n.add("Shape", "positions", start=1)
+
+
+def table(rows: int, width: int = 3) -> np.ndarray:
+    return np.ones((rows, width), np.float32)
+
+
+def numbers(rows: int) -> np.ndarray:
+    return np.arange(rows, dtype=np.int32)
+
+
+TABLES: dict[str, tuple[Callable[[Nodes], str], int | None]] = {
+    "rows of positions": (lambda n: n.add("Gather", table(20), "positions"), 20),
+    "from a later row on": (lambda n: n.add("Gather", table(20), n.add("Add", "positions", np.int32(2))), 18),
+    "from the last row on": (lambda n: n.add("Gather", table(3), n.add("Add", "positions", np.int32(2))), 1),
+    "from behind the last row on": (lambda n: n.add("Gather", table(2), n.add("Add", "positions", np.int32(2))), None),
+    "one row": (lambda n: n.add("Gather", table(1), "positions"), 1),
+    "columns": (lambda n: n.add("Gather", table(20, 5), "positions", axis=1), 5),
+    "distances": (
+        lambda n: n.add("Gather", table(19), n.add("Add", np.int32(9), n.add(
+            "Sub", n.add("Unsqueeze", "positions", np.array([2])), n.add("Unsqueeze", "positions", np.array([1]))))),
+        10,
+    ),
+    "positions of a table": (
+        lambda n: n.add("Gather", table(30), n.add("Gather", numbers(12), "positions")), 12,
+    ),
+    "kinds of tokens": (lambda n: n.add("Gather", table(2), n.add("Mul", "positions", np.int32(0))), None),
+    "buckets": (lambda n: n.add("Gather", table(8), n.add("Min", "positions", np.int32(7))), None),
+    "words": (lambda n: n.add("Gather", table(20), "ids"), None),
+    "words at positions": (lambda n: n.add("Gather", table(20), n.add("Add", "ids", "positions")), None),
+    "the first rows": (lambda n: n.add("Slice", table(70), np.array([0]), last(n)), 70),
+    "later rows": (
+        lambda n: n.add("Slice", table(70), np.array([2]), n.add("Add", last(n), np.array([2]))), 68,
+    ),
+    "twice as many rows": (
+        lambda n: n.add("Slice", table(130), np.array([0]), n.add("Mul", last(n), np.array([2]))), None,
+    ),
+    "fixed rows": (lambda n: n.add("Slice", table(20), np.array([0]), np.array([5])), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_end_bound_a_sequence(name: str) -> None:
+    """Alone, and beside one with 15 rows."""
+    build, expected = TABLES[name]
+    nodes = Nodes({"ids": ("int32", (1, "S")), "positions": ("int32", (1, "S"))})
+    output, other = build(nodes), nodes.add("Gather", table(15), "positions")
+    (size,) = symbols_of(nodes.items(output)[1][0].shape[1])
+    assert longest_sequence(nodes.graph(output), size, OnnxWeights()) == expected
+    both = longest_sequence(nodes.graph(output, other), size, OnnxWeights())
+    assert both == min(15, expected if expected is not None else 15)
 
 
 def test_a_table_of_which_a_slice_is_taken(tmp_path: Path) -> None:

@@ -184,6 +184,7 @@ Shape = tuple[int | str, ...]
         ("Conv", (1, 4, 7), (2, 4, 3), {"strides": [1, 1]}, "do not fit 1 axes"),
         ("Conv", (1, 4, 7), (2, 4, 3), {"dilations": [1, 1]}, "do not fit 1 axes"),
         ("Conv", (1, 4, 7), (2, 4, 3), {"pads": [1]}, "do not fit 1 axes"),
+        ("Conv", (1, 4, 7, 7), (2, 4, 3, 3), {"strides": [1], "dilations": [1]}, "do not fit 2 axes"),
         ("Conv", (1, 4, 7), (2, 4, 3), {"strides": [0]}, "must be positive"),
         ("Conv", (1, 4, 7), (2, 4, 3), {"dilations": [0]}, "must be positive"),
         ("Conv", (1, 4, 7), (2, 4, 0), {}, "must be positive"),

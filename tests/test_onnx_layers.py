@@ -10,6 +10,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphs import Draws, Nodes, compare, evaluated
 
 from llmc.errors import FrontendError
+from llmc.frontends.onnx.translation import Node
+from llmc.frontends.onnx.windows import spatial_windows
 
 RNG = np.random.default_rng(11)
 floats = Draws(RNG).floats
@@ -355,6 +357,49 @@ def test_strides_beyond_the_window_need_no_padding(mode: str) -> None:
     nodes = Nodes({"x": ("float32", x.shape)})
     output = nodes.add("MaxPool", "x", kernel_shape=[1], strides=[3], auto_pad=mode)
     np.testing.assert_array_equal(evaluated(nodes.graph(output), {"x": x})[0], x[:, :, ::3])
+
+
+def test_the_last_window_ends_where_the_padded_elements_do() -> None:
+    """Elements more than the padding are added where the ceiling asks for them, and no more than it asks for."""
+    for size, kernel, stride, dilation, ceil in itertools.product((5, 6, 7, 12), (1, 2, 3), (1, 2, 3), (1, 2), (0, 1)):
+        for low, high in itertools.product(range(kernel), repeat=2):
+            options = {"strides": [stride], "dilations": [dilation], "pads": [low, high], "ceil_mode": ceil}
+            (window,) = spatial_windows(Node("MaxPool", "", 21, "n", ("x",), ("y",), options), [size], [kernel])
+            assert isinstance(window.count, int)
+            places, last = window.places(), size + high - 1
+            assert places.shape == (window.count, kernel) and places[0, 0] == -low
+            assert window.extra == max(0, places[-1, -1] - last)
+            assert window.extra == 0 or (ceil and places[-1, 0] < size)
+            begin, end = places[-1, [0, -1]] + stride  # of one more
+            assert end > last and (not ceil or end - stride >= last or begin >= size)
+
+
+@pytest.mark.parametrize("spatial", [1, 2])
+def test_the_place_of_a_largest_element_is_never_in_the_padding(spatial: int) -> None:
+    """Not where all elements are as small as what is put around them. onnxruntime gives -1 there."""
+    shape = (1, 2, 5, 4)[: 2 + spatial]
+    for x in (np.full(shape, -128, np.int8), np.full(shape, -np.inf, np.float32)):
+        nodes = Nodes({"x": (x.dtype.name, shape)})
+        options = {"kernel_shape": [3] * spatial, "strides": [2] * spatial, "pads": [1, 1] * spatial}
+        largest, places = evaluated(nodes.graph(*nodes.many("MaxPool", "x", outputs=2, **options)), {"x": x})
+        area = x[0, 0].size
+        np.testing.assert_array_equal(x.reshape(-1)[places], largest)
+        for window in np.ndindex(places.shape):
+            assert places[window] // area == window[1]
+            at = np.unravel_index(places[window] % area, shape[2:])
+            assert all(abs(a - 2 * middle) <= 1 for a, middle in zip(at, window[2:], strict=True))
+
+
+def test_windows_of_one_element_are_cut_out() -> None:
+    nodes = Nodes({"x": ("float32", (1, 3, 9))})
+    output = nodes.add("Conv", "x", floats(5, 3, 1), kernel_shape=[1], strides=[4])
+    assert "t.gather" not in {op.name for op in nodes.graph(output).ops}
+
+
+def test_nothing_is_put_around_what_has_no_padding() -> None:
+    nodes = Nodes({"x": ("float32", (1, 3, 9))})
+    output = nodes.add("MaxPool", "x", kernel_shape=[3], strides=[2])
+    assert {op.name for op in nodes.graph(output).ops} == {"t.constant", "t.gather", "t.max"}
 
 
 def test_windows_side_by_side_are_a_reshape() -> None:

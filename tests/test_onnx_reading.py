@@ -25,6 +25,7 @@ from llmc.frontends.onnx import lift
 from llmc.frontends.onnx.initializers import OnnxWeights, TensorReader, unpacked
 from llmc.frontends.onnx.model import OnnxModel
 from llmc.frontends.onnx.protobuf import parse as parse_file
+from llmc.frontends.onnx.recognition import replaceable
 from llmc.frontends.onnx.translation import Body, Item, Node, Reference
 
 
@@ -237,6 +238,18 @@ def test_random_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     )
     np.testing.assert_array_equal(unsaid.load("first"), zero.load("first"))
     assert (unsaid.load("first") != one.load("first")).any()
+
+
+def test_random_weights_are_matrices_and_tables(tmp_path: Path) -> None:
+    """A number for each token is no weight that noise may stand for: it may be a length or a place."""
+    vector = np.arange(5000, dtype=np.float32)
+    nodes = [helper.make_node("Gather", [name, "i"], [f"{name}_"]) for name in ("vector", "table")]
+    outputs = [value("vector_", ["N"]), value("table_", ["N", 7])]
+    stored = {"vector": vector, "table": np.ones((5000, 7), np.float32)}
+    path = write(model_of(nodes, [value("i", ["N"], INT64)], outputs, stored), tmp_path / "model.onnx")
+    graph = lift(path).graph
+    assert replaceable(graph) == {"table": "f32"}
+    assert {param.name for param in graph.params} == {"vector", "table"}
 
 
 # What makes no sense is one clear error.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx_contrib_tools import Case, Fixed
+from onnx_contrib_tools import compare as same
 from onnx_graphs import Nodes, compare, evaluated
 
 from llmc.compiler.ir.graph import Graph
@@ -102,6 +103,22 @@ def test_what_is_not_rounded(op: str, operands: tuple[object, ...], attributes: 
         nodes.graph(nodes.add(op, "x", *operands, **attributes))
 
 
+def test_scales_of_every_element_are_blocks_of_one_only_where_the_node_says_so() -> None:
+    nodes = Nodes({"x": ("int8", X.shape)})
+    compare(
+        nodes, [nodes.add("DequantizeLinear", "x", scales(X.shape), block_size=1)], {"x": integers(X.shape, np.int8)}
+    )
+    with pytest.raises(FrontendError, match="one a tensor, an axis or a block"):
+        nodes.graph(nodes.add("DequantizeLinear", "x", scales(X.shape)))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5)])
+def test_one_scale_in_a_vector_is_for_tensors_of_every_rank(shape: tuple[int, ...]) -> None:
+    nodes = Nodes({"x": ("int8", shape)})
+    output = nodes.add("DequantizeLinear", "x", np.float32([0.5]), np.int8([3]), axis=0)
+    compare(nodes, [output], {"x": integers(shape, np.int8)})
+
+
 @pytest.mark.parametrize("zero", [np.zeros(1, np.int8), np.zeros(6, np.int8), np.zeros((4, 2, 8), np.int8)])
 def test_zero_points_have_the_shape_of_scales(zero: np.ndarray) -> None:
     nodes = Nodes({"x": ("int8", X.shape)})
@@ -161,7 +178,80 @@ def test_rows_of_integers_are_scaled_along_their_own_axes(shape: tuple[int, ...]
     compare(nodes, [output], {"i": RNG.integers(0, 9, (2, 8))})
 
 
+def ops_of(graph: Graph) -> list[str]:
+    return [op.name for op in graph.ops if op.name != "t.constant"]
+
+
+def test_integers_are_scaled_whole_where_they_are_stored() -> None:
+    """Of those the passes keep the integers; others are numbers like any."""
+    scale, zero = scales((6,)), integers((6,), np.int8)
+    shape = (30, 6, 29)  # more than what is folded at once
+    nodes = Nodes({"x": ("int8", shape), "i": ("int64", (2, 7))})
+    moved = nodes.add("Transpose", integers(shape[::-1], np.int8), perm=[2, 1, 0])
+    stored = nodes.add("DequantizeLinear", moved, scale, zero)
+    assert ops_of(nodes.graph(stored)) == ["t.transpose", "t.reshape", "t.reshape", "llm.scale_integers"]
+    given = nodes.add("DequantizeLinear", "x", scale, zero)
+    assert "llm.scale_integers" not in ops_of(nodes.graph(given))
+    mixed = nodes.add("DequantizeLinear", nodes.add("Add", moved, nodes.add("Neg", "x")), scale, zero)
+    assert "llm.scale_integers" not in ops_of(nodes.graph(mixed))
+    counted = nodes.add("Cast", nodes.add("Range", np.int64(0), nodes.add("Size", "x"), np.int64(1)), to=6)
+    assert "llm.scale_integers" not in ops_of(nodes.graph(nodes.add("DequantizeLinear", counted, np.float32(0.5))))
+    compare(nodes, [given, mixed], {"x": integers(shape, np.int8), "i": np.zeros((2, 7), np.int64)})
+    rows = nodes.add("Gather", integers((40, 8), np.int8), "i")
+    embedded = nodes.graph(nodes.add("DequantizeLinear", rows, np.float32(0.5)))
+    assert ops_of(embedded)[-2:] == ["llm.scale_integers", "t.gather"]
+    scaled_rows = nodes.graph(nodes.add("DequantizeLinear", rows, scales((8,)), axis=2))
+    assert "llm.scale_integers" not in ops_of(scaled_rows)
+
+
+@pytest.mark.parametrize("least", [-382, -400, -255])
+def test_numbers_near_nothing_are_rounded_by_a_scale_that_is_rounded_itself(least: int) -> None:
+    """Of the smallest numbers there are: a 255th of 382 of them is one, and what is below its 255 is cut off."""
+    x = (np.array([least, least // 2, 0]) * np.float64(2**-149)).astype(np.float32)
+    case = Case("DynamicQuantizeLinear", [x], {}, 3, domain="")
+    for own, expected in zip(case.translated(), case.onnxruntime(), strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (0,), (1, 1)])
+def test_a_product_of_integers_has_one_scale_for_its_rows(shape: tuple[int, ...]) -> None:
+    a, b = integers((2, 7, 5), np.uint8), Fixed(integers((5, 3), np.int8))
+    case = Case("MatMulIntegerToFloat", [a, b, Fixed(scales(shape)), Fixed(scales((3,)))])
+    if shape in ((), (1,)):
+        same(case, 1e-6)
+    else:
+        with pytest.raises(FrontendError, match="for a: only one"):
+            case.graph()
+
+
+def test_products_and_tables_have_4_bits_unless_said_otherwise() -> None:
+    packed, factors = Fixed(integers((9, 2, 64), np.uint8)), Fixed(scales((9, 2)))
+    x = RNG.standard_normal((2, 256)).astype(np.float32)
+    same(Case("MatMulNBits", [x, packed, factors], {"N": 9, "K": 256, "block_size": 128}))
+    rows = Fixed(integers((9, 128), np.uint8))
+    same(Case("GatherBlockQuantized", [rows, np.array([[1, 8]]), factors], {"quantize_axis": 1}))
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(4, np.int8), (8, np.int8), (8, np.float32)])
+def test_zero_points_of_products_that_have_no_meaning(bits: int, dtype: type) -> None:
+    packed, factors = Fixed(integers((9, 2, 4 * bits), np.uint8)), Fixed(scales((9, 2)))
+    x, zeros = RNG.standard_normal((2, 64)).astype(np.float32), Fixed(np.zeros((9, 2), dtype))
+    with pytest.raises(FrontendError, match=r"zero points are (i8|f32): .*only uint8"):
+        Case("MatMulNBits", [x, packed, factors, zeros], {"N": 9, "K": 64, "bits": bits, "block_size": 32}).graph()
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_nothing_is_cut_off_where_blocks_are_whole(blocks: int) -> None:
+    packed, factors = Fixed(integers((9, blocks, 16), np.uint8)), Fixed(scales((9, blocks)))
+    zeros = Fixed(integers((9, -(-blocks // 2)), np.uint8))
+    x = RNG.standard_normal((2, 32 * blocks)).astype(np.float32)
+    case = Case("MatMulNBits", [x, packed, factors, zeros], {"N": 9, "K": 32 * blocks, "block_size": 32})
+    same(case)
+    assert ops_of(case.graph()).count("t.slice") == blocks % 2
+
+
 SCALE, ZERO = np.float32(0.5), np.uint8(3)
+COLUMNS = np.float32([0.5, 0.25, 2])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +261,9 @@ SCALE, ZERO = np.float32(0.5), np.uint8(3)
         ((SCALE, ZERO), (SCALE, np.uint8(4)), False), ((SCALE,), (SCALE, ZERO), False),
         ((SCALE, ZERO), (SCALE,), False),
         ((np.array([0.5], np.float32), ZERO), (SCALE, ZERO), True),
+        ((COLUMNS, np.uint8([3, 4, 5])), (COLUMNS, np.uint8([3, 4, 5])), True),
+        ((COLUMNS, np.uint8([3, 4, 5])), (COLUMNS, np.uint8([3, 4, 6])), False),
+        ((COLUMNS, np.uint8([3, 4, 5])), (COLUMNS[::-1].copy(), np.uint8([3, 4, 5])), False),
     ],
 )  # fmt: skip
 def test_a_rounding_of_a_text_model_goes_where_it_is_undone(

@@ -32,10 +32,10 @@ def _if(t: Translation, node: Node, condition: Item) -> Sequence[Item | Value]:
     return [_choice(chosen, a, b) for a, b in zip(then, other, strict=True)]
 
 
-def _looking_up_if(condition: Value, items: Sequence[Item], around: Mapping[str, Item]) -> list[Item]:
+def _looking_up_if(condition: Value, items: Sequence[Item], around: Mapping[str, Item | None]) -> list[Item]:
     """What a body computes, with index 0 in its lookups where the condition fails: its result is not used then,
     and an index that is out of range is no error."""
-    outer = [item.value for item in around.values() if item.known is None]
+    outer = [item.value for item in around.values() if item is not None and item.known is None]
     new: dict[Value, Value] = {}
     for value in topological([item.value for item in items if item.known is None], outer):
         if not isinstance(value, Op):

@@ -19,7 +19,6 @@ from llmc.frontends.onnx.translation import (
     Reference,
     Translation,
     Unsupported,
-    bound,
     handles,
     objects,
 )
@@ -107,7 +106,6 @@ def _defined(t: Translation, node: Node, *items: Item | None) -> list[Item]:
     if not function.node:
         raise Unsupported("the standard has no definition of it with these inputs and attributes")
     versions = {opset.domain: opset.version for opset in function.opset_import}
-    given = {name: item for name, item in zip(function.input, items, strict=False) if item is not None}
     schema = schema_of(node)
     defaults = {
         name: onnx.helper.get_attribute_value(a.default_value)
@@ -117,4 +115,4 @@ def _defined(t: Translation, node: Node, *items: Item | None) -> list[Item]:
     full = Node(
         node.op, node.domain, node.version, node.name, node.inputs, node.outputs, {**defaults, **node.attributes}
     )
-    return t.run(bound(body_of(function, versions), full), given)
+    return t.call(full, body_of(function, versions), items)

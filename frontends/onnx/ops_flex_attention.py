@@ -39,6 +39,6 @@ def _repeated(x: Value, times: int) -> Value:
     return reshape(repeated, (batch, heads * times, rows, dim))
 
 
-def _changed(t: Translation, node: Node, name: str, x: Value, around: Mapping[str, Item]) -> Value:
+def _changed(t: Translation, node: Node, name: str, x: Value, around: Mapping[str, Item | None]) -> Value:
     body: Body | None = node.get(name)
     return x if body is None else t.run(body, {**around, body.inputs[0]: Item(x)})[0].value

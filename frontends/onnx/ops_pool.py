@@ -73,6 +73,8 @@ def _max_pool(t: Translation, node: Node, x: Item) -> Value | list[Value]:
     # Which element of the whole input it was: of the window's, by a table, after those of earlier channels.
     first = s.Argmax(grouped, axis)
     places = table(windows)
+    # Padding is as large as any element only where all of a window's are as small: it stands for one of them then.
+    places = np.where(places < 0, places.max(-1, keepdims=True), places)
     area = product(x.shape[2:])
     if node.get("storage_order", 0):
         sizes = [window.size for window in windows]

@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError
 from llmc.errors import FrontendError
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto and TensorProto
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_VARINT, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types; those of a fixed size with their bytes
 _SET_ASIDE = 1024  # raw bytes of a tensor from which on they stay in the file
 _MOST_STRUCTURE = 1 << 29  # bytes that are parsed; the graph of a model of a thousand layers has some millions
 
@@ -35,9 +35,8 @@ class Span:
 
     def release(self) -> None:
         """Give the pages back: weights pass through one at a time. Arrays that view them read them again."""
-        if hasattr(mmap, "MADV_DONTNEED") and self.end > self.begin:
-            begin = self.begin - self.begin % mmap.PAGESIZE
-            self.data.madvise(mmap.MADV_DONTNEED, begin, self.end - begin)
+        begin = self.begin - self.begin % mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, begin, self.end - begin)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def map_file(path: Path) -> mmap.mmap:
     """A regular file that is not empty, mapped for reading."""
     try:
         # Without O_NONBLOCK, opening a fifo would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
@@ -160,16 +159,16 @@ def _fields(view: memoryview, begin: int, end: int) -> Iterator[tuple[int, int, 
         start = at
         tag, at = _varint(view, at, end)
         field, wire = tag >> 3, tag & 7
+        if field == 0 or wire not in (_VARINT, _BYTES, *_FIXED):
+            raise _Damaged(f"byte {start} starts no field of a known kind")
         if wire == _BYTES:
             length, at = _varint(view, at, end)
             stop = at + length
-        elif wire == _VARINT:
-            _, stop = _varint(view, at, end)
-        elif wire in (_FIXED64, _FIXED32):
-            stop = at + (8 if wire == _FIXED64 else 4)
+        elif wire in _FIXED:
+            stop = at + _FIXED[wire]
         else:
-            raise _Damaged(f"byte {start} starts no field of a known kind")
-        if field == 0 or stop > end:
+            _, stop = _varint(view, at, end)
+        if stop > end:
             raise _Damaged(f"the field at byte {start} ends behind what holds it")
         yield field, wire, start, at, stop
         at = stop

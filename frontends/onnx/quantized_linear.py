@@ -26,10 +26,10 @@ from llmc.compiler.ir.elementwise import (
 )
 from llmc.compiler.ir.integers import RoundToIntegers, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.op import Op, Param, Value
-from llmc.compiler.ir.structural import Gather, Matmul, Max, Min, Reshape, Slice, Softmax, Transpose
-from llmc.compiler.ir.types import INTEGERS
+from llmc.compiler.ir.structural import Gather, Matmul, Max, Min, Reshape, Softmax, Transpose
+from llmc.compiler.ir.types import FLOATS, INTEGERS
 from llmc.frontends.onnx.contrib_parts import MICROSOFT, given, in_dtype, known, refuse_attributes, require, sum_of
-from llmc.frontends.onnx.forms import dtype_named
+from llmc.frontends.onnx.forms import along, cut, dtype_named, reshape
 from llmc.frontends.onnx.translation import Item, Node, Result, Translation, Unsupported, handles
 
 
@@ -51,15 +51,14 @@ def _along(node: Node, x: Value, values: Value) -> tuple[Value, int, int]:
     """Scales or zero points as they broadcast to x, the axis, and the block size (0: they do broadcast)."""
     axis = int(node.get("axis", 1))
     block = int(node.get("block_size", 0))
-    if values.rank == 0 or (values.shape == (1,) and x.shape[axis % max(1, x.rank)] != 1):
-        return (Reshape(values, ()) if values.rank else values), 0, 0
+    if values.shape in ((), (1,)):
+        return reshape(values, ()), 0, 0
     require(-x.rank <= axis < x.rank, f"axis {axis} of {x.type}")
     axis %= x.rank
     if block and values.rank == x.rank:
         return values, axis, block
     require(values.rank == 1, f"scales of {list(values.shape)} for {list(x.shape)}: one a tensor, an axis or a block")
-    shape = [1] * x.rank
-    return Reshape(values, (*shape[:axis], values.shape[0], *shape[axis + 1 :])), axis, 0
+    return along(values, axis, x.rank), axis, 0
 
 
 @handles("DequantizeLinear")
@@ -218,9 +217,7 @@ def matmul_n_bits(
     require(packed.dtype == "u8", f"packed weights are {packed.dtype}, not u8")
     blocks = -(-inputs // block)
     flat = Reshape(packed.value, (rows, blocks * block * bits // 8))
-    q: Value = UnpackNibbles(flat) if bits == 4 else flat
-    if blocks * block != inputs:
-        q = Slice(q, 1, 0, inputs)
+    q = cut(UnpackNibbles(flat) if bits == 4 else flat, 1, 0, inputs)
     w = ScaleIntegers(q, Reshape(scales.value, (rows, blocks)), _zeros(zeros, rows, blocks, bits), 1, block)
     y = Matmul(x.value, Transpose(in_dtype(w, x.dtype), (1, 0)))
     return sum_of(y, given(bias))
@@ -230,13 +227,12 @@ def _zeros(zeros: Item | None, rows: int, blocks: int, bits: int) -> Value:
     """Zero points [rows, blocks], or [1, 1] for the middle of the range."""
     if zeros is None:
         return constant([[1 << (bits - 1)]], "u8")
-    if zeros.dtype != "u8":
-        require(bits == 4, f"zero points are {zeros.dtype}: with 8 bits only uint8 is supported")
-        return Reshape(zeros.value, (rows, blocks))
     if bits == 8:
-        return Reshape(zeros.value, (rows, blocks))
-    unpacked = UnpackNibbles(Reshape(zeros.value, (rows, -(-blocks // 2))))
-    return unpacked if blocks % 2 == 0 else Slice(unpacked, 1, 0, blocks)
+        require(zeros.dtype == "u8", f"zero points are {zeros.dtype}: with 8 bits only uint8 is supported")
+    elif zeros.dtype not in FLOATS:
+        require(zeros.dtype == "u8", f"zero points are {zeros.dtype}: only uint8 and floats are supported")
+        return cut(UnpackNibbles(Reshape(zeros.value, (rows, -(-blocks // 2)))), 1, 0, blocks)
+    return Reshape(zeros.value, (rows, blocks))
 
 
 @handles("GatherBlockQuantized", domain=MICROSOFT)

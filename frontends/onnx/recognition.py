@@ -15,11 +15,11 @@ def token_rows(graph: Graph) -> int:
     """The rows of the table that token ids index: the vocabulary; 0 where there is none."""
     for op in graph.ops:
         if isinstance(op, Gather) and op.x in graph.constants and op.axis == 0:
-            indices = op.indices
+            rows, indices = op.x.shape[0], op.indices
             while isinstance(indices, Cast):
                 indices = indices.x
-            if isinstance(indices, Input) and indices.name == "ids" and isinstance(op.x.shape[0], int):
-                return op.x.shape[0]
+            if isinstance(indices, Input) and indices.name == "ids" and isinstance(rows, int):
+                return rows
     return 0
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, bounds, exact_division
-from llmc.compiler.ir.elementwise import Constant, constant
+from llmc.compiler.ir.dims import Dim, exact_division, product
+from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.op import Op, Value
 from llmc.errors import DimError, LlmcError
@@ -47,20 +47,19 @@ def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> 
     """The results of arithmetic on known sizes; None where the op or an input is no such. Numbers alone are not folded
     here: they take the op's own handler, and then `numbers_of`.
     """
-    folder = FOLDERS.get(node.op) if node.domain in ("", "ai.onnx") else None
+    folder = None if node.domain else FOLDERS.get(node.op)
     given = [item for item in items if item is not None]
-    if folder is None or not given or any(item.known is None for item in given):
+    if folder is None or any(item.known is None for item in given):
         return None
     if not any(isinstance(x, Dim) for item in given for x in item.known.flat):  # type: ignore[union-attr]
         return None
     try:
         found = folder(translation, node, *items)
-    except (LlmcError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
+        results = found if isinstance(found, list) else [found]
+        made = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
+        return [*made] if all(_elements(item).size <= SMALL and _holds(item) for item in made) else None
+    except (LlmcError, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError):
         return None
-    results = found if isinstance(found, list) else [found]
-    made: list[Item | None] = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
-    small = all(item is not None and item.known.size <= SMALL for item in made)  # type: ignore[union-attr]
-    return made if small and all(_holds(item) for item in made if item is not None) else None
 
 
 _LAST = {"i32": 2**31 - 1, "i64": 2**63 - 1, "f32": 2**24, "f64": 2**53}  # up to which every whole number is held
@@ -68,43 +67,33 @@ _LAST = {"i32": 2**31 - 1, "i64": 2**63 - 1, "f32": 2**24, "f64": 2**53}  # up t
 
 def _holds(item: Item) -> bool:
     """Whether the item's dtype holds all that its sizes may be: beyond it integers wrap, and floats round."""
-    last = _LAST.get(item.dtype)
-    sizes = [] if last is None or item.known is None else [x for x in item.known.flat if isinstance(x, Dim)]
-    for low, high in map(bounds, sizes):
-        if last is not None and (low < -last or (high is not None and high > last)):
-            return False
-    return True
+    sizes = {x for x in _elements(item).flat if isinstance(x, Dim)}
+    return all(at_most(-_LAST[item.dtype], x) and at_most(x, _LAST[item.dtype]) for x in sizes)
 
 
 def numbers_of(value: Value) -> Item:
     """An item for a value; where it comes of constants alone and is small, it is evaluated and its elements known."""
-    if isinstance(value, Op) and not isinstance(value, Constant) and _small(value, SMALL) and _is_constant(value):
-        try:
-            value = constant(evaluate_values([value], {}, _no_params, {})["0"], value.dtype)
-        except LlmcError:
-            return Item(value)
-    if isinstance(value, Constant) and value.value.array.size <= SMALL:
-        return Item(value, objects(value.evaluate().tolist(), value.value.array.shape))
-    return Item(value)
+    if not _small(value, SMALL) or not _is_constant(value):
+        return Item(value)
+    try:
+        array = np.asarray(evaluate_values([value], {}, _no_params, {})["0"])
+    except LlmcError:
+        return Item(value)
+    return Item(constant(array, value.dtype), objects(array.tolist(), array.shape))
 
 
 def _small(value: Value, limit: int) -> bool:
-    sizes = [dim for dim in value.shape if isinstance(dim, int)]
-    return len(sizes) == value.rank and math.prod(sizes) <= limit
+    size = product(value.shape)
+    return isinstance(size, int) and size <= limit
 
 
 def _is_constant(root: Value) -> bool:
     """Whether a value comes of a few ops on small constants."""
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        value = stack.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if not isinstance(value, Op) or not _small(value, _LARGEST) or len(seen) > _STEPS:
+    found = [root]
+    for value in found:
+        if not isinstance(value, Op) or not _small(value, _LARGEST) or len(found) > _STEPS:
             return False
-        stack.extend(value.operands)
+        found.extend(operand for operand in dict.fromkeys(value.operands) if operand not in found)
     return True
 
 
@@ -146,8 +135,8 @@ def _quotient(a: Any, b: Any) -> Any:
     exact = exact_division(a, b)
     if exact is not None:
         return exact
-    if at_most(0, a) and at_most(1, b):
-        return a // b
+    if at_most(0, a):
+        return a // b  # an error where b is a size or below zero
     raise DimError(f"the sign of {a} / {b} depends on the sizes")
 
 
@@ -193,8 +182,8 @@ folds("Min")(_extreme(smaller))
 def _equal(a: Any, b: Any) -> bool:
     if a == b:
         return True
-    low, high = bounds(_whole(a) - _whole(b))
-    if low > 0 or (high is not None and high < 0):
+    difference = _whole(a) - _whole(b)
+    if at_most(1, difference) or at_most(difference, -1):
         return False
     raise DimError(f"whether {a} is {b} depends on the sizes")
 
@@ -249,9 +238,9 @@ def _sqrt(t: Translation, node: Node, x: Item) -> Objects:
             if found * found != size:
                 raise ValueError(f"{size} is no square")
             return found
-        if len(size.terms) != 1 or any(power % 2 for _, power in size.terms[0][0]):
+        (monomial, coefficient), *others = size.terms
+        if others or any(power % 2 for _, power in monomial):
             raise DimError(f"{size} is no square")
-        monomial, coefficient = size.terms[0]
         half: Any = Dim(((tuple((atom, power // 2) for atom, power in monomial), 1),))
         return half * root(coefficient)
 
@@ -329,36 +318,32 @@ def _nested(result: Any) -> Objects:
 
 @folds("Concat")
 def _concat(t: Translation, node: Node, *items: Item) -> Objects:
-    return np.concatenate([_elements(item) for item in items], node.get("axis", 0))
+    return np.concatenate([_elements(item) for item in items], node.attributes["axis"])
 
 
 @folds("Slice")
 def _slice(t: Translation, node: Node, x: Item, *bounds_items: Item | None) -> Objects:
+    given: list[Any]
     if bounds_items:
         given = [None if item is None else integers(item, "a bound") for item in bounds_items]
     else:
         given = [node.attributes["starts"], node.attributes["ends"], node.get("axes")]
     starts, ends, axes, steps = [*given, None, None][:4]
-    assert starts is not None and ends is not None
     index = [slice(None)] * x.rank
     for i, axis in enumerate(axes or range(len(starts))):
-        step = 1 if steps is None else steps[i]
-        # An end before the first element is no index of numpy's: it would count from the end once more.
-        end = None if step < 0 and ends[i] < -_elements(x).shape[axis] else ends[i]
-        index[axis] = slice(starts[i], end, step)
+        index[axis] = slice(starts[i], ends[i], 1 if steps is None else steps[i])
     return _elements(x)[tuple(index)]
 
 
 @folds("Split")
 def _split(t: Translation, node: Node, x: Item, sizes: Item | None = None) -> list[Objects]:
-    axis, size = node.get("axis", 0), x.shape[node.get("axis", 0)]
-    assert isinstance(size, int)
+    given, axis = _elements(x), node.get("axis", 0)
     lengths = integers(sizes, "the parts") if sizes is not None else node.get("split")
     if lengths is None:
-        parts = node.get("num_outputs") or len(node.outputs)
+        size, parts = given.shape[axis], node.get("num_outputs") or len(node.outputs)
         each = -(-size // parts)
-        return np.split(_elements(x), [min(each * i, size) for i in range(1, parts)], axis)
-    return np.split(_elements(x), np.cumsum(lengths)[:-1], axis)
+        return np.split(given, [min(each * i, size) for i in range(1, parts)], axis)
+    return np.split(given, np.cumsum(lengths)[:-1], axis)
 
 
 @folds("Squeeze")
@@ -382,8 +367,6 @@ def _reshape(t: Translation, node: Node, x: Item, shape: Item) -> Objects:
 @folds("Flatten")
 def _flatten(t: Translation, node: Node, x: Item) -> Objects:
     given, axis = _elements(x), node.get("axis", 1)
-    # From the end it counts axes, not the places between them.
-    axis = axis + x.rank if axis < 0 else axis
     return given.reshape((math.prod(given.shape[:axis]), math.prod(given.shape[axis:])))
 
 
@@ -439,7 +422,8 @@ folds("ReduceMin")(_reduction(lambda a, b: b if a is None else smaller(_whole(a)
 def _cumsum(t: Translation, node: Node, x: Item, axis: Item) -> Objects:
     if node.get("exclusive", 0) or node.get("reverse", 0):
         raise ValueError("only plain running sums are followed")
-    return np.cumsum(_elements(x), integers(axis, "the axis")[0])
+    (along,) = integers(axis, "the axis")
+    return np.cumsum(_elements(x), along)
 
 
 @folds("NonZero")
@@ -452,8 +436,7 @@ def _non_zero(t: Translation, node: Node, x: Item) -> Item:
 @folds("Range")
 def _range(t: Translation, node: Node, start: Item, limit: Item, delta: Item) -> Objects:
     """Sizes in steps: from S to S + 4."""
-    first, last = (_whole(_elements(item).reshape(-1)[0]) for item in (start, limit))
-    step = _whole(_elements(delta).reshape(-1)[0])
+    first, last, step = (_whole(_elements(item).item()) for item in (start, limit, delta))
     count = last - first
     if isinstance(count, Dim) or (count := -(-count // step)) > SMALL:
         raise DimError("how many depends on the sizes")

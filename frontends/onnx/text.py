@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
@@ -14,7 +13,6 @@ from llmc.frontends.hf.tokenizer import has_tokenizer, open_tokenizer, text_of
 from llmc.frontends.lifted import Text
 
 _MOST_POSITIONS = 1 << 28
-_MOST_LABELS = 1 << 20
 # Optimum puts the model into a folder of its own below config.json.
 _FOLDERS = ("onnx", "openvino", "model")
 
@@ -61,12 +59,9 @@ class Companions:
     @property
     def max_positions(self) -> int | None:
         """The model's own limit on positions, whatever it calls it."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            value = _count(self.config.get(name))
-            if value is not None and value > 1:
-                return value
-        value = _count(self._genai.get("context_length"))
-        return value if value is not None and value > 1 else None
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        values = (*map(self.config.get, names), self._genai.get("context_length"))
+        return next((count for count in map(_count, values) if count is not None and count > 1), None)
 
     @property
     def layers(self) -> int | None:
@@ -80,7 +75,7 @@ class Companions:
     def labels(self) -> list[str] | None:
         """The names of a classifier's classes, by index."""
         found = self.config.get("id2label")
-        if not isinstance(found, dict) or not 0 < len(found) <= _MOST_LABELS:
+        if not isinstance(found, dict) or not found:
             return None
         labels = [found.get(str(index)) for index in range(len(found))]
         return [str(label) for label in labels] if all(isinstance(label, str) for label in labels) else None
@@ -136,7 +131,7 @@ class Settings:
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
 
-    def get_text_config(self, decoder: bool = True) -> Any:
+    def get_text_config(self, **choice: bool) -> Settings:
         return self
 
 

@@ -85,8 +85,8 @@ def objects(elements: Any, shape: tuple[int, ...] | None = None) -> Objects:
 def _materialised(known: Objects, dtype: str) -> Value:
     if not any(isinstance(x, Dim) for x in known.flat):
         return constant(np.asarray(known.tolist(), NUMPY_DTYPES[dtype]).reshape(known.shape), dtype)
-    scalars = tuple(_scalar(x, dtype) for x in known.flat)
-    return Reshape(Concat(scalars, 0) if len(scalars) > 1 else scalars[0], known.shape)
+    first, *rest = (_scalar(x, dtype) for x in known.flat)
+    return Reshape(Concat((first, *rest), 0) if rest else first, known.shape)
 
 
 def _scalar(x: object, dtype: str) -> Value:
@@ -101,16 +101,13 @@ def _computed(size: int | Dim) -> Value:
     """A size as a tensor i64[1]: its polynomial, each symbol the last of 0, 1, ..., symbol."""
     if not isinstance(size, Dim):
         return constant([size], "i64")
-    total: Value | None = None
+    terms: list[Value] = []
     for monomial, coefficient in size.terms:
-        term: Value | None = None if coefficient != 1 or not monomial else _factor(monomial[0][0])
-        factors = [atom for atom, power in monomial for _ in range(power)]
-        for atom in factors[1:] if term is not None else factors:
-            term = Mul(constant([coefficient], "i64") if term is None else term, _factor(atom))
-        term = constant([coefficient], "i64") if term is None else term
-        total = term if total is None else Add(total, term)
-    assert total is not None
-    return total
+        factors = [_factor(atom) for atom, power in monomial for _ in range(power)]
+        if coefficient != 1 or not factors:
+            factors.insert(0, constant([coefficient], "i64"))
+        terms.append(functools.reduce(Mul, factors))
+    return functools.reduce(Add, terms)
 
 
 def _factor(atom: Atom) -> Value:
@@ -184,7 +181,7 @@ def handles(*ops: str, domain: str = "", since: int = 1) -> Callable[[_H], _H]:
             if any(version == since for version, _ in known):
                 raise ValueError(f"two functions handle {domain}.{op} since {since}")
             known.append((since, function))
-            known.sort(key=lambda pair: -pair[0])
+            known.sort(key=lambda pair: pair[0], reverse=True)
         return function
 
     return register
@@ -202,8 +199,7 @@ def discover() -> None:
 def handler_of(node: Node) -> Handler | None:
     """The handler for a node's op at its version."""
     discover()
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    for since, function in HANDLERS.get((domain, node.op), []):
+    for since, function in HANDLERS.get((node.domain, node.op), []):
         if node.version >= since:
             return function
     return None
@@ -242,30 +238,38 @@ class Translation:
         """The dtype that this translation gives to a tensor of the source's dtype."""
         return "f32" if dtype in self.wide_floats else dtype
 
-    def run(self, body: Body, given: Mapping[str, Item]) -> list[Item]:
-        """Translate what a body's outputs need. given: its inputs, and the names around it that it may use."""
-        names: dict[str, Item] = {**given, **body.initializers}
+    def run(self, body: Body, given: Mapping[str, Item | None]) -> list[Item]:
+        """Translate what a body's outputs need.
+
+        given: its inputs (None: left out), and the names around it that it may use. Its own names come before those.
+        """
         producer = {output: node for node in body.nodes for output in node.outputs if output}
-        needed = _needed(body.outputs, producer, names)
+        names = {name: item for name, item in {**given, **body.initializers}.items() if name not in producer}
+        needed = _needed(body.outputs, producer)
         self._require_supported(node for node in body.nodes if node.name in needed)
         for node in body.nodes:
             if node.name not in needed:
                 continue
-            items = self.node(node, [names.get(name) if name else None for name in node.inputs], names)
+            # An op may have outputs that its handler does not give.
+            missing = [name for name in node.inputs if name and name not in names]
+            if missing:
+                raise FrontendError(f"{node.where} reads {missing[0]!r:.100}, which is not computed")
+            items = self.node(node, [names[name] if name else None for name in node.inputs], names)
             names.update({name: item for name, item in zip(node.outputs, items, strict=False) if name and item})
-        for name in body.outputs:
-            if name not in names:
+        results = [names.get(name) for name in body.outputs]
+        for name, item in zip(body.outputs, results, strict=True):
+            if item is None:
                 raise FrontendError(f"nothing computes the output {name!r:.100}")
-        return [names[name] for name in body.outputs]
+        return [item for item in results if item is not None]
 
-    def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item]) -> list[Item | None]:
+    def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item | None]) -> list[Item | None]:
         """The items of one node's outputs. around: every name that a branch inside the node may use."""
         from llmc.frontends.onnx.symbolic import fold, numbers_of
 
         function = self.functions.get((node.domain, node.op))
         handler = handler_of(node)
         if handler is None and function is not None:
-            return list(self._call(node, function, items))
+            return list(self.call(node, function, items))
         assert handler is not None
         folded = fold(node, items, self)
         if folded is not None:
@@ -282,9 +286,12 @@ class Translation:
         results = [result] if isinstance(result, (Value, Item)) else list(result)
         return [item if item is None or isinstance(item, Item) else numbers_of(item) for item in results]
 
-    def _call(self, node: Node, function: Body, items: Sequence[Item | None]) -> list[Item]:
-        given = {name: item for name, item in zip(function.inputs, items, strict=False) if item is not None}
-        return self.run(bound(function, node), given)
+    def call(self, node: Node, function: Body, items: Sequence[Item | None]) -> list[Item]:
+        """What a function's body computes, in place of a node; the last inputs may be left away."""
+        if len(items) > len(function.inputs):
+            raise FrontendError(f"{node.where} has {len(items)} inputs, but its function takes {len(function.inputs)}")
+        left_away = [None] * (len(function.inputs) - len(items))
+        return self.run(bound(function, node), dict(zip(function.inputs, (*items, *left_away), strict=True)))
 
     def _require_supported(self, nodes: Iterable[Node]) -> None:
         """One FrontendError that lists every op without a handler, with the names of its nodes."""
@@ -329,17 +336,16 @@ class Reference:
     default: Any = None
 
 
-def _needed(outputs: Sequence[str], producer: Mapping[str, Node], known: Mapping[str, Item]) -> set[str]:
+def _needed(outputs: Sequence[str], producer: Mapping[str, Node]) -> set[str]:
     """The names of the nodes that outputs need, bodies of branches included."""
     found: set[str] = set()
-    stack = [name for name in outputs if name not in known]
+    stack = list(outputs)
     while stack:
         node = producer.get(stack.pop())
         if node is None or node.name in found:
             continue
         found.add(node.name)
-        used = [*node.inputs, *(name for body in bodies(node) for name in free_names(body))]
-        stack.extend(name for name in used if name and name not in known)
+        stack += [*node.inputs, *(name for body in bodies(node) for name in free_names(body))]
     return found
 
 

@@ -15,7 +15,7 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.op import Value
-from llmc.frontends.onnx.forms import cut, like, require_room, reshape, unsqueeze
+from llmc.frontends.onnx.forms import cut, like, require_room, reshape, transpose, unsqueeze
 from llmc.frontends.onnx.ops_shape import padded
 from llmc.frontends.onnx.translation import Node, SizeUnknown, Unsupported
 
@@ -70,11 +70,11 @@ def spatial_windows(node: Node, sizes: Sequence[Size], kernel: Sequence[int]) ->
         require_room(span, f"a window of {reach} does not fit into {size + low + high} elements")
         count, extra = span // stride + 1, 0
         if node.get("ceil_mode", 0) and mode in ("NOTSET", "VALID"):
-            if not isinstance(span, int) or not isinstance(size, int):
+            if not isinstance(span, int):
                 raise SizeUnknown("ceil_mode needs sizes that are known numbers when compiling")
             count = -(-span // stride) + 1
             # A window that starts after the elements and the padding before them is left out.
-            if (count - 1) * stride >= size + low:
+            if (count - 1) * stride >= span + reach - high:
                 count -= 1
             extra = max((count - 1) * stride - span, 0)
         found.append(Window(size, length, stride, dilation, low, high, count, extra))
@@ -120,7 +120,7 @@ def _one_axis(x: Value, axis: int, window: Window) -> Value:
 def together(x: Value, spatial: int) -> Value:
     """Windows [N, C, count a, kernel a, ...] with each in one last axis: [N, C, count a, ..., kernel]."""
     counts, kernels = [2 + 2 * i for i in range(spatial)], [3 + 2 * i for i in range(spatial)]
-    turned = s.Transpose(x, (0, 1, *counts, *kernels)) if spatial > 1 else x
+    turned = transpose(x, (0, 1, *counts, *kernels))
     total = 1
     for axis in kernels:
         size = x.shape[axis]
@@ -131,15 +131,10 @@ def together(x: Value, spatial: int) -> Value:
 
 def table(windows: Sequence[Window]) -> np.ndarray:
     """[count a, ..., kernel]: the element of the axes as one that each window has at each place; -1 in the padding."""
-    spatial = len(windows)
-    flat: np.ndarray = np.zeros((1,) * (2 * spatial), np.int64)
-    inside: np.ndarray = np.ones((1,) * (2 * spatial), bool)
-    for i, window in enumerate(windows):
+    flat, inside = np.asarray(0), np.asarray(True)
+    for window in windows:
         places = window.places()
-        shape = [1] * (2 * spatial)
-        shape[i], shape[spatial + i] = places.shape
-        places = places.reshape(shape)
-        flat = flat * window.size + places
-        inside = inside & (places >= 0) & (places < window.size)
-    spread = np.where(inside, flat, -1)
-    return spread.reshape((*spread.shape[:spatial], -1))
+        flat = np.add.outer(flat * window.size, places)
+        inside = np.logical_and.outer(inside, (places >= 0) & (places < window.size))
+    counts, counts_first = flat.shape[::2], [*range(0, flat.ndim, 2), *range(1, flat.ndim, 2)]
+    return np.where(inside, flat, -1).transpose(counts_first).reshape((*counts, -1))
