@@ -152,8 +152,10 @@ def decoder_or_not(
     tmp_path: Path, widths: dict[str, int], classes: Sequence[str] = (), past: bool = False, rows: int = VOCABULARY,
     last: bool = False, alone: bool = False,
 ) -> Lifted:  # fmt: skip
-    """A model with rows of some widths. rows: of its table of words; last: of the last token only; alone: without an axis
-    of tokens."""
+    """A model with rows of some widths.
+
+    rows: of its table of words. last: of the last token only. alone: without an axis of tokens.
+    """
     g = Nodes({**IDS, **(PAST if past else {})})  # type: ignore[dict-item]
     x = g.add("Gather", RNG.standard_normal((rows, WIDTH)).astype(np.float32), "input_ids")
     if last:
