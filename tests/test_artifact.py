@@ -110,7 +110,7 @@ def test_a_library_without_section_table_is_fine(tmp_path: Path, monkeypatch: py
     stripped[0x3C:0x40] = bytes(4)
     library = tmp_path / "stripped.so"
     library.write_bytes(stripped)
-    monkeypatch.setattr(fake_artifact, "library", lambda source: library)
+    monkeypatch.setattr(fake_artifact, "library", lambda *_: library)
     path = fake_artifact.write(tmp_path / "model.so")
     listing = subprocess.run(["readelf", "-SW", str(path)], check=True, capture_output=True, text=True)
     assert ".llmc.weights" in listing.stdout
