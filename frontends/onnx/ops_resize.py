@@ -52,14 +52,14 @@ class _Axis:
         if mode == "pytorch_half_pixel":
             return half if self.count > 1 else np.zeros_like(at)
         if mode == "align_corners":
-            return at * last / steps if self.count > 1 else np.zeros_like(at)
+            return np.asarray(at * last / steps) if self.count > 1 else np.zeros_like(at)
         if mode == "half_pixel_symmetric":
             size = np.float32(self.size)
             off = size / np.float32(2) * (np.float32(1) - np.float32(self.count) / (scale * size))
-            return off + centre - np.float32(0.5)
+            return np.asarray(off + centre - np.float32(0.5))
         if mode == "tf_crop_and_resize":
             if self.count > 1:
-                return start * last + at * (end - start) * last / steps
+                return np.asarray(start * last + at * (end - start) * last / steps)
             return np.full_like(at, np.float32(0.5) * (start + end) * last)
         raise Unsupported(f"coordinates of mode {mode!r} are not supported")
 
@@ -124,10 +124,11 @@ def _axes(
         if policy != "stretch":
             ratios = [_number(want) / _number(x.shape[axis]) for axis, want in zip(along, sizes, strict=True)]
             scales = [min(ratios) if policy == "not_larger" else max(ratios)] * len(along)
-    elif scales is None:
+    wanted = sizes if scales is None else scales
+    if wanted is None:
         raise Unsupported("neither scales nor sizes are given")
     found = {}
-    for axis, part, want in zip(along, parts, sizes if scales is None else scales, strict=True):
+    for axis, part, want in zip(along, parts, wanted, strict=True):
         size = x.shape[axis]
         if part == _WHOLE and want == (size if scales is None else 1):
             continue
