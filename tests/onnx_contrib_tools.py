@@ -90,7 +90,7 @@ class Case:
         results = tuple(f"out{i}" for i in range(self.outputs))
         node = Node(self.op, self.domain, 1, "the_node", tuple(self.names), results, self.attributes)
         found = Translation().node(node, items, {})
-        named = [(name, item.value) for name, item in zip(results, found, strict=False) if item is not None]
+        named = [(name, item.value) for name, item in zip(results, found, strict=False)]
         return Graph("one", tuple(inputs), tuple(named))
 
     def translated(self) -> list[np.ndarray]:

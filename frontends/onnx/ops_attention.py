@@ -66,9 +66,9 @@ def attention(
     result = transpose(found, BY_HEAD)
     if query.rank != 4:
         result = reshape(found, (*query.shape[:2], q.shape[2] * v.shape[3]))
-    outputs: list[Value | None] = [result, transpose(k, BY_HEAD), transpose(v, BY_HEAD), None]
+    outputs = [result, transpose(k, BY_HEAD), transpose(v, BY_HEAD)]
     if len(node.outputs) > 3 and node.outputs[3]:
-        outputs[3] = _scores(found, int(node.get("qk_matmul_output_mode", RAW)))
+        outputs.append(_scores(found, int(node.get("qk_matmul_output_mode", RAW))))
     return outputs
 
 

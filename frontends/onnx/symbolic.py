@@ -43,7 +43,7 @@ def folds(*ops: str) -> Callable[[Folder], Folder]:
     return register
 
 
-def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> list[Item | None] | None:
+def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> list[Item] | None:
     """The results of arithmetic on known sizes; None where the op or an input is no such. Numbers alone are not folded
     here: they take the op's own handler, and then `numbers_of`.
     """
@@ -57,7 +57,7 @@ def fold(node: Node, items: Sequence[Item | None], translation: Translation) -> 
         found = folder(translation, node, *items)
         results = found if isinstance(found, list) else [found]
         made = [x if isinstance(x, Item) else Item(known=x, dtype=given[0].dtype) for x in results]
-        return [*made] if all(_elements(item).size <= SMALL and _holds(item) for item in made) else None
+        return made if all(_elements(item).size <= SMALL and _holds(item) for item in made) else None
     except (LlmcError, ValueError, IndexError, KeyError, TypeError, ZeroDivisionError, OverflowError):
         return None
 

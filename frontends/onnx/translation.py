@@ -160,7 +160,7 @@ class Body:
         return frozenset(used - own)
 
 
-Result = Value | Item | Sequence[Value | Item | None]
+Result = Value | Item | Sequence[Value | Item]
 Handler = Callable[..., Result]
 _H = TypeVar("_H", bound=Handler)
 
@@ -254,22 +254,22 @@ class Translation:
             missing = [name for name in node.inputs if name and name not in names]
             if missing:
                 raise FrontendError(f"{node.where} reads {missing[0]!r:.100}, which is not computed")
-            items = self.node(node, [names[name] if name else None for name in node.inputs], names)
-            names.update({name: item for name, item in zip(node.outputs, items, strict=False) if name and item})
+            found = self.node(node, [names[name] if name else None for name in node.inputs], names)
+            names.update({name: item for name, item in zip(node.outputs, found, strict=False) if name})
         results = [names.get(name) for name in body.outputs]
         for name, item in zip(body.outputs, results, strict=True):
             if item is None:
                 raise FrontendError(f"nothing computes the output {name!r:.100}")
         return [item for item in results if item is not None]
 
-    def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item | None]) -> list[Item | None]:
+    def node(self, node: Node, items: Sequence[Item | None], around: Mapping[str, Item | None]) -> list[Item]:
         """The items of one node's outputs. around: every name that a branch inside the node may use."""
         from llmc.frontends.onnx.symbolic import fold, numbers_of
 
         function = self.functions.get((node.domain, node.op))
         handler = handler_of(node)
         if handler is None and function is not None:
-            return list(self.call(node, function, items))
+            return self.call(node, function, items)
         assert handler is not None
         folded = fold(node, items, self)
         if folded is not None:
@@ -283,8 +283,8 @@ class Translation:
             TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError
         ) as error:  # fmt: skip
             raise FrontendError(f"{node.where} is not valid: {type(error).__name__}: {error}") from error
-        results = [result] if isinstance(result, (Value, Item)) else list(result)
-        return [item if item is None or isinstance(item, Item) else numbers_of(item) for item in results]
+        results = [result] if isinstance(result, (Value, Item)) else result
+        return [item if isinstance(item, Item) else numbers_of(item) for item in results]
 
     def call(self, node: Node, function: Body, items: Sequence[Item | None]) -> list[Item]:
         """What a function's body computes, in place of a node; the last inputs may be left away."""
