@@ -8,8 +8,6 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.pattern import number_of
 from llmc.compiler.ir.structural import Broadcast, Cumsum, Reshape
 
-_PLAIN = (Cast, Reshape, Not)
-
 
 def without_padding(graph: Graph, pad_id: int | None) -> tuple[Graph, int | None]:
     """The graph where no token of `ids` is the padding's, and that id where the graph asks for it (None: it does not).
@@ -37,16 +35,22 @@ def _is_ids(value: Value) -> bool:
 
 def _counts_around(graph: Graph, op: Equal | NotEqual, number: float) -> bool:
     """Whether positions are running sums of `ids != number`, times that, plus `number`."""
-    tokens = _reached(graph, op, _PLAIN)
-    for value in tokens:
-        if not isinstance(value, Cumsum):
-            continue
-        for product in _reached(graph, value, (Cast, Reshape, Add)):
-            if isinstance(product, Mul) and not tokens.isdisjoint(product.operands):
-                for total in _reached(graph, product, (Cast, Reshape)):
-                    if isinstance(total, Add) and number in (number_of(total.a), number_of(total.b)):
-                        return True
-    return False
+    sums = {value for value in graph.ops if isinstance(value, Cumsum) and _is_unequal(value.x, op)}
+    moved = {value for each in sums for value in _reached(graph, each, (Cast, Reshape, Add))}
+    products = {v for v in moved if isinstance(v, Mul) and any(_is_unequal(operand, op) for operand in v.operands)}
+    totals = {value for each in products for value in _reached(graph, each, (Cast, Reshape))}
+    return any(isinstance(value, Add) and number in (number_of(value.a), number_of(value.b)) for value in totals)
+
+
+def _is_unequal(value: Value, op: Equal | NotEqual) -> bool:
+    """Whether a value says where the operands of `op` are unequal, as numbers or bools."""
+    unequal = isinstance(op, NotEqual)
+    while value is not op:
+        if not isinstance(value, (Cast, Reshape, Not)):
+            return False
+        unequal ^= isinstance(value, Not)
+        value = value.x
+    return unequal
 
 
 def _reached(graph: Graph, start: Op, through: tuple[type[Op], ...]) -> set[Op]:
