@@ -139,8 +139,22 @@ _HEAD = "graph @g {S in [2, 40]} (%x: tensor<[S, 4], f32>) {\n"
         ("  %0 = t.sum(%x) : tensor<[S, 1], f32>\n  return y = %0\n}", "line 2: t.sum: .*axes"),
         ("  %0 = t.neg(%x) : tensor<[Q, 4], f32>\n  return y = %0\n}", "line 2: expected a size, found 'Q'"),
         ("  return y = %x\n} trailing", "line 3: unexpected 'trailing'"),
-        ("  return y = %x", "unexpected end of text"),
+        ("  return y = %x", "line 2: expected ',', and the text ends"),
+        ("  return y =", "line 2: unexpected end of text"),
         ("  return y ? %x\n}", r"line 2: unexpected ' \? %x"),
+        ("  return y ? %x and so on\n}", "line 2: unexpected ' \\? %x and '$"),
+        ("  return y = %x z = %x\n}", "line 2: expected ',', found 'z'"),
+        ("  %0 = t.add(%x %x) : tensor<[S, 4], f32>\n  return y = %0\n}", "line 2: expected ',', found '%'"),
+        ("  %0 = t.concat([%x %x], 0) : tensor<[S, 4], f32>\n  return y = %0\n}", "line 2: expected ',', found '%'"),
+        ("  %0 = t.neg(%x) : tensor<[S 4], f32>\n  return y = %0\n}", "line 2: expected ',', found '4'"),
+        (
+            "  %0 = t.sum(%x) {axes = [0 1]} : tensor<[1, 1], f32>\n  return y = %0\n}",
+            "line 2: expected ',', found '1'",
+        ),
+        (
+            '  %0 = t.iota() {size = 3 dtype_name = "i64"} : tensor<[3], i64>\n  return y = %0\n}',
+            "line 2: expected ',', found 'dtype_name'",
+        ),
         ("  %0 = t.cast(%x) {to = 3} : tensor<[S, 4], f32>\n  return y = %0\n}", "unknown dtype"),
     ],
 )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -24,6 +25,7 @@ from llmc.compiler.ir.op import REGISTRY, Dense, Input, Op, Param, Value
 from llmc.compiler.ir.types import KV, Tensor, Type, parse_encoding
 from llmc.errors import IRError
 
+_T = typing.TypeVar("_T")
 _PLAIN_NAME = re.compile(r"[A-Za-z_][\w.\-/]*\Z")
 
 
@@ -143,7 +145,17 @@ class _Parser:
 
     def expect(self, token: str) -> None:
         if not self.accept(token):
-            raise self.error(f"expected {token!r}, found {self.peek()!r}")
+            found = f"found {self.peek()!r}" if self.peek() else "and the text ends"
+            raise self.error(f"expected {token!r}, {found}")
+
+    def items(self, end: str, read: Callable[[], _T]) -> list[_T]:
+        """What stands before `end`, with commas between."""
+        found: list[_T] = []
+        while not self.accept(end):
+            if found:
+                self.expect(",")
+            found.append(read())
+        return found
 
     def name(self) -> str:
         kind, token = self.kind(), self.next()
@@ -158,25 +170,9 @@ class _Parser:
         self.expect("@")
         name = self.name()
         self.expect("{")
-        while not self.accept("}"):
-            symbol_name = self.next()
-            self.expect("in")
-            self.expect("[")
-            low = int(self.next())
-            self.expect(",")
-            high = self.next()
-            self.expect("]")
-            self.symbols[symbol_name] = symbol(symbol_name, low, None if high == "inf" else int(high))
-            self.accept(",")
+        self.symbols.update(self.items("}", self.symbol))
         self.expect("(")
-        inputs: list[Input] = []
-        while not self.accept(")"):
-            self.expect("%")
-            input_name = self.name()
-            self.expect(":")
-            inputs.append(Input(input_name, self.type()))
-            self.values[f"%{input_name}"] = inputs[-1]
-            self.accept(",")
+        inputs = self.items(")", self.input)
         self.expect("{")
         while self.accept("@"):
             param_name = self.name()
@@ -187,13 +183,30 @@ class _Parser:
             self.expect("=")
             self.values[f"%{result}"] = self.op()
         self.expect("return")
-        outputs = []
-        while not self.accept("}"):
-            output = self.name()
-            self.expect("=")
-            outputs.append((output, self.value()))
-            self.accept(",")
-        return Graph(name, tuple(inputs), tuple(outputs))
+        return Graph(name, tuple(inputs), tuple(self.items("}", self.output)))
+
+    def symbol(self) -> tuple[str, Dim]:
+        name = self.next()
+        self.expect("in")
+        self.expect("[")
+        low = int(self.next())
+        self.expect(",")
+        high = self.next()
+        self.expect("]")
+        return name, symbol(name, low, None if high == "inf" else int(high))
+
+    def input(self) -> Input:
+        self.expect("%")
+        name = self.name()
+        self.expect(":")
+        made = Input(name, self.type())
+        self.values[f"%{name}"] = made
+        return made
+
+    def output(self) -> tuple[str, Value]:
+        name = self.name()
+        self.expect("=")
+        return name, self.value()
 
     def value(self) -> Value:
         mark = self.next()
@@ -213,24 +226,12 @@ class _Parser:
         self.expect("(")
         arguments: dict[str, object] = {}
         for field in cls._operand_fields:
-            if self.accept("["):
-                items = []
-                while not self.accept("]"):
-                    items.append(self.value())
-                    self.accept(",")
-                arguments[field] = tuple(items)
-            elif self.accept("none"):
-                arguments[field] = None
-            else:
-                arguments[field] = self.value()
-            self.accept(",")
+            if arguments:
+                self.expect(",")
+            arguments[field] = self.operand()
         self.expect(")")
         if self.accept("{"):
-            while not self.accept("}"):
-                key = self.next()
-                self.expect("=")
-                arguments[key] = self.attribute()
-                self.accept(",")
+            arguments.update(self.items("}", self.named_attribute))
         try:
             op = cls(**arguments)
         except TypeError as error:
@@ -242,6 +243,16 @@ class _Parser:
         if stated != op.type:
             raise self._error(position, f"{op_name} gives {op.type}, the text says {stated}")
         return op
+
+    def operand(self) -> Value | tuple[Value, ...] | None:
+        if self.accept("["):
+            return tuple(self.items("]", self.value))
+        return None if self.accept("none") else self.value()
+
+    def named_attribute(self) -> tuple[str, object]:
+        key = self.next()
+        self.expect("=")
+        return key, self.attribute()
 
     def attribute(self) -> object:
         kind, token = self.kind(), self.peek()
@@ -259,11 +270,7 @@ class _Parser:
 
     def list_of_attributes(self) -> tuple[object, ...]:
         self.expect("[")
-        items: list[object] = []
-        while not self.accept("]"):
-            items.append(self.attribute())
-            self.accept(",")
-        return tuple(items)
+        return tuple(self.items("]", self.attribute))
 
     def dense(self) -> Dense:
         self.expect("dense")
@@ -320,10 +327,7 @@ class _Parser:
         result: Type
         if kind == "tensor":
             self.expect("[")
-            shape = []
-            while not self.accept("]"):
-                shape.append(self.dim())
-                self.accept(",")
+            shape = self.items("]", self.dim)
             self.expect(",")
             dtype = self.next()
             encoding = parse_encoding(self.next()) if self.accept(",") else None
