@@ -11,8 +11,10 @@ from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.encoded import PAGE, Pages
 from llmc.compiler.ir.evaluate import evaluate_values
+from llmc.compiler.ir.graph import topological
 from llmc.compiler.ir.llm import Attention, PagedAttention
 from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.structural import Max
 from llmc.compiler.ir.types import KV, Array, Tensor, precise
 from llmc.errors import IRError
 
@@ -89,6 +91,49 @@ def test_a_bias_is_added_however_it_broadcasts(shape: tuple[int, ...], causal: b
     expected = by_hand(*arrays, np.broadcast_to(bias, (3, HEADS, 7, 9)), causal, 3 * causal, 0.4)
     for found in both_ways(*attention(arrays, bias, causal=causal, window=3 * causal)):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_attention_without_options_is_causal_and_neither_scaled_nor_cut() -> None:
+    arrays = operands((), 33, 33)
+    expected = by_hand(*arrays, np.zeros((HEADS, 33, 33)), True, 0, 1.0)
+    q, k, v = (Input(name, Tensor(x.shape, "f32")) for name, x in zip("qkv", arrays, strict=True))
+    given: dict[Value, object] = dict(zip((q, k, v), arrays, strict=True))
+    for found in both_ways(Attention(q, k, v), given):  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    kind = KV(KV_HEADS, DIM, VALUE_DIM, "f32")
+    cache, tiles, table = Input("cache", kind), constant([[0, 0, 33, 0]], "i32"), constant([[1, 0]], "i32")
+    slots = (np.arange(33) + PAGE) % (2 * PAGE)
+    op = PagedAttention(q, cache, tiles, table)
+    with precise():
+        given[cache] = Pages.empty(kind, 2).append(arrays[1], arrays[2], slots)
+        found = np.asarray(evaluate_values([op], given, lambda name: np.zeros(0), {})["0"])  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(2,), (2, 1), (1, 2, 3)], ids=str)
+def test_a_batch_of_any_rank_is_each_of_its_sequences(batch: tuple[int, ...]) -> None:
+    arrays = operands(batch, 3, 5)
+    expected = by_hand(*arrays, np.zeros((*batch, HEADS, 3, 5)), True, 0, 0.4)
+    for found in both_ways(*attention(arrays, None)):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "options", "plain"),
+    [
+        (7, 7, {}, True),
+        (7, 7, {"window": 3}, True),
+        (7, 9, {"causal": False}, True),
+        (9, 7, {"causal": False}, True),
+        (9, 7, {}, False),
+        (9, 7, {"causal": False, "window": 3}, False),
+    ],
+)
+def test_rows_without_a_key_are_looked_for_where_there_may_be_some(
+    queries: int, keys: int, options: dict[str, object], plain: bool
+) -> None:
+    op, _ = attention(operands((), queries, keys), None, **options)
+    assert any(isinstance(value, Max) for value in topological([op.decompose()])) != plain
 
 
 def test_a_bias_that_hides_every_key_gives_zeros() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -125,6 +127,20 @@ def test_what_two_floors_leave_is_known_exactly(d: int, e: int) -> None:
         else:
             with pytest.raises(DimError, match="cannot settle"):
                 known_at_most(0, rests + k)
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 7])
+def test_what_a_size_has_beside_its_own_floor_is_known_exactly(divisor: int) -> None:
+    for low, high in itertools.product(range(3, 9), range(8, 18)):
+        size = symbol("A", low, high)
+        rest = size - size // divisor
+        least, most = low - low // divisor, high - high // divisor
+        assert known_at_most(least, rest) and known_at_most(rest, most), (low, high)
+        assert not known_at_most(rest, least - 1) and not known_at_most(most + 1, rest), (low, high)
+
+
+def test_a_size_of_no_given_range_is_any_number_from_0_on() -> None:
+    assert bounds(symbol("A")) == (0, None)
 
 
 def test_the_better_of_two_bounds_decides() -> None:

@@ -168,6 +168,7 @@ def test_ops_are_immutable_and_compare_by_identity() -> None:
     x = an_input()
     one, other = Neg(x), Neg(x)
     assert one != other and one == one
+    assert an_input() != an_input() and Param("w", x.type) != Param("w", x.type)
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.x = other  # type: ignore[misc]
 
@@ -211,6 +212,7 @@ def test_a_deep_graph_needs_no_deep_stack() -> None:
         value = Neg(value)
     graph = Graph("g", (source,), (("y", value),))
     assert len(graph.ops) == 20_000
+    assert repr(value) == "<t.neg  : tensor<[S, 4], f32>>"
     verify(graph)
 
 
@@ -316,3 +318,6 @@ def test_values_are_dropped_after_their_last_use() -> None:
     found = evaluate_values([y, Neg(y), y], data, no_params, {"S": 3})
     assert set(found) == {"0", "1", "2"} and found["0"] is found["2"]
     assert set(data) == {x}
+    # One that several ops use, or one op twice, is there for all of them.
+    again = Add(Mul(y, y), Neg(y))
+    assert (evaluate_values([again], data, no_params, {"S": 3})["0"] == 2).all()

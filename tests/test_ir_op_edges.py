@@ -13,7 +13,8 @@ from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import integers, llm
 from llmc.compiler.ir import structural as s
 from llmc.compiler.ir.dims import symbol
-from llmc.compiler.ir.op import Input, Op
+from llmc.compiler.ir.graph import Graph, topological
+from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import INTEGERS, NUMPY_DTYPES, SIGNED, Tensor, dtype_of, precise
 from llmc.errors import IRError
 
@@ -167,6 +168,7 @@ def test_a_part_of_a_part() -> None:
     assert of(lambda i: s.Slice(i, 1, 0, 3, 2), x).tolist() == x[:, ::2].tolist()
     assert of(lambda i: s.Slice(i, -1, 1, 4, 3), x).tolist() == x[..., 1:4:3].tolist()
     assert of(lambda i: s.Pad(i, (0, 1, 0), (1, 0, 2), 5.0), x)[2, 0, 5] == 5
+    assert of(lambda i: s.Pad(i, (1, 0, 0), (0, 0, 0)), x)[0].tolist() == np.zeros((3, 4)).tolist()
     n = symbol("n", 0, 4)
     assert s.Slice(Input("x", Tensor((n,), "f32")), 0, 0, n, 3).shape == ((n + 2) // 3,)
 
@@ -187,6 +189,12 @@ def mixed(name: str) -> tuple[Op, list[Input]]:
         "gated linear": lambda: llm.GatedLinear(x(3, 5), x(8, 5, dtype="f16"), x(8, dtype="bf16"), "gelu"),
         "rms norm": lambda: llm.RMSNorm(x(3, 5, dtype="f16"), x(5, dtype="bf16"), 0.1, 1.0),
         "layer norm": lambda: llm.LayerNorm(x(3, 5, dtype="bf16"), x(5), x(5, dtype="f16"), 0.1),
+        "rms norm of doubles": lambda: llm.RMSNorm(x(3, 5, dtype="f64"), x(5), 0.1),
+        "layer norm by halves": lambda: llm.LayerNorm(x(3, 5), x(5, dtype="f16"), x(5), 0.1),
+        "layer norm of doubles": lambda: llm.LayerNorm(x(3, 5, dtype="f64"), x(5), x(5), 0.1),
+        "rope angles of scale 0": lambda: llm.RopeAngles(x(3), x(4), 0.0),
+        "rope angles of scale 1": lambda: llm.RopeAngles(x(3), x(4)),
+        "rope of doubles": lambda: llm.Rope(x(3, 2, 9, dtype="f64"), x(3, 2, 4)),
         "rope angles": lambda: llm.RopeAngles(x(3), x(4, dtype="f16"), 0.5),
         "rope": lambda: llm.Rope(x(3, 2, 9, dtype="f16"), x(3, 2, 4), True),
         "rope of halves": lambda: llm.Rope(x(3, 2, 9, dtype="f16"), x(3, 2, 4)),
@@ -203,7 +211,8 @@ def mixed(name: str) -> tuple[Op, list[Input]]:
     "name",
     [
         "linear", "linear of halves", "gated linear", "rms norm", "layer norm", "rope angles", "rope", "rope of halves",
-        "embed", "scale integers", "round to integers",
+        "embed", "scale integers", "round to integers", "rms norm of doubles", "layer norm by halves",
+        "layer norm of doubles", "rope angles of scale 0", "rope angles of scale 1", "rope of doubles",
     ],
 )  # fmt: skip
 def test_operands_of_other_dtypes_decompose_to_the_same(name: str) -> None:
@@ -260,5 +269,73 @@ def test_scales_and_zeros_of_blocks_broadcast_like_any_others(block: int, axis: 
         np.testing.assert_allclose(run(op.decompose(), given), expected, rtol=1e-15)
 
 
-def test_nibbles_of_a_vector() -> None:
+def test_nibbles_of_a_vector_and_of_no_rows() -> None:
     assert of(integers.UnpackNibbles, np.array([0x21, 0xF0], np.uint8)).tolist() == [1, 2, 0, 15]
+    assert of(integers.UnpackNibbles, np.zeros((0, 3), np.uint8)).shape == (0, 6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim", [8, 9])
+def test_a_rotation_of_all_channels_leaves_none_over(dim: int, interleaved: bool) -> None:
+    x, angles = Input("x", Tensor((3, 2, dim), "f32")), Input("angles", Tensor((3, 2, 4), "f32"))
+    op = llm.Rope(x, angles, interleaved)
+    made = op.decompose()
+    assert all(0 not in value.shape for value in topological([made]))
+    rng = np.random.default_rng(3)
+    given = {x: rng.standard_normal(x.shape), angles: rng.standard_normal(angles.shape)}
+    with precise():
+        np.testing.assert_allclose(run(made, given), run(op, given), rtol=1e-12, atol=1e-12)
+
+
+ENCODINGS = ("q8g32", "q4g32a")
+
+
+def packed(encoding: str, rows: int, name: str = "") -> tuple[integers.PackGroups, dict[Input, Array]]:
+    """A weight of given integers, of [rows, 65]."""
+    rng, signed = np.random.default_rng(rows), encoding == "q8g32"
+    q = rng.integers(-127, 128, (rows, 65)).astype(np.int8) if signed else rng.integers(0, 16, (rows, 65), np.uint8)
+    arrays = [q, *(rng.random((rows, 3)).astype(np.float32) for _ in range(1 if signed else 2))]
+    values = [Input(f"{name}{n}", Tensor(array.shape, dtype_of(array.dtype))) for n, array in enumerate(arrays)]
+    made = integers.PackGroups(values[0], values[1], None if signed else values[2], encoding)
+    return made, dict(zip(values, arrays, strict=True))
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_rows_of_a_packed_weight_are_packed_rows(encoding: str) -> None:
+    weight, given = packed(encoding, 7)
+    rows = integers.PackGroups.of_rows(weight, lambda x: s.Slice(x, 0, 1, 7, 2))
+    assert isinstance(rows, integers.PackGroups) and rows.encoding == encoding
+    np.testing.assert_array_equal(run(llm.Dequantize(rows), given), run(llm.Dequantize(weight), given)[1:7:2])
+    plain = Input("plain", Tensor((7, 65), "f32"))
+    assert integers.PackGroups.of_rows(plain, e.Neg).operands == (plain,)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("rows", [(1,), (3, 1), (1, 7, 2)], ids=str)
+def test_packed_weights_are_stacked_row_by_row(encoding: str, rows: tuple[int, ...]) -> None:
+    parts = [packed(encoding, count, f"{place}.") for place, count in enumerate(rows)]
+    given = {value: array for _, arrays in parts for value, array in arrays.items()}
+    whole = integers.PackGroups.stacked([part for part, _ in parts])
+    expected = np.concatenate([run(llm.Dequantize(part), given) for part, _ in parts])
+    np.testing.assert_array_equal(run(llm.Dequantize(whole), given), expected)
+
+
+def test_parameters_are_the_numbers_that_integers_stand_for() -> None:
+    """Parts of a weight count once, as the weight; a weight that two ops read counts once; others as they are."""
+    q, other = (Param(name, Tensor((7, 16), "u8")) for name in ("q", "other"))
+    scales, bias = Param("scales", Tensor((1, 32), "f32")), Param("bias", Tensor((7,), "f32"))
+    x = Input("x", Tensor((7, 32), "f32"))
+    weight = integers.ScaleIntegers(integers.UnpackNibbles(q), scales)
+    again = integers.ScaleIntegers(integers.UnpackNibbles(q), scales)
+    second = integers.ScaleIntegers(integers.UnpackNibbles(other), scales)
+    known = integers.ScaleIntegers(e.constant(np.ones((7, 32)), "i8"), e.constant(2.0, "f32"))
+
+    def count(*values: Value) -> int:
+        return integers.parameter_count(Graph("g", (x,), tuple((str(i), value) for i, value in enumerate(values))))
+
+    assert count(weight) == count(weight, again) == 7 * 32
+    assert count(weight, second) == count(weight, second, again) == 2 * 7 * 32
+    assert count(weight, scales) == 7 * 32 and count(weight, bias) == 7 * 32 + 7
+    assert count(known) == 7 * 32 and count(weight, known, again) == 2 * 7 * 32
+    assert count(e.Add(x, s.Broadcast(scales, (7, 32)))) == 32
+    assert count(integers.ScaleIntegers(e.Cast(x, "i8"), scales)) == 32  # no weight

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,10 @@ from test_ir_ops import CASES, Case, built, run
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.dims import concrete
 from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.llm import Embed
 from llmc.compiler.ir.op import REGISTRY, Input, Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
-from llmc.compiler.ir.structural import Cumsum, Softmax, axes_of
+from llmc.compiler.ir.structural import Cumsum, Gather, GatherElements, Scatter, Softmax, axes_of
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, Array, Tensor
 from llmc.compiler.losses import losses
 from llmc.compiler.options import CompileOptions
@@ -63,6 +64,21 @@ def test_an_operand_of_indices_is_said_to_be_one() -> None:
         for item in op.lookups():
             assert item.field in fields and getattr(op, item.field).dtype in INTEGERS
             assert item.table in op.operands and isinstance(item.size, int)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda x, ids: Embed(x, ids), 7),
+        (lambda x, ids: Gather(x, ids), 7),
+        (lambda x, ids: Gather(x, ids, -1), 5),
+        (lambda x, ids: GatherElements(x, e.constant(np.zeros((7, 3)), "i64"), -1), 5),
+        (lambda x, ids: Scatter(x, ids, e.constant(np.zeros((2, 5)), "f32")), 7),
+    ],
+)
+def test_places_are_those_of_the_axis_that_is_looked_up(make: Callable[[Value, Value], Op], size: int) -> None:
+    (found,) = make(Input("x", Tensor((7, 5), "f32")), Input("ids", Tensor((2,), "i64"))).lookups()
+    assert found.size == size
 
 
 @pytest.mark.parametrize("case", of_kind(Tokens.ELEMENTS), ids=str)

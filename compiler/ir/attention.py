@@ -301,7 +301,7 @@ class PagedAttention(Op, name="llm.paged_attention"):
             added = None
             if bias is not None:
                 distance = np.arange(length)[None, :] - np.arange(position, position + count)[:, None]
-                added = bias[:, distance + (bias.shape[1] - 1) // 2]
+                added = bias[:, distance + bias.shape[1] // 2]
             out[row : row + count] = attend(
                 q[row : row + count], k, v, position,
                 scale=self.scale, causal=self.causal, window=self.window, softcap=self.softcap, sinks=sinks,

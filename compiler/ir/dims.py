@@ -18,8 +18,8 @@ class Symbol:
     """A named size with an inclusive range; `high` None means unbounded."""
 
     name: str
-    low: int = 0
-    high: int | None = None
+    low: int
+    high: int | None
 
     def __str__(self) -> str:
         return self.name

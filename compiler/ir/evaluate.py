@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from llmc.compiler.ir.dims import Dim, Symbol
+from llmc.compiler.ir.dims import Dim, symbol, symbols_of
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.op import Input, Op, Param, Value
@@ -28,25 +28,22 @@ def bind_symbols(graph: Graph, inputs: Mapping[str, Data]) -> dict[str, int]:
         if len(shape) != value.type.rank:
             raise IRError(f"input {value.name} has shape {list(shape)}, expected {value.type}")
         for dim, size in zip(value.type.shape, shape, strict=True):
-            name, more = _symbol_plus(dim)
-            if name is None:
+            found = _symbol_plus(dim)
+            if found is None:
                 continue
+            name, more = found
             if binding.setdefault(name, size - more) != size - more:
                 raise IRError(f"input {value.name}: {name} is {size - more} here and {binding[name]} elsewhere")
     return binding
 
 
-def _symbol_plus(dim: int | Dim) -> tuple[str | None, int]:
-    """The symbol's name and the constant of a size such as T or B + 1; no name for any other size."""
-    if isinstance(dim, int) or len(dim.terms) > 2:
-        return None, 0
-    monomial, coefficient = dim.terms[0]
-    if len(monomial) != 1 or coefficient != 1 or (len(dim.terms) == 2 and dim.terms[1][0]):
-        return None, 0
-    atom, power = monomial[0]
-    if power != 1 or not isinstance(atom, Symbol):
-        return None, 0
-    return atom.name, dim.terms[1][1] if len(dim.terms) == 2 else 0
+def _symbol_plus(dim: int | Dim) -> tuple[str, int] | None:
+    """The symbol's name and the constant of a size such as T or B + 1; None for any other size."""
+    for found in symbols_of(dim):
+        more = dim - symbol(found.name, found.low, found.high)
+        if isinstance(more, int):
+            return found.name, more
+    return None
 
 
 def evaluate(graph: Graph, inputs: Mapping[str, Data], load_param: LoadParam) -> dict[str, Data]:
@@ -76,8 +73,7 @@ def evaluate_values(
         if isinstance(value, Op):
             for operand in value.operands:
                 remaining[operand] = remaining.get(operand, 0) + 1
-    for root in roots:
-        remaining[root] = remaining.get(root, 0) + 1
+    kept = {*known, *roots}
     data: dict[Value, Data] = dict(known)
     for value in order:
         if isinstance(value, Input):
@@ -102,7 +98,7 @@ def evaluate_values(
             raise IRError(f"{value.name} : {value.type} does not evaluate: {error}") from error
         for operand in value.operands:
             remaining[operand] -= 1
-            if remaining[operand] == 0 and operand not in known:
+            if remaining[operand] == 0 and operand not in kept:
                 del data[operand]
     keys = names if names is not None else [str(i) for i in range(len(roots))]
     return {name: data[root] for name, root in zip(keys, roots, strict=True)}

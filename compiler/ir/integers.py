@@ -31,7 +31,7 @@ class UnpackNibbles(Op, name="llm.unpack_nibbles"):
         return Tensor((*self.x.shape[:-1], 2 * self.x.shape[-1]), "u8")
 
     def evaluate(self, x: Array) -> Array:
-        return np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], -1)
+        return np.stack([x & 15, x >> 4], axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])
 
 
 class ScaleIntegers(Op, name="llm.scale_integers"):

@@ -248,9 +248,9 @@ class GatedLinear(Op, name="llm.gated_linear"):
 
     def decompose(self) -> Value:
         y = Linear(self.x, self.w, self.bias, None, "", self.rounding)
-        half = self.shape[-1]
-        gate = Slice(y, -1 % y.rank, 0, half)
-        up = Slice(y, -1 % y.rank, half, half * 2)
+        last, half = y.rank - 1, self.shape[-1]
+        gate = Slice(y, last, 0, half)
+        up = Slice(y, last, half, half * 2)
         return Mul(Activation(gate, self.activation), up)
 
 

@@ -57,7 +57,7 @@ class RelativeBias(Op, name="llm.relative_bias"):
     def evaluate(self, table: Array) -> Array:
         assert isinstance(self.size, int)
         at = np.arange(self.size)
-        return table[:, at[None, :] - at[:, None] + (table.shape[1] - 1) // 2]
+        return table[:, at[None, :] - at[:, None] + table.shape[1] // 2]
 
     def decompose(self) -> Value:
         at = Iota(self.size)

@@ -27,6 +27,7 @@ _EPSILON = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 _LARGEST = {"f64": 1.7976931348623157e308, "f32": 3.4028234663852886e38, "f16": 65504.0, "bf16": 3.3895313892515355e38}
 # What is rounded to a number below these loses more than an epsilon of itself, up to all of it.
 _SMALLEST = {"f64": 2.0**-1022, "f32": 2.0**-126, "f16": 2.0**-14, "bf16": 2.0**-126}
+_FAR = 1 << 80  # stands for no bound: beyond every dtype
 _LOADED = 1 << 22  # elements of a stored table of integers that is looked through, at most
 
 
@@ -175,7 +176,7 @@ def _lower(*items: Bound) -> Bound:
             best = item
             continue
         numbers = [_extreme(bound, 0) for bound in (best, item)]
-        best = min(number if number is not None else -(1 << 80) for number in numbers)
+        best = min(number if number is not None else -_FAR for number in numbers)
     return best
 
 
@@ -189,14 +190,14 @@ def _upper(*items: Bound) -> Bound:
             best = item
             continue
         numbers = [_extreme(bound, 1) for bound in (best, item)]
-        best = max(number if number is not None else 1 << 80 for number in numbers)
+        best = max(number if number is not None else _FAR for number in numbers)
     return best
 
 
 def _numbers(item: Range) -> tuple[int, int]:
     """The bounds as numbers; far beyond every dtype where there are none."""
     least, most = item.least, item.most
-    return (-(1 << 80) if least is None else least), (1 << 80 if most is None else most)
+    return (-_FAR if least is None else least), (_FAR if most is None else most)
 
 
 def _fitting(found: AnyRange, op: Op) -> AnyRange:
@@ -398,7 +399,7 @@ def _iota(op: Op) -> AnyRange:
 def _slice(op: Op, x: AnyRange) -> AnyRange:
     """Of 0, 1, 2, ... a slice has the numbers from its start on: sources write a size as the last of them."""
     assert isinstance(op, s.Slice)
-    if isinstance(op.x, s.Iota) and isinstance(x, Range) and x.low == 0:
+    if isinstance(op.x, s.Iota) and isinstance(x, Range):
         return Range(op.start, op.stop - 1)
     return x
 
@@ -417,7 +418,7 @@ def _sum(op: Op, x: AnyRange) -> AnyRange:
 def _extremes(op: Op, x: AnyRange) -> AnyRange:
     """The largest or smallest of some elements; of none it is an end of the dtype."""
     assert isinstance(op, s.Reduce)
-    return x if (_extreme(product(tuple(op.x.shape[axis] for axis in op.axes)), 0) or 0) >= 1 else anything(op)
+    return x if _at_most(1, product(tuple(op.x.shape[axis] for axis in op.axes))) else anything(op)
 
 
 def _place(op: Op) -> AnyRange:

@@ -152,7 +152,7 @@ class Pad(Op, name="t.pad"):
 
     def infer(self) -> Tensor:
         require(len(self.low) == len(self.high) == self.x.rank, "needs one low and one high per axis")
-        require(min((*self.low, *self.high), default=0) >= 0, "padding cannot be negative")
+        require(all(count >= 0 for count in (*self.low, *self.high)), "padding cannot be negative")
         shape = tuple(d + a + b for d, a, b in zip(self.x.shape, self.low, self.high, strict=True))
         return Tensor(shape, self.x.dtype)
 
