@@ -93,6 +93,23 @@ def test_a_bias_is_added_however_it_broadcasts(shape: tuple[int, ...], causal: b
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_attention_without_options_is_causal_and_neither_scaled_nor_cut() -> None:
+    arrays = operands((), 33, 33)
+    expected = by_hand(*arrays, np.zeros((HEADS, 33, 33)), True, 0, 1.0)
+    q, k, v = (Input(name, Tensor(x.shape, "f32")) for name, x in zip("qkv", arrays, strict=True))
+    given: dict[Value, object] = dict(zip((q, k, v), arrays, strict=True))
+    for found in both_ways(Attention(q, k, v), given):  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    kind = KV(KV_HEADS, DIM, VALUE_DIM, "f32")
+    cache, tiles, table = Input("cache", kind), constant([[0, 0, 33, 0]], "i32"), constant([[1, 0]], "i32")
+    slots = (np.arange(33) + PAGE) % (2 * PAGE)
+    op = PagedAttention(q, cache, tiles, table)
+    with precise():
+        given[cache] = Pages.empty(kind, 2).append(arrays[1], arrays[2], slots)
+        found = np.asarray(evaluate_values([op], given, lambda name: np.zeros(0), {})["0"])  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch", [(2,), (2, 1), (1, 2, 3)], ids=str)
 def test_a_batch_of_any_rank_is_each_of_its_sequences(batch: tuple[int, ...]) -> None:
     arrays = operands(batch, 3, 5)

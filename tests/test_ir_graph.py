@@ -318,3 +318,6 @@ def test_values_are_dropped_after_their_last_use() -> None:
     found = evaluate_values([y, Neg(y), y], data, no_params, {"S": 3})
     assert set(found) == {"0", "1", "2"} and found["0"] is found["2"]
     assert set(data) == {x}
+    # One that several ops use, or one op twice, is there for all of them.
+    again = Add(Mul(y, y), Neg(y))
+    assert (evaluate_values([again], data, no_params, {"S": 3})["0"] == 2).all()

@@ -168,6 +168,7 @@ def test_a_part_of_a_part() -> None:
     assert of(lambda i: s.Slice(i, 1, 0, 3, 2), x).tolist() == x[:, ::2].tolist()
     assert of(lambda i: s.Slice(i, -1, 1, 4, 3), x).tolist() == x[..., 1:4:3].tolist()
     assert of(lambda i: s.Pad(i, (0, 1, 0), (1, 0, 2), 5.0), x)[2, 0, 5] == 5
+    assert of(lambda i: s.Pad(i, (1, 0, 0), (0, 0, 0)), x)[0].tolist() == np.zeros((3, 4)).tolist()
     n = symbol("n", 0, 4)
     assert s.Slice(Input("x", Tensor((n,), "f32")), 0, 0, n, 3).shape == ((n + 2) // 3,)
 

@@ -390,11 +390,11 @@ def test_quantize_then_dequantize_stays_within_half_a_step() -> None:
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_paged_attention_is_attention_over_each_sequence(window: int) -> None:
-    """Two sequences of which one crosses a page, appended in two steps, at pages in no order."""
-    lengths, dim, kv_heads, heads = (PAGE + 5, 3), 4, 2, 6
+    """Two sequences, one of a full page and one that crosses it, appended in two steps, at pages in no order."""
+    lengths, dim, kv_heads, heads = (PAGE + 5, PAGE), 4, 2, 6
     kind = KV(kv_heads, dim, dim, "f32")
     q, k, v = ([normal(n, h, dim) for n in lengths] for h in (heads, kv_heads, kv_heads))
-    table = np.array([[2, 0], [1, 0]], np.int32)
+    table = np.array([[2, 0], [1, 99]], np.int32)  # what stands behind a sequence's pages is not read
     cache = Input("cache", kind)
     pages = Pages.empty(kind, 3)
     found = [np.zeros_like(part) for part in q]

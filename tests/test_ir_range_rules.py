@@ -14,7 +14,7 @@ from llmc.compiler.ir.dims import concrete, symbol
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.ranges import FloatRange, Range, Ranges, of_array
-from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Tensor
 from llmc.errors import LlmcError
 
 ENDS = ((-3, 4), (0, 5), (2, 2), (-7, -1), (1, 6), (-1, 0), (0, 0), (-4, -4))
@@ -41,6 +41,12 @@ def operands(ends: tuple[tuple[int, int], ...], dtype: str) -> tuple[dict[Value,
         arrays[value] = np.arange(low, high + 1).astype(NUMPY_DTYPES[dtype]).reshape(shape)
     return given, arrays
 
+
+# What numbers near 1 differ by, and the least number that is not 0.
+STEPS = {
+    "f64": (2.0**-52, 2.0**-1074), "f32": (2.0**-23, 2.0**-149), "f16": (2.0**-10, 2.0**-24),
+    "bf16": (2.0**-7, 2.0**-133),
+}  # fmt: skip
 
 # Where both operands are between numbers, these rules give exactly the least and the greatest result.
 EXACT = (e.Add, e.Sub, e.Mul, e.Maximum, e.Minimum)
@@ -114,7 +120,7 @@ def test_bits_stay_inside(kind: type[e.Binary]) -> None:
 
 
 @pytest.mark.parametrize("kind", EXACT, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_floats_are_within_a_rounding(kind: type[e.Binary], dtype: str) -> None:
     for ends in itertools.product(ENDS, ENDS):
         given, arrays = operands(ends, "i32")
@@ -122,7 +128,7 @@ def test_floats_are_within_a_rounding(kind: type[e.Binary], dtype: str) -> None:
         found, ranges = occurring(made, arrays).astype(np.float64), Ranges(given).of(made)
         assert isinstance(ranges, FloatRange) and not ranges.nan
         assert ranges.low <= found.min() and found.max() <= ranges.high
-        step, least = (2.0**-23, 2.0**-149) if dtype == "f32" else (2.0**-10, 2.0**-24)
+        step, least = STEPS[dtype]
         # One rounding, of a number or of what is too small for one: nothing else.
         assert ranges.low >= found.min() - max(step * abs(found.min()), least), ends
         assert ranges.high <= found.max() + max(step * abs(found.max()), least), ends
@@ -213,6 +219,22 @@ def test_integers_as_floats(ends: tuple[int, int], dtype: str, widest: tuple[flo
     assert widest[0] <= found.low <= values.min() and values.max() <= found.high <= widest[1]
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["i64", "u64"])
+def test_the_greatest_integers_as_floats(kind: str, dtype: str) -> None:
+    limits = np.iinfo(NUMPY_DTYPES[kind])
+    for ends in ((limits.min, limits.max), (limits.max - 1, limits.max), (0, limits.max // 3)):
+        x = Input("x", Tensor((2,), kind))
+        made = e.Cast(x, dtype)
+        found = Ranges({x: Range(int(ends[0]), int(ends[1]))}).of(made)
+        assert isinstance(found, FloatRange) and not found.nan
+        low, high = occurring(made, {x: np.array(ends, NUMPY_DTYPES[kind])}).astype(np.float64).tolist()
+        step, least = STEPS[dtype]
+        for bound, value in ((found.low, low), (-found.high, -high)):
+            assert math.isinf(value) or value - 2 * step * abs(value) - least <= bound
+            assert bound <= value
+
+
 @pytest.mark.parametrize(("wide", "narrow"), [("f64", "f32"), ("f32", "f16"), ("f32", "bf16"), ("f16", "bf16")])
 def test_floats_as_narrower_floats(wide: str, narrow: str) -> None:
     numbers = e.constant([-1.0009765625, 1.0009765625 + 2**-14], wide)
@@ -220,7 +242,7 @@ def test_floats_as_narrower_floats(wide: str, narrow: str) -> None:
     values = occurring(e.Cast(numbers, narrow), {}).astype(np.float64)
     assert isinstance(found, FloatRange) and not found.nan
     assert found.low <= values.min() and values.max() <= found.high
-    step = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}[narrow]
+    step, _ = STEPS[narrow]
     exact = occurring(numbers, {}).astype(np.float64)
     assert found.low >= exact.min() * (1 + step) - 1e-9 and found.high <= exact.max() * (1 + step) + 1e-9
     # What is rounded away from 0 is inside too.
