@@ -8,14 +8,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from onnx_graphs import Nodes
 from scored_models import Scored, Scores, softmax, write_scored
 
 from llmc.compiler.ir.attention import Attention, PagedAttention
 from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.op import Param
+from llmc.compiler.ir.types import Tensor
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.frontends import lift
+from llmc.frontends.onnx.ops_defined import body_of
+from llmc.frontends.onnx.translation import Item, Translation
 
 HALVES = {"f16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -65,3 +71,25 @@ def test_halves_of_a_model_in_halves_are_f32(dtype: str, weights: str, tmp_path:
     assert not rounds(lifted.graph)
     compiled = run_pipeline(lifted.graph, CompileOptions(quantization="none"), load=lifted.load, task=lifted.task)
     assert any(isinstance(op, PagedAttention) for op in compiled.graph.ops)
+
+
+def test_in_a_model_of_halves_places_are_rounded_and_features_are_not() -> None:
+    """Halves count to 2,048 only: a place beyond is another one. What comes from tokens and weights means f32."""
+    nodes = Nodes({"positions": ("int64", ("S",)), "x": ("float32", ("S",)), "w": ("float32", (1,))})
+    far = nodes.add("Mul", "positions", np.int64(2049))
+    angles = nodes.add("Mul", nodes.add("Cast", far, to=TensorProto.FLOAT), np.float32(0.3))
+    mixed = [nodes.add("Mul", angles, other) for other in ("x", "w")]
+    halves = [nodes.add("Cast", value, to=TensorProto.FLOAT16) for value in (far, angles, "x", *mixed)]
+    _, inputs = nodes.items("x")
+    given = {value.name: Item(value) for value in inputs}
+    given["w"] = Item(Param("w", Tensor((1,), "f32")))
+    found = Translation(wide_floats=frozenset({"f16"})).run(body_of(nodes.model(*halves).graph, {"": 21}), given)
+    outputs = tuple((name, item.value) for name, item in zip(halves, found, strict=True))
+    graph = Graph("g", tuple(value for value in inputs if value.name != "w"), outputs)
+    places, x, w = np.arange(1, 8), np.linspace(0.1, 0.9, 7, dtype=np.float32), np.array([0.7], np.float32)
+    values = evaluate(graph, {"positions": places, "x": x}, lambda name: w)
+    angle = (places * 2049).astype(np.float32) * np.float32(0.3)
+    expected = [(places * 2049).astype(np.float16), angle.astype(np.float16), x, angle * x, angle * w]
+    for name, wanted in zip(halves, expected, strict=True):
+        assert values[name].dtype == np.float32
+        np.testing.assert_array_equal(values[name], wanted.astype(np.float32))

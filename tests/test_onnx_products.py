@@ -296,6 +296,40 @@ def test_what_attention_can_say_itself_is_no_mask(
     assert (found.causal, found.window, found.softcap, found.bias) == (causal, window, 0, None)
 
 
+@pytest.mark.parametrize("outputs", ["y", "y,,", "y,k,v", "y,k,v,", "y,,,s", "y,k,v,s"])
+def test_attention_gives_the_outputs_that_are_named(outputs: str) -> None:
+    names, arrays = outputs.split(","), attending()
+    nodes = Nodes({f"{name}_in": ("float32", a.shape) for name, a in arrays.items()}, 24)
+    nodes.nodes.append(helper.make_node("Attention", ["q_in", "k_in", "v_in"], names, name="node"))
+    asked = [name for name in names if name]
+    found = evaluated(nodes.graph(*asked), {f"{name}_in": a for name, a in arrays.items()})
+    shapes = {"y": (2, 4, 3, 7), "k": arrays["k"].shape, "v": arrays["v"].shape, "s": (2, 4, 3, 5)}
+    assert [array.shape for array in found] == [shapes[name] for name in asked]
+
+
+def test_a_query_that_sees_no_key_has_no_shares() -> None:
+    arrays, mask = attending(), np.ones((3, 5), bool)
+    mask[1] = False
+    nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 24)
+    outputs = nodes.many("Attention", "q", "k", "v", mask, outputs=4, qk_matmul_output_mode=3)
+    found, shares = evaluated(nodes.graph(outputs[0], outputs[3]), arrays)
+    assert not found[:, :, 1].any()
+    np.testing.assert_allclose(shares.sum(-1), np.broadcast_to([1, 0, 1], (2, 4, 3)), rtol=1e-6)
+
+
+def test_a_mask_of_bf16_is_added() -> None:
+    arrays, mask = attending(), floats(3, 5)
+    half = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+    nodes = Nodes({name: ("bfloat16", a.shape) for name, a in arrays.items()}, 24)
+    (found,) = evaluated(
+        nodes.graph(nodes.add("Attention", "q", "k", "v", mask.astype(half))),
+        {name: a.astype(half) for name, a in arrays.items()},
+    )
+    wide = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 24)
+    (expected,) = evaluated(wide.graph(wide.add("Attention", "q", "k", "v", mask)), arrays)
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-5, atol=2**-5)
+
+
 def test_a_mask_of_one_number_is_for_all() -> None:
     arrays = attending(3, 5)
     nodes = Nodes({name: ("float32", a.shape) for name, a in arrays.items()}, 24)
