@@ -8,6 +8,7 @@ e / (1 - e) times the average distance of its values from their average.
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -26,10 +27,11 @@ from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import load, maximum, range_kernel, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
-from llmc.targets.template import Chooser
+from llmc.targets.template import Chooser, space
 from llmc.targets.x86.attention_matrix import (
     BIAS,
     FIXED,
+    AttentionMatrix,
     excess,
     fits,
     load_bytes,
@@ -108,6 +110,20 @@ def test_splits_and_tiles_do_not_change_a_bit(name: str) -> None:
         other = replace(batch, tiles=tiles_of(new, lengths, most))
         for splits in (1, 2, 4):
             assert np.array_equal(whole, other.run(MACHINE, splits)), (most, splits)
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", ["grouped", "group of seven, window", "softcap, odd heads", "wide"])
+def test_any_knobs_give_the_reference_and_exact_ones_the_same_bits(name: str) -> None:
+    case, bits = CASES[name], {}
+    problem = AttentionProblem(scale=case.scale, **{k: v for k, v in vars(case).items() if k != "member"})
+    members = list(space(AttentionMatrix, problem, MACHINE))
+    default = AttentionMatrix.default(problem, MACHINE)
+    for member in [default, *random.Random(0).sample(members, 6)]:
+        found = make_batch(replace(case, member=member), [*LENGTHS, 301], [*NEW, 290]).run(MACHINE, splits=2)
+        if member.few == default.few:  # the reference rounds groups of more than those
+            assert errors(make_batch(case, [*LENGTHS, 301], [*NEW, 290]), found)[0].max() < 1, member
+        assert bits.setdefault((member.few, member.step_pages), found.tobytes()) == found.tobytes(), member
 
 
 @needs_tiles

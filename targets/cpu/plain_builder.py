@@ -21,7 +21,7 @@ from llmc.targets.cpu.sizes import dim_expression
 from llmc.targets.cpu.vectors import divide, pin, remainder
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
-from llmc.targets.template import ANY_ROWS, Problem, Rows, knob, knobs
+from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
@@ -76,9 +76,7 @@ class PlainTemplate(CpuTemplate[PlainProblem], name="plain"):
 
     @classmethod
     def default(cls, problem: PlainProblem, machine: Machine, rows: Rows = ANY_ROWS) -> Self:
-        others = {"columns": 64, "lanes": 16, "least_rows": 256}
-        names = [field.name for field in knobs(cls)]
-        return cls(**{name: 4096 if name == "least" else others[name] for name in names})
+        return cls(least=4096)
 
     def units_worth(self, work: int | Dim) -> int:
         """The fewest units that are worth a thread. work: what the form says of one of them."""
@@ -104,6 +102,10 @@ class PlainStrips(PlainTemplate, name="plain"):
 
     columns: int = knob(16, 32, 64, 128, 256)
 
+    @classmethod
+    def default(cls, problem: PlainProblem, machine: Machine, rows: Rows = ANY_ROWS) -> PlainStrips:
+        return cls(least=4096, columns=64)
+
     def units_worth(self, work: int | Dim) -> int:
         return super().units_worth(work * self.columns)
 
@@ -117,6 +119,10 @@ class PlainSums(PlainTemplate, name="plain"):
 
     lanes: int = knob(1, 4, 8, 16, 32, 64, exact=False)
 
+    @classmethod
+    def default(cls, problem: PlainProblem, machine: Machine, rows: Rows = ANY_ROWS) -> PlainSums:
+        return cls(least=4096, lanes=16)
+
     def stack_bytes(self, problem: PlainProblem, machine: Machine) -> int:
         return arrays(8 * self.lanes)
 
@@ -127,6 +133,10 @@ class PlainRanges(PlainTemplate, name="plain"):
     be for it."""
 
     least_rows: int = knob(64, 128, 256, 512, 1024, code=False)
+
+    @classmethod
+    def default(cls, problem: PlainProblem, machine: Machine, rows: Rows = ANY_ROWS) -> PlainRanges:
+        return cls(least=4096, least_rows=256)
 
     def units_worth(self, work: int | Dim) -> int:
         return max(self.least_rows, super().units_worth(work))
