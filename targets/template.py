@@ -9,6 +9,7 @@ a machine, which can be counted and walked through, and one member of it is the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -168,6 +169,12 @@ def count(template: type[T], problem: Problem, machine: Machine) -> int:
     return sum(1 for _ in space(template, problem, machine))
 
 
+@functools.lru_cache(maxsize=1024)
+def _members(template: type[T], problem: Problem, machine: Machine) -> tuple[T, ...]:
+    """A space, walked once for all layers that are alike."""
+    return tuple(space(template, problem, machine))
+
+
 def describe_space(kernel: Kernel, machine: Machine) -> dict[str, object] | None:
     """What `llmc explain --space` says of a kernel; None where its template has no knobs declared.
 
@@ -177,7 +184,7 @@ def describe_space(kernel: Kernel, machine: Machine) -> dict[str, object] | None
     template, problem = kernel.template, kernel.problem
     if not isinstance(template, Template) or problem is None:
         return None
-    members = list(space(type(template), problem, machine))
+    members = _members(type(template), problem, machine)  # type: ignore[arg-type]  # mypy knows no hash of a type variable
     return {
         "version": template.version,
         "legal": len(members),
