@@ -20,6 +20,7 @@ from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.text import parse, print_graph
 from llmc.errors import FrontendError
+from llmc.frontends import lift as lift_any
 from llmc.frontends.onnx import lift
 from llmc.frontends.onnx.initializers import OnnxWeights, TensorReader, unpacked
 from llmc.frontends.onnx.model import OnnxModel
@@ -224,11 +225,14 @@ def test_random_weights_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
     )  # fmt: skip
     lifted = lift(write(text, tmp_path / "model.onnx"), weights="random", seed=3)
     again = lift(tmp_path / "model.onnx", weights="random", seed=3)
+    zero, unsaid = (lift_any(tmp_path / "model.onnx", weights="random", **seed) for seed in ({"seed": 0}, {}))
     assert lifted.task == "encode" and lifted.vocab_size == 99
     assert isinstance(next(v for v in lifted.graph.params if v.name == "first"), Param)
     for name in ("first", "second", "table"):
         assert 0 < np.abs(lifted.load(name)).max() < 0.2
         np.testing.assert_array_equal(lifted.load(name), again.load(name))
+        np.testing.assert_array_equal(zero.load(name), unsaid.load(name))
+        assert (zero.load(name) != lifted.load(name)).any()
 
 
 # What makes no sense is one clear error.
