@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends import lift, onnx_file
+from llmc.frontends.lifted import Lifted, Text
+from llmc.frontends.weight_sources import ArrayWeights
 
 FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing": ((), ""),
@@ -42,6 +45,19 @@ def test_a_file_is_an_onnx_model_by_its_name(tmp_path: Path, monkeypatch: pytest
     assert onnx_file("someone/a-model") is None and onnx_file(tmp_path / "model.safetensors") is None
     monkeypatch.setenv("HOME", str(tmp_path))
     assert onnx_file("~/net.onnx") == tmp_path / "net.onnx"
+
+
+def test_a_model_is_shown_without_its_files_and_settings() -> None:
+    text = Text({"tokenizer.json": b"vocabulary"}, notes=("a note",))
+    graph = Graph("g", (), ())
+    numbers = {"parameters": 0, "vocab_size": 0, "layers": 0, "max_positions": 0, "max_context": 0}
+    model = Lifted(
+        graph, ArrayWeights({}), "a-model", "Decoder", **numbers, text=text, config={"hidden_size": 64},
+        otherwise=lambda: model,
+    )  # fmt: skip
+    assert "a note" in repr(model) and "a-model" in repr(model)
+    for part in ("vocabulary", "hidden_size", "otherwise"):
+        assert part not in repr(model)
 
 
 @pytest.mark.parametrize("option", ["dims", "max_dims"])

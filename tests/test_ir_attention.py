@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from llmc.compiler.ir.attention import PART, TILE
 from llmc.compiler.ir.dims import symbol
 from llmc.compiler.ir.elementwise import constant
 from llmc.compiler.ir.encoded import PAGE, Pages
@@ -66,6 +67,11 @@ def attention(arrays: tuple[Array, ...], bias: Array | None, **options: object) 
         given = Input("bias", Tensor(bias.shape, "f32"))
         inputs[given] = bias
     return Attention(*values, None, None, given, scale=0.4, **options), inputs  # type: ignore[arg-type]
+
+
+def test_parts_of_a_context_hold_whole_tiles_and_pages() -> None:
+    assert PART % TILE == PART % PAGE == 0
+    assert TILE & (TILE - 1) == 0  # so that tiles of half the size, and half of that, end where parts do
 
 
 SIZES = [(1, 1), (1, 7), (7, 7), (7, 1), (31, 33), (33, 31)]

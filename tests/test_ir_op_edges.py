@@ -274,6 +274,12 @@ def test_nibbles_of_a_vector_and_of_no_rows() -> None:
     assert of(integers.UnpackNibbles, np.zeros((0, 3), np.uint8)).shape == (0, 6)
 
 
+def test_angles_without_a_scale_are_of_the_unit_circle() -> None:
+    positions, frequencies = np.array([0.0, 1.0, 7.0], np.float32), np.array([1.0, 0.125], np.float32)
+    found, angles = of(llm.RopeAngles, positions, frequencies), np.outer(positions, frequencies)
+    np.testing.assert_allclose(found, np.stack([np.cos(angles), np.sin(angles)], 1), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [8, 9])
 def test_a_rotation_of_all_channels_leaves_none_over(dim: int, interleaved: bool) -> None:

@@ -368,6 +368,17 @@ def test_decompose_means_the_same(case: Case) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+BINARY = [kind for kind in REGISTRY.values() if issubclass(kind, e.Binary)]
+
+
+@pytest.mark.parametrize("kind", BINARY, ids=lambda kind: kind.name)
+def test_an_op_commutes_where_its_operands_may_change_places(kind: type[e.Binary]) -> None:
+    operands = (FLAG, FLAG2) if kind in (e.And, e.Or) else (INTS, OTHER)
+    a, b = (Input(name, Tensor(x.shape, dtype_of(x.dtype))) for name, x in zip("ab", operands, strict=True))
+    given = dict(zip((a, b), operands, strict=True))
+    assert kind.commutative == np.array_equal(run(kind(a, b), given), run(kind(b, a), given))
+
+
 @pytest.mark.parametrize("rounding", llm.ACTIVATION_ROUNDINGS)
 def test_linear_rounds_its_activations_first(rounding: str) -> None:
     x, w = normal(3, 65), normal(4, 65)
@@ -375,6 +386,16 @@ def test_linear_rounds_its_activations_first(rounding: str) -> None:
     op = llm.Linear(a, b, rounding=rounding)
     reference = {"f32": x, "bf16": torch.from_numpy(x).bfloat16().float().numpy(), "int8": rounded_by_group(x, 64)}
     np.testing.assert_allclose(run(op, {a: x, b: w}), reference[rounding] @ w.T, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_are_looked_for_unless_that_is_not_wanted() -> None:
+    w = normal(5, 70)
+    a = Input("w", Tensor(w.shape, "f32"))
+    looked, not_looked = (
+        np.square(run(llm.Dequantize(quantized), {a: w}) - w).sum()
+        for quantized in (llm.Quantize(a, "q4g32"), llm.Quantize(a, "q4g32", search=False))
+    )
+    assert looked < not_looked
 
 
 def test_quantize_then_dequantize_stays_within_half_a_step() -> None:

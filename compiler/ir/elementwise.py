@@ -178,7 +178,6 @@ class Not(Unary, name="t.not"):
     """Logical negation of a bool tensor."""
 
     function = staticmethod(np.logical_not)
-    floats_only = False
 
     def infer(self) -> Tensor:
         require(self.x.dtype == "bool", f"needs bool, not {self.x.dtype}")

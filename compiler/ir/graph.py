@@ -11,7 +11,7 @@ from llmc.compiler.ir.op import Input, Op, Param, Value
 from llmc.compiler.ir.types import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Graph:
     """A function of its inputs and of the model's params. Only what the outputs need is part of it.
 
