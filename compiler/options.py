@@ -15,6 +15,7 @@ SCHEMES = ("none", "bf16", "f16", "int8", "int4")
 TABLE_SCHEMES = (*SCHEMES, "int6")  # of embeddings that no linear layer reads
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
+CALIBRATIONS = ("none", "self")
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
@@ -38,6 +39,8 @@ class CompileOptions:
     that is int4, int8 for the head and int6 for the embedding. A head tied to the embedding has the embedding's scheme,
     and then both are int8. int6 is for embeddings only.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
+    calibrate: what the inputs of linear layers are measured on, so that their weights' rounding errors make up for one
+    another. "none": each weight is rounded for itself. "self": on the model's own text (of an encoder, on random ids).
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -56,6 +59,7 @@ class CompileOptions:
     embedding: str | None = None
     head: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    calibrate: str = "none"
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -69,6 +73,7 @@ class CompileOptions:
     def __post_init__(self) -> None:
         _choice("quantization (-q)", self.quantization, SCHEMES)
         _choice("--group-size", self.group_size, GROUP_SIZES)
+        _choice("--calibrate", self.calibrate, CALIBRATIONS)
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
         _choice("--embedding", self.embedding, (None, *TABLE_SCHEMES))
         _choice("--head", self.head, (None, *SCHEMES))

@@ -93,6 +93,7 @@ class Compiled:
     graph: Graph
     reports: list[Report]
     first_layer: str = ""  # what the check of the first layer compared
+    load: LoadParam | None = None  # of the graph's params, where some are not the model's own
 
 
 def run_pipeline(
@@ -217,11 +218,45 @@ def compile_model(
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         progress.note(note)
-    program = lower(compiled.graph, machine)
-    manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
+    with scratch_folder() as folder:
+        if options.calibrate != "none":
+            calibrate_weights(lifted, compiled, options, folder, progress, checker)
+        program = lower(compiled.graph, machine)
+        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
+
+
+def calibrate_weights(
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    folder: Path,
+    progress: Progress,
+    checker: Checker | None = None,
+) -> None:
+    """Rounds the weights of a compiled model's linear layers by what they see of its own text; `folder` is for them.
+
+    CompileError for a model without text.
+    """
+    from llmc.compiler.calibrate import calibrate, in_floats, text_threads
+    from llmc.compiler.encodings.feedback import DAMPING
+    from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, own_texts, random_texts
+
+    if lifted.task == RUN:
+        raise CompileError("--calibrate self needs a model of texts: what this graph gets cannot be made up")
+    load, vocabulary = lifted.weights.load, vocabulary_of(lifted)
+    damping = DAMPING if lifted.task == GENERATE else ENCODER_DAMPING
+    texts = random_texts(lifted, vocabulary, options.seed)
+    with text_threads() as pool:
+        if lifted.task == GENERATE:
+            progress.start("writing texts to measure on", ROUNDS * len(texts), "texts")
+            floats, _ = in_floats(compiled.graph)
+            texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
+        compiled.graph, compiled.load = calibrate(compiled.graph, load, texts, damping, folder, progress, pool)
+    if checker is not None:
+        checker.calibrated(compiled.graph, compiled.load)
 
 
 def checker_of(lifted: Lifted, options: CompileOptions) -> Checker | None:
@@ -330,6 +365,7 @@ def assemble(
     from llmc.targets.step_limits import StepLimits, failures_of
     from llmc.targets.target import Addresses
 
+    load = compiled.load or lifted.weights.load
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task)
     plan: Plan = plan_memory(program, largest)
@@ -346,10 +382,10 @@ def assemble(
         apart = nullcontext() if options.weights_file is None else WeightsFile(options.weights_file)
         with apart as file, ArtifactWriter(output, library.path) as writer:
             if checker is not None:
-                parts = Parts(program, plan, addresses.weights, lifted.weights.load, lifted.task)
+                parts = Parts(program, plan, addresses.weights, load, lifted.task)
                 weights = None if file is None else file.temporary
                 writer.inspect = lambda path: check_whole(path, parts, options, checker, weights)
-            digest = write_weights(placed, nbytes, lifted.weights.load, options, file or writer, progress)
+            digest = write_weights(placed, nbytes, load, options, file or writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_tokenizer(tokenizer)

@@ -70,6 +70,10 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--override", metavar="PATTERN=SCHEME", rich_help_panel=_COMPILING,
                                    help="A scheme for the weights whose name matches; can be given several times."),
 ]  # fmt: skip
+Calibrate = Annotated[
+    str, typer.Option("--calibrate", metavar="none|self", rich_help_panel=_COMPILING,
+                      help="Round weights by what their layers see of the model's own text: slower, more accurate."),
+]  # fmt: skip
 MaxContext = Annotated[
     int | None, typer.Option("--max-context", help="The most tokens a text may have; default: what the model says.",
                              rich_help_panel=_COMPILING),

@@ -1,0 +1,151 @@
+"""Rounding the weights of linear layers by what goes through them: texts are run through the graph, the second moments
+of each layer's inputs are measured, and its weight is rounded with error feedback (`encodings/feedback.py`).
+
+The graph is run once, op by op for all texts, in its own numpy meaning and with weights as the model has them. A weight
+is rounded as soon as all of its readers' inputs are known, and goes to a file; so one layer's weights and the texts'
+activations are held at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.compiler.encodings.feedback import Curvature, encode_with_feedback
+from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
+from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
+from llmc.compiler.ir.integers import PackGroups
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.op import Op, Param, Value
+from llmc.compiler.ir.types import Array, Tensor
+from llmc.compiler.own_text import Ids
+from llmc.compiler.progress import Progress
+from llmc.compiler.scenario import computed, prompt_inputs
+from llmc.compiler.weights import name_of
+
+Moments = NDArray[np.float32]
+Layer: TypeAlias = Linear | GatedLinear
+
+
+@contextmanager
+def text_threads() -> Iterator[Executor]:
+    """Threads that share texts among them, one a core, while products of matrices take one thread each: so their sums
+    have one order, however many cores there are."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield pool
+
+
+@dataclass
+class RoundedWeights:
+    """Integers and scales by params' names, in files of a folder; the model's own weights besides."""
+
+    folder: Path
+    source: LoadParam
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def add(self, name: str, values: Array) -> Param:
+        """Keep an array under a new name; the param that stands for it."""
+        dtype = {"int8": "i8", "uint8": "u8", "float16": "f16"}[values.dtype.name]
+        self.files[name] = self.folder / f"{len(self.files)}.npy"
+        np.save(self.files[name], values)
+        return Param(name, Tensor(values.shape, dtype))
+
+    def load(self, name: str) -> Array:
+        """A weight's values, rounded or the model's own."""
+        if name not in self.files:
+            return self.source(name)
+        values: Array = np.load(self.files[name], mmap_mode="r")
+        return values
+
+
+def in_floats(graph: Graph) -> tuple[Graph, dict[Layer, Quantize]]:
+    """The graph with the weights that `quantize` was given, and which of its linear ops had which rounded weight."""
+    rounded: dict[Layer, Quantize] = {}
+
+    def rule(op: Op) -> Value | None:
+        if isinstance(op, Embed) and isinstance(op.table, Quantize):
+            return op.replace(table=op.table.w)
+        if isinstance(op, (Linear, GatedLinear)) and isinstance(op.w, Quantize):
+            layer = op.replace(w=op.w.w, rounding="f32")
+            assert isinstance(layer, (Linear, GatedLinear))
+            rounded[layer] = op.w
+            return layer
+        return None
+
+    return rewrite(graph, rule), rounded
+
+
+def calibrate(
+    graph: Graph,
+    load: LoadParam,
+    texts: Sequence[Ids],
+    damping: float,
+    folder: Path,
+    progress: Progress,
+    pool: Executor | None = None,
+) -> tuple[Graph, LoadParam]:
+    """The graph with the integers that its layers' inputs ask for, and what loads them. folder: for their files."""
+    floats, layers = in_floats(graph)
+    waiting = Counter(layers.values())
+    readers: dict[Value, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(layer.x, []).append(layer)
+    store = RoundedWeights(folder, load)
+    moments: dict[Quantize, Moments] = {}
+    packed: dict[Value, Value] = {}
+    progress.start("rounding by what layers see", len(waiting), "weights")
+    runs = [prompt_inputs(floats, ids) for ids in texts]
+    for value, data in computed(floats, list(readers), runs, load, {}, pool):
+        if value not in readers:
+            continue
+        seen = _moments(data)
+        for layer in readers[value]:
+            weight = layers[layer]
+            moments[weight] = moments[weight] + seen if weight in moments else seen
+            waiting[weight] -= 1
+            if not waiting[weight]:
+                packed[weight] = _packed(weight, moments.pop(weight), damping, store)
+                progress.advance()
+    return substitute_values(graph, packed), store.load
+
+
+def _moments(inputs: Sequence[Data]) -> Moments:
+    """The mean of x x^T over rows x of all texts, [K, K]."""
+    total: Moments | None = None
+    rows = 0
+    for x in inputs:
+        assert isinstance(x, np.ndarray)
+        wide = x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
+        product = wide.T @ wide
+        total = product if total is None else total + product
+        rows += len(wide)
+    assert total is not None
+    return total / np.float32(rows)
+
+
+def _packed(weight: Quantize, moments: Moments, damping: float, store: RoundedWeights) -> PackGroups:
+    """The weight as integers, which `store` keeps."""
+    kind = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
+    values = evaluate_values([weight.w], {}, store.source, {})["0"]
+    assert isinstance(values, np.ndarray)
+    found = encode_with_feedback(kind, values, Curvature.of(moments, damping))
+    name = name_of(weight)
+    q = store.add(name, found.parts["q"])
+    scales, minimums = (
+        store.add(f"{name} ({part})", found.parts[part]) if part in found.parts else None
+        for part in ("scales", "minimums")
+    )
+    assert scales is not None
+    return PackGroups(q, scales, minimums, kind.name)

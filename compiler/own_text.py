@@ -1,0 +1,104 @@
+"""Texts to measure a model on where nobody gave any: a decoder writes them itself, an encoder gets ids by rank.
+
+A decoder's text begins with random ids. Every later id is then drawn anew from what the model predicts behind the ids
+before it, all of them in one pass and with the same random number each time; after `ROUNDS` passes most of what a layer
+sees is like what it sees of real text, and 16 sequences cost as much as a few prompts. (With as many passes as ids it
+would be what the model writes one id at a time.)
+
+Vocabularies of encoders are mostly in the order of how often their words occur; id n is drawn in proportion to
+1 / (n + 1), and the tokenizer's own ids stand around the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.compiler.ir.evaluate import Data, LoadParam
+from llmc.compiler.ir.graph import Graph
+from llmc.compiler.scenario import computed, prompt_inputs
+
+if TYPE_CHECKING:
+    from llmc.frontends.lifted import Lifted
+
+Ids = NDArray[np.int32]
+
+SEQUENCES, LENGTH = 16, 512  # of a decoder
+ROUNDS = 2
+ENCODER_SEQUENCES, ENCODER_LENGTH = 512, 16
+ENCODER_DAMPING = 0.1  # of moments: ids by rank are less like an encoder's texts than a decoder's own text is
+_MOST_LOGITS = 1 << 27  # held at once, 512 MiB
+
+
+def random_texts(lifted: Lifted, vocabulary: int, seed: int) -> list[Ids]:
+    """Random ids: what a decoder's own text begins as, and all that an encoder gets."""
+    random = np.random.default_rng(seed)
+    if lifted.task != "generate":
+        length = max(1, min(ENCODER_LENGTH, lifted.max_context))
+        before, after = _around(lifted, length)
+        chances = 1 / (1 + np.arange(vocabulary))
+        inner = random.choice(
+            vocabulary, (ENCODER_SEQUENCES, length - len(before) - len(after)), p=chances / chances.sum()
+        )
+        return [np.array([*before, *ids, *after], np.int32) for ids in inner]
+    length = max(1, min(LENGTH, lifted.max_context))
+    texts = random.integers(0, vocabulary, (SEQUENCES, length)).astype(np.int32)
+    bos = (lifted.text.facts or {}).get("bos_id")
+    if isinstance(bos, int) and bos < vocabulary:
+        texts[:, 0] = bos
+    return list(texts)
+
+
+def _around(lifted: Lifted, length: int) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind a text; none where they leave no room for one."""
+    stored = lifted.text.files.get("tokenizer.json")
+    if stored is None:
+        return [], []
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_str(stored.decode()).encode("").ids
+    return (ids[:1], ids[1:]) if len(ids) < length else ([], [])
+
+
+def own_texts(
+    graph: Graph,
+    load: LoadParam,
+    texts: Sequence[Ids],
+    vocabulary: int,
+    seed: int,
+    pool: Executor | None = None,
+    tell: Callable[[], None] = lambda: None,
+) -> list[Ids]:
+    """Texts that a decoder predicts, from random ones. graph: with `logits` for every row of a step; pool: of threads
+    for texts; tell: called after each text of each round, `ROUNDS` times a text."""
+    logits = graph.output("logits")
+    at_once = max(1, _MOST_LOGITS // (vocabulary * max(len(text) for text in texts)))
+    chances = [np.random.default_rng((seed, number)).random(len(text)) for number, text in enumerate(texts)]
+    texts = list(texts)
+    for _ in range(ROUNDS):
+        for first in range(0, len(texts), at_once):
+            some = range(first, min(first + at_once, len(texts)))
+            runs = [prompt_inputs(graph, texts[number]) for number in some]
+            found: list[Data] = []
+            for value, data in computed(graph, [logits], runs, load, {}, pool):
+                if value is logits:
+                    found = data
+            for number, predicted in zip(some, found, strict=True):
+                assert isinstance(predicted, np.ndarray)
+                rows = predicted.reshape(len(texts[number]), -1)[:-1, :vocabulary]
+                texts[number] = np.concatenate([texts[number][:1], _drawn(rows, chances[number][1:])])
+                tell()
+    return texts
+
+
+def _drawn(logits: NDArray[np.float32], chances: NDArray[np.float64]) -> Ids:
+    """One id for each row of logits [n, vocabulary], by numbers from 0 to 1."""
+    drawn = np.empty(len(logits), np.int32)
+    for row, chance in enumerate(chances):
+        sums = np.cumsum(np.exp(logits[row].astype(np.float64) - float(logits[row].max())))
+        drawn[row] = min(int(np.searchsorted(sums, chance * sums[-1], side="right")), logits.shape[1] - 1)
+    return drawn
