@@ -8,33 +8,87 @@ activations are held at a time.
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.feedback import Curvature, encode_with_feedback
+from llmc.compiler.encodings.feedback import DAMPING, Curvature, encode_with_feedback
 from llmc.compiler.encodings.grouped import grouped
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
 from llmc.compiler.ir.integers import PackGroups
-from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor
-from llmc.compiler.own_text import Ids
+from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, random_texts, texts_of_file
 from llmc.compiler.progress import Progress
 from llmc.compiler.scenario import computed, prompt_inputs
 from llmc.compiler.weights import name_of
+from llmc.errors import CompileError
+
+if TYPE_CHECKING:
+    from llmc.compiler.options import CompileOptions
+    from llmc.frontends.lifted import Lifted
 
 Moments = NDArray[np.float32]
 Layer: TypeAlias = Linear | GatedLinear
+
+OVERHEAD = 2.0  # of running and rounding, beside the products of the layers themselves
+
+
+def calibrate_model(
+    lifted: Lifted, graph: Graph, options: CompileOptions, vocabulary: int, folder: Path, progress: Progress
+) -> tuple[Graph, LoadParam]:
+    """The model's graph after all passes with weights rounded by what their layers see of its own text and of the file
+    that the options name, and what loads them. vocabulary: ids that it takes. folder: for the rounded weights.
+
+    CompileError for a model that is not one of texts.
+    """
+    if lifted.task == "run":
+        raise CompileError("--calibrate: only models of texts can be measured, this graph's inputs cannot be made up")
+    load, decodes = lifted.weights.load, lifted.task == "generate"
+    texts = random_texts(lifted, vocabulary, options.seed)
+    file = options.calibration_file
+    more = [] if file is None else texts_of_file(file, lifted, vocabulary)
+    floats, layers = in_floats(graph)
+    if not layers:
+        return graph, load
+    with text_threads() as pool:
+        tell_cost(layers, texts, more, decodes, progress)
+        if decodes:
+            progress.start("writing text to round by", ROUNDS * len(texts), "texts")
+            texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
+        damping = DAMPING if decodes or more else ENCODER_DAMPING
+        return calibrate(graph, load, [*texts, *more], damping, folder, progress, pool)
+
+
+def tell_cost(
+    layers: Mapping[Layer, Quantize], texts: Sequence[Ids], more: Sequence[Ids], decodes: bool, progress: Progress
+) -> None:
+    """Says beforehand how long it takes, where that is more than a minute, by how fast this machine multiplies now."""
+    weights = sum(math.prod(static(dim) for dim in layer.w.shape) for layer in layers)
+    tokens = sum(map(len, texts)) * (ROUNDS * decodes + 1) + sum(map(len, more))
+    a = np.ones((512, 1024), np.float32)
+    b = np.ones((1024, 1024), np.float32)
+    seconds = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        a @ b
+        seconds = min(seconds, time.perf_counter() - started)
+    rate = a.size * len(b) / seconds * len(os.sched_getaffinity(0))
+    minutes = OVERHEAD * weights * tokens / rate / 60
+    if minutes > 1:
+        progress.note(f"rounding by what layers see takes about {minutes:.0f} minutes; --fast leaves it out")
 
 
 @contextmanager

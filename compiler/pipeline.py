@@ -94,6 +94,7 @@ class Compiled:
     reports: list[Report]
     first_layer: str = ""  # what the check of the first layer compared
     load: LoadParam | None = None  # of the graph's params, where some are not the model's own
+    calibrated: str = "none"  # what weights were rounded by: none, self, or a file's hash
 
 
 def run_pipeline(
@@ -199,6 +200,7 @@ def compile_model(
     told of what `options.check` compared; where that finds a difference, CompileError, and what was at `output` before
     is unchanged.
     """
+    from llmc.compiler.calibrate import calibrate_model
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
 
@@ -219,44 +221,18 @@ def compile_model(
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         progress.note(note)
     with scratch_folder() as folder:
-        if options.calibrate != "none":
-            calibrate_weights(lifted, compiled, options, folder, progress, checker)
+        measures = options.measures_inputs
+        if measures or (measures is None and lifted.task != RUN):
+            found = calibrate_model(lifted, compiled.graph, options, vocabulary_of(lifted), folder, progress)
+            compiled.graph, compiled.load = found
+            compiled.calibrated = str(options.as_json()["calibrate"] or "self")
+            if checker is not None:
+                checker.calibrated(*found)
         program = lower(compiled.graph, machine)
         manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
-
-
-def calibrate_weights(
-    lifted: Lifted,
-    compiled: Compiled,
-    options: CompileOptions,
-    folder: Path,
-    progress: Progress,
-    checker: Checker | None = None,
-) -> None:
-    """Rounds the weights of a compiled model's linear layers by what they see of its own text; `folder` is for them.
-
-    CompileError for a model without text.
-    """
-    from llmc.compiler.calibrate import calibrate, in_floats, text_threads
-    from llmc.compiler.encodings.feedback import DAMPING
-    from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, own_texts, random_texts
-
-    if lifted.task == RUN:
-        raise CompileError("--calibrate self needs a model of texts: what this graph gets cannot be made up")
-    load, vocabulary = lifted.weights.load, vocabulary_of(lifted)
-    damping = DAMPING if lifted.task == GENERATE else ENCODER_DAMPING
-    texts = random_texts(lifted, vocabulary, options.seed)
-    with text_threads() as pool:
-        if lifted.task == GENERATE:
-            progress.start("writing texts to measure on", ROUNDS * len(texts), "texts")
-            floats, _ = in_floats(compiled.graph)
-            texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
-        compiled.graph, compiled.load = calibrate(compiled.graph, load, texts, damping, folder, progress, pool)
-    if checker is not None:
-        checker.calibrated(compiled.graph, compiled.load)
 
 
 def checker_of(lifted: Lifted, options: CompileOptions) -> Checker | None:

@@ -27,10 +27,11 @@ from llmc.compiler.ir.types import Array
 
 Floats = NDArray[np.float32]
 
-SWEEPS = 4
+SWEEPS = 2
 # Added to H's diagonal, as a part of its mean: what the sample of inputs does not show, it does not rule out.
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
+_F16_HIGHEST = float(np.finfo(np.float16).max)
 ROWS = 1 << 22  # weights rounded at a time, about: what is held of a block beside H
 
 
@@ -47,10 +48,17 @@ class Curvature:
 
     @classmethod
     def of(cls, moments: Array, damping: float = DAMPING) -> Curvature:
-        """Of moments [K, K]. Inputs that are always 0 cost nothing, whatever their weights become."""
+        """Of moments [K, K], in any unit. Inputs that are always 0 cost nothing, whatever their weights become.
+
+        ValueError where a moment is not finite.
+        """
         wide = moments.astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise ValueError("a moment is not finite")
         diagonal = np.einsum("ii->i", wide)
-        diagonal += damping * (float(diagonal.mean()) or 1.0)
+        mean = float(diagonal.mean()) if len(wide) else 0.0
+        wide /= mean or 1.0
+        diagonal += damping
         order = np.argsort(-diagonal, kind="stable")
         # H = A A^T with A upper, from the factor of H read backwards; then inverse(H) = U^T U with U = inverse(A).
         backwards = np.linalg.cholesky(wide[np.ix_(order, order)][::-1, ::-1])
@@ -202,7 +210,7 @@ class _Rows:
         ridge = 1e-4 * np.einsum("nii->n", normal) / count
         np.einsum("nii->ni", normal)[...] += np.where(ridge > 0, ridge, 1)[:, None]
         found = np.linalg.solve(normal, right[..., None])[..., 0].T
-        return np.asarray(found.astype(np.float16), np.float32)
+        return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
 
     def _error(self, values: Floats, part: slice) -> Floats:
         """(w - v) H (w - v)^T of each row."""
