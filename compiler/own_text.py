@@ -12,16 +12,20 @@ Vocabularies of encoders are mostly in the order of how often their words occur;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.ir.evaluate import Data, LoadParam
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.evaluate import Data, LoadParam, bind_symbols, evaluate_values
+from llmc.compiler.ir.graph import Graph, topological
+from llmc.compiler.ir.llm import Linear
+from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.passes.schemes import find_head
 from llmc.compiler.scenario import computed, prompt_inputs
 from llmc.errors import CompileError
 
@@ -35,7 +39,8 @@ ROUNDS = 1  # measured: KL of the example model 10.1e-3 without, 7.5 with one, 7
 ENCODER_SEQUENCES, ENCODER_LENGTH = 512, 16
 ENCODER_DAMPING = 0.1  # of moments: ids by rank are less like an encoder's texts than a decoder's own text is
 FILE_TOKENS = 1 << 15  # of a file, from its beginning
-_MOST_LOGITS = 1 << 27  # held at once, 512 MiB
+CHUNK = 64  # rows of a text whose logits are there at once
+MOST_LOGITS = 1 << 27  # held at once where they cannot be had by rows, 512 MiB
 
 
 def random_texts(lifted: Lifted, vocabulary: int, seed: int) -> list[Ids]:
@@ -128,24 +133,74 @@ def own_texts(
 ) -> list[Ids]:
     """Texts that a decoder predicts, from random ones. graph: with `logits` for every row of a step; pool: of threads
     for texts; tell: called after each text of each round, `ROUNDS` times a text."""
-    logits = graph.output("logits")
-    at_once = max(1, _MOST_LOGITS // (vocabulary * max(len(text) for text in texts)))
     chances = [np.random.default_rng((seed, number)).random(len(text)) for number, text in enumerate(texts)]
-    texts = list(texts)
+    texts, head = list(texts), _Head.of(graph, load)
+    # Without a head of its own, all logits of the texts are there at once.
+    most = max(len(text) for text in texts)
+    at_once = len(texts) if isinstance(head.start, Linear) else max(1, MOST_LOGITS // (vocabulary * most))
     for _ in range(ROUNDS):
         for first in range(0, len(texts), at_once):
-            some = range(first, min(first + at_once, len(texts)))
-            runs = [prompt_inputs(graph, texts[number]) for number in some]
-            found: list[Data] = []
-            for value, data in computed(graph, [logits], runs, load, {}, pool):
-                if value is logits:
-                    found = data
-            for number, predicted in zip(some, found, strict=True):
-                assert isinstance(predicted, np.ndarray)
-                rows = predicted.reshape(len(texts[number]), -1)[:-1, :vocabulary]
-                texts[number] = np.concatenate([texts[number][:1], _drawn(rows, chances[number][1:])])
+            some = slice(first, first + at_once)
+            runs = [prompt_inputs(graph, text) for text in texts[some]]
+            (states,) = [data for value, data in computed(graph, [head.x], runs, load, {}, pool) if value is head.x]
+
+            def redrawn(text: Ids, state: Data, chance: NDArray[np.float64]) -> Ids:
+                drawn = [
+                    _drawn(logits[:, :vocabulary], chance[begin + 1 : begin + 1 + len(logits)])
+                    for begin, logits in head.predictions(text, state)
+                ]
+                return np.concatenate([text[:1], *drawn])
+
+            for number, text in enumerate(
+                (map if pool is None else pool.map)(redrawn, texts[some], states, chances[some]), first
+            ):
+                texts[number] = text
                 tell()
     return texts
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is behind a graph's last hidden states: logits of some rows at a time, as those of all take much memory.
+
+    start: the head, or the logits where none was found. known: its weight.
+    """
+
+    graph: Graph
+    start: Value
+    known: Mapping[Value, Data]
+    load: LoadParam
+
+    @classmethod
+    def of(cls, graph: Graph, load: LoadParam) -> _Head:
+        head, logits = find_head(graph), graph.output("logits")
+        if head is None:
+            return cls(graph, logits, {}, load)
+        inputs = {value for value in topological([logits], [head.x, head.w]) if isinstance(value, Input)}
+        if inputs:  # something of each token joins behind the head
+            return cls(graph, logits, {}, load)
+        return cls(graph, head, {head.w: evaluate_values([head.w], {}, load, {})["0"]}, load)
+
+    @property
+    def x(self) -> Value:
+        """What has to be computed for all rows: the head's input, or the logits."""
+        return self.start.x if isinstance(self.start, Linear) else self.start
+
+    def predictions(self, text: Ids, state: Data) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first row, logits [n, vocabulary]) of a text's rows, without the last one."""
+        assert isinstance(state, np.ndarray)
+        rows = len(text) - 1
+        if not isinstance(self.start, Linear):
+            yield 0, state.reshape(len(text), -1)[:rows]
+            return
+        logits = self.graph.output("logits")
+        for begin in range(0, rows, CHUNK):
+            count = min(CHUNK, rows - begin)
+            binding = bind_symbols(self.graph, prompt_inputs(self.graph, text[:count]))
+            known = {**self.known, self.x: state[..., begin : begin + count, :]}
+            found = evaluate_values([logits], known, self.load, binding)["0"]
+            assert isinstance(found, np.ndarray)
+            yield begin, found.reshape(count, -1)
 
 
 def _drawn(logits: NDArray[np.float32], chances: NDArray[np.float64]) -> Ids:

@@ -134,6 +134,22 @@ def test_as_many_rounds_as_ids_write_the_text_one_id_at_a_time(
             assert (sums[text[at] - 1] if text[at] else 0) <= chances[at] + 1e-6
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_by_rows_are_those_of_the_whole_text(
+    family: str, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifted, graph = lifted_and_graph(tiny[family])
+    floats, _ = in_floats(graph)
+    texts = random_texts(lifted, 300, 0)[:3]
+    monkeypatch.setattr(own_text, "CHUNK", 31)
+    by_rows = own_texts(floats, lifted.load, texts, 300, 7)
+    monkeypatch.setattr(own_text, "find_head", lambda graph: None)
+    monkeypatch.setattr(own_text, "MOST_LOGITS", 2 * 300 * 128)
+    whole = own_texts(floats, lifted.load, texts, 300, 7)
+    same = np.concatenate([a == b for a, b in zip(by_rows, whole, strict=True)])
+    assert same.mean() > 0.99  # a number that lies on the border of two ids may fall either way
+
+
 def test_ids_are_drawn_as_often_as_predicted() -> None:
     p = np.array([0.5, 0.0, 0.3, 0.2])
     with np.errstate(divide="ignore"):
