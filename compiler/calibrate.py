@@ -2,8 +2,7 @@
 of each layer's inputs are measured, and its weight is rounded with error feedback (`encodings/feedback.py`).
 
 The graph is run once, op by op for all texts, in its own numpy meaning and with weights as the model has them. A weight
-is rounded as soon as all of its readers' inputs are known, and goes to a file; so one layer's weights and the texts'
-activations are held at a time.
+is rounded as soon as all of its readers' inputs are known.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -23,15 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.compiler.encodings.feedback import DAMPING, Curvature, encode_with_feedback
-from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Param, Value
-from llmc.compiler.ir.types import Array, Tensor
+from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, random_texts, texts_of_file
 from llmc.compiler.progress import Progress
+from llmc.compiler.rounded_cache import NotKept, Parts, RoundedCache, key_of
 from llmc.compiler.scenario import computed, prompt_inputs
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError
@@ -47,12 +47,19 @@ OVERHEAD = 2.0  # of running and rounding, beside the products of the layers the
 
 
 def calibrate_model(
-    lifted: Lifted, graph: Graph, options: CompileOptions, vocabulary: int, folder: Path, progress: Progress
+    lifted: Lifted,
+    graph: Graph,
+    options: CompileOptions,
+    vocabulary: int,
+    code: str,
+    folder: Path,
+    progress: Progress,
 ) -> tuple[Graph, LoadParam]:
     """The model's graph after all passes with weights rounded by what their layers see of its own text and of the file
-    that the options name, and what loads them. vocabulary: ids that it takes. folder: for the rounded weights.
+    that the options name, and what loads them. vocabulary: ids that it takes. code: a hash of what does the rounding.
+    folder: for the rounded weights.
 
-    CompileError for a model that is not one of texts.
+    Taken from the cache where the same was rounded before. CompileError for a model that is not one of texts.
     """
     if lifted.task == "run":
         raise CompileError("--calibrate: only models of texts can be measured, this graph's inputs cannot be made up")
@@ -61,15 +68,25 @@ def calibrate_model(
     file = options.calibration_file
     more = [] if file is None else texts_of_file(file, lifted, vocabulary)
     floats, layers = in_floats(graph)
-    if not layers:
+    weights, cache = list(dict.fromkeys(layers.values())), RoundedCache.default()
+    if not weights:
         return graph, load
+    progress.start("looking for rounded weights")
+    encodings = [weight.encoding for weight in weights]
+    key = key_of(floats, load, [*texts, *more], code, encodings, vocabulary, options.seed)
+    with suppress(NotKept):
+        found, store = with_integers(graph, load, cache.read(key, weights), folder)
+        return found, store.load
     with text_threads() as pool:
         tell_cost(layers, texts, more, decodes, progress)
         if decodes:
             progress.start("writing text to round by", ROUNDS * len(texts), "texts")
             texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
         damping = DAMPING if decodes or more else ENCODER_DAMPING
-        return calibrate(graph, load, [*texts, *more], damping, folder, progress, pool)
+        rounded = calibrate(graph, load, [*texts, *more], damping, progress, pool)
+        found, store = with_integers(graph, load, rounded, folder)
+    cache.write(key, ((weight, store.parts(weight)) for weight in weights))
+    return found, store.load
 
 
 def tell_cost(
@@ -103,21 +120,33 @@ def text_threads() -> Iterator[Executor]:
 
 @dataclass
 class RoundedWeights:
-    """Integers and scales by params' names, in files of a folder; the model's own weights besides."""
+    """The parts of rounded weights, in files of a folder; the model's own weights besides."""
 
     folder: Path
     source: LoadParam
     files: dict[str, Path] = field(default_factory=dict)
+    packed: dict[Value, PackGroups] = field(default_factory=dict)  # by what was to be rounded
 
-    def add(self, name: str, values: Array) -> Param:
-        """Keep an array under a new name; the param that stands for it."""
-        dtype = {"int8": "i8", "uint8": "u8", "float16": "f16"}[values.dtype.name]
-        self.files[name] = self.folder / f"{len(self.files)}.npy"
-        np.save(self.files[name], values)
-        return Param(name, Tensor(values.shape, dtype))
+    def add(self, weight: Quantize, parts: Parts) -> None:
+        """Keep a weight's parts."""
+        name = name_of(weight)
+        name = f"{name} ({weight.encoding})" if name in self.files else name
+        params: dict[str, Param] = {}
+        for part, array in parts.items():
+            whole = name if part == "q" else f"{name} ({part})"
+            self.files[whole] = self.folder / f"{len(self.files)}.npy"
+            np.save(self.files[whole], array)
+            params[part] = Param(whole, Tensor(array.shape, dtype_of(array.dtype)))
+        self.packed[weight] = PackGroups(params["q"], params["scales"], params.get("minimums"), weight.encoding)
+
+    def parts(self, weight: Quantize) -> Parts:
+        """A weight's parts, as they were kept."""
+        packed = self.packed[weight]
+        found = {"q": packed.q, "scales": packed.scales, "minimums": packed.minimums}
+        return {part: self.load(value.name) for part, value in found.items() if isinstance(value, Param)}
 
     def load(self, name: str) -> Array:
-        """A weight's values, rounded or the model's own."""
+        """A param's values: a part, or a weight of the model's own."""
         if name not in self.files:
             return self.source(name)
         values: Array = np.load(self.files[name], mmap_mode="r")
@@ -146,19 +175,16 @@ def calibrate(
     load: LoadParam,
     texts: Sequence[Ids],
     damping: float,
-    folder: Path,
     progress: Progress,
     pool: Executor | None = None,
-) -> tuple[Graph, LoadParam]:
-    """The graph with the integers that its layers' inputs ask for, and what loads them. folder: for their files."""
+) -> Iterator[tuple[Quantize, Parts]]:
+    """Each weight of the graph's linear layers, and the parts of its encoding that its layers' inputs ask for."""
     floats, layers = in_floats(graph)
     waiting = Counter(layers.values())
     readers: dict[Value, list[Layer]] = {}
     for layer in layers:
         readers.setdefault(layer.x, []).append(layer)
-    store = RoundedWeights(folder, load)
     moments: dict[Quantize, Moments] = {}
-    packed: dict[Value, Value] = {}
     progress.start("rounding by what layers see", len(waiting), "weights")
     runs = [prompt_inputs(floats, ids) for ids in texts]
     for value, data in computed(floats, list(readers), runs, load, {}, pool):
@@ -170,9 +196,18 @@ def calibrate(
             moments[weight] = moments[weight] + seen if weight in moments else seen
             waiting[weight] -= 1
             if not waiting[weight]:
-                packed[weight] = _packed(weight, moments.pop(weight), damping, store)
+                yield weight, _rounded(weight, moments.pop(weight), damping, load)
                 progress.advance()
-    return substitute_values(graph, packed), store.load
+
+
+def with_integers(
+    graph: Graph, load: LoadParam, weights: Iterable[tuple[Quantize, Parts]], folder: Path
+) -> tuple[Graph, RoundedWeights]:
+    """The graph with the given parts in place of weights, and what loads them. folder: for their files."""
+    store = RoundedWeights(folder, load)
+    for weight, parts in weights:
+        store.add(weight, parts)
+    return substitute_values(graph, dict(store.packed)), store
 
 
 def _moments(inputs: Sequence[Data]) -> Moments:
@@ -189,17 +224,14 @@ def _moments(inputs: Sequence[Data]) -> Moments:
     return total / np.float32(rows)
 
 
-def _packed(weight: Quantize, moments: Moments, damping: float, store: RoundedWeights) -> PackGroups:
-    """The weight as integers, which `store` keeps."""
+def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam) -> Parts:
+    """The parts of a weight's encoding. Inputs that overflow say nothing: the weight is rounded for itself."""
     kind = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
-    values = evaluate_values([weight.w], {}, store.source, {})["0"]
+    values = evaluate_values([weight.w], {}, load, {})["0"]
     assert isinstance(values, np.ndarray)
-    found = encode_with_feedback(kind, values, Curvature.of(moments, damping))
-    name = name_of(weight)
-    q = store.add(name, found.parts["q"])
-    scales, minimums = (
-        store.add(f"{name} ({part})", found.parts[part]) if part in found.parts else None
-        for part in ("scales", "minimums")
-    )
-    assert scales is not None
-    return PackGroups(q, scales, minimums, kind.name)
+    try:
+        if not np.isfinite(moments).all():
+            return encode(kind, values).parts
+        return encode_with_feedback(kind, values, Curvature.of(moments, damping)).parts
+    except CompileError as error:  # an encoding that refuses numbers does not know whose they are
+        raise CompileError(f"{name_of(weight)}: {error}") from error

@@ -64,12 +64,8 @@ def random_texts(lifted: Lifted, vocabulary: int, seed: int) -> list[Ids]:
 
 def _around(lifted: Lifted, length: int) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and behind a text; none where they leave no room for one."""
-    stored = lifted.text.files.get("tokenizer.json")
-    if stored is None:
-        return [], []
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_str(stored.decode()).encode("").ids
+    tokenizer = lifted.text.tokenizer()
+    ids = [] if tokenizer is None else tokenizer.encode("").ids
     return (ids[:1], ids[1:]) if len(ids) < length else ([], [])
 
 
@@ -78,14 +74,9 @@ def texts_of_file(path: Path, lifted: Lifted, vocabulary: int) -> list[Ids]:
     encoder a text a line. A name that ends in .jsonl has objects with a "text" a line. CompileError where there is no
     text.
     """
-    from tokenizers import Tokenizer
-
-    stored = lifted.text.files.get("tokenizer.json")
-    if stored is None:
+    tokenizer = lifted.text.tokenizer()
+    if tokenizer is None:
         raise CompileError(f"--calibrate {path}: the model has no tokenizer; give --tokenizer DIR")
-    tokenizer = Tokenizer.from_str(stored.decode())
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     length = max(2, min(LENGTH, lifted.max_context))
     lines = _lines(path)
     if lifted.task == "generate":

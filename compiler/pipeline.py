@@ -203,6 +203,7 @@ def compile_model(
     from llmc.compiler.calibrate import calibrate_model
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
+    from llmc.targets.sources import closure_hash
 
     progress = progress or Silent()
     created = creation_time()
@@ -223,7 +224,8 @@ def compile_model(
     with scratch_folder() as folder:
         measures = options.measures_inputs
         if measures or (measures is None and lifted.task != RUN):
-            found = calibrate_model(lifted, compiled.graph, options, vocabulary_of(lifted), folder, progress)
+            vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
+            found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress)
             compiled.graph, compiled.load = found
             compiled.calibrated = str(options.as_json()["calibrate"] or "self")
             if checker is not None:
