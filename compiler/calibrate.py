@@ -161,7 +161,7 @@ def in_floats(graph: Graph) -> tuple[Graph, dict[Layer, Quantize]]:
         if isinstance(op, Embed) and isinstance(op.table, Quantize):
             return op.replace(table=op.table.w)
         if isinstance(op, (Linear, GatedLinear)) and isinstance(op.w, Quantize):
-            layer = op.replace(w=op.w.w, rounding="f32")
+            layer = op.replace(w=op.w.w)
             assert isinstance(layer, (Linear, GatedLinear))
             rounded[layer] = op.w
             return layer

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc.compiler.encodings import GroupQuantized, encode
-from llmc.compiler.encodings.feedback import Curvature, encode_with_feedback
+from llmc.compiler.encodings.feedback import BLOCK, Curvature, _Rows, encode_with_feedback
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import precise
 from llmc.errors import CompileError
@@ -100,8 +100,8 @@ def test_rows_do_not_depend_on_each_other_or_on_threads(kind: GroupQuantized) ->
 def test_no_other_integer_of_a_row_is_better() -> None:
     """Coordinate descent ends where no single step of an integer lowers the error (but for what f32 does not see)."""
     kind = GroupQuantized(4, 32)
-    w, moments = layer(3, 33, 200)
-    found = encode_with_feedback(kind, w, Curvature.of(moments), sweeps=30)
+    w, moments = layer(3, 2 * BLOCK + 1, 400)
+    found = encode_with_feedback(kind, w, Curvature.of(moments), sweeps=40)
     exact = damped(moments)
     best = output_error(w, found, exact)
     q = found.parts["q"]
@@ -111,6 +111,73 @@ def test_no_other_integer_of_a_row_is_better() -> None:
             moved[:, at] = np.clip(moved[:, at] + step, kind.lowest, kind.highest)
             other = Encoded(kind, w.shape, found.parts | {"q": moved})
             assert (output_error(w, other, exact) >= best * (1 - 1e-4)).all()
+
+
+def nearest(kind: GroupQuantized, wanted: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
+    """The integers whose numbers are nearest, by looking at all of them."""
+    integers = np.arange(kind.lowest, kind.highest + 1)
+    numbers = integers * (32 + np.abs(integers)) / 32 if kind.bits == 6 else integers
+    gaps = np.abs(wanted[:, None] - (numbers * scale[:, None] + minimum[:, None]))
+    return integers[gaps.argmin(axis=1)]
+
+
+@by_kind
+def test_errors_are_fed_back_as_a_plain_loop_does_it(kind: GroupQuantized) -> None:
+    """GPTQ without blocks, in f64, with the inverse of H made anew for what is left behind each input."""
+    w, moments = layer(9, 2 * BLOCK + 1, 600)
+    curvature = Curvature.of(moments)
+    rows = _Rows(kind, w, curvature)
+    scales, minimums = rows.scales.T.astype(np.float64), rows.minimums.T.astype(np.float64)
+    rows.feed_back()
+    left, wanted, q = list(curvature.order), w.astype(np.float64), np.zeros(w.shape)
+    exact = damped(moments)
+    while left:
+        at, group = left[0], left[0] // kind.group
+        inverse = np.linalg.inv(exact[np.ix_(left, left)])
+        q[:, at] = nearest(kind, wanted[:, at], scales[:, group], minimums[:, group])
+        level = q[:, at] * (32 + np.abs(q[:, at])) / 32 if kind.bits == 6 else q[:, at]
+        error = (wanted[:, at] - level * scales[:, group] - minimums[:, group]) / inverse[0, 0]
+        wanted[:, left[1:]] -= np.multiply.outer(error, inverse[0, 1:])
+        left.pop(0)
+    # One integer that falls the other way, as sums are in f32, moves those behind it: most rows have none.
+    assert np.mean(q == rows.q.T) > 0.97
+
+
+@by_kind
+def test_a_sweep_takes_each_input_after_the_other(kind: GroupQuantized) -> None:
+    """Coordinate descent without blocks, in f64, from the same start."""
+    w, moments = layer(9, 2 * BLOCK + 1, 600)
+    rows = _Rows(kind, w, Curvature.of(moments))
+    rows.feed_back()
+    q, v, exact = rows.q.T.astype(np.float64), rows.v.T.astype(np.float64), damped(moments)
+    scales, minimums = rows.scales.T.astype(np.float64), rows.minimums.T.astype(np.float64)
+    rows.descend()
+    for at in range(w.shape[1]):
+        group = at // kind.group
+        wanted = v[:, at] + (w - v) @ exact[:, at] / exact[at, at]
+        q[:, at] = nearest(kind, wanted, scales[:, group], minimums[:, group])
+        level = q[:, at] * (32 + np.abs(q[:, at])) / 32 if kind.bits == 6 else q[:, at]
+        v[:, at] = level * scales[:, group] + minimums[:, group]
+    assert np.mean(q == rows.q.T) > 0.97  # as above
+
+
+@by_kind
+def test_scales_are_fitted_by_least_squares(kind: GroupQuantized) -> None:
+    w, moments = layer(5, 129, 600)
+    rows = _Rows(kind, w, Curvature.of(moments))
+    rows.feed_back()
+    levels = (rows.q * (32 + np.abs(rows.q)) / 32 if kind.bits == 6 else rows.q).astype(np.float64)
+    found = rows._fitted(levels.astype(np.float32), slice(None))
+    root = np.linalg.cholesky(damped(moments)).T
+    for row in range(len(w)):
+        columns = np.zeros((129, len(rows.groups)))
+        target = w[row].astype(np.float64)
+        for index, group in enumerate(rows.groups):
+            columns[group, index] = levels[group, row]
+            target[group] -= rows.minimums[index, row]
+        least = np.linalg.lstsq(root @ columns, root @ target, rcond=None)[0]
+        errors = [float(np.sum((root @ (columns @ scales - target)) ** 2)) for scales in (least, found[:, row])]
+        assert errors[1] <= errors[0] * 1.01  # scales are rounded to f16
 
 
 def test_the_factor_is_of_the_inverse_in_the_order_of_rounding() -> None:

@@ -31,6 +31,7 @@ SWEEPS = 2
 # Added to H's diagonal, as a part of its mean: what the sample of inputs does not show, it does not rule out.
 DAMPING = 0.01
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
+RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
 ROWS = 1 << 22  # weights rounded at a time, about: what is held of a block beside H
 
@@ -207,8 +208,8 @@ class _Rows:
             spread = moments[:, group] @ levels[group]
             for j, other in enumerate(self.groups):
                 normal[:, i, j] = np.einsum("kn,kn->n", levels[other], spread[other])
-        ridge = 1e-4 * np.einsum("nii->n", normal) / count
-        np.einsum("nii->ni", normal)[...] += np.where(ridge > 0, ridge, 1)[:, None]
+        diagonal = np.einsum("nii->ni", normal)
+        diagonal[...] = np.where(diagonal > 0, diagonal * np.float32(1 + RIDGE), 1)
         found = np.linalg.solve(normal, right[..., None])[..., 0].T
         return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
 
