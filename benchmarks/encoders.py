@@ -69,7 +69,7 @@ def prepare(model: Path | None, work: Path, precisions: Sequence[str]) -> dict[s
 
         compiled = work / f"model-{precision}.so"
         print(f"compiling {precision}", flush=True)
-        llmc.compile(str(model), compiled, precision)
+        llmc.compile(str(model), compiled, precision, calibrate="none")
         files[f"llmc {precision}"] = str(compiled)
     return files
 

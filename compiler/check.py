@@ -68,6 +68,13 @@ class Lowering(Pass):
     name: ClassVar[str] = "lowering"
 
 
+@dataclass(frozen=True)
+class Calibration(Pass):
+    """Stands for rounding that is no pass: it runs the graph (`calibrate.py`)."""
+
+    name: ClassVar[str] = "calibration"
+
+
 @dataclass
 class Checker:
     """An observer for `run_passes`.
@@ -206,6 +213,15 @@ class Checker:
         """The graph in the ops that kernels are for: compared with what the last pass left; CompileError."""
         if graph is not self._graph and self._graph is not None:
             self(Lowering(), self._graph, graph, Report("lowering"))
+
+    def calibrated(self, graph: Graph, load_param: LoadParam) -> None:
+        """The graph with weights that were rounded by what layers see, which no bound of an encoding holds for: how far
+        it is from the one before is said, and what follows is compared with it."""
+        self.load_param = load_param
+        outputs = self._run(graph, "the graph after rounding by what layers see")
+        for name, expected in self._outputs.items():
+            self.differences.append(self._compare(Calibration(), name, expected, outputs[name], exact=False))
+        self._graph, self._outputs = graph, outputs
 
     def summary(self) -> list[str]:
         """What was compared, at which sizes, and how near it came: lines for people."""

@@ -121,7 +121,9 @@ def build_manifest(
             "weight_bytes_per_token": min(nbytes, estimate(program.graph, context=PAGE).read_per_token),
         },
         "provenance": {
-            "options": options.as_json() | ({} if options.weights_file is None else {"weights": "file"}),
+            "options": options.as_json()
+            | {"calibrate": compiled.calibrated}
+            | ({} if options.weights_file is None else {"weights": "file"}),
             "graph": text_hash(compiled.graph),
             **({"created": created} if created else {}),
             "tvm": _version("apache-tvm"),
@@ -244,7 +246,12 @@ def explain(compiled: Compiled, program: Program) -> dict[str, object]:
         key = (choice.op, choice.rule, choice.rejected, json.dumps(kernels))
         entry = groups.setdefault(key, _entry(choice, kernels))
         entry["count"] = int(str(entry["count"])) + 1
-    return {"passes": passes, "first_layer": compiled.first_layer, "kernels": list(groups.values())}
+    return {
+        "passes": passes,
+        "first_layer": compiled.first_layer,
+        "calibrated": compiled.calibrated,
+        "kernels": list(groups.values()),
+    }
 
 
 def _entry(choice: Choice, kernels: list[dict[str, object]]) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class CompileOptions:
     that is int4, int8 for the head and int6 for the embedding. A head tied to the embedding has the embedding's scheme,
     and then both are int8. int6 is for embeddings only.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
+    calibrate: what the inputs of linear layers are measured on, so that their weights' rounding errors make up for each
+    other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
+    Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
+    for a model of texts in int4 whose weights are embedded or go to a file, else "none".
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -56,6 +61,7 @@ class CompileOptions:
     embedding: str | None = None
     head: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
+    calibrate: str | None = None
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -80,6 +86,8 @@ class CompileOptions:
                 raise CompileError(
                     f"--override {pattern!r}: a name pattern has letters, digits and ._-*?[], such as *.down_proj*"
                 )
+        if self.calibrate == "":
+            raise CompileError("--calibrate is none, self or a file's path, not empty")
         if not self.target:
             raise CompileError("--target needs a machine's name; `--target native` is this machine")
         if not self.weights:
@@ -106,6 +114,18 @@ class CompileOptions:
         return self.max_step or (2048 if is_encoder else 512)
 
     @property
+    def measures_inputs(self) -> bool | None:
+        """Whether weights are rounded by what their layers see; None: where the model is one of texts."""
+        if self.calibrate is not None:
+            return self.calibrate != "none"
+        return None if self.quantization == "int4" and self.weights not in ("random", "none") else False
+
+    @property
+    def calibration_file(self) -> Path | None:
+        """The file of texts that are measured besides the model's own."""
+        return None if self.calibrate in (None, "none", "self") else Path(str(self.calibrate))
+
+    @property
     def weights_file(self) -> Path | None:
         """The file that the weights go to instead of into the artifact, if there is one."""
         return None if self.weights in WEIGHT_SOURCES else Path(self.weights)
@@ -115,10 +135,19 @@ class CompileOptions:
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("kernel_cache", "jobs", "check"):
             del kept[name]
+        if self.calibration_file is not None:
+            kept["calibrate"] = _hash_of(self.calibration_file)
         kept["overrides"] = [list(pair) for pair in self.overrides]
         kept["max_dims"], kept["dims"] = dict(self.max_dims), dict(self.dims)
         json.dumps(kept)
         return kept
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CompileError(f"--calibrate {path}: {error.strerror}") from error
 
 
 def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:

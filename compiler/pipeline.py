@@ -93,6 +93,8 @@ class Compiled:
     graph: Graph
     reports: list[Report]
     first_layer: str = ""  # what the check of the first layer compared
+    load: LoadParam | None = None  # of the graph's params, where some are not the model's own
+    calibrated: str = "none"  # what weights were rounded by: none, self, or a file's hash
 
 
 def run_pipeline(
@@ -198,8 +200,10 @@ def compile_model(
     told of what `options.check` compared; where that finds a difference, CompileError, and what was at `output` before
     is unchanged.
     """
+    from llmc.compiler.calibrate import calibrate_model
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
+    from llmc.targets.sources import closure_hash
 
     progress = progress or Silent()
     created = creation_time()
@@ -217,8 +221,17 @@ def compile_model(
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         progress.note(note)
-    program = lower(compiled.graph, machine)
-    manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
+    with scratch_folder() as folder:
+        measures = options.measures_inputs
+        if measures or (measures is None and lifted.task != RUN):
+            vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
+            found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress)
+            compiled.graph, compiled.load = found
+            compiled.calibrated = str(options.as_json()["calibrate"] or "self")
+            if checker is not None:
+                checker.calibrated(*found)
+        program = lower(compiled.graph, machine)
+        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
@@ -330,6 +343,7 @@ def assemble(
     from llmc.targets.step_limits import StepLimits, failures_of
     from llmc.targets.target import Addresses
 
+    load = compiled.load or lifted.weights.load
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task)
     plan: Plan = plan_memory(program, largest)
@@ -346,10 +360,10 @@ def assemble(
         apart = nullcontext() if options.weights_file is None else WeightsFile(options.weights_file)
         with apart as file, ArtifactWriter(output, library.path) as writer:
             if checker is not None:
-                parts = Parts(program, plan, addresses.weights, lifted.weights.load, lifted.task)
+                parts = Parts(program, plan, addresses.weights, load, lifted.task)
                 weights = None if file is None else file.temporary
                 writer.inspect = lambda path: check_whole(path, parts, options, checker, weights)
-            digest = write_weights(placed, nbytes, lifted.weights.load, options, file or writer, progress)
+            digest = write_weights(placed, nbytes, load, options, file or writer, progress)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_tokenizer(tokenizer)

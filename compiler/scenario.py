@@ -10,7 +10,8 @@ the same outputs for the same tokens, which is what makes them comparable.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,6 +233,21 @@ def _token_axis(value: Value) -> int | None:
     return None
 
 
+def prompt_inputs(graph: Graph, ids: Array) -> dict[str, Data]:
+    """The inputs of a step that reads one whole sequence and gives all of its rows, in order; caches are empty."""
+    pages = tuple(range(-(-len(ids) // PAGE)))
+    arrays = Scenario((ids,), (), (pages,))._render((Span(0, 0, len(ids)),)).arrays
+    arrays["rows"] = np.arange(len(ids))
+    inputs: dict[str, Data] = {}
+    for value in graph.inputs:
+        if isinstance(value.type, KV):
+            inputs[value.name] = Pages.empty(value.type, len(pages))
+            continue
+        data = arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
+        inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
+    return inputs
+
+
 def evaluate_with(
     graph: Graph, inputs: Mapping[str, Data], load_param: LoadParam, known: Mapping[Value, Data]
 ) -> dict[str, Data]:
@@ -247,10 +263,30 @@ def evaluate_together(
     graph: Graph, runs: Sequence[Mapping[str, Data]], load_param: LoadParam, known: Mapping[Value, Data]
 ) -> list[dict[str, Data]]:
     """The outputs for each of several inputs, op by op, so that a weight is loaded and widened once for all of them."""
+    outputs = dict.fromkeys(value for _, value in graph.outputs)
+    found = {value: data for value, data in computed(graph, list(outputs), runs, load_param, known) if value in outputs}
+    for value in outputs:
+        if value not in found:
+            found[value] = [known[value] if value in known else inputs[value.name] for inputs in runs]
+    return [{name: found[value][run] for name, value in graph.outputs} for run in range(len(runs))]
+
+
+def computed(
+    graph: Graph,
+    roots: Sequence[Value],
+    runs: Sequence[Mapping[str, Data]],
+    load_param: LoadParam,
+    known: Mapping[Value, Data],
+    pool: Executor | None = None,
+) -> Iterator[tuple[Value, list[Data]]]:
+    """Everything that `roots` need besides the graph's inputs and `known`, in order: each value with what it is for
+    each of several inputs. What no later value needs is forgotten. Weights are loaded and widened once for all.
+
+    pool: of threads that share the inputs among them.
+    """
     bindings = [bind_symbols(graph, inputs) for inputs in runs]
     given: list[dict[Value, Data]] = [{value: inputs[value.name] for value in graph.inputs} for inputs in runs]
-    outputs = [value for _, value in graph.outputs]
-    order = topological(outputs, {*known, *graph.inputs})
+    order = topological(roots, {*known, *graph.inputs})
     last_use = {operand: index for index, op in enumerate(order) if isinstance(op, Op) for operand in op.operands}
     shared: dict[Value, Data] = dict(known)  # values of params and constants, the same for all runs
     for index, value in enumerate(order):
@@ -260,15 +296,21 @@ def evaluate_together(
         if value in graph.constants and not sized and all(operand in shared for operand in operands):
             shared[value] = evaluate_values([value], shared, load_param, {})["0"]
         else:
-            for own, binding in zip(given, bindings, strict=True):
+
+            def evaluated(own: dict[Value, Data], binding: Mapping[str, int], value: Value = value) -> Data:
+                operands = value.operands if isinstance(value, Op) else ()
                 local = {operand: own[operand] if operand in own else shared[operand] for operand in operands}
-                own[value] = evaluate_values([value], local, load_param, binding)["0"]
-        for operand in operands:
-            if last_use[operand] == index and operand not in outputs and operand not in known:
+                return evaluate_values([value], local, load_param, binding)["0"]
+
+            results = list((map if pool is None else pool.map)(evaluated, given, bindings))
+            for own, result in zip(given, results, strict=True):
+                own[value] = result
+        yield value, [own[value] if value in own else shared[value] for own in given]
+        for operand in (*operands, value):
+            if last_use.get(operand, index) == index and operand not in known:
                 shared.pop(operand, None)
                 for own in given:
                     own.pop(operand, None)
-    return [{name: own[value] if value in own else shared[value] for name, value in graph.outputs} for own in given]
 
 
 def vocabulary_of(graph: Graph, name: str = "ids", binding: Mapping[str, int] | None = None) -> int:

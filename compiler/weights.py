@@ -12,6 +12,7 @@ from llmc.compiler.ir.dims import product
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import LoadParam, evaluate_values
 from llmc.compiler.ir.graph import topological
+from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.op import Param, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array, itemsize
 from llmc.errors import CompileError
@@ -23,6 +24,15 @@ class Layout(Protocol):
     """How a target packs a weight: `arrays` says shapes and dtypes of the parts, `pack` makes them."""
 
     def arrays(self, n: int, k: int) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]: ...
+
+
+def name_of(value: Value) -> str:
+    """The names of the checkpoint tensors that a value is made of, for people (of integers with scales, the former)."""
+    whole = value.q if isinstance(value, PackGroups) else value
+    params = [v.name for v in topological([whole]) if isinstance(v, Param)]
+    if not params:
+        return "constant"
+    return params[0] if len(params) == 1 else f"{params[0]} + {len(params) - 1} more"
 
 
 @dataclass(frozen=True)
@@ -49,11 +59,8 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """The names of the checkpoint tensors that it is made of, for people."""
-        params = [v.name for v in topological([self.value]) if isinstance(v, Param)]
-        if not params:
-            return "constant"
-        return params[0] if len(params) == 1 else f"{params[0]} + {len(params) - 1} more"
+        """See `name_of`."""
+        return name_of(self.value)
 
 
 @dataclass(frozen=True)

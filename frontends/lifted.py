@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.types import Array
@@ -41,6 +41,18 @@ class Text:
     facts: dict[str, object] | None = None
     generation: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer as the library `tokenizers` reads it, which cuts nothing and pads nothing; None without one."""
+        stored = self.files.get("tokenizer.json")
+        if stored is None:
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_str(stored.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ ROOMS = ("compiler", "frontends", "targets", "runtime")
 ALLOWED = {
     "runtime": {"llmc.errors", "llmc.files", "llmc.runtime", "numpy", "tokenizers", "jinja2"},
     "compiler": {"llmc.errors", "llmc.files", "llmc.compiler", "llmc.frontends", "llmc.targets",
-                 "llmc.runtime.manifest", "numpy", "ml_dtypes", "z3"},
+                 "llmc.runtime.manifest", "numpy", "ml_dtypes", "threadpoolctl", "z3"},
     "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
     "frontends": {"llmc.errors", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
                   "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},

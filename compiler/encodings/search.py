@@ -43,8 +43,9 @@ class Rounding:
     minimums: NDArray[np.float16] | None = None
 
 
-def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
-    """w = scale * q. CompileError where a weight is not finite or a scale does not fit f16."""
+def round_symmetric(w: Floats, bits: int, search: bool, importance: Floats | None = None) -> Rounding:
+    """w = scale * q. importance [G]: what an error of each place counts, squared (default: all the same). CompileError
+    where a weight is not finite or a scale does not fit f16."""
     highest = (1 << (bits - 1)) - 1
     lowest = -highest if bits == 8 else -highest - 1
     bent = bits == BENT_BITS
@@ -61,16 +62,16 @@ def round_symmetric(w: Floats, bits: int, search: bool) -> Rounding:
     for candidate in CANDIDATES[bits]:
         step = np.divide(extreme, np.float32(candidate), dtype=np.float32)
         _quantized(w, _reciprocal(step), lowest, highest, work, bent)
-        _keep_better(w, work, best, chosen, bent)
+        _keep_better(w, work, best, chosen, bent, importance)
     # The fitted scale may round some weights differently: fit once more.
     _quantized(w, _reciprocal(chosen), lowest, highest, work, bent)
-    _keep_better(w, work, best, chosen, bent)
+    _keep_better(w, work, best, chosen, bent, importance)
 
     # The rounding to f16 is the only step whose error the comparison above did not see: settle it exactly.
-    nearest_error = _squared_error(w, nearest, scales, work, bent=bent)
+    nearest_error = _squared_error(w, nearest, scales, work, bent=bent, importance=importance)
     found_scales = _to_f16(chosen)
     found = _integers(w, found_scales, lowest, highest, work, bent).astype(np.int8)
-    worse = _squared_error(w, found, found_scales, work, bent=bent) >= nearest_error
+    worse = _squared_error(w, found, found_scales, work, bent=bent, importance=importance) >= nearest_error
     found[worse] = nearest[worse]
     return Rounding(found, np.where(worse, scales, found_scales))
 
@@ -178,12 +179,19 @@ def _offset_integers(
     return _integers(work, scales, 0, highest, work)
 
 
-def _keep_better(w: Floats, q: Floats, best: Floats, chosen: Floats, bent: bool) -> None:
-    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale. With `bent`, q becomes its levels."""
+def _keep_better(
+    w: Floats, q: Floats, best: Floats, chosen: Floats, bent: bool, importance: Floats | None = None
+) -> None:
+    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale. With `bent`, q becomes its levels.
+
+    importance: weighs the products' terms.
+    """
     if bent:
         bend(q)
-    products = np.einsum("mg,mg->m", w, q)
-    squares = np.maximum(np.einsum("mg,mg->m", q, q), np.float32(1))
+    weighed = q if importance is None else q * importance
+    products = np.einsum("mg,mg->m", w, weighed)
+    squares = np.einsum("mg,mg->m", q, weighed)
+    squares = np.maximum(squares, np.float32(1) if importance is None else np.float32(np.finfo(np.float32).tiny))
     fitted = products / squares
     score = fitted * products
     better = score > best
@@ -216,6 +224,7 @@ def _squared_error(
     work: Floats,
     minimums: NDArray[np.float16] | None = None,
     bent: bool = False,
+    importance: Floats | None = None,
 ) -> Floats:
     if bent:
         work[...] = q
@@ -226,5 +235,5 @@ def _squared_error(
     if minimums is not None:
         work += minimums.astype(np.float32)[:, None]
     np.subtract(w, work, out=work)
-    result: Floats = np.einsum("mg,mg->m", work, work)
+    result: Floats = np.einsum("mg,mg->m", work, work if importance is None else work * importance)
     return result

@@ -38,6 +38,8 @@ def compile(
     embedding: o.Embedding = None,
     head: o.Head = None,
     override: o.Overrides = None,
+    calibrate: o.Calibrate = None,
+    fast: o.Fast = False,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
@@ -58,10 +60,12 @@ def compile(
     """Compile a model into one shared library."""
     from llmc.compiler.pipeline import compile_model
 
+    if fast and calibrate not in (None, "none"):
+        raise CompileError(f"--fast is --calibrate none, and not --calibrate {calibrate}")
     options = o.compile_options(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
-        weights=weights, jobs=jobs, seed=seed, check=check,
+        weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
     check_outputs(model, path, options.weights_file, json)

@@ -70,6 +70,15 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--override", metavar="PATTERN=SCHEME", rich_help_panel=_COMPILING,
                                    help="A scheme for the weights whose name matches; can be given several times."),
 ]  # fmt: skip
+Calibrate = Annotated[
+    str | None, typer.Option("--calibrate", metavar="none|self|FILE", rich_help_panel=_COMPILING, show_default=False,
+                             help="What weights are rounded by: nothing, the model's own text, a text file besides; "
+                             "default with int4: self."),
+]  # fmt: skip
+Fast = Annotated[
+    bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
+                       rich_help_panel=_COMPILING),
+]  # fmt: skip
 MaxContext = Annotated[
     int | None, typer.Option("--max-context", help="The most tokens a text may have; default: what the model says.",
                              rich_help_panel=_COMPILING),

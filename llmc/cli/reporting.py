@@ -151,6 +151,10 @@ def explain(
             print(f"    not: {what}: {why}")
     if raw.get("first_layer"):
         print(f"  first layer as recognised and as lifted: {raw['first_layer']}")
+    calibrated = str(raw.get("calibrated", "none"))
+    if calibrated != "none":
+        more = "" if calibrated == "self" else f" and of a file ({calibrated})"
+        print(f"  weights rounded by what their layers see of the model's own text{more}")
     _print_kernels(_objects(raw.get("kernels")))
 
 

@@ -1,0 +1,240 @@
+"""Rounding that feeds each weight's error to the weights that are rounded after it, so that a layer's *outputs* change
+least, where a search changes the weights least.
+
+For inputs x of a layer with the second moments H = mean(x x^T), a row w of its weight that becomes v changes the
+outputs by (w - v) H (w - v)^T on average. Inputs are rounded one after another, those of the largest moment first, and
+the error of each is made up for by those that follow, in proportion to the inverse of H (GPTQ: Frantar et al. 2022,
+arXiv 2210.17323, after Hassibi & Stork 1993). Then come sweeps: scales by least squares under H, and each integer once
+more, with all the others as they are (coordinate descent; both only ever lower the error of a row).
+
+Rows are independent: a large weight may be rounded block by block of rows, on several threads, with the same result.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.compiler.encodings.grouped import GroupQuantized, encode, widen
+from llmc.compiler.encodings.levels import BENT_BITS, bend, unbend
+from llmc.compiler.encodings.search import round_asymmetric, round_symmetric
+from llmc.compiler.ir.encoded import Encoded
+from llmc.compiler.ir.types import Array
+
+Floats = NDArray[np.float32]
+
+SWEEPS = 2
+# Added to H's diagonal, as a part of its mean: what the sample of inputs does not show, it does not rule out.
+DAMPING = 0.01
+BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
+RIDGE = 1e-4  # of least squares, relative to each scale's own weight
+_F16_HIGHEST = float(np.finfo(np.float16).max)
+ROWS = 1 << 22  # weights rounded at a time, about: what is held of a block beside H
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What all rows of a layer share: H, damped, and the inverse's factor, both in the order of rounding.
+
+    order: inputs by falling H[i, i]. factor: U, upper triangular, with U^T U = inverse(H[order][:, order]).
+    """
+
+    moments: Floats
+    order: NDArray[np.intp]
+    factor: Floats
+
+    @classmethod
+    def of(cls, moments: Array, damping: float = DAMPING) -> Curvature:
+        """Of moments [K, K], in any unit. Inputs that are always 0 cost nothing, whatever their weights become.
+
+        ValueError where a moment is not finite.
+        """
+        wide = moments.astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise ValueError("a moment is not finite")
+        diagonal = np.einsum("ii->i", wide)
+        mean = float(diagonal.mean()) if len(wide) else 0.0
+        wide /= mean or 1.0
+        diagonal += damping
+        order = np.argsort(-diagonal, kind="stable")
+        # H = A A^T with A upper, from the factor of H read backwards; then inverse(H) = U^T U with U = inverse(A).
+        backwards = np.linalg.cholesky(wide[np.ix_(order, order)][::-1, ::-1])
+        factor = _inverse(np.ascontiguousarray(backwards[::-1, ::-1]))
+        return cls(wide.astype(np.float32), order, factor.astype(np.float32))
+
+
+def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inverse of an upper triangular matrix, by halves: a sixth of the operations of a general one."""
+    size = len(upper)
+    if size <= BLOCK:
+        return np.triu(np.linalg.inv(upper))
+    half = size // 2
+    result = np.zeros_like(upper)
+    result[:half, :half], result[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    result[:half, half:] = -result[:half, :half] @ upper[:half, half:] @ result[half:, half:]
+    return result
+
+
+def encode_with_feedback(
+    kind: GroupQuantized, w: Array, curvature: Curvature, sweeps: int = SWEEPS, threads: int | None = None
+) -> Encoded:
+    """Round a weight [N, K] to an encoding by its layer's inputs: no row's outputs are further off on average than with
+    `encode`. CompileError as `encode`."""
+    inputs = w.shape[1]
+    groups = -(-inputs // kind.group)
+    parts: dict[str, Array] = {
+        "q": np.empty(w.shape, np.int8 if kind.symmetric else np.uint8),
+        "scales": np.empty((len(w), groups), np.float16),
+    }
+    if not kind.symmetric:
+        parts["minimums"] = np.empty((len(w), groups), np.float16)
+    workers = threads or min(8, len(os.sched_getaffinity(0)))
+    step = max(1, min(-(-len(w) // workers), ROWS // max(1, inputs)))
+
+    def one_block(start: int) -> None:
+        rows = _Rows(kind, widen(w[start : start + step]), curvature)
+        rows.feed_back()
+        for _ in range(sweeps):
+            rows.refit()
+            rows.descend()
+        for name, part in rows.best_parts().items():
+            parts[name][start : start + step] = part
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(one_block, range(0, len(w), step)):
+            pass
+    return Encoded(kind, w.shape, parts)
+
+
+class _Rows:
+    """Some rows while they are rounded. Arrays are [K, N]: an input's weights of all rows lie side by side.
+
+    scales, minimums [G, N]; q: the integers, as floats; v: what they stand for.
+    """
+
+    def __init__(self, kind: GroupQuantized, w: Floats, curvature: Curvature) -> None:
+        self.kind, self.curvature = kind, curvature
+        self.w = np.ascontiguousarray(w.T)
+        inputs, rows = self.w.shape
+        self.groups = [slice(at, min(at + kind.group, inputs)) for at in range(0, inputs, kind.group)]
+        self.scales = np.empty((len(self.groups), rows), np.float32)
+        self.minimums = np.zeros_like(self.scales)
+        importance = np.einsum("ii->i", curvature.moments)
+        for index, group in enumerate(self.groups):
+            # Weighted by each input's own moment: the search sees numbers that count alike.
+            found = _search(kind, np.ascontiguousarray(w[:, group]), importance[group])
+            self.scales[index] = found[0]
+            if found[1] is not None:
+                self.minimums[index] = found[1]
+        self.q = np.zeros_like(self.w)
+        self.v = np.zeros_like(self.w)
+
+    def _round(self, at: int, wanted: Floats) -> Floats:
+        """Take the integers nearest to what input `at` should weigh; returns what they stand for."""
+        group = at // self.kind.group
+        scale, minimum = self.scales[group], self.minimums[group]
+        q = np.divide(wanted - minimum, scale, out=np.zeros_like(wanted), where=scale != 0)
+        if self.kind.bits == BENT_BITS:
+            unbend(q)
+        np.rint(q, out=q)
+        np.clip(q, self.kind.lowest, self.kind.highest, out=q)
+        self.q[at] = q
+        if self.kind.bits == BENT_BITS:
+            bend(q)
+        self.v[at] = q * scale + minimum
+        return self.v[at]
+
+    def feed_back(self) -> None:
+        """Round every input once, in order, each error going to the inputs behind it."""
+        order, factor = self.curvature.order, self.curvature.factor
+        wanted = self.w[order]
+        for first in range(0, len(order), BLOCK):
+            last = min(first + BLOCK, len(order))
+            errors = np.empty((last - first, wanted.shape[1]), np.float32)
+            for at in range(first, last):
+                error = (wanted[at] - self._round(int(order[at]), wanted[at])) / factor[at, at]
+                errors[at - first] = error
+                wanted[at + 1 : last] -= np.multiply.outer(factor[at, at + 1 : last], error)
+            wanted[last:] -= factor[first:last, last:].T @ errors
+
+    def descend(self) -> None:
+        """Round every input once more, to the best integer with all the others as they are."""
+        moments = self.curvature.moments
+        slopes = moments @ (self.w - self.v)
+        for first in range(0, len(moments), BLOCK):
+            last = min(first + BLOCK, len(moments))
+            changes = np.empty((last - first, slopes.shape[1]), np.float32)
+            for at in range(first, last):
+                before = self.v[at].copy()
+                change = self._round(at, before + slopes[at] / moments[at, at]) - before
+                changes[at - first] = change
+                slopes[first:last] -= np.multiply.outer(moments[first:last, at], change)
+            slopes[:first] -= moments[:first, first:last] @ changes
+            slopes[last:] -= moments[last:, first:last] @ changes
+
+    def refit(self) -> None:
+        """Scales (not minimums) by least squares under H for the integers as they are, in the rows that gain by it."""
+        levels = self.q.copy()
+        if self.kind.bits == BENT_BITS:
+            bend(levels)
+        count, rows = self.scales.shape
+        step = max(1, ROWS // max(1, count * len(levels)))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            found = self._fitted(levels[:, part], part)
+            before = self._error(self.v[:, part], part)
+            values = levels[:, part].copy()
+            for index, group in enumerate(self.groups):
+                values[group] = values[group] * found[index] + self.minimums[index, part]
+            better = self._error(values, part) < before
+            self.scales[:, part] = np.where(better, found, self.scales[:, part])
+            self.v[:, part] = np.where(better, values, self.v[:, part])
+
+    def _fitted(self, levels: Floats, part: slice) -> Floats:
+        """The scales [G, n] of least error, rounded to f16."""
+        moments, count = self.curvature.moments, len(self.groups)
+        target = self.w[:, part].copy()
+        for index, group in enumerate(self.groups):
+            target[group] -= self.minimums[index, part]
+        reached = moments @ target
+        normal = np.empty((levels.shape[1], count, count), np.float32)
+        right = np.empty((levels.shape[1], count), np.float32)
+        for i, group in enumerate(self.groups):
+            right[:, i] = np.einsum("kn,kn->n", levels[group], reached[group])
+            spread = moments[:, group] @ levels[group]
+            for j, other in enumerate(self.groups):
+                normal[:, i, j] = np.einsum("kn,kn->n", levels[other], spread[other])
+        diagonal = np.einsum("nii->ni", normal)
+        diagonal[...] = np.where(diagonal > 0, diagonal * np.float32(1 + RIDGE), 1)
+        found = np.linalg.solve(normal, right[..., None])[..., 0].T
+        return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
+
+    def _error(self, values: Floats, part: slice) -> Floats:
+        """(w - v) H (w - v)^T of each row."""
+        difference = self.w[:, part] - values
+        result: Floats = np.einsum("kn,kn->n", self.curvature.moments @ difference, difference)
+        return result
+
+    def best_parts(self) -> dict[str, Array]:
+        """Integers [N, K], scales and minimums [N, G], as `Encoded` holds them; of a row whose weights are better
+        rounded each for itself, those."""
+        searched = encode(self.kind, self.w.T, threads=1)
+        whole = slice(None)
+        better = self._error(np.ascontiguousarray(searched.decode().T), whole) < self._error(self.v, whole)
+        q = self.q.T.astype(np.int8 if self.kind.symmetric else np.uint8)
+        halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
+        found: dict[str, Array] = {"q": q, **halves}
+        return {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
+
+
+def _search(kind: GroupQuantized, w: Floats, importance: Floats) -> tuple[Array, Array | None]:
+    """Scales and minimums [N] of one group of inputs [N, G], by the search that sees no other inputs."""
+    if kind.symmetric:
+        found = round_symmetric(w, kind.bits, search=True, importance=importance)
+    else:
+        found = round_asymmetric(w, kind.bits, search=True)
+    return found.scales, found.minimums
