@@ -267,7 +267,8 @@ def evaluate_together(
     found = {value: data for value, data in computed(graph, list(outputs), runs, load_param, known) if value in outputs}
     for value in outputs:
         if value not in found:
-            found[value] = [known[value] if value in known else inputs[value.name] for inputs in runs]
+            assert isinstance(value, Input) or value in known
+            found[value] = [inputs[value.name] if isinstance(value, Input) else known[value] for inputs in runs]
     return [{name: found[value][run] for name, value in graph.outputs} for run in range(len(runs))]
 
 

@@ -145,8 +145,9 @@ class _Rows:
         self.q[at] = q
         if self.kind.bits == BENT_BITS:
             bend(q)
-        self.v[at] = q * scale + minimum
-        return self.v[at]
+        rounded: Floats = q * scale + minimum
+        self.v[at] = rounded
+        return rounded
 
     def feed_back(self) -> None:
         """Round every input once, in order, each error going to the inputs behind it."""
