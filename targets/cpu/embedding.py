@@ -20,21 +20,8 @@ from llmc.targets.cpu.builder import index, let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.cpu.vectors import (
-    cast,
-    divide,
-    for_pieces,
-    integer,
-    load,
-    load_raw,
-    pieces,
-    pin,
-    range_kernel,
-    remainder,
-    splat,
-    store,
-    typed,
-)
+from llmc.targets.cpu.vectors import divide, for_pieces, integer, pieces, pin, range_kernel, remainder, splat, typed
+from llmc.targets.cpu.vectors_before import cast, load, load_raw, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, P, Problem, Rows, knob
 

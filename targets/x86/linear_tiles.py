@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.vectors import permute
+from llmc.targets.cpu.vectors import load, permute, prefetch, store
 from llmc.targets.x86 import tiles as amx
 from llmc.targets.x86.activation_tiles import bf16_parts
 from llmc.targets.x86.isa import X86Isa
@@ -157,7 +157,7 @@ class _Ahead:
 
         def put(row: int, pairs: Expr, part: int = 0) -> None:
             at = start + row * (2 * lanes) + part * TILE
-            b.store_vector(self.isa, self.panel, [at], tirx.reinterpret("uint16x32", pairs))
+            store(self.panel, at, tirx.reinterpret("uint16x32", pairs))
 
         first_tile, section = (
             b.let(self.first_tile.get() + tile),
@@ -178,7 +178,7 @@ class _Ahead:
         nbytes = source.section_bytes // chunks(source)
         for line in range(0, nbytes, self.isa.cache_line):
             first = (tile * source.sections + section) * source.section_bytes
-            b.prefetch(self.data, first + chunk * nbytes + line)
+            prefetch(self.data, first + chunk * nbytes + line)
 
 
 class _Finish:
@@ -221,7 +221,7 @@ class _Finish:
             row, first_tile = b.let(self.first_row.get() + m), self.first_tile.get()
             lanes, tile = self.isa.lanes, amx.ROWS * amx.ROWS
             at = b.let(self.place.get() + m // amx.ROWS * (PAIR * tile) + m % amx.ROWS * lanes)
-            vectors = [self.isa.load(self.sums, at + c * tile) for c in range(PAIR)]
+            vectors = [load(self.sums, at + c * tile, self.isa.lanes) for c in range(PAIR)]
             if self.packed:
                 self._row_packed(row, first_tile, vectors)
             elif self.epilogue.tiles == PAIR:
@@ -257,7 +257,7 @@ class _Finish:
             kept = bits if len(values) == PAIR else permute([bits], range(isa.lanes // 2))
             lanes = isa.lanes * len(values)
             at = self._packed_at(row, column * isa.lanes, part)
-            b.store_vector(isa, out, [at], tirx.reinterpret(f"uint16x{lanes}", kept))
+            store(out, at, tirx.reinterpret(f"uint16x{lanes}", kept))
 
 
 def tile_linear(work: TileWork) -> PrimFunc:
@@ -395,7 +395,7 @@ class _Unit:
         for row in rows:
             at = row + following + block * (TILE * work.parts) + column_pair * (lines * INPUTS)
             for line in range(lines):
-                b.prefetch(self.x, at + line * INPUTS)
+                prefetch(self.x, at + line * INPUTS)
 
     def _products(
         self, block: Expr, rows: list[Expr], columns: list[Expr], between: dict[int, Callable[[], None]]
