@@ -80,7 +80,10 @@ def lanes_of(value: Expr) -> int:
 
 
 def splat(value: Expr | float, lanes: int, dtype: str = "float32") -> Expr:
-    """A scalar in every lane; dtype: what a Python number becomes."""
+    """A scalar in every lane; dtype: what a Python number becomes.
+
+    Beside f32, i32 or u32 an operator does this by itself: `v * 2.0`. It would turn narrower numbers into wider ones.
+    """
     from tvm import tirx
 
     scalar = tirx.const(value, dtype) if isinstance(value, int | float) else value
@@ -104,7 +107,7 @@ def as_f32(value: Expr) -> Expr:
     return cast(value, "float32")
 
 
-def load(buffer: Buffer, at: Place, lanes: int = 1, count: int | None = None) -> Expr:
+def load(buffer: Buffer, at: Place, lanes: int = 1, count: Expr | int | None = None) -> Expr:
     """`lanes` consecutive elements from `at` on, in the buffer's dtype.
 
     count: only the first so many are read, by a mask, and the other lanes are zeros. Without: all.
@@ -112,18 +115,15 @@ def load(buffer: Buffer, at: Place, lanes: int = 1, count: int | None = None) ->
     from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    if count is None or count >= lanes:
+    mask, dtype = _mask(count, lanes), str(buffer.dtype)
+    if mask is None:
         return tirx.BufferLoad(buffer, _elements(at, lanes))
-    zeros = splat(0, lanes, str(buffer.dtype))
-    if count <= 0:
-        return zeros
-    mask = first_lanes(count, lanes)
     # A statement of its own: TVM takes a mask for true inside of what it selects, and would read all.
-    found = let(I.masked_load(typed(str(buffer.dtype), lanes), buffer, *_elements(at, lanes), mask))
-    return tirx.Select(mask, found, zeros)  # the other lanes of what is found are undefined
+    found = let(I.masked_load(typed(dtype, lanes), buffer, *_elements(at, lanes), mask))
+    return tirx.Select(mask, found, splat(0, lanes, dtype))  # the other lanes of what is found are undefined
 
 
-def store(buffer: Buffer, at: Place, value: Expr, count: int | None = None) -> None:
+def store(buffer: Buffer, at: Place, value: Expr, count: Expr | int | None = None) -> None:
     """The lanes of `value` to consecutive elements from `at` on. Floats are rounded to the buffer's (to nearest, ties
     to even); other dtypes have to be the buffer's, which may be one of vectors: TypeError where they are not.
 
@@ -137,10 +137,11 @@ def store(buffer: Buffer, at: Place, value: Expr, count: int | None = None) -> N
     lanes = lanes_of(value) // element.lanes
     if value.ty.dtype != element.with_lanes(lanes * element.lanes):
         raise TypeError(f"{value.ty.dtype} into {buffer.name}, a buffer of {element}")
-    if count is None or count >= lanes:
+    mask = _mask(count, lanes)
+    if mask is None:
         I.buffer_store(buffer, value, _elements(at, lanes))
-    elif count > 0:
-        I.evaluate(I.masked_store(buffer, value, *_elements(at, lanes), first_lanes(count, lanes)))
+    else:
+        I.evaluate(I.masked_store(buffer, value, *_elements(at, lanes), mask))
 
 
 def _elements(at: Place, lanes: int) -> list[Expr]:
@@ -151,11 +152,17 @@ def _elements(at: Place, lanes: int) -> list[Expr]:
     return [*outer, start if lanes == 1 else tirx.Ramp(start, index(1), lanes)]
 
 
-def first_lanes(count: int, lanes: int) -> Expr:
-    """A mask of the first `count` of some lanes."""
+def _mask(count: Expr | int | None, lanes: int) -> Expr | None:
+    """Of the first `count` lanes; None: of all."""
+    return None if count is None or (isinstance(count, int) and count >= lanes) else first_lanes(count, lanes)
+
+
+def first_lanes(count: Expr | int, lanes: int) -> Expr:
+    """A mask of the first `count` of some lanes: of none where it is negative, of all from `lanes` to 2^31."""
     from tvm import tirx
 
-    return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes) < splat(count, lanes, "int32")
+    number = tirx.const(count, "int32") if isinstance(count, int) else count.astype("int32")
+    return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes) < splat(number, lanes)
 
 
 def prefetch(buffer: Buffer, at: Expr | int, elements: int = 1, write: bool = False, near: bool = False) -> None:

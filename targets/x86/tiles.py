@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu import vectors
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def configured(shapes: Mapping[int, tuple[Expr | int, int]] | None = None) -> It
     block = b.scratch(1, "int32x16")
     flat = b.view(block.data, [16], "int32")
     for place, word in enumerate(words):
-        b.store(flat, [place], tirx.const(word, "int32") if isinstance(word, int) else word)
+        vectors.store(flat, place, tirx.const(word, "int32") if isinstance(word, int) else word)
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.ldtilecfg", tirx.address_of(flat[b.index(0)])))
     yield
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.tilerelease"))
