@@ -102,25 +102,6 @@ def index(value: int | Expr) -> Expr:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
-# Of the files that still ask here
-
-
-def store(buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
-    from llmc.targets.cpu import vectors
-
-    vectors.store(buffer, tuple(indices), value)
-
-
-def store_vector(isa: object, buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
-    store(buffer, indices, value)
-
-
-def prefetch(buffer: Buffer, position: Expr, write: bool = False, near: bool = False) -> None:
-    from llmc.targets.cpu import vectors
-
-    vectors.prefetch(buffer, position, write=write, near=near)
-
-
 # What a kernel with `keep_order` imports: nothing happens, but as far as LLVM knows all memory may have changed.
 ORDER_HELPER = """
     define void @llmc_keep_order() alwaysinline {

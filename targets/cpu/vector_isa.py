@@ -2,7 +2,8 @@
 
 A `VectorIsa` knows how many 32-bit lanes a register has, how bytes are multiplied and how work is blocked for it. Its
 methods return TIR expressions, so one template serves every instruction set; each architecture's folder has the
-subclass that says what is its own. A *quad* is four consecutive bytes, and a vector of bytes holds one quad a lane.
+subclass that says what is its own. What is the same for all, such as loads and stores, is in `vectors`. A *quad* is
+four consecutive bytes, and a vector of bytes holds one quad a lane.
 
 Dot products of bytes take *stored weight* bytes and *signed activation* bytes in [-127, 127]. What a stored byte means
 depends on what the machine multiplies well, see `weight_offset`.
@@ -16,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.targets.cpu.vectors import CACHE_LINE, as_f32, load, splat
+from llmc.targets.cpu.vectors import CACHE_LINE
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, Expr
+    from tvm.tirx import Expr
 
     from llmc.targets.cpu.group_sums import Sums
 
@@ -107,17 +108,6 @@ class VectorIsa(ABC):
     @property
     def vector_bytes(self) -> int:
         return self.lanes * 4
-
-    # Of the files that still ask here
-
-    def splat(self, value: Expr | float, dtype: str = "float32") -> Expr:
-        return splat(value, self.vector_bytes * 8 // int("".join(c for c in dtype if c.isdigit())), dtype)
-
-    def load(self, buffer: Buffer, *indices: Expr | int, lanes: int | None = None) -> Expr:
-        return load(buffer, indices, lanes or self.lanes)
-
-    def f16_to_f32(self, half: Expr) -> Expr:
-        return as_f32(half)
 
     # Floating point
 
