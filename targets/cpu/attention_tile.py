@@ -426,20 +426,23 @@ class TileBody(Parts):
         memory; each of its lines is prefetched when the same line of this page is used, so that the memory never idles
         for long (all values' lines beside the first half of their columns: 15% slower).
         """
-        from tvm import tirx
-
         scores = aligned_scratch(rows * PAGE, self.lanes)
         shrink = scratch(-(-rows // self.lanes) * self.lanes, "float32")
-        fetch_key = fetch_value = None
-        if following is not None:
-            next_keys, next_values = following
+        next_keys, next_values = (None, None) if following is None else following
+        self.score_page(t, row, rows, keys, next_keys, scores)
+        self.softmax(t, row, rows, page, scores, shrink)
+        self.add_values(t, row, rows, page, values, next_values, scores, shrink)
 
-            def fetch_key(k: Expr | int, offset: int, width: int) -> None:
-                prefetch(keys[0], next_keys + k * PAGE + offset, width)
-
-            def fetch_value(k: Expr | int, offset: int, width: int) -> None:
-                prefetch(values[0], next_values + k * self.value_dim + offset, width)
-
+    def score_page(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        keys: tuple[Buffer, Expr],
+        following: Expr | None,
+        scores: Buffer,
+    ) -> None:
+        """scores [rows, PAGE] = queries times the page's keys. following: where the next page's keys begin."""
         multiply(
             self.isa,
             self.accumulators,
@@ -450,9 +453,24 @@ class TileBody(Parts):
             right=lambda k, offset, width: as_f32(load(keys[0], keys[1] + k * PAGE + offset, width)),
             start=lambda r, offset, width: splat(0.0, width),
             finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value),
-            ahead=fetch_key,
+            ahead=_fetch(keys[0], following, PAGE),
         )
-        self.softmax(t, row, rows, page, scores, shrink)
+
+    def add_values(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        page: Expr,
+        values: tuple[Buffer, Expr],
+        following: Expr | None,
+        weights: Buffer,
+        shrink: Buffer,
+    ) -> None:
+        """The rows' accumulators, times `shrink` [rows], += weights [rows, PAGE] times the page's values. following:
+        where the next page's values begin."""
+        from tvm import tirx
+
         keep_in_memory(t.acc)
         # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
         visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
@@ -462,11 +480,11 @@ class TileBody(Parts):
             rows,
             self.value_dim,
             visible,
-            left=lambda r, k: load(scores, r * PAGE + k),
+            left=lambda r, k: load(weights, r * PAGE + k),
             right=lambda k, offset, width: as_f32(load(values[0], values[1] + k * self.value_dim + offset, width)),
             start=lambda r, offset, width: load(t.acc, (row + r) * self.value_dim + offset, width) * load(shrink, r),
             finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value),
-            ahead=fetch_value,
+            ahead=_fetch(values[0], following, self.value_dim),
         )
 
     def softmax(self, t: SimpleNamespace, row: Expr, rows: int, page: Expr, scores: Buffer, shrink: Buffer) -> None:
@@ -565,3 +583,10 @@ class TileBody(Parts):
             self.lanes,
             lambda offset, width: body(offset, width, load(t.acc, r * self.value_dim + offset, width)),
         )
+
+
+def _fetch(buffer: Buffer, start: Expr | None, row: int) -> Callable[[Expr | int, int, int], None] | None:
+    """Prefetches (k, offset, width) of rows of `row` elements from `start` on, as `multiply` calls them."""
+    if start is None:
+        return None
+    return lambda k, offset, width: prefetch(buffer, start + k * row + offset, width)

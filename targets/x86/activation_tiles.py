@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
 
-PAIRED_ROWS = 2 * ROWS  # kernels multiply two tiles of rows at a time
+PAIRED_ROWS = 2 * ROWS  # of a block of results: kernels multiply two tiles of rows at a time
 
 
 @dataclass(frozen=True)

@@ -309,51 +309,60 @@ class TallBody(TileBody):
         """
         from tvm import tirx
 
-        isa, lanes = self.isa, self.lanes
         page_id = integer(load(a.block_table, t.table + page))
         head = pin(page_id * self.kv_heads + t.kv_head)
         keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
         next_id = integer(load(a.block_table, t.table + tirx.Min(page + self.step_pages, last)))
         next_head = pin(next_id * self.kv_heads + t.kv_head)
         next_keys, next_values = pin(next_head * (self.head_dim * PAGE)), pin(next_head * (PAGE * self.value_dim))
+        self.convert_keys(a, t, place, keys, next_keys)
+        self.convert_values(a, t, page, place, values, next_values)
 
-        def key_pair(channel: Expr | int, both: bool) -> None:
+    def convert_keys(self, a: SimpleNamespace, t: SimpleNamespace, place: Expr, first: Expr, following: Expr) -> None:
+        """Channels in pairs. first, following: where the page's keys begin, and the next one's."""
+        isa, lanes = self.isa, self.lanes
+
+        def pair_of(channel: Expr | int, both: bool) -> None:
             for half in range(2):
-                start = keys + channel * PAGE + half * lanes
-                odd = as_f32(load(a.keys, start + PAGE, lanes)) if both else splat(0.0, isa.lanes)
+                start = first + channel * PAGE + half * lanes
+                odd = as_f32(load(a.keys, start + PAGE, lanes)) if both else splat(0.0, lanes)
                 at = (place * 2 + half) * (self.depth_tiles * WORDS) + divide(index(channel), 2) * lanes
                 store(t.keys, at, isa.pack_pairs(as_f32(load(a.keys, start, lanes)), odd))
 
         with loop(self.head_dim // 2) as pair:
-            prefetch(a.keys, next_keys + pair * (2 * PAGE), 2 * PAGE)
-            key_pair(pair * 2, True)
+            prefetch(a.keys, following + pair * (2 * PAGE), 2 * PAGE)
+            pair_of(pair * 2, True)
         if self.head_dim % 2:
-            key_pair(self.head_dim - 1, False)
+            pair_of(self.head_dim - 1, False)
 
-        def value_pair(pair: Expr, tokens: int) -> None:
+    def convert_values(
+        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr, first: Expr, following: Expr
+    ) -> None:
+        """Tokens in pairs with those half a page on. Slots of the last page that hold no token of this sequence yet may
+        hold anything, NaN included: they count as zeros. first, following: where the page's values begin, and the next
+        one's."""
+        from tvm import tirx
+
+        isa, lanes, zeros = self.isa, self.lanes, splat(0.0, self.lanes)
+
+        def pair_of(pair: Expr, tokens: int) -> None:
             for j in range(self.value_tiles):
-                start = values + pair * self.value_dim + self.value_column(j)
-                even = as_f32(load(a.values, start, lanes)) if tokens else splat(0.0, isa.lanes)
-                odd = (
-                    as_f32(load(a.values, start + HALF * self.value_dim, lanes))
-                    if tokens > 1
-                    else splat(0.0, isa.lanes)
-                )
+                start = first + pair * self.value_dim + self.value_column(j)
+                even = as_f32(load(a.values, start, lanes)) if tokens else zeros
+                odd = as_f32(load(a.values, start + HALF * self.value_dim, lanes)) if tokens > 1 else zeros
                 at = (place * self.value_tiles + j) * WORDS + pair * lanes
                 store(t.values, at, isa.pack_pairs(even, odd))
 
-        # Tokens pair with those half a page on. Slots of the last page that hold no token of this sequence yet may hold
-        # anything, NaN included.
         held = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
         both = pin(tirx.Max(held - HALF, index(0)))
         some = pin(tirx.Min(held, index(HALF)))
         with loop(both) as pair:
-            prefetch(a.values, next_values + pair * (2 * self.value_dim), 2 * self.value_dim)
-            value_pair(pair, 2)
+            prefetch(a.values, following + pair * (2 * self.value_dim), 2 * self.value_dim)
+            pair_of(pair, 2)
         with loop(some - both) as number:
-            value_pair(pin(both + number), 1)
+            pair_of(pin(both + number), 1)
         with loop(HALF - some) as number:
-            value_pair(pin(some + number), 0)
+            pair_of(pin(some + number), 0)
 
     # The work
 

@@ -23,7 +23,7 @@ from llmc.targets.machine import Machine
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
 
-TILES = 8
+REGISTERS = 8
 ROWS = 16
 ROW_BYTES = 64
 COLUMNS = ROW_BYTES // 4  # of f32 or i32
@@ -55,7 +55,7 @@ def configured(shapes: Mapping[int, tuple[Expr | int, int]] | None = None) -> It
 
     words: list[Expr | int] = [0] * 16
     words[0] = _PALETTE
-    for tile in range(TILES):
+    for tile in range(REGISTERS):
         rows, row_bytes = (shapes or {}).get(tile, (ROWS, ROW_BYTES))
         words[_BYTES_A_ROW_AT // 4 + tile // 2] += row_bytes << (16 * (tile % 2))
         many = rows if isinstance(rows, int) else rows.astype("int32")
