@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 class _Tail:
-    """The elements behind the last whole vector, in a vector of their own on the stack."""
+    """The elements behind the last whole vector, in a vector of their own on the stack, moved one by one: by masks
+    (`load` with a count) a softmax of 7 columns took 4% longer with 8 lanes, other sizes as long."""
 
     def __init__(self, isa: VectorIsa, count: Expr, fill: float) -> None:
         self.isa, self.count = isa, count

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The fused tail of a linear op with n logical output rows (2F when gated).
+    """What is fused behind a linear op with n logical output rows (2F when gated).
 
     bias: f32 [n], in logical order. residual: f32 [T, features], added last; it may be the very buffer of the result.
     """
@@ -60,12 +60,12 @@ class Epilogue:
     def emit(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         """Finish vector `column` of the given row of the result; sums: f32 vectors, (gate, up) or one."""
         out = b.view(handles["out"], [b.MANY, self.features], "float32")
-        first, count = self._place(isa, column)
+        first, count = self._features_of(isa, column)
         store(out, (row, first), self.value(isa, handles, row, column, sums), count)
 
     def value(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> Expr:
         """What `emit` stores. Lanes past the last feature hold anything."""
-        first, count = self._place(isa, column)
+        first, count = self._features_of(isa, column)
         values = list(sums)
         if self.bias:
             bias = b.view(handles["bias"], [self.n], "float32")
@@ -78,7 +78,7 @@ class Epilogue:
             value = value + load(residual, (row, first), isa.lanes, count)
         return value
 
-    def _place(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr | None]:
+    def _features_of(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr | None]:
         """The first feature of a vector of the result, and how many there are from there on; None: enough."""
         first = b.let(column * isa.lanes)
         return first, self.features - first if self.features % isa.lanes else None

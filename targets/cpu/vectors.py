@@ -1,7 +1,7 @@
 """Vectors of numbers in memory: the words that kernels move them by, tails of any length, reductions, permutations.
 
-`load`, `store`, `splat`, `reduce` and `prefetch` are all there are. A place in a buffer is an element's index, or a
-tuple of them where the buffer has several dimensions; indices are int64. A vector of one lane is a scalar.
+`load`, `store`, `splat`, `reduce` and `prefetch` are all there are. An element is given by its index, or by a tuple of
+them where the buffer has several dimensions; indices are int64. A vector of one lane is a scalar.
 
 The elements behind the last whole vector of a row are its *tail*, and nothing past it may be read or written. Where
 pieces of a row have nothing to do with each other, `for_pieces` takes a tail by halves: whole loads and stores of 8, 4,
@@ -20,7 +20,7 @@ from llmc.targets.cpu.builder import MANY, index, let, loop, plain_function, scr
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-    Place: TypeAlias = Expr | int | Sequence[Expr | int]
+    Element: TypeAlias = Expr | int | tuple[Expr | int, ...]
 
 CACHE_LINE = 64  # bytes, of every machine that there is a target for
 
@@ -107,7 +107,7 @@ def as_f32(value: Expr) -> Expr:
     return cast(value, "float32")
 
 
-def load(buffer: Buffer, at: Place, lanes: int = 1, count: Expr | int | None = None) -> Expr:
+def load(buffer: Buffer, at: Element, lanes: int = 1, count: Expr | int | None = None) -> Expr:
     """`lanes` consecutive elements from `at` on, in the buffer's dtype.
 
     count: only the first so many are read, by a mask, and the other lanes are zeros. Without: all.
@@ -118,12 +118,12 @@ def load(buffer: Buffer, at: Place, lanes: int = 1, count: Expr | int | None = N
     mask, dtype = _mask(count, lanes), str(buffer.dtype)
     if mask is None:
         return tirx.BufferLoad(buffer, _elements(at, lanes))
-    # A statement of its own: TVM takes a mask for true inside of what it selects, and would read all.
+    # Bound before it is used: TVM takes a mask for true inside of what it selects, and would read all.
     found = let(I.masked_load(typed(dtype, lanes), buffer, *_elements(at, lanes), mask))
     return tirx.Select(mask, found, splat(0, lanes, dtype))  # the other lanes of what is found are undefined
 
 
-def store(buffer: Buffer, at: Place, value: Expr, count: Expr | int | None = None) -> None:
+def store(buffer: Buffer, at: Element, value: Expr, count: Expr | int | None = None) -> None:
     """The lanes of `value` to consecutive elements from `at` on. Floats are rounded to the buffer's (to nearest, ties
     to even); other dtypes have to be the buffer's, which may be one of vectors: TypeError where they are not.
 
@@ -144,11 +144,11 @@ def store(buffer: Buffer, at: Place, value: Expr, count: Expr | int | None = Non
         I.evaluate(I.masked_store(buffer, value, *_elements(at, lanes), mask))
 
 
-def _elements(at: Place, lanes: int) -> list[Expr]:
+def _elements(at: Element, lanes: int) -> list[Expr]:
     """The indices of `lanes` elements from `at` on."""
     from tvm import tirx
 
-    *outer, start = (index(i) for i in (at if isinstance(at, tuple | list) else (at,)))
+    *outer, start = (index(i) for i in (at if isinstance(at, tuple) else (at,)))
     return [*outer, start if lanes == 1 else tirx.Ramp(start, index(1), lanes)]
 
 
