@@ -29,7 +29,7 @@ from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.builder import loop, scratch
 from llmc.targets.cpu.limit_kernels import INPUT_BYTES
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.cpu.vectors import integer, load, load_raw, prefetch, range_kernel, splat, store
+from llmc.targets.cpu.vectors import integer, load, prefetch, range_kernel, splat, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser
@@ -55,17 +55,17 @@ def read_memory(machine: Machine, *, block: int) -> PrimFunc:
     def unit(a: SimpleNamespace, u: Expr) -> None:
         sums = [scratch(lanes, "float32") for _ in range(chains)]
         for chain in sums:
-            store(chain, 0, splat(0.0, lanes), lanes)
-        here, following = (integer(load_raw(a.order, u + i, 1)) * block for i in (0, 1))
+            store(chain, 0, splat(0.0, lanes))
+        here, following = (integer(load(a.order, u + i)) * block for i in (0, 1))
         with loop(block // (lanes * chains)) as i:
             prefetch(a.data, following + i * (lanes * chains), lanes * chains)
             for number, chain in enumerate(sums):
                 at = here + i * (lanes * chains) + number * lanes
-                store(chain, 0, load(chain, 0, lanes) + load(a.data, at, lanes), lanes)
+                store(chain, 0, load(chain, 0, lanes) + load(a.data, at, lanes))
         total = load(sums[0], 0, lanes)
         for chain in sums[1:]:
             total = total + load(chain, 0, lanes)
-        store(a.out, u * lanes, total, lanes)
+        store(a.out, u * lanes, total)
 
     return range_kernel([("data", "float32"), ("order", "int32"), ("out", "float32")], [], unit)
 
@@ -77,14 +77,14 @@ def multiply_add(machine: Machine, *, steps: int) -> PrimFunc:
     def unit(a: SimpleNamespace, u: Expr) -> None:
         sums = [scratch(lanes, "float32") for _ in range(chains)]
         for number, chain in enumerate(sums):
-            store(chain, 0, splat(float(number), lanes), lanes)
+            store(chain, 0, splat(float(number), lanes))
         with loop(steps):
             for chain in sums:
-                store(chain, 0, load(chain, 0, lanes) * load(a.data, 0, lanes) + load(a.data, lanes, lanes), lanes)
+                store(chain, 0, load(chain, 0, lanes) * load(a.data, 0, lanes) + load(a.data, lanes, lanes))
         total = load(sums[0], 0, lanes)
         for chain in sums[1:]:
             total = total + load(chain, 0, lanes)
-        store(a.out, u * lanes, total, lanes)
+        store(a.out, u * lanes, total)
 
     return range_kernel([("data", "float32"), ("out", "float32")], [], unit)
 

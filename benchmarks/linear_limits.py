@@ -27,6 +27,7 @@ from tvm import tirx
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.group_sums import UNROLL
+from llmc.targets.cpu.vectors import load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
 
@@ -80,15 +81,15 @@ def read(machine: Machine):
         x, out = b.view(p["x"], [b.MANY], "int32"), b.view(p["out"], [isa.lanes], "int32")
         sums = b.Registers(4, isa.i32)
         for j in range(4):
-            sums[j] = isa.splat(0, "int32")
+            sums[j] = splat(0, isa.lanes, "int32")
         with b.loop(s["end"] - s["begin"]) as i, b.loop(words // 64) as step:
             start = b.let((s["begin"] + i) * words + step * 64)
             for line in range(4):
                 b.keep_order()
-                b.prefetch(x, start + line * 16 + READ_AHEAD // 4)
+                prefetch(x, start + line * 16 + READ_AHEAD // 4)
                 for part in range(16 // isa.lanes):
-                    sums[line] = sums[line] + isa.load(x, start + line * 16 + part * isa.lanes)
-        b.store_vector(isa, out, [0], sums[0] + sums[1] + sums[2] + sums[3])
+                    sums[line] = sums[line] + load(x, start + line * 16 + part * isa.lanes, isa.lanes)
+        store(out, 0, sums[0] + sums[1] + sums[2] + sums[3])
 
     return b.plain_function([("x", "int32"), ("out", "int32")], [], body, b.ORDER_HELPER)
 
@@ -100,9 +101,9 @@ def _chains(machine: Machine, dtype: str, step) -> object:
     def body(p, s):
         x, out = b.view(p["x"], [b.MANY], "int8"), b.view(p["out"], [isa.lanes], "int32")
         sums = b.Registers(SUMS, dtype)
-        factors = [b.let(isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes)) for j in range(2)]
+        factors = [b.let(load(x, j * isa.vector_bytes, isa.vector_bytes)) for j in range(2)]
         for j in range(SUMS):
-            sums[j] = tirx.reinterpret(dtype, isa.load(x, j * isa.vector_bytes, lanes=isa.vector_bytes))
+            sums[j] = tirx.reinterpret(dtype, load(x, j * isa.vector_bytes, isa.vector_bytes))
         with b.loop(s["end"] - s["begin"]):
             for _ in range(STEPS):
                 for j in range(SUMS):
@@ -110,7 +111,7 @@ def _chains(machine: Machine, dtype: str, step) -> object:
         total = tirx.reinterpret(isa.i32, sums[0])
         for j in range(1, SUMS):
             total = total ^ tirx.reinterpret(isa.i32, sums[j])
-        b.store_vector(isa, out, [0], total)
+        store(out, 0, total)
 
     return b.plain_function([("x", "int8"), ("out", "int32")], [], body)
 

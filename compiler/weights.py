@@ -17,7 +17,7 @@ from llmc.compiler.ir.op import Param, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array, itemsize
 from llmc.errors import CompileError
 
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes: where every buffer that a kernel is given starts
 
 
 class Layout(Protocol):

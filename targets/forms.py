@@ -24,12 +24,10 @@ from llmc.targets.template import Chooser
 RowCount: TypeAlias = int | Dim
 Array: TypeAlias = np.ndarray[Any, Any]
 
-ALIGNMENT = 64  # bytes: every buffer of a form starts at a multiple
-
 
 @dataclass(frozen=True)
 class Buffer:
-    """One array of a form, C-contiguous, `ALIGNMENT` bytes aligned. dtype: numpy's name."""
+    """One array of a form, C-contiguous, aligned as all that kernels are given. dtype: numpy's name."""
 
     name: str
     dtype: str

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from llmc.compiler.ir.dims import Dim, bounds, concrete, product, substitute, symbol, symbols_of
 from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor, itemsize
+from llmc.compiler.weights import ALIGNMENT
 from llmc.errors import CompileError
 from llmc.targets.kernel import Packed, Scratch
 from llmc.targets.lowering import Program, values_of
-
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)

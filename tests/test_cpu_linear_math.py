@@ -15,6 +15,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu import vector_math
 from llmc.targets.cpu.codegen import build_module
 from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import load, splat, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 
@@ -27,9 +28,9 @@ def apply_function(machine: Machine, name: str):
         x, out = (b.view(p[n], [b.MANY], "float32") for n in ("x", "out"))
         with b.loop(s["end"] - s["begin"]) as i:
             at = (s["begin"] + i) * isa.lanes
-            value = isa.load(x, at)
+            value = load(x, at, isa.lanes)
             direct = getattr(vector_math, name, None)
-            b.store_vector(isa, out, [at], direct(isa, value) if direct else vector_math.activation(isa, name, value))
+            store(out, at, direct(isa, value) if direct else vector_math.activation(isa, name, value))
 
     return b.plain_function([("x", "float32"), ("out", "float32")], [], body)
 
@@ -88,8 +89,8 @@ def byte_dot(machine: Machine, bits: int):
         out = b.view(p["out"], [b.MANY], "int32")
         with b.loop(s["end"] - s["begin"]) as i:
             at = s["begin"] + i
-            load = lambda buffer: isa.load(buffer, at * isa.vector_bytes, lanes=isa.vector_bytes)  # noqa: E731
-            b.store_vector(isa, out, [at * isa.lanes], isa.dot(isa.splat(0, "int32"), load(w), load(a), bits))
+            weights, activations = (load(each, at * isa.vector_bytes, isa.vector_bytes) for each in (w, a))
+            store(out, at * isa.lanes, isa.dot(splat(0, isa.lanes, "int32"), weights, activations, bits))
 
     return b.plain_function([("w", "int8"), ("a", "int8"), ("out", "int32")], [], body)
 

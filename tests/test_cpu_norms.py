@@ -13,9 +13,12 @@ import pytest
 from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
+from llmc.targets.cpu.forms import Bf16Pairs, integer_groups
 from llmc.targets.cpu.norms import Norm, NormProblem
+from llmc.targets.cpu.rope_append import CHAINS, RopeAppend, rope_problem
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
+from llmc.targets.template import Chooser
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
 EPS = 1e-5
@@ -102,3 +105,42 @@ def test_a_layer_norm_is_not_upset_by_a_large_mean(machine: Machine) -> None:
     Compiled(kernel, machine)(x, out, 0, ROWS)
     # The mean of the f32 inputs is known to about 6e-5 (an ulp of 1000).
     assert np.abs(out - reference("layer", x, None, None, 0)).max() < 2e-4
+
+
+@pytest.mark.parametrize("features", [1, 7, 31, 33, 129, 300])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_norm_on_the_way_to_bytes_or_bf16_has_the_bits_of_one_of_its_own(
+    machine: Machine, kind: str, features: int
+) -> None:
+    """So it changes nothing that a norm is done where its result is read."""
+    rng, chooser = np.random.default_rng(features), Chooser(machine)
+    x, weight, bias = normal(rng, ROWS, features), normal(rng, features), normal(rng, features)
+    weights = (weight, bias) if kind == "layer" else (weight,)
+    facts = {"eps": EPS, "weight_offset": 1}
+    alone = norm_kernel(machine, kind=kind, features=features, bias=kind == "layer", **facts)
+    normed = aligned(np.full((ROWS, features), np.nan, np.float32))
+    Compiled(alone, machine)(x, *weights, normed, 0, ROWS)
+    for form in (integer_groups(machine, features, 32), Bf16Pairs(features)):
+        together = form.writer(chooser, norm=kind, norm_bias=kind == "layer", **facts).kernel
+        once, twice = ([aligned(buffer.empty()) for buffer in form.buffers(ROWS)] for _ in range(2))
+        Compiled(together, machine)(x, *weights, *once, 0, ROWS)
+        Compiled(form.writer(chooser).kernel, machine)(normed, *twice, 0, ROWS)
+        for one, other in zip(once, twice, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dim", [1, 7, 31, 33, 129])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_head_is_normalised_as_a_row_is(machine: Machine, dim: int) -> None:
+    """Where it is turned by nothing, and a row's sums are as many as a head's."""
+    rng, heads = np.random.default_rng(dim), 3
+    x, weight = normal(rng, ROWS, heads, dim), normal(rng, dim)
+    row = NormProblem("rms", dim, EPS, weight_offset=1)
+    head = rope_problem(heads=heads, kv_heads=0, head_dim=dim, norm_eps=EPS, norm_offset=1)
+    found = []
+    kernels = [(Norm(CHAINS, 1).kernel(row, machine), ROWS * heads), (default_kernel(RopeAppend, head, machine), ROWS)]
+    for kernel, units in kernels:
+        found.append(aligned(np.full(x.shape, np.nan, np.float32)))
+        Compiled(kernel, machine)(x, weight, found[-1], 0, units)
+    np.testing.assert_array_equal(*found)

@@ -11,9 +11,8 @@ from x86_machines import MACHINES, runnable
 
 from llmc.targets.cpu.forms import Bf16Pairs, IntegerGroups, integer_groups
 from llmc.targets.cpu.matrix_unit import matrix_unit
-from llmc.targets.forms import ALIGNMENT, Converted, Form, OwnRows
+from llmc.targets.forms import Converted, Form, OwnRows
 from llmc.targets.machine import Machine
-from llmc.targets.memory import ALIGNMENT as ARENA_ALIGNMENT
 from llmc.targets.template import Chooser
 from llmc.targets.x86 import detect
 from llmc.targets.x86.activation_tiles import Bf16Tiles
@@ -132,10 +131,6 @@ def test_names_are_told_apart_in_buffers() -> None:
     """Two forms of one activation have no scratch in common (pairs of sums and sums are never on one machine)."""
     names = [form.name for form in (OwnRows(129), *forms(129)) if not (isinstance(form, IntegerGroups) and form.paired)]
     assert len(set(names)) == len(names)
-
-
-def test_forms_lie_where_memory_is_planned_for_them() -> None:
-    assert ARENA_ALIGNMENT % ALIGNMENT == 0
 
 
 def test_a_matrix_unit_reads_whole_groups_and_writes_whole_tiles() -> None:

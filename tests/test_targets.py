@@ -150,7 +150,7 @@ def constants(path: str) -> dict[str, object]:
 
 def test_what_is_the_same_number_has_one_definition() -> None:
     """A cache page, a cache line, a tile of the matrix unit: stated once in the rooms that may import each other."""
-    for name, number in (("PAGE", 32), ("CACHE_LINE", 64), ("AHEAD_BYTES", 3072), ("TILE", 64)):
+    for name, number in (("PAGE", 32), ("CACHE_LINE", 64), ("AHEAD_BYTES", 3072), ("TILE", 64), ("ALIGNMENT", 64)):
         where = [
             str(path.relative_to(ROOT))
             for room in ("compiler", "targets")

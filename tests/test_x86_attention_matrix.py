@@ -187,13 +187,13 @@ def test_powers_are_as_near_as_they_say_and_rows_reduce() -> None:
 
         def unit(a: SimpleNamespace, u: Expr) -> None:
             rows = [let(load(a.x, r * 16, 16)) for r in range(16)]
-            store(a.out, 0, reduce_rows(rows, maximum), 16)
+            store(a.out, 0, reduce_rows(rows, maximum))
             table = [let(load_bytes(a.table, half * 16)) for half in range(2)]
             for r in range(0, 16, 2):
-                low, high = (let(row + isa.splat(FIXED + BIAS)) for row in rows[r : r + 2])
+                low, high = (let(row + (FIXED + BIAS)) for row in rows[r : r + 2])
                 pairs = let(power_pairs(isa, low, high, table))
                 for half in range(2):
-                    store(a.out, 16 + (r + half) * 16, isa.bf16_pair_to_f32(pairs, odd=half == 1), 16)
+                    store(a.out, 16 + (r + half) * 16, isa.bf16_pair_to_f32(pairs, odd=half == 1))
 
         pointers = [("x", "float32"), ("table", "int32"), ("out", "float32")]
         return range_kernel(pointers, [], unit, X86Bf16Dots(isa.lanes).helper)

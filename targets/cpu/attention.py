@@ -126,37 +126,37 @@ def _combine(isa: VectorIsa, value_dim: int) -> PrimFunc:
 
         base = pin(u * a.S * 2)
         peak, total = scratch(1, "float32"), scratch(1, "float32")
-        store(peak, 0, load(a.state, base, 1), 1)
-        store(total, 0, load(a.state, base + 1, 1), 1)
+        store(peak, 0, load(a.state, base))
+        store(total, 0, load(a.state, base + 1))
         with loop(a.S - 1) as s:
             at = pin(base + 2 + s * 2)
-            denominator = let(load(a.state, at + 1, 1))
+            denominator = let(load(a.state, at + 1))
 
             def join(at: Expr = at, denominator: Expr = denominator) -> None:
-                both = (splat(load(each, where, 1), lanes) for each, where in ((peak, 0), (a.state, at)))
+                both = (splat(load(each, where), lanes) for each, where in ((peak, 0), (a.state, at)))
                 top, older, newer = (let(permute([value], [0])) for value in merge_weights(isa, *both))
-                store(total, 0, fused(load(total, 0, 1), older, denominator * newer), 1)
-                store(peak, 0, top, 1)
-                store(a.state, at, older, 1)
-                store(a.state, at + 1, newer, 1)
+                store(total, 0, fused(load(total, 0), older, denominator * newer))
+                store(peak, 0, top)
+                store(a.state, at, older)
+                store(a.state, at + 1, newer)
 
             def skip(at: Expr = at) -> None:
-                store(a.state, at, splat(-1.0, 1), 1)
+                store(a.state, at, splat(-1.0, 1))
 
             either(denominator == tirx.const(0.0, "float32"), skip, join)
-        inverse = let(tirx.const(1.0, "float32") / load(total, 0, 1))
+        inverse = let(tirx.const(1.0, "float32") / load(total, 0))
 
         def merge(offset: Expr | int, width: int) -> None:
             sum_ = scratch(width, "float32")
             row = u * value_dim + offset
-            store(sum_, 0, load(a.out, row, width), width)
+            store(sum_, 0, load(a.out, row, width))
             with loop(a.S - 1) as s:
                 at = pin(base + 2 + s * 2)
-                with when(load(a.state, at, 1) >= tirx.const(0.0, "float32")):
+                with when(load(a.state, at) >= tirx.const(0.0, "float32")):
                     part = load(a.partial, (u * (a.S - 1) + s) * value_dim + offset, width)
-                    older, newer = (splat(load(a.state, at + i, 1), width) for i in range(2))
-                    store(sum_, 0, fused(load(sum_, 0, width), older, part * newer), width)
-            store(a.out, row, load(sum_, 0, width) * splat(inverse, width), width)
+                    older, newer = (splat(load(a.state, at + i), width) for i in range(2))
+                    store(sum_, 0, fused(load(sum_, 0, width), older, part * newer))
+            store(a.out, row, load(sum_, 0, width) * inverse)
 
         for_pieces(value_dim, lanes, merge)
 

@@ -20,18 +20,7 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.builder import either, index, let, loop, when
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vector_math import exp
-from llmc.targets.cpu.vectors import (
-    add,
-    divide,
-    for_pieces,
-    load,
-    maximum,
-    pin,
-    reduce_lanes,
-    remainder,
-    splat,
-    store,
-)
+from llmc.targets.cpu.vectors import add, divide, for_pieces, load, maximum, pin, reduce, remainder, splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -122,7 +111,7 @@ class Parts:
 
             def with_sink(r: Expr = r) -> None:
                 head = pin(t.kv_head * self.group + remainder(first + r, self.group))
-                sink = load(a.sinks, head, 1) * splat(self.score_unit, 1)
+                sink = load(a.sinks, head) * self.score_unit
                 self.start_statistics(t, r, sink, 1.0 / self.lanes)
 
             if self.sinks:
@@ -131,8 +120,8 @@ class Parts:
                 plain()
 
     def start_statistics(self, t: SimpleNamespace, r: Expr, peak: Expr, total: float) -> None:
-        store(t.peak, r, peak, 1)
-        store(t.total, r * self.lanes, splat(total, self.lanes), self.lanes)
+        store(t.peak, r, peak)
+        store(t.total, r * self.lanes, splat(total, self.lanes))
 
     def finish_part(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr, number: Expr) -> None:
         """The unit's part `number` is summed up."""
@@ -147,21 +136,21 @@ class Parts:
         from tvm import tirx
 
         def none(r: Expr) -> None:
-            store(a.state, self.state_of(a, t, first, r), splat(MASKED, 1), 1)
-            store(a.state, self.state_of(a, t, first, r) + 1, splat(0.0, 1), 1)
+            store(a.state, self.state_of(a, t, first, r), splat(MASKED, 1))
+            store(a.state, self.state_of(a, t, first, r) + 1, splat(0.0, 1))
 
         def whole(r: Expr) -> None:
-            factor = let(tirx.const(1.0, "float32") / load(t.sum, r, 1))
+            factor = let(tirx.const(1.0, "float32") / load(t.sum, r))
             row = pin(self.row_of(t, first, r) * self.value_dim)
 
             def scaled(offset: Expr | int, width: int) -> None:
-                store(a.out, row + offset, load(a.out, row + offset, width) * splat(factor, width), width)
+                store(a.out, row + offset, load(a.out, row + offset, width) * factor)
 
             for_pieces(self.value_dim, self.lanes, scaled)
 
         def state(r: Expr) -> None:
-            store(a.state, self.state_of(a, t, first, r), load(t.top, r, 1), 1)
-            store(a.state, self.state_of(a, t, first, r) + 1, load(t.sum, r, 1), 1)
+            store(a.state, self.state_of(a, t, first, r), load(t.top, r))
+            store(a.state, self.state_of(a, t, first, r) + 1, load(t.sum, r))
 
         with when(t.parts != 1), loop(count) as r:
             some = partial(either, a.S == 1, partial(whole, r), partial(state, r))
@@ -173,11 +162,11 @@ class Parts:
 
         with loop(count) as r:
             unit = self.row_of(t, first, r)
-            total = reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add)
+            total = reduce(load(t.total, r * self.lanes, self.lanes), add)
 
             def write(target: Buffer, base: Expr, factor: Expr | None, r: Expr = r) -> None:
                 def piece(offset: Expr | int, width: int, value: Expr) -> None:
-                    store(target, base + offset, value if factor is None else value * splat(factor, width), width)
+                    store(target, base + offset, value if factor is None else value * factor)
 
                 self.sums(t, r, piece)
 
@@ -189,8 +178,8 @@ class Parts:
             def part(
                 r: Expr = r, unit: Expr = unit, out: Expr = out, total: Expr = total, write: Callable[..., None] = write
             ) -> None:
-                store(a.state, self.state_of(a, t, first, r), self.peak_of(t, r), 1)
-                store(a.state, self.state_of(a, t, first, r) + 1, total, 1)
+                store(a.state, self.state_of(a, t, first, r), self.peak_of(t, r))
+                store(a.state, self.state_of(a, t, first, r) + 1, total)
                 either(
                     t.split == 0,
                     lambda: write(a.out, out, None),
@@ -203,11 +192,11 @@ class Parts:
         """The first part: its sums of values go to `out`, to be merged there."""
         with loop(count) as r:
             row = pin(self.row_of(t, first, r) * self.value_dim)
-            store(t.top, r, self.peak_of(t, r), 1)
-            store(t.sum, r, reduce_lanes(load(t.total, r * self.lanes, self.lanes), self.lanes, add), 1)
+            store(t.top, r, self.peak_of(t, r))
+            store(t.sum, r, reduce(load(t.total, r * self.lanes, self.lanes), add))
 
             def piece(offset: Expr | int, width: int, value: Expr, row: Expr = row) -> None:
-                store(a.out, row + offset, value, width)
+                store(a.out, row + offset, value)
 
             self.sums(t, r, piece)
 
@@ -215,32 +204,32 @@ class Parts:
         """A later part: merged with those before it."""
         lanes = self.lanes
         with loop(count) as r:
-            store(t.newer, r, self.peak_of(t, r), 1)
-            store(t.older, r, reduce_lanes(load(t.total, r * lanes, lanes), lanes, add), 1)
+            store(t.newer, r, self.peak_of(t, r))
+            store(t.older, r, reduce(load(t.total, r * lanes, lanes), add))
         with loop(divide(count + (lanes - 1), lanes)) as number:  # lanes past `count` hold anything and are not used
             i = pin(number * lanes)
             total = let(load(t.older, i, lanes))
             top, older, newer = merge_weights(self.isa, load(t.top, i, lanes), load(t.newer, i, lanes))
-            store(t.sum, i, fused(load(t.sum, i, lanes), older, total * newer), lanes)
-            store(t.top, i, top, lanes)
-            store(t.older, i, older, lanes)
-            store(t.newer, i, newer, lanes)
+            store(t.sum, i, fused(load(t.sum, i, lanes), older, total * newer))
+            store(t.top, i, top)
+            store(t.older, i, older)
+            store(t.newer, i, newer)
         with loop(count) as r:
             self.join_row(a, t, r, pin(self.row_of(t, first, r) * self.value_dim))
 
     def join_row(self, a: SimpleNamespace, t: SimpleNamespace, r: Expr, row: Expr) -> None:
         """Merge row r's sums of values with those at element `row` of `out`."""
-        older, newer = let(load(t.older, r, 1)), let(load(t.newer, r, 1))
+        older, newer = let(load(t.older, r)), let(load(t.newer, r))
 
         def piece(offset: Expr | int, width: int, value: Expr) -> None:
             before = load(a.out, row + offset, width)
-            store(a.out, row + offset, fused(before, splat(older, width), value * splat(newer, width)), width)
+            store(a.out, row + offset, fused(before, splat(older, width), value * newer))
 
         self.sums(t, r, piece)
 
     def peak_of(self, t: SimpleNamespace, r: Expr) -> Expr:
         """Row r's greatest score in its part, as it is where weights are powers of e."""
-        return load(t.peak, r, 1) * splat(1.0 / self.score_unit, 1)
+        return load(t.peak, r) * (1.0 / self.score_unit)
 
     def row_of(self, t: SimpleNamespace, first: Expr, r: Expr) -> Expr:
         """The row of the result, token by token and head by head, that is row `first + r` of the unit."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.builder import let, loop, scratch
 from llmc.targets.cpu.vector_isa import VectorIsa
-from llmc.targets.cpu.vectors import load, pieces, splat, store
+from llmc.targets.cpu.vectors import load, pieces, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -55,7 +55,7 @@ def _multiply_block(
     sums = [[scratch(width, "float32") for _, width in block] for _ in range(rows)]
     for r in range(rows):
         for j, (offset, width) in enumerate(block):
-            store(sums[r][j], 0, start(r, offset, width), width)
+            store(sums[r][j], 0, start(r, offset, width))
     with loop(depth) as k:
         if ahead is not None:
             ahead(k, block[0][0], sum(width for _, width in block))
@@ -63,7 +63,7 @@ def _multiply_block(
         for r in range(rows):
             scalar = let(left(r, k))
             for j, (_, width) in enumerate(block):
-                store(sums[r][j], 0, splat(scalar, width) * vectors[j] + load(sums[r][j], 0, width), width)
+                store(sums[r][j], 0, scalar * vectors[j] + load(sums[r][j], 0, width))
     for r in range(rows):
         for j, (offset, width) in enumerate(block):
             finish(r, offset, width, load(sums[r][j], 0, width))

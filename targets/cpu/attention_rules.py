@@ -13,7 +13,7 @@ from llmc.compiler.ir.ragged import span_of
 from llmc.compiler.ir.structural import Reshape, Slice
 from llmc.compiler.ir.types import KV
 from llmc.targets.call_facts import keys, pairs
-from llmc.targets.cpu.attention import attention_plan
+from llmc.targets.cpu.attention import AttentionPlan, attention_plan
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_query import QueryRows
 from llmc.targets.cpu.plain import RULES
@@ -152,20 +152,30 @@ def _unfit(op: KVAppend) -> str:
 def attention_over_pages(op: Op, context: Context) -> Lowered | str:
     """Queries normalised and turned as they are read, attention by query tiles, splits of the context merged behind."""
     assert isinstance(op, PagedAttention)
-    kind = op.cache.kv
+    reason = _unread(op)
+    if reason:
+        return reason
+    q = heads_of(op.q, context)
+    plan = attention_plan(context, _attention_problem(op, q))
+    return plan if isinstance(plan, str) else Lowered(_attention_calls(op, q, plan))
+
+
+def _unread(op: PagedAttention) -> str:
+    """Which of the operands no kernel reads; empty where all are read."""
     if op.dtype != "f32":
         return f"queries are {op.dtype}, not f32"
-    if kind.dtype not in CACHE_DTYPES:
-        return f"no kernel reads a cache of {kind.dtype}"
-    for value in (op.sinks, op.slopes):
-        if value is not None and value.dtype != "f32":
-            return "sinks and slopes are not f32"
-    span = 0 if op.bias is None else span_of(op.bias)
-    if op.bias is not None and (op.bias.dtype != "f32" or span % PAGE):
+    if op.cache.kv.dtype not in CACHE_DTYPES:
+        return f"no kernel reads a cache of {op.cache.kv.dtype}"
+    if any(value is not None and value.dtype != "f32" for value in (op.sinks, op.slopes)):
+        return "sinks and slopes are not f32"
+    if op.bias is not None and (op.bias.dtype != "f32" or span_of(op.bias) % PAGE):
         return f"a table of distances {op.bias.type} is not f32, or spans no whole pages"
-    tokens, heads, dim = op.q.shape
+    return ""
+
+
+def _attention_problem(op: PagedAttention, q: Heads) -> AttentionProblem:
+    kind, (_, heads, dim) = op.cache.kv, op.q.shape
     assert isinstance(heads, int) and isinstance(dim, int)
-    q = heads_of(op.q, context)
     rows = QueryRows(
         q.stride,
         q.offset,
@@ -174,7 +184,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         _norm_eps(q),
         _norm_offset(q),
     )
-    problem = AttentionProblem(
+    return AttentionProblem(
         heads=heads,
         kv_heads=kind.heads,
         head_dim=dim,
@@ -186,47 +196,38 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         alibi=op.slopes is not None,
         cache_dtype=CACHE_DTYPES[kind.dtype],
         causal=op.causal,
-        span=span,
+        span=0 if op.bias is None else span_of(op.bias),
         query=() if rows == QueryRows(heads * dim) else rows.params(),
     )
-    plan = attention_plan(context, problem)
-    if isinstance(plan, str):
-        return plan
+
+
+def _attention_calls(op: PagedAttention, q: Heads, plan: AttentionPlan) -> tuple[Call, Call]:
+    """The query tiles, and behind them the merge of splits, if there are any."""
+    kind, (tokens, heads, dim) = op.cache.kv, op.q.shape
+    assert isinstance(heads, int) and isinstance(dim, int)
     state = Scratch("state", "f32", plan.state_elements(tokens, SPLITS))
     partial = Scratch("partial", "f32", plan.partial_elements(tokens, SPLITS))
-    starts = None if op.causal else op.starts
     weight = None if q.norm is None else q.norm.w
-    extras = tuple(
-        value for value in (op.sinks, op.slopes, starts, op.bias, _angles(q.rope), weight) if value is not None
-    )
-    tile_args = (
-        q.base, CachePart(op.cache, "keys"), CachePart(op.cache, "values"), op.tiles, op.block_table, *extras,
+    extras = (op.sinks, op.slopes, None if op.causal else op.starts, op.bias, _angles(q.rope), weight)
+    args = (
+        q.base, CachePart(op.cache, "keys"), CachePart(op.cache, "values"), op.tiles, op.block_table,
+        *(value for value in extras if value is not None),
         "result", state, partial, PAGES, SPLITS, *((PROMPT,) if plan.by_kind else ()),
     )  # fmt: skip
-    tiles = op.tiles.shape[0]
     note = f"[{heads}/{kind.heads}, {dim}]"
-    read = keys(op.window) * _cache_bytes(kind)
     seen = pairs(op.window) if op.causal else 2 * pairs(op.window) - tokens  # both sides, a row itself once
-    operations = seen * (2 * heads * (dim + kind.value_dim))
     tile = Call(
         plan.tile,
-        tile_args,
-        plan.tile_units(tiles, SPLITS),
-        1,
+        args,
+        plan.tile_units(op.tiles.shape[0], SPLITS),
         note=note,
-        bytes_moved=read,
-        operations=operations,
+        bytes_moved=keys(op.window) * _cache_bytes(kind),
+        operations=seen * (2 * heads * (dim + kind.value_dim)),
         arithmetic=plan.arithmetic,
     )
-    merge = Call(
-        plan.combine,
-        (state, partial, "result", SPLITS),
-        plan.combine_units(tokens),
-        plan.combine_grain,
-        (Range("SPLITS", 2, None),),
-        note=note,
-    )
-    return Lowered((tile, merge))
+    merged, units = (state, partial, "result", SPLITS), plan.combine_units(tokens)
+    merge = Call(plan.combine, merged, units, plan.combine_grain, (Range("SPLITS", 2, None),), note=note)
+    return tile, merge
 
 
 @RULES.lower(RopeAngles, priority=10)

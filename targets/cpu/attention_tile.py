@@ -27,6 +27,7 @@ from llmc.targets.cpu.vector_math import exp, tanh
 from llmc.targets.cpu.vectors import (
     MEMORY_HELPER,
     aligned_scratch,
+    as_f32,
     cast,
     copy,
     divide,
@@ -34,17 +35,15 @@ from llmc.targets.cpu.vectors import (
     integer,
     keep_in_memory,
     load,
-    load_raw,
     maximum,
     pieces,
     pin,
     prefetch,
     range_kernel,
-    reduce_lanes,
+    reduce,
     remainder,
     splat,
     store,
-    store_int,
 )
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
@@ -174,11 +173,11 @@ class TileBody(Parts):
         outer = pin(divide(u, a.S))
         kv_head = pin(remainder(outer, self.kv_heads))
         tile = pin(divide(outer, self.kv_heads) * 4)
-        sequence, token = integer(load_raw(a.tiles, tile, 1)), integer(load_raw(a.tiles, tile + 1, 1))
-        count, position = integer(load_raw(a.tiles, tile + 2, 1)), integer(load_raw(a.tiles, tile + 3, 1))
+        sequence, token = integer(load(a.tiles, tile)), integer(load(a.tiles, tile + 1))
+        count, position = integer(load(a.tiles, tile + 2)), integer(load(a.tiles, tile + 3))
         length = None
         if not self.causal:
-            length = pin(integer(load_raw(a.starts, sequence + 1, 1)) - integer(load_raw(a.starts, sequence, 1)))
+            length = pin(integer(load(a.starts, sequence + 1)) - integer(load(a.starts, sequence)))
         last_page = pin(divide(self.last_seen(length, position + count - 1), PAGE))
         first_page: Expr = index(0)
         if self.window:
@@ -276,7 +275,7 @@ class TileBody(Parts):
         values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
 
         def one_page(page: Expr, stop: Expr) -> None:
-            page_id = integer(load_raw(a.block_table, t.table + page, 1))
+            page_id = integer(load(a.block_table, t.table + page))
             keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
             values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
             key_buffer, value_buffer = a.keys, a.values
@@ -319,7 +318,7 @@ class TileBody(Parts):
             more = page + 1 < stop
             place = tirx.Select(more, t.table + page + 1, after.table + after.first)
             head = tirx.Select(more, t.kv_head, after.kv_head)
-        next_head = pin(integer(load_raw(a.block_table, pin(place), 1)) * self.kv_heads + head)
+        next_head = pin(integer(load(a.block_table, pin(place))) * self.kv_heads + head)
         return next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim)
 
     def last_page_of(self, t: SimpleNamespace, first: Expr, count: Expr) -> Expr:
@@ -361,11 +360,11 @@ class TileBody(Parts):
 
             def blank(r: Expr = r) -> None:
                 self.start_query(t, r, None)
-                store_int(t.where, r, t.end - 1)
+                store(t.where, r, cast(t.end - 1, "int32"))
                 if self.alibi:
-                    store(t.slope, r, splat(0.0, 1), 1)
+                    store(t.slope, r, splat(0.0, 1))
                 if self.span:
-                    store_int(t.middle, r, index(self.span - 1))
+                    store(t.middle, r, cast(index(self.span - 1), "int32"))
 
             def fill(r: Expr = r) -> None:
                 row = pin(first + r)
@@ -374,11 +373,11 @@ class TileBody(Parts):
                 head = pin(t.kv_head * self.group + item)
                 place = pin(t.token + token)
                 self.start_query(t, r, self.query_rows.read(a, self.lanes, self.head_dim, place, head, t.turned))
-                store_int(t.where, r, t.position + token)
+                store(t.where, r, cast(t.position + token, "int32"))
                 if self.alibi:
-                    store(t.slope, r, load(a.slopes, head, 1) * splat(self.score_unit, 1), 1)
+                    store(t.slope, r, load(a.slopes, head) * self.score_unit)
                 if self.span:
-                    store_int(t.middle, r, head * (2 * self.span - 1) + (self.span - 1))
+                    store(t.middle, r, cast(head * (2 * self.span - 1) + (self.span - 1), "int32"))
 
             either(r < count, fill, blank)
 
@@ -397,7 +396,7 @@ class TileBody(Parts):
         for_pieces(
             self.value_dim,
             self.lanes,
-            lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width), width),
+            lambda offset, width: store(t.acc, r * self.value_dim + offset, splat(0.0, width)),
         )
 
     def start_query(self, t: SimpleNamespace, r: Expr, source: tuple[Buffer, Expr] | None) -> None:
@@ -406,8 +405,8 @@ class TileBody(Parts):
         def piece(offset: Expr | int, width: int) -> None:
             value = splat(0.0, width)
             if source is not None:
-                value = load(source[0], source[1] + offset, width) * splat(self.query_factor, width)
-            store(t.query, r * self.head_dim + offset, value, width)
+                value = load(source[0], source[1] + offset, width) * self.query_factor
+            store(t.query, r * self.head_dim + offset, value)
 
         for_pieces(self.head_dim, self.lanes, piece)
 
@@ -427,33 +426,51 @@ class TileBody(Parts):
         memory; each of its lines is prefetched when the same line of this page is used, so that the memory never idles
         for long (all values' lines beside the first half of their columns: 15% slower).
         """
-        from tvm import tirx
-
         scores = aligned_scratch(rows * PAGE, self.lanes)
         shrink = scratch(-(-rows // self.lanes) * self.lanes, "float32")
-        fetch_key = fetch_value = None
-        if following is not None:
-            next_keys, next_values = following
+        next_keys, next_values = (None, None) if following is None else following
+        self.score_page(t, row, rows, keys, next_keys, scores)
+        self.softmax(t, row, rows, page, scores, shrink)
+        self.add_values(t, row, rows, page, values, next_values, scores, shrink)
 
-            def fetch_key(k: Expr | int, offset: int, width: int) -> None:
-                prefetch(keys[0], next_keys + k * PAGE + offset, width)
-
-            def fetch_value(k: Expr | int, offset: int, width: int) -> None:
-                prefetch(values[0], next_values + k * self.value_dim + offset, width)
-
+    def score_page(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        keys: tuple[Buffer, Expr],
+        following: Expr | None,
+        scores: Buffer,
+    ) -> None:
+        """scores [rows, PAGE] = queries times the page's keys. following: where the next page's keys begin."""
         multiply(
             self.isa,
             self.accumulators,
             rows,
             PAGE,
             self.head_dim,
-            left=lambda r, k: load(t.query, (row + r) * self.head_dim + k, 1),
-            right=lambda k, offset, width: load(keys[0], keys[1] + k * PAGE + offset, width),
+            left=lambda r, k: load(t.query, (row + r) * self.head_dim + k),
+            right=lambda k, offset, width: as_f32(load(keys[0], keys[1] + k * PAGE + offset, width)),
             start=lambda r, offset, width: splat(0.0, width),
-            finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value, width),
-            ahead=fetch_key,
+            finish=lambda r, offset, width, value: store(scores, r * PAGE + offset, value),
+            ahead=_fetch(keys[0], following, PAGE),
         )
-        self.softmax(t, row, rows, page, scores, shrink)
+
+    def add_values(
+        self,
+        t: SimpleNamespace,
+        row: Expr,
+        rows: int,
+        page: Expr,
+        values: tuple[Buffer, Expr],
+        following: Expr | None,
+        weights: Buffer,
+        shrink: Buffer,
+    ) -> None:
+        """The rows' accumulators, times `shrink` [rows], += weights [rows, PAGE] times the page's values. following:
+        where the next page's values begin."""
+        from tvm import tirx
+
         keep_in_memory(t.acc)
         # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
         visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
@@ -463,13 +480,11 @@ class TileBody(Parts):
             rows,
             self.value_dim,
             visible,
-            left=lambda r, k: load(scores, r * PAGE + k, 1),
-            right=lambda k, offset, width: load(values[0], values[1] + k * self.value_dim + offset, width),
-            start=lambda r, offset, width: (
-                load(t.acc, (row + r) * self.value_dim + offset, width) * splat(load(shrink, r, 1), width)
-            ),
-            finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value, width),
-            ahead=fetch_value,
+            left=lambda r, k: load(weights, r * PAGE + k),
+            right=lambda k, offset, width: as_f32(load(values[0], values[1] + k * self.value_dim + offset, width)),
+            start=lambda r, offset, width: load(t.acc, (row + r) * self.value_dim + offset, width) * load(shrink, r),
+            finish=lambda r, offset, width, value: store(t.acc, (row + r) * self.value_dim + offset, value),
+            ahead=_fetch(values[0], following, self.value_dim),
         )
 
     def softmax(self, t: SimpleNamespace, row: Expr, rows: int, page: Expr, scores: Buffer, shrink: Buffer) -> None:
@@ -483,14 +498,14 @@ class TileBody(Parts):
             self.raise_peak(t, row + r, r, [load(scores, r * PAGE + offset, width) for offset, width in cut], peaks)
 
         def edited(r: Expr) -> None:
-            where = load_raw(t.where, row + r, 1)
+            where = load(t.where, row + r)
             limit = let(where - (page * PAGE).astype("int32"))  # the row's own slot of the page
             held = self.held(t, page)
             vectors = []
             for offset, width in cut:
                 value = self.biased(t, row + r, load(scores, r * PAGE + offset, width), limit, offset)
                 vectors.append(let(self.masked(value, limit, held, offset)))
-                store(scores, r * PAGE + offset, vectors[-1], width)
+                store(scores, r * PAGE + offset, vectors[-1])
             self.raise_peak(t, row + r, r, vectors, peaks)
 
         def each(work: Callable[[Expr], None]) -> None:
@@ -506,34 +521,34 @@ class TileBody(Parts):
             either(edge, lambda: each(edited), lambda: each(plain))
         for i in range(0, rows, lanes):
             # All rows at once; lanes past `rows` hold anything and are not used.
-            store(shrink, i, exp(self.isa, load(t.peak, row + i, lanes) - load(peaks, i, lanes)), lanes)
+            store(shrink, i, exp(self.isa, load(t.peak, row + i, lanes) - load(peaks, i, lanes)))
         with loop(rows) as r:
-            after = let(load(peaks, r, 1))
-            total = load(t.total, (row + r) * lanes, lanes) * splat(load(shrink, r, 1), lanes)
+            after = let(load(peaks, r))
+            total = load(t.total, (row + r) * lanes, lanes) * load(shrink, r)
             for offset, width in cut:
-                weight = let(exp(self.isa, load(scores, r * PAGE + offset, width) - splat(after, width)))
-                store(scores, r * PAGE + offset, weight, width)
+                weight = let(exp(self.isa, load(scores, r * PAGE + offset, width) - after))
+                store(scores, r * PAGE + offset, weight)
                 total = total + weight
-            store(t.total, (row + r) * lanes, total, lanes)
-            store(t.peak, row + r, after, 1)
+            store(t.total, (row + r) * lanes, total)
+            store(t.peak, row + r, after)
 
     def raise_peak(self, t: SimpleNamespace, row: Expr, r: Expr, vectors: Sequence[Expr], peaks: Buffer) -> None:
         """peaks[r] = the greatest of the row's peak so far and these scores."""
         greatest = vectors[0]
         for vector in vectors[1:]:
             greatest = maximum(greatest, vector)
-        store(peaks, r, maximum(load(t.peak, row, 1), reduce_lanes(greatest, self.lanes, maximum)), 1)
+        store(peaks, r, maximum(load(t.peak, row), reduce(greatest, maximum)))
 
     def biased(self, t: SimpleNamespace, row: Expr, value: Expr, limit: Expr, offset: int) -> Expr:
         """Softcap, ALiBi and the table of distances on one vector of scores. limit: the row's own slot of the page."""
         if self.softcap:
-            value = tanh(self.isa, value) * splat(self.softcap * self.score_unit, self.lanes)
+            value = tanh(self.isa, value) * (self.softcap * self.score_unit)
         if self.alibi:
-            distance = cast(self.slots(offset) - splat(limit, self.lanes), "float32", self.lanes)
-            value = value + splat(load(t.slope, row, 1), self.lanes) * distance
+            distance = cast(self.slots(offset) - limit, "float32")
+            value = value + load(t.slope, row) * distance
         if self.span:
-            at = integer(load_raw(t.middle, row, 1) - limit)
-            value = value + load(t.bias, at + offset, self.lanes) * splat(self.score_unit, self.lanes)
+            at = integer(load(t.middle, row) - limit)
+            value = value + load(t.bias, at + offset, self.lanes) * self.score_unit
         return value
 
     def held(self, t: SimpleNamespace, page: Expr) -> Expr | None:
@@ -545,13 +560,13 @@ class TileBody(Parts):
         from tvm import tirx
 
         slot = self.slots(offset)
-        visible = slot <= splat(limit, self.lanes) if held is None else slot < splat(held, self.lanes)
+        visible = slot <= limit if held is None else slot < held
         value = tirx.Select(visible, value, splat(MASKED, self.lanes))
         if self.window and held is not None:
-            near = slot < splat(limit + self.window, self.lanes)
+            near = slot < (limit + self.window)
             value = tirx.Select(near, value, splat(MASKED, self.lanes))
         if self.window:
-            inside = slot > splat(limit - self.window, self.lanes)
+            inside = slot > (limit - self.window)
             value = tirx.Select(inside, value, splat(MASKED, self.lanes))
         return value
 
@@ -568,3 +583,10 @@ class TileBody(Parts):
             self.lanes,
             lambda offset, width: body(offset, width, load(t.acc, r * self.value_dim + offset, width)),
         )
+
+
+def _fetch(buffer: Buffer, start: Expr | None, row: int) -> Callable[[Expr | int, int, int], None] | None:
+    """Prefetches (k, offset, width) of rows of `row` elements from `start` on, as `multiply` calls them."""
+    if start is None:
+        return None
+    return lambda k, offset, width: prefetch(buffer, start + k * row + offset, width)

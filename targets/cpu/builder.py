@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
-from llmc.targets.cpu.vector_isa import VectorIsa
-
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
@@ -104,36 +102,6 @@ def index(value: int | Expr) -> Expr:
     return tirx.const(value, "int64") if isinstance(value, int) else value
 
 
-def store(buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
-    """buffer[indices] = value, one element."""
-    from tvm.script.ir_builder import tirx as I
-
-    I.buffer_store(buffer, value, [index(i) for i in indices])
-
-
-def store_vector(isa: VectorIsa, buffer: Buffer, indices: Sequence[Expr | int], value: Expr) -> None:
-    """`value`'s lanes to consecutive elements from `indices` on."""
-    from tvm import tirx
-    from tvm.script.ir_builder import tirx as I
-
-    *outer, start = indices
-    lanes = int(value.ty.dtype.lanes)
-    I.buffer_store(buffer, value, [*(index(i) for i in outer), tirx.Ramp(index(start), index(1), lanes)])
-
-
-def prefetch(buffer: Buffer, position: Expr, write: bool = False, near: bool = False) -> None:
-    """Start reading the cache line of an element of a flat buffer. It may lie past the end: prefetches never fault.
-
-    Into the second-level cache, which has more reads from memory under way at a time than the first; near: into the
-    first. write: to be written, so that the line is ours by then.
-    """
-    from tvm import tirx
-    from tvm.script.ir_builder import tirx as I
-
-    numbers = (tirx.const(value, "int32") for value in (int(write), 3 if near else 2, 1))
-    I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", tirx.address_of(buffer[position]), *numbers))
-
-
 # What a kernel with `keep_order` imports: nothing happens, but as far as LLVM knows all memory may have changed.
 ORDER_HELPER = """
     define void @llmc_keep_order() alwaysinline {
@@ -184,7 +152,9 @@ class Registers:
         return self.slots[position][index(0)]
 
     def __setitem__(self, position: int, value: Expr) -> None:
-        store(self.slots[position], [0], value)
+        from tvm.script.ir_builder import tirx as I
+
+        I.buffer_store(self.slots[position], value, [index(0)])
 
 
 class Scalar:
@@ -201,7 +171,9 @@ class Scalar:
 
     def set(self, value: Expr | int) -> None:
         """An int is an int64."""
-        store(self.slot, [0], index(value))
+        from tvm.script.ir_builder import tirx as I
+
+        I.buffer_store(self.slot, index(value), [index(0)])
 
     def get(self) -> Expr:
         """A variable with what it is now, for the rest of the scope."""

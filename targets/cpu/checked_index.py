@@ -18,6 +18,7 @@ from llmc.targets.cpu.cpu_template import CpuTemplate
 from llmc.targets.cpu.plain import RULES
 from llmc.targets.cpu.plain_builder import TIR_DTYPES
 from llmc.targets.cpu.sizes import dim_expression, dim_param
+from llmc.targets.cpu.vectors import store
 from llmc.targets.kernel import FAILED, Call, Param
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
@@ -74,9 +75,9 @@ def _check(dtype: str, result: str, sizes: str, size: Param, symbols: tuple[str,
             first = b.index(0) if dtype in UNSIGNED else b.index(0) - limit
             inside = tirx.And(index >= first, index < limit)
             counted = b.let(tirx.Select(index < 0, index + limit, index))
-            b.store(out, [at], tirx.Select(inside, counted, b.index(0)).astype(TIR_DTYPES[result]))
+            store(out, at, tirx.Select(inside, counted, b.index(0)).astype(TIR_DTYPES[result]))
             with b.when(tirx.Not(inside)):
-                b.store(failed, [0], tirx.const(1, "int32"))
+                store(failed, 0, tirx.const(1, "int32"))
 
     pointers = [("x", TIR_DTYPES[dtype]), *([("sizes", TIR_DTYPES[sizes])] if sizes else [])]
     pointers += [("out", TIR_DTYPES[result]), ("failed", "int32")]

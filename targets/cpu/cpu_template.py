@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmc.targets.cpu.stack import refuse_stack
+from llmc.targets.cpu.stack import ARRAY_ALIGNMENT, refuse_stack
 from llmc.targets.machine import Machine
 from llmc.targets.template import P, Template
 
@@ -26,4 +26,4 @@ def few(work: int | None, least: int) -> int:
 
 def arrays(*nbytes: int) -> int:
     """Bytes of stack of arrays of so many bytes each, and of scalars."""
-    return sum(-(-each // 64) * 64 for each in nbytes) + SCALARS
+    return sum(-(-each // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT for each in nbytes) + SCALARS

@@ -78,38 +78,8 @@ def _interface(program: Program, task: str) -> _Interface:
 def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str]]:
     """The C source of `llmc_step`, and for each profile slot what it measures."""
     interface = _interface(program, addresses.task)
-    kernels: dict[str, int] = {}
-    bodies: list[str] = []
-    steps: list[str] = []
-    labels: list[str] = []
-    codes = {failure: code for code, failure in enumerate(failures_of(program), 1)}
-    for lowered in program.ops:
-        for call in lowered.calls:
-            index = len(labels)
-            arguments = [_argument(argument, lowered, call, program, addresses, interface) for argument in call.args]
-            symbol = call.kernel.symbol
-            if kernels.setdefault(symbol, len(arguments)) != len(arguments):
-                raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
-            bodies.append(
-                f"/* {lowered.op.name}: {call.kernel.name} {call.note} */\n"
-                f"static void body_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
-                f"    ENTER(context);\n"
-                f"    {symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
-            )
-            guard = " && ".join(_guards(call, interface)) or "1"
-            units = call.units
-            assert isinstance(units, (int, Dim))
-            run = f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});"
-            if call.failure:
-                failed = f"*(int32_t *)ARENA({addresses.plan.offsets[scratch_key(lowered.op, FAILED)]})"
-                run = f"    {failed} = 0;\n{run}\n    if ({failed})\n        return {codes[call.failure]};"
-            steps.append(run)
-            labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
-    declarations = []
-    for symbol in kernels:
-        call = next(c for o in program.ops for c in o.calls if c.kernel.symbol == symbol)
-        kinds = ["int64_t" if isinstance(a, (int, Dim)) else "void *" for a in call.args]
-        declarations.append(f"void {symbol}({', '.join([*kinds, 'int64_t', 'int64_t'])});")
+    bodies, steps, labels = _calls(program, addresses, interface)
+    declarations = _declarations(program)
     for index, value in interface.copies:
         nbytes = c_expression(product(value.shape) * itemsize(value.dtype), interface.names)
         source = _address(value, program, addresses, interface)
@@ -130,6 +100,48 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
         limits=limits, facts=facts_source(addresses.manifest),
     )  # fmt: skip
     return text, labels
+
+
+def _calls(program: Program, addresses: Addresses, interface: _Interface) -> tuple[list[str], list[str], list[str]]:
+    """Of each call: a function of a range of its units, the statements that run it, and what a profile calls it."""
+    bodies: list[str] = []
+    steps: list[str] = []
+    labels: list[str] = []
+    codes = {failure: code for code, failure in enumerate(failures_of(program), 1)}
+    for lowered in program.ops:
+        for call in lowered.calls:
+            index = len(labels)
+            arguments = [_argument(argument, lowered, call, program, addresses, interface) for argument in call.args]
+            bodies.append(
+                f"/* {lowered.op.name}: {call.kernel.name} {call.note} */\n"
+                f"static void body_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
+                f"    ENTER(context);\n"
+                f"    {call.kernel.symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
+            )
+            guard = " && ".join(_guards(call, interface)) or "1"
+            units = call.units
+            assert isinstance(units, (int, Dim))
+            run = f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});"
+            if call.failure:
+                failed = f"*(int32_t *)ARENA({addresses.plan.offsets[scratch_key(lowered.op, FAILED)]})"
+                run = f"    {failed} = 0;\n{run}\n    if ({failed})\n        return {codes[call.failure]};"
+            steps.append(run)
+            labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
+    return bodies, steps, labels
+
+
+def _declarations(program: Program) -> list[str]:
+    """Of the kernels, in the order of their first calls. CompileError where calls of one differ."""
+    found: dict[str, Call] = {}
+    for call in (call for lowered in program.ops for call in lowered.calls):
+        first = found.setdefault(call.kernel.symbol, call)
+        if len(first.args) != len(call.args):
+            raise CompileError(f"kernel {call.kernel.describe()} is called with different argument counts")
+    kinds = {
+        symbol: ["int64_t" if isinstance(argument, (int, Dim)) else "void *" for argument in call.args]
+        for symbol, call in found.items()
+    }
+    return [f"void {symbol}({', '.join([*each, 'int64_t', 'int64_t'])});" for symbol, each in kinds.items()]
 
 
 def _guards(call: Call, interface: _Interface) -> list[str]:

@@ -21,12 +21,13 @@ from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
+    as_f32,
     cast,
     divide,
     for_pieces,
     integer,
+    lanes_of,
     load,
-    load_raw,
     pieces,
     pin,
     range_kernel,
@@ -240,11 +241,11 @@ def embedding(
 
 def _rows(lanes: int, dtype: str, features: int, scale: float) -> PrimFunc:
     def unit(a: SimpleNamespace, token: Expr) -> None:
-        source, target = pin(integer(load_raw(a.ids, token, 1)) * features), pin(token * features)
+        source, target = pin(integer(load(a.ids, token)) * features), pin(token * features)
         for_pieces(
             features,
             lanes,
-            lambda i, width: store(a.out, target + i, _scaled(load(a.table, source + i, width), scale, width), width),
+            lambda i, width: store(a.out, target + i, _scaled(as_f32(load(a.table, source + i, width)), scale)),
         )
 
     return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
@@ -254,14 +255,14 @@ def _tiles(dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
     inputs = 2 if dtype == "bf16" else 1  # consecutive inputs of a lane
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
-        row = integer(load_raw(a.ids, token, 1))
+        row = integer(load(a.ids, token))
         depth = -(-features // inputs)
         tile = divide(row, lanes) * (depth * lanes) + remainder(row, lanes)
         source, target = pin(tile * inputs), pin(token * features)
 
         def element(i: Expr | int, width: int) -> None:
-            value = load(a.table, source + i * (lanes * inputs), width)
-            store(a.out, target + i * inputs, _scaled(value, scale, width), width)
+            value = as_f32(load(a.table, source + i * (lanes * inputs), width))
+            store(a.out, target + i * inputs, _scaled(value, scale))
 
         with loop(features // inputs) as i:
             element(i, inputs)
@@ -282,22 +283,22 @@ def _quantized(
     stride = lanes or 1  # elements from one group's scale to the next
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
-        row, target = integer(load_raw(a.ids, token, 1)), pin(token * features)
+        row, target = integer(load(a.ids, token)), pin(token * features)
         tile, lane = (pin(divide(row, lanes)), pin(remainder(row, lanes))) if lanes else (row, index(0))
         first_scale = pin(tile * (groups * stride) + lane)
         first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
-            factor = let(load(a.scales, first_scale + g * stride, 1) * splat(scale / BEND if bent else scale, 1))
-            minimum = None if symmetric else let(load(a.minimums, first_scale + g * stride, 1) * splat(scale, 1))
+            factor = let(as_f32(load(a.scales, first_scale + g * stride)) * (scale / BEND if bent else scale))
+            minimum = None if symmetric else let(as_f32(load(a.minimums, first_scale + g * stride)) * scale)
 
             def write(i: Expr | int, stored: Expr, width: int) -> None:
-                value = _integer_value(stored, offset, symmetric, width)
+                value = _integer_value(stored, offset, symmetric)
                 if bent:  # a level times BEND, exact as everything before the factor
                     value = let(value)
-                    value = value * (tirx.Max(value, -value) + splat(float(BEND), width))
-                value = value * splat(factor, width)
-                store(out, at + i, value if minimum is None else value + splat(minimum, width), width)
+                    value = value * (tirx.Max(value, -value) + float(BEND))
+                value = value * factor
+                store(out, at + i, value if minimum is None else value + minimum)
 
             base = pin(first_byte + g * (group_bytes * stride))
             if lanes:
@@ -313,25 +314,25 @@ def _quantized(
             whole = scratch(group, "float32")
             emit(features // group, whole, index(0))
             for i, width in pieces(left, vector):
-                store(a.out, target + (features - left + i), load(whole, i, width), width)
+                store(a.out, target + (features - left + i), load(whole, i, width))
 
     pointers = [("ids", "int32"), ("data", "uint8"), ("scales", "float16")]
     pointers += [("minimums", "float16")] * (not symmetric) + [("out", "float32")]
     return range_kernel(pointers, [], unit)
 
 
-def _scaled(value: Expr, scale: float, width: int) -> Expr:
-    return value if scale == 1.0 else value * splat(scale, width)
+def _scaled(value: Expr, scale: float) -> Expr:
+    return value if scale == 1.0 else value * scale
 
 
-def _integer_value(stored: Expr, offset: int, symmetric: bool, width: int) -> Expr:
+def _integer_value(stored: Expr, offset: int, symmetric: bool) -> Expr:
     """Stored bytes (u8) to the integers that they stand for, as f32. Subtraction wraps, as `pack`'s addition did."""
     from tvm import tirx
 
-    integers = stored - splat(offset % 256, width, "uint8") if offset % 256 else stored
+    integers = stored - splat(offset % 256, lanes_of(stored), "uint8") if offset % 256 else stored
     if symmetric:
-        integers = tirx.reinterpret(typed("int8", width), integers)
-    return cast(integers, "float32", width)
+        integers = tirx.reinterpret(typed("int8", lanes_of(stored)), integers)
+    return cast(integers, "float32")
 
 
 def _row_group(
@@ -350,9 +351,9 @@ def _row_group(
                 runs = plane // narrowest  # of `length` bytes
                 at, shift = start + part % runs * length, part // runs * plane
                 if at not in read:
-                    read[at] = let(load_raw(data, base + at + i, width))
-                field = _field(read[at], shift, plane, width)
-                stored = field if stored is None else stored | (field << splat(below, width, "uint8"))
+                    read[at] = let(load(data, base + at + i, width))
+                field = _field(read[at], shift, plane)
+                stored = field if stored is None else stored | (field << below)
                 below, start = below + plane, start + group * plane // 8
             assert stored is not None
             write(part * length + i, stored, width)
@@ -360,10 +361,10 @@ def _row_group(
     for_pieces(length, vector, piece)
 
 
-def _field(packed: Expr, shift: int, bits: int, width: int) -> Expr:
+def _field(packed: Expr, shift: int, bits: int) -> Expr:
     """The bits from `shift` on of every byte."""
-    moved = packed >> splat(shift, width, "uint8") if shift else packed
-    return moved if shift + bits == 8 else moved & splat((1 << bits) - 1, width, "uint8")
+    moved = packed >> shift if shift else packed
+    return moved if shift + bits == 8 else moved & ((1 << bits) - 1)
 
 
 def _lane_group(
@@ -372,6 +373,6 @@ def _lane_group(
     """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
     quads = 8 // bits  # quads of inputs in four bytes
     with loop(group * bits // 32) as v:
-        stored = let(load_raw(data, base + v * (lanes * 4), 4))
+        stored = let(load(data, base + v * (lanes * 4), 4))
         for number in range(quads):
-            write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits, 4), 4)
+            write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits), 4)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu.vectors import splat
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -105,7 +106,7 @@ class WideSums(Sums):
         for slot in range(count):
             sums[0][slot] = products.start(slot)
             for more in sums[1:]:
-                more[slot] = isa.splat(0, "int32")
+                more[slot] = splat(0, isa.lanes, "int32")
         with b.loop(products.quads // unroll) as several:
             for step, slot, w, a in products.operands(weights, several * unroll, unroll):
                 chain = sums[step % chains]

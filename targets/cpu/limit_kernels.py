@@ -8,6 +8,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.limits import LimitKernel
 from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
+from llmc.targets.cpu.vectors import load, prefetch, splat, store
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
 
@@ -47,20 +48,20 @@ def limit_read(machine: Machine) -> PrimFunc:
         x, out = b.view(p["input"], [b.MANY], "int32"), b.view(p["output"], [isa.lanes], "int32")
         sums = b.Registers(READ_SUMS, isa.i32)
         for j in range(READ_SUMS):
-            sums[j] = isa.splat(0, "int32")
+            sums[j] = splat(0, isa.lanes, "int32")
         with b.loop(s["end"] - s["begin"]) as i, b.loop(part // step) as v:
             for stream in range(READ_STREAMS):
                 start = b.let((s["begin"] + i) * words + stream * part + v * step)
                 for line in range(0, step, isa.cache_line // 4):
                     b.keep_order()
-                    b.prefetch(x, start + READ_AHEAD // 4 + line)
+                    prefetch(x, start + READ_AHEAD // 4 + line)
                 for j in range(sums_each):
                     at = stream * sums_each + j
-                    sums[at] = sums[at] + isa.load(x, start + j * isa.lanes)
+                    sums[at] = sums[at] + load(x, start + j * isa.lanes, isa.lanes)
         total = sums[0]
         for j in range(1, READ_SUMS):
             total = total + sums[j]
-        b.store_vector(isa, out, [0], total)
+        store(out, 0, total)
 
     return b.plain_function([("input", "int32"), ("output", "int32")], [], body, b.ORDER_HELPER)
 
@@ -92,22 +93,23 @@ def limit_multiply(machine: Machine, *, dtype: str) -> PrimFunc:
         x = b.view(p["input"], [INPUT_BYTES * lanes // isa.vector_bytes], element)
         out = b.view(p["output"], [isa.lanes], "int32")
         sums = b.Registers(rows * columns, sum_dtype)
+        scalar, _, count = sum_dtype.partition("x")
         for j in range(rows * columns):
-            sums[j] = isa.splat(0, sum_dtype.partition("x")[0]) if dtype == "int8" else isa.splat(0.0)
+            sums[j] = splat(0, int(count), scalar)
         with b.loop(s["end"] - s["begin"]) as i:
             first = b.let((s["begin"] + i) % STARTS * lanes)
-            weights = [b.let(isa.load(x, first + j * lanes, lanes=lanes)) for j in range(columns)]
+            weights = [b.let(load(x, first + j * lanes, lanes)) for j in range(columns)]
             for step in range(STEPS):
                 for row in range(rows):
                     at = first + (columns + step * rows + row) * lanes
-                    activation = b.let(isa.load(x, at, lanes=lanes))
+                    activation = b.let(load(x, at, lanes))
                     for column in range(columns):
                         j = row * columns + column
                         sums[j] = multiply_add(sums[j], weights[column], activation)
         total = tirx.reinterpret(isa.i32, sums[0])
         for j in range(1, rows * columns):
             total = total ^ tirx.reinterpret(isa.i32, sums[j])
-        b.store_vector(isa, out, [0], total)
+        store(out, 0, total)
 
     helpers = "" if dots is None else dots.helper
     return b.plain_function([("input", element), ("output", "int32")], [], body, helpers)

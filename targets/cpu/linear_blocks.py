@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.linear_epilogue import Epilogue
 from llmc.targets.cpu.vector_isa import VectorIsa
+from llmc.targets.cpu.vectors import splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -62,7 +63,7 @@ def each_block(
         blocks = b.let((here + (rows - 1)) // rows)
         with b.loop(blocks * rows) as m:
             for t in range(tiles):
-                b.store(totals, [m, t], isa.splat(0.0))
+                store(totals, (m, t), splat(0.0, isa.lanes))
 
         yield Block(tile, first_tile, first_row, blocks, totals)
 

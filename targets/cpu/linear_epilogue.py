@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vector_math import ACTIVATIONS, activation
+from llmc.targets.cpu.vectors import load, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The fused tail of a linear op with n logical output rows (2F when gated).
+    """What is fused behind a linear op with n logical output rows (2F when gated).
 
     bias: f32 [n], in logical order. residual: f32 [T, features], added last; it may be the very buffer of the result.
     """
@@ -58,41 +59,26 @@ class Epilogue:
 
     def emit(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         """Finish vector `column` of the given row of the result; sums: f32 vectors, (gate, up) or one."""
-        from tvm.script.ir_builder import tirx as I
-
         out = b.view(handles["out"], [b.MANY, self.features], "float32")
-        lane, inside = self._lanes(isa, column)
-        value = self.value(isa, handles, row, column, sums)
-        if self.features % isa.lanes:
-            I.evaluate(I.masked_store(out, value, row, lane, inside))
-        else:
-            I.buffer_store(out, value, [row, lane])
+        first, count = self._features_of(isa, column)
+        store(out, (row, first), self.value(isa, handles, row, column, sums), count)
 
     def value(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> Expr:
         """What `emit` stores. Lanes past the last feature hold anything."""
-        from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
-
-        lane, inside = self._lanes(isa, column)
-
-        def load(name: str, *outer: Expr, first: int = 0) -> Expr:
-            shape = [b.MANY, self.features] if outer else [self.n]
-            buffer, at = b.view(handles[name], shape, "float32"), lane + first if first else lane
-            if self.features % isa.lanes:
-                return I.masked_load(isa.f32, buffer, *outer, at, inside)
-            return tirx.BufferLoad(buffer, [*outer, at])
-
-        values = [v + load("bias", first=i * self.features) if self.bias else v for i, v in enumerate(sums)]
+        first, count = self._features_of(isa, column)
+        values = list(sums)
+        if self.bias:
+            bias = b.view(handles["bias"], [self.n], "float32")
+            values = [v + load(bias, first + i * self.features, isa.lanes, count) for i, v in enumerate(sums)]
         value = activation(isa, self.activation, values[0])
         if self.gated:
             value = value * values[1]
         if self.residual:
-            value = value + load("residual", row)
+            residual = b.view(handles["residual"], [b.MANY, self.features], "float32")
+            value = value + load(residual, (row, first), isa.lanes, count)
         return value
 
-    def _lanes(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr]:
-        """The features of a vector of the result, and which of them there are."""
-        from tvm import tirx
-
-        lane = tirx.Ramp(b.let(column * isa.lanes), b.index(1), isa.lanes)
-        return lane, lane < tirx.Broadcast(b.index(self.features), isa.lanes)
+    def _features_of(self, isa: VectorIsa, column: Expr) -> tuple[Expr, Expr | None]:
+        """The first feature of a vector of the result, and how many there are from there on; None: enough."""
+        first = b.let(column * isa.lanes)
+        return first, self.features - first if self.features % isa.lanes else None

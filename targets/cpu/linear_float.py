@@ -19,6 +19,7 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_blocks import each_block
 from llmc.targets.cpu.linear_problem import FloatProblem, LinearProblem, QuantizedProblem, refuse_blocks
 from llmc.targets.cpu.vector_isa import Bf16Dots, VectorIsa, isa_for
+from llmc.targets.cpu.vectors import as_f32, load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, P, Rows, knob
 
@@ -60,12 +61,12 @@ class _FloatWeights:
 
         def vectors(term: Expr, count: int) -> list[Expr]:
             if self.layout.dtype == "f32":
-                return [isa.load(data, tile, first + term, 0)]
+                return [load(data, (tile, first + term, 0), isa.lanes)]
             if self.layout.dtype == "f16":
-                return [isa.f16_to_f32(isa.load(data, tile, first + term, 0))]
+                return [as_f32(load(data, (tile, first + term, 0), isa.lanes))]
             pair = first + term if self.dots else (first + term) // 2
             flat = b.view(handles["data"], [b.MANY, shape[0], isa.lanes * 2], "uint16")
-            both = b.let(tirx.reinterpret(isa.i32, isa.load(flat, tile, pair, 0, lanes=isa.lanes * 2)))
+            both = b.let(tirx.reinterpret(isa.i32, load(flat, (tile, pair, 0), isa.lanes * 2)))
             return [both] if self.dots else [isa.bf16_pair_to_f32(both, odd=i == 1) for i in range(count)]
 
         return vectors
@@ -94,7 +95,7 @@ class _DequantizedWeights:
 
         def per_group(name: str) -> Expr:
             buffer = b.view(handles[name], [b.MANY, groups, isa.lanes], "float16")
-            return b.let(isa.f16_to_f32(isa.load(buffer, tile, part, 0)))
+            return b.let(as_f32(load(buffer, (tile, part, 0), isa.lanes)))
 
         scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
         # Stored bytes are signed where the machine wants them so; flipping the top bit makes them unsigned, 128 up.
@@ -102,18 +103,18 @@ class _DequantizedWeights:
         offset = layout.offset + (128 if signed else 0)
 
         def vectors(term: Expr, count: int) -> list[Expr]:
-            raw = isa.load(data, tile, part, term // self.bundle, 0, lanes=isa.vector_bytes)
+            raw = load(data, (tile, part, term // self.bundle, 0), isa.vector_bytes)
             if signed:
-                raw = raw ^ isa.splat(128, "uint8")
+                raw = raw ^ 128
             words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
             return [value(words, i) for i in range(count)]
 
         def value(words: Expr, position: int) -> Expr:
             # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
             shift = position % 4 * 8 + position // 4 * 4
-            bits = (words >> isa.splat(shift, "uint32")) & isa.splat((1 << layout.bits) - 1, "uint32")
+            bits = (words >> shift) & ((1 << layout.bits) - 1)
             # 2^23 + an integer below 2^23 has the integer as its low bits: no conversion, and the offset comes free.
-            number = tirx.reinterpret(isa.f32, bits | isa.splat(0x4B000000, "uint32")) - isa.splat(8388608.0 + offset)
+            number = tirx.reinterpret(isa.f32, bits | 0x4B000000) - (8388608.0 + offset)
             return number * scale if minimum is None else isa.fma(number, scale, minimum)
 
         return vectors
@@ -135,8 +136,8 @@ class _Activations:
         from tvm import tirx
 
         if self.dots is None:
-            return self.isa.splat(self.buffer[row, term])
-        pair = tirx.reinterpret("int32", self.isa.load(self.buffer, row, term * 2, lanes=2))
+            return splat(self.buffer[row, term], self.isa.lanes)
+        pair = tirx.reinterpret("int32", load(self.buffer, (row, term * 2), 2))
         return tirx.Broadcast(pair, self.isa.lanes)
 
     def multiply(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
@@ -194,13 +195,13 @@ class _Stream:
         skip = b.index((self.streams - 1) * weights.tile_bytes)
         at = b.let(self.start + inside + tirx.Select(inside >= weights.tile_bytes, skip, b.index(0)))
 
-        def prefetch(place: int) -> None:
+        def ask(place: int) -> None:
             offset = place // weights.bundle * weights.bundle_bytes
             b.keep_order()
             if offset % weights.isa.cache_line == 0:
-                b.prefetch(self.data, at + offset)
+                prefetch(self.data, at + offset)
 
-        return prefetch
+        return ask
 
 
 def _rows_kernel(problem: LinearProblem, weights: _Weights, knobs: StreamedFloats[P]) -> PrimFunc:
@@ -221,7 +222,7 @@ def _rows_kernel(problem: LinearProblem, weights: _Weights, knobs: StreamedFloat
         row = b.clamped_rows(first_row, rows, tokens)
         totals = b.Registers(tiles * rows, isa.f32)
         for slot in range(len(totals.slots)):
-            totals[slot] = isa.splat(0.0)
+            totals[slot] = splat(0.0, isa.lanes)
         streams = [_Stream(handles, weights, tile[t], tiles, knobs.ahead) for t in range(tiles)]
         for part, terms in _parts(weights.terms, weights.part):
             sources = [weights.at(handles, tile[t], part) for t in range(tiles)]
@@ -281,7 +282,7 @@ def _blocks_kernel(problem: LinearProblem, weights: _Weights, knobs: FloatPanels
                     for first, count in _steps(terms, unroll):
                         for term, _, size in _bundles(first, count, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
-                                b.store(panel, [t, term + j], vector)
+                                store(panel, (t, term + j), vector)
                 share = b.let((lines + unit.blocks - 1) // unit.blocks)
                 following = b.let(_following(weights, unit.first_tile, part, tiles))
                 with b.loop(unit.blocks) as block:
@@ -293,14 +294,14 @@ def _blocks_kernel(problem: LinearProblem, weights: _Weights, knobs: FloatPanels
                         with b.loop(share) as i:
                             line = b.let(block * share + i)
                             at = first // weights.bundle * weights.bundle_bytes + line // tiles * isa.cache_line
-                            b.prefetch(data, following + line % tiles * weights.tile_bytes + at)
+                            prefetch(data, following + line % tiles * weights.tile_bytes + at)
                         for j in range(count):
                             for slot in range(rows * tiles):
                                 w = panel[slot // rows, first + j]
                                 at = part * weights.part + first + j
                                 sums[slot] = x.multiply(sums[slot], w, x.spread(row[slot % rows], at))
                     for slot in range(rows * tiles):
-                        b.store(totals, [block * rows + slot % rows, slot // rows], sums[slot])
+                        store(totals, (block * rows + slot % rows, slot // rows), sums[slot])
 
     return _function(weights, problem, body)
 

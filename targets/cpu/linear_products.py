@@ -11,6 +11,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.group_sums import Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.vector_isa import VectorIsa
+from llmc.targets.cpu.vectors import as_f32, cast, load, pieces, prefetch, splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -47,7 +48,7 @@ class Operands:
         from tvm import tirx
 
         def vector(position: Expr) -> Expr:
-            return self.isa.load(self.data, tile, group, position, 0, lanes=self.isa.vector_bytes)
+            return load(self.data, (tile, group, position, 0), self.isa.vector_bytes)
 
         if self.layout.bits == 8:
             return tirx.reinterpret(self.isa.i8, vector(quad))
@@ -71,23 +72,23 @@ class Operands:
         from tvm import tirx
 
         vector = quad if self.layout.bits == 8 else tirx.shift_right(quad, b.index(1))
-        b.prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + vector * self.isa.vector_bytes)
+        prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + vector * self.isa.vector_bytes)
 
     def activations(self, row: Expr, group: Expr, quad: Expr) -> Expr:
         """Four activations in every lane."""
         from tvm import tirx
 
-        four = self.isa.load(self.xq, row, group, quad * 4, lanes=4)
+        four = load(self.xq, (row, group, quad * 4), 4)
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
     def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], tile: Expr, group: Expr) -> Expr:
         """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `KnownRows`."""
         isa, (scale, shift) = self.isa, row
-        scale = isa.f16_to_f32(isa.load(self.scales, tile, group, 0)) * isa.splat(scale)
+        scale = as_f32(load(self.scales, (tile, group, 0), isa.lanes)) * scale
         total = isa.fma(sums.astype(isa.f32), scale, total)
         if shift is None:
             return total
-        return isa.fma(isa.f16_to_f32(isa.load(self.minimums, tile, group, 0)), isa.splat(shift), total)
+        return isa.fma(as_f32(load(self.minimums, (tile, group, 0), isa.lanes)), splat(shift, isa.lanes), total)
 
 
 class KnownRows:
@@ -117,32 +118,29 @@ class KnownRows:
         ops = self.ops
         with b.loop(rows) as m:
             row = b.let(tirx.Min(first_row + m, tokens - 1))
-            for start, width in _pieces(groups, ops.isa.lanes):
-                scales, xsums = (b.let(_load(x, row, first_group + start, width)) for x in (ops.xscales, ops.xsums))
-                _store(self.scales, m, start, scales)
+            for start, width in pieces(groups, ops.isa.lanes):
+                scales, xsums = (b.let(load(x, (row, first_group + start), width)) for x in (ops.xscales, ops.xsums))
+                store(self.scales, (m, start), scales)
                 if self.narrow_starts is not None:
-                    pairs = tirx.reinterpret(f"int16x{2 * width}", xsums)
-                    pairs = pairs * tirx.Broadcast(tirx.const(-self.centre, "int16"), 2 * width)
-                    _store(self.narrow_starts, m, start, tirx.reinterpret(str(xsums.ty.dtype), pairs))
+                    pairs = tirx.reinterpret(f"int16x{2 * width}", xsums) * splat(-self.centre, 2 * width, "int16")
+                    store(self.narrow_starts, (m, start), tirx.reinterpret(str(xsums.ty.dtype), pairs))
                 if self.pairs:
-                    high = _same(16, width)
-                    xsums = b.let((xsums >> high) + ((xsums << high) >> high))
+                    xsums = b.let((xsums >> 16) + ((xsums << 16) >> 16))
                 if self.starts is not None:
-                    _store(self.starts, m, start, xsums * _same(self.centre - ops.layout.offset, width))
+                    store(self.starts, (m, start), xsums * (self.centre - ops.layout.offset))
                 if self.shifts is not None:
-                    floats = xsums.astype("float32" if width == 1 else f"float32x{width}")
-                    _store(self.shifts, m, start, scales * floats)
+                    store(self.shifts, (m, start), scales * cast(xsums, "float32"))
 
     def start(self, m: Expr, g: Expr) -> Expr:
         """What integer sums of filled row m and group g start from."""
-        return self.ops.isa.splat(0 if self.starts is None else self.starts[m, g], "int32")
+        return splat(0 if self.starts is None else self.starts[m, g], self.ops.isa.lanes, "int32")
 
     def narrow_start(self, m: Expr, g: Expr) -> Expr:
         """What i16 sums of a whole group start from, where they hold one."""
         from tvm import tirx
 
         assert self.narrow_starts is not None
-        return tirx.reinterpret(self.ops.isa.i16, self.ops.isa.splat(self.narrow_starts[m, g], "int32"))
+        return tirx.reinterpret(self.ops.isa.i16, splat(self.narrow_starts[m, g], self.ops.isa.lanes, "int32"))
 
     def factors(self, m: Expr, g: Expr) -> tuple[Expr, Expr | None]:
         """The scale, and what the minimum is multiplied by."""
@@ -157,40 +155,6 @@ def known_bytes(isa: VectorIsa, layout: QuantizedLayout, rows: int, groups: int)
 def sums_bytes(isa: VectorIsa, rows: int, tiles: int, chains: int) -> list[int]:
     """Bytes of the registers of a group's sums, at most: several chains, or sums in i16 and in i32."""
     return [isa.vector_bytes] * (rows * tiles * max(chains, 2))
-
-
-def _pieces(count: int, most: int) -> list[tuple[int, int]]:
-    """`count` elements as (start, width) of vectors of at most `most` lanes, widths powers of two."""
-    found, start, width = [], 0, most
-    while start < count:
-        while width > count - start:
-            width //= 2
-        found.append((start, width))
-        start += width
-    return found
-
-
-def _load(buffer: Buffer, row: Expr, start: Expr, width: int) -> Expr:
-    """`width` elements of a row, also of one."""
-    from tvm import tirx
-
-    return buffer[row, start] if width == 1 else buffer[row, tirx.Ramp(start, b.index(1), width)]
-
-
-def _store(buffer: Buffer, row: Expr, start: int, value: Expr) -> None:
-    from tvm import tirx
-    from tvm.script.ir_builder import tirx as I
-
-    lanes = int(value.ty.dtype.lanes)
-    at = b.index(start)
-    I.buffer_store(buffer, value, [row, at if lanes == 1 else tirx.Ramp(at, b.index(1), lanes)])
-
-
-def _same(value: int, width: int) -> Expr:
-    from tvm import tirx
-
-    scalar = tirx.const(value, "int32")
-    return scalar if width == 1 else tirx.Broadcast(scalar, width)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from llmc.targets.cpu.linear_blocks import Block, each_block
 from llmc.targets.cpu.linear_problem import QuantizedProblem, refuse_blocks
 from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands, known_bytes, sums_bytes
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
+from llmc.targets.cpu.vectors import prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Rows, knob
 
@@ -121,7 +122,7 @@ class _StreamedRows:
         row = b.clamped_rows(base + first, rows, tokens)
         totals = b.Registers(tiles * rows, isa.f32)
         for slot in range(tiles * rows):
-            totals[slot] = isa.splat(0.0)
+            totals[slot] = splat(0.0, isa.lanes)
         with b.loop(self.layout.groups(self.problem.k)) as g:
             weights = [self.weight(ops, tile[t], g) for t in range(tiles)]
             sums = GroupSums(ops, known, row, first, g, g)(weights, self.knobs.unroll, self.knobs.chains)
@@ -267,7 +268,7 @@ class _Panel:
             for t in range(code.knobs.tiles):
                 for odd in (0, 1):
                     quad = vector * 2 + odd
-                    b.store(panel, [t, g * code.quads + quad], self.ops.stored(tile[t], first + g, quad, odd))
+                    store(panel, (t, g * code.quads + quad), self.ops.stored(tile[t], first + g, quad, odd))
 
     def _fetch_results(self, row: Sequence[Expr]) -> None:
         """The lines that the last groups' sums will go to, a little before they do."""
@@ -276,7 +277,7 @@ class _Panel:
         for m in range(self.code.knobs.rows):
             for column in range(self.code.knobs.tiles // epilogue.tiles):
                 first_column = (self.unit.first_tile // epilogue.tiles + column) * lanes
-                b.prefetch(out, row[m] * epilogue.features + first_column, write=True)
+                prefetch(out, row[m] * epilogue.features + first_column, write=True)
 
     def _fetch_next(self, block: Expr, row: Sequence[Expr], group: Expr) -> None:
         """This group of the next rows, and by and by the weights that are unpacked next."""
@@ -284,11 +285,11 @@ class _Panel:
         step = knobs.groups(self.code.problem, self.code.isa)
         activations = b.view(self.ops.handles["xq"], [b.MANY], "int8")
         for m in range(knobs.rows):
-            b.prefetch(activations, ((row[m] + knobs.rows) * groups + group) * layout.group, near=True)
+            prefetch(activations, ((row[m] + knobs.rows) * groups + group) * layout.group, near=True)
         data = b.view(self.ops.handles["data"], [b.MANY], "uint8")
         for t in range(knobs.tiles):
             vector = (self.unit.tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
-            b.prefetch(data, vector * self.code.isa.vector_bytes)
+            prefetch(data, vector * self.code.isa.vector_bytes)
 
     def _multiply_group(self, block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
         rows, tiles, totals = self.code.knobs.rows, self.code.knobs.tiles, self.unit.totals
@@ -299,7 +300,7 @@ class _Panel:
             whole = totals[block * rows + m, t]
             factors = self.known.factors(block * rows + m, position)
             whole = self.ops.accumulate(whole, sums[slot], factors, self.unit.tile[t], group)
-            b.store(totals, [block * rows + m, t], whole)
+            store(totals, (block * rows + m, t), whole)
 
     def _weight(self, t: int, group: Expr, position: Expr) -> Weights:
         panel, quads = self.panel, self.code.quads

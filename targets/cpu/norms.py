@@ -6,32 +6,19 @@ with the residual). Statistics are f32 sums over some accumulators of a vector e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.targets.cpu.builder import let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
+from llmc.targets.cpu.row_norm import RowNorm
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.cpu.vectors import (
-    add,
-    for_pieces,
-    load,
-    pieces,
-    pin,
-    range_kernel,
-    reciprocal_root,
-    reduce_lanes,
-    remainder,
-    splat,
-    store,
-)
+from llmc.targets.cpu.vectors import for_pieces, load, pin, range_kernel, remainder, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, Expr, PrimFunc
+    from tvm.tirx import Expr, PrimFunc
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,7 @@ def _norm(problem: NormProblem, lanes: int, chains: int) -> PrimFunc:
     features = problem.features
     names = ["x"] + ["addend", "total"] * problem.residual + ["weight"] * problem.weight + ["bias"] * problem.bias
     names.append("out")
+    norm = RowNorm(problem.kind, features, problem.eps, problem.weight_offset)
 
     def row(a: SimpleNamespace, u: Expr) -> None:
         base = pin(u * features)
@@ -97,26 +85,13 @@ def _norm(problem: NormProblem, lanes: int, chains: int) -> PrimFunc:
         if problem.residual:
             source = a.total
             _add_rows(a, base, features, lanes)
-
-        def total(term: Callable[[Expr], Expr]) -> Expr:
-            return _row_sum(source, base, features, lanes, chains, term)
-
-        mean = let(total(lambda v: v) * (1.0 / features)) if problem.kind == "layer" else None
-        scale = reciprocal_root(_centred_squares(total, mean), features, problem.eps)
+        row_norm = norm.statistics(lambda offset, width: load(source, base + offset, width), lanes, chains)
         parameters = pin(remainder(u, problem.groups) * features) if problem.groups > 1 else 0
 
         def normalise(offset: Expr | int, width: int) -> None:
-            value = load(source, base + offset, width)
-            if mean is not None:
-                value = value - splat(mean, width)
-            value = value * splat(scale, width)
-            if problem.weight:
-                factor = load(a.weight, parameters + offset, width)
-                extra = problem.weight_offset
-                value = value * (factor + splat(float(extra), width) if extra else factor)
-            if problem.bias:
-                value = value + load(a.bias, parameters + offset, width)
-            store(a.out, base + offset, value, width)
+            weight = load(a.weight, parameters + offset, width) if problem.weight else None
+            bias = load(a.bias, parameters + offset, width) if problem.bias else None
+            store(a.out, base + offset, row_norm.normalise(load(source, base + offset, width), weight, bias))
 
         for_pieces(features, lanes, normalise)
 
@@ -128,38 +103,6 @@ def _add_rows(a: SimpleNamespace, base: Expr, features: int, lanes: int) -> None
 
     def piece(offset: Expr | int, width: int) -> None:
         at = base + offset
-        store(a.total, at, load(a.x, at, width) + load(a.addend, at, width), width)
+        store(a.total, at, load(a.x, at, width) + load(a.addend, at, width))
 
     for_pieces(features, lanes, piece)
-
-
-def _centred_squares(total: Callable[[Callable[[Expr], Expr]], Expr], mean: Expr | None) -> Expr:
-    """Sum of (x - mean)^2 over the row."""
-
-    def square(value: Expr) -> Expr:
-        width = int(value.ty.dtype.lanes)
-        centred = let(value if mean is None else value - splat(mean, width))
-        return centred * centred
-
-    return total(square)
-
-
-def _row_sum(source: Buffer, base: Expr, features: int, lanes: int, chains: int, term: Callable[[Expr], Expr]) -> Expr:
-    """The sum of term(x) over one row, in `chains` vector accumulators."""
-    sums = [scratch(lanes, "float32") for _ in range(chains)]
-    for chain in sums:
-        store(chain, 0, splat(0.0, lanes), lanes)
-    stride = lanes * chains
-    if features // stride:
-        with loop(features // stride) as number:
-            for i, chain in enumerate(sums):
-                value = term(load(source, base + number * stride + i * lanes, lanes))
-                store(chain, 0, load(chain, 0, lanes) + value, lanes)
-    done = features // stride * stride
-    for i, (offset, width) in enumerate(pieces(features - done, lanes)):
-        chain = sums[i % chains]
-        store(chain, 0, load(chain, 0, width) + term(load(source, base + done + offset, width)), width)
-    parts = [load(chain, 0, lanes) for chain in sums]
-    while len(parts) > 1:
-        parts = [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
-    return reduce_lanes(parts[0], lanes, add)

@@ -18,7 +18,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays, few
 from llmc.targets.cpu.plain_functions import convert, widened
 from llmc.targets.cpu.sizes import dim_expression
-from llmc.targets.cpu.vectors import divide, pin, remainder
+from llmc.targets.cpu.vectors import divide, pin, remainder, store
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
@@ -213,7 +213,7 @@ class Plain:
 
     def store(self, index: Index, value: Expr) -> None:
         """A result element by index, converted from the dtype that it was computed in."""
-        b.store(self.out, [_flat(index, self.extents)], self.narrow(value))
+        store(self.out, _flat(index, self.extents), self.narrow(value))
 
     def stored(self, index: Index) -> Expr:
         """A result element that was stored before, as it is used in computations."""
@@ -267,12 +267,12 @@ def elements(*kinds: type[Op]) -> Callable[[Element], Element]:
             with b.loop(end - begin) as step:
                 if len(k.shape) <= 1:
                     at = begin + step
-                    b.store(k.out, [at], k.narrow(function(k, [at][: len(k.shape)])))
+                    store(k.out, at, k.narrow(function(k, [at][: len(k.shape)])))
                     return
                 row = pin(begin + step)
                 outer = unravel(row, k.extents[:-1])
                 with b.loop(k.extents[-1]) as column:
-                    b.store(k.out, [row * k.extents[-1] + column], k.narrow(function(k, [*outer, column])))
+                    store(k.out, row * k.extents[-1] + column, k.narrow(function(k, [*outer, column])))
 
         def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
             return product(merged.shape[: max(1, len(merged.shape) - 1)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Op
+from llmc.targets.cpu.vectors import store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -187,7 +188,7 @@ def _opaque(x: Expr) -> Expr:
     from llmc.targets.cpu import builder as b
 
     slot = b.scratch(1, dtype_of(x))
-    b.store(slot, [0], x)
+    store(slot, 0, x)
     return slot[b.index(0)]
 
 
@@ -240,15 +241,15 @@ def _power(x: Expr, y: Expr) -> Expr:
     dtype, select, one = dtype_of(x), tir("Select"), number(1, x)
     unsigned = dtype if is_unsigned(x) else "u" + dtype
     result, base, left = (b.scratch(1, unsigned) for _ in range(3))
-    b.store(result, [0], one.astype(unsigned))
-    b.store(base, [0], x.astype(unsigned))
-    b.store(left, [0], y.astype(unsigned))
+    store(result, 0, one.astype(unsigned))
+    store(base, 0, x.astype(unsigned))
+    store(left, 0, y.astype(unsigned))
     at = b.index(0)
     with b.loop(int(unsigned[4:])):
         odd = truth(left[at] & number(1, left[at]))
-        b.store(result, [0], select(odd, result[at] * base[at], result[at]))
-        b.store(base, [0], base[at] * base[at])
-        b.store(left, [0], left[at] >> number(1, left[at]))
+        store(result, 0, select(odd, result[at] * base[at], result[at]))
+        store(base, 0, base[at] * base[at])
+        store(left, 0, left[at] >> number(1, left[at]))
     whole = result[at].astype(dtype)
     if is_unsigned(x):
         return whole

@@ -42,7 +42,7 @@ from llmc.targets.cpu.plain_functions import (
     plus,
     times,
 )
-from llmc.targets.cpu.vectors import divide, pin
+from llmc.targets.cpu.vectors import divide, pin, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -92,12 +92,12 @@ def _along_row(k: Plain, index: Index) -> Expr:
     lanes = k.template.lanes
     totals = b.scratch(lanes, dtype)
     with b.loop(lanes) as lane:
-        b.store(totals, [lane], start)
+        store(totals, lane, start)
 
     def row(outer: list[Expr]) -> None:
         def join(lane: Expr, place: Expr) -> None:
             x = let(k.load(0, _outer_index(k, index, [*outer, place])).astype(dtype))
-            b.store(totals, [lane], fold(let(totals[lane]), x))
+            store(totals, lane, fold(let(totals[lane]), x))
 
         whole = divide(size, lanes)
         with b.loop(whole) as block, b.loop(lanes) as lane:
@@ -110,7 +110,7 @@ def _along_row(k: Plain, index: Index) -> Expr:
     while width > 1:
         width //= 2
         with b.loop(width) as lane:
-            b.store(totals, [lane], fold(let(totals[lane]), let(totals[lane + width])))
+            store(totals, lane, fold(let(totals[lane]), let(totals[lane + width])))
     return _finish(k, let(totals[b.index(0)]))
 
 
@@ -125,12 +125,12 @@ def _across_rows(k: Plain, outer: list[Expr], each: Callable[[Callable[[Expr], N
     """A strip of results where the last axis stays: each row is added to the totals of the strip."""
     dtype, initial, fold = _fold(k)
     totals = b.scratch(columns_of(k.template), dtype)
-    each(lambda column: b.store(totals, [column], initial))
+    each(lambda column: store(totals, column, initial))
 
     def row(reduced: list[Expr]) -> None:
         def join(column: Expr) -> None:
             x = let(k.load(0, _outer_index(k, [*outer, start + column], reduced)).astype(dtype))
-            b.store(totals, [column], fold(let(totals[column]), x))
+            store(totals, column, fold(let(totals[column]), x))
 
         each(join)
 
@@ -291,14 +291,14 @@ def _matmul(k: Plain, outer: list[Expr], each: Callable[[Callable[[Expr], None]]
     *leading, row = outer
     dtype = k.wide()
     totals = b.scratch(columns_of(k.template), dtype)
-    each(lambda column: b.store(totals, [column], tirx.const(0, dtype)))
+    each(lambda column: store(totals, column, tirx.const(0, dtype)))
 
     with b.loop(k.extent(0, len(k.operands[0][1]) - 1)) as i:
         factor = let(k.load_broadcast(0, [*leading, row, i]))
 
         def join(column: Expr) -> None:
             other = let(k.load_broadcast(1, [*leading, i, start + column]))
-            b.store(totals, [column], plus(let(totals[column]), let(times(factor, other))))
+            store(totals, column, plus(let(totals[column]), let(times(factor, other))))
 
         each(join)
     each(lambda column: k.store([*outer, start + column], totals[column]))

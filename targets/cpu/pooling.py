@@ -23,7 +23,6 @@ from llmc.targets.cpu.vectors import (
     divide,
     integer,
     load,
-    load_raw,
     maximum,
     pieces,
     pin,
@@ -86,7 +85,7 @@ def _pool(problem: PoolProblem, isa: VectorIsa, vectors: int, run: int) -> PrimF
 
         sequence = pin(divide(u, blocks))
         column = pin(remainder(u, blocks) * width)
-        first, end = (integer(load_raw(a.starts, sequence + i, 1)) for i in range(2))
+        first, end = (integer(load(a.starts, sequence + i)) for i in range(2))
         factor = let(tirx.const(1.0, "float32") / (end - first).astype("float32")) if problem.kind == "mean" else None
 
         def pooled(cut: Sequence[tuple[int, int]]) -> None:
@@ -96,7 +95,7 @@ def _pool(problem: PoolProblem, isa: VectorIsa, vectors: int, run: int) -> PrimF
             def row(place: Expr, into: Sequence[object], fresh: bool) -> None:
                 for (offset, lanes), sum_ in zip(cut, into, strict=True):
                     value = load(a.x, place * columns + column + offset, lanes)
-                    store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value), lanes)
+                    store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value))
 
             with loop(divide(end - first + (run - 1), run)) as number:
                 begin = pin(first + number * run)
@@ -106,11 +105,11 @@ def _pool(problem: PoolProblem, isa: VectorIsa, vectors: int, run: int) -> PrimF
                 for (_, lanes), total, part in zip(cut, totals, parts, strict=True):
                     value = load(part, 0, lanes)
                     seen = tirx.Select(splat(number == 0, lanes), value, combine(load(total, 0, lanes), value))
-                    store(total, 0, seen, lanes)
+                    store(total, 0, seen)
             for (offset, lanes), total in zip(cut, totals, strict=True):
                 value = load(total, 0, lanes)
-                result = value if factor is None else value * splat(factor, lanes)
-                store(a.out, sequence * columns + column + offset, result, lanes)
+                result = value if factor is None else value * factor
+                store(a.out, sequence * columns + column + offset, result)
 
         last = pieces(columns - (blocks - 1) * width, isa.lanes)
         if blocks == 1:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
+from llmc.targets.cpu.row_norm import RowNorm
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
+from llmc.targets.cpu.vectors import add, first_lanes, load, maximum, reduce, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
@@ -125,11 +127,11 @@ def _quantize(
             for v in range(vectors):
                 values[v] = normed(g * group + v * isa.lanes, valid - v * isa.lanes)
             scale, whole = _round(isa, values)
-            b.store(xscales, [row, g], scale)
-            b.store(xsums, [row, g], whole.pair_sums() if isa.pair_sums(group) else whole.total)
+            store(xscales, (row, g), scale)
+            store(xsums, (row, g), whole.pair_sums() if isa.pair_sums(group) else whole.total)
             for v in range(vectors):
                 narrow = whole.low_bytes(v)
-                b.store_vector(isa, xq, [row, g * group + v * isa.lanes], narrow)
+                store(xq, (row, g * group + v * isa.lanes), narrow)
 
         with b.loop(k // group) as g:
             one_group(g, group)
@@ -151,9 +153,6 @@ class RoundRows(RowRounding[RoundingProblem], name="round_activations"):
 def _round_to_bf16(
     problem: RoundingProblem, isa: VectorIsa, chains: int, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
 ) -> None:
-    from tvm import tirx
-    from tvm.script.ir_builder import tirx as I
-
     k, width = problem.k, padded(problem.k, 2)
     x = b.view(handles["x"], [b.MANY, k], "float32")
     xh = b.view(handles["xh"], [b.MANY, width], "uint16")
@@ -165,12 +164,10 @@ def _round_to_bf16(
             return isa.f32_to_bf16(b.let(normed(start, valid)))
 
         with b.loop(k // isa.lanes) as v:
-            b.store_vector(isa, xh, [row, v * isa.lanes], convert(v * isa.lanes, isa.lanes))
+            store(xh, (row, v * isa.lanes), convert(v * isa.lanes, isa.lanes))
         if k % isa.lanes:
             start = b.index(k // isa.lanes * isa.lanes)
-            lane = tirx.Ramp(start, b.index(1), isa.lanes)
-            inside = isa.first(width % isa.lanes or isa.lanes)
-            I.evaluate(I.masked_store(xh, convert(start, k % isa.lanes), row, lane, inside))
+            store(xh, (row, start), convert(start, k % isa.lanes), width % isa.lanes or isa.lanes)
 
 
 class _Rounded:
@@ -182,7 +179,7 @@ class _Rounded:
     @property
     def total(self) -> Expr:
         """The sum of all."""
-        return self.isa.reduce("add", self.lane_sums)
+        return reduce(self.lane_sums, add)
 
     def pair_sums(self) -> Expr:
         """The sum of the first two of every four in the low 16 bits, of the other two in the high ones."""
@@ -190,8 +187,8 @@ class _Rounded:
 
         isa = self.isa
         lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
-        two, zero = isa.splat(2, "int32"), isa.splat(0, "int32")
-        first = b.let(isa.reduce("add", tirx.Select((lane & two) < two, self.lane_sums, zero)))
+        zero = splat(0, isa.lanes, "int32")
+        first = b.let(reduce(tirx.Select((lane & 2) < 2, self.lane_sums, zero), add))
         return ((self.total - first) << 16) | (first & 0xFFFF)
 
     def low_bytes(self, vector: int) -> Expr:
@@ -204,8 +201,8 @@ class _Rounded:
 def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
     """(scale, integers) of one group.
 
-    Magnitudes order as their bits do, and integers have a maximum that takes no care of NaN: a reduction of floats
-    would go lane by lane. Adding 1.5 * 2^23 rounds to an integer, half to even, and leaves it in the low bits.
+    Magnitudes order as their bits do, and integers have a maximum that takes no care of NaN. Adding 1.5 * 2^23 rounds
+    to an integer, half to even, and leaves it in the low bits.
     """
     from tvm import tirx
 
@@ -218,15 +215,15 @@ def _round(isa: VectorIsa, values: b.Registers) -> tuple[Expr, _Rounded]:
     largest = magnitudes[0]
     for magnitude in magnitudes[1:]:
         largest = tirx.Max(largest, magnitude)
-    peak = b.let(tirx.reinterpret("float32", isa.reduce("umax", largest)))
+    peak = b.let(tirx.reinterpret("float32", reduce(largest, maximum)))
     nothing = peak < tirx.const(SMALLEST, "float32")
     zero = tirx.const(0.0, "float32")
     scale = b.let(tirx.Select(nothing, zero, peak / tirx.const(127.0, "float32")))
     inverse = b.let(tirx.Select(nothing, zero, tirx.const(127.0, "float32") / peak))
     integers = b.Registers(count, u32)
-    total = isa.splat(-count * ROUNDER_BITS % (1 << 32), "uint32")
+    total = splat(-count * ROUNDER_BITS % (1 << 32), isa.lanes, "uint32")
     for v in range(count):
-        integers[v] = bits(values[v] * isa.splat(inverse) + isa.splat(ROUNDER))
+        integers[v] = bits(values[v] * inverse + ROUNDER)
         total = total + integers[v]
     return scale, _Rounded(isa, integers, b.let(tirx.reinterpret(isa.i32, total)))
 
@@ -237,55 +234,22 @@ def normalised(
     """Emit the norm's statistics of a row; returns (start, valid) -> `lanes` normalised values, zeros past `valid`."""
     from tvm import tirx
 
-    def load(start: Expr, valid: int) -> Expr:
-        return isa.load_first(x, valid, row, start)
-
+    k, lanes = problem.k, isa.lanes
     if problem.norm == "none":
-        return load
-    k, is_layer = problem.k, problem.norm == "layer"
-    mean = b.let(_sum_over_row(isa, k, chains, load) / tirx.const(float(k), "float32")) if is_layer else None
-
-    def centred(start: Expr, valid: int) -> Expr:
-        value = load(start, valid)
-        if mean is None or valid <= 0:
-            return value
-        value = value - isa.splat(mean)
-        return value if valid >= isa.lanes else tirx.Select(isa.first(valid), value, isa.splat(0.0))
-
-    squares = _sum_over_row(isa, k, chains, lambda start, valid: _squared(centred(start, valid)))
-    variance = squares / tirx.const(float(k), "float32")
-    inverse = b.let(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(problem.eps, "float32")))
+        return lambda start, valid: load(x, (row, start), lanes, valid)
+    norm = RowNorm(problem.norm, k, problem.eps, problem.weight_offset)
+    row_norm = norm.statistics(lambda offset, width: load(x, (row, offset), width), lanes, chains)
     weight = b.view(handles["weight"], [k], "float32")
-    shift = b.view(handles["norm_bias"], [k], "float32") if problem.norm_bias else None
+    bias = b.view(handles["norm_bias"], [k], "float32") if problem.norm_bias else None
 
     def value(start: Expr, valid: int) -> Expr:
-        factor = isa.load_first(weight, valid, start)
-        if problem.weight_offset:
-            factor = factor + isa.splat(problem.weight_offset)
-        scaled = centred(start, valid) * isa.splat(inverse) * factor
-        return scaled if shift is None else scaled + isa.load_first(shift, valid, start)
+        zeros = splat(0.0, lanes)
+        if valid <= 0:
+            return zeros
+        factors = load(weight, start, lanes, valid), None if bias is None else load(bias, start, lanes, valid)
+        found = row_norm.normalise(load(x, (row, start), lanes, valid), *factors)
+        if valid >= lanes or row_norm.mean is None:  # without a mean zeros stay zeros
+            return found
+        return tirx.Select(first_lanes(valid, lanes), found, zeros)
 
     return value
-
-
-def _squared(value: Expr) -> Expr:
-    from llmc.targets.cpu.vector_isa import bind
-
-    return bind(value, lambda v: v * v)
-
-
-def _sum_over_row(isa: VectorIsa, k: int, chains: int, term: Callable[[Expr, int], Expr]) -> Expr:
-    """The sum of term(start, valid) over a row's k elements: partial sums, to hide the adder's latency."""
-    sums = b.Registers(chains, isa.f32)
-    for j in range(chains):
-        sums[j] = isa.splat(0.0)
-    stride = chains * isa.lanes
-    with b.loop(k // stride) as i:
-        for j in range(chains):
-            sums[j] = sums[j] + term(i * stride + j * isa.lanes, isa.lanes)
-    for j, start in enumerate(range(k // stride * stride, k, isa.lanes)):
-        sums[j] = sums[j] + term(b.index(start), k - start)
-    totals = [sums[j] for j in range(chains)]
-    while len(totals) > 1:
-        totals = [one + other for one, other in zip(totals[::2], totals[1::2], strict=True)]
-    return isa.reduce("fadd", totals[0])

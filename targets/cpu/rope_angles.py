@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate
+from llmc.targets.cpu.vectors import store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
@@ -58,6 +59,6 @@ def _angles(pairs: int, scale: float) -> PrimFunc:
             with b.loop(pairs) as pair:
                 angle = b.let(position * frequencies[pair])
                 for row, function in enumerate(("cosf", "sinf")):
-                    b.store(out, [token, row, pair], factor * tirx.call_pure_extern("float32", function, angle))
+                    store(out, (token, row, pair), factor * tirx.call_pure_extern("float32", function, angle))
 
     return b.plain_function([("positions", "int32"), ("frequencies", "float32"), ("out", "float32")], [], body)

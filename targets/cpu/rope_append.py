@@ -14,22 +14,17 @@ from typing import TYPE_CHECKING
 from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.builder import let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
+from llmc.targets.cpu.row_norm import RowNorm
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
-    add,
     copy,
-    copy_element,
     divide,
     for_pieces,
     integer,
     load,
-    load_raw,
     permute,
-    pieces,
     pin,
     range_kernel,
-    reciprocal_root,
-    reduce_lanes,
     remainder,
     splat,
     store,
@@ -42,6 +37,8 @@ if TYPE_CHECKING:
 
 HeadRows = tuple[int, int, int]
 """Where heads lie in a buffer: element stride of a token, offset of head 0, stride of a head."""
+
+CHAINS = 1  # sums of a head's norm: heads are short
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
                 weight = a.q_weight if p.norm_eps is not None else None
                 style.head(a.q, source, weight, turn, a.out, target)
         if p.kv_heads:
-            slot = integer(load_raw(a.slots, token, 1))
+            slot = integer(load(a.slots, token))
             page, offset = pin(divide(slot, PAGE)), pin(remainder(slot, PAGE))
             # Rounded here, so that the scattered stores below move finished elements.
             turned = scratch(p.head_dim, p.cache_dtype)
@@ -170,7 +167,7 @@ def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
                 style.head(a.k, source, weight, turn, turned, 0)
                 column = pin((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
                 with loop(p.head_dim) as channel:
-                    copy_element(turned, channel, a.keys, column + channel * PAGE)
+                    store(a.keys, column + channel * PAGE, load(turned, channel))
                 values = pin(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
                 slot_row = pin(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
                 copy(style.lanes, a.v, values, a.values, slot_row, p.value_dim)
@@ -210,28 +207,16 @@ class Rotation:
         for_pieces(
             self.head_dim - passed,
             self.lanes,
-            lambda i, width: store(target, at + passed + i, read(passed + i, width), width),
+            lambda i, width: store(target, at + passed + i, read(passed + i, width)),
         )
 
     def _reader(self, source: Buffer, start: Expr, weight: Buffer | None) -> Callable[[Expr | int, int], Expr]:
         """Channels of the head as f32 vectors, normalised if wanted."""
         if weight is None or self.norm_eps is None:
             return lambda i, width: load(source, start + i, width)
-        total = scratch(self.lanes, "float32")
-        store(total, 0, splat(0.0, self.lanes), self.lanes)
-        for i, width in pieces(self.head_dim, self.lanes):
-            value = let(load(source, start + i, width))
-            store(total, 0, load(total, 0, width) + value * value, width)
-        squares = reduce_lanes(load(total, 0, self.lanes), self.lanes, add)
-        scale = reciprocal_root(squares, self.head_dim, self.norm_eps)
-
-        def read(i: Expr | int, width: int) -> Expr:
-            factor = load(weight, i, width)
-            if self.norm_offset:
-                factor = factor + splat(self.norm_offset, width)
-            return load(source, start + i, width) * splat(scale, width) * factor
-
-        return read
+        norm = RowNorm("rms", self.head_dim, self.norm_eps, self.norm_offset)
+        head = norm.statistics(lambda i, width: load(source, start + i, width), self.lanes, CHAINS, unrolled=True)
+        return lambda i, width: head.normalise(load(source, start + i, width), load(weight, i, width))
 
     def _angles(self, turn: tuple[Buffer, Expr], i: Expr | int, width: int) -> tuple[Expr, Expr]:
         buffer, start = turn
@@ -249,8 +234,8 @@ class Rotation:
         """Pairs (i, i + pairs)."""
         cos, sin = self._angles(turn, i, width)
         a, b = let(read(i, width)), let(read(i + self.pairs, width))
-        store(target, at + i, a * cos - b * sin, width)
-        store(target, at + self.pairs + i, b * cos + a * sin, width)
+        store(target, at + i, a * cos - b * sin)
+        store(target, at + self.pairs + i, b * cos + a * sin)
 
     def _interleaved(
         self,
@@ -266,6 +251,6 @@ class Rotation:
         twice = [lane // 2 for lane in range(2 * width)]
         cos, sin = (splat(v, 2) if width == 1 else permute([v, v], twice) for v in (cos, sin))
         x = let(read(i * 2, 2 * width))
-        negated = let(splat(0.0, 2 * width) - x)
+        negated = let(0.0 - x)
         order = [lane - 1 if lane % 2 else 2 * width + lane + 1 for lane in range(2 * width)]
-        store(target, at + i * 2, x * cos + permute([x, negated], order) * sin, 2 * width)
+        store(target, at + i * 2, x * cos + permute([x, negated], order) * sin)

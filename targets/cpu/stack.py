@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # not call each other, so that one frame is all that a step adds.
 MOST_STACK_BYTES = 512 << 10
 
-_ALIGNMENT = 64
+ARRAY_ALIGNMENT = 64  # bytes
 
 
 def stack_bytes(function: PrimFunc) -> int:
@@ -30,7 +30,7 @@ def stack_bytes(function: PrimFunc) -> int:
 
         kind = DataType(buffer.dtype)
         nbytes = math.prod(int(size) for size in buffer.shape) * -(-kind.bits * kind.lanes // 8)
-        total += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        total += -(-nbytes // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT
     return total
 
 

@@ -2,7 +2,8 @@
 
 A `VectorIsa` knows how many 32-bit lanes a register has, how bytes are multiplied and how work is blocked for it. Its
 methods return TIR expressions, so one template serves every instruction set; each architecture's folder has the
-subclass that says what is its own. A *quad* is four consecutive bytes, and a vector of bytes holds one quad a lane.
+subclass that says what is its own. What is the same for all, such as loads and stores, is in `vectors`. A *quad* is
+four consecutive bytes, and a vector of bytes holds one quad a lane.
 
 Dot products of bytes take *stored weight* bytes and *signed activation* bytes in [-127, 127]. What a stored byte means
 depends on what the machine multiplies well, see `weight_offset`.
@@ -16,15 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu.vectors import CACHE_LINE
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, Expr
+    from tvm.tirx import Expr
 
     from llmc.targets.cpu.group_sums import Sums
-
-
-CACHE_LINE = 64  # bytes, of every machine that there is a target for
 
 
 def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
@@ -110,56 +109,38 @@ class VectorIsa(ABC):
     def vector_bytes(self) -> int:
         return self.lanes * 4
 
-    # Moving values
-
-    def splat(self, value: Expr | float, dtype: str = "float32") -> Expr:
-        """A scalar in every lane (as many lanes as a register holds of `dtype`)."""
-        from tvm import tirx
-
-        lanes = self.vector_bytes * 8 // int("".join(c for c in dtype if c.isdigit()))
-        scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
-        return tirx.Broadcast(scalar, lanes)
-
-    def load(self, buffer: Buffer, *indices: Expr | int, lanes: int | None = None) -> Expr:
-        """`lanes` consecutive elements, from the given element on."""
-        from tvm import tirx
-
-        *outer, start = indices
-        return tirx.BufferLoad(buffer, [*outer, tirx.Ramp(tirx.convert(start), 1, lanes or self.lanes)])
-
-    def first(self, count: int) -> Expr:
-        """A mask of the first `count` lanes."""
-        from tvm import tirx
-
-        return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), self.lanes) < self.splat(count, "int32")
-
-    def load_first(self, buffer: Buffer, count: int, *indices: Expr | int) -> Expr:
-        """The first `count` of `lanes` consecutive f32, zeros in the other lanes; nothing past them is read."""
-        from tvm import tirx
-        from tvm.script.ir_builder import tirx as I
-
-        if count <= 0:
-            return self.splat(0.0)
-        if count >= self.lanes:
-            return self.load(buffer, *indices)
-        *outer, start = indices
-        mask = self.first(count)
-        found = I.masked_load(self.f32, buffer, *outer, tirx.Ramp(start, 1, self.lanes), mask)
-        return tirx.Select(mask, found, self.splat(0.0))  # TVM leaves the other lanes undefined
-
-    def reduce(self, kind: str, vector: Expr) -> Expr:
-        """All lanes as one scalar: kind "fadd" (in order of lanes) of f32, "add" or "umax" of i32 or u32."""
-        from tvm import tirx
-
-        dtype = "float32" if kind == "fadd" else "uint32" if kind == "umax" else "int32"
-        start = [tirx.const(0.0, "float32")] if kind == "fadd" else []
-        return llvm_call(dtype, f"llvm.vector.reduce.{kind}", *start, vector)
+    # Floating point
 
     def magnitude(self, value: Expr) -> Expr:
         """|value|, f32."""
         from tvm import tirx
 
-        return tirx.reinterpret(self.f32, tirx.reinterpret(self.i32, value) & self.splat(0x7FFFFFFF, "int32"))
+        return tirx.reinterpret(self.f32, tirx.reinterpret(self.i32, value) & 0x7FFFFFFF)
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a * b + c, rounded once."""
+        return llvm_call(self.f32, "llvm.fma", a, b, c)
+
+    def f32_to_bf16(self, value: Expr) -> Expr:
+        """f32 to bf16 as u16, to nearest even; NaN stays NaN. `value` must be a variable."""
+        from tvm import tirx
+
+        bits = tirx.reinterpret(f"uint32x{self.lanes}", value)
+        even = (bits >> 16) & 1
+        rounded = (bits + (even + 0x7FFF)) >> 16
+        quiet = (bits >> 16) | 0x40
+        # By its bits: TVM takes a comparison of a number with itself for settled.
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return tirx.Select(is_nan, quiet, rounded).astype(f"uint16x{self.lanes}")
+
+    def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
+        """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""
+        from tvm import tirx
+
+        bits = pairs & -65536 if odd else pairs << 16
+        return tirx.reinterpret(self.f32, bits)
+
+    # Bytes
 
     def splat_quad(self, quad: Expr) -> Expr:
         """Four bytes (an i32) repeated in every lane, as signed bytes."""
@@ -167,50 +148,18 @@ class VectorIsa(ABC):
 
         return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
 
-    # Floating point
-
-    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
-        """a * b + c, rounded once."""
-        return llvm_call(self.f32, "llvm.fma", a, b, c)
-
-    def f16_to_f32(self, half: Expr) -> Expr:
-        """`lanes` f16 to f32."""
-        return half.astype(self.f32)
-
-    def f32_to_bf16(self, value: Expr) -> Expr:
-        """f32 to bf16 as u16, to nearest even; NaN stays NaN. `value` must be a variable."""
-        from tvm import tirx
-
-        one = self.splat(1, "uint32")
-        bits = tirx.reinterpret(f"uint32x{self.lanes}", value)
-        even = (bits >> self.splat(16, "uint32")) & one
-        rounded = (bits + (even + self.splat(0x7FFF, "uint32"))) >> self.splat(16, "uint32")
-        quiet = (bits >> self.splat(16, "uint32")) | self.splat(0x40, "uint32")
-        # By its bits: TVM takes a comparison of a number with itself for settled.
-        is_nan = (bits & self.splat(0x7FFFFFFF, "uint32")) > self.splat(0x7F800000, "uint32")
-        return tirx.Select(is_nan, quiet, rounded).astype(f"uint16x{self.lanes}")
-
-    def bf16_pair_to_f32(self, pairs: Expr, odd: bool) -> Expr:
-        """The even or odd bf16 of each 32-bit lane (i32 expression), to f32."""
-        from tvm import tirx
-
-        bits = pairs & self.splat(-65536, "int32") if odd else pairs << self.splat(16, "int32")
-        return tirx.reinterpret(self.f32, bits)
-
-    # Bytes
-
     def low_nibbles(self, packed: Expr) -> Expr:
         """The low four bits of each byte (u8 in, i8 out, 0..15)."""
         from tvm import tirx
 
-        return tirx.reinterpret(self.i8, packed & self.splat(15, "uint8"))
+        return tirx.reinterpret(self.i8, packed & 15)
 
     def high_nibbles(self, packed: Expr) -> Expr:
         """The high four bits of each byte (u8 in, i8 out, 0..15): 16-bit lanes are shifted, then masked."""
         from tvm import tirx
 
-        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> self.splat(4, "uint16")
-        return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & self.splat(15, "uint8"))
+        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> 4
+        return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & 15)
 
     @abstractmethod
     def weight_offset(self, bits: int, symmetric: bool) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.vector_isa import VectorIsa, bind
+from llmc.targets.cpu.vectors import splat
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -33,9 +34,9 @@ _ERFC = (
 
 def polynomial(isa: VectorIsa, coefficients: Sequence[float], x: Expr) -> Expr:
     """sum c_i x^i by Horner's rule. `x` must be a variable: it is repeated."""
-    result = isa.splat(coefficients[-1])
+    result = splat(coefficients[-1], isa.lanes)
     for c in coefficients[-2::-1]:
-        result = isa.fma(result, x, isa.splat(c))
+        result = isa.fma(result, x, splat(c, isa.lanes))
     return result
 
 
@@ -44,23 +45,23 @@ def exp(isa: VectorIsa, x: Expr) -> Expr:
     from tvm import tirx
 
     def reduced(clamped: Expr) -> Expr:
-        turns = tirx.nearbyint(clamped * isa.splat(1.4426950408889634))
+        turns = tirx.nearbyint(clamped * 1.4426950408889634)
         return bind(turns, lambda n: scaled(clamped, n))
 
     def scaled(clamped: Expr, n: Expr) -> Expr:
         # ln 2 in two parts, the first with few enough bits that n times it is exact.
-        rest = isa.fma(n, isa.splat(2.12194440e-4), isa.fma(n, isa.splat(-0.693359375), clamped))
-        power = tirx.reinterpret(isa.f32, (n.astype(isa.i32) + isa.splat(127, "int32")) << isa.splat(23, "int32"))
+        rest = isa.fma(n, splat(2.12194440e-4, isa.lanes), isa.fma(n, splat(-0.693359375, isa.lanes), clamped))
+        power = tirx.reinterpret(isa.f32, (n.astype(isa.i32) + 127) << 23)
 
         def value(r: Expr) -> Expr:
             tail = isa.fma(polynomial(isa, _EXP, r), r * r, r)
-            return (tail + isa.splat(1.0)) * power
+            return (tail + 1.0) * power
 
         return bind(rest, value)
 
     def guarded(v: Expr) -> Expr:
-        clamped = tirx.Min(tirx.Max(v, isa.splat(-87.33)), isa.splat(88.37))
-        return tirx.Select(v < isa.splat(-87.33), isa.splat(0.0), bind(clamped, reduced))
+        clamped = tirx.Min(tirx.Max(v, splat(-87.33, isa.lanes)), splat(88.37, isa.lanes))
+        return tirx.Select(v < -87.33, splat(0.0, isa.lanes), bind(clamped, reduced))
 
     return bind(x, guarded)
 
@@ -70,8 +71,8 @@ def sigmoid(isa: VectorIsa, x: Expr) -> Expr:
     from tvm import tirx
 
     def value(v: Expr) -> Expr:
-        found = isa.splat(1.0) / (isa.splat(1.0) + exp(isa, isa.splat(0.0) - v))
-        return tirx.Select(v < isa.splat(-88.37), isa.splat(0.0), found)
+        found = 1.0 / (1.0 + exp(isa, 0.0 - v))
+        return tirx.Select(v < -88.37, splat(0.0, isa.lanes), found)
 
     return bind(x, value)
 
@@ -79,7 +80,7 @@ def sigmoid(isa: VectorIsa, x: Expr) -> Expr:
 def _with_sign(isa: VectorIsa, magnitude: Expr, x: Expr) -> Expr:
     from tvm import tirx
 
-    sign = tirx.reinterpret(isa.i32, x) & isa.splat(-0x80000000, "int32")
+    sign = tirx.reinterpret(isa.i32, x) & -0x80000000
     return tirx.reinterpret(isa.f32, tirx.reinterpret(isa.i32, magnitude) | sign)
 
 
@@ -87,8 +88,8 @@ def tanh(isa: VectorIsa, x: Expr) -> Expr:
     """tanh x = sign(x) * (1 - 2 / (e^(2|x|) + 1))."""
 
     def signed(v: Expr) -> Expr:
-        power = exp(isa, isa.magnitude(v) * isa.splat(2.0))
-        return _with_sign(isa, isa.splat(1.0) - isa.splat(2.0) / (power + isa.splat(1.0)), v)
+        power = exp(isa, isa.magnitude(v) * 2.0)
+        return _with_sign(isa, 1.0 - 2.0 / (power + 1.0), v)
 
     return bind(x, signed)
 
@@ -98,10 +99,10 @@ def erf(isa: VectorIsa, x: Expr) -> Expr:
 
     def signed(v: Expr) -> Expr:
         def value(t: Expr) -> Expr:
-            tail = polynomial(isa, _ERFC, t) * t * exp(isa, isa.splat(0.0) - v * v)
-            return _with_sign(isa, isa.splat(1.0) - tail, v)
+            tail = polynomial(isa, _ERFC, t) * t * exp(isa, 0.0 - v * v)
+            return _with_sign(isa, 1.0 - tail, v)
 
-        return bind(isa.splat(1.0) / isa.fma(isa.magnitude(v), isa.splat(0.4), isa.splat(1.0)), value)
+        return bind(1.0 / isa.fma(isa.magnitude(v), splat(0.4, isa.lanes), splat(1.0, isa.lanes)), value)
 
     return bind(x, signed)
 
@@ -113,9 +114,9 @@ def activation(isa: VectorIsa, name: str, x: Expr) -> Expr:
     if name == "none":
         return x
     if name == "relu":
-        return tirx.Max(x, isa.splat(0.0))
+        return tirx.Max(x, splat(0.0, isa.lanes))
     if name == "relu2":
-        return bind(tirx.Max(x, isa.splat(0.0)), lambda v: v * v)
+        return bind(tirx.Max(x, splat(0.0, isa.lanes)), lambda v: v * v)
     if name == "sigmoid":
         return bind(x, lambda v: sigmoid(isa, v))
     if name == "tanh":
@@ -123,14 +124,15 @@ def activation(isa: VectorIsa, name: str, x: Expr) -> Expr:
     if name == "silu":
         return bind(x, lambda v: v * sigmoid(isa, v))
     if name == "quick_gelu":
-        return bind(x, lambda v: v * sigmoid(isa, v * isa.splat(1.702)))
+        return bind(x, lambda v: v * sigmoid(isa, v * 1.702))
     if name == "gelu":
-        half = isa.splat(0.5)
-        return bind(x, lambda v: half * v * (isa.splat(1.0) + erf(isa, v * isa.splat(0.7071067811865476))))
+        return bind(x, lambda v: 0.5 * v * (1.0 + erf(isa, v * 0.7071067811865476)))
     if name == "gelu_tanh":
         # 0.5 x (1 + tanh(y)) is x * sigmoid(2 y), y = sqrt(2 / pi) (x + 0.044715 x^3).
         def value(v: Expr) -> Expr:
-            twice = v * isa.fma(v * v, isa.splat(2 * 0.7978845608028654 * 0.044715), isa.splat(2 * 0.7978845608028654))
+            twice = v * isa.fma(
+                v * v, splat(2 * 0.7978845608028654 * 0.044715, isa.lanes), splat(2 * 0.7978845608028654, isa.lanes)
+            )
             return v * sigmoid(isa, twice)
 
         return bind(x, value)

@@ -1,21 +1,28 @@
-"""Rows of numbers as vectors: loads and stores that convert, tails of any length, reductions, lane permutations.
+"""Vectors of numbers in memory: the words that kernels move them by, tails of any length, reductions, permutations.
 
-A tail is read with ever narrower vectors (8, 4, 2, 1 lanes), never past its end: cheaper to reason about than masks,
-and not every machine has masks for f16. Buffers here are flat and indexed by int64 element offsets.
+`load`, `store`, `splat`, `reduce` and `prefetch` are all there are. An element is given by its index, or by a tuple of
+them where the buffer has several dimensions; indices are int64. A vector of one lane is a scalar.
+
+The elements behind the last whole vector of a row are its *tail*, and nothing past it may be read or written. Where
+pieces of a row have nothing to do with each other, `for_pieces` takes a tail by halves: whole loads and stores of 8, 4,
+2, 1 lanes, which every machine has for every dtype. Where a computation wants whole vectors, of zeros behind the tail
+(a group's largest magnitude, a tile's rows), `load` and `store` take a `count`, and use masks of lanes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmc.targets.cpu.builder import MANY, index, let, loop, plain_function, scratch, view
-from llmc.targets.cpu.builder import prefetch as prefetch_line
-from llmc.targets.cpu.vector_isa import CACHE_LINE
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
+
+    Element: TypeAlias = Expr | int | tuple[Expr | int, ...]
+
+CACHE_LINE = 64  # bytes, of every machine that there is a target for
 
 
 def range_kernel(
@@ -67,53 +74,112 @@ def typed(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
+def lanes_of(value: Expr) -> int:
+    """How many numbers a value has."""
+    return int(value.ty.dtype.lanes)
+
+
 def splat(value: Expr | float, lanes: int, dtype: str = "float32") -> Expr:
-    """A scalar in every lane."""
+    """A scalar in every lane; dtype: what a Python number becomes.
+
+    Beside f32, i32 or u32 an operator does this by itself: `v * 2.0`. It would turn narrower numbers into wider ones.
+    """
     from tvm import tirx
 
     scalar = tirx.const(value, dtype) if isinstance(value, int | float) else value
     return scalar if lanes == 1 else tirx.Broadcast(scalar, lanes)
 
 
-def cast(value: Expr, dtype: str, lanes: int) -> Expr:
+def cast(value: Expr, dtype: str) -> Expr:
     """`value` converted to `dtype`, lane by lane."""
-    return value.astype(typed(dtype, lanes))
+    return value.astype(typed(dtype, lanes_of(value)))
 
 
-def _span(start: Expr | int, lanes: int) -> Expr:
+def as_f32(value: Expr) -> Expr:
+    """Floats as f32; u16 are the bits of bf16."""
     from tvm import tirx
 
-    return index(start) if lanes == 1 else tirx.Ramp(index(start), index(1), lanes)
-
-
-def load_raw(buffer: Buffer, start: Expr | int, lanes: int) -> Expr:
-    """`lanes` elements from `start` on, in the buffer's dtype."""
-    from tvm import tirx
-
-    return tirx.BufferLoad(buffer, [_span(start, lanes)])
-
-
-def load(buffer: Buffer, start: Expr | int, lanes: int) -> Expr:
-    """`lanes` elements from `start` on, as f32. A uint16 buffer holds the bits of bfloat16 numbers."""
-    from tvm import tirx
-
-    value = load_raw(buffer, start, lanes)
-    dtype = str(buffer.dtype)
+    lanes, dtype = lanes_of(value), value.ty.dtype.with_lanes(1)
     if dtype == "float32":
         return value
     if dtype == "uint16":
-        bits = cast(value, "uint32", lanes) << splat(16, lanes, "uint32")
-        return tirx.reinterpret(typed("float32", lanes), bits)
-    return cast(value, "float32", lanes)
+        return tirx.reinterpret(typed("float32", lanes), cast(value, "uint32") << splat(16, lanes, "uint32"))
+    return cast(value, "float32")
 
 
-def store(buffer: Buffer, start: Expr | int, value: Expr, lanes: int) -> None:
-    """Store an f32 vector from `start` on, rounded to the buffer's dtype (to nearest, ties to even)."""
+def load(buffer: Buffer, at: Element, lanes: int = 1, count: Expr | int | None = None) -> Expr:
+    """`lanes` consecutive elements from `at` on, in the buffer's dtype.
+
+    count: only the first so many are read, by a mask, and the other lanes are zeros. Without: all.
+    """
+    from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    if str(buffer.dtype) != "float32":
-        value = cast(value, str(buffer.dtype), lanes)
-    I.buffer_store(buffer, value, [_span(start, lanes)])
+    mask, dtype = _mask(count, lanes), str(buffer.dtype)
+    if mask is None:
+        return tirx.BufferLoad(buffer, _elements(at, lanes))
+    # Bound before it is used: TVM takes a mask for true inside of what it selects, and would read all.
+    found = let(I.masked_load(typed(dtype, lanes), buffer, *_elements(at, lanes), mask))
+    return tirx.Select(mask, found, splat(0, lanes, dtype))  # the other lanes of what is found are undefined
+
+
+def store(buffer: Buffer, at: Element, value: Expr, count: Expr | int | None = None) -> None:
+    """The lanes of `value` to consecutive elements from `at` on. Floats are rounded to the buffer's (to nearest, ties
+    to even); other dtypes have to be the buffer's, which may be one of vectors: TypeError where they are not.
+
+    count: only the first so many are written, by a mask. Without: all.
+    """
+    from tvm.script.ir_builder import tirx as I
+
+    element = buffer.dtype
+    if element.lanes == 1 and element.is_float and value.ty.dtype.is_float:
+        value = cast(value, str(element))
+    lanes = lanes_of(value) // element.lanes
+    if value.ty.dtype != element.with_lanes(lanes * element.lanes):
+        raise TypeError(f"{value.ty.dtype} into {buffer.name}, a buffer of {element}")
+    mask = _mask(count, lanes)
+    if mask is None:
+        I.buffer_store(buffer, value, _elements(at, lanes))
+    else:
+        I.evaluate(I.masked_store(buffer, value, *_elements(at, lanes), mask))
+
+
+def _elements(at: Element, lanes: int) -> list[Expr]:
+    """The indices of `lanes` elements from `at` on."""
+    from tvm import tirx
+
+    *outer, start = (index(i) for i in (at if isinstance(at, tuple) else (at,)))
+    return [*outer, start if lanes == 1 else tirx.Ramp(start, index(1), lanes)]
+
+
+def _mask(count: Expr | int | None, lanes: int) -> Expr | None:
+    """Of the first `count` lanes; None: of all."""
+    return None if count is None or (isinstance(count, int) and count >= lanes) else first_lanes(count, lanes)
+
+
+def first_lanes(count: Expr | int, lanes: int) -> Expr:
+    """A mask of the first `count` of some lanes: of none where it is negative, of all from `lanes` to 2^31."""
+    from tvm import tirx
+
+    number = tirx.const(count, "int32") if isinstance(count, int) else count.astype("int32")
+    return tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), lanes) < splat(number, lanes)
+
+
+def prefetch(buffer: Buffer, at: Expr | int, elements: int = 1, write: bool = False, near: bool = False) -> None:
+    """Start reading the cache lines of `elements` elements of a flat buffer. They may lie past its end: prefetches
+    never fault.
+
+    Into the second-level cache, which has more reads from memory under way at a time than the first; near: into the
+    first. write: to be written, so that the lines are ours by then.
+    """
+    from tvm import tirx
+    from tvm.script.ir_builder import tirx as I
+
+    line = CACHE_LINE // buffer.dtype.itemsize
+    for offset in range(0, elements, line):
+        address = tirx.address_of(buffer[index(at) + offset])
+        numbers = (tirx.const(value, "int32") for value in (int(write), 3 if near else 2, 1))
+        I.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, *numbers))
 
 
 def permute(values: Sequence[Expr], order: Sequence[int]) -> Expr:
@@ -123,8 +189,9 @@ def permute(values: Sequence[Expr], order: Sequence[int]) -> Expr:
     return tirx.Shuffle(list(values), [tirx.const(lane, "int32") for lane in order])
 
 
-def reduce_lanes(value: Expr, lanes: int, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+def reduce(value: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All lanes combined into one scalar, by halves: a tree, so the order of additions is fixed."""
+    lanes = lanes_of(value)
     while lanes > 1:
         whole = let(value)
         lanes //= 2
@@ -143,13 +210,6 @@ def maximum(left: Expr, right: Expr) -> Expr:
     return tirx.Max(left, right)
 
 
-def reciprocal_root(total: Expr, features: int, eps: float) -> Expr:
-    """1 / sqrt(total / features + eps), what a norm multiplies a row of f32 by whose squares add up to `total`."""
-    from tvm import tirx
-
-    return let(tirx.const(1.0, "float32") / tirx.sqrt(total * (1.0 / features) + tirx.const(eps, "float32")))
-
-
 def integer(value: Expr) -> Expr:
     """An index read from memory (i32), as int64 for address arithmetic."""
     return pin(value.astype("int64"))
@@ -165,7 +225,7 @@ def pin(value: Expr) -> Expr:
 
     slot = scratch(1, "int64")
     I.buffer_store(slot, value, [index(0)])
-    return let(load_raw(slot, 0, 1))
+    return let(load(slot, 0))
 
 
 def divide(value: Expr, divisor: Expr | int) -> Expr:
@@ -184,30 +244,7 @@ def remainder(value: Expr, divisor: Expr | int) -> Expr:
 
 def copy(lanes: int, source: Buffer, start: Expr, target: Buffer, at: Expr, elements: int) -> None:
     """`elements` of target from `at` on = source from `start` on, rounded to the target's dtype."""
-    for_pieces(elements, lanes, lambda i, width: store(target, at + i, load(source, start + i, width), width))
-
-
-def store_int(buffer: Buffer, position: Expr, value: Expr) -> None:
-    """Store an int64 index in an i32 array."""
-    from tvm.script.ir_builder import tirx as I
-
-    I.buffer_store(buffer, value.astype("int32"), [index(position)])
-
-
-def copy_element(source: Buffer, start: Expr | int, target: Buffer, at: Expr | int) -> None:
-    """target[at] = source[start], of the same dtype."""
-    from tvm.script.ir_builder import tirx as I
-
-    I.buffer_store(target, load_raw(source, start, 1), [index(at)])
-
-
-def prefetch(buffer: Buffer, start: Expr | int, elements: int) -> None:
-    """Ask for the cache lines of `elements` elements from `start` on, to be read soon."""
-    from tvm import DataType
-
-    line = CACHE_LINE * 8 // DataType(str(buffer.dtype)).bits
-    for offset in range(0, elements, line):
-        prefetch_line(buffer, index(start) + offset)
+    for_pieces(elements, lanes, lambda i, width: store(target, at + i, as_f32(load(source, start + i, width))))
 
 
 def aligned_scratch(elements: int, lanes: int, dtype: str = "float32") -> Buffer:

@@ -12,6 +12,7 @@ from ml_dtypes import bfloat16
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.forms import writer
 from llmc.targets.cpu.quantize_activations import RoundingProblem, RowRounding, normalised, padded
+from llmc.targets.cpu.vectors import splat, store
 from llmc.targets.forms import Array, Buffer, Converted, RowCount, Writer
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
 
-PAIRED_ROWS = 2 * ROWS  # kernels multiply two tiles of rows at a time
+PAIRED_ROWS = 2 * ROWS  # of a block of results: kernels multiply two tiles of rows at a time
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def bf16_parts(isa: X86Isa, first: Expr, second: Expr, parts: int, paired: bool 
         yield pairs if paired else isa.pack_bf16(first, second)
         if part + 1 < parts:
             bits = tirx.reinterpret(f"uint32x{isa.lanes}", pairs)
-            first = b.let(first - tirx.reinterpret(isa.f32, bits << isa.splat(16, "uint32")))
-            second = b.let(second - tirx.reinterpret(isa.f32, bits & isa.splat(0xFFFF0000, "uint32")))
+            first = b.let(first - tirx.reinterpret(isa.f32, bits << 16))
+            second = b.let(second - tirx.reinterpret(isa.f32, bits & splat(0xFFFF0000, isa.lanes, "uint32")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ def _write_tiles(
                 halves = b.let(halves[0]), b.let(halves[1])
             for part, both in enumerate(bf16_parts(isa, *halves, parts)):
                 at = first + start * (ROWS * parts) + part * TILE
-                b.store_vector(isa, out, [at], tirx.reinterpret("uint16x32", both))
+                store(out, at, tirx.reinterpret("uint16x32", both))
 
         with b.loop(k // INPUTS) as j:
             block(j * INPUTS, INPUTS)

@@ -24,20 +24,20 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.attention_parts import MASKED, fused
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_tile import TileBody, default_block, refuse_registers, vector_stack
-from llmc.targets.cpu.builder import either, index, let, loop, scratch, store_vector, when
+from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import (
     aligned_scratch,
+    as_f32,
     divide,
     integer,
     load,
-    load_raw,
     maximum,
     permute,
     pin,
     prefetch,
-    reduce_lanes,
+    reduce,
     remainder,
     splat,
     store,
@@ -131,7 +131,7 @@ def round_up_128th(isa: X86Isa, x: Expr) -> Expr:
     how = tirx.const(7 << 4 | 2, "int32")  # 7 binary places, upwards
     every, current = tirx.const(-1, "int16"), tirx.const(4, "int32")
     return T.call_llvm_pure_intrin(
-        isa.f32, "llvm.x86.avx512.mask.rndscale.ps.512", x, how, isa.splat(0.0), every, current
+        isa.f32, "llvm.x86.avx512.mask.rndscale.ps.512", x, how, splat(0.0, isa.lanes), every, current
     )
 
 
@@ -144,7 +144,7 @@ def load_bytes(buffer: Buffer, start: int) -> Expr:
     """A vector of bytes from an i32 array."""
     from tvm import tirx
 
-    return tirx.reinterpret("int8x64", load_raw(buffer, start, COLUMNS))
+    return tirx.reinterpret("int8x64", load(buffer, start, COLUMNS))
 
 
 def power_pairs(isa: X86Isa, low: Expr, high: Expr, table: Sequence[Expr]) -> Expr:
@@ -157,13 +157,13 @@ def power_pairs(isa: X86Isa, low: Expr, high: Expr, table: Sequence[Expr]) -> Ex
     from tvm import tirx
     from tvm.script import tirx as T
 
-    least = isa.splat(FIXED_BITS, "int32")
+    least = splat(FIXED_BITS, isa.lanes, "int32")
     bits = [let(tirx.Max(tirx.reinterpret(isa.i32, v), least)) for v in (low, high)]
-    words = let((bits[0] & isa.splat(0xFFFF, "int32")) | (bits[1] << isa.splat(16, "int32")))
+    words = let((bits[0] & 0xFFFF) | (bits[1] << 16))
     places = tirx.reinterpret("int8x64", words)
     name = "llvm.x86.avx512.vpermi2var.qi.512"
     found = tirx.reinterpret(isa.i32, T.call_llvm_pure_intrin("int8x64", name, table[0], places, table[1]))
-    return words - (found & isa.splat(0x00FF00FF, "int32"))
+    return words - (found & 0x00FF00FF)
 
 
 def reduce_rows(vectors: Sequence[Expr], combine: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -260,7 +260,7 @@ class TallBody(TileBody):
 
     def start_sums(self, t: SimpleNamespace, r: Expr) -> None:
         for j in range(self.value_tiles):
-            store(t.acc, r * self.sums_width + j * COLUMNS, splat(0.0, COLUMNS), COLUMNS)
+            store(t.acc, r * self.sums_width + j * COLUMNS, splat(0.0, COLUMNS))
 
     def sums(self, t: SimpleNamespace, r: Expr, body: Callable[[Expr | int, int, Expr], None]) -> None:
         for j in range(self.value_tiles):
@@ -268,7 +268,7 @@ class TallBody(TileBody):
 
     def join_row(self, a: SimpleNamespace, t: SimpleNamespace, r: Expr, row: Expr) -> None:
         """As in `Parts`. All is read before any of it is written, as the last two tiles of values may overlap."""
-        older, newer = (let(splat(load(each, r, 1), COLUMNS)) for each in (t.older, t.newer))
+        older, newer = (let(splat(load(each, r), COLUMNS)) for each in (t.older, t.newer))
         joined: list[tuple[Expr | int, Expr]] = []
 
         def piece(offset: Expr | int, width: int, value: Expr) -> None:
@@ -276,7 +276,7 @@ class TallBody(TileBody):
 
         self.sums(t, r, piece)
         for offset, value in joined:
-            store(a.out, row + offset, value, COLUMNS)
+            store(a.out, row + offset, value)
 
     def value_column(self, tile: int) -> int:
         """The first channel of a tile of values: the last tile overlaps the one before where they do not divide."""
@@ -287,12 +287,12 @@ class TallBody(TileBody):
         for j in range(self.depth_tiles):
             halves = []
             for offset in (j * DEPTH, j * DEPTH + self.lanes):
-                value = self.isa.splat(0.0)
+                value = splat(0.0, self.isa.lanes)
                 if source is not None:
-                    found = self.isa.load_first(source[0], self.head_dim - offset, source[1] + offset)
-                    value = found * self.isa.splat(self.query_factor)
+                    found = load(source[0], source[1] + offset, self.isa.lanes, self.head_dim - offset)
+                    value = found * self.query_factor
                 halves.append(value)
-            store_vector(self.isa, t.query, [start + j * WORDS], self.isa.pack_bf16(*halves))
+            store(t.query, start + j * WORDS, self.isa.pack_bf16(*halves))
 
     def clear_unused_depth(self, t: SimpleNamespace) -> None:
         """Zeros in those rows of the tiles of keys that no channel fills."""
@@ -301,7 +301,7 @@ class TallBody(TileBody):
             return
         with loop(self.step_pages * 2) as half, loop(rows - used) as row:
             at = (half * rows + used + row) * self.lanes
-            store_vector(self.isa, t.keys, [at], self.isa.splat(0, "int32"))
+            store(t.keys, at, splat(0, self.isa.lanes, "int32"))
 
     def convert(self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr, last: Expr) -> None:
         """Page `page` of the sequence as tiles of pairs, to `place` of the step. Meanwhile the page of the next step,
@@ -309,47 +309,60 @@ class TallBody(TileBody):
         """
         from tvm import tirx
 
-        isa, lanes = self.isa, self.lanes
-        page_id = integer(load_raw(a.block_table, t.table + page, 1))
+        page_id = integer(load(a.block_table, t.table + page))
         head = pin(page_id * self.kv_heads + t.kv_head)
         keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
-        next_id = integer(load_raw(a.block_table, t.table + tirx.Min(page + self.step_pages, last), 1))
+        next_id = integer(load(a.block_table, t.table + tirx.Min(page + self.step_pages, last)))
         next_head = pin(next_id * self.kv_heads + t.kv_head)
         next_keys, next_values = pin(next_head * (self.head_dim * PAGE)), pin(next_head * (PAGE * self.value_dim))
+        self.convert_keys(a, t, place, keys, next_keys)
+        self.convert_values(a, t, page, place, values, next_values)
 
-        def key_pair(channel: Expr | int, both: bool) -> None:
+    def convert_keys(self, a: SimpleNamespace, t: SimpleNamespace, place: Expr, first: Expr, following: Expr) -> None:
+        """Channels in pairs. first, following: where the page's keys begin, and the next one's."""
+        isa, lanes = self.isa, self.lanes
+
+        def pair_of(channel: Expr | int, both: bool) -> None:
             for half in range(2):
-                start = keys + channel * PAGE + half * lanes
-                odd = load(a.keys, start + PAGE, lanes) if both else isa.splat(0.0)
+                start = first + channel * PAGE + half * lanes
+                odd = as_f32(load(a.keys, start + PAGE, lanes)) if both else splat(0.0, lanes)
                 at = (place * 2 + half) * (self.depth_tiles * WORDS) + divide(index(channel), 2) * lanes
-                store_vector(isa, t.keys, [at], isa.pack_pairs(load(a.keys, start, lanes), odd))
+                store(t.keys, at, isa.pack_pairs(as_f32(load(a.keys, start, lanes)), odd))
 
         with loop(self.head_dim // 2) as pair:
-            prefetch(a.keys, next_keys + pair * (2 * PAGE), 2 * PAGE)
-            key_pair(pair * 2, True)
+            prefetch(a.keys, following + pair * (2 * PAGE), 2 * PAGE)
+            pair_of(pair * 2, True)
         if self.head_dim % 2:
-            key_pair(self.head_dim - 1, False)
+            pair_of(self.head_dim - 1, False)
 
-        def value_pair(pair: Expr, tokens: int) -> None:
+    def convert_values(
+        self, a: SimpleNamespace, t: SimpleNamespace, page: Expr, place: Expr, first: Expr, following: Expr
+    ) -> None:
+        """Tokens in pairs with those half a page on. Slots of the last page that hold no token of this sequence yet may
+        hold anything, NaN included: they count as zeros. first, following: where the page's values begin, and the next
+        one's."""
+        from tvm import tirx
+
+        isa, lanes, zeros = self.isa, self.lanes, splat(0.0, self.lanes)
+
+        def pair_of(pair: Expr, tokens: int) -> None:
             for j in range(self.value_tiles):
-                start = values + pair * self.value_dim + self.value_column(j)
-                even = load(a.values, start, lanes) if tokens else isa.splat(0.0)
-                odd = load(a.values, start + HALF * self.value_dim, lanes) if tokens > 1 else isa.splat(0.0)
+                start = first + pair * self.value_dim + self.value_column(j)
+                even = as_f32(load(a.values, start, lanes)) if tokens else zeros
+                odd = as_f32(load(a.values, start + HALF * self.value_dim, lanes)) if tokens > 1 else zeros
                 at = (place * self.value_tiles + j) * WORDS + pair * lanes
-                store_vector(isa, t.values, [at], isa.pack_pairs(even, odd))
+                store(t.values, at, isa.pack_pairs(even, odd))
 
-        # Tokens pair with those half a page on. Slots of the last page that hold no token of this sequence yet may hold
-        # anything, NaN included.
         held = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
         both = pin(tirx.Max(held - HALF, index(0)))
         some = pin(tirx.Min(held, index(HALF)))
         with loop(both) as pair:
-            prefetch(a.values, next_values + pair * (2 * self.value_dim), 2 * self.value_dim)
-            value_pair(pair, 2)
+            prefetch(a.values, following + pair * (2 * self.value_dim), 2 * self.value_dim)
+            pair_of(pair, 2)
         with loop(some - both) as number:
-            value_pair(pin(both + number), 1)
+            pair_of(pin(both + number), 1)
         with loop(HALF - some) as number:
-            value_pair(pin(some + number), 0)
+            pair_of(pin(some + number), 0)
 
     # The work
 
@@ -455,32 +468,32 @@ class TallBody(TileBody):
         rows = [let(load(t.greatest, r * lanes, lanes)) for r in range(ROWS)]
         before = let(load(t.peak, row, lanes))
         after = let(round_up_128th(self.isa, maximum(before, reduce_rows(rows, maximum))))
-        shrink = let(exp(self.isa, (before - after) * splat(1.0 / self.score_unit, lanes)))
-        store(t.peak, row, after, lanes)
-        store(t.peaks, 0, after, lanes)
-        store(t.shrink, 0, shrink, lanes)
-        with when(reduce_lanes(before - after, lanes, tirx.Min) < tirx.const(0.0, "float32")), loop(ROWS) as r:
-            factor = let(splat(load(t.shrink, r, 1), lanes))
+        shrink = let(exp(self.isa, (before - after) * (1.0 / self.score_unit)))
+        store(t.peak, row, after)
+        store(t.peaks, 0, after)
+        store(t.shrink, 0, shrink)
+        with when(reduce(before - after, tirx.Min) < tirx.const(0.0, "float32")), loop(ROWS) as r:
+            factor = let(splat(load(t.shrink, r), lanes))
             for j in range(self.value_tiles):
                 at = (row + r) * self.sums_width + j * COLUMNS
-                store(t.acc, at, load(t.acc, at, lanes) * factor, lanes)
+                store(t.acc, at, load(t.acc, at, lanes) * factor)
             at = (row + r) * lanes
-            store(t.total, at, load(t.total, at, lanes) * factor, lanes)
+            store(t.total, at, load(t.total, at, lanes) * factor)
         table = [let(load_bytes(t.excess, half * lanes)) for half in range(2)]
         dots = X86Bf16Dots(lanes)
         with loop(ROWS) as r:
-            shift = let(splat(splat(FIXED + BIAS, 1) - load(t.peaks, r, 1), lanes))
+            shift = let(splat((FIXED + BIAS) - load(t.peaks, r), lanes))
             total = scratch(lanes, "float32")
-            store(total, 0, load(t.total, (row + r) * lanes, lanes), lanes)
+            store(total, 0, load(t.total, (row + r) * lanes, lanes))
             with loop(end - begin) as number:
                 place = pin(begin + number)
                 start = r * (self.step_pages * PAGE) + place * PAGE
                 low, high = (let(load(t.scores, start + half * lanes, lanes) + shift) for half in range(2))
                 pairs = let(power_pairs(self.isa, low, high, table))
-                ones = self.isa.splat(0x3F803F80, "int32")
-                store(total, 0, dots.dot(load(total, 0, lanes), pairs, ones), lanes)
-                store_vector(self.isa, t.weights, [place * WORDS + r * lanes], pairs)
-            store(t.total, (row + r) * lanes, load(total, 0, lanes), lanes)
+                ones = splat(0x3F803F80, self.isa.lanes, "int32")
+                store(total, 0, dots.dot(load(total, 0, lanes), pairs, ones))
+                store(t.weights, place * WORDS + r * lanes, pairs)
+            store(t.total, (row + r) * lanes, load(total, 0, lanes))
 
     def each_row(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, edit: bool) -> None:
         """Lane by lane the greatest score of each row, to t.greatest [16, lanes]; edit: masks and biases first."""
@@ -488,8 +501,8 @@ class TallBody(TileBody):
         with loop(ROWS) as r:
             greatest = [scratch(lanes, "float32") for _ in range(2)]
             for half in greatest:
-                store(half, 0, splat(MASKED, lanes), lanes)
-            where = load_raw(t.where, row + r, 1) - (page * PAGE).astype("int32") if edit else None
+                store(half, 0, splat(MASKED, lanes))
+            where = load(t.where, row + r) - (page * PAGE).astype("int32") if edit else None
             with loop(end - begin) as number:
                 place = pin(begin + number)
                 for half in range(2):
@@ -500,6 +513,6 @@ class TallBody(TileBody):
                         held = self.held(t, page + place)
                         value = let(self.biased(t, row + r, value, limit, half * lanes))
                         value = let(self.masked(value, limit, held, half * lanes))
-                        store(t.scores, at, value, lanes)
-                    store(greatest[half], 0, maximum(load(greatest[half], 0, lanes), value), lanes)
-            store(t.greatest, r * lanes, maximum(*(load(half, 0, lanes) for half in greatest)), lanes)
+                        store(t.scores, at, value)
+                    store(greatest[half], 0, maximum(load(greatest[half], 0, lanes), value))
+            store(t.greatest, r * lanes, maximum(*(load(half, 0, lanes) for half in greatest)))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.group_sums import PairSums, Sums, WideSums
 from llmc.targets.cpu.vector_isa import Bf16Dots, Blocking, VectorIsa, llvm_call
+from llmc.targets.cpu.vectors import splat
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
@@ -133,13 +134,13 @@ class X86Isa(VectorIsa):
     def widen(self, acc: Expr, narrow: Expr) -> Expr:
         """acc (i32) + sums of two adjacent i16 (vpmaddwd with ones)."""
         name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
-        return acc + llvm_call(self.i32, name, narrow, self.splat(1, "int16"))
+        return acc + llvm_call(self.i32, name, narrow, splat(1, self.lanes * 2, "int16"))
 
     def _move_sign(self, weights: Expr, activations: Expr) -> tuple[Expr, Expr]:
         """(|w|, a * sign(w)): the same products, with the unsigned operand that vpmaddubsw wants."""
         from tvm import tirx
 
-        zero = self.splat(0, "int8")
+        zero = splat(0, self.vector_bytes, "int8")
         magnitude = tirx.Select(weights < zero, zero - weights, weights)  # LLVM: vpabsb
         if self.lanes == 8:
             return magnitude, llvm_call(self.i8, "llvm.x86.avx2.psign.b", activations, weights)

@@ -16,6 +16,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import FloatLayout
 from llmc.targets.cpu.linear_problem import FloatProblem
+from llmc.targets.cpu.vectors import load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Rows, knob
 from llmc.targets.x86 import tiles as amx
@@ -76,7 +77,7 @@ class _Unit:
                 amx.dot_bf16(_C[t], _A[part], _B)
                 b.keep_order()
                 for line in range(lines * part // PARTS, lines * (part + 1) // PARTS):
-                    b.prefetch(self.data, ahead[t] + line * line_bytes, near=True)
+                    prefetch(self.data, ahead[t] + line * line_bytes, near=True)
 
     def _load_x(self, block: Expr | int) -> None:
         for part in range(PARTS):
@@ -97,11 +98,11 @@ class _Unit:
         assert self.padded is not None
         isa = self.isa
         for row in range(_PAIRS):
-            value = isa.splat(0, "int32")
+            value = splat(0, isa.lanes, "int32")
             if row < rest:
                 at = self.start[t] + (blocks * _PAIRS + row) * isa.vector_bytes
-                value = tirx.reinterpret(isa.i32, isa.load(self.data, at, lanes=isa.vector_bytes))
-            b.store(self.padded, [row], value)
+                value = tirx.reinterpret(isa.i32, load(self.data, at, isa.vector_bytes))
+            store(self.padded, row, value)
         amx.load(_B, b.view(self.padded.data, [b.MANY], "int32"), 0)
         for part in range(PARTS):
             amx.dot_bf16(_C[t], _A[part], _B)

@@ -17,6 +17,7 @@ from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_problem import QuantizedProblem
 from llmc.targets.cpu.linear_products import KnownRows, Operands, known_bytes
+from llmc.targets.cpu.vectors import as_f32, load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Rows, knob
 from llmc.targets.x86 import tiles as amx
@@ -75,7 +76,7 @@ class _Unit:
         groups = ops.layout.groups(ops.k)
         last = b.index(groups - 1)
         for slot in range(TILES * self.knobs.rows):
-            self.totals[slot] = ops.isa.splat(0.0)
+            self.totals[slot] = splat(0.0, ops.isa.lanes)
         unpack_ahead, ring = self.knobs.unpack_ahead, self.knobs.ring
         for g in range(unpack_ahead):
             self._unpack(b.index(min(g, groups - 1)), b.index(g), None)
@@ -99,13 +100,13 @@ class _Unit:
         data = b.view(ops.handles["data"], [b.MANY], "uint8")
         ahead = [ops.ahead(tile, group, TILES, self.knobs.ahead) for tile in self.tile]
 
-        def prefetch(t: int, share: int, shares: int) -> None:
+        def ask(t: int, share: int, shares: int) -> None:
             b.keep_order()
             lines = ops.layout.vectors
             for line in range(lines * share // shares, lines * (share + 1) // shares):
-                b.prefetch(data, ahead[t] + line * ops.isa.vector_bytes)
+                prefetch(data, ahead[t] + line * ops.isa.vector_bytes)
 
-        return prefetch
+        return ask
 
     def _unpack(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
         """4-bit weights of a group to a place of the ring."""
@@ -118,13 +119,13 @@ class _Unit:
             for vector in range(layout.vectors):
                 if prefetch is not None:
                     prefetch(t, vector, layout.vectors)
-                packed = isa.load(self.ops.data, tile, group, vector, 0, lanes=isa.vector_bytes)
+                packed = load(self.ops.data, (tile, group, vector, 0), isa.vector_bytes)
                 words = b.let(tirx.reinterpret(isa.i32, packed))
-                for odd, moved in enumerate((words << isa.splat(4, "int32"), words)):
+                for odd, moved in enumerate((words << 4, words)):
                     high = tirx.reinterpret(isa.u8, moved)
                     if self.shape.signed:
-                        high = high ^ isa.splat(0x80, "uint8")
-                    b.store(self.unpacked, [place, t, vector * 2 + odd], high & isa.splat(0xF0, "uint8"))
+                        high = high ^ 0x80
+                    store(self.unpacked, (place, t, vector * 2 + odd), high & 0xF0)
 
     def _multiply(self, group: Expr, place: Expr) -> None:
         """A group's sums to a place of the ring."""
@@ -152,12 +153,12 @@ class _Unit:
     def _scale(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
         """totals += what the sums in a place of the ring stand for."""
         ops, isa = self.ops, self.ops.isa
-        scales = [b.let(isa.f16_to_f32(isa.load(ops.scales, tile, group, 0)) * isa.splat(self.shape.factor))
+        scales = [b.let(as_f32(load(ops.scales, (tile, group, 0), isa.lanes)) * self.shape.factor)
                   for tile in self.tile]  # fmt: skip
         minimums = (
             None
             if ops.layout.symmetric
-            else [b.let(isa.f16_to_f32(isa.load(ops.minimums, tile, group, 0))) for tile in self.tile]
+            else [b.let(as_f32(load(ops.minimums, (tile, group, 0), isa.lanes))) for tile in self.tile]
         )
 
         def add(t: int, m: int) -> None:
@@ -166,9 +167,9 @@ class _Unit:
             if not self.shape.signed:  # otherwise the tiles hold weights without their offset
                 whole = whole + self.known.start(b.index(m), group)
             scale, shift = self.known.factors(b.index(m), group)
-            total = isa.fma(whole.astype(isa.f32), scales[t] * isa.splat(scale), self.totals[slot])
+            total = isa.fma(whole.astype(isa.f32), scales[t] * scale, self.totals[slot])
             if minimums is not None and shift is not None:
-                total = isa.fma(minimums[t], isa.splat(shift), total)
+                total = isa.fma(minimums[t], splat(shift, isa.lanes), total)
             self.totals[slot] = total
 
         self._each_row(prefetch, add)

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.vectors import permute
+from llmc.targets.cpu.vectors import load, permute, prefetch, store
 from llmc.targets.x86 import tiles as amx
-from llmc.targets.x86.activation_tiles import bf16_parts
+from llmc.targets.x86.activation_tiles import PAIRED_ROWS, bf16_parts
 from llmc.targets.x86.isa import X86Isa
 from llmc.targets.x86.tile_weights import CHUNK, TILE_CHUNKS, Source, chunks
 from llmc.targets.x86.tiles import INPUTS, TILE
@@ -34,8 +34,7 @@ from llmc.targets.x86.tiles import INPUTS, TILE
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-PAIR = 2  # tiles side by side, of rows and of columns
-ROWS = PAIR * amx.ROWS  # of a block of results
+PAIR = PAIRED_ROWS // amx.ROWS  # tiles side by side, of rows and of columns
 CORNERS = PAIR * PAIR  # tiles of a block of results
 SUMS = CORNERS * amx.ROWS * amx.ROWS  # numbers of a block of results
 RESULTS = 2  # blocks of results: one is finished while the next is summed
@@ -157,7 +156,7 @@ class _Ahead:
 
         def put(row: int, pairs: Expr, part: int = 0) -> None:
             at = start + row * (2 * lanes) + part * TILE
-            b.store_vector(self.isa, self.panel, [at], tirx.reinterpret("uint16x32", pairs))
+            store(self.panel, at, tirx.reinterpret("uint16x32", pairs))
 
         first_tile, section = (
             b.let(self.first_tile.get() + tile),
@@ -178,7 +177,7 @@ class _Ahead:
         nbytes = source.section_bytes // chunks(source)
         for line in range(0, nbytes, self.isa.cache_line):
             first = (tile * source.sections + section) * source.section_bytes
-            b.prefetch(self.data, first + chunk * nbytes + line)
+            prefetch(self.data, first + chunk * nbytes + line)
 
 
 class _Finish:
@@ -221,7 +220,7 @@ class _Finish:
             row, first_tile = b.let(self.first_row.get() + m), self.first_tile.get()
             lanes, tile = self.isa.lanes, amx.ROWS * amx.ROWS
             at = b.let(self.place.get() + m // amx.ROWS * (PAIR * tile) + m % amx.ROWS * lanes)
-            vectors = [self.isa.load(self.sums, at + c * tile) for c in range(PAIR)]
+            vectors = [load(self.sums, at + c * tile, self.isa.lanes) for c in range(PAIR)]
             if self.packed:
                 self._row_packed(row, first_tile, vectors)
             elif self.epilogue.tiles == PAIR:
@@ -257,7 +256,7 @@ class _Finish:
             kept = bits if len(values) == PAIR else permute([bits], range(isa.lanes // 2))
             lanes = isa.lanes * len(values)
             at = self._packed_at(row, column * isa.lanes, part)
-            b.store_vector(isa, out, [at], tirx.reinterpret(f"uint16x{lanes}", kept))
+            store(out, at, tirx.reinterpret(f"uint16x{lanes}", kept))
 
 
 def tile_linear(work: TileWork) -> PrimFunc:
@@ -293,7 +292,7 @@ def _body(work: TileWork, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]
         next_tile, tiles_next = panel(number + 1)
         first_row = b.let(number // work.panels * work.row_block)
         rows_here = b.let(tirx.Min(sizes["T"] - first_row, b.index(work.row_block)))
-        row_pairs, column_pairs = b.let((rows_here + (ROWS - 1)) // ROWS), b.let((tiles_here + 1) // PAIR)
+        row_pairs, column_pairs = b.let((rows_here + (PAIRED_ROWS - 1)) // PAIRED_ROWS), b.let((tiles_here + 1) // PAIR)
         unit = _Unit(work, ahead, finish, x, sums, first_tile, first_row, rows_here, row_pairs, column_pairs)
         with b.loop(work.whole) as s:
             length = b.let(tirx.Select(s + 1 < work.whole, b.index(work.depth), b.index(work.last)))
@@ -328,7 +327,7 @@ class _Unit:
         with b.loop(self.row_pairs) as row_pair, b.loop(self.column_pairs) as column_pair:
             self._block(first, count, share, row_pair, column_pair, is_last)
         if is_last:
-            with b.loop(ROWS) as m:
+            with b.loop(PAIRED_ROWS) as m:
                 self.finish.row(m)
 
     def _block(self, first: Expr, count: int, share: Expr, row_pair: Expr, column_pair: Expr, is_last: bool) -> None:
@@ -343,7 +342,10 @@ class _Unit:
         rows = [b.let(((row_tile + r) * work.inputs + first) * (amx.ROWS * work.parts)) for r in range(PAIR)]
         now, tile_elements = self.ahead.now.get(), work.depth * isa.lanes * work.parts
         columns = [b.let(now + (column_pair * PAIR + c) * tile_elements) for c in range(PAIR)]
-        block_row, block_tile = b.let(self.first_row + row_pair * ROWS), b.let(self.first_tile + column_pair * PAIR)
+        block_row, block_tile = (
+            b.let(self.first_row + row_pair * PAIRED_ROWS),
+            b.let(self.first_tile + column_pair * PAIR),
+        )
         with b.loop(count // INPUTS) as block:
             between = {0: lambda: self.ahead.unpack(share)}
             if is_last:
@@ -355,7 +357,7 @@ class _Unit:
             place = self.finish.next_place()
             for c in range(CORNERS):
                 amx.store(c, self.sums, place + c * (SUMS // CORNERS))
-            many = b.let(tirx.Min(self.rows_here - row_pair * ROWS, b.index(ROWS)))
+            many = b.let(tirx.Min(self.rows_here - row_pair * PAIRED_ROWS, b.index(PAIRED_ROWS)))
             self.finish.wait(many, block_row, block_tile)
         else:
             for c in range(CORNERS):
@@ -379,7 +381,7 @@ class _Unit:
 
     def _finish_some(self, block: Expr, count: int) -> None:
         """Some rows of the block that waits: all of them, by and by."""
-        rows_each = -(-ROWS // (count // INPUTS))
+        rows_each = -(-PAIRED_ROWS // (count // INPUTS))
         with b.loop(rows_each) as j:
             self.finish.row(b.let(block * rows_each + j))
 
@@ -395,7 +397,7 @@ class _Unit:
         for row in rows:
             at = row + following + block * (TILE * work.parts) + column_pair * (lines * INPUTS)
             for line in range(lines):
-                b.prefetch(self.x, at + line * INPUTS)
+                prefetch(self.x, at + line * INPUTS)
 
     def _products(
         self, block: Expr, rows: list[Expr], columns: list[Expr], between: dict[int, Callable[[], None]]

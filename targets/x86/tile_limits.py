@@ -29,11 +29,11 @@ def limit_tiles(machine: Machine, *, dtype: str) -> PrimFunc:
         with tiles.configured():
             for tile in range(TILE_SUMS):
                 tiles.zero(tile)
-            for tile in range(TILE_SUMS, tiles.TILES):
+            for tile in range(TILE_SUMS, tiles.REGISTERS):
                 tiles.load(tile, x, 0)
             with b.loop(s["end"] - s["begin"]):
                 for tile in range(TILE_SUMS):
-                    dot(tile, tiles.TILES - 2, tiles.TILES - 1)
+                    dot(tile, tiles.REGISTERS - 2, tiles.REGISTERS - 1)
             for tile in range(TILE_SUMS):
                 tiles.store(tile, out, 0)
 

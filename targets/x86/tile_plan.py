@@ -18,9 +18,9 @@ from llmc.targets.cpu.linear_problem import ManyRowsProblem, chosen, quantized_l
 from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Chooser, Rows, knob
-from llmc.targets.x86.activation_tiles import Bf16Tiles
+from llmc.targets.x86.activation_tiles import PAIRED_ROWS, Bf16Tiles
 from llmc.targets.x86.isa import isa_for
-from llmc.targets.x86.linear_tiles import PAIR, ROWS, TileWork, tile_linear
+from llmc.targets.x86.linear_tiles import PAIR, TileWork, tile_linear
 from llmc.targets.x86.tile_weights import Float, Quantized, Single, Source
 from llmc.targets.x86.tiles import INPUTS, has_tiles
 
@@ -95,8 +95,8 @@ class TileLinear(CpuTemplate[ManyRowsProblem], name="tile_linear"):
             return f"{problem.epilogue.features} features do not fill tiles of {INPUTS}"
         if self.tiles % _panel_multiple(problem):
             return f"panels of {self.tiles} weight tiles have no whole number of tiles of results"
-        if self.row_block % ROWS:
-            return f"{self.row_block} rows are no whole number of {ROWS}"
+        if self.row_block % PAIRED_ROWS:
+            return f"{self.row_block} rows are no whole number of {PAIRED_ROWS}"
         return super().refuse(problem, machine)
 
     def work(self, problem: ManyRowsProblem, machine: Machine) -> TileWork:

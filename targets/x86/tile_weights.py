@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.vectors import as_f32, load, splat
 from llmc.targets.x86.activation_tiles import bf16_parts
 from llmc.targets.x86.isa import X86Isa
 from llmc.targets.x86.tiles import INPUTS
@@ -77,28 +78,28 @@ class Quantized:
 
         def per_group(name: str) -> Expr:
             buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
-            return b.let(isa.f16_to_f32(isa.load(buffer, tile, section, 0)))
+            return b.let(as_f32(load(buffer, (tile, section, 0), isa.lanes)))
 
         scale = per_group("scales")
         # What a stored zero stands for; exact, since scales have 11 bits.
         base = per_group("minimums") if not layout.symmetric else None
         if layout.bits == 8 and layout.offset:
-            shift = scale * isa.splat(float(-layout.offset))
+            shift = scale * float(-layout.offset)
             base = b.let(shift if base is None else base + shift)
         table = b.let(_numbers(isa, layout.offset)) if layout.bits == 4 else None
 
         def value(words: Expr, bit: int) -> Expr:
-            moved = words >> isa.splat(bit, "uint32") if bit else words
+            moved = words >> bit if bit else words
             if table is not None:
                 number = isa.look_up(table, tirx.reinterpret(isa.i32, moved))
             else:
-                number = tirx.reinterpret(isa.i32, moved & isa.splat(255, "uint32")).astype(isa.f32)
+                number = tirx.reinterpret(isa.i32, moved & 255).astype(isa.f32)
             return number * scale if base is None else isa.fma(number, scale, base)
 
         rows = 2 * 8 // layout.bits  # of pairs in a vector
         vectors = CHUNK // rows
         for v in range(vectors):
-            raw = isa.load(data, tile, section, chunk * vectors + v, 0, lanes=isa.vector_bytes)
+            raw = load(data, (tile, section, chunk * vectors + v, 0), isa.vector_bytes)
             words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
             for row in range(rows):
                 # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
@@ -129,13 +130,13 @@ class Float:
             pair = section * (INPUTS // 2) + chunk * CHUNK + row
 
             def copy(row: int = row, pair: Expr = pair) -> None:
-                both = isa.load(data, tile, pair * (isa.lanes * 2), lanes=isa.lanes * 2)
+                both = load(data, (tile, pair * (isa.lanes * 2)), isa.lanes * 2)
                 put(row, tirx.reinterpret(isa.i32, both))
 
             if self.pairs % (INPUTS // 2) == 0:
                 copy()
             else:
-                b.either(pair < self.pairs, copy, lambda row=row: put(row, isa.splat(0, "int32")))  # type: ignore[misc]
+                b.either(pair < self.pairs, copy, lambda row=row: put(row, splat(0, isa.lanes, "int32")))  # type: ignore[misc]
 
 
 class Single:
@@ -155,12 +156,12 @@ class Single:
         """CHUNK pairs of rows of one tile, zeros after the last."""
         isa = self.isa
         data = b.view(handles["data"], [b.MANY, self.k, isa.lanes], "float32")
-        zero = isa.splat(0.0)
+        zero = splat(0.0, isa.lanes)
         for row in range(CHUNK):
             first = b.let(section * INPUTS + (chunk * CHUNK + row) * 2)
 
             def pairs(count: int, row: int = row, first: Expr = first) -> None:
-                loaded = [b.let(isa.load(data, tile, first + i, 0)) for i in range(count)]
+                loaded = [b.let(load(data, (tile, first + i, 0), isa.lanes)) for i in range(count)]
                 even, odd = [*loaded, *[zero] * (2 - count)]
                 for part, both in enumerate(bf16_parts(isa, even, odd, self.parts, paired=True)):
                     put(row, both, part)
@@ -182,4 +183,4 @@ def _numbers(isa: X86Isa, offset: int) -> Expr:
     from tvm import tirx
 
     lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
-    return (lane - isa.splat(offset, "int32")).astype(isa.f32)
+    return (lane - offset).astype(isa.f32)

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
+from llmc.targets.cpu import vectors
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
 
-TILES = 8
+REGISTERS = 8
 ROWS = 16
 ROW_BYTES = 64
 COLUMNS = ROW_BYTES // 4  # of f32 or i32
@@ -54,7 +55,7 @@ def configured(shapes: Mapping[int, tuple[Expr | int, int]] | None = None) -> It
 
     words: list[Expr | int] = [0] * 16
     words[0] = _PALETTE
-    for tile in range(TILES):
+    for tile in range(REGISTERS):
         rows, row_bytes = (shapes or {}).get(tile, (ROWS, ROW_BYTES))
         words[_BYTES_A_ROW_AT // 4 + tile // 2] += row_bytes << (16 * (tile % 2))
         many = rows if isinstance(rows, int) else rows.astype("int32")
@@ -62,7 +63,7 @@ def configured(shapes: Mapping[int, tuple[Expr | int, int]] | None = None) -> It
     block = b.scratch(1, "int32x16")
     flat = b.view(block.data, [16], "int32")
     for place, word in enumerate(words):
-        b.store(flat, [place], tirx.const(word, "int32") if isinstance(word, int) else word)
+        vectors.store(flat, place, tirx.const(word, "int32") if isinstance(word, int) else word)
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.ldtilecfg", tirx.address_of(flat[b.index(0)])))
     yield
     I.evaluate(tirx.call_llvm_intrin("void", "llvm.x86.tilerelease"))
