@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
@@ -250,6 +250,7 @@ class StreamedFloats(CpuTemplate[F]):
     of a step. ahead, least: see `QuantizedRows`.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(1, 4, 6, 8, 12)
     tiles: int = knob(1, 2, 4)
     slices: int = knob(1, 2, 4)
@@ -259,7 +260,8 @@ class StreamedFloats(CpuTemplate[F]):
 
     def stack_bytes(self, problem: F, machine: Machine) -> int:
         isa = isa_for(machine)
-        return arrays(*[isa.vector_bytes] * (self.rows * self.tiles * slices_of(isa, problem.layout(machine))))
+        count = self.tiles * slices_of(isa, problem.layout(machine))
+        return arrays(*[isa.vector_bytes] * (self.rows * count * (2 if self.slices < count else 1)))
 
 
 def streams(problem: AnyProblem, machine: Machine, bits: int, rows: int) -> dict[str, int]:
@@ -291,6 +293,7 @@ class FloatPanels(CpuTemplate[F]):
     terms of a step.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(2, 4, 6, 8)
     tiles: int = knob(1, 2, 4)
     slices: int = knob(1, 2, 4)

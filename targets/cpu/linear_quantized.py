@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
@@ -48,6 +48,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     microsecond of memory.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(1, 2, 4, 8)
     tiles: int = knob(1, 2)
     slices: int = knob(1, 2, 4)
@@ -185,6 +186,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     first-level cache of 32 KiB. Loads per multiply: 1/rows + 1/slices; the limit is the multipliers.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(2, 3, 4, 6, 8)
     tiles: int = knob(1, 2, 4)
     slices: int = knob(1, 2, 4)

@@ -118,7 +118,7 @@ class X86Isa(VectorIsa):
             return llvm_call(self.i32, f"llvm.x86.avx512.vpdpbusd.{self.lanes * 32}", acc, weights, activations)
         if bits == 4:
             return self.widen(acc, self.dot_narrow(weights, activations))
-        magnitude, signed = self._move_sign(weights ^ self.splat(-128, "int8"), activations)
+        magnitude, signed = self._move_sign(weights, activations)
         return self.widen(acc, self.dot_narrow(magnitude, signed))
 
     def dot_narrow(self, weights: Expr, activations: Expr) -> Expr:
@@ -131,15 +131,16 @@ class X86Isa(VectorIsa):
         name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
         return acc + llvm_call(self.i32, name, narrow, self.splat(1, "int16"))
 
-    def _move_sign(self, weights: Expr, activations: Expr) -> tuple[Expr, Expr]:
-        """(|w|, a * sign(w)): the same products, with the unsigned operand that vpmaddubsw wants."""
+    def _move_sign(self, stored: Expr, activations: Expr) -> tuple[Expr, Expr]:
+        """(|w|, a * sign(w)) of w = stored - 128: the same products, with an unsigned operand as vpmaddubsw wants."""
         from tvm import tirx
 
-        zero = self.splat(0, "int8")
-        magnitude = tirx.Select(weights < zero, zero - weights, weights)  # LLVM: vpabsb
+        weights = stored ^ self.splat(-128, "int8")
+        magnitude = llvm_call(self.i8, "llvm.abs", weights, tirx.const(False, "bool"))  # of -128: 128
         if self.lanes == 8:
             return magnitude, llvm_call(self.i8, "llvm.x86.avx2.psign.b", activations, weights)
-        return magnitude, tirx.Select(weights < zero, zero - activations, activations)  # a masked vpsubb
+        zero = self.splat(0, "int8")  # where a stored byte has its top bit, a masked vpsubb leaves the activation
+        return magnitude, tirx.Select(stored < zero, activations, zero - activations)
 
 
 # Blocks of integers were measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so that
