@@ -296,7 +296,7 @@ class FloatPanels(CpuTemplate[F]):
     version: ClassVar[int] = 2
     rows: int = knob(2, 4, 6, 8)
     tiles: int = knob(1, 2, 4)
-    slices: int = knob(1, 2, 4)
+    slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     unroll: int = knob(8, 16)
 

@@ -41,18 +41,16 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
 
     rows by slices of these tiles are multiplied at once: as many integer sums are in registers. Every weight byte comes
     from the memory once per `row_block` rows, and once per `rows` rows from a cache; few rows are limited by the read
-    bandwidth. A short block repeats the last row. memory: 1 keeps the f32 sums in memory while a group is summed.
-    unroll, chains: of the quads of a group, see `Sums.emit`. ahead: bytes from what is multiplied to what is asked for,
-    since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured best for two tiles
-    side by side, 1.5 to 8 KiB within 3%). least: bytes of weights that are worth a thread: 32 KiB are about a
-    microsecond of memory.
+    bandwidth. A short block repeats the last row. unroll, chains: of the quads of a group, see `Sums.emit`.
+    ahead: bytes from what is multiplied to what is asked for, since hardware prefetchers alone start late on the short
+    streams that tiles are (3 KiB measured best for two tiles side by side, 1.5 to 8 KiB within 3%). least: bytes of
+    weights that are worth a thread: 32 KiB are about a microsecond of memory.
     """
 
     version: ClassVar[int] = 2
     rows: int = knob(1, 2, 4, 8)
     tiles: int = knob(1, 2)
-    slices: int = knob(1, 2, 4)
-    memory: int = knob(0, 1)
+    slices: int = knob(1, 2)
     row_block: int = knob(1, 4, 8, 16)
     unroll: int = knob(*UNROLL)
     chains: int = knob(1, 2)
@@ -73,20 +71,19 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
         chains = 2 if most * tiles < 8 else 1
-        return cls(most, tiles, tiles, 0, high, unroll=8, chains=chains, ahead=3072, least=32 << 10)
+        return cls(most, tiles, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10)
 
     @classmethod
     def _sliced(cls, problem: QuantizedProblem, isa: VectorIsa, most: int, high: int) -> QuantizedRows:
         """Where a tile has several slices: up to 4 rows by two of them, in one stream, which is asked for as far ahead
         as two are. Where weights take long to be made ready, 8 rows share that, and the second slice is in a cache.
 
-        Measured on 8 lanes and 16 registers, 4 bits: f32 sums in memory make 4 rows a tenth faster. One row of 8-bit
-        weights reads a fifth to a third more of memory with 1.5 KiB than with 6 KiB."""
+        One row of 8-bit weights was measured to read a fifth to a third more of memory with 1.5 KiB than with 6 KiB."""
         shared = most == 8 and isa.dot_centre(problem.bits) != 0
         rows, slices = (8, 1) if shared else (min(most, 4), 2)
         chains = 2 if rows * slices < 8 else 1
         ahead = 1536 if rows == 1 and problem.bits == 8 else 6144
-        return cls(rows, problem.epilogue.tiles, slices, 1, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10)
+        return cls(rows, problem.epilogue.tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.bits, problem.group)
@@ -143,7 +140,8 @@ class _StreamedRows:
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
         row = b.clamped_rows(base + first, rows, tokens)
-        totals = (in_memory if self.knobs.memory else b.Registers)(tiles * each * rows, isa.f32)
+        # Beside the integer sums of two slices they would spill those: 4 rows of 4 bits took a tenth longer.
+        totals = (in_memory if each > 1 else b.Registers)(tiles * each * rows, isa.f32)
         for slot in range(tiles * each * rows):
             totals[slot] = isa.splat(0.0)
         for start, batch in batches(tile, each, self.knobs.slices):
@@ -189,7 +187,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     version: ClassVar[int] = 2
     rows: int = knob(2, 3, 4, 6, 8)
     tiles: int = knob(1, 2, 4)
-    slices: int = knob(1, 2, 4)
+    slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     panel: int = knob(8 << 10, 16 << 10, 32 << 10)
     unroll: int = knob(*UNROLL)
