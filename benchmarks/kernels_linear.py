@@ -28,6 +28,7 @@ from kernel_harness import Compiled, aligned
 from llmc.targets import machine_named, machine_names
 from llmc.targets.cpu.linear_plan import quantized_linear_plan
 from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.tile_slices import slices_of
 from llmc.targets.cpu.variants import LinearPlan
 from llmc.targets.kernel import kernel
 from llmc.targets.machine import Machine
@@ -98,7 +99,8 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
     reuse = params["row_block"] if variant.row_block else params["rows"]
     work = limits.linear_work(
         isa_for(machine),
-        tokens=tokens, tiles=layout.tiles(n), groups=groups, group=GROUP, bits=layout.bits, reuse=reuse,
+        tokens=tokens, slices=layout.tiles(n) * slices_of(isa_for(machine), layout), groups=groups, group=GROUP,
+        bits=layout.bits, reuse=reuse,
     )  # fmt: skip
     return Job(name, run, copies, copies * layout.nbytes(n, k), work * copies)
 

@@ -7,14 +7,15 @@ Every vector instruction is one of two kinds, and the rates of both are measured
 
     seconds >= max(bytes / bandwidth, heavy / rate(heavy), (heavy + light) / rate(any))
 
-What a kernel must do for one group of one tile (`lanes` result columns) and some rows, per quad of four inputs:
+What a kernel must do for one group of one slice (as many result columns as a vector has lanes) and some rows, per
+quad of four inputs:
 
     unpacking of 4-bit weights, per two quads: a shift, two masks; once for all rows that are multiplied at a time
     dot     VNNI: one heavy (`vpdpbusd`)
             else, 4 bits: `vpmaddubsw` and an i16 addition; `vpmaddwd` once a group, or (groups above 64) every 8 quads
-            else, 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a magnitude;
-            `vpmaddubsw`, `vpmaddwd`, an addition
-    scaling, per row: a conversion, two multiplications (one of them fused); per tile: the scale's conversion from f16
+            else, 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a change of its
+            top bit and a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
+    scaling, per row: a conversion, two multiplications (one of them fused); per slice: the scale's conversion from f16
 
 Loads, stores, broadcasts from memory and loop control are not counted: they have ports of their own.
 """
@@ -55,7 +56,7 @@ class Work:
         return max(self.heavy / heavy_rate, (self.heavy + self.light) / any_rate)
 
 
-def linear_work(isa: X86Isa, *, tokens: int, tiles: int, groups: int, group: int, bits: int, reuse: int) -> Work:
+def linear_work(isa: X86Isa, *, tokens: int, slices: int, groups: int, group: int, bits: int, reuse: int) -> Work:
     """A linear op of `tokens` rows. reuse: rows that share one unpacking of the weights."""
     quads = group // 4
     passes = -(-tokens // reuse)
@@ -66,10 +67,10 @@ def linear_work(isa: X86Isa, *, tokens: int, tiles: int, groups: int, group: int
         dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / UNROLL[-1]), light=quads)
     else:
         dot = Work(heavy=3 * quads, light=quads) if isa.lanes == 8 else Work(heavy=2 * quads, light=2 * quads)
-        unpack = Work(light=quads) * passes
+        unpack = Work(light=2 * quads) * passes
     scale = Work(heavy=3)
-    per_tile = unpack + Work(heavy=1) * passes + (dot + scale) * tokens
-    return per_tile * (tiles * groups)
+    per_slice = unpack + Work(heavy=1) * passes + (dot + scale) * tokens
+    return per_slice * (slices * groups)
 
 
 def read(machine: Machine):

@@ -13,7 +13,7 @@ from x86_machines import each_machine
 from llmc.compiler.encodings import GroupQuantized
 from llmc.targets.cpu.embedding import RowLayout, embedding
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
-from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vector_isa import weight_tiles
 from llmc.targets.machine import Machine
 
 MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512", "avx512vnni")]
@@ -50,7 +50,7 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
     table = np.random.default_rng(0).standard_normal((ROWS, features)).astype(FLOATS[dtype])
     expected = table[IDS].astype(np.float32) * SCALE
     assert np.array_equal(run(machine, dtype, [table], features), expected)
-    tiles = FloatLayout(dtype, isa_for(machine).lanes)
+    tiles = weight_tiles(machine).floats(dtype)
     assert np.array_equal(run(machine, tiles, list(tiles.pack(table).values()), features), expected)
 
 
@@ -70,10 +70,9 @@ def test_rows_of_quantized_tables(machine: Machine, bits: int, symmetric: bool, 
     ]
     levels = q * (32 + np.abs(q.astype(np.float64))) / 32 if bits == 6 else q.astype(np.float64)
     expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
-    isa = isa_for(machine)
     layouts: list[RowLayout | QuantizedLayout] = [RowLayout(bits, group, symmetric)]
     if bits != 6:  # the tiles of a matrix kernel have 4 or 8 bits
-        layouts.append(QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric)))
+        layouts.append(weight_tiles(machine).quantized(bits, group, symmetric))
     for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
         # An integer or level of up to 11 bits times an f16 scale is exact in f32; adding the minimum rounds once.

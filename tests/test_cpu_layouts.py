@@ -25,9 +25,9 @@ def quantized(layout: QuantizedLayout, n: int, k: int) -> dict[str, np.ndarray]:
 
 
 LAYOUTS = [
-    QuantizedLayout(bits, group, symmetric, lanes, offset, gated)
+    QuantizedLayout(bits, group, symmetric, tile_rows, offset, gated)
     for bits, symmetric, offset in [(4, True, 8), (4, False, 0), (8, True, 128), (8, True, 0), (8, False, -128)]
-    for group, lanes, gated in [(32, 8, False), (64, 16, False), (128, 16, True), (32, 8, True)]
+    for group, tile_rows, gated in [(32, 8, False), (64, 16, False), (128, 16, True), (32, 8, True)]
 ]
 
 

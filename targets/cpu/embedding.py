@@ -154,10 +154,10 @@ class RowsProblem(Problem):
 
 @dataclass(frozen=True)
 class TilesProblem(Problem):
-    """ids i32[T], table as a `FloatLayout` of `lanes` packs it, out f32[T, features]: rows times `scale`."""
+    """ids i32[T], table as a `FloatLayout` packs it, out f32[T, features]: rows times `scale`."""
 
     dtype: str
-    lanes: int
+    tile_rows: int
     features: int
     scale: float
 
@@ -166,14 +166,14 @@ class TilesProblem(Problem):
 class QuantizedProblem(Problem):
     """ids i32[T], data u8, scales f16, [minimums f16 (asymmetric)], out f32[T, features]: rows times `scale`.
 
-    lanes = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s, with tiles of `lanes` rows.
+    tile_rows = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s.
     """
 
     bits: int
     group: int
     symmetric: bool
     offset: int
-    lanes: int
+    tile_rows: int
     features: int
     scale: float
 
@@ -229,13 +229,13 @@ def embedding(
         if layout not in _STORAGE:
             raise ValueError(f"no embedding from rows of {layout!r}; known: {', '.join(_STORAGE)}")
         return EmbeddingRows, RowsProblem(layout, features, float(scale))
-    lanes = 0 if isinstance(layout, RowLayout) else layout.lanes
-    if lanes and getattr(layout, "gated", False):
+    tile_rows = 0 if isinstance(layout, RowLayout) else layout.tile_rows
+    if tile_rows and getattr(layout, "gated", False):
         raise ValueError("a gated layout is no embedding table")
     if isinstance(layout, FloatLayout):
-        return EmbeddingTiles, TilesProblem(layout.dtype, lanes, features, float(scale))
+        return EmbeddingTiles, TilesProblem(layout.dtype, tile_rows, features, float(scale))
     return EmbeddingQuantized, QuantizedProblem(
-        layout.bits, layout.group, layout.symmetric, layout.offset, lanes, features, float(scale)
+        layout.bits, layout.group, layout.symmetric, layout.offset, tile_rows, features, float(scale)
     )
 
 
@@ -251,17 +251,17 @@ def _rows(lanes: int, dtype: str, features: int, scale: float) -> PrimFunc:
     return range_kernel([("ids", "int32"), ("table", _STORAGE[dtype]), ("out", "float32")], [], unit)
 
 
-def _tiles(dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
+def _tiles(dtype: str, tile_rows: int, features: int, scale: float) -> PrimFunc:
     inputs = 2 if dtype == "bf16" else 1  # consecutive inputs of a lane
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
         row = integer(load(a.ids, token))
         depth = -(-features // inputs)
-        tile = divide(row, lanes) * (depth * lanes) + remainder(row, lanes)
+        tile = divide(row, tile_rows) * (depth * tile_rows) + remainder(row, tile_rows)
         source, target = pin(tile * inputs), pin(token * features)
 
         def element(i: Expr | int, width: int) -> None:
-            value = as_f32(load(a.table, source + i * (lanes * inputs), width))
+            value = as_f32(load(a.table, source + i * (tile_rows * inputs), width))
             store(a.out, target + i * inputs, _scaled(value, scale))
 
         with loop(features // inputs) as i:
@@ -273,18 +273,18 @@ def _tiles(dtype: str, lanes: int, features: int, scale: float) -> PrimFunc:
 
 
 def _quantized(
-    vector: int, bits: int, group: int, symmetric: bool, offset: int, lanes: int, features: int, scale: float
+    vector: int, bits: int, group: int, symmetric: bool, offset: int, tile_rows: int, features: int, scale: float
 ) -> PrimFunc:
     from tvm import tirx
 
     groups = -(-features // group)
     group_bytes = group * bits // 8
     bent = bits == BENT_BITS
-    stride = lanes or 1  # elements from one group's scale to the next
+    stride = tile_rows or 1  # elements from one group's scale to the next
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
         row, target = integer(load(a.ids, token)), pin(token * features)
-        tile, lane = (pin(divide(row, lanes)), pin(remainder(row, lanes))) if lanes else (row, index(0))
+        tile, lane = (pin(divide(row, tile_rows)), pin(remainder(row, tile_rows))) if tile_rows else (row, index(0))
         first_scale = pin(tile * (groups * stride) + lane)
         first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
 
@@ -301,8 +301,8 @@ def _quantized(
                 store(out, at + i, value if minimum is None else value + minimum)
 
             base = pin(first_byte + g * (group_bytes * stride))
-            if lanes:
-                _lane_group(a.data, base, lanes, group, bits, write)
+            if tile_rows:
+                _lane_group(a.data, base, tile_rows, group, bits, write)
             else:
                 _row_group(a.data, base, vector, group, bits, write)
 
@@ -368,11 +368,11 @@ def _field(packed: Expr, shift: int, bits: int) -> Expr:
 
 
 def _lane_group(
-    data: Buffer, base: Expr, lanes: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
+    data: Buffer, base: Expr, tile_rows: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
     """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
     quads = 8 // bits  # quads of inputs in four bytes
     with loop(group * bits // 32) as v:
-        stored = let(load(data, base + v * (lanes * 4), 4))
+        stored = let(load(data, base + v * (tile_rows * 4), 4))
         for number in range(quads):
             write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits), 4)

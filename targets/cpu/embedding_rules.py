@@ -10,10 +10,8 @@ from llmc.compiler.ir.llm import Embed, Linear
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Gather
 from llmc.targets.cpu.embedding import ROW_BITS, Layout, RowLayout, embedding
-from llmc.targets.cpu.layouts import FloatLayout
-from llmc.targets.cpu.linear_problem import quantized_layout
 from llmc.targets.cpu.plain import RULES, plain_call, used_symbols
-from llmc.targets.cpu.vector_isa import isa_for, missing_vectors
+from llmc.targets.cpu.vector_isa import missing_vectors, weight_tiles
 from llmc.targets.kernel import Call, Packed, Scratch
 from llmc.targets.lowering import Context, Lowered
 
@@ -25,11 +23,11 @@ def table_layout(table: Value, context: Context) -> Layout | str:
     shared = _is_shared(table, context)
     encoding = table.tensor.encoding
     if encoding is None:
-        return FloatLayout(table.dtype, isa_for(context.machine).lanes) if shared else table.dtype
+        return weight_tiles(context.machine).floats(table.dtype) if shared else table.dtype
     bits, group = int(getattr(encoding, "bits", 0)), int(getattr(encoding, "group", 0))
     symmetric = bool(getattr(encoding, "symmetric", True))
     if shared:
-        return quantized_layout(context.machine, bits, group, symmetric, False)
+        return weight_tiles(context.machine).quantized(bits, group, symmetric)
     return RowLayout(bits, group, symmetric)
 
 

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 class Block:
     """One unit of work while its body is emitted.
 
-    tile: the panel's weight tiles; a short last panel repeats the last tile. first_row, blocks: the unit's rows, in
-    `blocks` register blocks. totals: f32 vectors [row_block, tiles], zero at first, written out when the body ends.
+    tile: the panel's weight tiles; a short last panel repeats the last tile. each: slices of a tile. first_row, blocks:
+    the unit's rows, in `blocks` register blocks. totals: f32 vectors [row_block, slices], zero at first, written out
+    when the body ends.
     """
 
     tile: list[Expr]
+    each: int
     first_tile: Expr
     first_row: Expr
     blocks: Expr
@@ -38,6 +40,7 @@ def each_block(
     handles: Mapping[str, Expr],
     sizes: Mapping[str, Expr],
     *,
+    tile_rows: int,
     all_tiles: int,
     rows: int,
     tiles: int,
@@ -52,7 +55,8 @@ def each_block(
     if row_block % rows or tiles % epilogue.tiles:
         raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
     tokens = sizes["T"]
-    totals = b.scratch([row_block, tiles], isa.f32)
+    each = tile_rows // isa.lanes
+    totals = b.scratch([row_block, tiles * each], isa.f32)
     row_blocks = b.let((tokens + (row_block - 1)) // row_block)
     with b.loop(sizes["end"] - sizes["begin"]) as i:
         unit = b.let(sizes["begin"] + i)
@@ -62,14 +66,17 @@ def each_block(
         here = b.let(tirx.Min(tokens - first_row, b.index(row_block)))
         blocks = b.let((here + (rows - 1)) // rows)
         with b.loop(blocks * rows) as m:
-            for t in range(tiles):
-                store(totals, (m, t), splat(0.0, isa.lanes))
+            for s in range(tiles * each):
+                store(totals, (m, s), splat(0.0, isa.lanes))
 
-        yield Block(tile, first_tile, first_row, blocks, totals)
+        yield Block(tile, each, first_tile, first_row, blocks, totals)
 
         with b.loop(here) as m:
             for t in range(0, tiles, epilogue.tiles):
                 with b.when(first_tile + t < all_tiles):  # a repeated tile is stored once
-                    sums = [totals[m, t + j] for j in range(epilogue.tiles)]
                     column = b.let((first_tile + t) // epilogue.tiles)
-                    epilogue.emit(isa, handles, first_row + m, column, sums)
+
+                    def sums(number: int, t: int = t) -> list[Expr]:
+                        return [totals[m, (t + j) * each + number] for j in range(epilogue.tiles)]
+
+                    epilogue.emit_tile(isa, tile_rows, handles, first_row + m, column, sums)

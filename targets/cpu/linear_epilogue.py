@@ -6,7 +6,7 @@ gated:  out = act(gate + bias[:F]) * (up + bias[F:]) + residual
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,25 @@ class Epilogue:
         out = b.view(handles["out"], [b.MANY, self.features], "float32")
         first, count = self._features_of(isa, column)
         store(out, (row, first), self.value(isa, handles, row, column, sums), count)
+
+    def emit_tile(
+        self,
+        isa: VectorIsa,
+        tile_rows: int,
+        handles: Mapping[str, Expr],
+        row: Expr,
+        tile: Expr,
+        sums: Callable[[int], Sequence[Expr]],
+    ) -> None:
+        """Finish all vectors of tile `tile` of the result, as far as there are features; sums: those of a slice."""
+        slices = tile_rows // isa.lanes
+        for number in range(slices):
+            column = tile * slices + number
+            if number and self.features % tile_rows:
+                with b.when(column * isa.lanes < self.features):
+                    self.emit(isa, handles, row, column, sums(number))
+            else:
+                self.emit(isa, handles, row, column, sums(number))
 
     def value(self, isa: VectorIsa, handles: Mapping[str, Expr], row: Expr, column: Expr, sums: Sequence[Expr]) -> Expr:
         """What `emit` stores. Lanes past the last feature hold anything."""

@@ -9,145 +9,31 @@ out f32 [T, features]; T, begin, end). x is f32 [T, k], or bf16 bits u16 [T, 2 *
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
-from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.float_operands import Activations, AnyWeights, DequantizedWeights, FloatWeights
 from llmc.targets.cpu.linear_blocks import each_block
-from llmc.targets.cpu.linear_problem import FloatProblem, LinearProblem, QuantizedProblem, refuse_blocks
-from llmc.targets.cpu.vector_isa import Bf16Dots, VectorIsa, isa_for
-from llmc.targets.cpu.vectors import as_f32, load, prefetch, splat, store
+from llmc.targets.cpu.linear_problem import FloatProblem, QuantizedProblem, panel_tiles, refuse_blocks
+from llmc.targets.cpu.tile_slices import TileSlice, batches, in_memory, slices_of, tile_slices
+from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.vectors import prefetch, splat, store
 from llmc.targets.machine import Machine
-from llmc.targets.template import ANY_ROWS, P, Rows, knob
+from llmc.targets.template import ANY_ROWS, Rows, knob
 
 if TYPE_CHECKING:
-    from tvm.tirx import Buffer, Expr, PrimFunc
+    from tvm.tirx import Expr, PrimFunc
 
 LATENCY_BYTES = 64  # of weights that are multiplied in four cycles, at least: what no core reads from memory
 
-# (first term of the part, how many of its vectors) -> vectors, one a term
-Vectors = Callable[["Expr", int], list["Expr"]]
+AnyProblem: TypeAlias = FloatProblem | QuantizedProblem
+F = TypeVar("F", FloatProblem, QuantizedProblem)
 
 
-class _FloatWeights:
-    """f32, f16 or bf16 weights as vectors of `lanes` rows, one for each *term* of the sum.
-
-    A term is one input, or a pair of inputs where bf16 pairs are multiplied. `bundle` terms share a load of
-    `bundle_bytes`; a tile has `tile_bytes`.
-    """
-
-    def __init__(self, isa: VectorIsa, layout: FloatLayout, n: int, k: int, pairs: bool, part: int) -> None:
-        self.isa, self.layout, self.n, self.k = isa, layout, n, k
-        self.dots = isa.bf16_dots if pairs else None
-        self.terms = -(-k // 2) if pairs else k
-        self.part = part
-        self.bundle = 2 if layout.dtype == "bf16" and not pairs else 1
-        self.bundle_bytes = isa.lanes * (2 if layout.dtype == "f16" else 4)
-        self.tile_bytes = -(-self.terms // self.bundle) * self.bundle_bytes
-
-    def pointers(self) -> list[tuple[str, str]]:
-        return [("data", str(self.layout.arrays(self.n, self.k)["data"][1]))]
-
-    def at(self, handles: Mapping[str, Expr], tile: Expr, part: Expr) -> Vectors:
-        """The vectors of one part of one tile."""
-        from tvm import tirx
-
-        isa, ((_, *shape), dtype) = self.isa, self.layout.arrays(self.n, self.k)["data"]
-        data = b.view(handles["data"], [b.MANY, *shape], str(dtype))
-        first = part * self.part
-
-        def vectors(term: Expr, count: int) -> list[Expr]:
-            if self.layout.dtype == "f32":
-                return [load(data, (tile, first + term, 0), isa.lanes)]
-            if self.layout.dtype == "f16":
-                return [as_f32(load(data, (tile, first + term, 0), isa.lanes))]
-            pair = first + term if self.dots else (first + term) // 2
-            flat = b.view(handles["data"], [b.MANY, shape[0], isa.lanes * 2], "uint16")
-            both = b.let(tirx.reinterpret(isa.i32, load(flat, (tile, pair, 0), isa.lanes * 2)))
-            return [both] if self.dots else [isa.bf16_pair_to_f32(both, odd=i == 1) for i in range(count)]
-
-        return vectors
-
-
-class _DequantizedWeights:
-    """Weights of 4 or 8 bits as f32 vectors: of a vector of bytes, lane by lane, byte by byte."""
-
-    def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
-        self.isa, self.layout, self.k = isa, layout, k
-        self.terms, self.part, self.bundle = k, layout.group, 32 // layout.bits
-        self.bundle_bytes = isa.vector_bytes
-        self.tile_bytes = layout.groups(k) * layout.vectors * isa.vector_bytes
-        self.dots: Bf16Dots | None = None
-
-    def pointers(self) -> list[tuple[str, str]]:
-        minimums = [] if self.layout.symmetric else [("minimums", "float16")]
-        return [("data", "uint8"), ("scales", "float16"), *minimums]
-
-    def at(self, handles: Mapping[str, Expr], tile: Expr, part: Expr) -> Vectors:
-        """The vectors of one group of one tile."""
-        from tvm import tirx
-
-        isa, layout, groups = self.isa, self.layout, self.layout.groups(self.k)
-        data = b.view(handles["data"], [b.MANY, groups, layout.vectors, isa.vector_bytes], "uint8")
-
-        def per_group(name: str) -> Expr:
-            buffer = b.view(handles[name], [b.MANY, groups, isa.lanes], "float16")
-            return b.let(as_f32(load(buffer, (tile, part, 0), isa.lanes)))
-
-        scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
-        # Stored bytes are signed where the machine wants them so; flipping the top bit makes them unsigned, 128 up.
-        signed = layout.bits == 8 and isa.signed_bytes
-        offset = layout.offset + (128 if signed else 0)
-
-        def vectors(term: Expr, count: int) -> list[Expr]:
-            raw = load(data, (tile, part, term // self.bundle, 0), isa.vector_bytes)
-            if signed:
-                raw = raw ^ 128
-            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
-            return [value(words, i) for i in range(count)]
-
-        def value(words: Expr, position: int) -> Expr:
-            # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
-            shift = position % 4 * 8 + position // 4 * 4
-            bits = (words >> shift) & ((1 << layout.bits) - 1)
-            # 2^23 + an integer below 2^23 has the integer as its low bits: no conversion, and the offset comes free.
-            number = tirx.reinterpret(isa.f32, bits | 0x4B000000) - (8388608.0 + offset)
-            return number * scale if minimum is None else isa.fma(number, scale, minimum)
-
-        return vectors
-
-
-_Weights = _FloatWeights | _DequantizedWeights
-
-
-class _Activations:
-    """The other factor: one activation, or one pair, in every lane."""
-
-    def __init__(self, isa: VectorIsa, k: int, dots: Bf16Dots | None, handle: Expr) -> None:
-        self.isa, self.dots = isa, dots
-        dtype, width = ("uint16", -(-k // 2) * 2) if dots else ("float32", k)
-        self.buffer: Buffer = b.view(handle, [b.MANY, width], dtype)
-
-    def spread(self, row: Expr, term: Expr) -> Expr:
-        """The activation, or the pair, of this term in every lane."""
-        from tvm import tirx
-
-        if self.dots is None:
-            return splat(self.buffer[row, term], self.isa.lanes)
-        pair = tirx.reinterpret("int32", load(self.buffer, (row, term * 2), 2))
-        return tirx.Broadcast(pair, self.isa.lanes)
-
-    def multiply(self, total: Expr, weights: Expr, spread: Expr) -> Expr:
-        """total + weights * activations."""
-        if self.dots is not None:
-            return self.dots.dot(total, weights, spread)
-        return self.isa.fma(spread, weights, total)
-
-
-def _function(weights: _Weights, problem: LinearProblem, body: Callable[..., None]) -> PrimFunc:
+def _function(weights: AnyWeights, problem: AnyProblem, body: Callable[..., None]) -> PrimFunc:
     pointers = [("x", "uint16" if weights.dots else "float32"), *weights.pointers(), *problem.epilogue.pointers()]
     return b.plain_function(pointers, ["T"], body, b.ORDER_HELPER + (weights.dots.helper if weights.dots else ""))
 
@@ -179,7 +65,9 @@ def _bundles(first: Expr, count: int, size: int) -> Iterator[tuple[Expr, int, in
 class _Stream:
     """Prefetches of one tile, `distance` bytes before its bytes are multiplied."""
 
-    def __init__(self, handles: Mapping[str, Expr], weights: _Weights, tile: Expr, streams: int, distance: int) -> None:
+    def __init__(
+        self, handles: Mapping[str, Expr], weights: AnyWeights, tile: Expr, streams: int, distance: int
+    ) -> None:
         self.data, self.distance = b.view(handles["data"], [b.MANY], "uint8"), distance
         self.weights, self.start, self.streams = weights, b.let(tile * weights.tile_bytes), streams
 
@@ -204,55 +92,94 @@ class _Stream:
         return ask
 
 
-def _rows_kernel(problem: LinearProblem, weights: _Weights, knobs: StreamedFloats[P]) -> PrimFunc:
+@dataclass(frozen=True)
+class _Unit:
+    """A work unit of `StreamedFloats` while its code is emitted. row: indices in x; streams: of every tile; totals: by
+    slice and row."""
+
+    x: Activations
+    handles: Mapping[str, Expr]
+    row: Sequence[Expr]
+    streams: Sequence[_Stream]
+    totals: b.Registers
+
+
+@dataclass(frozen=True)
+class _Rows:
     """The code of `StreamedFloats`."""
-    isa, epilogue, all_tiles = weights.isa, problem.epilogue, weights.layout.tiles(problem.n)
-    rows, tiles = knobs.rows, knobs.tiles
 
-    def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        x = _Activations(isa, weights.k, weights.dots, handles["x"])
+    problem: AnyProblem
+    weights: AnyWeights
+    knobs: StreamedFloats[Any]  # of the problem's kind
+
+    def function(self) -> PrimFunc:
+        return _function(self.weights, self.problem, self.body)
+
+    def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
+        weights, rows, tiles = self.weights, self.knobs.rows, self.knobs.tiles
+        x = Activations(weights.isa, weights.k, weights.dots, handles["x"])
         with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop((sizes["T"] + (rows - 1)) // rows) as block:
-            unit(x, handles, sizes["T"], b.let((sizes["begin"] + i) * tiles), block * rows)
+            self.unit(x, handles, sizes["T"], b.let((sizes["begin"] + i) * tiles), block * rows)
 
-    def unit(x: _Activations, handles: Mapping[str, Expr], tokens: Expr, first_tile: Expr, first_row: Expr) -> None:
+    def unit(self, x: Activations, handles: Mapping[str, Expr], tokens: Expr, first_tile: Expr, first: Expr) -> None:
+        """Rows from `first` on, times the tiles from `first_tile` on."""
         from tvm import tirx
 
+        isa, epilogue, layout = self.weights.isa, self.problem.epilogue, self.weights.layout
+        rows, tiles, each = self.knobs.rows, self.knobs.tiles, slices_of(isa, layout)
+        all_tiles = layout.tiles(self.problem.n)
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
-        row = b.clamped_rows(first_row, rows, tokens)
-        totals = b.Registers(tiles * rows, isa.f32)
+        row = b.clamped_rows(first, rows, tokens)
+        totals = b.Registers(tiles * each * rows, isa.f32)
         for slot in range(len(totals.slots)):
             totals[slot] = splat(0.0, isa.lanes)
-        streams = [_Stream(handles, weights, tile[t], tiles, knobs.ahead) for t in range(tiles)]
-        for part, terms in _parts(weights.terms, weights.part):
-            sources = [weights.at(handles, tile[t], part) for t in range(tiles)]
-            for first, count in _steps(terms, knobs.unroll):
-                ahead = [stream.ahead(part * weights.part + first) for stream in streams]
-                for term, place, size in _bundles(first, count, weights.bundle):
-                    vectors = []
-                    for t in range(tiles):
-                        ahead[t](place)
-                        vectors.append(sources[t](term, size))
-                    for j in range(size):
-                        at = part * weights.part + term + j
-                        w = [b.let(vectors[t][j]) for t in range(tiles)]
-                        for m in range(rows):
-                            # Shared by tiles; one tile multiplies straight from memory.
-                            spread = x.spread(row[m], at)
-                            spread = b.let(spread) if tiles > 1 else spread
-                            for t in range(tiles):
-                                slot = t * rows + m
-                                totals[slot] = x.multiply(totals[slot], w[t], spread)
+        several = self.knobs.slices < tiles * each
+        finished = in_memory(tiles * each * rows, isa.f32) if several else totals
+        streams = [
+            _Stream(handles, self.weights, at, max(1, self.knobs.slices // each), self.knobs.ahead) for at in tile
+        ]
+        for start, batch in batches(tile, each, self.knobs.slices):
+            self.multiply(_Unit(x, handles, row, streams, totals), start, batch)
+            for slot in range(start * rows, (start + len(batch)) * rows) if several else ():
+                finished[slot] = totals[slot]
         for t in range(0, tiles, epilogue.tiles):
             for m in range(rows):
-                with b.when(tirx.And(first_row + m < tokens, first_tile + t < all_tiles)):
-                    sums = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
-                    epilogue.emit(isa, handles, row[m], (first_tile + t) // epilogue.tiles, sums)
 
-    return _function(weights, problem, body)
+                def sums(number: int, t: int = t, m: int = m) -> list[Expr]:
+                    return [finished[((t + j) * each + number) * rows + m] for j in range(epilogue.tiles)]
+
+                with b.when(tirx.And(first + m < tokens, first_tile + t < all_tiles)):
+                    column = (first_tile + t) // epilogue.tiles
+                    epilogue.emit_tile(isa, layout.tile_rows, handles, row[m], column, sums)
+
+    def multiply(self, unit: _Unit, start: int, batch: Sequence[TileSlice]) -> None:
+        """All terms of the unit's slices from `start` on."""
+        weights, rows, totals = self.weights, self.knobs.rows, unit.totals
+        for part, terms in _parts(weights.terms, weights.part):
+            sources = [weights.at(unit.handles, at, part) for at in batch]
+            for first, count in _steps(terms, self.knobs.unroll):
+                ahead = [
+                    None if at.number else unit.streams[at.place].ahead(part * weights.part + first) for at in batch
+                ]
+                for term, place, size in _bundles(first, count, weights.bundle):
+                    vectors = []
+                    for source, ask in zip(sources, ahead, strict=True):
+                        if ask is not None:
+                            ask(place)
+                        vectors.append(source(term, size))
+                    for j in range(size):
+                        w = [b.let(vector[j]) for vector in vectors]
+                        for m in range(rows):
+                            # Shared by slices; one slice multiplies straight from memory.
+                            spread = unit.x.spread(unit.row[m], part * weights.part + term + j)
+                            spread = b.let(spread) if len(batch) > 1 else spread
+                            for s in range(len(batch)):
+                                slot = (start + s) * rows + m
+                                totals[slot] = unit.x.multiply(totals[slot], w[s], spread)
 
 
-def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> Expr:
+def _following(weights: AnyWeights, first_tile: Expr, part: Expr, tiles: int) -> Expr:
     """Where the part begins that a panel unpacks after this one, in its first tile: at last the next panel's first."""
     from tvm import tirx
 
@@ -261,99 +188,125 @@ def _following(weights: _Weights, first_tile: Expr, part: Expr, tiles: int) -> E
     return first_tile * weights.tile_bytes + tirx.Select(ended, b.index(tiles * weights.tile_bytes), inside)
 
 
-def _blocks_kernel(problem: LinearProblem, weights: _Weights, knobs: FloatPanels[P]) -> PrimFunc:
+def _blocks_kernel(problem: AnyProblem, weights: AnyWeights, knobs: FloatPanels[F]) -> PrimFunc:
     """The code of `FloatPanels`."""
-    isa, epilogue, all_tiles = weights.isa, problem.epilogue, weights.layout.tiles(problem.n)
+    isa, layout, each = weights.isa, weights.layout, slices_of(weights.isa, weights.layout)
     rows, tiles, row_block, unroll = knobs.rows, knobs.tiles, knobs.row_block, knobs.unroll
     lines = -(-unroll // weights.bundle * weights.bundle_bytes // isa.cache_line) * tiles  # of a step, in all tiles
 
     def body(handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        x, tokens = _Activations(isa, weights.k, weights.dots, handles["x"]), sizes["T"]
+        x, tokens = Activations(isa, weights.k, weights.dots, handles["x"]), sizes["T"]
         data = b.view(handles["data"], [b.MANY], "uint8")
-        panel = b.scratch([tiles, weights.part], isa.i32 if weights.dots else isa.f32)
+        panel = b.scratch([tiles * each, weights.part], isa.i32 if weights.dots else isa.f32)
         walk = each_block(
-            isa, epilogue, handles, sizes, all_tiles=all_tiles, rows=rows, tiles=tiles, row_block=row_block
+            isa,
+            problem.epilogue,
+            handles,
+            sizes,
+            tile_rows=layout.tile_rows,
+            all_tiles=layout.tiles(problem.n),
+            rows=rows,
+            tiles=tiles,
+            row_block=row_block,
         )
         with walk as unit:
             totals = unit.totals
             for part, terms in _parts(weights.terms, weights.part):
-                for t in range(tiles):
-                    source = weights.at(handles, unit.tile[t], part)
-                    for first, count in _steps(terms, unroll):
-                        for term, _, size in _bundles(first, count, weights.bundle):
+                for s, at in enumerate(tile_slices(unit.tile, each)):
+                    source = weights.at(handles, at, part)
+                    for first, steps in _steps(terms, unroll):
+                        for term, _, size in _bundles(first, steps, weights.bundle):
                             for j, vector in enumerate(source(term, size)):
-                                store(panel, (t, term + j), vector)
+                                store(panel, (s, term + j), vector)
                 share = b.let((lines + unit.blocks - 1) // unit.blocks)
                 following = b.let(_following(weights, unit.first_tile, part, tiles))
                 with b.loop(unit.blocks) as block:
                     row = b.clamped_rows(unit.first_row + block * rows, rows, tokens)
-                    sums = b.Registers(rows * tiles, isa.f32)
-                    for slot in range(rows * tiles):
-                        sums[slot] = totals[block * rows + slot % rows, slot // rows]
-                    for first, count in _steps(terms, unroll):
-                        with b.loop(share) as i:
-                            line = b.let(block * share + i)
-                            at = first // weights.bundle * weights.bundle_bytes + line // tiles * isa.cache_line
-                            prefetch(data, following + line % tiles * weights.tile_bytes + at)
-                        for j in range(count):
-                            for slot in range(rows * tiles):
-                                w = panel[slot // rows, first + j]
-                                at = part * weights.part + first + j
-                                sums[slot] = x.multiply(sums[slot], w, x.spread(row[slot % rows], at))
-                    for slot in range(rows * tiles):
-                        store(totals, (block * rows + slot % rows, slot // rows), sums[slot])
+                    for start in range(0, tiles * each, knobs.slices):
+                        sums = b.Registers(rows * knobs.slices, isa.f32)
+                        for slot in range(rows * knobs.slices):
+                            sums[slot] = totals[block * rows + slot % rows, start + slot // rows]
+                        for first, steps in _steps(terms, unroll):
+                            if start == 0:
+                                with b.loop(share) as i:
+                                    line = b.let(block * share + i)
+                                    at = first // weights.bundle * weights.bundle_bytes + line // tiles * isa.cache_line
+                                    prefetch(data, following + line % tiles * weights.tile_bytes + at)
+                            for j in range(steps):
+                                for slot in range(rows * knobs.slices):
+                                    w = panel[start + slot // rows, first + j]
+                                    at = part * weights.part + first + j
+                                    sums[slot] = x.multiply(sums[slot], w, x.spread(row[slot % rows], at))
+                        for slot in range(rows * knobs.slices):
+                            store(totals, (block * rows + slot % rows, start + slot // rows), sums[slot])
 
     return _function(weights, problem, body)
 
 
 @dataclass(frozen=True)
-class StreamedFloats(CpuTemplate[P]):
+class StreamedFloats(CpuTemplate[F]):
     """Any T, `rows` at a time. One unit: `tiles` tiles, streamed side by side: several streams keep more of the memory
-    busy. The limit is the memory's read bandwidth. Each sum adds its terms in order, as in blocks of rows, so that a
-    row has the same bits beside any number of others. unroll: terms of a step. ahead, least: see `QuantizedRows`.
+    busy. rows by slices of these tiles are multiplied at once. The limit is the memory's read bandwidth. Each sum adds
+    its terms in order, as in blocks of rows, so that a row has the same bits beside any number of others. unroll: terms
+    of a step. ahead, least: see `QuantizedRows`.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(1, 4, 6, 8, 12)
     tiles: int = knob(1, 2, 4)
+    slices: int = knob(1, 2, 4)
     unroll: int = knob(8, 16)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
 
-    def stack_bytes(self, problem: P, machine: Machine) -> int:
-        return arrays(*[isa_for(machine).vector_bytes] * (self.rows * self.tiles))
+    def stack_bytes(self, problem: F, machine: Machine) -> int:
+        isa = isa_for(machine)
+        count = self.tiles * slices_of(isa, problem.layout(machine))
+        return arrays(*[isa.vector_bytes] * (self.rows * count * (2 if self.slices < count else 1)))
 
 
-def streams(problem: LinearProblem, isa: VectorIsa, bits: int, rows: int) -> int:
-    """Tiles side by side of a kernel for up to so many rows: two streams, if the sums leave registers for the weights.
+def streams(problem: AnyProblem, machine: Machine, bits: int, rows: int) -> dict[str, int]:
+    """rows, tiles, slices and ahead of a kernel for up to so many rows: two streams, if sums leave room for weights.
 
     Measured out of cache, f32 and bf16: one row reads a third more with two than with one, and as much with four. One
-    row has one sum a tile, and a sum takes one term every four cycles: short terms come in four tiles, so that this is
-    no slower than the memory.
+    row has one sum a slice, and a sum takes one term every four cycles: short terms come in four slices, so that this
+    is no slower than the memory. Two slices of one tile are one stream, whose prefetches go twice as far ahead; 8 rows
+    by two slices would not fit 16 registers, and are multiplied as 4 and 4 (a tenth to a third faster than 8 by one).
     """
+    isa, least = isa_for(machine), problem.epilogue.tiles
+    each, ahead = slices_of(isa, problem.layout(machine)), 3072
     if rows == 1:
-        return min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
-    return 2 if problem.gated or 2 * rows <= isa.registers - 4 else 1
+        slices = min(4, max(2, LATENCY_BYTES * 8 // (bits * isa.lanes)))
+    elif each == 1:
+        slices = 2 if problem.gated or 2 * rows <= isa.registers - 4 else 1
+    else:
+        rows, slices, ahead = rows if 2 * rows <= isa.registers - 4 else 4, 2, 6144
+    return {"rows": rows, "tiles": max(least, slices // each), "slices": slices, "ahead": ahead}
 
 
 @dataclass(frozen=True)
-class FloatPanels(CpuTemplate[P]):
+class FloatPanels(CpuTemplate[F]):
     """Prefill. One unit: `row_block` rows by a panel of `tiles` tiles; consecutive units share the panel.
 
-    A part of the panel is made f32 once for all rows of the block; rows x tiles sums are in registers while a part
-    lasts. Loads per multiply: 1/rows + 1/tiles. The limit is the multipliers; of up to some 30 rows it is the memory,
+    A part of the panel is made f32 once for all rows of the block; rows x slices sums are in registers while a part
+    lasts. Loads per multiply: 1/rows + 1/slices. The limit is the multipliers; of up to some 30 rows it is the memory,
     so the next part is asked for evenly while this one is multiplied: 24 to 35% faster at 13 to 48 rows of f32. unroll:
     terms of a step.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(2, 4, 6, 8)
-    tiles: int = knob(2, 4)
+    tiles: int = knob(1, 2, 4)
+    slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     unroll: int = knob(8, 16)
 
-    def panel_bytes(self, part: int, isa: VectorIsa) -> int:
+    def panel_bytes(self, part: int, problem: AnyProblem, machine: Machine) -> int:
         """Bytes of stack, of parts of so many terms."""
-        sums = [isa.vector_bytes] * (2 * self.rows * self.tiles)  # of whole parts, and of the last one
-        return arrays(isa.vector_bytes * self.tiles * part, isa.vector_bytes * self.row_block * self.tiles, *sums)
+        isa = isa_for(machine)
+        vectors = self.tiles * slices_of(isa, problem.layout(machine))
+        sums = [isa.vector_bytes] * (2 * self.rows * vectors)  # of whole parts, and of the last one
+        return arrays(isa.vector_bytes * vectors * part, isa.vector_bytes * self.row_block * vectors, *sums)
 
 
 def _refuse_pairs(problem: FloatProblem, machine: Machine) -> str:
@@ -368,8 +321,8 @@ def _refuse_unroll(unroll: int, part: int, bundle: int) -> str:
     return ""
 
 
-def _float_weights(problem: FloatProblem, machine: Machine, part: int) -> _FloatWeights:
-    return _FloatWeights(isa_for(machine), problem.layout(machine), problem.n, problem.k, problem.pairs, part)
+def _float_weights(problem: FloatProblem, machine: Machine, part: int) -> FloatWeights:
+    return FloatWeights(isa_for(machine), problem.layout(machine), problem.n, problem.k, problem.pairs, part)
 
 
 @dataclass(frozen=True)
@@ -380,20 +333,19 @@ class FloatRows(StreamedFloats[FloatProblem], name="float_linear_rows"):
 
     @classmethod
     def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatRows:
-        most = rows[1] or 1
-        tiles = streams(problem, isa_for(machine), 32 if problem.dtype == "f32" else 16, most)
-        return cls(most, tiles, unroll=8, ahead=3072, least=32 << 10, part=64)
+        blocks = streams(problem, machine, 32 if problem.dtype == "f32" else 16, rows[1] or 1)
+        return cls(**blocks, unroll=8, least=32 << 10, part=64)
 
     def refuse(self, problem: FloatProblem, machine: Machine) -> str:
         return (
             _refuse_pairs(problem, machine)
-            or refuse_blocks(problem.epilogue, self.rows, self.tiles, self.rows)
+            or refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.rows)
             or _refuse_unroll(self.unroll, self.part, 2)
             or super().refuse(problem, machine)
         )
 
     def build(self, problem: FloatProblem, machine: Machine) -> PrimFunc:
-        return _rows_kernel(problem, _float_weights(problem, machine, self.part), self)
+        return _Rows(problem, _float_weights(problem, machine, self.part), self).function()
 
 
 @dataclass(frozen=True)
@@ -404,18 +356,19 @@ class FloatBlocks(FloatPanels[FloatProblem], name="float_linear_blocks"):
 
     @classmethod
     def default(cls, problem: FloatProblem, machine: Machine, rows: Rows = ANY_ROWS) -> FloatBlocks:
-        return cls(**vars(isa_for(machine).float_blocks), unroll=8, part=64)
+        blocks = isa_for(machine).float_blocks
+        return cls(**vars(blocks), tiles=panel_tiles(problem, machine, blocks), unroll=8, part=64)
 
     def refuse(self, problem: FloatProblem, machine: Machine) -> str:
         return (
             _refuse_pairs(problem, machine)
-            or refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            or refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or _refuse_unroll(self.unroll, self.part, 2)
             or super().refuse(problem, machine)
         )
 
     def stack_bytes(self, problem: FloatProblem, machine: Machine) -> int:
-        return self.panel_bytes(self.part, isa_for(machine))
+        return self.panel_bytes(self.part, problem, machine)
 
     def build(self, problem: FloatProblem, machine: Machine) -> PrimFunc:
         return _blocks_kernel(problem, _float_weights(problem, machine, self.part), self)
@@ -427,20 +380,18 @@ class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedRows:
-        most = rows[1] or 1
-        tiles = streams(problem, isa_for(machine), problem.bits, most)
-        return cls(most, tiles, unroll=8, ahead=3072, least=32 << 10)
+        return cls(**streams(problem, machine, problem.bits, rows[1] or 1), unroll=8, least=32 << 10)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         return (
-            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.rows)
+            refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.rows)
             or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
             or super().refuse(problem, machine)
         )
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
-        weights = _DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
-        return _rows_kernel(problem, weights, self)
+        weights = DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
+        return _Rows(problem, weights, self).function()
 
 
 @dataclass(frozen=True)
@@ -449,18 +400,19 @@ class DequantizedBlocks(FloatPanels[QuantizedProblem], name="dequantized_linear_
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedBlocks:
-        return cls(**vars(isa_for(machine).float_blocks), unroll=8)
+        blocks = isa_for(machine).float_blocks
+        return cls(**vars(blocks), tiles=panel_tiles(problem, machine, blocks), unroll=8)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         return (
-            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
             or super().refuse(problem, machine)
         )
 
     def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
-        return self.panel_bytes(problem.group, isa_for(machine))
+        return self.panel_bytes(problem.group, problem, machine)
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
-        weights = _DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
+        weights = DequantizedWeights(isa_for(machine), problem.layout(machine), problem.k)
         return _blocks_kernel(problem, weights, self)

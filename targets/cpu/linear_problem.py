@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from llmc.errors import CompileError
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.linear_epilogue import Epilogue
-from llmc.targets.cpu.vector_isa import isa_for
+from llmc.targets.cpu.tile_slices import slices_of
+from llmc.targets.cpu.vector_isa import Blocking, isa_for, weight_tiles
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Chooser, Problem, Rows, T
 
@@ -43,7 +44,7 @@ class QuantizedProblem(LinearProblem):
 
     def layout(self, machine: Machine) -> QuantizedLayout:
         """How the weight lies on this machine."""
-        return quantized_layout(machine, self.bits, self.group, self.symmetric, self.gated)
+        return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.gated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class FloatProblem(LinearProblem):
 
     def layout(self, machine: Machine) -> FloatLayout:
         """How the weight lies on this machine."""
-        return FloatLayout(self.dtype, isa_for(machine).lanes, self.gated)
+        return weight_tiles(machine).floats(self.dtype, self.gated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,8 @@ class ManyRowsProblem(LinearProblem):
     def layout(self, machine: Machine) -> QuantizedLayout | FloatLayout:
         """How the weight lies on this machine."""
         if self.bits < 16:
-            return quantized_layout(machine, self.bits, self.group, self.symmetric, self.gated)
-        return FloatLayout("f32" if self.bits == 32 else "bf16", isa_for(machine).lanes, self.gated)
-
-
-def quantized_layout(machine: Machine, bits: int, group: int, symmetric: bool, gated: bool) -> QuantizedLayout:
-    """The layout that this machine's kernels read."""
-    isa = isa_for(machine)
-    return QuantizedLayout(bits, group, symmetric, isa.lanes, isa.weight_offset(bits, symmetric), gated)
+            return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.gated)
+        return weight_tiles(machine).floats("f32" if self.bits == 32 else "bf16", self.gated)
 
 
 def chosen(chooser: Chooser, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T:
@@ -96,10 +91,22 @@ def chosen(chooser: Chooser, template: type[T], problem: Problem, rows: Rows = A
     return found
 
 
-def refuse_blocks(epilogue: Epilogue, rows: int, tiles: int, row_block: int) -> str:
-    """Why a kernel cannot multiply `rows` rows by `tiles` weight tiles at once, `row_block` rows a unit; empty: can."""
+def panel_tiles(problem: QuantizedProblem | FloatProblem, machine: Machine, blocks: Blocking) -> int:
+    """Tiles of a panel, whose slices are multiplied as many at once as `blocks` says: gate and up, at least."""
+    each = slices_of(isa_for(machine), problem.layout(machine))
+    return max(problem.epilogue.tiles, blocks.slices // each)
+
+
+def refuse_blocks(
+    problem: QuantizedProblem | FloatProblem, machine: Machine, rows: int, tiles: int, slices: int, row_block: int
+) -> str:
+    """Why no unit of a kernel can have `tiles` tiles and `row_block` rows, of which `rows` rows by `slices` slices are
+    multiplied at once; empty: it can."""
     if row_block % rows:
         return f"{row_block} rows are no whole number of blocks of {rows}"
-    if tiles % epilogue.tiles:
+    if tiles % problem.epilogue.tiles:
         return f"{tiles} tiles at a time have no whole pairs of gate and up"
+    have = tiles * slices_of(isa_for(machine), problem.layout(machine))
+    if have % slices:
+        return f"{have} slices of tiles are no whole number of {slices} at once"
     return ""

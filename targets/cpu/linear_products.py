@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.group_sums import Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vectors import as_f32, cast, load, pieces, prefetch, splat, store
 
@@ -27,12 +28,12 @@ class Operands:
     handles: Mapping[str, Expr]
 
     def __post_init__(self) -> None:
-        layout, groups, lanes = self.layout, self.layout.groups(self.k), self.isa.lanes
-        per_group = [b.MANY, groups, lanes]
+        layout, groups, tile_rows = self.layout, self.layout.groups(self.k), self.layout.tile_rows
+        per_group = [b.MANY, groups, tile_rows]
         self.xq = b.view(self.handles["xq"], [b.MANY, groups, layout.group], "int8")
         self.xscales = b.view(self.handles["xscales"], [b.MANY, groups], "float32")
         self.xsums = b.view(self.handles["xsums"], [b.MANY, groups], "int32")
-        self.data = b.view(self.handles["data"], [b.MANY, groups, layout.vectors, lanes * 4], "uint8")
+        self.data = b.view(self.handles["data"], [b.MANY, groups, layout.vectors, tile_rows * 4], "uint8")
         self.scales = b.view(self.handles["scales"], per_group, "float16")
         if not layout.symmetric:
             self.minimums = b.view(self.handles["minimums"], per_group, "float16")
@@ -43,12 +44,18 @@ class Operands:
         minimums = [] if layout.symmetric else [("minimums", "float16")]
         return [("xq", "int8"), ("xscales", "float32"), ("xsums", "int32"), *weight, *minimums]
 
-    def stored(self, tile: Expr, group: Expr, quad: Expr, odd: int) -> Expr:
+    @property
+    def line(self) -> int:
+        """Bytes of a tile's quads that lie side by side: of two quads, where weights have 4 bits."""
+        return self.layout.tile_rows * 4
+
+    def stored(self, at: TileSlice, group: Expr, quad: Expr, odd: int) -> Expr:
         """The stored weights of one quad a lane. Of 4-bit weights two quads share a vector; `odd`: the second one."""
         from tvm import tirx
 
         def vector(position: Expr) -> Expr:
-            return load(self.data, (tile, group, position, 0), self.isa.vector_bytes)
+            first = at.number * self.isa.vector_bytes
+            return load(self.data, (at.tile, group, position, first), self.isa.vector_bytes)
 
         if self.layout.bits == 8:
             return tirx.reinterpret(self.isa.i8, vector(quad))
@@ -62,17 +69,17 @@ class Operands:
         """
         from tvm import tirx
 
-        size = self.layout.groups(self.k) * self.layout.vectors * self.isa.vector_bytes
-        inside = b.let(group * (self.layout.vectors * self.isa.vector_bytes) + distance)
+        size = self.layout.groups(self.k) * self.layout.vectors * self.line
+        inside = b.let(group * (self.layout.vectors * self.line) + distance)
         skip = tirx.Select(inside >= size, b.index((streams - 1) * size), b.index(0)) if streams > 1 else 0
         return b.let(tile * size + inside + skip)
 
     def prefetch(self, ahead: Expr, quad: Expr) -> None:
-        """Ask for what will follow the vector of this quad; ahead: see there."""
+        """Ask for what will follow the line of this quad; ahead: see there."""
         from tvm import tirx
 
-        vector = quad if self.layout.bits == 8 else tirx.shift_right(quad, b.index(1))
-        prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + vector * self.isa.vector_bytes)
+        number = quad if self.layout.bits == 8 else tirx.shift_right(quad, b.index(1))
+        prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + number * self.line)
 
     def activations(self, row: Expr, group: Expr, quad: Expr) -> Expr:
         """Four activations in every lane."""
@@ -81,14 +88,19 @@ class Operands:
         four = load(self.xq, (row, group, quad * 4), 4)
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
-    def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], tile: Expr, group: Expr) -> Expr:
+    def per_group(self, name: str, at: TileSlice, group: Expr) -> Expr:
+        """The "scales" or "minimums" of a group, f32."""
+        first = at.number * self.isa.lanes
+        return as_f32(load(getattr(self, name), (at.tile, group, first), self.isa.lanes))
+
+    def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], at: TileSlice, group: Expr) -> Expr:
         """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `KnownRows`."""
         isa, (scale, shift) = self.isa, row
-        scale = as_f32(load(self.scales, (tile, group, 0), isa.lanes)) * scale
+        scale = self.per_group("scales", at, group) * scale
         total = isa.fma(sums.astype(isa.f32), scale, total)
         if shift is None:
             return total
-        return isa.fma(as_f32(load(self.minimums, (tile, group, 0), isa.lanes)), splat(shift, isa.lanes), total)
+        return isa.fma(self.per_group("minimums", at, group), splat(shift, isa.lanes), total)
 
 
 class KnownRows:
@@ -100,9 +112,11 @@ class KnownRows:
         self.pairs = ops.isa.pair_sums(layout.group)
         self.sums = ops.isa.sums(layout.bits, layout.group)
         self.centre = self.sums.centre
+        taken = self.centre or ops.isa.dot_centre(layout.bits)  # from stored weights
+        self.offset = taken - layout.offset
         self.scales = self._scratch([rows, groups], "float32")
         # What integer sums start from, so that the stored weights' offset cancels; what minimums are multiplied by.
-        self.starts = self._scratch([rows, groups], "int32") if layout.offset != self.centre else None
+        self.starts = self._scratch([rows, groups], "int32") if self.offset else None
         self.shifts = None if layout.symmetric else self._scratch([rows, groups], "float32")
         # Pairs of i16 that i16 sums start from, so that weights count from their centre on.
         self.narrow_starts = self._scratch([rows, groups], "int32") if self.centre else None
@@ -127,7 +141,7 @@ class KnownRows:
                 if self.pairs:
                     xsums = b.let((xsums >> 16) + ((xsums << 16) >> 16))
                 if self.starts is not None:
-                    store(self.starts, (m, start), xsums * (self.centre - ops.layout.offset))
+                    store(self.starts, (m, start), xsums * self.offset)
                 if self.shifts is not None:
                     store(self.shifts, (m, start), scales * cast(xsums, "float32"))
 

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.group_sums import UNROLL, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_blocks import Block, each_block
-from llmc.targets.cpu.linear_problem import QuantizedProblem, refuse_blocks
+from llmc.targets.cpu.linear_problem import QuantizedProblem, panel_tiles, refuse_blocks
 from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands, known_bytes, sums_bytes
+from llmc.targets.cpu.tile_slices import TileSlice, batches, in_memory, slices_of, tile_slices
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.cpu.vectors import prefetch, splat, store
 from llmc.targets.machine import Machine
@@ -39,15 +40,18 @@ FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows"):
     """Any T. One unit: `tiles` weight tiles, streamed side by side: several streams keep more of the memory busy.
 
-    rows x tiles integer sums are in registers. Every weight byte comes from the memory once per `row_block` rows, and
-    once per `rows` rows from a cache; few rows are limited by the memory's read bandwidth. A short block repeats the
-    last row. unroll, chains: of the quads of a group, see `Sums.emit`. ahead: bytes from what is multiplied to what is
-    asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured best, 1.5
-    to 8 KiB within 3%). least: bytes of weights that are worth a thread: 32 KiB are about a microsecond of memory.
+    rows by slices of these tiles are multiplied at once: as many integer sums are in registers. Every weight byte comes
+    from the memory once per `row_block` rows, and once per `rows` rows from a cache; few rows are limited by the read
+    bandwidth. A short block repeats the last row. unroll, chains: of the quads of a group, see `Sums.emit`.
+    ahead: bytes from what is multiplied to what is asked for, since hardware prefetchers alone start late on the short
+    streams that tiles are (3 KiB measured best for two tiles side by side, 1.5 to 8 KiB within 3%). least: bytes of
+    weights that are worth a thread: 32 KiB are about a microsecond of memory.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(1, 2, 4, 8)
     tiles: int = knob(1, 2)
+    slices: int = knob(1, 2)
     row_block: int = knob(1, 4, 8, 16)
     unroll: int = knob(*UNROLL)
     chains: int = knob(1, 2)
@@ -60,17 +64,32 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         activations' loads. A weight of few tiles keeps them apart, so that there is work for many threads."""
         isa, layout, high = isa_for(machine), problem.layout(machine), rows[1] or 16
         most = {1: 1, 4: 4}.get(high, 8)
+        if slices_of(isa, layout) > 1:
+            return cls._sliced(problem, isa, most, high)
         sums = most * isa.sums(problem.bits, problem.group).registers
         pairs = problem.gated or (2 * sums <= isa.registers // 2 and layout.tiles(problem.n) >= FEW_TILES)
         if pairs:  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
-        return cls(most, tiles, high, unroll=8, chains=2 if most * tiles < 8 else 1, ahead=3072, least=32 << 10)
+        chains = 2 if most * tiles < 8 else 1
+        return cls(most, tiles, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10)
+
+    @classmethod
+    def _sliced(cls, problem: QuantizedProblem, isa: VectorIsa, most: int, high: int) -> QuantizedRows:
+        """Where a tile has several slices: up to 4 rows by two of them, in one stream, which is asked for as far ahead
+        as two are. Where weights take long to be made ready, 8 rows share that, and the second slice is in a cache.
+
+        One row of 8-bit weights was measured to read a fifth to a third more of memory with 1.5 KiB than with 6 KiB."""
+        shared = most == 8 and isa.dot_centre(problem.bits) != 0
+        rows, slices = (8, 1) if shared else (min(most, 4), 2)
+        chains = 2 if rows * slices < 8 else 1
+        ahead = 1536 if rows == 1 and problem.bits == 8 else 6144
+        return cls(rows, problem.epilogue.tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.bits, problem.group)
         return (
-            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, self.chains)
             or super().refuse(problem, machine)
         )
@@ -78,8 +97,9 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
         isa, layout = isa_for(machine), problem.layout(machine)
         known = known_bytes(isa, layout, self.row_block, layout.groups(problem.k))
-        totals = [isa.vector_bytes] * (self.rows * self.tiles)
-        return arrays(*known, *totals, *sums_bytes(isa, self.rows, self.tiles, self.chains))
+        count = self.tiles * slices_of(isa, layout)
+        totals = [isa.vector_bytes] * (self.rows * count)
+        return arrays(*known, *totals, *sums_bytes(isa, self.rows, count, self.chains))
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
         return _StreamedRows(problem, self, isa_for(machine), problem.layout(machine)).function()
@@ -116,33 +136,42 @@ class _StreamedRows:
         from tvm import tirx
 
         isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        each = slices_of(isa, self.layout)
         all_tiles = self.layout.tiles(self.problem.n)
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
         row = b.clamped_rows(base + first, rows, tokens)
-        totals = b.Registers(tiles * rows, isa.f32)
-        for slot in range(tiles * rows):
+        # Beside the integer sums of two slices they would spill those: 4 rows of 4 bits took a tenth longer.
+        totals = (in_memory if each > 1 else b.Registers)(tiles * each * rows, isa.f32)
+        for slot in range(tiles * each * rows):
             totals[slot] = splat(0.0, isa.lanes)
-        with b.loop(self.layout.groups(self.problem.k)) as g:
-            weights = [self.weight(ops, tile[t], g) for t in range(tiles)]
-            sums = GroupSums(ops, known, row, first, g, g)(weights, self.knobs.unroll, self.knobs.chains)
-            for slot in range(tiles * rows):
-                t, m = divmod(slot, rows)
-                totals[slot] = ops.accumulate(totals[slot], sums[slot], known.factors(first + m, g), tile[t], g)
+        for start, batch in batches(tile, each, self.knobs.slices):
+            with b.loop(self.layout.groups(self.problem.k)) as g:
+                weights = [self.weight(ops, at, g) for at in batch]
+                sums = GroupSums(ops, known, row, first, g, g)(weights, self.knobs.unroll, self.knobs.chains)
+                for slot in range(len(batch) * rows):
+                    (s, m), place = divmod(slot, rows), start * rows + slot
+                    factors = known.factors(first + m, g)
+                    totals[place] = ops.accumulate(totals[place], sums[slot], factors, batch[s], g)
         for t in range(0, tiles, epilogue.tiles):
             for m in range(rows):
-                with b.when(tirx.And(base + first + m < tokens, first_tile + t < all_tiles)):
-                    finished = [totals[(t + j) * rows + m] for j in range(epilogue.tiles)]
-                    epilogue.emit(isa, ops.handles, row[m], (first_tile + t) // epilogue.tiles, finished)
 
-    def weight(self, ops: Operands, tile: Expr, group: Expr) -> Weights:
-        """A tile's weights of a group, which ask for those that follow as they are read."""
-        ahead = ops.ahead(tile, group, self.knobs.tiles, self.knobs.ahead)
+                def finished(number: int, t: int = t, m: int = m) -> list[Expr]:
+                    return [totals[((t + j) * each + number) * rows + m] for j in range(epilogue.tiles)]
+
+                with b.when(tirx.And(base + first + m < tokens, first_tile + t < all_tiles)):
+                    column = (first_tile + t) // epilogue.tiles
+                    epilogue.emit_tile(isa, self.layout.tile_rows, ops.handles, row[m], column, finished)
+
+    def weight(self, ops: Operands, at: TileSlice, group: Expr) -> Weights:
+        """A slice's weights of a group; the first of a tile asks for those that follow as it is read."""
+        streams = max(1, self.knobs.slices // slices_of(self.isa, self.layout))
+        ahead = ops.ahead(at.tile, group, streams, self.knobs.ahead) if at.number == 0 else None
 
         def streamed(quad: Expr, odd: int) -> Expr:
-            if self.layout.bits == 8 or not odd:
+            if ahead is not None and (self.layout.bits == 8 or not odd):
                 ops.prefetch(ahead, quad)
-            return ops.stored(tile, group, quad, odd)
+            return ops.stored(at, group, quad, odd)
 
         return streamed
 
@@ -151,39 +180,43 @@ class _StreamedRows:
 class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_blocks"):
     """Prefill. One unit: `row_block` rows by a panel of `tiles` weight tiles; consecutive units share the panel.
 
-    rows x tiles integer sums are in registers; the f32 sums of the whole block, and the unpacked part of the panel, are
-    on the stack, in the first two caches. panel: bytes that are unpacked at a time, about: with the sums they fit a
-    first-level cache of 32 KiB. Loads per multiply: 1/rows + 1/tiles; the limit is the multipliers.
+    rows x slices integer sums are in registers; the f32 sums of the block, and the unpacked part of the panel, are on
+    the stack, in the first two caches. panel: bytes that are unpacked at a time, about: with the sums they fit a
+    first-level cache of 32 KiB. Loads per multiply: 1/rows + 1/slices; the limit is the multipliers.
     """
 
+    version: ClassVar[int] = 2
     rows: int = knob(2, 3, 4, 6, 8)
-    tiles: int = knob(2, 4)
+    tiles: int = knob(1, 2, 4)
+    slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     panel: int = knob(8 << 10, 16 << 10, 32 << 10)
     unroll: int = knob(*UNROLL)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
-        return cls(**vars(isa_for(machine).quantized_blocks), panel=16 << 10, unroll=8)
+        isa = isa_for(machine)
+        tiles = panel_tiles(problem, machine, isa.quantized_blocks)
+        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=8)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.bits, problem.group)
         return (
-            refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
+            refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, 1)
             or super().refuse(problem, machine)
         )
 
-    def groups(self, problem: QuantizedProblem, isa: VectorIsa) -> int:
+    def groups(self, layout: QuantizedLayout, k: int) -> int:
         """Groups that are unpacked at a time."""
-        all_groups = -(-problem.k // problem.group)
-        return min(all_groups, max(1, self.panel // (self.tiles * problem.group * isa.lanes)))
+        return min(layout.groups(k), max(1, self.panel // (self.tiles * layout.group * layout.tile_rows)))
 
     def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
-        isa, groups = isa_for(machine), self.groups(problem, isa_for(machine))
-        known = known_bytes(isa, problem.layout(machine), self.row_block, groups)
-        panel = isa.vector_bytes * self.tiles * groups * (problem.group // 4) * (problem.bits == 4)
-        totals, sums = isa.vector_bytes * self.row_block * self.tiles, sums_bytes(isa, self.rows, self.tiles, 1)
+        isa, layout = isa_for(machine), problem.layout(machine)
+        groups, count = self.groups(layout, problem.k), self.tiles * slices_of(isa, layout)
+        known = known_bytes(isa, layout, self.row_block, groups)
+        panel = isa.vector_bytes * count * groups * (problem.group // 4) * (problem.bits == 4)
+        totals, sums = isa.vector_bytes * self.row_block * count, sums_bytes(isa, self.rows, count, 1)
         return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
@@ -205,6 +238,11 @@ class _PanelBlocks:
         return self.layout.groups(self.problem.k)
 
     @property
+    def step(self) -> int:
+        """Groups that are unpacked at a time."""
+        return self.knobs.groups(self.layout, self.problem.k)
+
+    @property
     def quads(self) -> int:
         """Of a group."""
         return self.layout.group // 4
@@ -214,8 +252,9 @@ class _PanelBlocks:
         return b.plain_function(pointers, ["T"], self.body, b.ORDER_HELPER + self.isa.in_place_helper)
 
     def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
-        ops, step = Operands(self.isa, self.layout, self.problem.k, handles), self.knobs.groups(self.problem, self.isa)
-        panel = b.scratch([self.knobs.tiles, step * self.quads], self.isa.i8) if self.layout.bits == 4 else None
+        ops = Operands(self.isa, self.layout, self.problem.k, handles)
+        step, count = self.step, self.knobs.tiles * slices_of(self.isa, self.layout)
+        panel = b.scratch([count, step * self.quads], self.isa.i8) if self.layout.bits == 4 else None
         if panel is not None:
             b.order_scratch(panel)
         known = KnownRows(ops, self.knobs.row_block, step)
@@ -224,6 +263,7 @@ class _PanelBlocks:
             self.problem.epilogue,
             handles,
             sizes,
+            tile_rows=self.layout.tile_rows,
             all_tiles=self.layout.tiles(self.problem.n),
             rows=self.knobs.rows,
             tiles=self.knobs.tiles,
@@ -258,52 +298,55 @@ class _Panel:
             row = b.clamped_rows(self.unit.first_row + block * rows, rows, self.tokens)
             with b.when(first + count >= code.groups):
                 self._fetch_results(row)
-            with b.loop(count) as g:
-                self._fetch_next(block, row, first + g)
-                self._multiply_group(block, row, first + g, g)
+            for start, batch in batches(self.unit.tile, self.unit.each, code.knobs.slices):
+                with b.loop(count) as g:
+                    if start == 0:
+                        self._fetch_next(block, row, first + g)
+                    self._multiply_group(start, batch, block, row, first + g, g)
 
     def _unpack(self, panel: Buffer, first: Expr, count: int) -> None:
-        code, tile = self.code, self.unit.tile
+        code = self.code
         with b.loop(count) as g, b.loop(code.layout.vectors) as vector:
-            for t in range(code.knobs.tiles):
+            for s, at in enumerate(tile_slices(self.unit.tile, self.unit.each)):
                 for odd in (0, 1):
                     quad = vector * 2 + odd
-                    store(panel, (t, g * code.quads + quad), self.ops.stored(tile[t], first + g, quad, odd))
+                    store(panel, (s, g * code.quads + quad), self.ops.stored(at, first + g, quad, odd))
 
     def _fetch_results(self, row: Sequence[Expr]) -> None:
         """The lines that the last groups' sums will go to, a little before they do."""
-        epilogue, lanes = self.code.problem.epilogue, self.code.isa.lanes
+        epilogue, tile_rows = self.code.problem.epilogue, self.code.layout.tile_rows
         out = b.view(self.ops.handles["out"], [b.MANY], "float32")
         for m in range(self.code.knobs.rows):
             for column in range(self.code.knobs.tiles // epilogue.tiles):
-                first_column = (self.unit.first_tile // epilogue.tiles + column) * lanes
+                first_column = (self.unit.first_tile // epilogue.tiles + column) * tile_rows
                 prefetch(out, row[m] * epilogue.features + first_column, write=True)
 
     def _fetch_next(self, block: Expr, row: Sequence[Expr], group: Expr) -> None:
         """This group of the next rows, and by and by the weights that are unpacked next."""
-        layout, groups, knobs = self.code.layout, self.code.groups, self.code.knobs
-        step = knobs.groups(self.code.problem, self.code.isa)
+        layout, groups, knobs, step = self.code.layout, self.code.groups, self.code.knobs, self.code.step
         activations = b.view(self.ops.handles["xq"], [b.MANY], "int8")
         for m in range(knobs.rows):
             prefetch(activations, ((row[m] + knobs.rows) * groups + group) * layout.group, near=True)
         data = b.view(self.ops.handles["data"], [b.MANY], "uint8")
         for t in range(knobs.tiles):
-            vector = (self.unit.tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
-            prefetch(data, vector * self.code.isa.vector_bytes)
+            line = (self.unit.tile[t] * groups + group + step) * layout.vectors + block % layout.vectors
+            prefetch(data, line * self.ops.line)
 
-    def _multiply_group(self, block: Expr, row: Sequence[Expr], group: Expr, position: Expr) -> None:
-        rows, tiles, totals = self.code.knobs.rows, self.code.knobs.tiles, self.unit.totals
-        weights = [self._weight(t, group, position) for t in range(tiles)]
+    def _multiply_group(
+        self, start: int, batch: Sequence[TileSlice], block: Expr, row: Sequence[Expr], group: Expr, position: Expr
+    ) -> None:
+        rows, totals = self.code.knobs.rows, self.unit.totals
+        weights = [self._weight(start + s, at, group, position) for s, at in enumerate(batch)]
         sums = GroupSums(self.ops, self.known, row, block * rows, group, position)(weights, self.code.knobs.unroll)
-        for slot in range(tiles * rows):
-            t, m = divmod(slot, rows)
-            whole = totals[block * rows + m, t]
+        for slot in range(len(batch) * rows):
+            s, m = divmod(slot, rows)
+            whole = totals[block * rows + m, start + s]
             factors = self.known.factors(block * rows + m, position)
-            whole = self.ops.accumulate(whole, sums[slot], factors, self.unit.tile[t], group)
-            store(totals, (block * rows + m, t), whole)
+            whole = self.ops.accumulate(whole, sums[slot], factors, batch[s], group)
+            store(totals, (block * rows + m, start + s), whole)
 
-    def _weight(self, t: int, group: Expr, position: Expr) -> Weights:
+    def _weight(self, s: int, at: TileSlice, group: Expr, position: Expr) -> Weights:
         panel, quads = self.panel, self.code.quads
         if panel is None:
-            return lambda quad, odd: self.ops.stored(self.unit.tile[t], group, quad, odd)
-        return lambda quad, _: panel[t, position * quads + quad]
+            return lambda quad, odd: self.ops.stored(at, group, quad, odd)
+        return lambda quad, _: panel[s, position * quads + quad]

@@ -6,7 +6,7 @@ subclass that says what is its own. What is the same for all, such as loads and 
 four consecutive bytes, and a vector of bytes holds one quad a lane.
 
 Dot products of bytes take *stored weight* bytes and *signed activation* bytes in [-127, 127]. What a stored byte means
-depends on what the machine multiplies well, see `weight_offset`.
+is the same for all instruction sets of an architecture: see `weight_tiles`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr
 
     from llmc.targets.cpu.group_sums import Sums
+    from llmc.targets.cpu.layouts import WeightTiles
 
 
 def bind(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
@@ -43,10 +44,10 @@ def llvm_call(dtype: str, name: str, *args: Expr) -> Expr:
 
 @dataclass(frozen=True)
 class Blocking:
-    """Blocks of a linear kernel: `rows` rows by `tiles` weight tiles in registers, `row_block` rows a unit of work."""
+    """Blocks of a linear kernel: `rows` rows by `slices` slices of tiles at once, `row_block` rows a unit of work."""
 
     rows: int
-    tiles: int
+    slices: int
     row_block: int
 
 
@@ -68,16 +69,14 @@ class VectorIsa(ABC):
     """One instruction set.
 
     lanes: 32-bit lanes of a register. registers: how many there are. bf16_dots: None where no instruction multiplies
-    pairs of bf16. signed_bytes: weights of 8 bits are stored signed, since bytes are multiplied so.
-    quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats. register_class: what inline
-    assembly calls a vector register. cache_line: bytes.
+    pairs of bf16. quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats.
+    register_class: what inline assembly calls a vector register. cache_line: bytes.
     """
 
     name: str
     lanes: int
     registers: int
     bf16_dots: Bf16Dots | None
-    signed_bytes: bool
     quantized_blocks: Blocking
     float_blocks: Blocking
     register_class: str
@@ -161,9 +160,9 @@ class VectorIsa(ABC):
         words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> 4
         return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & 15)
 
-    @abstractmethod
-    def weight_offset(self, bits: int, symmetric: bool) -> int:
-        """What to add to a logical weight to store it: `sum q*a = dot(stored, a) - offset * sum a`."""
+    def dot_centre(self, bits: int) -> int:
+        """What `dot` takes from each stored weight, where bytes are not multiplied as they are stored."""
+        return 0
 
     def pair_sums(self, group: int) -> bool:
         """Whether activations come with two sums a group of inputs: of the first two of every four, and of the others.
@@ -178,7 +177,8 @@ class VectorIsa(ABC):
 
     @abstractmethod
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
-        """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
+        """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact. Weights
+        count from `dot_centre` on."""
 
     def in_place(self, sums: Expr) -> Expr:
         """`sums` (i16 or i32), computed here and in this order. Needs `in_place_helper`.
@@ -208,6 +208,12 @@ class VectorIsa(ABC):
 def isa_for(machine: Machine) -> VectorIsa:
     """The widest instruction set that a machine has: its architecture's folder knows. ValueError where it has none."""
     found: VectorIsa = importlib.import_module(f"llmc.targets.{machine.arch}.isa").isa_for(machine)
+    return found
+
+
+def weight_tiles(machine: Machine) -> WeightTiles:
+    """How weights lie on all machines of an architecture: its folder knows."""
+    found: WeightTiles = importlib.import_module(f"llmc.targets.{machine.arch}.isa").WEIGHT_TILES
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.group_sums import PairSums, Sums, WideSums
+from llmc.targets.cpu.layouts import WeightTiles
 from llmc.targets.cpu.vector_isa import Bf16Dots, Blocking, VectorIsa, llvm_call
 from llmc.targets.cpu.vectors import splat
 from llmc.targets.machine import Machine
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from tvm.tirx import Expr
 
 LEAST = ("avx2", "fma", "f16c")  # what all vector kernels are written for
+# The rows of the widest vectors; bytes are stored as `vpdpbusd` and `vpmaddubsw` take them, unsigned.
+WEIGHT_TILES = WeightTiles(16)
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,10 @@ class X86Isa(VectorIsa):
 
     # Bytes
 
-    def weight_offset(self, bits: int, symmetric: bool) -> int:
-        """What to add to a logical weight to store it: `sum q*a = dot(stored, a) - offset * sum a`.
-
-        The instructions multiply unsigned by signed bytes, so weights are stored unsigned. Without VNNI the products
-        of two pairs must fit i16, which 8-bit weights do only as |w| <= 128 with the sign moved to the activation.
-        """
-        if bits == 4:
-            return 8 if symmetric else 0
-        if self.vnni:
-            return 128 if symmetric else 0
-        return 0 if symmetric else -128
+    def dot_centre(self, bits: int) -> int:
+        """Without VNNI the products of two pairs must fit i16, which 8-bit weights do only as |w| <= 128 with the sign
+        moved to the activation: they are made signed first."""
+        return 128 if bits == 8 and not self.vnni else 0
 
     def pair_sums(self, group: int) -> bool:
         """As the base has it, for weights of 4 bits without VNNI.
@@ -117,7 +113,7 @@ class X86Isa(VectorIsa):
         return PairSums(self, 8, whole=self.pair_sums(group)) if bits == 4 and not self.vnni else WideSums()
 
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
-        """acc (i32 lanes) + the dot of each lane's quad of stored weights with its quad of activations. Exact."""
+        """As the base has it. The instructions multiply unsigned by signed bytes."""
         if self.vnni:
             # AVX-VNNI has the same intrinsic; LLVM picks the VEX encoding where AVX-512 is absent.
             return llvm_call(self.i32, f"llvm.x86.avx512.vpdpbusd.{self.lanes * 32}", acc, weights, activations)
@@ -136,15 +132,18 @@ class X86Isa(VectorIsa):
         name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
         return acc + llvm_call(self.i32, name, narrow, splat(1, self.lanes * 2, "int16"))
 
-    def _move_sign(self, weights: Expr, activations: Expr) -> tuple[Expr, Expr]:
-        """(|w|, a * sign(w)): the same products, with the unsigned operand that vpmaddubsw wants."""
+    def _move_sign(self, stored: Expr, activations: Expr) -> tuple[Expr, Expr]:
+        """(|w|, a * sign(w)) of w = stored - 128: the same products, with an unsigned operand as vpmaddubsw wants."""
         from tvm import tirx
 
-        zero = splat(0, self.vector_bytes, "int8")
-        magnitude = tirx.Select(weights < zero, zero - weights, weights)  # LLVM: vpabsb
+        weights = stored ^ splat(-128, self.vector_bytes, "int8")
+        magnitude = llvm_call(self.i8, "llvm.abs", weights, tirx.const(False, "bool"))  # of -128: 128
         if self.lanes == 8:
             return magnitude, llvm_call(self.i8, "llvm.x86.avx2.psign.b", activations, weights)
-        return magnitude, tirx.Select(weights < zero, zero - activations, activations)  # a masked vpsubb
+        zero = splat(
+            0, self.vector_bytes, "int8"
+        )  # where a stored byte has its top bit, a masked vpsubb leaves the activation
+        return magnitude, tirx.Select(stored < zero, activations, zero - activations)
 
 
 # Blocks of integers were measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so that
@@ -153,14 +152,14 @@ def _wide(vnni: bool, bf16: bool) -> X86Isa:
     """AVX-512."""
     blocks = Blocking(6, 4, 192) if vnni else Blocking(4, 4, 64)
     name = "avx512vnni" if vnni else "avx512"
-    return X86Isa(name, 16, 32, X86Bf16Dots(16) if bf16 else None, not vnni, blocks, Blocking(6, 4, 96), "v", vnni=vnni)
+    return X86Isa(name, 16, 32, X86Bf16Dots(16) if bf16 else None, blocks, Blocking(6, 4, 96), "v", vnni=vnni)
 
 
 def _narrow(vnni: bool) -> X86Isa:
     """AVX2."""
     blocks = Blocking(3, 4, 96) if vnni else Blocking(4, 2, 64)
     name = "avxvnni" if vnni else "avx2"
-    return X86Isa(name, 8, 16, None, not vnni, blocks, Blocking(6, 2, 96), "v", vnni=vnni)
+    return X86Isa(name, 8, 16, None, blocks, Blocking(4, 2, 96), "v", vnni=vnni)
 
 
 def missing(machine: Machine) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.cpu_template import CpuTemplate
-from llmc.targets.cpu.linear_problem import ManyRowsProblem, chosen, quantized_layout
+from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.linear_problem import ManyRowsProblem, chosen
 from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Chooser, Rows, knob
@@ -103,17 +104,17 @@ class TileLinear(CpuTemplate[ManyRowsProblem], name="tile_linear"):
         """What the kernel does."""
         isa, form = isa_for(machine), form_of(problem)
         source: Source
-        if problem.bits >= 16:
-            source = Single(isa, problem.k) if problem.bits == 32 else Float(isa, problem.k)
-        else:
-            layout = quantized_layout(machine, problem.bits, problem.group, problem.symmetric, problem.gated)
+        layout = problem.layout(machine)
+        if isinstance(layout, QuantizedLayout):
             source = Quantized(isa, layout, problem.k)
+        else:
+            source = Single(isa, problem.k) if problem.bits == 32 else Float(isa, problem.k)
         depth = _even_depth(form.inputs, problem.group or INPUTS, self.depth // form.parts)
         return TileWork(
             isa=isa,
             epilogue=problem.epilogue,
             source=source,
-            all_tiles=problem.layout(machine).tiles(problem.n),
+            all_tiles=layout.tiles(problem.n),
             depth=min(depth, form.inputs),
             tiles=self.tiles,
             row_block=self.row_block,

@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu.group_sums import Sums, WideSums
+from llmc.targets.cpu.layouts import WeightTiles
 from llmc.targets.cpu.vector_isa import Blocking, VectorIsa
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
 
+WEIGHT_TILES = WeightTiles(16, signed_bytes=True)  # as if there were wider vectors on other machines
+
 
 @dataclass(frozen=True)
 class FourLanes(VectorIsa):
-    """Bytes of weights are signed."""
-
-    def weight_offset(self, bits: int, symmetric: bool) -> int:
-        if bits == 4:
-            return 8 if symmetric else 0
-        return 0 if symmetric else -128
+    """Four slices make a tile of weights."""
 
     def sums(self, bits: int, group: int) -> Sums:
         return WideSums()
@@ -40,4 +38,4 @@ def missing(machine: Machine) -> tuple[str, ...]:
 
 
 def isa_for(machine: Machine) -> FourLanes:
-    return FourLanes("four", 4, 16, None, True, Blocking(2, 2, 32), Blocking(2, 2, 32), "x")
+    return FourLanes("four", 4, 16, None, Blocking(2, 2, 32), Blocking(2, 2, 32), "x")
