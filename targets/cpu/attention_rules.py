@@ -22,12 +22,14 @@ from llmc.targets.cpu.rope_angles import RopeAngles as AngleRows
 from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.cpu.row_kinds import PROMPT
 from llmc.targets.cpu.vector_isa import missing_vectors
-from llmc.targets.kernel import CachePart, Call, Range, Scratch
+from llmc.targets.kernel import CachePart, Call, Joined, Needed, Range, Scratch
 from llmc.targets.lowering import Context, Lowered
 
 CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 SPLITS = symbol("SPLITS", 1, 16)
 PAGES = symbol("M", 1)
+ONE_TOKEN = (Range("T", 1, 1), Range("SPLITS", 1, 1))
+"""Where a key-value head is one unit of an append and of attention: a unit sees no key that another one appends."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def append_to_cache(op: Op, context: Context) -> Lowered | str:
     args = (k.base, v.base, *extras, CachePart(op.cache, "keys"), CachePart(op.cache, "values"))
     tokens = k.base.shape[0]
     note, written = f"[{kind.heads}, {dim}]", tokens * _cache_bytes(kind)
-    made, grain = append.kernel(problem, context.machine), append.grain(problem)
-    return Lowered((Call(made, args, tokens, grain, note=note, bytes_moved=written),))
+    made, units = append.kernel(problem, context.machine), problem.units(tokens)
+    return Lowered((Call(made, args, units, append.grain(problem), note=note, bytes_moved=written),))
 
 
 def _unfit(op: KVAppend) -> str:
@@ -217,6 +219,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         bytes_moved=read,
         operations=operations,
         arithmetic=plan.arithmetic,
+        joins=_joined(op, q.base, context),
     )
     merge = Call(
         plan.combine,
@@ -227,6 +230,21 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         note=note,
     )
     return Lowered((tile, merge))
+
+
+def _joined(op: PagedAttention, rows: Value, context: Context) -> Joined | None:
+    """The append of the newest token, and the linear op that made its queries, keys and values, if that was one."""
+    append = op.cache
+    if not isinstance(append, KVAppend):
+        return None
+    kind, query_heads = append.kv, op.q.shape[1]
+    assert isinstance(query_heads, int)
+    heads = [(heads_of(op.q, context), query_heads // kind.heads * kind.key_dim)]
+    heads += [(heads_of(append.k, context), kind.key_dim), (heads_of(append.v, context), kind.value_dim)]
+    needs = [Needed(append)]
+    if all(each.base is rows and rows.shape[-1] == each.stride for each, _ in heads):
+        needs.append(Needed(rows, tuple((each.offset, width) for each, width in heads)))
+    return Joined(tuple(needs), ONE_TOKEN)
 
 
 @RULES.lower(RopeAngles, priority=10)
@@ -267,4 +285,4 @@ def turn_heads(op: Op, context: Context) -> Lowered | str:
         return turn
     made, tokens = turn.kernel(problem, context.machine), rows.base.shape[0]
     args = (rows.base, op.angles, "result")
-    return Lowered((Call(made, args, tokens, turn.grain(problem), note=f"[{heads}, {dim}]"),))
+    return Lowered((Call(made, args, problem.units(tokens), turn.grain(problem), note=f"[{heads}, {dim}]"),))

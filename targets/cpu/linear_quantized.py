@@ -43,6 +43,8 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     last row. unroll, chains: of the quads of a group, see `Sums.emit`. ahead: bytes from what is multiplied to what is
     asked for, since hardware prefetchers alone start late on the short streams that tiles are (3 KiB measured best, 1.5
     to 8 KiB within 3%). least: bytes of weights that are worth a thread: 32 KiB are about a microsecond of memory.
+    together: units of one row whose sums become results together. An activation function is a long chain of dependent
+    steps: one at a time costs a tenth of a gated product whose weights are in the third-level cache.
     """
 
     rows: int = knob(1, 2, 4, 8)
@@ -52,6 +54,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     chains: int = knob(1, 2)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
+    together: int = knob(1, 8, 16)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedRows:
@@ -64,20 +67,22 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         if pairs:  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
-        return cls(most, tiles, high, unroll=8, chains=2 if most * tiles < 8 else 1, ahead=3072, least=32 << 10)
+        chains, together = 2 if most * tiles < 8 else 1, 8 if high == 1 and problem.activation != "none" else 1
+        return cls(most, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.bits, problem.group)
         return (
             refuse_blocks(problem.epilogue, self.rows, self.tiles, self.row_block)
             or sums.refuse(self.unroll, self.chains)
+            or ("units of several rows are finished one by one" if self.together > 1 and self.row_block > 1 else "")
             or super().refuse(problem, machine)
         )
 
     def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
         isa, layout = isa_for(machine), problem.layout(machine)
         known = known_bytes(isa, layout, self.row_block, layout.groups(problem.k))
-        totals = [isa.vector_bytes] * (self.rows * self.tiles)
+        totals = [isa.vector_bytes] * (self.rows * self.tiles * (1 if self.together == 1 else 1 + self.together))
         return arrays(*known, *totals, *sums_bytes(isa, self.rows, self.tiles, self.chains))
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
@@ -107,14 +112,41 @@ class _StreamedRows:
             first_row = b.let(number * row_block)
             blocks = b.let((tirx.Min(tokens - first_row, b.index(row_block)) + (rows - 1)) // rows)
             known.fill(first_row, blocks * rows, tokens, b.index(0), groups)
-            with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
-                self.unit(ops, known, first_row, block * rows, b.let((sizes["begin"] + i) * self.knobs.tiles), tokens)
+            if self.knobs.together > 1:
+                self.several(ops, known, first_row, sizes)
+            else:
+                with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
+                    first, first_tile = block * rows, b.let((sizes["begin"] + i) * self.knobs.tiles)
+                    totals = self.unit(ops, known, first_row, first, first_tile, tokens)
+                    self.finish(ops, totals, first_row, first, first_tile, tokens)
 
-    def unit(self, ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
-        """Rows from `first` of the block that starts at row `base`, times the tiles from `first_tile`."""
+    def several(self, ops: Operands, known: KnownRows, row: Expr, sizes: Mapping[str, Expr]) -> None:
+        """The units of one row, some of which are finished together."""
         from tvm import tirx
 
-        isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        tiles, together, tokens = self.knobs.tiles, self.knobs.together, sizes["T"]
+        kept = b.scratch(together * tiles, self.isa.f32)
+        with b.loop((sizes["end"] - sizes["begin"] + (together - 1)) // together) as batch:
+            begin = b.let(sizes["begin"] + batch * together)
+            count = b.let(tirx.Min(sizes["end"] - begin, b.index(together)))
+            with b.loop(count) as i:
+                totals = self.unit(ops, known, row, b.index(0), b.let((begin + i) * tiles), tokens)
+                for t in range(tiles):
+                    b.store(kept, [i * tiles + t], totals[t])
+            with b.loop(count) as i:
+                sums = b.Registers(tiles, self.isa.f32)
+                for t in range(tiles):
+                    sums[t] = kept[i * tiles + t]
+                self.finish(ops, sums, row, b.index(0), b.let((begin + i) * tiles), tokens)
+
+    def unit(
+        self, ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr
+    ) -> b.Registers:
+        """The sums [tile * rows + row] of rows from `first` of the block that starts at row `base`, times the tiles
+        from `first_tile`."""
+        from tvm import tirx
+
+        isa, rows, tiles = self.isa, self.knobs.rows, self.knobs.tiles
         all_tiles = self.layout.tiles(self.problem.n)
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
@@ -128,6 +160,16 @@ class _StreamedRows:
             for slot in range(tiles * rows):
                 t, m = divmod(slot, rows)
                 totals[slot] = ops.accumulate(totals[slot], sums[slot], known.factors(first + m, g), tile[t], g)
+        return totals
+
+    def finish(
+        self, ops: Operands, totals: b.Registers, base: Expr, first: Expr, first_tile: Expr, tokens: Expr
+    ) -> None:
+        """Store what the sums of a unit become."""
+        from tvm import tirx
+
+        isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        all_tiles, row = self.layout.tiles(self.problem.n), b.clamped_rows(base + first, rows, tokens)
         for t in range(0, tiles, epilogue.tiles):
             for m in range(rows):
                 with b.when(tirx.And(base + first + m < tokens, first_tile + t < all_tiles)):
