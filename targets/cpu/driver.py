@@ -6,7 +6,7 @@ convention, reads well in a debugger, and shares nothing with TVM's runtime (doc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, FloorDiv, product
@@ -113,11 +113,6 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
             bodies.append(_joined_body(joined, index, [begin for begin, _ in starts]))
             apart = steps[first : after + 1]
             steps[first : after + 1] = [_joined_run(joined, index, lowered.calls[0], apart, interface)]
-    declarations = []
-    for symbol in kernels:
-        call = next(c for o in program.ops for c in o.calls if c.kernel.symbol == symbol)
-        kinds = ["int64_t" if isinstance(a, (int, Dim)) else "void *" for a in call.args]
-        declarations.append(f"void {symbol}({', '.join([*kinds, 'int64_t', 'int64_t'])});")
     for index, value in interface.copies:
         nbytes = c_expression(product(value.shape) * itemsize(value.dtype), interface.names)
         source = _address(value, program, addresses, interface)
@@ -125,19 +120,29 @@ def generate_step(program: Program, addresses: Addresses) -> tuple[str, list[str
     symbols = " \\\n".join(
         f"    const int64_t {name} = {expression}; (void){name};" for name, expression in interface.symbols
     )
+    limits = limits_source(
+        program.graph, addresses.task, addresses.limits, addresses.plan.nbytes, bool(addresses.weights)
+    )
+    text = _TEMPLATE.format(
+        declarations="\n".join(_declarations(program, kernels)), symbols=symbols, bodies="\n".join(bodies),
+        steps="\n".join(steps), limits=limits, facts=facts_source(addresses.manifest),
+    )  # fmt: skip
+    return text, labels
+
+
+def _declarations(program: Program, kernels: Iterable[str]) -> list[str]:
+    """C declarations of kernels, by their symbols, and of the memory that threads have for themselves."""
+    declarations = []
+    for symbol in kernels:
+        call = next(c for o in program.ops for c in o.calls if c.kernel.symbol == symbol)
+        kinds = ["int64_t" if isinstance(a, (int, Dim)) else "void *" for a in call.args]
+        declarations.append(f"void {symbol}({', '.join([*kinds, 'int64_t', 'int64_t'])});")
     workspace = max(
         (a.nbytes for o in program.ops for c in o.calls for a in c.args if isinstance(a, Workspace)), default=0
     )
     if workspace:  # allocated when a thread first needs it
         declarations.append(f"static _Thread_local _Alignas(64) unsigned char workspace[{workspace}];")
-    limits = limits_source(
-        program.graph, addresses.task, addresses.limits, addresses.plan.nbytes, bool(addresses.weights)
-    )
-    text = _TEMPLATE.format(
-        declarations="\n".join(declarations), symbols=symbols, bodies="\n".join(bodies), steps="\n".join(steps),
-        limits=limits, facts=facts_source(addresses.manifest),
-    )  # fmt: skip
-    return text, labels
+    return declarations
 
 
 def _condition(when: tuple[Range, ...], interface: _Interface) -> str:
