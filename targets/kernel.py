@@ -135,6 +135,27 @@ class CachePart:
 
 
 @dataclass(frozen=True)
+class Needed:
+    """What unit u of a call needs of what `op` writes: of columns of its rows, from first + u * count on `count`, for
+    each (first, count) of `columns`; where there are none, what unit u of the op's call writes."""
+
+    op: object
+    columns: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """That a call may run in one loop with calls right before it, whose ops `needs` names, the nearest first: while
+    `when` holds its units need no more of them than that.
+
+    A thread that has just written something reads it from its own cache, and a loop costs threads a meeting.
+    """
+
+    needs: tuple[Needed, ...]
+    when: tuple[Range, ...]
+
+
+@dataclass(frozen=True)
 class Call:
     """One kernel call in the step driver.
 
@@ -144,6 +165,8 @@ class Call:
     alone, and lives as long as that value's readers.
     units: Dim, number of independent work units. grain: the fewest units worth handing to a thread.
     origin: where the kernel's parameters come from: the formulas of its rule, unless the rule says otherwise.
+    columns: of the result's rows, that a unit computes: unit u those from u * columns on, fewer at the end. 0: units
+    are otherwise.
     failure: what an error says where the kernel has set the first element of its scratch `FAILED`, an i32 that is 0
     before the call; the step then ends. Empty: the call cannot fail.
     """
@@ -159,8 +182,10 @@ class Call:
     bytes_moved: object = 0
     operations: object = 0
     arithmetic: str = "f32"
+    columns: int = 0
     failure: str = ""
     origin: str = DEFAULT_FORMULA
+    joins: Joined | None = None
 
 
 @dataclass(frozen=True)

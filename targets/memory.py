@@ -10,6 +10,7 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor, itemsize
 from llmc.compiler.weights import ALIGNMENT
 from llmc.errors import CompileError
+from llmc.targets.joining import joined_loop
 from llmc.targets.kernel import Packed, Scratch
 from llmc.targets.lowering import Program, values_of
 
@@ -91,12 +92,17 @@ def _lifetimes(program: Program, largest: Mapping[str, int]) -> list[Block]:
     sizes: dict[object, int] = {}
 
     def touch(key: object, time: int, nbytes: int) -> None:
-        first.setdefault(key, time)
-        last[key] = time
+        first[key] = min(first.get(key, time), time)
+        last[key] = max(last.get(key, time), time)
         sizes[key] = max(sizes.get(key, 0), -(-nbytes // ALIGNMENT) * ALIGNMENT)
 
     external = {program.buffer_of(value) for _, value in program.graph.outputs}
-    for time, lowered in enumerate(program.ops):
+    times = list(range(len(program.ops)))
+    for place in times.copy():
+        loop = joined_loop(program, place)
+        for part in () if loop is None else loop.parts:  # a thread may still read what another is done with
+            times[part.place] = place
+    for time, lowered in zip(times, program.ops, strict=True):
         for call in lowered.calls:
             for value in (*values_of(call), *([lowered.op] if "result" in call.args else [])):
                 owner = program.buffer_of(value)

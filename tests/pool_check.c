@@ -30,7 +30,7 @@ static void count_inner(void *context, int64_t begin, int64_t end) {
 static void count_body(void *context, int64_t begin, int64_t end) {
     Count *count = context;
     CHECK(0 <= begin && begin < end && end <= count->units);
-    CHECK(end - begin >= count->grain || end == count->units);
+    CHECK(2 * (end - begin) >= count->grain || end == count->units);
     atomic_fetch_add(&count->calls, 1);
     if (count->nested) {
         Count inner = {.units = 10, .grain = 1};

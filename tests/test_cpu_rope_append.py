@@ -93,7 +93,7 @@ def test_queries_turn_and_keys_and_values_reach_their_slots(machine: Machine, na
     args += [out] if out is not None else []
     args += [keys, values] if case.kv_heads else []
     run = Compiled(default_kernel(RopeAppend, problem, machine), machine)
-    for begin, end in reversed(list(pairwise((0, 1, 20, TOKENS)))):
+    for begin, end in reversed(list(pairwise((0, 1, 20, problem.units(TOKENS))))):
         run(*args, begin, end)
 
     q, k, v = (merged[:, starts[i] : starts[i + 1]] for i in range(3))

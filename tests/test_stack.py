@@ -41,7 +41,9 @@ def attention(machine: Machine, head_dim: int, value_dim: int, **other: Any) -> 
 def wide_linear(machine: Machine, k: int) -> Kernel:
     """Sums of 16 rows, which keep a number of each group."""
     problem = QuantizedProblem(n=16, k=k, bits=4, group=32, symmetric=True)
-    rows = QuantizedRows(rows=1, tiles=1, slices=1, row_block=16, unroll=8, chains=2, ahead=3072, least=32 << 10)
+    rows = QuantizedRows(
+        rows=1, tiles=1, slices=1, row_block=16, unroll=8, chains=2, ahead=3072, least=32 << 10, together=1
+    )
     return rows.kernel(problem, machine)
 
 

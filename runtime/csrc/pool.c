@@ -1,25 +1,30 @@
-/* A fork-join thread pool for steps made of hundreds of short parallel loops.
+/* A fork-join thread pool for steps made of many short parallel loops.
  *
- * A loop is a job. Its owner opens it, works on it, closes it, and waits only for those workers that joined: a worker
- * that the system keeps off its core costs nothing. Workers spin a short while for the next job, then give way to other
- * processes, then sleep on a futex.
+ * A loop is a job, of some blocks of units. Every thread starts with a slice of its own, so that what it reads is one
+ * stream, and takes it in pieces from the front. Who is done takes half of what another has left, from the end: a busy
+ * core does less, an absent one nothing, and all finish together. A worker that the system keeps off its core costs
+ * nothing, as long as it holds no piece. Workers spin a short while for the next job, then give way to other processes,
+ * then sleep on a futex.
  *
- * Every thread starts with a slice of its own, so that what it reads is one stream, and takes it in pieces from the
- * front. Who is done takes half of what another has left, from the end: a busy core does less, an absent one nothing,
- * and all finish together.
+ * What a short loop costs is how often a cache line has to come from another core before something can go on
+ * (docs/adr/0024), and what it costs many threads must not grow with their square (docs/adr/0016). So:
+ * - The owner opens a job by writing one line: the description and the word `job`, which holds the job's serial number
+ *   and its number of threads, and which workers watch. It has its first piece before anyone knows of the job, and waits
+ *   for no line before it begins with it.
+ * - Slices carry a tag of the job that they were last written for. One of an earlier job stands for what the present job
+ *   starts with, so that nobody has to write it. A worker has the line of its own slice back before the next job comes.
+ * - Who has nothing left to do writes how many blocks it did into a line of its own, and the owner waits until these are
+ *   all. Nobody is told that a job is over: to take blocks is to change a slice, and a job that is over has none left.
+ * - A worker looks for work at the others of its group of eight, and at one thread of each group whose number differs
+ *   from its own in one bit. The owner looks everywhere, so that no slice is left over.
  *
- * What a loop costs must not grow with the square of the threads (docs/adr/0016). So:
- * - The owner writes two cache lines to open a job, however many threads there are: the description and the word `job`,
- *   which holds the job's serial number and its number of threads, and which workers watch. Slices and groups carry the
- *   serial that they were last written for. One of an earlier job stands for what the present job starts with.
- * - Threads are in groups of eight. A worker joins and leaves in the word of its group: two bits for each member say
- *   whether it has joined and whether it has left. The owner closes a group by setting both for all that did not join.
- * - A worker looks for work at the others of its group, and at one thread of each group whose number differs from its
- *   own in one bit. The owner looks everywhere before it closes a group, so that no slice is left over.
- *
- * The description changes only while every group of the last job is closed and all who joined have left. */
+ * That a slice is changed only for the job that is open: tags grow from job to job. While a job is open, its slices have
+ * its tag, or an earlier one if nobody took of them; once it is over, all of them have its tag and no blocks, or a later
+ * tag. So who changes a slice that had blocks of its job, or an earlier tag, did so while the job was open, and the
+ * description it had read by then is the job's. Where tags begin again, all slices are set back; before, the owner waits
+ * until no worker is in a job. */
 #define _GNU_SOURCE
-#include "pool.h"
+#include "pool_state.h"
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -37,85 +42,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifndef LLMC_POOL_GROUP /* fewer in tests: 2, 4 or 8 */
-#define LLMC_POOL_GROUP 8
-#endif
-
-enum {
-    CACHE_LINE = 64,
-    MOST_WORKERS = 1023,
-    STACK_BYTES = 2 << 20, /* of a worker, at least */
-    SPIN_NANOSECONDS = 30000,       /* pause loops before giving way: about one futex wake-up */
-    YIELD_NANOSECONDS = 60000,      /* then sched_yield until this long after the last work, then sleep */
-    GIVE_WAY_NANOSECONDS = 1000000, /* how often a worker gives way between jobs, while it holds nothing */
-    PIECES = 4,                     /* a thread takes this part of what is left of its slice */
-    GROUP = LLMC_POOL_GROUP,        /* threads that join at one word */
-    GROUPS = (MOST_WORKERS + GROUP) / GROUP,
-    WOKEN = 4,                      /* sleepers that one thread wakes; these wake the others */
-    LEVELS = 10,                    /* of sleepers: worker n is at the level of n's highest bit */
-};
-
-/* Tests define this as a function's name, and count which cache lines move between threads that do not sleep. */
-#ifdef LLMC_POOL_TOUCH
-void LLMC_POOL_TOUCH(const void *address, int writes);
-#else
-#define LLMC_POOL_TOUCH(address, writes) ((void)0)
-#endif
-
-/* `job`: threads << 48 | serial. A group: joined << 56 | left << 48 | serial. The serials last for nine years at a
- * million jobs a second. */
-#define SERIAL_BITS 48
-#define SERIAL_MASK ((UINT64_C(1) << SERIAL_BITS) - 1)
-#define LEFT_SHIFT SERIAL_BITS
-#define JOINED_SHIFT (SERIAL_BITS + GROUP)
-#define MEMBERS ((UINT64_C(1) << GROUP) - 1)
-
-/* What is left of a thread's part of the job, in blocks of `grain` units: begin << 44 | end << 24 | tag. The tag is the
- * end of the job's serial, and never 0: when it has been through all its values, all slices are set to 0. */
-#ifndef LLMC_POOL_TAG_BITS /* fewer in tests */
-#define LLMC_POOL_TAG_BITS 24
-#endif
-#define TAG_MASK ((UINT64_C(1) << LLMC_POOL_TAG_BITS) - 1)
-#define END_SHIFT 24
-#define BEGIN_SHIFT 44
-#define MOST_BLOCKS ((INT64_C(1) << (BEGIN_SHIFT - END_SHIFT)) - 1)
-
-typedef struct Slice {
-    _Alignas(CACHE_LINE) _Atomic uint64_t blocks;
-} Slice;
-
-typedef struct Group {
-    _Alignas(CACHE_LINE) _Atomic uint64_t members;
-} Group;
-
-struct LlmcPool {
-    /* Stable across versions: how any artifact runs a job, and how it takes its turn. */
-    void (*parallel)(LlmcPool *pool, LlmcBody body, void *context, int64_t units, int64_t grain);
-    void (*enter)(LlmcPool *pool, int64_t threads);
-    void (*leave)(LlmcPool *pool);
-
-    pthread_mutex_t turn; /* held by the thread that owns the jobs */
-    int64_t threads;      /* threads of the turn's owner, itself included */
-    int64_t workers;      /* workers started so far */
-    _Atomic int64_t named; /* of these, the ones that know their number */
-    LlmcPool *next;       /* all pools of this artifact, for the fork handler */
-
-    /* The description of the job, in a line of its own. */
-    _Alignas(CACHE_LINE) LlmcBody body;
-    void *context;
-    int64_t units;
-    int64_t grain;
-    uint64_t share; /* blocks that each thread starts with, */
-    uint64_t extra; /* and how many threads, the first ones, have one more */
-    uint64_t tag;
-
-    _Alignas(CACHE_LINE) _Atomic uint64_t job; /* what workers watch, and sleep on */
-    _Alignas(CACHE_LINE) _Atomic int32_t sleepers[LEVELS];
-
-    Group groups[GROUPS];
-    Slice slices[MOST_WORKERS + 1]; /* by thread: 0 is the owner's */
-};
-
 static _Atomic(LlmcPool *) current;
 static LlmcPool *created;
 static pthread_mutex_t creation = PTHREAD_MUTEX_INITIALIZER;
@@ -131,6 +57,15 @@ static void relax(void) {
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ volatile("isb" ::: "memory");
+#endif
+}
+
+/* Asks for a line that this thread will change, and does not wait for it. */
+static void fetch_to_write(const void *line) {
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(const char *)line)); /* the builtin needs an option of the compiler */
+#else
+    __builtin_prefetch(line, 1);
 #endif
 }
 
@@ -155,14 +90,15 @@ static void sleep_at(LlmcPool *pool, int64_t self, uint64_t seen) {
     atomic_fetch_sub(&pool->sleepers[level], 1);
 }
 
-/* Wakes some of the workers that a job of so many threads wants, if any sleep. Those that are woken do the same, so
- * that the owner can begin; of the last level some may be woken for nothing. */
+/* Wakes some of the workers that a job of so many threads wants, if any sleep. Those that are woken do the same, so that
+ * the owner can begin; of the last level some may be woken for nothing. Who goes to sleep just now may miss this job, and
+ * is found by the next: to be sure, the owner would have to wait until others have seen its job. */
 static void wake(LlmcPool *pool, int64_t threads) {
     if (threads < 2) return;
     const int level = level_of(threads - 1);
     int32_t asleep = 0;
     LLMC_POOL_TOUCH(&pool->sleepers, 0);
-    for (int i = 0; i <= level; i++) asleep += atomic_load(&pool->sleepers[i]);
+    for (int i = 0; i <= level; i++) asleep += atomic_load_explicit(&pool->sleepers[i], memory_order_relaxed);
     if (asleep <= 0) return;
     const int count = asleep < WOKEN ? asleep : WOKEN;
     syscall(SYS_futex, futex_of(pool), FUTEX_WAKE_BITSET_PRIVATE, count, NULL, NULL, (2u << level) - 1);
@@ -174,21 +110,36 @@ static uint64_t begin_of(uint64_t range) { return range >> BEGIN_SHIFT; }
 
 static uint64_t end_of(uint64_t range) { return range >> END_SHIFT & (uint64_t)MOST_BLOCKS; }
 
-static uint64_t range_of(const LlmcPool *pool, uint64_t begin, uint64_t end) {
-    return begin << BEGIN_SHIFT | end << END_SHIFT | pool->tag;
+static uint64_t tag_of(const Job *job) { return job->word & TAG_MASK; }
+
+static uint64_t range_of(const Job *job, uint64_t begin, uint64_t end) {
+    return begin << BEGIN_SHIFT | end << END_SHIFT | tag_of(job);
 }
 
-/* What a thread has left, if this is what its slice holds. */
-static uint64_t range_in(const LlmcPool *pool, int64_t thread, uint64_t blocks) {
-    if ((blocks & ((UINT64_C(1) << END_SHIFT) - 1)) == pool->tag) return blocks;
-    const uint64_t number = (uint64_t)thread, begin = number * pool->share;
-    if (number < pool->extra) return range_of(pool, begin + number, begin + number + pool->share + 1);
-    return range_of(pool, begin + pool->extra, begin + pool->extra + pool->share);
+/* Where the slice ends that a thread starts with. They are one after the other. */
+static uint64_t slice_end(const Job *job, int64_t thread) {
+    return job->blocks - job->share * (uint64_t)(threads_of(job->word) - 1 - thread);
 }
 
-static void run_blocks(const LlmcPool *pool, uint64_t begin, uint64_t end) {
-    int64_t last = (int64_t)end * pool->grain;
-    pool->body(pool->context, (int64_t)begin * pool->grain, last < pool->units ? last : pool->units);
+/* What a thread has left, if this is what its slice holds. The owner's is written before others know of the job. */
+static uint64_t range_in(const Job *job, int64_t thread, uint64_t blocks) {
+    const uint64_t tag = blocks & ((UINT64_C(1) << END_SHIFT) - 1), end = slice_end(job, thread);
+    if (tag == tag_of(job)) return blocks;
+    return tag > tag_of(job) ? range_of(job, 0, 0) : range_of(job, end - job->share, end); /* later: the job is over */
+}
+
+static void run_blocks(Job *job, uint64_t begin, uint64_t end) {
+    const uint64_t last = end * job->size;
+    job->body(job->context, (int64_t)(begin * job->size), (int64_t)(last < job->units ? last : job->units));
+    job->done += end - begin;
+}
+
+/* Where a thread's first piece of a range ends. The pieces are one after the other in memory; the smaller they are, the
+ * more is left for others to take when this thread is slow. But each costs a call, so that little work is one piece. */
+static uint64_t piece_end(const Job *job, uint64_t begin, uint64_t end) {
+    const uint64_t left = end - begin, part = (left + PIECES - 1) / PIECES;
+    const uint64_t piece = part < 2 * job->least ? 2 * job->least : part;
+    return left < 2 * piece ? end : begin + piece;
 }
 
 static uint64_t look(Slice *slice) {
@@ -198,114 +149,80 @@ static uint64_t look(Slice *slice) {
 
 static bool replace(Slice *slice, uint64_t *seen, uint64_t range) {
     LLMC_POOL_TOUCH(slice, 1);
-    return atomic_compare_exchange_weak_explicit(&slice->blocks, seen, range, memory_order_relaxed,
+    return atomic_compare_exchange_weak_explicit(&slice->blocks, seen, range, memory_order_acq_rel,
                                                  memory_order_relaxed);
 }
 
-/* Works on the thread's own slice until it is empty. The pieces are one after the other in memory, so that many cost
- * little more than one; the smaller they are, the more is left for others to take when this thread is slow. */
-static void finish_slice(LlmcPool *pool, int64_t self) {
+/* Works on the thread's own slice until it is empty. */
+static void finish_slice(LlmcPool *pool, Job *job, int64_t self) {
     Slice *own = &pool->slices[self];
     for (;;) {
         uint64_t seen = look(own), range, middle;
         do {
-            range = range_in(pool, self, seen);
-            uint64_t left = end_of(range) - begin_of(range);
-            if (left == 0) return;
-            middle = begin_of(range) + (left + PIECES - 1) / PIECES;
-        } while (!replace(own, &seen, range_of(pool, middle, end_of(range))));
-        run_blocks(pool, begin_of(range), middle);
+            range = range_in(job, self, seen);
+            if (begin_of(range) == end_of(range)) return;
+            middle = piece_end(job, begin_of(range), end_of(range));
+        } while (!replace(own, &seen, range_of(job, middle, end_of(range))));
+        run_blocks(job, begin_of(range), middle);
     }
 }
 
-/* Takes the second half of what another thread has left, and works on it. False when it has nothing. */
-static bool take_half(LlmcPool *pool, int64_t thread, int64_t self) {
+/* Takes the second half of what another thread has left, or all where half is too little, and works on it. False when it
+ * has nothing. */
+static bool take_half(LlmcPool *pool, Job *job, int64_t thread, int64_t self) {
     Slice *other = &pool->slices[thread];
     uint64_t seen = look(other), range, middle;
     do {
-        range = range_in(pool, thread, seen);
-        middle = (begin_of(range) + end_of(range)) / 2;
-        if (middle == end_of(range)) return false;
-    } while (!replace(other, &seen, range_of(pool, begin_of(range), middle)));
+        range = range_in(job, thread, seen);
+        const uint64_t left = end_of(range) - begin_of(range);
+        if (left == 0) return false;
+        middle = begin_of(range) + (left < 2 * job->least ? 0 : left / 2);
+    } while (!replace(other, &seen, range_of(job, begin_of(range), middle)));
     LLMC_POOL_TOUCH(&pool->slices[self], 1);
-    atomic_store_explicit(&pool->slices[self].blocks, range_of(pool, middle, end_of(range)), memory_order_relaxed);
-    finish_slice(pool, self);
+    atomic_store_explicit(&pool->slices[self].blocks, range_of(job, middle, end_of(range)), memory_order_relaxed);
+    finish_slice(pool, job, self);
     return true;
 }
 
 /* Takes half of what a thread near by has left: one of its group, then one of every group that is one bit away. */
-static bool take_over(LlmcPool *pool, int64_t threads, int64_t self) {
+static bool take_over(LlmcPool *pool, Job *job, int64_t self) {
+    const int64_t threads = threads_of(job->word);
     for (int64_t away = 1; away < GROUP || away < threads; away = away < GROUP ? away + 1 : 2 * away) {
         int64_t other = self ^ away;
-        if (other < threads && take_half(pool, other, self)) return true;
+        if (other < threads && take_half(pool, job, other, self)) return true;
     }
     return false;
 }
 
-static void work(LlmcPool *pool, int64_t threads, int64_t self) {
-    finish_slice(pool, self);
-    while (take_over(pool, threads, self)) continue;
+/* Tells the owner what this worker has done of the job. */
+static void report(LlmcPool *pool, const Job *job, int64_t self) {
+    LLMC_POOL_TOUCH(&pool->reports[self], 1);
+    atomic_store_explicit(&pool->reports[self].done, (job->word & SERIAL_MASK) << BLOCK_BITS | job->done,
+                          memory_order_release);
 }
 
-/* What the word of a group is in this job, before anyone joined: who has no part in it counts as gone. */
-static uint64_t nobody_joined(uint64_t job, int64_t group) {
-    int64_t wanted = threads_of(job) - group * GROUP;
-    uint64_t gone = wanted >= GROUP ? 0 : MEMBERS << wanted & MEMBERS;
-    if (group == 0) gone |= 1; /* the owner */
-    return gone << JOINED_SHIFT | gone << LEFT_SHIFT | (job & SERIAL_MASK);
+/* The blocks that a worker says it has done, of this job. If there are some, its slice is empty, or holds what it took
+ * from another one. */
+static uint64_t reported(LlmcPool *pool, const Job *job, int64_t thread) {
+    LLMC_POOL_TOUCH(&pool->reports[thread], 0);
+    const uint64_t done = atomic_load_explicit(&pool->reports[thread].done, memory_order_acquire);
+    return done >> BLOCK_BITS == (job->word & SERIAL_MASK) ? done & (uint64_t)MOST_BLOCKS : 0;
 }
 
-/* Joins the job, if it still is that and open. */
-static bool join_job(LlmcPool *pool, uint64_t job, int64_t self) {
-    Group *group = &pool->groups[self / GROUP];
-    const uint64_t bit = UINT64_C(1) << (JOINED_SHIFT + self % GROUP);
-    uint64_t seen = atomic_load_explicit(&group->members, memory_order_relaxed), members;
-    do {
-        LLMC_POOL_TOUCH(group, 1);
-        if ((seen & SERIAL_MASK) > (job & SERIAL_MASK)) return false; /* a later one */
-        members = (seen & SERIAL_MASK) == (job & SERIAL_MASK) ? seen : nobody_joined(job, self / GROUP);
-        if (members & bit) return false; /* closed */
-    } while (!atomic_compare_exchange_weak_explicit(&group->members, &seen, members | bit, memory_order_acq_rel,
-                                                    memory_order_relaxed));
-    return true;
+static bool is_done(LlmcPool *pool, const Job *job) {
+    uint64_t done = job->done;
+    for (int64_t i = 1; i < threads_of(job->word) && done < job->blocks; i++) done += reported(pool, job, i);
+    return done == job->blocks;
 }
 
-static void leave_job(LlmcPool *pool, int64_t self) {
-    LLMC_POOL_TOUCH(&pool->groups[self / GROUP], 1);
-    atomic_fetch_or_explicit(&pool->groups[self / GROUP].members, UINT64_C(1) << (LEFT_SHIFT + self % GROUP),
-                             memory_order_release);
-}
-
-static uint64_t members_of(LlmcPool *pool, int64_t group) {
-    LLMC_POOL_TOUCH(&pool->groups[group], 0);
-    return atomic_load_explicit(&pool->groups[group].members, memory_order_acquire);
-}
-
-/* Helps the members of a group, and then lets no more of them join. The slice of one that did not join can only become
- * empty, and stays so: where the word is what it was before the owner looked at the slices, nothing is left over. */
-static void close_group(LlmcPool *pool, uint64_t job, int64_t group) {
-    uint64_t seen = members_of(pool, group);
-    for (;;) {
-        uint64_t members = (seen & SERIAL_MASK) == (job & SERIAL_MASK) ? seen : nobody_joined(job, group);
-        const uint64_t left = members >> LEFT_SHIFT & MEMBERS, absent = ~(members >> JOINED_SHIFT) & MEMBERS;
-        if (left == MEMBERS && seen == members) return;
-        for (int64_t i = 0; i < GROUP; i++) {
-            while (!(left >> i & 1) && take_half(pool, group * GROUP + i, 0)) continue;
-        }
-        if (absent == 0) return;
-        members |= absent << JOINED_SHIFT | absent << LEFT_SHIFT;
-        LLMC_POOL_TOUCH(&pool->groups[group], 1);
-        if (atomic_compare_exchange_strong_explicit(&pool->groups[group].members, &seen, members, memory_order_acq_rel,
-                                                    memory_order_acquire)) {
-            return;
-        }
+/* The owner's part behind its own slice: what nobody has taken, and then waiting for those that have. */
+static void finish_job(LlmcPool *pool, Job *job) {
+    if (is_done(pool, job)) return;
+    for (int64_t i = 1; i < threads_of(job->word); i++) {
+        while (!reported(pool, job, i) && take_half(pool, job, i, 0)) continue;
     }
-}
-
-/* Waits until all who joined have left a group that is closed. */
-static void wait_for_group(LlmcPool *pool, int64_t group) {
     int64_t start = 0;
-    for (unsigned round = 1; (members_of(pool, group) >> LEFT_SHIFT & MEMBERS) != MEMBERS; round++) {
+    for (unsigned round = 1; !is_done(pool, job); round++) {
         if (round < 256) {
             relax();
         } else if (start == 0 || now() - start < SPIN_NANOSECONDS) {
@@ -322,13 +239,36 @@ static uint64_t look_for_job(LlmcPool *pool) {
     return atomic_load_explicit(&pool->job, memory_order_acquire);
 }
 
-/* Works on a job that wants this worker, unless it is closed. */
-static bool help(LlmcPool *pool, uint64_t job, int64_t self) {
-    if (!join_job(pool, job, self)) return false;
-    LLMC_POOL_TOUCH(&pool->body, 0);
-    work(pool, threads_of(job), self);
-    leave_job(pool, self);
-    return true;
+/* Reads the job's description, if it still is the job that workers watch. From then on until the worker leaves, tags of
+ * slices do not begin again. What is read here may belong to a later job; then no slice can be changed with it. */
+static bool enter_job(LlmcPool *pool, Job *job, int64_t self) {
+    LLMC_POOL_TOUCH(&pool->slices[self], 1);
+    atomic_store(&pool->slices[self].inside, true);
+    LLMC_POOL_TOUCH(&pool->job, 0);
+    job->body = atomic_load_explicit(&pool->body, memory_order_relaxed);
+    job->context = atomic_load_explicit(&pool->context, memory_order_relaxed);
+    job->units = atomic_load_explicit(&pool->units, memory_order_relaxed);
+    job->size = atomic_load_explicit(&pool->size, memory_order_relaxed);
+    job->blocks = atomic_load_explicit(&pool->blocks, memory_order_relaxed);
+    job->share = atomic_load_explicit(&pool->share, memory_order_relaxed);
+    job->least = atomic_load_explicit(&pool->least, memory_order_relaxed);
+    LLMC_POOL_TOUCH(&pool->job, 0);
+    return atomic_load(&pool->job) == job->word;
+}
+
+/* Works on a job that wants this worker, unless it is over. Whether there was something to do. */
+static bool help(LlmcPool *pool, uint64_t word, int64_t self) {
+    Job job = {.word = word};
+    if (enter_job(pool, &job, self)) {
+        finish_slice(pool, &job, self);
+        do {
+            if (job.done) report(pool, &job, self);
+        } while (take_over(pool, &job, self));
+    }
+    LLMC_POOL_TOUCH(&pool->slices[self], 1);
+    atomic_store_explicit(&pool->slices[self].inside, false, memory_order_release);
+    fetch_to_write(&pool->slices[self]);
+    return job.done > 0;
 }
 
 static void *worker(void *argument) {
@@ -384,54 +324,116 @@ static void start_workers(LlmcPool *pool, int64_t wanted) {
         pthread_t thread;
         if (pthread_create(&thread, &attributes, worker, pool) != 0) break;
         pthread_detach(thread);
-        pool->workers++;
+        if (++pool->workers > pool->most) pool->most = pool->workers;
     }
     pthread_attr_destroy(&attributes);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Sets all slices back, when tags begin again. `job`: of no thread, so that no worker enters one meanwhile. */
+static void restart_tags(LlmcPool *pool, uint64_t job) {
+    LLMC_POOL_TOUCH(&pool->job, 1);
+    atomic_store(&pool->job, job);
+    for (int64_t i = 0; i <= pool->most; i++) {
+        for (;;) {
+            LLMC_POOL_TOUCH(&pool->slices[i], 1);
+            if (!atomic_load(&pool->slices[i].inside)) break;
+            sched_yield();
+        }
+    }
+    for (int64_t i = 0; i <= pool->most; i++) { /* only now: to who is inside, 0 would look like an earlier tag */
+        LLMC_POOL_TOUCH(&pool->slices[i], 1);
+        atomic_store_explicit(&pool->slices[i].blocks, 0, memory_order_relaxed);
+    }
 }
 
 /* The serial of the next job. Called while no job is open. */
 static uint64_t next_serial(LlmcPool *pool) {
     uint64_t serial = ((atomic_load_explicit(&pool->job, memory_order_relaxed) & SERIAL_MASK) + 1) & SERIAL_MASK;
     if (serial & TAG_MASK) return serial;
-    for (int64_t i = 0; i <= MOST_WORKERS; i++) {
-        atomic_store_explicit(&pool->slices[i].blocks, 0, memory_order_relaxed);
-    }
+    restart_tags(pool, serial);
     return serial + 1;
+}
+
+/* Opens a job: the owner has its first piece then, up to the block that is returned. */
+static uint64_t open_job(LlmcPool *pool, const Job *job) {
+    const uint64_t end = slice_end(job, 0), first = piece_end(job, 0, end);
+    LLMC_POOL_TOUCH(&pool->slices[0], 1);
+    atomic_store_explicit(&pool->slices[0].blocks, range_of(job, first, end), memory_order_relaxed);
+    LLMC_POOL_TOUCH(&pool->job, 1);
+    atomic_store_explicit(&pool->body, job->body, memory_order_relaxed);
+    atomic_store_explicit(&pool->context, job->context, memory_order_relaxed);
+    atomic_store_explicit(&pool->units, job->units, memory_order_relaxed);
+    atomic_store_explicit(&pool->size, job->size, memory_order_relaxed);
+    atomic_store_explicit(&pool->blocks, job->blocks, memory_order_relaxed);
+    atomic_store_explicit(&pool->share, job->share, memory_order_relaxed);
+    atomic_store_explicit(&pool->least, job->least, memory_order_relaxed);
+    atomic_store_explicit(&pool->job, job->word, memory_order_release);
+    return first;
 }
 
 static void run_job(LlmcPool *pool, LlmcBody body, void *context, int64_t units, int64_t grain) {
     if (units <= 0) return;
-    if (grain < 1) grain = 1;
-    if (units / grain >= MOST_BLOCKS) grain = units / MOST_BLOCKS + 1;
-    int64_t threads = units / grain;
-    if (threads > pool->threads) threads = pool->threads;
-    if (threads > pool->workers + 1) threads = pool->workers + 1;
-    if (inside_body || turn_of != pool || threads <= 1) {
+    /* A grain of 1 stays what it is: then units are large. */
+    grain = grain < 2 ? 1 : grain < MOST_BLOCKS ? 1 + (grain - 1) * pool->slowness / SIXTEENTHS : grain;
+    if (inside_body || turn_of != pool || pool->threads < 2 || units / 2 < grain) {
         body(context, 0, units);
         return;
     }
-    const uint64_t blocks = (uint64_t)((units + grain - 1) / grain);
-    const uint64_t serial = next_serial(pool), job = (uint64_t)threads << SERIAL_BITS | serial;
-    LLMC_POOL_TOUCH(&pool->body, 1);
-    pool->body = body;
-    pool->context = context;
-    pool->units = units;
-    pool->grain = grain;
-    pool->share = blocks / (uint64_t)threads;
-    pool->extra = blocks % (uint64_t)threads;
-    pool->tag = serial & TAG_MASK;
-    /* Sequentially consistent against a worker's "count me as asleep, then look for a job". */
-    LLMC_POOL_TOUCH(&pool->job, 1);
-    atomic_store(&pool->job, job);
+    int64_t threads = units / grain;
+    if (threads > pool->threads) threads = pool->threads;
+    if (threads > pool->workers + 1) threads = pool->workers + 1;
+    if (threads < 2) {
+        body(context, 0, units);
+        return;
+    }
+    const int64_t size = (units - 1) / MOST_BLOCKS + 1, blocks = (units - 1) / size + 1;
+    /* A worker begins later than the owner, and is heard of later. What is worth handing out takes longer than that by
+     * its very meaning: twice as long is near enough. */
+    const int64_t least = (grain - 1) / size + 1, ahead = least / 2;
+    Job job = {.word = (uint64_t)threads << SERIAL_BITS | next_serial(pool), .body = body, .context = context,
+               .units = (uint64_t)units, .size = (uint64_t)size, .blocks = (uint64_t)blocks,
+               .share = (uint64_t)((blocks - ahead) / threads), .least = (uint64_t)least};
+    const uint64_t first = open_job(pool, &job);
     wake(pool, threads);
-
-    const int64_t groups = (threads + GROUP - 1) / GROUP;
     inside_body = true;
-    work(pool, threads, 0);
-    for (int64_t group = 0; group < groups; group++) close_group(pool, job, group);
+    run_blocks(&job, 0, first);
+    finish_slice(pool, &job, 0);
+    finish_job(pool, &job);
     inside_body = false;
-    for (int64_t group = 0; group < groups; group++) wait_for_group(pool, group);
+}
+
+typedef struct Greeting {
+    LlmcPool *pool;
+    int64_t start, nanoseconds;
+    _Atomic bool answered;
+} Greeting;
+
+static void answer(void *context, int64_t begin, int64_t end) {
+    Greeting *greeting = context;
+    (void)end;
+    if (begin > 0) {
+        atomic_store_explicit(&greeting->answered, true, memory_order_release);
+        return;
+    }
+    do {
+        LLMC_POOL_TOUCH(greeting->pool, 0);
+        greeting->nanoseconds = now() - greeting->start;
+        if (atomic_load_explicit(&greeting->answered, memory_order_acquire)) return;
+    } while (greeting->nanoseconds < GREETING_NANOSECONDS);
+}
+
+/* Finds out how long a worker takes to answer: that may be three times as long when a system runs the threads on cores
+ * that share no cache, and it moves them. */
+static void greet(LlmcPool *pool) {
+    Greeting greeting = {.pool = pool, .start = now()};
+    run_job(pool, answer, &greeting, 2, 1);
+    if (greeting.nanoseconds < pool->quickest) pool->quickest = greeting.nanoseconds;
+    if (++pool->greetings < GREETINGS) return;
+    const int64_t slowness = pool->quickest * SIXTEENTHS / ANSWER_NANOSECONDS, most = MOST_SLOWNESS * SIXTEENTHS;
+    pool->slowness = slowness < SIXTEENTHS ? SIXTEENTHS : slowness > most ? most : slowness;
+    pool->quickest = GREETING_NANOSECONDS;
+    pool->greetings = 0;
 }
 
 /* A thread that waited for a turn while it has one would wait for itself; and a body, for the thread that waits for it.
@@ -442,6 +444,7 @@ static void enter(LlmcPool *pool, int64_t threads) {
     turn_of = pool;
     pool->threads = threads < 1 ? 1 : threads;
     start_workers(pool, pool->threads - 1);
+    if (pool->threads > 1 && pool->workers > 0 && pool->turns_taken++ % GREETING_TURNS == 0) greet(pool);
 }
 
 static void leave(LlmcPool *pool) {
@@ -458,6 +461,7 @@ static void restart_in_child(void) {
         pthread_mutex_init(&pool->turn, NULL);
         pool->workers = 0;
         atomic_store(&pool->named, 0);
+        for (int64_t i = 0; i <= pool->most; i++) atomic_store(&pool->slices[i].inside, false);
         atomic_store(&pool->job, next_serial(pool)); /* of no thread: the job of the parent is none of the child's */
         for (int i = 0; i < LEVELS; i++) atomic_store(&pool->sleepers[i], 0);
     }
@@ -510,6 +514,8 @@ LlmcPool *llmc_pool_create(void) {
     pool->leave = leave;
     pthread_mutex_init(&pool->turn, NULL);
     pool->threads = 1;
+    pool->slowness = SIXTEENTHS;
+    pool->quickest = GREETING_NANOSECONDS;
     pthread_once(&fork_handler, add_fork_handler);
     pthread_mutex_lock(&creation);
     pool->next = created;

@@ -13,7 +13,8 @@ typedef struct LlmcPool LlmcPool;
 typedef void (*LlmcBody)(void *context, int64_t begin, int64_t end);
 
 /* Calls body(context, begin, end) on disjoint ranges that cover [0, units), on this thread and on idle workers, and
- * returns when all are done. `grain`: the fewest units worth handing out. Only a step that runs under llmc_run has
+ * returns when all are done. `grain`: the fewest units worth handing out, if a worker answers within a quarter of a
+ * microsecond; more are, where it takes longer. A range may be half of that. Only a step that runs under llmc_run has
  * workers: elsewhere, and inside of a body, everything runs on this thread. */
 void llmc_parallel(LlmcBody body, void *context, int64_t units, int64_t grain);
 

@@ -22,12 +22,14 @@ from llmc.targets.cpu.rope_angles import RopeAngles as AngleRows
 from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.cpu.row_kinds import PROMPT
 from llmc.targets.cpu.vector_isa import missing_vectors
-from llmc.targets.kernel import CachePart, Call, Range, Scratch
+from llmc.targets.kernel import CachePart, Call, Joined, Needed, Range, Scratch
 from llmc.targets.lowering import Context, Lowered
 
 CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 SPLITS = symbol("SPLITS", 1, 16)
 PAGES = symbol("M", 1)
+ONE_TOKEN = (Range("T", 1, 1), Range("SPLITS", 1, 1))
+"""Where a key-value head is one unit of an append and of attention: a unit sees no key that another one appends."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ def append_to_cache(op: Op, context: Context) -> Lowered | str:
     args = (k.base, v.base, *extras, CachePart(op.cache, "keys"), CachePart(op.cache, "values"))
     tokens = k.base.shape[0]
     note, written = f"[{kind.heads}, {dim}]", tokens * _cache_bytes(kind)
-    made, grain = append.kernel(problem, context.machine), append.grain(problem)
-    return Lowered((Call(made, args, tokens, grain, note=note, bytes_moved=written),))
+    made, units = append.kernel(problem, context.machine), problem.units(tokens)
+    return Lowered((Call(made, args, units, append.grain(problem), note=note, bytes_moved=written),))
 
 
 def _unfit(op: KVAppend) -> str:
@@ -157,7 +159,7 @@ def attention_over_pages(op: Op, context: Context) -> Lowered | str:
         return reason
     q = heads_of(op.q, context)
     plan = attention_plan(context, _attention_problem(op, q))
-    return plan if isinstance(plan, str) else Lowered(_attention_calls(op, q, plan))
+    return plan if isinstance(plan, str) else Lowered(_attention_calls(op, q, plan, _joined(op, q.base, context)))
 
 
 def _unread(op: PagedAttention) -> str:
@@ -201,7 +203,7 @@ def _attention_problem(op: PagedAttention, q: Heads) -> AttentionProblem:
     )
 
 
-def _attention_calls(op: PagedAttention, q: Heads, plan: AttentionPlan) -> tuple[Call, Call]:
+def _attention_calls(op: PagedAttention, q: Heads, plan: AttentionPlan, joins: Joined | None) -> tuple[Call, Call]:
     """The query tiles, and behind them the merge of splits, if there are any."""
     kind, (tokens, heads, dim) = op.cache.kv, op.q.shape
     assert isinstance(heads, int) and isinstance(dim, int)
@@ -224,10 +226,28 @@ def _attention_calls(op: PagedAttention, q: Heads, plan: AttentionPlan) -> tuple
         bytes_moved=keys(op.window) * _cache_bytes(kind),
         operations=seen * (2 * heads * (dim + kind.value_dim)),
         arithmetic=plan.arithmetic,
+        joins=joins,
     )
     merged, units = (state, partial, "result", SPLITS), plan.combine_units(tokens)
     merge = Call(plan.combine, merged, units, plan.combine_grain, (Range("SPLITS", 2, None),), note=note)
     return tile, merge
+
+
+def _joined(op: PagedAttention, rows: Value, context: Context) -> Joined | None:
+    """The append of the newest token, and the linear op that made its queries, keys and values, if that was one."""
+    append = op.cache
+    if not isinstance(append, KVAppend):
+        return None
+    kind, query_heads = append.kv, op.q.shape[1]
+    assert isinstance(query_heads, int)
+    heads = [(heads_of(op.q, context), query_heads // kind.heads * kind.key_dim)]
+    heads += [(heads_of(append.k, context), kind.key_dim), (heads_of(append.v, context), kind.value_dim)]
+    needs = [Needed(append)]
+    # All columns: the loop of attention's units, one a key head, runs no others.
+    is_whole = kind.heads * sum(width for _, width in heads) == rows.shape[-1]
+    if is_whole and all(each.base is rows and rows.shape[-1] == each.stride for each, _ in heads):
+        needs.append(Needed(rows, tuple((each.offset, width) for each, width in heads)))
+    return Joined(tuple(needs), ONE_TOKEN)
 
 
 @RULES.lower(RopeAngles, priority=10)
@@ -268,4 +288,4 @@ def turn_heads(op: Op, context: Context) -> Lowered | str:
         return turn
     made, tokens = turn.kernel(problem, context.machine), rows.base.shape[0]
     args = (rows.base, op.angles, "result")
-    return Lowered((Call(made, args, tokens, turn.grain(problem), note=f"[{heads}, {dim}]"),))
+    return Lowered((Call(made, args, problem.units(tokens), turn.grain(problem), note=f"[{heads}, {dim}]"),))

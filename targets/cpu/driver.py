@@ -6,7 +6,7 @@ convention, reads well in a debugger, and shares nothing with TVM's runtime (doc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llmc.compiler.ir.dims import Dim, FloorDiv, product
@@ -15,7 +15,8 @@ from llmc.compiler.ir.op import Input, Op, Value
 from llmc.compiler.ir.types import itemsize
 from llmc.errors import CompileError
 from llmc.targets.facts import facts_source
-from llmc.targets.kernel import FAILED, CachePart, Call, Packed, Scratch, Workspace
+from llmc.targets.joining import JoinedLoop, joined_loop
+from llmc.targets.kernel import FAILED, CachePart, Call, Packed, Range, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import needs_arena, scratch_key, weight_key
 from llmc.targets.step_limits import INPUTS, SIZES, failures_of, limits_source
@@ -108,7 +109,9 @@ def _calls(program: Program, addresses: Addresses, interface: _Interface) -> tup
     steps: list[str] = []
     labels: list[str] = []
     codes = {failure: code for code, failure in enumerate(failures_of(program), 1)}
-    for lowered in program.ops:
+    starts: list[tuple[int, int]] = []  # of each op, among the calls and the steps
+    for place, lowered in enumerate(program.ops):
+        starts.append((len(labels), len(steps)))
         for call in lowered.calls:
             index = len(labels)
             arguments = [_argument(argument, lowered, call, program, addresses, interface) for argument in call.args]
@@ -118,15 +121,20 @@ def _calls(program: Program, addresses: Addresses, interface: _Interface) -> tup
                 f"    ENTER(context);\n"
                 f"    {call.kernel.symbol}({', '.join([*arguments, 'begin', 'end'])});\n}}\n"
             )
-            guard = " && ".join(_guards(call, interface)) or "1"
-            units = call.units
-            assert isinstance(units, (int, Dim))
-            run = f"    RUN({index}, {guard}, {c_expression(units, interface.names)}, {max(1, call.grain)});"
+            assert isinstance(call.units, (int, Dim))
+            loop = f"{c_expression(call.units, interface.names)}, {max(1, call.grain)}"
+            run = f"    RUN({index}, {_condition(call.when, interface)}, {loop});"
             if call.failure:
                 failed = f"*(int32_t *)ARENA({addresses.plan.offsets[scratch_key(lowered.op, FAILED)]})"
                 run = f"    {failed} = 0;\n{run}\n    if ({failed})\n        return {codes[call.failure]};"
             steps.append(run)
             labels.append(f"{lowered.op.name} {call.kernel.name} {call.note}".strip())
+        joined = joined_loop(program, place)
+        if joined is not None:
+            (_, first), (index, after) = starts[joined.parts[0].place], starts[-1]
+            bodies.append(_joined_body(joined, index, [begin for begin, _ in starts]))
+            apart = steps[first : after + 1]
+            steps[first : after + 1] = [_joined_run(joined, index, lowered.calls[0], apart, interface)]
     return bodies, steps, labels
 
 
@@ -144,15 +152,37 @@ def _declarations(program: Program) -> list[str]:
     return [f"void {symbol}({', '.join([*each, 'int64_t', 'int64_t'])});" for symbol, each in kinds.items()]
 
 
-def _guards(call: Call, interface: _Interface) -> list[str]:
+def _condition(when: tuple[Range, ...], interface: _Interface) -> str:
+    """C for "all of these hold"."""
     guards = []
-    for item in call.when:
+    for item in when:
         name = interface.names.get(item.symbol, item.symbol)
         if item.low > 0:
             guards.append(f"{name} >= {item.low}")
         if item.high is not None:
             guards.append(f"{name} <= {item.high}")
-    return guards
+    return " && ".join(guards) or "1"
+
+
+def _joined_body(joined: JoinedLoop, index: int, starts: Sequence[int]) -> str:
+    """The body of a loop that runs the units of other calls before those of call `index`."""
+    lines = [
+        f"    body_{starts[part.place] + part.number}(context, {first} + begin * {count}, {first} + end * {count});\n"
+        for part in joined.parts
+        for first, count in part.ranges
+    ]
+    return (
+        f"static void joined_{index}(void *context, int64_t begin, int64_t end)\n{{\n"
+        f"{''.join(lines)}    body_{index}(context, begin, end);\n}}\n"
+    )
+
+
+def _joined_run(joined: JoinedLoop, index: int, call: Call, apart: Sequence[str], interface: _Interface) -> str:
+    """One loop, or else the loops `apart`: also while kernels are timed, each by itself."""
+    assert isinstance(call.units, (int, Dim))
+    loop = f"joined_{index}, (void *)(uintptr_t)step, {c_expression(call.units, interface.names)}, {max(1, call.grain)}"
+    condition = f"!step->profile && {_condition(joined.when, interface)}"
+    return f"    if ({condition}) {{\n    llmc_parallel({loop});\n    }} else {{\n" + "\n".join(apart) + "\n    }"
 
 
 def _argument(

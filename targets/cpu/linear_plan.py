@@ -115,7 +115,8 @@ def _rows_variant(
     """A kernel whose every unit streams its share of the weight."""
     units = -(-layout.tiles(problem.n) // few.tiles)
     grain = max(1, few.least * units // layout.nbytes(problem.n, problem.k))
-    return Variant(few.kernel, form, low, high, units, 0, grain)
+    columns = few.tiles * layout.tile_rows // (2 if problem.gated else 1)
+    return Variant(few.kernel, form, low, high, units, 0, grain, columns=columns)
 
 
 def _blocks_variant(

@@ -45,7 +45,9 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     bandwidth. A short block repeats the last row. unroll, chains: of the quads of a group, see `Sums.emit`.
     ahead: bytes from what is multiplied to what is asked for, since hardware prefetchers alone start late on the short
     streams that tiles are (3 KiB measured best for two tiles side by side, 1.5 to 8 KiB within 3%). least: bytes of
-    weights that are worth a thread: 32 KiB are about a microsecond of memory.
+    weights that are worth a thread: 32 KiB are about a microsecond of memory. together: units of one row whose sums
+    become results together. An activation function is a long chain of dependent steps: one at a time costs a tenth of a
+    gated product whose weights are in the third-level cache.
     """
 
     version: ClassVar[int] = 2
@@ -57,6 +59,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     chains: int = knob(1, 2)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
+    together: int = knob(1, 8, 16)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedRows:
@@ -71,8 +74,12 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         if pairs:  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
-        chains = 2 if most * tiles < 8 else 1
-        return cls(most, tiles, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10)
+        chains, together = 2 if most * tiles < 8 else 1, cls._together(problem, high)
+        return cls(most, tiles, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10, together=together)
+
+    @classmethod
+    def _together(cls, problem: QuantizedProblem, high: int) -> int:
+        return 8 if high == 1 and problem.activation != "none" else 1
 
     @classmethod
     def _sliced(cls, problem: QuantizedProblem, isa: VectorIsa, most: int, high: int) -> QuantizedRows:
@@ -83,14 +90,16 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         shared = most == 8 and isa.dot_centre(problem.bits) != 0
         rows, slices = (8, 1) if shared else (min(most, 4), 2)
         chains = 2 if rows * slices < 8 else 1
-        ahead = 1536 if rows == 1 and problem.bits == 8 else 6144
-        return cls(rows, problem.epilogue.tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10)
+        ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
+        together = cls._together(problem, high)
+        return cls(rows, tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.bits, problem.group)
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, self.chains)
+            or ("units of several rows are finished one by one" if self.together > 1 and self.row_block > 1 else "")
             or super().refuse(problem, machine)
         )
 
@@ -98,7 +107,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         isa, layout = isa_for(machine), problem.layout(machine)
         known = known_bytes(isa, layout, self.row_block, layout.groups(problem.k))
         count = self.tiles * slices_of(isa, layout)
-        totals = [isa.vector_bytes] * (self.rows * count)
+        totals = [isa.vector_bytes] * (self.rows * count * (1 if self.together == 1 else 1 + self.together))
         return arrays(*known, *totals, *sums_bytes(isa, self.rows, count, self.chains))
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
@@ -128,14 +137,42 @@ class _StreamedRows:
             first_row = b.let(number * row_block)
             blocks = b.let((tirx.Min(tokens - first_row, b.index(row_block)) + (rows - 1)) // rows)
             known.fill(first_row, blocks * rows, tokens, b.index(0), groups)
-            with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
-                self.unit(ops, known, first_row, block * rows, b.let((sizes["begin"] + i) * self.knobs.tiles), tokens)
+            if self.knobs.together > 1:
+                self.several(ops, known, first_row, sizes)
+            else:
+                with b.loop(sizes["end"] - sizes["begin"]) as i, b.loop(blocks) as block:
+                    first, first_tile = block * rows, b.let((sizes["begin"] + i) * self.knobs.tiles)
+                    totals = self.unit(ops, known, first_row, first, first_tile, tokens)
+                    self.finish(ops, totals, first_row, first, first_tile, tokens)
 
-    def unit(self, ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr) -> None:
-        """Rows from `first` of the block that starts at row `base`, times the tiles from `first_tile`."""
+    def several(self, ops: Operands, known: KnownRows, row: Expr, sizes: Mapping[str, Expr]) -> None:
+        """The units of one row, some of which are finished together."""
         from tvm import tirx
 
-        isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        tiles, together, tokens = self.knobs.tiles, self.knobs.together, sizes["T"]
+        count = tiles * slices_of(self.isa, self.layout)
+        kept = b.scratch(together * count, self.isa.f32)
+        with b.loop((sizes["end"] - sizes["begin"] + (together - 1)) // together) as batch:
+            begin = b.let(sizes["begin"] + batch * together)
+            units = b.let(tirx.Min(sizes["end"] - begin, b.index(together)))
+            with b.loop(units) as i:
+                totals = self.unit(ops, known, row, b.index(0), b.let((begin + i) * tiles), tokens)
+                for slot in range(count):
+                    store(kept, i * count + slot, totals[slot])
+            with b.loop(units) as i:
+                sums = b.Registers(count, self.isa.f32)
+                for slot in range(count):
+                    sums[slot] = kept[i * count + slot]
+                self.finish(ops, sums, row, b.index(0), b.let((begin + i) * tiles), tokens)
+
+    def unit(
+        self, ops: Operands, known: KnownRows, base: Expr, first: Expr, first_tile: Expr, tokens: Expr
+    ) -> b.Registers:
+        """The sums [slice * rows + row] of rows from `first` of the block that starts at row `base`, times the tiles
+        from `first_tile`."""
+        from tvm import tirx
+
+        isa, rows, tiles = self.isa, self.knobs.rows, self.knobs.tiles
         each = slices_of(isa, self.layout)
         all_tiles = self.layout.tiles(self.problem.n)
         # The last unit may be short: it repeats the last tile and stores it once.
@@ -153,6 +190,17 @@ class _StreamedRows:
                     (s, m), place = divmod(slot, rows), start * rows + slot
                     factors = known.factors(first + m, g)
                     totals[place] = ops.accumulate(totals[place], sums[slot], factors, batch[s], g)
+        return totals
+
+    def finish(
+        self, ops: Operands, totals: b.Registers, base: Expr, first: Expr, first_tile: Expr, tokens: Expr
+    ) -> None:
+        """Store what the sums of a unit become."""
+        from tvm import tirx
+
+        isa, epilogue, rows, tiles = self.isa, self.problem.epilogue, self.knobs.rows, self.knobs.tiles
+        each, all_tiles = slices_of(isa, self.layout), self.layout.tiles(self.problem.n)
+        row = b.clamped_rows(base + first, rows, tokens)
         for t in range(0, tiles, epilogue.tiles):
             for m in range(rows):
 

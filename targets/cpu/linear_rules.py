@@ -246,7 +246,7 @@ def _call(
     context: Context,
 ) -> Call:
     """A call of one kernel; `given`: pointers by name, beside the op's own."""
-    (n, k), rows = _shape(op), rows_of(op)
+    (n, k), rows, units = _shape(op), rows_of(op), variant.units(rows_of(op))
     named: dict[str, object] = {
         **{part: Packed(op.w, plan.layout, part) for part in ("data", "scales", "minimums")},
         "bias": op.bias,
@@ -257,11 +257,12 @@ def _call(
     return Call(
         variant.kernel,
         (*(named[name] for name in plan.names(variant)), rows),
-        variant.units(rows),
+        units,
         variant.grain,
         when,
         note=f"[{n}, {k}]",
         bytes_moved=plan.layout.nbytes(n, k),
         operations=rows * (2 * n * k * plan.products),
         arithmetic=plan.arithmetic,
+        columns=variant.columns,
     )

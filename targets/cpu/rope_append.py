@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.encoded import PAGE
-from llmc.targets.cpu.builder import let, loop, scratch
+from llmc.targets.cpu.builder import index, let, loop, scratch, when
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.row_norm import RowNorm
 from llmc.targets.cpu.vector_isa import isa_for
@@ -35,6 +35,8 @@ from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
+    from llmc.compiler.ir.dims import Dim
+
 HeadRows = tuple[int, int, int]
 """Where heads lie in a buffer: element stride of a token, offset of head 0, stride of a head."""
 
@@ -43,7 +45,8 @@ CHAINS = 1  # sums of a head's norm: heads are short
 
 @dataclass(frozen=True)
 class RopeProblem(Problem):
-    """One unit is one token. Arguments, in this order, those in brackets only where the problem calls for them:
+    """One unit is a key head of a token, u = token * kv_heads + head, or all of a token where there are none; the first
+    of a token has its queries too. Arguments, in this order, those in brackets only where the problem calls for them:
 
         [q f32] (heads), [k f32, v f32] (kv_heads),
         [angles f32[T, 2, pairs]: cosines, then sines] (pairs), [slots i32[T]] (kv_heads),
@@ -71,6 +74,10 @@ class RopeProblem(Problem):
     norm_eps: float | None
     norm_offset: float
     cache_dtype: str
+
+    def units(self, tokens: int | Dim) -> int | Dim:
+        """Units of so many tokens."""
+        return tokens * max(1, self.kv_heads)
 
     def rotation(self, lanes: int) -> Rotation:
         """What happens to each head."""
@@ -126,7 +133,7 @@ class RopeAppend(CpuTemplate[RopeProblem], name="rope_append"):
         return cls(least=4)
 
     def grain(self, problem: RopeProblem) -> int:
-        return self.least
+        return self.least * max(1, problem.kv_heads)
 
     def stack_bytes(self, problem: RopeProblem, machine: Machine) -> int:
         turned = problem.head_dim * (2 if problem.cache_dtype == "float16" else 4)
@@ -146,14 +153,16 @@ def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
     pointers += [("out", "float32")] * bool(p.heads)
     pointers += [("keys", p.cache_dtype), ("values", p.cache_dtype)] * bool(p.kv_heads)
 
-    def unit(a: SimpleNamespace, token: Expr) -> None:
+    def unit(a: SimpleNamespace, u: Expr) -> None:
+        token = pin(divide(u, p.kv_heads)) if p.kv_heads else u
+        head = pin(remainder(u, p.kv_heads)) if p.kv_heads else index(0)
         turn: tuple[Buffer, Expr] | None = None
         if p.pairs:
             turn = (a.angles, pin(token * (2 * p.pairs)))
         if p.heads:
-            with loop(p.heads) as head:
-                source = pin(token * p.query_rows[0] + (head * p.query_rows[2] + p.query_rows[1]))
-                target = pin((token * p.heads + head) * p.head_dim)
+            with when(head == 0), loop(p.heads) as query:
+                source = pin(token * p.query_rows[0] + (query * p.query_rows[2] + p.query_rows[1]))
+                target = pin((token * p.heads + query) * p.head_dim)
                 weight = a.q_weight if p.norm_eps is not None else None
                 style.head(a.q, source, weight, turn, a.out, target)
         if p.kv_heads:
@@ -161,16 +170,15 @@ def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
             page, offset = pin(divide(slot, PAGE)), pin(remainder(slot, PAGE))
             # Rounded here, so that the scattered stores below move finished elements.
             turned = scratch(p.head_dim, p.cache_dtype)
-            with loop(p.kv_heads) as head:
-                source = pin(token * p.key_rows[0] + (head * p.key_rows[2] + p.key_rows[1]))
-                weight = a.k_weight if p.norm_eps is not None else None
-                style.head(a.k, source, weight, turn, turned, 0)
-                column = pin((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
-                with loop(p.head_dim) as channel:
-                    store(a.keys, column + channel * PAGE, load(turned, channel))
-                values = pin(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
-                slot_row = pin(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
-                copy(style.lanes, a.v, values, a.values, slot_row, p.value_dim)
+            source = pin(token * p.key_rows[0] + (head * p.key_rows[2] + p.key_rows[1]))
+            weight = a.k_weight if p.norm_eps is not None else None
+            style.head(a.k, source, weight, turn, turned, 0)
+            column = pin((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
+            with loop(p.head_dim) as channel:
+                store(a.keys, column + channel * PAGE, load(turned, channel))
+            values = pin(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
+            slot_row = pin(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
+            copy(style.lanes, a.v, values, a.values, slot_row, p.value_dim)
 
     return range_kernel(pointers, [], unit)
 

@@ -18,7 +18,8 @@ class Variant:
 
     form: how it reads activations. Its work units number `panels * ceil(T / row_block)`, or just `panels` where
     row_block is 0 (each unit does all rows). grain: the fewest units worth handing to a thread. workspace: bytes that
-    each thread needs.
+    each thread needs. columns: of the result, that a unit computes, u * columns and the next ones, fewer at the end;
+    0 where units are otherwise.
     """
 
     kernel: Kernel
@@ -29,6 +30,7 @@ class Variant:
     row_block: int
     grain: int = 1
     workspace: int = 0
+    columns: int = 0
 
     def units(self, tokens: object) -> object:
         """Independent work units for `tokens` rows: an int, or a symbolic dim with +, * and //."""
