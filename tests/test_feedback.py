@@ -90,7 +90,7 @@ def test_parts_are_those_of_the_encoding(kind: GroupQuantized) -> None:
 
 @by_kind
 def test_rows_do_not_depend_on_each_other_or_on_threads(kind: GroupQuantized) -> None:
-    w, moments = layer(33, 129, 300)
+    w, moments = layer(300, 129, 300)
     curvature = Curvature.of(moments)
     whole = encode_with_feedback(kind, w, curvature, threads=1)
     again = encode_with_feedback(kind, w, curvature, threads=3)

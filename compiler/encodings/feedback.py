@@ -33,7 +33,8 @@ DAMPING = 0.01
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
 RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
-ROWS = 1 << 22  # weights rounded at a time, about: what is held of a block beside H
+ROWS = 128  # of a weight that are rounded at a time, however many threads there are: products have one shape
+FITTED = 1 << 22  # numbers that a fit of scales holds at a time, about
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,18 @@ def encode_with_feedback(
     if not kind.symmetric:
         parts["minimums"] = np.empty((len(w), groups), np.float16)
     workers = threads or min(8, len(os.sched_getaffinity(0)))
-    step = max(1, min(-(-len(w) // workers), ROWS // max(1, inputs)))
 
     def one_block(start: int) -> None:
-        rows = _Rows(kind, widen(w[start : start + step]), curvature)
+        rows = _Rows(kind, widen(w[start : start + ROWS]), curvature)
         rows.feed_back()
         for _ in range(sweeps):
             rows.refit()
             rows.descend()
         for name, part in rows.best_parts().items():
-            parts[name][start : start + step] = part
+            parts[name][start : start + ROWS] = part
 
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(one_block, range(0, len(w), step)):
+        for _ in pool.map(one_block, range(0, len(w), ROWS)):
             pass
     return Encoded(kind, w.shape, parts)
 
@@ -183,7 +183,7 @@ class _Rows:
         if self.kind.bits == BENT_BITS:
             bend(levels)
         count, rows = self.scales.shape
-        step = max(1, ROWS // max(1, count * len(levels)))
+        step = max(1, FITTED // max(1, count * len(levels)))
         for start in range(0, rows, step):
             part = slice(start, start + step)
             found = self._fitted(levels[:, part], part)
