@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.feedback import DAMPING, Curvature, encode_with_feedback
+from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Moments = NDArray[np.float32]
 Layer: TypeAlias = Linear | GatedLinear
 
-OVERHEAD = 2.0  # of running and rounding, beside the products of the layers themselves
+OVERHEAD = 2.0  # of all there is besides products of matrices
 
 
 def calibrate_model(
@@ -93,8 +93,11 @@ def tell_cost(
     layers: Mapping[Layer, Quantize], texts: Sequence[Ids], more: Sequence[Ids], decodes: bool, progress: Progress
 ) -> None:
     """Says beforehand how long it takes, where that is more than a minute, by how fast this machine multiplies now."""
-    weights = sum(math.prod(static(dim) for dim in layer.w.shape) for layer in layers)
+    shapes = {weight: tuple(static(dim) for dim in weight.shape) for weight in layers.values()}
     tokens = sum(map(len, texts)) * (ROUNDS * decodes + 1) + sum(map(len, more))
+    products = tokens * sum(math.prod(shapes[weight]) for weight in layers.values())
+    # Feedback once and, for each sweep, slopes, two errors and a fit: as many products with the moments of all inputs.
+    products += sum(n * k * k * (1 + 4 * SWEEPS) + k**3 for n, k in shapes.values())
     a = np.ones((512, 1024), np.float32)
     b = np.ones((1024, 1024), np.float32)
     seconds = math.inf
@@ -103,7 +106,7 @@ def tell_cost(
         a @ b
         seconds = min(seconds, time.perf_counter() - started)
     rate = a.size * len(b) / seconds * len(os.sched_getaffinity(0))
-    minutes = OVERHEAD * weights * tokens / rate / 60
+    minutes = OVERHEAD * products / rate / 60
     if minutes > 1:
         progress.note(f"rounding by what layers see takes about {minutes:.0f} minutes; --fast leaves it out")
 

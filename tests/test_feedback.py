@@ -168,7 +168,7 @@ def test_scales_are_fitted_by_least_squares(kind: GroupQuantized) -> None:
     rows = _Rows(kind, w, Curvature.of(moments))
     rows.feed_back()
     levels = (rows.q * (32 + np.abs(rows.q)) / 32 if kind.bits == 6 else rows.q).astype(np.float64)
-    found = rows._fitted(levels.astype(np.float32), slice(None))
+    found = rows._fitted(levels.astype(np.float32))
     root = np.linalg.cholesky(damped(moments)).T
     for row in range(len(w)):
         columns = np.zeros((129, len(rows.groups)))

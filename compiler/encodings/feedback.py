@@ -34,7 +34,6 @@ BLOCK = 64  # inputs whose errors reach the inputs behind the block in one produ
 RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
 ROWS = 128  # of a weight that are rounded at a time, however many threads there are: products have one shape
-FITTED = 1 << 22  # numbers that a fit of scales holds at a time, about
 
 
 @dataclass(frozen=True)
@@ -182,41 +181,33 @@ class _Rows:
         levels = self.q.copy()
         if self.kind.bits == BENT_BITS:
             bend(levels)
-        count, rows = self.scales.shape
-        step = max(1, FITTED // max(1, count * len(levels)))
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            found = self._fitted(levels[:, part], part)
-            before = self._error(self.v[:, part], part)
-            values = levels[:, part].copy()
-            for index, group in enumerate(self.groups):
-                values[group] = values[group] * found[index] + self.minimums[index, part]
-            better = self._error(values, part) < before
-            self.scales[:, part] = np.where(better, found, self.scales[:, part])
-            self.v[:, part] = np.where(better, values, self.v[:, part])
-
-    def _fitted(self, levels: Floats, part: slice) -> Floats:
-        """The scales [G, n] of least error, rounded to f16."""
-        moments, count = self.curvature.moments, len(self.groups)
-        target = self.w[:, part].copy()
+        found = self._fitted(levels)
+        values = levels
         for index, group in enumerate(self.groups):
-            target[group] -= self.minimums[index, part]
-        reached = moments @ target
-        normal = np.empty((levels.shape[1], count, count), np.float32)
-        right = np.empty((levels.shape[1], count), np.float32)
-        for i, group in enumerate(self.groups):
-            right[:, i] = np.einsum("kn,kn->n", levels[group], reached[group])
-            spread = moments[:, group] @ levels[group]
-            for j, other in enumerate(self.groups):
-                normal[:, i, j] = np.einsum("kn,kn->n", levels[other], spread[other])
+            values[group] = values[group] * found[index] + self.minimums[index]
+        better = self._error(values) < self._error(self.v)
+        self.scales = np.where(better, found, self.scales)
+        self.v = np.where(better, values, self.v)
+
+    def _fitted(self, levels: Floats) -> Floats:
+        """The scales [G, N] of least error, rounded to f16."""
+        moments, starts = self.curvature.moments, [group.start for group in self.groups]
+        target = self.w.copy()
+        for index, group in enumerate(self.groups):
+            target[group] -= self.minimums[index]
+        right = np.add.reduceat(levels * (moments @ target), starts, axis=0).T
+        normal = np.empty((levels.shape[1], len(starts), len(starts)), np.float32)
+        for index, group in enumerate(self.groups):
+            reached = moments[:, group] @ levels[group]
+            normal[:, index] = np.add.reduceat(levels * reached, starts, axis=0).T
         diagonal = np.einsum("nii->ni", normal)
         diagonal[...] = np.where(diagonal > 0, diagonal * np.float32(1 + RIDGE), 1)
         found = np.linalg.solve(normal, right[..., None])[..., 0].T
         return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
 
-    def _error(self, values: Floats, part: slice) -> Floats:
+    def _error(self, values: Floats) -> Floats:
         """(w - v) H (w - v)^T of each row."""
-        difference = self.w[:, part] - values
+        difference = self.w - values
         result: Floats = np.einsum("kn,kn->n", self.curvature.moments @ difference, difference)
         return result
 
@@ -224,8 +215,7 @@ class _Rows:
         """Integers [N, K], scales and minimums [N, G], as `Encoded` holds them; of a row whose weights are better
         rounded each for itself, those."""
         searched = encode(self.kind, self.w.T, threads=1)
-        whole = slice(None)
-        better = self._error(np.ascontiguousarray(searched.decode().T), whole) < self._error(self.v, whole)
+        better = self._error(np.ascontiguousarray(searched.decode().T)) < self._error(self.v)
         q = self.q.T.astype(np.int8 if self.kind.symmetric else np.uint8)
         halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
         found: dict[str, Array] = {"q": q, **halves}
