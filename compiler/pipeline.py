@@ -30,7 +30,7 @@ from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
-from llmc.errors import CompileError
+from llmc.errors import CompileError, IRError
 
 if TYPE_CHECKING:
     from llmc.compiler.check import Checker
@@ -225,11 +225,17 @@ def compile_model(
         measures = options.measures_inputs
         if measures or (measures is None and lifted.task != RUN):
             vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
-            found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress)
-            compiled.graph, compiled.load = found
-            compiled.calibrated = str(options.as_json()["calibrate"] or "self")
-            if checker is not None:
-                checker.calibrated(*found)
+            try:
+                found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress)
+            except IRError as error:  # random ids are not what every graph takes
+                if measures:
+                    raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
+                progress.note(f"weights are rounded as with --fast: the model's own text does not run: {error}")
+            else:
+                compiled.graph, compiled.load = found
+                compiled.calibrated = str(options.as_json()["calibrate"] or "self")
+                if checker is not None:
+                    checker.calibrated(*found)
         program = lower(compiled.graph, machine)
         manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:

@@ -26,7 +26,7 @@ from llmc.compiler.own_text import own_texts, random_texts, texts_of_file
 from llmc.compiler.pipeline import lift_model, run_lifted
 from llmc.compiler.progress import Silent
 from llmc.compiler.scenario import prompt_inputs
-from llmc.errors import CompileError
+from llmc.errors import CompileError, IRError
 from llmc.frontends.lifted import Lifted
 
 FAMILIES = ("llama", "llama_odd", "qwen2_tied", "gpt2", "gemma2")
@@ -207,6 +207,21 @@ def test_arrays_are_not_measured(tmp_path: Path) -> None:
     llmc.compile(tmp_path / "arrays.onnx", tmp_path / "arrays.so")
     with pytest.raises(CompileError, match="only models of texts"):
         llmc.compile(tmp_path / "arrays.onnx", tmp_path / "arrays.so", calibrate="self")
+
+
+def test_a_model_that_its_own_text_does_not_run_is_compiled_all_the_same(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a graph looks an id up in a shorter table: unless it was asked for, and then by an error."""
+
+    def fails(*_: object) -> None:
+        raise IRError("index 7 is out of range")
+
+    monkeypatch.setattr(calibration, "calibrate_model", fails)
+    found = llmc.compile(tiny["llama"], tmp_path / "model.so")
+    assert found["explain"]["calibrated"] == "none"  # type: ignore[index]
+    with pytest.raises(CompileError, match="own text does not run: index 7"):
+        llmc.compile(tiny["llama"], tmp_path / "model.so", calibrate="self")
 
 
 def test_outputs_are_nearer_to_the_models_own(tiny: dict[str, Path], tmp_path: Path) -> None:

@@ -12,14 +12,12 @@ Rows are independent: a large weight may be rounded block by block of rows, on s
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.grouped import GroupQuantized, encode, widen
+from llmc.compiler.encodings.grouped import GroupQuantized, each_block, empty_parts, encode, widen
 from llmc.compiler.encodings.levels import BENT_BITS, bend, unbend
 from llmc.compiler.encodings.search import round_asymmetric, round_symmetric
 from llmc.compiler.ir.encoded import Encoded
@@ -84,15 +82,7 @@ def encode_with_feedback(
 ) -> Encoded:
     """Round a weight [N, K] to an encoding by its layer's inputs: no row's outputs are further off on average than with
     `encode`. CompileError as `encode`."""
-    inputs = w.shape[1]
-    groups = -(-inputs // kind.group)
-    parts: dict[str, Array] = {
-        "q": np.empty(w.shape, np.int8 if kind.symmetric else np.uint8),
-        "scales": np.empty((len(w), groups), np.float16),
-    }
-    if not kind.symmetric:
-        parts["minimums"] = np.empty((len(w), groups), np.float16)
-    workers = threads or min(8, len(os.sched_getaffinity(0)))
+    parts = empty_parts(kind, *w.shape)
 
     def one_block(start: int) -> None:
         rows = _Rows(kind, widen(w[start : start + ROWS]), curvature)
@@ -103,9 +93,7 @@ def encode_with_feedback(
         for name, part in rows.best_parts().items():
             parts[name][start : start + ROWS] = part
 
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(one_block, range(0, len(w), ROWS)):
-            pass
+    each_block(one_block, range(0, len(w), ROWS), threads)
     return Encoded(kind, w.shape, parts)
 
 

@@ -108,12 +108,7 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
     inputs = w.shape[-1]
     rows = w.reshape(-1, inputs) if w.size else w.reshape(math.prod(w.shape[:-1]), inputs)
     groups = -(-inputs // kind.group)
-    parts: dict[str, Array] = {
-        "q": np.empty(rows.shape, np.int8 if kind.symmetric else np.uint8),
-        "scales": np.empty((len(rows), groups), np.float16),
-    }
-    if not kind.symmetric:
-        parts["minimums"] = np.empty((len(rows), groups), np.float16)
+    parts = empty_parts(kind, len(rows), inputs)
     step = max(1, BLOCK // max(1, inputs))
 
     def one_block(start: int) -> None:
@@ -124,13 +119,25 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
         if found.minimums is not None:
             parts["minimums"][part] = found.minimums
 
-    _each(one_block, range(0, len(rows), step) if groups else (), threads)
+    each_block(one_block, range(0, len(rows), step) if groups else (), threads)
     return Encoded(
         encoding, w.shape, {name: part.reshape(*w.shape[:-1], part.shape[1]) for name, part in parts.items()}
     )
 
 
-def _each(work: Callable[[int], None], starts: Sequence[int], threads: int | None) -> None:
+def empty_parts(kind: GroupQuantized, rows: int, inputs: int) -> dict[str, Array]:
+    """Room for the parts of an encoded [rows, inputs]."""
+    groups = -(-inputs // kind.group)
+    parts: dict[str, Array] = {
+        "q": np.empty((rows, inputs), np.int8 if kind.symmetric else np.uint8),
+        "scales": np.empty((rows, groups), np.float16),
+    }
+    if not kind.symmetric:
+        parts["minimums"] = np.empty((rows, groups), np.float16)
+    return parts
+
+
+def each_block(work: Callable[[int], None], starts: Sequence[int], threads: int | None) -> None:
     """Call `work` on every start, on several threads (numpy lets go of the interpreter's lock inside its loops)."""
     workers = min(threads or min(8, len(os.sched_getaffinity(0))), len(starts))
     if workers <= 1:
