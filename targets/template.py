@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
@@ -54,7 +55,7 @@ def knob(*values: int, exact: bool = True, code: bool = True) -> int:
 
 
 @dataclass(frozen=True)
-class Template(Generic[P]):
+class Template(ABC, Generic[P]):
     """A way to write a kernel for problems of one kind. To use one, a rule says
 
         problem = NormProblem(kind="rms", features=512, eps=1e-5)
@@ -90,9 +91,9 @@ class Template(Generic[P]):
         cls.name = name
 
     @classmethod
+    @abstractmethod
     def default(cls, problem: P, machine: Machine, rows: Rows = ANY_ROWS) -> Self:
         """What is taken while nothing was measured: a member of the space, wherever that has one."""
-        raise NotImplementedError
 
     def refuse(self, problem: P, machine: Machine) -> str:
         """Why these knobs, or any, make no kernel for the problem on the machine, in one line; empty: they do."""
@@ -102,17 +103,17 @@ class Template(Generic[P]):
                 return f"{field.name} is one of {', '.join(map(str, field.values))}, not {value}"
         return ""
 
+    @abstractmethod
     def stack_bytes(self, problem: P, machine: Machine) -> int:
         """Bytes of a thread's stack that a kernel takes, registers that arrays become included: no less than it is."""
-        raise NotImplementedError
 
     def grain(self, problem: P) -> int:
         """The fewest work units that are worth giving to a thread."""
         return 1
 
+    @abstractmethod
     def build(self, problem: P, machine: Machine) -> PrimFunc:
         """The kernel's code."""
-        raise NotImplementedError
 
     def kernel(self, problem: P, machine: Machine) -> Kernel:
         """The kernel of these knobs. Its parameters are the problem's and the knobs that its code depends on."""
@@ -184,7 +185,7 @@ def describe_space(kernel: Kernel, machine: Machine) -> dict[str, object] | None
     template, problem = kernel.template, kernel.problem
     if not isinstance(template, Template) or problem is None:
         return None
-    members = _members(type(template), problem, machine)  # type: ignore[arg-type]  # mypy knows no hash of a type variable
+    members = _members(type(template), problem, machine)
     return {
         "version": template.version,
         "legal": len(members),
