@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmc.compiler.encodings.grouped import GroupQuantized
-from llmc.compiler.encodings.levels import BEND, BENT_BITS, level
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
@@ -208,16 +207,16 @@ def _require_quantized(what: str, rows: Array, values: Array, encoded: Encoded) 
     assert isinstance(kind, GroupQuantized)
     size, q = rows.shape[1], encoded.parts["q"].astype(np.float64)
     scale = _per_element(np.abs(encoded.parts["scales"]), kind.group, size)
-    bent = kind.bits == BENT_BITS
-    gap = 1 + (2 * np.abs(q) + 1) / BEND if bent else 1.0
-    widest = 1 + (2 * kind.highest + 1) / BEND if bent else 1.0
+    levels = kind.levels
+    gap, ends = levels.gaps(q), np.array([levels.lowest, levels.highest], np.float64)
+    widest = levels.gaps(ends).max()
     top, bottom = _reduced(rows, kind.group, np.maximum), _reduced(rows, kind.group, np.minimum)
-    last = level(kind.highest) if bent else kind.highest
+    last = levels.level(levels.highest)
     covering = np.maximum(top, -bottom) / last if kind.symmetric else (top - bottom) / last
-    tiny = _LEAST_F16 * (abs(kind.lowest) + kind.highest)  # of scales that f16 rounds to steps
+    tiny = _LEAST_F16 * (abs(levels.level(levels.lowest)) + last)  # of scales that f16 rounds to steps
     rounding = 2.0**-9 * np.maximum(np.abs(top), np.abs(bottom))  # of scales and minimums to f16, at the ends
     half = scale * gap * (0.5 + 2.0**-9) + 1e-6 * np.abs(rows)
-    saturated = (q <= kind.lowest) | (q >= kind.highest)
+    saturated = (q <= levels.lowest) | (q >= levels.highest)
     allowed = _per_element(2 * covering * widest + rounding, kind.group, size) + tiny
     if not kind.symmetric:
         half = half + tiny

@@ -12,8 +12,7 @@ from pathlib import Path
 from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
-SCHEMES = ("none", "bf16", "f16", "int8", "int4")
-TABLE_SCHEMES = (*SCHEMES, "int6")  # of embeddings that no linear layer reads
+SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int4")
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
 WEIGHT_SOURCES = ("embed", "random", "none")
@@ -76,10 +75,10 @@ class CompileOptions:
         _choice("quantization (-q)", self.quantization, SCHEMES)
         _choice("--group-size", self.group_size, GROUP_SIZES)
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
-        _choice("--embedding", self.embedding, (None, *TABLE_SCHEMES))
+        _choice("--embedding", self.embedding, (None, *SCHEMES))
         _choice("--head", self.head, (None, *SCHEMES))
         for pattern, scheme in self.overrides:
-            _choice(f"--override {pattern}", scheme, TABLE_SCHEMES)
+            _choice(f"--override {pattern}", scheme, SCHEMES)
             if not pattern:
                 raise CompileError("--override needs a name pattern before the '=': --override '*.down_proj*=int8'")
             if not _PATTERN.fullmatch(pattern):
@@ -107,7 +106,7 @@ class CompileOptions:
         """The lowest precision that inputs of matmuls may be rounded to: "int8", "bf16" or "f32"."""
         if self.activations is not None:
             return self.activations
-        return {"int8": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")
+        return {"int8": "int8", "int6": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")
 
     def tokens_a_step(self, is_encoder: bool) -> int:
         """The most tokens of one step, as far as sequences can be cut."""

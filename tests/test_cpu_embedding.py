@@ -11,6 +11,9 @@ from kernel_harness import Compiled, aligned, default_kernel
 from x86_machines import each_machine
 
 from llmc.compiler.encodings import GroupQuantized
+from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.encodings.levels import table_levels
+from llmc.compiler.ir.types import parse_encoding
 from llmc.targets.cpu.embedding import RowLayout, embedding
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import weight_tiles
@@ -23,15 +26,19 @@ IDS = aligned(np.array([36, 0, 15, 16, 7, 8, 36, 1], np.int32))
 
 
 def quantized_table(
-    bits: int, group: int, symmetric: bool, features: int, seed: int = 0
+    encoding: GroupQuantized, features: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rng = np.random.default_rng(seed)
-    encoding = GroupQuantized(bits, group, symmetric)
-    low, high = encoding.lowest, encoding.highest + 1
-    q = rng.integers(low, high, (ROWS, features)).astype(np.int8 if symmetric else np.uint8)
+    group, symmetric, levels = encoding.group, encoding.symmetric, encoding.levels
+    q = rng.integers(levels.lowest, levels.highest + 1, (ROWS, features)).astype(np.int8 if symmetric else np.uint8)
     shape = (ROWS, -(-features // group))
     scales = rng.random(shape).astype(np.float16)
     return q, scales, None if symmetric else rng.standard_normal(shape).astype(np.float16)
+
+
+def row_layout(encoding: GroupQuantized) -> RowLayout:
+    levels = table_levels(encoding.bits) if encoding.table else None
+    return RowLayout(encoding.bits, encoding.group, encoding.symmetric, levels)
 
 
 def run(machine: Machine, layout: object, arrays: list[np.ndarray], features: int) -> np.ndarray:
@@ -55,40 +62,44 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "group", "features"),
+    ("name", "features"),
     [
-        *((bits, symmetric, 32, 101) for bits in (4, 8) for symmetric in (True, False)),
+        *((name, 101) for name in ("q4g32", "q4g32a", "q8g32", "q8g32a", "t4g32", "t4g64")),
         # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
-        *((6, True, *sizes) for sizes in ((32, 101), (64, 129), (8, 31), (40, 7), (64, 1), (128, 256))),
+        *(("t6g32", 101), ("t6g64", 129), ("t6g8", 31), ("t6g40", 7), ("t6g64", 1), ("t6g128", 256), ("t4g40", 7)),
     ],
 )
 @pytest.mark.parametrize("machine", MACHINES)
-def test_rows_of_quantized_tables(machine: Machine, bits: int, symmetric: bool, group: int, features: int) -> None:
-    q, scales, minimums = quantized_table(bits, group, symmetric, features)
+def test_rows_of_quantized_tables(machine: Machine, name: str, features: int) -> None:
+    encoding = grouped(parse_encoding(name))
+    group, symmetric = encoding.group, encoding.symmetric
+    q, scales, minimums = quantized_table(encoding, features)
     spread = [
         None if a is None else np.repeat(a.astype(np.float32), group, axis=1)[:, :features] for a in (scales, minimums)
     ]
-    levels = q * (32 + np.abs(q.astype(np.float64))) / 32 if bits == 6 else q.astype(np.float64)
+    levels = q.astype(np.float64)
+    if encoding.table:
+        levels = table_levels(encoding.bits).values.astype(np.float64)[q.astype(int) - encoding.levels.lowest]
     expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
-    layouts: list[RowLayout | QuantizedLayout] = [RowLayout(bits, group, symmetric)]
-    if bits != 6:  # the tiles of a matrix kernel have 4 or 8 bits
-        layouts.append(weight_tiles(machine).quantized(bits, group, symmetric))
+    layouts: list[RowLayout | QuantizedLayout] = [row_layout(encoding)]
+    if group % 32 == 0:  # as the tiles of a matrix kernel want it
+        layouts.append(weight_tiles(machine).quantized(encoding.bits, group, symmetric, encoding.table))
     for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
-        # An integer or level of up to 11 bits times an f16 scale is exact in f32; adding the minimum rounds once.
+        # An integer or level of up to 8 bits times an f16 scale is exact in f32; adding the minimum rounds once.
         assert np.abs(got - expected[IDS] * SCALE).max() <= (0 if symmetric else 2**-24 * 1024)
 
 
 @given(
-    kind=st.sampled_from([(4, True), (4, False), (6, True), (8, True), (8, False)]),
+    kind=st.sampled_from(["q4", "q4a", "t4", "t6", "q8", "q8a"]),
     group=st.sampled_from([8, 32, 40, 64]),
     features=st.integers(1, 200),
     seed=st.integers(0, 1000),
 )
-def test_packing_comes_back(kind: tuple[int, bool], group: int, features: int, seed: int) -> None:
-    bits, symmetric = kind
-    layout = RowLayout(bits, group, symmetric)
-    q, scales, minimums = quantized_table(bits, group, symmetric, features, seed)
+def test_packing_comes_back(kind: str, group: int, features: int, seed: int) -> None:
+    encoding = grouped(parse_encoding(f"{kind[:2]}g{group}{kind[2:]}"))
+    layout = row_layout(encoding)
+    q, scales, minimums = quantized_table(encoding, features, seed)
     packed = layout.pack(q, scales, minimums)
     assert {name: (a.shape, a.dtype) for name, a in packed.items()} == layout.arrays(ROWS, features)
     assert sum(a.nbytes for a in packed.values()) == layout.nbytes(ROWS, features)

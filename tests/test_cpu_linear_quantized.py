@@ -11,6 +11,7 @@ from cpu_linear_cases import ACTIVATIONS, Case, activation_sums, wide
 from kernel_harness import Compiled, aligned
 from x86_machines import MACHINES, each_machine, each_machine_and_tiles, runnable
 
+from llmc.compiler.encodings.levels import table_levels
 from llmc.runtime import cpu
 from llmc.targets.cpu.linear_plan import quantized_linear_plan
 from llmc.targets.cpu.linear_problem import QuantizedProblem
@@ -40,18 +41,19 @@ def quantized_case(
     bits: int,
     group: int,
     symmetric: bool,
+    table: bool = False,
     activations: str = "i8",
     **fused: object,
 ) -> Case:
     """Random weights whose results are around 1, in every scheme."""
-    problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+    problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, **fused)
     plan = quantized_linear_plan(Chooser(machine), problem, activations)
     rng = np.random.default_rng(n * 7 + k)
     low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
     q = rng.integers(low, high, (n, k)).astype(np.int8 if symmetric else np.uint8)
     spread = 1 / (high * math.sqrt(k))
     parts = {"q": q, "scales": ((rng.random((n, -(-k // group))) + 0.5) * spread).astype(np.float16)}
-    weight = q * wide(parts["scales"], group, k)
+    weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], group, k)
     magnitude = np.abs(weight)
     if not symmetric:
         parts["minimums"] = (-rng.random(parts["scales"].shape) * spread * high).astype(np.float16)
@@ -78,38 +80,45 @@ def slow(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-SCHEMES = [(4, True), slow(4, False), slow(8, True), (8, False)]
+EVEN, MINIMUMS, TABLE = {"symmetric": True}, {"symmetric": False}, {"symmetric": True, "table": True}
+SCHEMES = [(4, EVEN), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE)]
 SIZES = [
-    (4, True, 129, 129, 64),
-    (4, False, 1030, 70, 32),  # 65 tiles: enough that kernels take two at a time
-    (8, True, 31, 129, 64),
-    (8, False, 1, 31, 32),
-    slow(4, True, 33, 33, 32),
-    slow(4, False, 7, 300, 128),
-    slow(8, True, 1030, 300, 128),
+    (4, EVEN, 129, 129, 64),
+    (4, MINIMUMS, 1030, 70, 32),  # 65 tiles: enough that kernels take two at a time
+    (8, EVEN, 31, 129, 64),
+    (8, MINIMUMS, 1, 31, 32),
+    (4, TABLE, 129, 33, 32),
+    (4, TABLE, 1030, 300, 128),
+    (6, TABLE, 31, 129, 64),
+    (6, TABLE, 1030, 70, 32),
+    slow(4, EVEN, 33, 33, 32),
+    slow(4, MINIMUMS, 7, 300, 128),
+    slow(8, EVEN, 1030, 300, 128),
+    slow(6, TABLE, 1, 7, 128),
 ]
 
 
 @pytest.mark.parametrize("machine", each_machine_and_tiles())
-@pytest.mark.parametrize(("bits", "symmetric", "n", "k", "group"), SIZES)
+@pytest.mark.parametrize(("bits", "levels", "n", "k", "group"), SIZES)
 def test_every_variant_at_awkward_sizes(
-    machine: Machine, bits: int, symmetric: bool, n: int, k: int, group: int
+    machine: Machine, bits: int, levels: dict[str, bool], n: int, k: int, group: int
 ) -> None:
     """Every kernel is right for any T, so a plan may move its thresholds freely."""
     for tokens in (1, 7, 31):
-        case = quantized_case(machine, tokens, n, k, bits=bits, symmetric=symmetric, group=group)
+        case = quantized_case(machine, tokens, n, k, bits=bits, group=group, **levels)
         for variant in case.plan.variants:
             case.check(variant)
 
 
 @pytest.mark.parametrize("machine", each_machine())
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_largest_integer_sums_are_exact(machine: Machine, symmetric: bool) -> None:
+@pytest.mark.parametrize(("bits", "levels"), [(4, EVEN), (4, MINIMUMS), (4, TABLE), (6, TABLE)])
+def test_the_largest_integer_sums_are_exact(machine: Machine, bits: int, levels: dict[str, bool]) -> None:
     """Weights and activations at both ends of their ranges: every i16 sum is as far from zero as it can be."""
     group, k, n, tokens = 64, 128, 4 * 16, 9
-    problem = QuantizedProblem(n=n, k=k, bits=4, group=group, symmetric=symmetric)
-    plan = quantized_linear_plan(Chooser(machine), problem)
-    ends = np.array([-8, 7] if symmetric else [0, 15])
+    problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, **levels)
+    plan, symmetric = quantized_linear_plan(Chooser(machine), problem), levels["symmetric"]
+    half = 1 << bits - 1
+    ends = np.array([-half, half - 1] if symmetric else [0, 15])
     q = np.repeat(ends, n // 2)[:, None].repeat(k, 1).astype(np.int8 if symmetric else np.uint8)
     q[1::2, k // 2 :] = ends[0]
     ones = np.ones((n, k // group), np.float16)
@@ -119,7 +128,8 @@ def test_the_largest_integer_sums_are_exact(machine: Machine, symmetric: bool) -
     xsums = activation_sums(machine, xq.reshape(tokens, -1, group))
     scales = np.ones((tokens, k // group), np.float32)
     arrays = {"xq": xq, "xscales": scales, "xsums": xsums, **plan.layout.pack(**parts)}
-    case = Case(machine, plan, arrays, xq.astype(np.float64), q.astype(np.float64))
+    weight = table_levels(bits).values[q + half] if levels.get("table") else q
+    case = Case(machine, plan, arrays, xq.astype(np.float64), weight.astype(np.float64))
     for variant in plan.variants:
         np.testing.assert_array_equal(case.run(variant), case.expected)
 
@@ -134,11 +144,13 @@ def test_epilogues(machine: Machine, activation: str) -> None:
 
 
 @pytest.mark.parametrize("machine", each_machine_and_tiles())
-@pytest.mark.parametrize(("half", "symmetric", "bits"), [(33, False, 4), (70, True, 8), slow(16, True, 4)])
-def test_gate_and_up_meet_in_one_unit(machine: Machine, half: int, symmetric: bool, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("half", "levels", "bits"), [(33, MINIMUMS, 4), (70, EVEN, 8), (33, TABLE, 4), (70, TABLE, 6), slow(16, EVEN, 4)]
+)
+def test_gate_and_up_meet_in_one_unit(machine: Machine, half: int, levels: dict[str, bool], bits: int) -> None:
     fused = {
+        **levels,
         "bits": bits,
-        "symmetric": symmetric,
         "group": 64,
         "activation": "silu",
         "gated": True,
@@ -159,15 +171,16 @@ def test_any_split_of_the_units_gives_the_same_bits(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "symmetric", "group"), [(4, True, 96), (4, False, 128), (8, True, 32), (8, False, 64)]
+    ("bits", "levels", "group"),
+    [(4, EVEN, 96), (4, MINIMUMS, 128), (8, EVEN, 32), (8, MINIMUMS, 64), (4, TABLE, 64), (6, TABLE, 32)],
 )
-def test_tiles_give_the_bits_of_the_vector_units(bits: int, symmetric: bool, group: int) -> None:
+def test_tiles_give_the_bits_of_the_vector_units(bits: int, levels: dict[str, bool], group: int) -> None:
     """Integer sums are exact, and scaled in the same order: where rows come as 3, 8 or 16 + 5 makes no difference."""
     machine = detect.machine("sapphirerapids")
     if not machine.features <= cpu.features():
         pytest.skip("this computer has no tile registers, or the system does not lend them")
     for tokens in (3, 8, 21):
-        case = quantized_case(machine, tokens, 200, 300, bits=bits, symmetric=symmetric, group=group)
+        case = quantized_case(machine, tokens, 200, 300, bits=bits, group=group, **levels)
         expected = case.run(case.plan.variants[0])
         tiled = [variant for variant in case.plan.variants if "tile" in variant.kernel.name]
         assert [(variant.low, variant.high) for variant in tiled] == [(5, 8), (9, 16)]
@@ -196,10 +209,10 @@ def test_plans_cover_every_number_of_tokens_once(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", each_machine())
-@pytest.mark.parametrize(("bits", "symmetric"), SCHEMES)
-def test_f32_activations_are_not_rounded(machine: Machine, bits: int, symmetric: bool) -> None:
+@pytest.mark.parametrize(("bits", "levels"), SCHEMES)
+def test_f32_activations_are_not_rounded(machine: Machine, bits: int, levels: dict[str, bool]) -> None:
     """Sums of f32 products over 129 inputs: a rounding of 6e-8 each, growing with the root of their number."""
     fused = {"activation": "silu", "gated": True, "bias": True} if bits == 4 else {"residual": True}
-    case = quantized_case(machine, 9, 66, 129, bits=bits, symmetric=symmetric, group=32, activations="f32", **fused)
+    case = quantized_case(machine, 9, 66, 129, bits=bits, group=32, activations="f32", **levels, **fused)
     for variant in case.plan.variants:
         case.check(variant)

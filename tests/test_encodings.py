@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,21 +12,19 @@ from hypothesis import strategies as st
 
 from llmc.compiler.encodings import GroupQuantized, decode, encode, storage_bytes, stored_bytes
 from llmc.compiler.encodings.grouped import BLOCK, widen
+from llmc.compiler.encodings.levels import table_levels
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Tensor, parse_encoding, precise
 from llmc.errors import CompileError, IRError
 
 ENCODINGS = [
-    GroupQuantized(bits, group, symmetric)
-    for bits, symmetric in ((4, True), (4, False), (6, True), (8, True), (8, False))
-    for group in (32, 64)
+    parse_encoding(name)
+    for name in ("q4g32", "q4g64", "q4g32a", "q4g64a", "q8g32", "q8g64", "q8g32a", "q8g64a", "t4g32", "t4g64", "t6g64")
 ]
 by_encoding = pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 SIZES = (1, 7, 31, 33, 129)
 
-encodings = st.sampled_from(
-    [*ENCODINGS, GroupQuantized(4, 128), GroupQuantized(4, 8, False), GroupQuantized(6, 8), GroupQuantized(6, 128)]
-)
+encodings = st.sampled_from([*ENCODINGS, *map(parse_encoding, ("q4g128", "q4g8a", "t4g8", "t6g8", "t4g128", "t6g128"))])
 rows = st.integers(1, 5)
 sizes = st.sampled_from([*SIZES, 64, 128])
 kinds = st.sampled_from(["normal", "heavy", "positive", "tiny", "subnormal", "huge", "outlier", "sparse", "constant"])
@@ -58,9 +58,12 @@ def error(encoded: Encoded, w: np.ndarray) -> np.ndarray:
 
 
 def levels(encoding: GroupQuantized, q: np.ndarray) -> np.ndarray:
-    """What integers stand for, in f64: themselves, but with 6 bits the steps grow."""
-    q = q.astype(np.float64)
-    return q * (32 + np.abs(q)) / 32 if encoding.bits == 6 else q
+    """What integers stand for, in f64: themselves, or levels of a table; past its ends, nothing near."""
+    if not encoding.table:
+        return q.astype(np.float64)
+    levels = table_levels(encoding.bits)
+    known = np.concatenate([[-1e3], levels.values.astype(np.float64), [1e3]])
+    return known[q.astype(int) - levels.lowest + 1]
 
 
 def per_weight(part: np.ndarray, encoded: Encoded) -> np.ndarray:
@@ -77,17 +80,19 @@ def test_a_weight_in_range_is_at_most_half_a_step_off(encoding, kind, n, k, sear
     with precise():
         decoded = encoded.decode()
     off, q = np.abs(decoded - w), encoded.parts["q"].astype(int)
-    # The step to the next integer on the weight's side of its own.
-    towards = np.where((np.abs(w) > np.abs(decoded)) == (q >= 0), 1, -1)
+    # The step to the next integer on the weight's side of its own; a negative scale turns the sides.
+    sign = np.where(per_weight(encoded.parts["scales"], encoded) < 0, -1, 1)
+    towards = np.where((w > decoded) == (sign > 0), 1, -1)
     step = scale * np.abs(levels(encoding, q + towards) - levels(encoding, q))
-    assert q.min() >= encoding.lowest and q.max() <= encoding.highest
-    saturated = (q == encoding.lowest) | (q == encoding.highest)
+    lowest, highest = encoding.levels.lowest, encoding.levels.highest
+    assert q.min() >= lowest and q.max() <= highest
+    saturated = (q == lowest) | (q == highest)
     # f32 arithmetic in choosing q: a tie may fall to either side, by 2^-22 of the weight (and of the minimum).
     slack = 2.0**-22 * (
         np.abs(w) + (0 if encoding.symmetric else np.abs(per_weight(encoded.parts["minimums"], encoded)))
     )
-    if encoding.bits == 6:  # the f32 square root of 256 + 32 |w| / scale tells integers apart by 2^-15 of 16
-        slack = slack + 2.0**-20 * (16 * scale + np.abs(w))
+    if encoding.table:  # which byte is nearest is found in halves of bytes from the lowest one on: up to 253 in f32
+        slack = slack + 2.0**-15 * scale
     within = off <= step / 2 + slack
     assert within[~saturated].all()
     if not search:  # the scale covers the largest weight, so saturation costs nothing either
@@ -105,21 +110,26 @@ def test_a_search_never_loses_to_the_nearest_scale(encoding, kind, n, k, seed) -
 
 
 def test_growing_steps_suit_weights() -> None:
-    """Of the squared error of 6-bit integers at even steps, searched as well, four fifths are left, or fewer."""
+    """Of the squared error of integers at even steps, searched as well, so much is left: of 6 bits, four fifths or
+    fewer; of 4 bits, nine tenths."""
     rng = np.random.default_rng(0)
-    for w, at_most in ((rng.standard_normal((512, 512)), 0.83), (rng.standard_t(5, (512, 512)), 0.62)):
+    normal, heavy = rng.standard_normal((512, 512)), rng.standard_t(5, (512, 512))
+    for w, bits, at_most in ((normal, 6, 0.83), (heavy, 6, 0.62), (normal, 4, 0.89), (heavy, 4, 0.81)):
         groups = w.reshape(-1, 64)
         extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], 1)
         even = np.full(len(groups), np.inf)
-        for candidate in (31, -32, -32.3, -32.7):
+        half = 1 << bits - 1
+        for candidate in (half - 1, -half, *((-32.3, -32.7) if bits == 6 else (-8.4, -8.85))):
             scale = extreme / candidate
-            off = groups - scale * np.clip(np.rint(groups / scale), -32, 31)
+            off = groups - scale * np.clip(np.rint(groups / scale), -half, half - 1)
             even = np.minimum(even, (off**2).sum(axis=1))
-        assert error(encode(GroupQuantized(6, 64), w.astype(np.float32)), w).sum() <= at_most * even.sum()
+        table = GroupQuantized(bits, 64, table=True)
+        assert error(encode(table, w.astype(np.float32)), w).sum() <= at_most * even.sum()
 
 
 @pytest.mark.parametrize(
-    ("name", "at_most"), [("q4g64", 0.71), ("q4g32", 0.71), ("q4g64a", 0.90), ("q6g64", 0.93), ("q8g64", 0.93)]
+    ("name", "at_most"),
+    [("q4g64", 0.71), ("q4g32", 0.71), ("q4g64a", 0.90), ("q8g64", 0.93), ("t4g64", 0.9), ("t6g64", 0.93)],
 )
 def test_a_search_removes_error_from_normal_weights(name: str, at_most: float) -> None:
     """As benchmarks/quantization.py measures: of the squared error of the covering scale, this much is left."""
@@ -134,12 +144,13 @@ def test_values_on_the_grid_come_back_unchanged(encoding, n, k, search, seed) ->
     """decode(encode(decode(e))) == decode(e) where each group reaches the ends of the integers' range."""
     rng = np.random.default_rng(seed)
     groups = -(-k // encoding.group)
-    q = rng.integers(encoding.lowest, encoding.highest + 1, (n, k))
-    q[:, :: encoding.group] = encoding.highest
+    lowest, highest = encoding.levels.lowest, encoding.levels.highest
+    q = rng.integers(lowest, highest + 1, (n, k))
+    q[:, :: encoding.group] = highest
     if not encoding.symmetric:
-        q[:, 1 :: encoding.group] = encoding.lowest
-    elif not search:
-        q = np.maximum(q, -encoding.highest)  # without a search the scale is positive: -8 and -32 are out of its reach
+        q[:, 1 :: encoding.group] = lowest
+    elif not search:  # the scale covers the largest level: the lowest ones are out of its reach
+        q = np.where(levels(encoding, q) < -levels(encoding, np.array(highest)), 0, q)
     scales = (2.0 ** rng.integers(-8, 3, (n, groups)) * rng.integers(1, 8, (n, groups))).astype(np.float16)
     parts = {"q": q.astype(np.int8 if encoding.symmetric else np.uint8), "scales": scales}
     if not encoding.symmetric:
@@ -241,11 +252,14 @@ def test_decoding_in_f64_is_exact(encoding: GroupQuantized) -> None:
 
 @given(st.sampled_from(ENCODINGS), st.sampled_from([8, 32, 64, 128, 256]))
 def test_names_are_read_back(kind: GroupQuantized, group: int) -> None:
-    encoding = GroupQuantized(kind.bits, group, kind.symmetric)
+    encoding = replace(kind, group=group)
     assert parse_encoding(encoding.name) == encoding
 
 
-@pytest.mark.parametrize("name", ["q3g64", "q5g64", "q6g64a", "q4g0", "q4g12", "q4", "q04g64", "q4g64b", "int4", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["q3g64", "q5g64", "q6g64", "q6g64a", "q4g0", "q4g12", "q4", "q04g64", "q4g64b", "t8g64", "t4g64a", "int4", ""],
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(IRError):
         parse_encoding(name)
@@ -257,7 +271,8 @@ def test_other_names_are_refused(name: str) -> None:
         ("q4g64", (3, 128), 3 * 2 * 34),
         ("q4g64", (3, 129), 3 * 3 * 34),
         ("q4g32a", (1, 1), 20),
-        ("q6g64", (3, 129), 3 * 3 * 50),
+        ("t4g64", (3, 129), 3 * 3 * 34),
+        ("t6g64", (3, 129), 3 * 3 * 50),
         ("q8g64", (2, 5, 64), 660),
     ],
 )

@@ -9,18 +9,12 @@ from hypothesis import strategies as st
 
 from llmc.compiler.encodings import GroupQuantized, encode
 from llmc.compiler.encodings.feedback import BLOCK, Curvature, _Rows, encode_with_feedback
+from llmc.compiler.encodings.levels import table_levels
 from llmc.compiler.ir.encoded import Encoded
-from llmc.compiler.ir.types import precise
+from llmc.compiler.ir.types import parse_encoding, precise
 from llmc.errors import CompileError
 
-KINDS = [
-    GroupQuantized(4, 32),
-    GroupQuantized(4, 64),
-    GroupQuantized(4, 128),
-    GroupQuantized(8, 64),
-    GroupQuantized(6, 64),
-    GroupQuantized(4, 64, symmetric=False),
-]
+KINDS = [parse_encoding(name) for name in ("q4g32", "q4g64", "q8g64", "q4g64a", "t4g32", "t4g64", "t4g128", "t6g64")]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 SIZES = (1, 7, 31, 33, 129)
 
@@ -83,8 +77,8 @@ def test_parts_are_those_of_the_encoding(kind: GroupQuantized) -> None:
     assert {n: (p.shape, p.dtype) for n, p in found.parts.items()} == {
         n: (p.shape, p.dtype) for n, p in plain.parts.items()
     }
-    assert found.parts["q"].min() >= kind.lowest
-    assert found.parts["q"].max() <= kind.highest
+    assert found.parts["q"].min() >= kind.levels.lowest
+    assert found.parts["q"].max() <= kind.levels.highest
     assert np.isfinite(found.parts["scales"]).all()
 
 
@@ -108,15 +102,23 @@ def test_no_other_integer_of_a_row_is_better() -> None:
     for at in range(q.shape[1]):
         for step in (-1, 1):
             moved = q.copy()
-            moved[:, at] = np.clip(moved[:, at] + step, kind.lowest, kind.highest)
+            moved[:, at] = np.clip(moved[:, at] + step, kind.levels.lowest, kind.levels.highest)
             other = Encoded(kind, w.shape, found.parts | {"q": moved})
             assert (output_error(w, other, exact) >= best * (1 - 1e-4)).all()
 
 
+def stands_for(kind: GroupQuantized, integers: np.ndarray) -> np.ndarray:
+    """What integers stand for, beside scale and minimum, in f64."""
+    if not kind.table:
+        return integers.astype(np.float64)
+    levels = table_levels(kind.bits)
+    return levels.values.astype(np.float64)[integers.astype(int) - levels.lowest]
+
+
 def nearest(kind: GroupQuantized, wanted: np.ndarray, scale: np.ndarray, minimum: np.ndarray) -> np.ndarray:
     """The integers whose numbers are nearest, by looking at all of them."""
-    integers = np.arange(kind.lowest, kind.highest + 1)
-    numbers = integers * (32 + np.abs(integers)) / 32 if kind.bits == 6 else integers
+    integers = np.arange(kind.levels.lowest, kind.levels.highest + 1)
+    numbers = stands_for(kind, integers)
     gaps = np.abs(wanted[:, None] - (numbers * scale[:, None] + minimum[:, None]))
     return integers[gaps.argmin(axis=1)]
 
@@ -135,7 +137,7 @@ def test_errors_are_fed_back_as_a_plain_loop_does_it(kind: GroupQuantized) -> No
         at, group = left[0], left[0] // kind.group
         inverse = np.linalg.inv(exact[np.ix_(left, left)])
         q[:, at] = nearest(kind, wanted[:, at], scales[:, group], minimums[:, group])
-        level = q[:, at] * (32 + np.abs(q[:, at])) / 32 if kind.bits == 6 else q[:, at]
+        level = stands_for(kind, q[:, at])
         error = (wanted[:, at] - level * scales[:, group] - minimums[:, group]) / inverse[0, 0]
         wanted[:, left[1:]] -= np.multiply.outer(error, inverse[0, 1:])
         left.pop(0)
@@ -157,7 +159,7 @@ def test_a_sweep_takes_each_input_after_the_other(kind: GroupQuantized) -> None:
         group = at // kind.group
         wanted = v[:, at] + (w - v) @ exact[:, at] / exact[at, at]
         q[:, at] = nearest(kind, wanted, scales[:, group], minimums[:, group])
-        level = q[:, at] * (32 + np.abs(q[:, at])) / 32 if kind.bits == 6 else q[:, at]
+        level = stands_for(kind, q[:, at])
         v[:, at] = level * scales[:, group] + minimums[:, group]
     assert np.mean(q == rows.q.T) > 0.97  # as above
 

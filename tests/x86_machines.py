@@ -17,7 +17,9 @@ MACHINES = {
     "avx2": Machine("x86-64-v3", "x86", "x86-64-v3", frozenset(_BASE), 256),
     "avxvnni": Machine("alderlake", "x86", "alderlake", frozenset(_BASE | {"avxvnni"}), 256),
     "avx512": Machine("x86-64-v4", "x86", "x86-64-v4", frozenset(_WIDE), 512),
-    "avx512vnni": Machine("znver4", "x86", "znver4", frozenset(_WIDE | {"avx512vnni", "avx512bf16"}), 512),
+    "avx512vnni": Machine(
+        "znver4", "x86", "znver4", frozenset(_WIDE | {"avx512vnni", "avx512vbmi", "avx512bf16"}), 512
+    ),
 }
 
 

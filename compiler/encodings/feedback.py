@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.grouped import GroupQuantized, each_block, empty_parts, encode, widen
-from llmc.compiler.encodings.levels import BENT_BITS, bend, unbend
-from llmc.compiler.encodings.search import round_asymmetric, round_symmetric
+from llmc.compiler.encodings.grouped import GroupQuantized, each_block, empty_parts, encode, round_groups, widen
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Array
 
@@ -104,7 +102,7 @@ class _Rows:
     """
 
     def __init__(self, kind: GroupQuantized, w: Floats, curvature: Curvature) -> None:
-        self.kind, self.curvature = kind, curvature
+        self.kind, self.levels, self.curvature = kind, kind.levels, curvature
         self.w = np.ascontiguousarray(w.T)
         inputs, rows = self.w.shape
         self.groups = [slice(at, min(at + kind.group, inputs)) for at in range(0, inputs, kind.group)]
@@ -113,10 +111,10 @@ class _Rows:
         importance = np.einsum("ii->i", curvature.moments)
         for index, group in enumerate(self.groups):
             # Weighted by each input's own moment: the search sees numbers that count alike.
-            found = _search(kind, np.ascontiguousarray(w[:, group]), importance[group])
-            self.scales[index] = found[0]
-            if found[1] is not None:
-                self.minimums[index] = found[1]
+            found = round_groups(kind, np.ascontiguousarray(w[:, group]), search=True, importance=importance[group])
+            self.scales[index] = found.scales
+            if found.minimums is not None:
+                self.minimums[index] = found.minimums
         self.q = np.zeros_like(self.w)
         self.v = np.zeros_like(self.w)
 
@@ -125,13 +123,9 @@ class _Rows:
         group = at // self.kind.group
         scale, minimum = self.scales[group], self.minimums[group]
         q = np.divide(wanted - minimum, scale, out=np.zeros_like(wanted), where=scale != 0)
-        if self.kind.bits == BENT_BITS:
-            unbend(q)
-        np.rint(q, out=q)
-        np.clip(q, self.kind.lowest, self.kind.highest, out=q)
+        self.levels.find(q)
         self.q[at] = q
-        if self.kind.bits == BENT_BITS:
-            bend(q)
+        self.levels.apply(q)
         rounded: Floats = q * scale + minimum
         self.v[at] = rounded
         return rounded
@@ -167,8 +161,7 @@ class _Rows:
     def refit(self) -> None:
         """Scales (not minimums) by least squares under H for the integers as they are, in the rows that gain by it."""
         levels = self.q.copy()
-        if self.kind.bits == BENT_BITS:
-            bend(levels)
+        self.levels.apply(levels)
         found = self._fitted(levels)
         values = levels
         for index, group in enumerate(self.groups):
@@ -208,12 +201,3 @@ class _Rows:
         halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
         found: dict[str, Array] = {"q": q, **halves}
         return {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
-
-
-def _search(kind: GroupQuantized, w: Floats, importance: Floats) -> tuple[Array, Array | None]:
-    """Scales and minimums [N] of one group of inputs [N, G], by the search that sees no other inputs."""
-    if kind.symmetric:
-        found = round_symmetric(w, kind.bits, search=True, importance=importance)
-    else:
-        found = round_asymmetric(w, kind.bits, search=True)
-    return found.scales, found.minimums

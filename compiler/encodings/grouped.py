@@ -1,9 +1,10 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
 `q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
-`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `q6g64`: w = scale * level(q) with q in [-32, 31],
-see `levels.py`. Scales are rounded to f16 before the integers are chosen, so that the integers fit the scales in use.
-A last group that the input dimension does not fill is rounded as the shorter group that it is.
+`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `t4g64`, `t6g64`: w = scale * level(q) with q in
+[-8, 7] or [-32, 31] and the levels of a table, see `levels.py`. Scales are rounded to f16 before the integers are
+chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
+the shorter group that it is.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.levels import BENT_BITS, bend
+from llmc.compiler.encodings.levels import TABLE_BITS, EvenLevels, Levels, even_levels, table_levels
 from llmc.compiler.encodings.search import Rounding, round_asymmetric, round_symmetric
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Array, Encoding, Tensor, is_precise, itemsize, register_encoding
 from llmc.errors import CompileError, IRError
 
 BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
-_NAME = re.compile(r"q(\d+)g(\d+)(a?)\Z")
+EVEN_BITS = (4, 8)
+_NAME = re.compile(r"([qt])(\d+)g(\d+)(a?)\Z")
 
 
 @dataclass(frozen=True)
@@ -34,36 +36,32 @@ class GroupQuantized(Encoding):
     """`bits`-bit integers, one f16 scale (asymmetric: and one f16 minimum) for every `group` inputs of a row.
 
     Parts of an `Encoded` of shape [..., K], with G = ceil(K / group): q i8 (asymmetric: u8) [..., K], scales f16
-    [..., G] and, asymmetric, minimums f16 [..., G].
+    [..., G] and, asymmetric, minimums f16 [..., G]. table: integers stand for the levels of a table.
     """
 
     bits: int
     group: int
     symmetric: bool = True
+    table: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 6, 8):
-            raise IRError(f"no encoding with {self.bits} bits: 4, 6 or 8")
-        if self.bits == BENT_BITS and not self.symmetric:
-            raise IRError(f"no encoding with {self.bits} bits and minimums: 4 or 8 bits")
+        known = TABLE_BITS if self.table else EVEN_BITS
+        if self.bits not in known:
+            what = "a table of levels" if self.table else "even steps"
+            raise IRError(f"no encoding with {self.bits} bits and {what}: {' or '.join(map(str, known))}")
+        if self.table and not self.symmetric:
+            raise IRError("no encoding with a table of levels and minimums")
         if self.group < 8 or self.group % 8:
             raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
 
     @property
     def name(self) -> str:
-        return f"q{self.bits}g{self.group}{'' if self.symmetric else 'a'}"
+        return f"{'t' if self.table else 'q'}{self.bits}g{self.group}{'' if self.symmetric else 'a'}"
 
     @property
-    def lowest(self) -> int:
-        """The smallest integer in use."""
-        if not self.symmetric:
-            return 0
-        return -127 if self.bits == 8 else -(1 << (self.bits - 1))
-
-    @property
-    def highest(self) -> int:
-        """The largest integer in use."""
-        return (1 << self.bits) - 1 if not self.symmetric else (1 << (self.bits - 1)) - 1
+    def levels(self) -> Levels:
+        """What the integers stand for; those of minimums, above them."""
+        return table_levels(self.bits) if self.table else even_levels(self.bits, self.symmetric)
 
     @property
     def bits_per_weight(self) -> float:
@@ -76,7 +74,7 @@ def _parse(name: str) -> Encoding | None:
     found = _NAME.match(name)
     if found is None:
         return None
-    encoding = GroupQuantized(int(found[1]), int(found[2]), not found[3])
+    encoding = GroupQuantized(int(found[2]), int(found[3]), not found[4], found[1] == "t")
     return encoding if encoding.name == name else None
 
 
@@ -154,17 +152,26 @@ def _round_rows(kind: GroupQuantized, rows: Array, search: bool) -> Rounding:
     w = widen(rows)
     count, inputs = w.shape
     full = inputs - inputs % kind.group
-    rounding = round_symmetric if kind.symmetric else round_asymmetric
     pieces = []
     if full:
-        whole = np.ascontiguousarray(w[:, :full]).reshape(-1, kind.group)
-        pieces.append(rounding(whole, kind.bits, search))
+        pieces.append(round_groups(kind, np.ascontiguousarray(w[:, :full]).reshape(-1, kind.group), search))
     if full < inputs:
-        pieces.append(rounding(np.ascontiguousarray(w[:, full:]), kind.bits, search))
+        pieces.append(round_groups(kind, np.ascontiguousarray(w[:, full:]), search))
     q = np.concatenate([piece.q.reshape(count, -1) for piece in pieces], axis=1)
     scales = np.concatenate([piece.scales.reshape(count, -1) for piece in pieces], axis=1)
     minimums = [piece.minimums.reshape(count, -1) for piece in pieces if piece.minimums is not None]
     return Rounding(q, scales, np.concatenate(minimums, axis=1) if minimums else None)
+
+
+def round_groups(
+    kind: GroupQuantized, w: NDArray[np.float32], search: bool, importance: NDArray[np.float32] | None = None
+) -> Rounding:
+    """Groups [M, G], each by itself. importance: see `round_symmetric`; no matter where there are minimums."""
+    levels = kind.levels
+    if not kind.symmetric:
+        assert isinstance(levels, EvenLevels)
+        return round_asymmetric(w, levels, search)
+    return round_symmetric(w, levels, search, importance)
 
 
 def decode(encoded: Encoded) -> Array:
@@ -176,16 +183,14 @@ def decode(encoded: Encoded) -> Array:
     if q.size == 0:
         return np.zeros(encoded.shape, wide)
     values = np.empty(q.shape, wide)
+    if kind.table:
+        levels = table_levels(kind.bits)
+        q = levels.values.astype(wide)[q.astype(np.intp) - levels.lowest]
     scales = encoded.parts["scales"].reshape(len(q), -1).astype(wide)
     minimums = None if kind.symmetric else encoded.parts["minimums"].reshape(len(q), -1).astype(wide)
     for index, start in enumerate(range(0, inputs, kind.group)):
         part = slice(start, start + kind.group)
-        if kind.bits == BENT_BITS:
-            values[:, part] = q[:, part]
-            bend(values[:, part])
-            values[:, part] *= scales[:, index, None]
-        else:
-            np.multiply(q[:, part], scales[:, index, None], out=values[:, part])
+        np.multiply(q[:, part], scales[:, index, None], out=values[:, part])
         if minimums is not None:
             values[:, part] += minimums[:, index, None]
     return values.reshape(encoded.shape)

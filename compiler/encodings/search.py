@@ -5,8 +5,8 @@ that fits *those* best is (w . q) / (q . q), and the error that it leaves is w .
 are compared by (w . q)^2 / (q . q) without ever forming the error, at five passes over the weights each.
 
 4-bit integers reach from -8 to 7, so a scale may be negative: the extreme weight, whatever its sign, then maps to -8,
-and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). 6-bit integers (-32 to 31) stand
-for levels (`levels.py`), and those are what q means above.
+and what is best is to let it saturate a little (a scale 2 to 10% below extreme / -8). Where integers stand for levels
+of a table (`levels.py`), those are what q means above.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.levels import BENT_BITS, bend, level, unbend
+from llmc.compiler.encodings.levels import EvenLevels, Levels, even_levels, table_levels
 from llmc.errors import CompileError
 
 Floats = NDArray[np.float32]
 
 # The level that the extreme weight of a group is mapped to before clamping. Chosen by benchmarks/quantization.py: 4-bit
 # weights in groups of 64 keep 0.70 of the squared error of the nearest scale, as they would with 200 candidates.
-CANDIDATES: dict[int, tuple[float, ...]] = {
-    4: (7.0, -8.0, -8.4, -8.85),
-    6: (level(31), level(-32), -64.6, -65.3),
-    8: (127.0, 126.0, 124.5, 123.0),
+CANDIDATES: dict[Levels, tuple[float, ...]] = {
+    even_levels(4, True): (7.0, -8.0, -8.4, -8.85),
+    even_levels(8, True): (127.0, 126.0, 124.5, 123.0),
+    table_levels(4): (7.25, -8.5, -8.0, 7.8, -9.2),
+    table_levels(6): (61.0, -64.0, -64.6, -65.3),
 }
 # Asymmetric: the part of the range [min, max] that the integers cover, around its middle.
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84)
@@ -43,49 +44,46 @@ class Rounding:
     minimums: NDArray[np.float16] | None = None
 
 
-def round_symmetric(w: Floats, bits: int, search: bool, importance: Floats | None = None) -> Rounding:
-    """w = scale * q. importance [G]: what an error of each place counts, squared (default: all the same). CompileError
-    where a weight is not finite or a scale does not fit f16."""
-    highest = (1 << (bits - 1)) - 1
-    lowest = -highest if bits == 8 else -highest - 1
-    bent = bits == BENT_BITS
+def round_symmetric(w: Floats, levels: Levels, search: bool, importance: Floats | None = None) -> Rounding:
+    """w = scale * the level of q. importance [G]: what an error of each place counts, squared (default: all the same).
+    CompileError where a weight is not finite or a scale does not fit f16."""
     top, bottom = _extremes(w)
     extreme = np.where(-bottom > top, bottom, top)
     work = np.empty_like(w)
-    scales = _covering_scale(np.abs(extreme), level(highest) if bent else highest)
-    nearest = _integers(w, scales, lowest, highest, work, bent).astype(np.int8)
+    scales = _covering_scale(np.abs(extreme), levels.level(levels.highest))
+    nearest = _integers(w, scales, levels, work).astype(np.int8)
     if not search:
         return Rounding(nearest, scales)
 
     best = np.full(len(w), -1, np.float32)
     chosen = np.zeros(len(w), np.float32)
-    for candidate in CANDIDATES[bits]:
+    for candidate in CANDIDATES[levels]:
         step = np.divide(extreme, np.float32(candidate), dtype=np.float32)
-        _quantized(w, _reciprocal(step), lowest, highest, work, bent)
-        _keep_better(w, work, best, chosen, bent, importance)
+        _quantized(w, _reciprocal(step), levels, work)
+        _keep_better(w, work, best, chosen, levels, importance)
     # The fitted scale may round some weights differently: fit once more.
-    _quantized(w, _reciprocal(chosen), lowest, highest, work, bent)
-    _keep_better(w, work, best, chosen, bent, importance)
+    _quantized(w, _reciprocal(chosen), levels, work)
+    _keep_better(w, work, best, chosen, levels, importance)
 
     # The rounding to f16 is the only step whose error the comparison above did not see: settle it exactly.
-    nearest_error = _squared_error(w, nearest, scales, work, bent=bent, importance=importance)
+    nearest_error = _squared_error(w, nearest, scales, levels, work, importance=importance)
     found_scales = _to_f16(chosen)
-    found = _integers(w, found_scales, lowest, highest, work, bent).astype(np.int8)
-    worse = _squared_error(w, found, found_scales, work, bent=bent, importance=importance) >= nearest_error
+    found = _integers(w, found_scales, levels, work).astype(np.int8)
+    worse = _squared_error(w, found, found_scales, levels, work, importance=importance) >= nearest_error
     found[worse] = nearest[worse]
     return Rounding(found, np.where(worse, scales, found_scales))
 
 
-def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
+def round_asymmetric(w: Floats, levels: EvenLevels, search: bool) -> Rounding:
     """w = scale * q + minimum, q from 0. CompileError where a weight is not finite or a scale does not fit f16."""
-    highest = (1 << bits) - 1
+    highest = levels.highest
     top, bottom = _extremes(w)
     minimums = _to_f16(bottom)
     above = minimums.astype(np.float32) > bottom
     minimums = np.where(above, np.nextafter(minimums, np.float16(-np.inf)), minimums)
     scales = _covering_scale(top - minimums.astype(np.float32), highest)
     work = np.empty_like(w)
-    nearest = _offset_integers(w, scales, minimums, highest, work).astype(np.uint8)
+    nearest = _offset_integers(w, scales, minimums, levels, work).astype(np.uint8)
     if not search:
         return Rounding(nearest, scales, minimums)
 
@@ -103,12 +101,12 @@ def round_asymmetric(w: Floats, bits: int, search: bool) -> Rounding:
         else:
             step, start = chosen.copy(), origin.copy()
         np.subtract(centred, start[:, None], out=work)
-        _quantized(work, _reciprocal(step), 0, highest, work)
+        _quantized(work, _reciprocal(step), levels, work)
         _keep_better_line(centred, total, work, best, chosen, origin)
     found_scales, found_minimums = _to_f16(chosen), _to_f16(origin + middle)
-    found = _offset_integers(w, found_scales, found_minimums, highest, work).astype(np.uint8)
-    nearest_error = _squared_error(w, nearest, scales, work, minimums)
-    worse = _squared_error(w, found, found_scales, work, found_minimums) >= nearest_error
+    found = _offset_integers(w, found_scales, found_minimums, levels, work).astype(np.uint8)
+    nearest_error = _squared_error(w, nearest, scales, levels, work, minimums)
+    worse = _squared_error(w, found, found_scales, levels, work, found_minimums) >= nearest_error
     found[worse] = nearest[worse]
     return Rounding(found, np.where(worse, scales, found_scales), np.where(worse, minimums, found_minimums))
 
@@ -156,38 +154,32 @@ def _reciprocal(values: Floats) -> Floats:
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
-def _quantized(w: Floats, inverse: Floats, lowest: int, highest: int, out: Floats, bent: bool = False) -> None:
-    """out = clamp(round(w / scale)), or with `bent` the integer of the level next to w / scale."""
+def _quantized(w: Floats, inverse: Floats, levels: Levels, out: Floats) -> None:
+    """out = the integers of the levels nearest to w / scale."""
     np.multiply(w, inverse[:, None], out=out)
-    if bent:
-        unbend(out)
-    np.rint(out, out=out)
-    np.clip(out, lowest, highest, out=out)
+    levels.find(out)
 
 
-def _integers(
-    w: Floats, scales: NDArray[np.float16], lowest: int, highest: int, work: Floats, bent: bool = False
-) -> Floats:
-    _quantized(w, _reciprocal(scales.astype(np.float32)), lowest, highest, work, bent)
+def _integers(w: Floats, scales: NDArray[np.float16], levels: Levels, work: Floats) -> Floats:
+    _quantized(w, _reciprocal(scales.astype(np.float32)), levels, work)
     return work
 
 
 def _offset_integers(
-    w: Floats, scales: NDArray[np.float16], minimums: NDArray[np.float16], highest: int, work: Floats
+    w: Floats, scales: NDArray[np.float16], minimums: NDArray[np.float16], levels: Levels, work: Floats
 ) -> Floats:
     np.subtract(w, minimums.astype(np.float32)[:, None], out=work)
-    return _integers(work, scales, 0, highest, work)
+    return _integers(work, scales, levels, work)
 
 
 def _keep_better(
-    w: Floats, q: Floats, best: Floats, chosen: Floats, bent: bool, importance: Floats | None = None
+    w: Floats, q: Floats, best: Floats, chosen: Floats, levels: Levels, importance: Floats | None = None
 ) -> None:
-    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale. With `bent`, q becomes its levels.
+    """Where (w . q)^2 / (q . q) beats `best`, take it and the fitted scale. q becomes its levels.
 
     importance: weighs the products' terms.
     """
-    if bent:
-        bend(q)
+    levels.apply(q)
     weighed = q if importance is None else q * importance
     products = np.einsum("mg,mg->m", w, weighed)
     squares = np.einsum("mg,mg->m", q, weighed)
@@ -221,17 +213,14 @@ def _squared_error(
     w: Floats,
     q: NDArray[np.int8] | NDArray[np.uint8],
     scales: NDArray[np.float16],
+    levels: Levels,
     work: Floats,
     minimums: NDArray[np.float16] | None = None,
-    bent: bool = False,
     importance: Floats | None = None,
 ) -> Floats:
-    if bent:
-        work[...] = q
-        bend(work)
-        work *= scales.astype(np.float32)[:, None]
-    else:
-        np.multiply(q, scales.astype(np.float32)[:, None], out=work)
+    work[...] = q
+    levels.apply(work)
+    work *= scales.astype(np.float32)[:, None]
     if minimums is not None:
         work += minimums.astype(np.float32)[:, None]
     np.subtract(w, work, out=work)

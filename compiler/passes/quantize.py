@@ -28,7 +28,6 @@ from llmc.compiler.ir.types import FLOATS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import (
-    LINEAR_BITS,
     Overrides,
     Scheme,
     describe,
@@ -87,8 +86,6 @@ class _Run:
             self.embedding, self.shared = self._scheme("int6") if is_int4 else self.scheme, finer
         else:
             self.embedding = self.shared = self._scheme(options.embedding)
-        for what, scheme in (("scheme", self.scheme), ("head", self.head)):
-            _check_multiplies(scheme, what)
         self.multiplied = {uncast(op.w) for op in weight_ops(graph)}
         for _, text in self.overrides.items:
             self._scheme(text)
@@ -127,8 +124,6 @@ class _Run:
         if scheme is None:
             self.report.hit("table left as it is")
             return
-        if is_shared:
-            _check_multiplies(scheme, f"{', '.join(param_names(base))}, embedding and head in one,")
         self.tables[base] = scheme
 
     def _note_unrecognised(self, op: Op) -> None:
@@ -196,8 +191,6 @@ class _Run:
         kind = "tied head" if scheme is not None else "linear"
         if scheme is None:
             scheme = self._override(op.w)
-            if scheme is not None:
-                _check_multiplies(scheme, ", ".join(param_names(op.w)))
             if len({self.overrides.of([name]) for name in param_names(op.w)}) > 1:
                 why = "overrides give its parts different schemes: the first that matches any part is taken for all"
                 self.report.refuse(describe(op, op.w), why)
@@ -229,12 +222,3 @@ class _Run:
                 found = base if base.dtype == scheme.dtype else Cast(base, scheme.dtype)
             self.rounded[base, scheme] = found
         return found
-
-
-def _check_multiplies(scheme: Scheme, what: str) -> None:
-    """CompileError where linear layers would read a scheme that is for tables only."""
-    if not scheme.multiplies:
-        takes = ", ".join(f"int{bits}" for bits in LINEAR_BITS)
-        raise CompileError(
-            f"{what} cannot be {scheme}: linear layers read {takes} or floats, and only embeddings the rest"
-        )

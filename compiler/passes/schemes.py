@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
+from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
 from llmc.compiler.ir.op import Input, Op, Param, Value
@@ -16,8 +17,7 @@ from llmc.errors import CompileError, IRError
 
 FLOAT_SCHEMES = {"none": "f32", "bf16": "bf16", "f16": "f16"}
 INTEGER_SCHEMES = {"int4": 4, "int6": 6, "int8": 8}
-LINEAR_BITS = (4, 8)  # of weights that are multiplied by; tables that are only looked up may have any
-_ENCODING = re.compile(r"q\d+g\d+a?\Z")
+_ENCODING = re.compile(r"[qt]\d+g\d+a?\Z")
 
 
 @dataclass(frozen=True)
@@ -30,32 +30,28 @@ class Scheme:
     def __str__(self) -> str:
         return self.encoding or self.dtype
 
-    @property
-    def multiplies(self) -> bool:
-        """Whether linear layers take it; the others are for tables."""
-        return not self.encoding or getattr(parse_encoding(self.encoding), "bits", 0) in LINEAR_BITS
-
 
 def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
     """The scheme that `none`, `bf16`, `f16`, `int8`, `int6`, `int4` or an encoding's name stands for.
 
     CompileError for another text.
 
-    8-bit weights are symmetric whatever `symmetric` says: their error is far below that of int8 activations. 6-bit
-    weights have no other form.
+    int4 and int6 have tables of levels, and int4 that is not symmetric has even steps above a minimum. The others are
+    symmetric whatever `symmetric` says: their error is far below that of int8 activations.
     """
     if text in FLOAT_SCHEMES:
         return Scheme(dtype=FLOAT_SCHEMES[text])
     try:
         if text in INTEGER_SCHEMES:
             bits = INTEGER_SCHEMES[text]
-            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits != 4).name)
+            even = bits not in TABLE_BITS or (bits == 4 and not symmetric)
+            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits != 4, table=not even).name)
         if _ENCODING.match(text):
             return Scheme(encoding=parse_encoding(text).name)
     except IRError as error:
         raise CompileError(f"scheme {text!r}: {error}") from None
     known = ", ".join((*FLOAT_SCHEMES, *INTEGER_SCHEMES))
-    raise CompileError(f"unknown scheme {text!r}; known: {known}, or an encoding such as q4g32")
+    raise CompileError(f"unknown scheme {text!r}; known: {known}, or an encoding such as t4g32")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from llmc.compiler.encodings.levels import BEND, BENT_BITS
+from llmc.compiler.encodings.levels import TableLevels, table_levels
 from llmc.targets.cpu.builder import index, let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
@@ -59,12 +59,14 @@ class RowLayout:
     input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Of 6-bit
     ones (32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
     behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
-    scales, minimums f16 [n, groups]. The last group is padded with zero weights.
+    scales, minimums f16 [n, groups]. The last group is padded with zero weights. levels: what integers stand for, if
+    not for themselves.
     """
 
     bits: int
     group: int
     symmetric: bool = True
+    levels: TableLevels | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in ROW_BITS or self.group < 4 or self.group % 4:
@@ -166,12 +168,14 @@ class TilesProblem(Problem):
 class QuantizedProblem(Problem):
     """ids i32[T], data u8, scales f16, [minimums f16 (asymmetric)], out f32[T, features]: rows times `scale`.
 
-    tile_rows = 0: the arrays are a `RowLayout`'s; otherwise a `QuantizedLayout`'s.
+    table: integers stand for levels of a table. tile_rows = 0: the arrays are a `RowLayout`'s; otherwise a
+    `QuantizedLayout`'s.
     """
 
     bits: int
     group: int
     symmetric: bool
+    table: bool
     offset: int
     tile_rows: int
     features: int
@@ -235,8 +239,9 @@ def embedding(
     if isinstance(layout, FloatLayout):
         return EmbeddingTiles, TilesProblem(layout.dtype, tile_rows, features, float(scale))
     return EmbeddingQuantized, QuantizedProblem(
-        layout.bits, layout.group, layout.symmetric, layout.offset, tile_rows, features, float(scale)
-    )
+        layout.bits, layout.group, layout.symmetric, layout.levels is not None, layout.offset, tile_rows, features,
+        float(scale),
+    )  # fmt: skip
 
 
 def _rows(lanes: int, dtype: str, features: int, scale: float) -> PrimFunc:
@@ -273,13 +278,20 @@ def _tiles(dtype: str, tile_rows: int, features: int, scale: float) -> PrimFunc:
 
 
 def _quantized(
-    vector: int, bits: int, group: int, symmetric: bool, offset: int, tile_rows: int, features: int, scale: float
+    vector: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    table: bool,
+    offset: int,
+    tile_rows: int,
+    features: int,
+    scale: float,
 ) -> PrimFunc:
-    from tvm import tirx
 
     groups = -(-features // group)
     group_bytes = group * bits // 8
-    bent = bits == BENT_BITS
+    levels = table_levels(bits) if table else None
     stride = tile_rows or 1  # elements from one group's scale to the next
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
@@ -289,14 +301,11 @@ def _quantized(
         first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
-            factor = let(as_f32(load(a.scales, first_scale + g * stride)) * (scale / BEND if bent else scale))
+            factor = let(as_f32(load(a.scales, first_scale + g * stride)) * scale)
             minimum = None if symmetric else let(as_f32(load(a.minimums, first_scale + g * stride)) * scale)
 
             def write(i: Expr | int, stored: Expr, width: int) -> None:
-                value = _integer_value(stored, offset, symmetric)
-                if bent:  # a level times BEND, exact as everything before the factor
-                    value = let(value)
-                    value = value * (tirx.Max(value, -value) + float(BEND))
+                value = _integer_value(stored, offset, symmetric) if levels is None else _level(levels, stored)
                 value = value * factor
                 store(out, at + i, value if minimum is None else value + minimum)
 
@@ -335,6 +344,17 @@ def _integer_value(stored: Expr, offset: int, symmetric: bool) -> Expr:
     return cast(integers, "float32")
 
 
+def _level(levels: TableLevels, stored: Expr) -> Expr:
+    """The levels of stored integers from 0 on (u8), f32: exact, one comparison a level, as tokens are few."""
+    from tvm import tirx
+
+    lanes, found = lanes_of(stored), splat(float(levels.values[0]), lanes_of(stored))
+    stored = let(stored)
+    for number, value in enumerate(levels.values[1:], 1):
+        found = let(tirx.Select(stored >= splat(number, lanes, "uint8"), splat(float(value), lanes), found))
+    return found
+
+
 def _row_group(
     data: Buffer, base: Expr, vector: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
@@ -371,8 +391,12 @@ def _lane_group(
     data: Buffer, base: Expr, tile_rows: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
     """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
-    quads = 8 // bits  # quads of inputs in four bytes
-    with loop(group * bits // 32) as v:
-        stored = let(load(data, base + v * (tile_rows * 4), 4))
+    quads = {4: 2, 6: 4, 8: 1}[bits]  # of a bundle
+    vectors = quads * bits // 8
+    with loop(group // (4 * quads)) as bundle:
+        stored = [let(load(data, base + (bundle * vectors + v) * (tile_rows * 4), 4)) for v in range(vectors)]
         for number in range(quads):
-            write(v * (4 * quads) + 4 * number, _field(stored, number * bits, bits), 4)
+            field = _field(stored[number // 2], number % 2 * 4, min(bits, 4)) if bits < 8 else stored[0]
+            if bits == 6:
+                field = field | (_field(stored[2], 2 * number, 2) << 4)
+            write((bundle * quads + number) * 4, field, 4)

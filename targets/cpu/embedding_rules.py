@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmc.compiler.encodings.grouped import storage_bytes
+from llmc.compiler.encodings.levels import table_levels
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.llm import Embed, Linear
 from llmc.compiler.ir.op import Op, Value
@@ -15,8 +16,6 @@ from llmc.targets.cpu.vector_isa import missing_vectors, weight_tiles
 from llmc.targets.kernel import Call, Packed, Scratch
 from llmc.targets.lowering import Context, Lowered
 
-TILE_BITS = (4, 8)  # of tables in the matrix kernels' tiles
-
 
 def table_layout(table: Value, context: Context) -> Layout | str:
     """How a table lies: as the head's kernels want it where the head reads it too, else row by row."""
@@ -25,10 +24,10 @@ def table_layout(table: Value, context: Context) -> Layout | str:
     if encoding is None:
         return weight_tiles(context.machine).floats(table.dtype) if shared else table.dtype
     bits, group = int(getattr(encoding, "bits", 0)), int(getattr(encoding, "group", 0))
-    symmetric = bool(getattr(encoding, "symmetric", True))
+    symmetric, of_table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
     if shared:
-        return weight_tiles(context.machine).quantized(bits, group, symmetric)
-    return RowLayout(bits, group, symmetric)
+        return weight_tiles(context.machine).quantized(bits, group, symmetric, of_table)
+    return RowLayout(bits, group, symmetric, table_levels(bits) if of_table else None)
 
 
 def _is_shared(table: Value, context: Context) -> bool:
@@ -45,8 +44,7 @@ def embed_tokens(op: Op, context: Context) -> Lowered | str:
     if op.ids.rank != 1 or not context.known(op.table):
         return "the table is not known when compiling, or ids are no vector"
     encoding = op.table.tensor.encoding
-    readable = TILE_BITS if _is_shared(op.table, context) else ROW_BITS
-    if encoding is not None and getattr(encoding, "bits", 0) not in readable:
+    if encoding is not None and getattr(encoding, "bits", 0) not in ROW_BITS:
         return f"no kernel reads rows in {encoding}"
     layout = table_layout(op.table, context)
     tokens, features = op.shape

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import Bf16Dots, VectorIsa
 from llmc.targets.cpu.vectors import as_f32, load, splat
@@ -59,13 +60,14 @@ class FloatWeights:
 
 
 class DequantizedWeights:
-    """Weights of 4 or 8 bits as f32 vectors: of a vector of bytes, lane by lane, byte by byte."""
+    """Weights of 4, 6 or 8 bits as f32 vectors: of a quad, lane by lane, byte by byte."""
 
     def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.k = isa, layout, k
-        self.terms, self.part, self.bundle = k, layout.group, 32 // layout.bits
-        self.bundle_bytes = layout.tile_rows * 4
-        self.tile_bytes = layout.groups(k) * layout.vectors * self.bundle_bytes
+        self.terms, self.part, self.bundle = k, layout.group, 4 * layout.bundle_quads
+        self.vector_bytes = layout.tile_rows * 4
+        self.bundle_bytes = layout.bundle_vectors * self.vector_bytes
+        self.tile_bytes = layout.groups(k) * layout.vectors * self.vector_bytes
         self.dots: Bf16Dots | None = None
 
     def pointers(self) -> list[tuple[str, str]]:
@@ -77,7 +79,7 @@ class DequantizedWeights:
         from tvm import tirx
 
         isa, layout, groups = self.isa, self.layout, self.layout.groups(self.k)
-        data = b.view(handles["data"], [b.MANY, groups, layout.vectors, self.bundle_bytes], "uint8")
+        data = b.view(handles["data"], [b.MANY, groups, layout.vectors, self.vector_bytes], "uint8")
         tile, row = at.tile, at.number * isa.lanes
 
         def per_group(name: str) -> Expr:
@@ -85,20 +87,31 @@ class DequantizedWeights:
             return b.let(as_f32(load(buffer, (tile, part, row), isa.lanes)))
 
         scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
+        scale = scale if layout.unit == 1 else b.let(scale * layout.unit)
         # Flipping the top bit of signed bytes makes them unsigned, 128 up.
-        offset = layout.offset + (128 if layout.signed else 0)
+        offset = layout.byte_offset + (128 if layout.signed else 0)
+        # 4-bit weights that are multiplied as they are need not become bytes: their fields are narrower.
+        fields = layout.bits == 4 and layout.levels is None
 
         def vectors(term: Expr, count: int) -> list[Expr]:
-            raw = load(data, (tile, part, term // self.bundle, row * 4), isa.vector_bytes)
-            if layout.signed:
-                raw = raw ^ 128
-            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
+            first = term // self.bundle * layout.bundle_vectors
+
+            def vector(number: int) -> Expr:
+                return load(data, (tile, part, first + number, row * 4), isa.vector_bytes)
+
+            quads = 1 if fields else -(-count // 4)
+            words = [
+                vector(0) if fields else quad_bytes(isa, layout, vector, place) ^ (128 if layout.signed else 0)
+                for place in range(quads)
+            ]
+            words = [b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw)) for raw in words]
             return [value(words, i) for i in range(count)]
 
-        def value(words: Expr, position: int) -> Expr:
-            # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
-            shift = position % 4 * 8 + position // 4 * 4
-            bits = (words >> shift) & ((1 << layout.bits) - 1)
+        def value(words: list[Expr], position: int) -> Expr:
+            if fields:  # inputs 4 to 7 are the high halves
+                bits = (words[0] >> (position % 4 * 8 + position // 4 * 4)) & 15
+            else:
+                bits = (words[position // 4] >> (position % 4 * 8)) & 255
             # 2^23 + an integer below 2^23 has the integer as its low bits: no conversion, and the offset comes free.
             number = tirx.reinterpret(isa.f32, bits | 0x4B000000) - (8388608.0 + offset)
             return number * scale if minimum is None else isa.fma(number, scale, minimum)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from llmc.targets.cpu.vector_isa import VectorIsa
 
-UNROLL = (4, 8)  # quads that may be unrolled, of 8 in the smallest group. Even: two quads of 4 bits share a vector
+UNROLL = (4, 8)  # quads that may be unrolled, of 8 in the smallest group: whole bundles
 # What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `PairSums`.
 CENTRE = 8
 
-# (quad, whether it is the second of a vector) -> a tile's stored weights
+# (quad, its number in the code, which is the quad less a multiple of what shares vectors) -> a tile's weights as bytes
 Weights = Callable[["Expr", int], "Expr"]
 
 
@@ -34,7 +34,8 @@ class Products(Protocol):
     def isa(self) -> VectorIsa: ...
 
     @property
-    def bits(self) -> int: ...
+    def bits(self) -> int:
+        """Of the bytes that are multiplied."""
 
     @property
     def quads(self) -> int:

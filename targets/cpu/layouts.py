@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from llmc.compiler.encodings.levels import TableLevels, table_levels
+
 Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 _CHUNK = 1 << 20  # weights packed at a time: the temporaries stay in the second-level cache
@@ -40,14 +42,20 @@ class WeightTiles:
     signed_bytes: bool = False
 
     def offset(self, bits: int, symmetric: bool) -> int:
-        """What is added to a logical weight to store it: `sum q*a = dot(stored, a) - offset * sum a`."""
+        """What is added to an integer to store it."""
         if bits == 8 and self.signed_bytes:
             return 0 if symmetric else -128
         return 1 << bits - 1 if symmetric else 0
 
-    def quantized(self, bits: int, group: int, symmetric: bool, gated: bool = False) -> QuantizedLayout:
-        """The layout of weights of 4 or 8 bits. ValueError where there is none."""
-        return QuantizedLayout(bits, group, symmetric, self.rows, self.offset(bits, symmetric), gated)
+    def quantized(
+        self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False
+    ) -> QuantizedLayout:
+        """The layout of weights of 4, 6 or 8 bits. table: integers stand for levels of a table. ValueError where there
+        is none."""
+        levels, zero = table_levels(bits) if table else None, 0
+        if levels is not None and not self.signed_bytes:
+            zero = 128 if min(levels.bytes) == -128 else -min(levels.bytes)
+        return QuantizedLayout(bits, group, symmetric, self.rows, self.offset(bits, symmetric), gated, levels, zero)
 
     def floats(self, dtype: str, gated: bool = False) -> FloatLayout:
         """The layout of weights of `dtype` "f32", "f16" or "bf16". ValueError for another."""
@@ -109,11 +117,17 @@ def _pad_inputs(values: np.ndarray, multiple: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class QuantizedLayout(_Tiled):
-    """Integers of 4 or 8 bits with an f16 scale (and minimum, when asymmetric) a row and group.
+    """Integers of 4, 6 or 8 bits with an f16 scale (and minimum, when asymmetric) a row and group.
 
-    data u8 [tiles, groups, vectors, tile_rows * 4]: byte 4 * row + i of vector v holds input 4 * v + i of the group,
-    plus `offset` (see `WeightTiles.offset`). Of 4-bit weights, vector v holds quads 2v (low nibbles) and 2v + 1 (high).
+    A *quad* is four consecutive inputs of a row: of 8 bits it fills a 32-bit lane. Quad v of a group of all rows of a
+    tile makes a vector of bytes, byte 4 * row + i for input 4 * v + i, plus `offset` (see `WeightTiles.offset`).
+    data u8 [tiles, groups, vectors, tile_rows * 4]. Of 8-bit weights, vector v holds quad v; of 4-bit ones, quads 2v
+    (low halves of bytes) and 2v + 1 (high). Of 6-bit ones, three vectors hold quads 4v to 4v + 3: the low four bits of
+    the first two, as 4-bit weights have them, those of the other two, and the high two bits of all four, lowest first.
     scales, minimums f16 [tiles, groups, tile_rows].
+
+    levels: what integers stand for, where they are not multiplied themselves but the bytes of a table. zero: what is
+    added to those bytes before they are multiplied.
     """
 
     bits: int
@@ -122,18 +136,60 @@ class QuantizedLayout(_Tiled):
     tile_rows: int
     offset: int
     gated: bool = False
+    levels: TableLevels | None = None
+    zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.group % 32:
-            raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group} (4, 8; multiples of 32)")
+        if self.bits not in (4, 6, 8) or self.group % 32:
+            raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32")
 
     def groups(self, k: int) -> int:
         """Groups of k inputs."""
         return -(-k // self.group)
 
     @property
+    def packed(self) -> bool:
+        """Whether quads are taken apart before they are multiplied."""
+        return self.bits < 8
+
+    @property
+    def bundle_quads(self) -> int:
+        """Quads of a *bundle*, which share vectors: 2 share one, 4 share three, or 1 has its own."""
+        return {4: 2, 6: 4, 8: 1}[self.bits]
+
+    @property
+    def bundle_vectors(self) -> int:
+        """The vectors of a bundle."""
+        return self.bundle_quads * self.bits // 8
+
+    @property
+    def byte_offset(self) -> int:
+        """What the bytes that are multiplied have more than they stand for: `sum w*a = dot(bytes, a) - this * sum a`,
+        in units of `unit`."""
+        return self.offset if self.levels is None else self.zero
+
+    @property
+    def byte_bits(self) -> int:
+        """Bits of the bytes that are multiplied: of unsigned ones, their width."""
+        if self.levels is None:
+            return self.bits
+        return (max(self.levels.bytes) + self.zero).bit_length() if self.zero else 8
+
+    @property
+    def unit(self) -> float:
+        """What one counts of the bytes that are multiplied, beside the scale."""
+        return 1.0 if self.levels is None else self.levels.unit
+
+    @property
+    def table(self) -> tuple[int, ...] | None:
+        """The bytes that stored integers stand for, in order, as they are multiplied."""
+        return None if self.levels is None else tuple(byte + self.zero for byte in self.levels.bytes)
+
+    @property
     def signed(self) -> bool:
-        """Whether stored integers may be below zero."""
+        """Whether the bytes that are multiplied may be below zero."""
+        if self.table is not None:
+            return min(self.table) < 0
         return (-(1 << self.bits - 1) if self.symmetric else 0) + self.offset < 0
 
     @property
@@ -179,8 +235,8 @@ class QuantizedLayout(_Tiled):
         padded = np.ascontiguousarray(_pad_inputs(rows, self.group))
         stored = padded.view(np.uint8) + np.uint8(self.offset % 256)
         quads = stored.view(np.uint32)
-        if self.bits == 4:
-            quads = quads[..., 0::2] | (quads[..., 1::2] << np.uint32(4))
+        if self.packed:
+            quads = self._pack_quads(quads)
         vectors = np.ascontiguousarray(quads.transpose(0, 2, 1))
         return vectors.view(np.uint8).reshape(len(rows), -1, self.vectors, self.tile_rows * 4)
 
@@ -188,9 +244,8 @@ class QuantizedLayout(_Tiled):
         """The inverse of `pack`: q (i8 or u8) [n, k], scales and minimums f16 [n, groups]."""
         data = arrays["data"]
         quads = data.reshape(data.shape[0], -1, self.tile_rows * 4).view(np.uint32).transpose(0, 2, 1)
-        if self.bits == 4:
-            low, high = quads & np.uint32(0x0F0F0F0F), (quads >> np.uint32(4)) & np.uint32(0x0F0F0F0F)
-            quads = np.stack([low, high], axis=-1).reshape(*quads.shape[:2], -1)
+        if self.packed:
+            quads = self._unpack_quads(quads)
         stored = np.ascontiguousarray(quads).view(np.uint8) - np.uint8(self.offset % 256)
         q = self._from_tiles(stored, n)[:, :k]
         parts = {"q": q.view(np.int8) if self.symmetric else q}
@@ -198,6 +253,27 @@ class QuantizedLayout(_Tiled):
             if name != "data":
                 parts[name] = self._from_tiles(arrays[name].transpose(0, 2, 1), n)
         return parts
+
+    def _pack_quads(self, quads: np.ndarray) -> np.ndarray:
+        """Quads [..., Q] that share vectors to those vectors, both as u32."""
+        each = [quads[..., place :: self.bundle_quads] for place in range(self.bundle_quads)]
+        low = [quad & np.uint32(0x0F0F0F0F) for quad in each]
+        vectors = [low[place] | low[place + 1] << np.uint32(4) for place in range(0, self.bundle_quads, 2)]
+        if self.bits == 6:
+            high = [((quad >> np.uint32(4)) & np.uint32(0x03030303)) << np.uint32(2 * i) for i, quad in enumerate(each)]
+            vectors.append(high[0] | high[1] | high[2] | high[3])
+        return np.stack(vectors, axis=-1).reshape(*quads.shape[:-1], -1)
+
+    def _unpack_quads(self, packed: np.ndarray) -> np.ndarray:
+        """The inverse of `_pack_quads`."""
+        each, quads = self.bundle_vectors, []
+        for place in range(self.bundle_quads):
+            quad = (packed[..., place // 2 :: each] >> np.uint32(place % 2 * 4)) & np.uint32(0x0F0F0F0F)
+            if self.bits == 6:
+                high = (packed[..., each - 1 :: each] >> np.uint32(2 * place)) & np.uint32(0x03030303)
+                quad |= high << np.uint32(4)
+            quads.append(quad)
+        return np.stack(quads, axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 _FLOAT = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

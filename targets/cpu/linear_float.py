@@ -376,16 +376,17 @@ class FloatBlocks(FloatPanels[FloatProblem], name="float_linear_blocks"):
 
 @dataclass(frozen=True)
 class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear_rows"):
-    """Weights of 4 or 8 bits times f32 activations."""
+    """Weights of 4, 6 or 8 bits times f32 activations."""
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedRows:
-        return cls(**streams(problem, machine, problem.bits, rows[1] or 1), unroll=8, least=32 << 10)
+        unroll = max(8, 4 * problem.layout(machine).bundle_quads)
+        return cls(**streams(problem, machine, problem.bits, rows[1] or 1), unroll=unroll, least=32 << 10)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.rows)
-            or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
+            or _refuse_unroll(self.unroll, problem.group, 4 * problem.layout(machine).bundle_quads)
             or super().refuse(problem, machine)
         )
 
@@ -396,17 +397,18 @@ class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear
 
 @dataclass(frozen=True)
 class DequantizedBlocks(FloatPanels[QuantizedProblem], name="dequantized_linear_blocks"):
-    """Weights of 4 or 8 bits times f32 activations; a panel holds a group at a time."""
+    """Weights of 4, 6 or 8 bits times f32 activations; a panel holds a group at a time."""
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedBlocks:
         blocks = isa_for(machine).float_blocks
-        return cls(**vars(blocks), tiles=panel_tiles(problem, machine, blocks), unroll=8)
+        unroll = max(8, 4 * problem.layout(machine).bundle_quads)
+        return cls(**vars(blocks), tiles=panel_tiles(problem, machine, blocks), unroll=unroll)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
-            or _refuse_unroll(self.unroll, problem.group, 32 // problem.bits)
+            or _refuse_unroll(self.unroll, problem.group, 4 * problem.layout(machine).bundle_quads)
             or super().refuse(problem, machine)
         )
 

@@ -36,15 +36,16 @@ class LinearProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedProblem(LinearProblem):
-    """Weights of 4 or 8 bits in groups along the inputs."""
+    """Weights of 4, 6 or 8 bits in groups along the inputs. table: they stand for levels of a table."""
 
     bits: int
     group: int
     symmetric: bool
+    table: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout:
         """How the weight lies on this machine."""
-        return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.gated)
+        return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.table, self.gated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class FloatProblem(LinearProblem):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyRowsProblem(LinearProblem):
-    """For a matrix unit: weights of 4 or 8 bits in groups, of 16 (bf16) or of 32 (f32), which have no group.
+    """For a matrix unit: weights of 4, 6 or 8 bits in groups, of 16 (bf16) or of 32 (f32), which have no group.
 
     packed: the result is in the unit's own form (`MatrixUnit.result`) instead of f32.
     """
@@ -70,12 +71,13 @@ class ManyRowsProblem(LinearProblem):
     bits: int
     group: int = 0
     symmetric: bool = True
+    table: bool = False
     packed: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout | FloatLayout:
         """How the weight lies on this machine."""
         if self.bits < 16:
-            return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.gated)
+            return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.table, self.gated)
         return weight_tiles(machine).floats("f32" if self.bits == 32 else "bf16", self.gated)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.group_sums import Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vectors import as_f32, cast, load, pieces, prefetch, splat, store
@@ -46,21 +47,27 @@ class Operands:
 
     @property
     def line(self) -> int:
-        """Bytes of a tile's quads that lie side by side: of two quads, where weights have 4 bits."""
+        """Bytes of a tile's vector."""
         return self.layout.tile_rows * 4
 
-    def stored(self, at: TileSlice, group: Expr, quad: Expr, odd: int) -> Expr:
-        """The stored weights of one quad a lane. Of 4-bit weights two quads share a vector; `odd`: the second one."""
+    def stored(self, at: TileSlice, group: Expr, quad: Expr, step: int) -> Expr:
+        """The weights of one quad a lane, as bytes to multiply (i8). step: the quad, less a multiple of a bundle's."""
         from tvm import tirx
 
-        def vector(position: Expr) -> Expr:
-            first = at.number * self.isa.vector_bytes
-            return load(self.data, (at.tile, group, position, first), self.isa.vector_bytes)
+        layout = self.layout
+        bundle = self._bundle(quad)
 
-        if self.layout.bits == 8:
-            return tirx.reinterpret(self.isa.i8, vector(quad))
-        packed = vector(tirx.shift_right(quad, b.index(1)))
-        return self.isa.high_nibbles(packed) if odd else self.isa.low_nibbles(packed)
+        def vector(number: int) -> Expr:
+            place = (at.tile, group, bundle * layout.bundle_vectors + number, at.number * self.isa.vector_bytes)
+            return load(self.data, place, self.isa.vector_bytes)
+
+        found = quad_bytes(self.isa, layout, vector, step % layout.bundle_quads)
+        return tirx.reinterpret(self.isa.i8, found)
+
+    def _bundle(self, quad: Expr) -> Expr:
+        from tvm import tirx
+
+        return tirx.shift_right(quad, b.index(self.layout.bundle_quads.bit_length() - 1))
 
     def ahead(self, tile: Expr, group: Expr, streams: int, distance: int) -> Expr:
         """Where in the weights to prefetch from while this group of a tile is multiplied.
@@ -74,12 +81,12 @@ class Operands:
         skip = tirx.Select(inside >= size, b.index((streams - 1) * size), b.index(0)) if streams > 1 else 0
         return b.let(tile * size + inside + skip)
 
-    def prefetch(self, ahead: Expr, quad: Expr) -> None:
-        """Ask for what will follow the line of this quad; ahead: see there."""
-        from tvm import tirx
-
-        number = quad if self.layout.bits == 8 else tirx.shift_right(quad, b.index(1))
-        prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + number * self.line)
+    def prefetch(self, ahead: Expr, quad: Expr, step: int) -> None:
+        """Ask for what will follow the lines of this quad's bundle, one at each of its quads; ahead: see there."""
+        place, layout = step % self.layout.bundle_quads, self.layout
+        if place < layout.bundle_vectors:
+            number = self._bundle(quad) * layout.bundle_vectors + place
+            prefetch(b.view(self.handles["data"], [b.MANY], "uint8"), ahead + number * self.line)
 
     def activations(self, row: Expr, group: Expr, quad: Expr) -> Expr:
         """Four activations in every lane."""
@@ -110,10 +117,10 @@ class KnownRows:
         self.ops = ops
         layout = ops.layout
         self.pairs = ops.isa.pair_sums(layout.group)
-        self.sums = ops.isa.sums(layout.bits, layout.group)
+        self.sums = ops.isa.sums(layout.byte_bits, layout.group)
         self.centre = self.sums.centre
-        taken = self.centre or ops.isa.dot_centre(layout.bits)  # from stored weights
-        self.offset = taken - layout.offset
+        taken = self.centre or ops.isa.dot_centre(layout.byte_bits)  # from the bytes that are multiplied
+        self.offset = taken - layout.byte_offset
         self.scales = self._scratch([rows, groups], "float32")
         # What integer sums start from, so that the stored weights' offset cancels; what minimums are multiplied by.
         self.starts = self._scratch([rows, groups], "int32") if self.offset else None
@@ -134,7 +141,7 @@ class KnownRows:
             row = b.let(tirx.Min(first_row + m, tokens - 1))
             for start, width in pieces(groups, ops.isa.lanes):
                 scales, xsums = (b.let(load(x, (row, first_group + start), width)) for x in (ops.xscales, ops.xsums))
-                store(self.scales, (m, start), scales)
+                store(self.scales, (m, start), scales if ops.layout.unit == 1 else scales * ops.layout.unit)
                 if self.narrow_starts is not None:
                     pairs = tirx.reinterpret(f"int16x{2 * width}", xsums) * splat(-self.centre, 2 * width, "int16")
                     store(self.narrow_starts, (m, start), tirx.reinterpret(str(xsums.ty.dtype), pairs))
@@ -197,7 +204,7 @@ class GroupSums:
 
     @property
     def bits(self) -> int:
-        return self.ops.layout.bits
+        return self.ops.layout.byte_bits
 
     @property
     def quads(self) -> int:
@@ -220,7 +227,7 @@ class GroupSums:
             # Shared by tiles; one tile multiplies straight from memory.
             shared = [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if len(weights) > 1 else None
             for t, weight in enumerate(weights):
-                w = b.let(weight(quad, step % 2))
+                w = b.let(weight(quad, step))
                 for m in range(len(self.rows)):
                     a = self._activations(m, quad) if shared is None else shared[m]
                     yield step, t * len(self.rows) + m, w, a

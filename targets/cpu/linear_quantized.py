@@ -1,4 +1,4 @@
-"""Linear ops with weights of 4 or 8 bits and activations of 8 bits per group.
+"""Linear ops with weights of 4, 6 or 8 bits and activations of 8 bits per group.
 
 Two kernels share one inner product. `QuantizedRows` keeps a few rows' sums in registers while it streams each
 weight tile once: for one token and small batches, whose limit is the memory that holds the weights.
@@ -68,8 +68,8 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         isa, layout, high = isa_for(machine), problem.layout(machine), rows[1] or 16
         most = {1: 1, 4: 4}.get(high, 8)
         if slices_of(isa, layout) > 1:
-            return cls._sliced(problem, isa, most, high)
-        sums = most * isa.sums(problem.bits, problem.group).registers
+            return cls._sliced(problem, isa, layout, most, high)
+        sums = most * isa.sums(layout.byte_bits, problem.group).registers
         pairs = problem.gated or (2 * sums <= isa.registers // 2 and layout.tiles(problem.n) >= FEW_TILES)
         if pairs:  # measured: 8 gated rows in 16 registers take a third longer than 4 and 4
             most = min(most, isa.registers // 4)
@@ -82,12 +82,14 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         return 8 if high == 1 and problem.activation != "none" else 1
 
     @classmethod
-    def _sliced(cls, problem: QuantizedProblem, isa: VectorIsa, most: int, high: int) -> QuantizedRows:
+    def _sliced(
+        cls, problem: QuantizedProblem, isa: VectorIsa, layout: QuantizedLayout, most: int, high: int
+    ) -> QuantizedRows:
         """Where a tile has several slices: up to 4 rows by two of them, in one stream, which is asked for as far ahead
         as two are. Where weights take long to be made ready, 8 rows share that, and the second slice is in a cache.
 
         One row of 8-bit weights was measured to read a fifth to a third more of memory with 1.5 KiB than with 6 KiB."""
-        shared = most == 8 and isa.dot_centre(problem.bits) != 0
+        shared = most == 8 and isa.dot_centre(layout.byte_bits) != 0
         rows, slices = (8, 1) if shared else (min(most, 4), 2)
         chains = 2 if rows * slices < 8 else 1
         ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
@@ -95,7 +97,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         return cls(rows, tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
-        sums = isa_for(machine).sums(problem.bits, problem.group)
+        sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, self.chains)
@@ -216,10 +218,10 @@ class _StreamedRows:
         streams = max(1, self.knobs.slices // slices_of(self.isa, self.layout))
         ahead = ops.ahead(at.tile, group, streams, self.knobs.ahead) if at.number == 0 else None
 
-        def streamed(quad: Expr, odd: int) -> Expr:
-            if ahead is not None and (self.layout.bits == 8 or not odd):
-                ops.prefetch(ahead, quad)
-            return ops.stored(at, group, quad, odd)
+        def streamed(quad: Expr, step: int) -> Expr:
+            if ahead is not None:
+                ops.prefetch(ahead, quad, step)
+            return ops.stored(at, group, quad, step)
 
         return streamed
 
@@ -248,7 +250,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=8)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
-        sums = isa_for(machine).sums(problem.bits, problem.group)
+        sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, 1)
@@ -263,7 +265,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         isa, layout = isa_for(machine), problem.layout(machine)
         groups, count = self.groups(layout, problem.k), self.tiles * slices_of(isa, layout)
         known = known_bytes(isa, layout, self.row_block, groups)
-        panel = isa.vector_bytes * count * groups * (problem.group // 4) * (problem.bits == 4)
+        panel = isa.vector_bytes * count * groups * (problem.group // 4) * layout.packed
         totals, sums = isa.vector_bytes * self.row_block * count, sums_bytes(isa, self.rows, count, 1)
         return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
 
@@ -302,7 +304,7 @@ class _PanelBlocks:
     def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         ops = Operands(self.isa, self.layout, self.problem.k, handles)
         step, count = self.step, self.knobs.tiles * slices_of(self.isa, self.layout)
-        panel = b.scratch([count, step * self.quads], self.isa.i8) if self.layout.bits == 4 else None
+        panel = b.scratch([count, step * self.quads], self.isa.i8) if self.layout.packed else None
         if panel is not None:
             b.order_scratch(panel)
         known = KnownRows(ops, self.knobs.row_block, step)
@@ -327,7 +329,7 @@ class _PanelBlocks:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A unit of `QuantizedBlocks` while its code is emitted. panel: unpacked weights, of 4-bit ones."""
+    """A unit of `QuantizedBlocks` while its code is emitted. panel: unpacked weights, where they are packed."""
 
     code: _PanelBlocks
     ops: Operands
@@ -354,11 +356,12 @@ class _Panel:
 
     def _unpack(self, panel: Buffer, first: Expr, count: int) -> None:
         code = self.code
-        with b.loop(count) as g, b.loop(code.layout.vectors) as vector:
+        each = code.layout.bundle_quads
+        with b.loop(count) as g, b.loop(code.quads // each) as bundle:
             for s, at in enumerate(tile_slices(self.unit.tile, self.unit.each)):
-                for odd in (0, 1):
-                    quad = vector * 2 + odd
-                    store(panel, (s, g * code.quads + quad), self.ops.stored(at, first + g, quad, odd))
+                for place in range(each):
+                    quad = bundle * each + place
+                    store(panel, (s, g * code.quads + quad), self.ops.stored(at, first + g, quad, place))
 
     def _fetch_results(self, row: Sequence[Expr]) -> None:
         """The lines that the last groups' sums will go to, a little before they do."""
@@ -396,5 +399,5 @@ class _Panel:
     def _weight(self, s: int, at: TileSlice, group: Expr, position: Expr) -> Weights:
         panel, quads = self.panel, self.code.quads
         if panel is None:
-            return lambda quad, odd: self.ops.stored(at, group, quad, odd)
+            return lambda quad, step: self.ops.stored(at, group, quad, step)
         return lambda quad, _: panel[s, position * quads + quad]

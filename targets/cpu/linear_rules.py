@@ -23,7 +23,7 @@ from llmc.targets.kernel import Call, Packed, Range, Workspace
 from llmc.targets.lowering import Context, Lowered
 
 AnyLinear: TypeAlias = Linear | GatedLinear
-INTEGER_BITS = (4, 8)
+INTEGER_BITS = (4, 6, 8)
 
 
 def rows_of(value: Value) -> int | Dim:
@@ -164,10 +164,10 @@ def refuses_floats(op: AnyLinear, context: Context) -> str | None:
 
 
 def _encoding(op: AnyLinear) -> dict[str, Any]:
-    """Bits, groups and symmetry of a quantized weight."""
+    """What a quantized weight's integers are."""
     encoding = op.w.tensor.encoding
-    symmetric = bool(getattr(encoding, "symmetric", True))
-    return {"bits": weight_bits(op), "group": getattr(encoding, "group", 0), "symmetric": symmetric}
+    symmetric, table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
+    return {"bits": weight_bits(op), "group": getattr(encoding, "group", 0), "symmetric": symmetric, "table": table}
 
 
 def _integer_plan(op: AnyLinear, on_unit: bool, context: Context) -> LinearPlan:

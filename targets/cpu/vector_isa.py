@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.targets.cpu.vectors import CACHE_LINE
+from llmc.targets.cpu.vectors import CACHE_LINE, splat
 from llmc.targets.machine import Machine
 
 if TYPE_CHECKING:
@@ -160,8 +160,23 @@ class VectorIsa(ABC):
         words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> 4
         return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & 15)
 
+    def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
+        """table[code] of each byte (u8), of 16 or 64 bytes; of a code only as many bits as that count.
+
+        One comparison an entry: an instruction set that shuffles bytes has better.
+        """
+        from tvm import tirx
+
+        places = codes & (len(table) - 1)
+        found = splat(table[0] % 256, self.vector_bytes, "uint8")
+        for number, byte in enumerate(table[1:], 1):
+            here = places == splat(number, self.vector_bytes, "uint8")
+            found = tirx.Select(here, splat(byte % 256, self.vector_bytes, "uint8"), found)
+        return found
+
     def dot_centre(self, bits: int) -> int:
-        """What `dot` takes from each stored weight, where bytes are not multiplied as they are stored."""
+        """What `dot` takes from each byte of weights, where it does not multiply them as they are. bits: of such bytes,
+        see `QuantizedLayout.byte_bits`."""
         return 0
 
     def pair_sums(self, group: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,9 +49,11 @@ class X86Bf16Dots(Bf16Dots):
 
 @dataclass(frozen=True)
 class X86Isa(VectorIsa):
-    """lanes: 8 or 16. vnni: bytes are multiplied and summed into i32 by one instruction (`vpdpbusd`)."""
+    """lanes: 8 or 16. vnni: bytes are multiplied and summed into i32 by one instruction (`vpdpbusd`). vbmi: bytes are
+    looked up among 64 by one instruction (`vpermb`)."""
 
     vnni: bool = False
+    vbmi: bool = False
 
     # Floating point
 
@@ -94,6 +97,33 @@ class X86Isa(VectorIsa):
 
     # Bytes
 
+    def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
+        """As the base has it. `vpermb` looks at six bits of a code and `vpshufb` at four, and at the highest, which
+        makes 0 of it: of four tables of 16, all but one give 0."""
+        if self.vbmi and self.lanes == 16:  # the same 16 four times, or all 64
+            return llvm_call(self.u8, "llvm.x86.avx512.permvar.qi.512", self._repeated(table), codes)
+        if len(table) == 16:
+            return self._shuffle(table, codes & 15)
+        found = None
+        for first in range(0, len(table), 16):
+            # From 16 on, a place and 0x70 have the highest bit.
+            place = (codes & 63) ^ first if first else codes & 63
+            place = llvm_call(self.u8, "llvm.uadd.sat", place, splat(0x70, self.vector_bytes, "uint8"))
+            part = self._shuffle(table[first : first + 16], place)
+            found = part if found is None else found | part
+        return found
+
+    def _shuffle(self, table: Sequence[int], places: Expr) -> Expr:
+        name = "llvm.x86.avx2.pshuf.b" if self.lanes == 8 else "llvm.x86.avx512.pshuf.b.512"
+        return llvm_call(self.u8, name, self._repeated(table), places)
+
+    def _repeated(self, table: Sequence[int]) -> Expr:
+        """A vector of these bytes, again and again."""
+        from tvm import tirx
+
+        numbers = [tirx.const(table[place % len(table)], "uint8") for place in range(self.vector_bytes)]
+        return tirx.Shuffle(numbers, [tirx.const(place, "int32") for place in range(self.vector_bytes)])
+
     def dot_centre(self, bits: int) -> int:
         """Without VNNI the products of two pairs must fit i16, which 8-bit weights do only as |w| <= 128 with the sign
         moved to the activation: they are made signed first."""
@@ -117,7 +147,7 @@ class X86Isa(VectorIsa):
         if self.vnni:
             # AVX-VNNI has the same intrinsic; LLVM picks the VEX encoding where AVX-512 is absent.
             return llvm_call(self.i32, f"llvm.x86.avx512.vpdpbusd.{self.lanes * 32}", acc, weights, activations)
-        if bits == 4:
+        if bits < 8:  # two products of at most 127 * 127 fit i16
             return self.widen(acc, self.dot_narrow(weights, activations))
         magnitude, signed = self._move_sign(weights, activations)
         return self.widen(acc, self.dot_narrow(magnitude, signed))
@@ -148,11 +178,13 @@ class X86Isa(VectorIsa):
 
 # Blocks of integers were measured on 4-bit groups of 64: without VNNI an i16 sum stands beside every i32 one, so that
 # they are smaller.
-def _wide(vnni: bool, bf16: bool) -> X86Isa:
+def _wide(vnni: bool, vbmi: bool, bf16: bool) -> X86Isa:
     """AVX-512."""
     blocks = Blocking(6, 4, 192) if vnni else Blocking(4, 4, 64)
     name = "avx512vnni" if vnni else "avx512"
-    return X86Isa(name, 16, 32, X86Bf16Dots(16) if bf16 else None, blocks, Blocking(6, 4, 96), "v", vnni=vnni)
+    return X86Isa(
+        name, 16, 32, X86Bf16Dots(16) if bf16 else None, blocks, Blocking(6, 4, 96), "v", vnni=vnni, vbmi=vbmi
+    )
 
 
 def _narrow(vnni: bool) -> X86Isa:
@@ -170,7 +202,7 @@ def missing(machine: Machine) -> tuple[str, ...]:
 def isa_for(machine: Machine) -> X86Isa:
     """The widest instruction set that the machine has and its `vector_bits` allow. Raises ValueError below AVX2."""
     if machine.vector_bits >= 512 and machine.has("avx512f", "avx512bw", "avx512vl", "avx512dq"):
-        return _wide(machine.has("avx512vnni"), machine.has("avx512bf16"))
+        return _wide(machine.has("avx512vnni"), machine.has("avx512vbmi"), machine.has("avx512bf16"))
     if not missing(machine):
         return _narrow(machine.has("avxvnni") or machine.has("avx512vnni", "avx512vl"))
     raise ValueError(f"machine {machine.name!r} lacks AVX2, FMA or F16C, the least that kernels are written for")

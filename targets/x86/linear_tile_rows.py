@@ -1,7 +1,7 @@
 """Quantized linear ops of a few rows on tile registers (AMX): the same exact integer sums as `QuantizedRows`.
 
 A group of 64 inputs by 16 result columns is one multiplication of tiles, which takes as many cycles as there are rows;
-the vector units would take eight times as long. 4-bit weights are unpacked to a ring of tiles on the stack on the way,
+the vector units would take eight times as long. Packed weights go through a ring of tiles on the stack on the way,
 8-bit ones are tiles as they lie. What is left of the time goes to unpacking and to the sums' conversion and scaling, so
 that up to 8 rows the limit is nearly the memory's read bandwidth, as for one row.
 """
@@ -17,6 +17,7 @@ from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_problem import QuantizedProblem
 from llmc.targets.cpu.linear_products import KnownRows, Operands, known_bytes
+from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.vectors import as_f32, load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Rows, knob
@@ -38,10 +39,11 @@ class _Shape:
         self.inputs = 64 if layout.group % 64 == 0 else 32
         self.count, self.quads = layout.group // self.inputs, self.inputs // 4
         self.tile_bytes = self.quads * isa.vector_bytes
-        # 4-bit weights are multiplied as the high halves of bytes, 16 times what they stand for: that is two's
+        # Even steps of 4 bits are multiplied as the high halves of bytes, 16 times what they stand for: that is two's
         # complement for no operation more.
-        self.signed = layout.bits == 4 and layout.symmetric
-        self.factor = 1 / 16 if layout.bits == 4 else 1.0
+        self.halves = layout.bits == 4 and layout.levels is None
+        self.signed = self.halves and layout.symmetric
+        self.factor = 1 / 16 if self.halves else 1.0
 
     def tiles(self, isa: X86Isa, rows: Expr) -> dict[int, tuple[Expr | int, int]]:
         """The configuration for that many rows of activations."""
@@ -54,7 +56,7 @@ class _Shape:
 class _Unit:
     """TILES weight tiles times a block of rows, while their code is emitted.
 
-    unpacked: u8 vectors [ring, TILES, quads of a group], of 4-bit weights. sums: i32 vectors [ring, TILES, rows].
+    unpacked: u8 vectors [ring, TILES, quads of a group], of packed weights. sums: i32 vectors [ring, TILES, rows].
     totals: f32 vectors [TILES * rows], in registers as far as they go.
     """
 
@@ -109,23 +111,32 @@ class _Unit:
         return ask
 
     def _unpack(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
-        """4-bit weights of a group to a place of the ring."""
-        from tvm import tirx
-
+        """Packed weights of a group to a place of the ring."""
         if self.unpacked is None:
             return
-        isa, layout = self.ops.isa, self.ops.layout
+        layout = self.ops.layout
+        bundles = layout.vectors // layout.bundle_vectors
         for t, tile in enumerate(self.tile):
-            for vector in range(layout.vectors):
+            for bundle in range(bundles):
                 if prefetch is not None:
-                    prefetch(t, vector, layout.vectors)
-                packed = load(self.ops.data, (tile, group, vector, 0), isa.vector_bytes)
-                words = b.let(tirx.reinterpret(isa.i32, packed))
-                for odd, moved in enumerate((words << 4, words)):
-                    high = tirx.reinterpret(isa.u8, moved)
-                    if self.shape.signed:
-                        high = high ^ 0x80
-                    store(self.unpacked, (place, t, vector * 2 + odd), high & 0xF0)
+                    prefetch(t, bundle, bundles)
+                for number, quad in enumerate(self._quads(tile, group, bundle)):
+                    store(self.unpacked, (place, t, bundle * layout.bundle_quads + number), quad)
+
+    def _quads(self, tile: Expr, group: Expr, bundle: int) -> list[Expr]:
+        """The quads of a bundle as they are multiplied."""
+        from tvm import tirx
+
+        isa, layout = self.ops.isa, self.ops.layout
+        vectors = [
+            b.let(load(self.ops.data, (tile, group, bundle * layout.bundle_vectors + number, 0), isa.vector_bytes))
+            for number in range(layout.bundle_vectors)
+        ]
+        if not self.shape.halves:
+            return [quad_bytes(isa, layout, lambda i: vectors[i], place) for place in range(layout.bundle_quads)]
+        words = b.let(tirx.reinterpret(isa.i32, vectors[0]))
+        high = [tirx.reinterpret(isa.u8, moved) for moved in (words << 4, words)]
+        return [(half ^ 0x80 if self.shape.signed else half) & 0xF0 for half in high]
 
     def _multiply(self, group: Expr, place: Expr) -> None:
         """A group's sums to a place of the ring."""
@@ -218,7 +229,7 @@ class QuantizedTileRows(CpuTemplate[QuantizedProblem], name="quantized_linear_ti
     def stack_bytes(self, problem: QuantizedProblem, machine: Machine) -> int:
         isa, layout = isa_for(machine), problem.layout(machine)
         known = known_bytes(isa, layout, self.rows, layout.groups(problem.k))
-        flying = [TILES * problem.group // 4 * (problem.bits == 4), TILES * self.rows]
+        flying = [TILES * problem.group // 4 * layout.packed, TILES * self.rows]
         rings = [isa.vector_bytes * self.ring * each for each in flying]
         return arrays(*known, *rings, *[isa.vector_bytes] * (TILES * self.rows))
 
@@ -239,7 +250,7 @@ def _emit(knobs: QuantizedTileRows, problem: QuantizedProblem, ops: Operands, si
     assert isinstance(isa, X86Isa)
     groups, all_tiles, shape = layout.groups(problem.k), layout.tiles(problem.n), _Shape(isa, layout)
     known = KnownRows(ops, rows, groups)
-    unpacked = b.scratch([knobs.ring, TILES, layout.group // 4], isa.u8) if layout.bits == 4 else None
+    unpacked = b.scratch([knobs.ring, TILES, layout.group // 4], isa.u8) if layout.packed else None
     sums = b.scratch([knobs.ring, TILES, rows], isa.i32)
     with b.loop((tokens + (rows - 1)) // rows) as block:
         first_row = b.let(block * rows)

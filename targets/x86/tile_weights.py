@@ -7,7 +7,7 @@ products of tiles. f32 weights become three bf16 *parts*.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.cpu import builder as b
@@ -56,7 +56,7 @@ def chunks(source: Source) -> int:
 
 
 class Quantized:
-    """Weights of 4 or 8 bits: one section is a group."""
+    """Weights of 4, 6 or 8 bits: one section is a group."""
 
     parts = 1
 
@@ -70,7 +70,7 @@ class Quantized:
         return [("data", "uint8"), ("scales", "float16"), *minimums]
 
     def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
-        """One vector of 4-bit weights, or two of 8-bit ones."""
+        """One vector of 4-bit weights, half a bundle of 6-bit ones, or two vectors of 8-bit ones."""
         from tvm import tirx
 
         isa, layout = self.isa, self.layout
@@ -81,12 +81,13 @@ class Quantized:
             return b.let(as_f32(load(buffer, (tile, section, 0), isa.lanes)))
 
         scale = per_group("scales")
+        scale = scale if layout.unit == 1 or layout.bits == 4 else b.let(scale * layout.unit)
         # What a stored zero stands for; exact, since scales have 11 bits.
         base = per_group("minimums") if not layout.symmetric else None
-        if layout.bits == 8 and layout.offset:
-            shift = scale * float(-layout.offset)
+        if layout.bits > 4 and layout.byte_offset:
+            shift = scale * float(-layout.byte_offset)
             base = b.let(shift if base is None else base + shift)
-        table = b.let(_numbers(isa, layout.offset)) if layout.bits == 4 else None
+        table = b.let(_numbers(isa, layout)) if layout.bits == 4 else None
 
         def value(words: Expr, bit: int) -> Expr:
             moved = words >> bit if bit else words
@@ -96,15 +97,30 @@ class Quantized:
                 number = tirx.reinterpret(isa.i32, moved & 255).astype(isa.f32)
             return number * scale if base is None else isa.fma(number, scale, base)
 
-        rows = 2 * 8 // layout.bits  # of pairs in a vector
-        vectors = CHUNK // rows
-        for v in range(vectors):
-            raw = load(data, (tile, section, chunk * vectors + v, 0), isa.vector_bytes)
-            words = b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
-            for row in range(rows):
-                # Inputs 4..7 of a vector of 4-bit weights are its high nibbles.
-                bit = row % 2 * 16 + row // 2 * 4
-                put(v * rows + row, isa.pack_pairs(value(words, bit), value(words, bit + 8)))
+        def vector(number: Expr) -> Expr:
+            raw = load(data, (tile, section, number, 0), isa.vector_bytes)
+            return b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
+
+        quads = [(vector(chunk), 0), (vector(chunk), 4)] if layout.bits == 4 else [
+            (quad, 0) for quad in (self._six_bits(vector, chunk) if layout.bits == 6 else
+                                   (vector(chunk * 2), vector(chunk * 2 + 1)))]  # fmt: skip
+        for number, (words, half) in enumerate(quads):  # of 4-bit weights, the second one is the high halves
+            for row in (0, 1):
+                bit = row * 16 + half
+                put(number * 2 + row, isa.pack_pairs(value(words, bit), value(words, bit + 8)))
+
+    def _six_bits(self, vector: Callable[[Expr], Expr], chunk: Expr) -> list[Expr]:
+        """The two quads of a chunk: the first two of a bundle, or the others."""
+        from tvm import tirx
+
+        isa, table = self.isa, self.layout.table
+        assert table is not None
+        first = b.let((chunk >> 1) * self.layout.bundle_vectors)
+        low, lane = vector(first + (chunk & 1)), f"uint32x{isa.lanes}"
+        high = b.let(vector(first + 2) >> splat(tirx.Cast("uint32", (chunk & 1) * 4), isa.lanes))
+        codes = [(low >> 4 * i) & 0x0F0F0F0F | ((high >> 2 * i) & 0x03030303) << 4 for i in (0, 1)]
+        found = [isa.look_up_bytes(table, tirx.reinterpret(isa.u8, each)) for each in codes]
+        return [b.let(tirx.reinterpret(lane, each)) for each in found]
 
 
 class Float:
@@ -178,9 +194,13 @@ class Single:
                 )
 
 
-def _numbers(isa: X86Isa, offset: int) -> Expr:
-    """0 - offset, 1 - offset, ... as f32, one a lane."""
+def _numbers(isa: X86Isa, layout: QuantizedLayout) -> Expr:
+    """What stored integers from 0 on stand for, as f32, one a lane."""
     from tvm import tirx
 
+    levels = layout.levels
+    if levels is not None:
+        numbers = [tirx.const(float(value), "float32") for value in levels.values]
+        return tirx.Shuffle(numbers, [tirx.const(place, "int32") for place in range(isa.lanes)])
     lane = tirx.Ramp(tirx.const(0, "int32"), tirx.const(1, "int32"), isa.lanes)
-    return (lane - offset).astype(isa.f32)
+    return (lane - layout.offset).astype(isa.f32)
