@@ -11,18 +11,21 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, encode_with_feedback
+from llmc.compiler.allocation import MORE, assembled, finer, spent_on
+from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, Rounded, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
+from llmc.compiler.estimate import stored_bits
+from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
 from llmc.compiler.ir.integers import PackGroups
@@ -30,8 +33,9 @@ from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, random_texts, texts_of_file
+from llmc.compiler.passes.schemes import Overrides
 from llmc.compiler.progress import Progress
-from llmc.compiler.rounded_cache import NotKept, Parts, RoundedCache, key_of
+from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
 from llmc.compiler.scenario import computed, prompt_inputs
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from llmc.frontends.lifted import Lifted
 
 Moments = NDArray[np.float32]
+Schemes: TypeAlias = Mapping[str, str]  # by names of params
 Layer: TypeAlias = Linear | GatedLinear
 
 OVERHEAD = 4.0  # measured with 0.5B parameters: all there is, beside products of matrices at full speed
@@ -54,10 +59,11 @@ def calibrate_model(
     code: str,
     folder: Path,
     progress: Progress,
+    anew: Callable[[Schemes], Graph],
 ) -> tuple[Graph, LoadParam]:
     """The model's graph after all passes with weights rounded by what their layers see of its own text and of the file
     that the options name, and what loads them. vocabulary: ids that it takes. code: a hash of what does the rounding.
-    folder: for the rounded weights.
+    folder: for the rounded weights. anew: makes the graph with schemes of its own for some params, by their names.
 
     Taken from the cache where the same was rounded before. CompileError for a model that is not one of texts.
     """
@@ -72,10 +78,13 @@ def calibrate_model(
     if not weights:
         return graph, load
     progress.start("looking for rounded weights")
-    encodings = [weight.encoding for weight in weights]
-    key = key_of(floats, load, [*texts, *more], code, encodings, vocabulary, options.seed)
+    encodings, budget = [weight.encoding for weight in weights], options.bits_per_weight
+    key = key_of(floats, load, [*texts, *more], code, encodings, budget, vocabulary, options.seed)
+    most = most_bits(graph, lifted.parameters, budget)
     with suppress(NotKept):
-        found, store = with_integers(graph, load, cache.read(key, weights), folder)
+        schemes = cache.schemes(key)
+        other = anew(schemes) if schemes else graph
+        found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
         return found, store.load
     with text_threads() as pool:
         tell_cost(layers, texts, more, decodes, progress)
@@ -83,10 +92,55 @@ def calibrate_model(
             progress.start("writing text to round by", ROUNDS * len(texts), "texts")
             texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
         damping = DAMPING if decodes or more else ENCODER_DAMPING
-        rounded = calibrate(graph, load, [*texts, *more], damping, progress, pool)
-        found, store = with_integers(graph, load, rounded, folder)
-    cache.write(key, ((weight, store.parts(weight)) for weight in weights))
+        kept = keep(calibrate(graph, load, [*texts, *more], damping, progress, pool, most > 0), folder)
+    gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
+    schemes = spent_on(kept, gated, most, Overrides(options.overrides))
+    other = anew(schemes) if schemes else graph
+    try:
+        chosen = list(assembled(rounded_weights(other), kept))
+    except KeyError:  # with other schemes the passes have taken the model apart in another way
+        schemes, other = {}, graph
+        chosen = [(weight, found[0].encoded) for weight, found in kept.items()]
+    if schemes:
+        names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
+        rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
+        progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
+    found, store = with_integers(other, load, chosen, folder)
+    cache.write(key, schemes, (encoded for _, encoded in chosen))
     return found, store.load
+
+
+def rounded_weights(graph: Graph) -> list[Quantize]:
+    """The weights of linear layers that are to be rounded, in order."""
+    return list(dict.fromkeys(in_floats(graph)[1].values()))
+
+
+def most_bits(graph: Graph, parameters: int, budget: float | None) -> float:
+    """Bits that may be spent on weights beyond those that the graph has already. budget: bits a parameter in all, None
+    for `allocation.MORE` more. CompileError where that is less than the graph has."""
+    if budget is None:
+        return MORE * parameters
+    have = stored_bits(graph) / max(1, parameters)
+    if budget < have:
+        raise CompileError(
+            f"--bits-per-weight {budget:g}: the schemes asked for take {have:.3f} already. Give less to some "
+            "(--embedding int4, --head int4), or more bits"
+        )
+    return (budget - have) * parameters
+
+
+def keep(rounded: Iterable[tuple[Quantize, Sequence[Rounded]]], folder: Path) -> dict[Quantize, list[Rounded]]:
+    """What weights became, in files of a folder, as all of it may not fit the memory."""
+    kept: dict[Quantize, list[Rounded]] = {}
+    for weight, found in rounded:
+        for each in found:
+            parts = {}
+            for name, part in each.encoded.parts.items():
+                path = folder / f"{len(kept)}.{each.encoded.encoding}.{name}.npy"
+                np.save(path, part)
+                parts[name] = np.load(path, mmap_mode="r")
+            kept.setdefault(weight, []).append(replace(each, encoded=replace(each.encoded, parts=parts)))
+    return kept
 
 
 def tell_cost(
@@ -130,23 +184,17 @@ class RoundedWeights:
     files: dict[str, Path] = field(default_factory=dict)
     packed: dict[Value, PackGroups] = field(default_factory=dict)  # by what was to be rounded
 
-    def add(self, weight: Quantize, parts: Parts) -> None:
-        """Keep a weight's parts."""
+    def add(self, weight: Quantize, encoded: Encoded) -> None:
+        """Keep what a weight became."""
         name = name_of(weight)
         name = f"{name} ({weight.encoding})" if name in self.files else name
         params: dict[str, Param] = {}
-        for part, array in parts.items():
+        for part, array in encoded.parts.items():
             whole = name if part == "q" else f"{name} ({part})"
             self.files[whole] = self.folder / f"{len(self.files)}.npy"
             np.save(self.files[whole], array)
             params[part] = Param(whole, Tensor(array.shape, dtype_of(array.dtype)))
-        self.packed[weight] = PackGroups(params["q"], params["scales"], params.get("minimums"), weight.encoding)
-
-    def parts(self, weight: Quantize) -> Parts:
-        """A weight's parts, as they were kept."""
-        packed = self.packed[weight]
-        found = {"q": packed.q, "scales": packed.scales, "minimums": packed.minimums}
-        return {part: self.load(value.name) for part, value in found.items() if isinstance(value, Param)}
+        self.packed[weight] = PackGroups(params["q"], params["scales"], params.get("minimums"), str(encoded.encoding))
 
     def load(self, name: str) -> Array:
         """A param's values: a part, or a weight of the model's own."""
@@ -180,8 +228,10 @@ def calibrate(
     damping: float,
     progress: Progress,
     pool: Executor | None = None,
-) -> Iterator[tuple[Quantize, Parts]]:
-    """Each weight of the graph's linear layers, and the parts of its encoding that its layers' inputs ask for."""
+    more: bool = False,
+) -> Iterator[tuple[Quantize, list[Rounded]]]:
+    """Each weight of the graph's linear layers, and what its layers' inputs make of it in its encoding; with `more`,
+    in a finer one besides."""
     floats, layers = in_floats(graph)
     waiting = Counter(layers.values())
     readers: dict[Value, list[Layer]] = {}
@@ -199,17 +249,17 @@ def calibrate(
             moments[weight] = moments[weight] + seen if weight in moments else seen
             waiting[weight] -= 1
             if not waiting[weight]:
-                yield weight, _rounded(weight, moments.pop(weight), damping, load)
+                yield weight, _rounded(weight, moments.pop(weight), damping, load, more)
                 progress.advance()
 
 
 def with_integers(
-    graph: Graph, load: LoadParam, weights: Iterable[tuple[Quantize, Parts]], folder: Path
+    graph: Graph, load: LoadParam, weights: Iterable[tuple[Quantize, Encoded]], folder: Path
 ) -> tuple[Graph, RoundedWeights]:
-    """The graph with the given parts in place of weights, and what loads them. folder: for their files."""
+    """The graph with what weights became in their place, and what loads it. folder: for their files."""
     store = RoundedWeights(folder, load)
-    for weight, parts in weights:
-        store.add(weight, parts)
+    for weight, encoded in weights:
+        store.add(weight, encoded)
     return substitute_values(graph, dict(store.packed)), store
 
 
@@ -227,14 +277,20 @@ def _moments(inputs: Sequence[Data]) -> Moments:
     return total / np.float32(rows)
 
 
-def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam) -> Parts:
-    """The parts of a weight's encoding. Inputs that overflow say nothing: the weight is rounded for itself."""
+def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam, more: bool) -> list[Rounded]:
+    """What a weight becomes. Inputs that overflow say nothing: the weight is rounded for itself.
+
+    A finer encoding is rounded without sweeps: it leaves so little noise that it does not matter."""
     kind = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
     values = evaluate_values([weight.w], {}, load, {})["0"]
     assert isinstance(values, np.ndarray)
     try:
         if not np.isfinite(moments).all():
-            return encode(kind, values).parts
-        return encode_with_feedback(kind, values, Curvature.of(moments, damping)).parts
+            none = np.zeros(len(values), np.float32)
+            return [Rounded(encode(kind, values), none, none)]
+        curvature = Curvature.of(moments, damping)
+        found = [encode_with_feedback(kind, values, curvature)]
+        better = finer(kind) if more else None
+        return found if better is None else [*found, encode_with_feedback(better, values, curvature, 0)]
     except CompileError as error:  # an encoding that refuses numbers does not know whose they are
         raise CompileError(f"{name_of(weight)}: {error}") from error

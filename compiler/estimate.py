@@ -108,6 +108,11 @@ def estimate(graph: Graph, *, context: int, step: int = 512, sequences: int = 1)
     )
 
 
+def stored_bits(graph: Graph) -> int:
+    """Bits of all weights that a step reads."""
+    return 8 * sum(_weights(graph)[0].values())
+
+
 def _weights(graph: Graph) -> tuple[dict[str, int], int]:
     """Bytes of every compile-time value that an op of the step reads, by group; and of tables only looked up in."""
     head = find_head(graph)

@@ -42,6 +42,9 @@ class CompileOptions:
     other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
     Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
     for a model of texts in int4 whose weights are embedded or go to a file, else "none".
+    bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
+    show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
+    than the schemes take.
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -61,6 +64,7 @@ class CompileOptions:
     head: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     calibrate: str | None = None
+    bits_per_weight: float | None = None
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -87,6 +91,14 @@ class CompileOptions:
                 )
         if self.calibrate == "":
             raise CompileError("--calibrate is none, self or a file's path, not empty")
+        if self.bits_per_weight is not None:
+            if self.measures_inputs is False:
+                raise CompileError(
+                    "--bits-per-weight needs measured inputs: -q int4, or --calibrate self, and neither --fast nor "
+                    "--weights none or random"
+                )
+            if not 1 <= self.bits_per_weight <= 16:
+                raise CompileError(f"--bits-per-weight is 1 to 16, not {self.bits_per_weight:g}")
         if not self.target:
             raise CompileError("--target needs a machine's name; `--target native` is this machine")
         if not self.weights:

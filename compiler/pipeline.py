@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,12 +221,19 @@ def compile_model(
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         progress.note(note)
+
+    def anew(schemes: Mapping[str, str]) -> Graph:
+        other = dataclasses.replace(options, overrides=(*options.overrides, *schemes.items()))
+        again = run_lifted(lifted, other, watching, progress)
+        compiled.reports = again.reports
+        return again.graph
+
     with scratch_folder() as folder:
         measures = options.measures_inputs
         if measures or (measures is None and lifted.task != RUN):
             vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
             try:
-                found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress)
+                found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress, anew)
             except IRError as error:  # random ids are not what every graph takes
                 if measures:
                     raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
@@ -268,7 +275,9 @@ def check_layer(lifted: Lifted, options: CompileOptions) -> str:
     pass that changed it."""
     from llmc.compiler.check_layer import check_first_layer
 
-    plain = dataclasses.replace(options, quantization="none", activations=None, embedding=None, head=None, overrides=())
+    plain = dataclasses.replace(
+        options, quantization="none", activations=None, embedding=None, head=None, overrides=(), bits_per_weight=None
+    )
     passes = parse_pipeline(pipeline_text(plain, lifted.task, vocabulary_of(lifted), lifted.max_context))
     with reading(lifted.weights.load):
         return str(check_first_layer(lifted.graph, passes, lifted.weights.load, lifted.max_context, options.seed))

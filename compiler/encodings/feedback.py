@@ -75,12 +75,22 @@ def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
     return result
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded weight. powers, errors [N]: the mean square of each output, and that by which it changes."""
+
+    encoded: Encoded
+    powers: Floats
+    errors: Floats
+
+
 def encode_with_feedback(
     kind: GroupQuantized, w: Array, curvature: Curvature, sweeps: int = SWEEPS, threads: int | None = None
-) -> Encoded:
+) -> Rounded:
     """Round a weight [N, K] to an encoding by its layer's inputs: no row's outputs are further off on average than with
     `encode`. CompileError as `encode`."""
     parts = empty_parts(kind, *w.shape)
+    powers, errors = np.zeros((2, len(w)), np.float32)
 
     def one_block(start: int) -> None:
         rows = _Rows(kind, widen(w[start : start + ROWS]), curvature)
@@ -88,11 +98,14 @@ def encode_with_feedback(
         for _ in range(sweeps):
             rows.refit()
             rows.descend()
-        for name, part in rows.best_parts().items():
-            parts[name][start : start + ROWS] = part
+        here = slice(start, start + ROWS)
+        found, errors[here] = rows.best_parts()
+        powers[here] = rows.output_power(rows.w)
+        for name, part in found.items():
+            parts[name][here] = part
 
     each_block(one_block, range(0, len(w), ROWS), threads)
-    return Encoded(kind, w.shape, parts)
+    return Rounded(Encoded(kind, w.shape, parts), powers, errors)
 
 
 class _Rows:
@@ -166,7 +179,7 @@ class _Rows:
         values = levels
         for index, group in enumerate(self.groups):
             values[group] = values[group] * found[index] + self.minimums[index]
-        better = self._error(values) < self._error(self.v)
+        better = self.output_power(self.w - values) < self.output_power(self.w - self.v)
         self.scales = np.where(better, found, self.scales)
         self.v = np.where(better, values, self.v)
 
@@ -186,18 +199,20 @@ class _Rows:
         found = np.linalg.solve(normal, right[..., None])[..., 0].T
         return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
 
-    def _error(self, values: Floats) -> Floats:
-        """(w - v) H (w - v)^T of each row."""
-        difference = self.w - values
-        result: Floats = np.einsum("kn,kn->n", self.curvature.moments @ difference, difference)
+    def output_power(self, weights: Floats) -> Floats:
+        """The mean square of the outputs of weights [K, N], or of differences of weights: w H w^T of each row."""
+        result: Floats = np.einsum("kn,kn->n", self.curvature.moments @ weights, weights)
         return result
 
-    def best_parts(self) -> dict[str, Array]:
+    def best_parts(self) -> tuple[dict[str, Array], Floats]:
         """Integers [N, K], scales and minimums [N, G], as `Encoded` holds them; of a row whose weights are better
-        rounded each for itself, those."""
+        rounded each for itself, those. Besides, what each row's outputs are off by [N], in the mean square."""
         searched = encode(self.kind, self.w.T, threads=1)
-        better = self._error(np.ascontiguousarray(searched.decode().T)) < self._error(self.v)
+        alone = self.output_power(self.w - np.ascontiguousarray(searched.decode().T))
+        error = self.output_power(self.w - self.v)
+        better = alone < error
         q = self.q.T.astype(np.int8 if self.kind.symmetric else np.uint8)
         halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
         found: dict[str, Array] = {"q": q, **halves}
-        return {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
+        best = {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
+        return best, np.minimum(alone, error)

@@ -47,8 +47,7 @@ class QuantizeWeights(Pass, name="quantize"):
     scheme: none (f32), bf16, f16, int8 or int4; also an encoding's name. group_size: inputs that share a scale.
     symmetric: int4 without minimums. activations: what kernels round activations to in front of integer weights (int8,
     bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own schemes; `auto` is the
-    scheme, but where that is int4 it is int8 for the head and a table that the head shares, and int6 for a table of
-    its own. Only tables take int6. overrides: `pattern=scheme;...` over params' names.
+    scheme, but int6 where that is int4. overrides: `pattern=scheme;...` over params' names.
     search: look for scales of least squared error.
     """
 
@@ -80,13 +79,9 @@ class _Run:
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
         is_int4 = options.scheme in ("int4", self._scheme("int4").encoding)
-        finer = self._scheme("int8") if is_int4 else self.scheme
+        finer = self._scheme("int6") if is_int4 else self.scheme
         self.head = finer if options.head == "auto" else self._scheme(options.head)
-        if options.embedding == "auto":
-            self.embedding, self.shared = self._scheme("int6") if is_int4 else self.scheme, finer
-        else:
-            self.embedding = self.shared = self._scheme(options.embedding)
-        self.multiplied = {uncast(op.w) for op in weight_ops(graph)}
+        self.embedding = finer if options.embedding == "auto" else self._scheme(options.embedding)
         for _, text in self.overrides.items:
             self._scheme(text)
         self.head_op = find_head(graph)
@@ -118,9 +113,8 @@ class _Run:
         if self._refused(op, op.table, note=True):
             return
         base, scheme = uncast(op.table), self._override(op.table)
-        is_shared = base in self.multiplied
         if scheme is None and looks_up_tokens(op, self.graph):
-            scheme = self.shared if is_shared else self.embedding
+            scheme = self.embedding
         if scheme is None:
             self.report.hit("table left as it is")
             return

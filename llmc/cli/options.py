@@ -56,15 +56,15 @@ Symmetric = Annotated[
 ]  # fmt: skip
 Activations = Annotated[
     str | None, typer.Option("--activations", metavar="int8|bf16|f32", rich_help_panel=_COMPILING,
-                             help="Lowest precision of layers' inputs; default: int8 for int4, int8; bf16 for bf16."),
+                             help="Lowest precision of layers' inputs; default: int8 for int4 to int8; bf16 for bf16."),
 ]  # fmt: skip
 Embedding = Annotated[
     str | None, typer.Option("--embedding", metavar="SCHEME", rich_help_panel=_COMPILING,
-                             help="The token embedding's own scheme, also int6; default with int4: int6, tied int8."),
+                             help="The token embedding's own scheme; default: int6 where -q is int4."),
 ]  # fmt: skip
 Head = Annotated[
     str | None, typer.Option("--head", metavar="SCHEME", rich_help_panel=_COMPILING,
-                             help="The output head's own scheme; default: int8 where -q is int4."),
+                             help="The output head's own scheme; default: int6 where -q is int4."),
 ]  # fmt: skip
 Overrides = Annotated[
     list[str] | None, typer.Option("--override", metavar="PATTERN=SCHEME", rich_help_panel=_COMPILING,
@@ -74,6 +74,11 @@ Calibrate = Annotated[
     str | None, typer.Option("--calibrate", metavar="none|self|FILE", rich_help_panel=_COMPILING, show_default=False,
                              help="What weights are rounded by: nothing, the model's own text, a text file besides; "
                              "default with int4: self."),
+]  # fmt: skip
+BitsPerWeight = Annotated[
+    float | None, typer.Option("--bits-per-weight", metavar="BITS", rich_help_panel=_COMPILING, show_default=False,
+                               help="With int4: bits for each weight, all in all. Those that need it most get 6 or 8; "
+                               "default: 0.1 more than with none of them."),
 ]  # fmt: skip
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
