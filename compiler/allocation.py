@@ -102,20 +102,32 @@ def spent_on(kept: Kept, together: Collection[Quantize], most: float, overrides:
     }
 
 
-def assembled(weights: Iterable[Quantize], kept: Kept) -> Iterator[tuple[Quantize, Encoded]]:
-    """What weights become that are merged and encoded otherwise than those that were rounded. KeyError where a matrix
-    was not rounded in that encoding."""
+@dataclass(frozen=True)
+class Assembly:
+    """A weight put together of rows of weights that were rounded. pieces: where they are, in order."""
+
+    weight: Quantize
+    pieces: Sequence[tuple[Encoded, slice]]
+
+    def encoded(self) -> Encoded:
+        """What the weight becomes; made anew each time, as all weights may not fit the memory."""
+        first = self.pieces[0][0]
+        parts = {
+            name: np.concatenate([encoded.parts[name][rows] for encoded, rows in self.pieces]) for name in first.parts
+        }
+        return Encoded(first.encoding, parts["q"].shape, parts)
+
+
+def assemblies(weights: Iterable[Quantize], kept: Kept) -> list[Assembly]:
+    """Weights that may be merged and encoded otherwise than those that were rounded. KeyError where a matrix was not
+    rounded in the encoding that it has now."""
     found = {
         (matrix.key, str(each.encoded.encoding)): (each.encoded, matrix.rows)
         for weight, choices in kept.items()
         for matrix in matrices(weight)
         for each in choices
     }
-    for weight in weights:
-        pieces = [found[matrix.key, weight.encoding] for matrix in matrices(weight)]
-        names = pieces[0][0].parts
-        parts = {name: np.concatenate([encoded.parts[name][rows] for encoded, rows in pieces]) for name in names}
-        yield weight, Encoded(pieces[0][0].encoding, parts["q"].shape, parts)
+    return [Assembly(weight, [found[matrix.key, weight.encoding] for matrix in matrices(weight)]) for weight in weights]
 
 
 def matrices(weight: Quantize) -> list[Matrix]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.allocation import MORE, assembled, finer, spent_on
+from llmc.compiler.allocation import MORE, Assembly, assemblies, finer, spent_on
 from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, Rounded, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.estimate import stored_bits
@@ -38,7 +38,7 @@ from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
 from llmc.compiler.scenario import computed, prompt_inputs
 from llmc.compiler.weights import name_of
-from llmc.errors import CompileError
+from llmc.errors import CompileError, LlmcError
 
 if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
@@ -48,25 +48,32 @@ Moments = NDArray[np.float32]
 Schemes: TypeAlias = Mapping[str, str]  # by names of params
 Layer: TypeAlias = Linear | GatedLinear
 
+WRITES_FROM = 1 << 22  # parameters of a model that is compiled to write text
 OVERHEAD = 4.0  # measured with 0.5B parameters: all there is, beside products of matrices at full speed
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model that is to be rounded. graph: after all passes. vocabulary: ids that it takes. anew: makes the graph with
+    schemes of its own for some params, by their names. write: what the model writes behind the first id of each text;
+    LlmcError where it does not run here."""
+
+    lifted: Lifted
+    graph: Graph
+    vocabulary: int
+    anew: Callable[[Schemes], Graph]
+    write: Callable[[Sequence[Ids]], list[Ids]]
+
+
 def calibrate_model(
-    lifted: Lifted,
-    graph: Graph,
-    options: CompileOptions,
-    vocabulary: int,
-    code: str,
-    folder: Path,
-    progress: Progress,
-    anew: Callable[[Schemes], Graph],
+    model: Model, options: CompileOptions, code: str, folder: Path, progress: Progress
 ) -> tuple[Graph, LoadParam]:
-    """The model's graph after all passes with weights rounded by what their layers see of its own text and of the file
-    that the options name, and what loads them. vocabulary: ids that it takes. code: a hash of what does the rounding.
-    folder: for the rounded weights. anew: makes the graph with schemes of its own for some params, by their names.
+    """The model's graph with weights rounded by what their layers see of its own text and of the file that the options
+    name, and what loads them. code: a hash of what does the rounding. folder: for the rounded weights.
 
     Taken from the cache where the same was rounded before. CompileError for a model that is not one of texts.
     """
+    lifted, graph, vocabulary = model.lifted, model.graph, model.vocabulary
     if lifted.task == "run":
         raise CompileError("--calibrate: only models of texts can be measured, this graph's inputs cannot be made up")
     load, decodes = lifted.weights.load, lifted.task == "generate"
@@ -83,31 +90,51 @@ def calibrate_model(
     most = most_bits(graph, lifted.parameters, budget)
     with suppress(NotKept):
         schemes = cache.schemes(key)
-        other = anew(schemes) if schemes else graph
+        other = model.anew(schemes) if schemes else graph
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
         return found, store.load
     with text_threads() as pool:
         tell_cost(layers, texts, more, decodes, progress)
         if decodes:
-            progress.start("writing text to round by", ROUNDS * len(texts), "texts")
-            texts = own_texts(floats, load, texts, vocabulary, options.seed, pool, progress.advance)
+            texts = _written(model, texts, progress) or own_texts(
+                floats, load, texts, vocabulary, options.seed, pool, progress.advance
+            )
         damping = DAMPING if decodes or more else ENCODER_DAMPING
         kept = keep(calibrate(graph, load, [*texts, *more], damping, progress, pool, most > 0), folder)
     gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
     schemes = spent_on(kept, gated, most, Overrides(options.overrides))
-    other = anew(schemes) if schemes else graph
-    try:
-        chosen = list(assembled(rounded_weights(other), kept))
-    except KeyError:  # with other schemes the passes have taken the model apart in another way
-        schemes, other = {}, graph
-        chosen = [(weight, found[0].encoded) for weight, found in kept.items()]
-    if schemes:
-        names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
-        rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
-        progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
-    found, store = with_integers(other, load, chosen, folder)
-    cache.write(key, schemes, (encoded for _, encoded in chosen))
+    other, chosen = _with_schemes(model, schemes, kept, progress)
+    found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
+    cache.write(key, schemes if other is not graph else {}, (each.encoded() for each in chosen))
     return found, store.load
+
+
+def _with_schemes(
+    model: Model, schemes: Schemes, kept: Mapping[Quantize, Sequence[Rounded]], progress: Progress
+) -> tuple[Graph, list[Assembly]]:
+    """The graph with these schemes for some params, and what its weights become."""
+    if schemes:
+        other = model.anew(schemes)
+        # With other schemes the passes could take the model apart in another way.
+        with suppress(KeyError):
+            chosen = assemblies(rounded_weights(other), kept)
+            names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
+            rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
+            progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
+            return other, chosen
+        model.anew({})
+    return model.graph, assemblies(kept, kept)
+
+
+def _written(model: Model, texts: Sequence[Ids], progress: Progress) -> list[Ids]:
+    """What the model writes behind the first id of each text; none where that is not to be had."""
+    if model.lifted.parameters >= WRITES_FROM:
+        try:
+            return model.write(texts)
+        except (LlmcError, OSError) as error:
+            progress.note(f"the model does not run here, so that its text is drawn in one pass: {error}")
+    progress.start("drawing text to round by", ROUNDS * len(texts), "texts")
+    return []
 
 
 def rounded_weights(graph: Graph) -> list[Quantize]:
@@ -150,8 +177,9 @@ def tell_cost(
     shapes = {weight: tuple(static(dim) for dim in weight.shape) for weight in layers.values()}
     tokens = sum(map(len, texts)) * (ROUNDS * decodes + 1) + sum(map(len, more))
     products = tokens * sum(math.prod(shapes[weight]) for weight in layers.values())
-    # Feedback once and, for each sweep, slopes, two errors and a fit: as many products with the moments of all inputs.
-    products += sum(n * k * k * (1 + 4 * SWEEPS) + k**3 for n, k in shapes.values())
+    # Products with the moments of all inputs: for each of two encodings feedback, two errors and the outputs' power, and
+    # for each sweep of the first slopes, two errors and a fit.
+    products += sum(n * k * k * (8 + 4 * SWEEPS) + k**3 for n, k in shapes.values())
     a = np.ones((512, 1024), np.float32)
     b = np.ones((1024, 1024), np.float32)
     seconds = math.inf

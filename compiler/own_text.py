@@ -1,9 +1,10 @@
 """Texts to measure a model on: a decoder writes them itself, an encoder gets ids by rank, and a file may add to them.
 
-A decoder's text begins with random ids. Every later id is then drawn anew from what the model predicts behind the ids
-before it, all of them in one pass. After `ROUNDS` passes most of what a layer sees is like what it sees of real text,
-and a pass costs as much as a prompt. (The same random numbers are used in every pass: with as many passes as ids, the
-text is what the model writes one id at a time.)
+A decoder's text is what the model writes id by id, in 8 bits and compiled for this machine. Where it does not run
+here, or is so small that compiling takes longer than all else, the text begins as random ids, and every id is drawn
+anew from what the model predicts behind the ids before it, all of them in one pass. After `ROUNDS` passes most of what
+a layer sees is like what it sees of real text, and a pass costs as much as a prompt. (The same random numbers are used
+in every pass: with as many passes as ids, the text is what the model writes.)
 
 Vocabularies of encoders are mostly in the order of how often their words occur; id n is drawn in proportion to
 1 / (n + 1), and the tokenizer's own ids stand around the text.
@@ -113,6 +114,11 @@ def _lines(path: Path) -> list[str]:
         raise CompileError(f"--calibrate {path} is no file of {kind}") from error
 
 
+def chances_of(texts: Sequence[Ids], seed: int) -> list[NDArray[np.float64]]:
+    """The random numbers, 0 to 1, by which the ids of each text are drawn."""
+    return [np.random.default_rng((seed, number)).random(len(text)) for number, text in enumerate(texts)]
+
+
 def own_texts(
     graph: Graph,
     load: LoadParam,
@@ -124,7 +130,7 @@ def own_texts(
 ) -> list[Ids]:
     """Texts that a decoder predicts, from random ones. graph: with `logits` for every row of a step; pool: of threads
     for texts; tell: called after each text of each round, `ROUNDS` times a text."""
-    chances = [np.random.default_rng((seed, number)).random(len(text)) for number, text in enumerate(texts)]
+    chances = chances_of(texts, seed)
     texts, head = list(texts), _Head.of(graph, load)
     # Without a head of its own, all logits of the texts are there at once.
     most = max(len(text) for text in texts)
@@ -137,7 +143,7 @@ def own_texts(
 
             def redrawn(text: Ids, state: Data, chance: NDArray[np.float64]) -> Ids:
                 drawn = [
-                    _drawn(logits[:, :vocabulary], chance[begin + 1 : begin + 1 + len(logits)])
+                    draw(logits[:, :vocabulary], chance[begin + 1 : begin + 1 + len(logits)])
                     for begin, logits in head.predictions(text, state)
                 ]
                 return np.concatenate([text[:1], *drawn])
@@ -194,7 +200,7 @@ class _Head:
             yield begin, found.reshape(count, -1)
 
 
-def _drawn(logits: NDArray[np.float32], chances: NDArray[np.float64]) -> Ids:
+def draw(logits: NDArray[np.float32], chances: NDArray[np.float64]) -> Ids:
     """One id for each row of logits [n, vocabulary], by numbers from 0 to 1."""
     drawn = np.empty(len(logits), np.int32)
     for row, chance in enumerate(chances):

@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import ArtifactWriter
+from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import MOST_PARTS, Attention
 from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.encoded import PAGE
@@ -34,6 +37,7 @@ from llmc.errors import CompileError, IRError
 
 if TYPE_CHECKING:
     from llmc.compiler.check import Checker
+    from llmc.compiler.own_text import Ids
     from llmc.frontends.lifted import Lifted
     from llmc.targets.check_artifact import Parts
     from llmc.targets.lowering import Program
@@ -200,10 +204,8 @@ def compile_model(
     told of what `options.check` compared; where that finds a difference, CompileError, and what was at `output` before
     is unchanged.
     """
-    from llmc.compiler.calibrate import calibrate_model
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
-    from llmc.targets.sources import closure_hash
 
     progress = progress or Silent()
     created = creation_time()
@@ -222,32 +224,83 @@ def compile_model(
     for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
         progress.note(note)
 
-    def anew(schemes: Mapping[str, str]) -> Graph:
-        other = dataclasses.replace(options, overrides=(*options.overrides, *schemes.items()))
-        again = run_lifted(lifted, other, watching, progress)
-        compiled.reports = again.reports
-        return again.graph
-
     with scratch_folder() as folder:
-        measures = options.measures_inputs
-        if measures or (measures is None and lifted.task != RUN):
-            vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
-            try:
-                found = calibrate_model(lifted, compiled.graph, options, vocabulary, code, folder, progress, anew)
-            except IRError as error:  # random ids are not what every graph takes
-                if measures:
-                    raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
-                progress.note(f"weights are rounded as with --fast: the model's own text does not run: {error}")
-            else:
-                compiled.graph, compiled.load = found
-                compiled.calibrated = str(options.as_json()["calibrate"] or "self")
-                if checker is not None:
-                    checker.calibrated(*found)
+        rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
+        if rounded is not None and checker is not None:
+            checker.calibrated(*rounded)
         program = lower(compiled.graph, machine)
         manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
+
+
+def round_by_inputs(
+    source: str,
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    folder: Path,
+    progress: Progress,
+    observers: Sequence[Observer],
+) -> tuple[Graph, LoadParam] | None:
+    """Rounds weights by what their layers see, where the options ask for it: `compiled` has the new graph afterwards.
+    None where they do not, or where the model's own text does not run, which is said."""
+    from llmc.compiler.calibrate import Model, calibrate_model
+    from llmc.targets.sources import closure_hash
+
+    def anew(schemes: Mapping[str, str]) -> Graph:
+        other = dataclasses.replace(options, overrides=(*options.overrides, *schemes.items()))
+        again = run_lifted(lifted, other, observers, progress)
+        compiled.reports = again.reports
+        return again.graph
+
+    def write(texts: Sequence[Ids]) -> list[Ids]:
+        return written_texts(source, lifted, texts, options.seed, folder, progress)
+
+    measures = options.measures_inputs
+    if measures is False or (measures is None and lifted.task == RUN):
+        return None
+    vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
+    model = Model(lifted, compiled.graph, vocabulary, anew, write)
+    try:
+        found = calibrate_model(model, options, code, folder, progress)
+    except IRError as error:  # random ids are not what every graph takes
+        if measures:
+            raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
+        progress.note(f"weights are rounded as with --fast: the model's own text does not run: {error}")
+        return None
+    compiled.graph, compiled.load = found
+    compiled.calibrated = str(options.as_json()["calibrate"] or "self")
+    return found
+
+
+def written_texts(
+    source: str, lifted: Lifted, texts: Sequence[Ids], seed: int, folder: Path, progress: Progress
+) -> list[Ids]:
+    """What the model writes behind the first id of each text: with weights of 8 bits, compiled for this machine.
+    LlmcError where it does not run here. folder: for the artifact."""
+    from llmc.compiler.manifest import creation_time
+    from llmc.compiler.own_text import chances_of, draw
+    from llmc.targets import lower, machine_named
+    from llmc.targets.written_text import write_texts
+
+    options, vocabulary = CompileOptions(quantization="int8", max_step=max(16, len(texts))), vocabulary_of(lifted)
+    compiled = run_lifted(lifted, options, progress=progress)
+    program, path = lower(compiled.graph, machine_named("native")), folder / "writer.so"
+    assemble(source, path, options, lifted, compiled, program, progress, creation_time())
+    chances = np.array(chances_of(texts, seed))
+    progress.start("writing text to round by", chances.shape[1] - 1, "tokens")
+    found = write_texts(
+        path,
+        [int(text[0]) for text in texts],
+        chances,
+        estimate(compiled.graph, context=len(chances[0])).cache_per_token,
+        lambda logits, chance: draw(logits[:, :vocabulary], chance),
+        progress.advance,
+    )
+    path.unlink()
+    return found
 
 
 def checker_of(lifted: Lifted, options: CompileOptions) -> Checker | None:
