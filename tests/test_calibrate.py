@@ -87,7 +87,8 @@ def test_every_weight_of_a_layer_is_rounded_and_nothing_else_changes(
 ) -> None:
     lifted, graph = lifted_and_graph(tiny[family])
     rounded = calibrate(graph, lifted.load, random_texts(lifted, 300, 0)[:2], 0.01, Silent())
-    found, store = with_integers(graph, lifted.load, rounded, tmp_path)
+    encoded = ((weight, each.encoded) for weight, (each,) in rounded)
+    found, store = with_integers(graph, lifted.load, encoded, tmp_path)
     before, after = linears(graph), linears(found)
     assert len(before) == len(after)
     for old, new in zip(before, after, strict=True):

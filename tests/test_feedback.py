@@ -29,6 +29,11 @@ def layer(rows: int, inputs: int, samples: int, seed: int = 0, dead: bool = Fals
     return random.standard_normal((rows, inputs)).astype(np.float32), (x.T @ x / samples).astype(np.float32)
 
 
+def rounded(kind: GroupQuantized, w: np.ndarray, curvature: Curvature, **options: int) -> Encoded:
+    """The weight in its encoding."""
+    return encode_with_feedback(kind, w, curvature, **options).encoded
+
+
 def output_error(w: np.ndarray, encoded: Encoded, moments: np.ndarray) -> np.ndarray:
     """The mean square by which each row's output changes, in f64."""
     with precise():
@@ -54,7 +59,7 @@ def test_no_row_is_worse_than_rounded_for_itself(
     kind: GroupQuantized, rows: int, inputs: int, samples: int, dead: bool, seed: int
 ) -> None:
     w, moments = layer(rows, inputs, samples, seed, dead)
-    found = encode_with_feedback(kind, w, Curvature.of(moments))
+    found = rounded(kind, w, Curvature.of(moments))
     exact = damped(moments)
     alone = output_error(w, encode(kind, w), exact)
     # Errors are compared in f32, where they are sums of products of numbers of both signs.
@@ -64,7 +69,7 @@ def test_no_row_is_worse_than_rounded_for_itself(
 @by_kind
 def test_outputs_of_correlated_inputs_are_far_better(kind: GroupQuantized) -> None:
     w, moments = layer(64, 256, 2000)
-    found = encode_with_feedback(kind, w, Curvature.of(moments))
+    found = rounded(kind, w, Curvature.of(moments))
     gain = output_error(w, found, moments).sum() / output_error(w, encode(kind, w), moments).sum()
     assert gain < 0.5
 
@@ -72,7 +77,7 @@ def test_outputs_of_correlated_inputs_are_far_better(kind: GroupQuantized) -> No
 @by_kind
 def test_parts_are_those_of_the_encoding(kind: GroupQuantized) -> None:
     w, moments = layer(7, 129, 50)
-    found, plain = encode_with_feedback(kind, w, Curvature.of(moments)), encode(kind, w)
+    found, plain = rounded(kind, w, Curvature.of(moments)), encode(kind, w)
     assert found.encoding == kind
     assert {n: (p.shape, p.dtype) for n, p in found.parts.items()} == {
         n: (p.shape, p.dtype) for n, p in plain.parts.items()
@@ -83,11 +88,21 @@ def test_parts_are_those_of_the_encoding(kind: GroupQuantized) -> None:
 
 
 @by_kind
+def test_errors_and_powers_are_those_of_the_outputs(kind: GroupQuantized) -> None:
+    """In units of the moments' mean, as they are damped: by its own weights, and by what they become."""
+    w, moments = layer(300, 129, 300)
+    found = encode_with_feedback(kind, w, Curvature.of(moments))
+    exact = damped(moments)
+    np.testing.assert_allclose(found.powers, np.einsum("nk,kl,nl->n", w, exact, w.astype(np.float64)), rtol=1e-4)
+    np.testing.assert_allclose(found.errors, output_error(w, found.encoded, exact), rtol=1e-2, atol=1e-6)
+
+
+@by_kind
 def test_rows_do_not_depend_on_each_other_or_on_threads(kind: GroupQuantized) -> None:
     w, moments = layer(300, 129, 300)
     curvature = Curvature.of(moments)
-    whole = encode_with_feedback(kind, w, curvature, threads=1)
-    again = encode_with_feedback(kind, w, curvature, threads=3)
+    whole = rounded(kind, w, curvature, threads=1)
+    again = rounded(kind, w, curvature, threads=3)
     assert all(np.array_equal(part, again.parts[name]) for name, part in whole.parts.items())
 
 
@@ -95,7 +110,7 @@ def test_no_other_integer_of_a_row_is_better() -> None:
     """Coordinate descent ends where no single step of an integer lowers the error (but for what f32 does not see)."""
     kind = GroupQuantized(4, 32)
     w, moments = layer(3, 2 * BLOCK + 1, 400)
-    found = encode_with_feedback(kind, w, Curvature.of(moments), sweeps=40)
+    found = rounded(kind, w, Curvature.of(moments), sweeps=40)
     exact = damped(moments)
     best = output_error(w, found, exact)
     q = found.parts["q"]
@@ -169,7 +184,7 @@ def test_scales_are_fitted_by_least_squares(kind: GroupQuantized) -> None:
     w, moments = layer(5, 129, 600)
     rows = _Rows(kind, w, Curvature.of(moments))
     rows.feed_back()
-    levels = (rows.q * (32 + np.abs(rows.q)) / 32 if kind.bits == 6 else rows.q).astype(np.float64)
+    levels = stands_for(kind, rows.q)
     found = rows._fitted(levels.astype(np.float32))
     root = np.linalg.cholesky(damped(moments)).T
     for row in range(len(w)):
@@ -197,22 +212,22 @@ def test_the_factor_is_of_the_inverse_in_the_order_of_rounding() -> None:
 
 def test_the_unit_of_inputs_does_not_matter() -> None:
     w, moments = layer(7, 64, 300)
-    found = encode_with_feedback(KINDS[0], w, Curvature.of(moments))
+    found = rounded(KINDS[0], w, Curvature.of(moments))
     for unit in (2.0**-40, 2.0**40):
-        again = encode_with_feedback(KINDS[0], w, Curvature.of(moments * np.float32(unit)))
+        again = rounded(KINDS[0], w, Curvature.of(moments * np.float32(unit)))
         assert all(np.array_equal(part, again.parts[name]) for name, part in found.parts.items())
 
 
 def test_inputs_that_were_never_seen_leave_each_weight_to_itself() -> None:
     w, _ = layer(7, 64, 1)
-    found = encode_with_feedback(KINDS[1], w, Curvature.of(np.zeros((64, 64), np.float32)))
+    found = rounded(KINDS[1], w, Curvature.of(np.zeros((64, 64), np.float32)))
     assert (output_error(w, found, np.eye(64)) <= output_error(w, encode(KINDS[1], w), np.eye(64)) * (1 + 1e-5)).all()
 
 
 def test_what_is_not_finite_is_refused() -> None:
     w, moments = layer(3, 33, 50)
     with pytest.raises(CompileError, match="not finite"):
-        encode_with_feedback(KINDS[0], np.where(w > 1, np.inf, w), Curvature.of(moments))
+        rounded(KINDS[0], np.where(w > 1, np.inf, w), Curvature.of(moments))
     moments[3, 3] = np.nan
     with pytest.raises(ValueError, match="moment"):
         Curvature.of(moments)
@@ -223,7 +238,7 @@ def test_weights_at_the_ends_of_f16(scale: float) -> None:
     w, moments = layer(7, 129, 300)
     w = (w * scale).astype(np.float32)
     for kind in KINDS:
-        found = encode_with_feedback(kind, w, Curvature.of(moments))
+        found = rounded(kind, w, Curvature.of(moments))
         assert np.isfinite(found.decode()).all()
         exact = damped(moments)
         assert (output_error(w, found, exact) <= output_error(w, encode(kind, w), exact) * (1 + 1e-3)).all()

@@ -12,15 +12,16 @@ from tiny_models import make_tiny
 import llmc
 from llmc.compiler import calibrate as calibration
 from llmc.compiler.encodings import encode
+from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.op import Param
 from llmc.compiler.ir.types import Tensor, parse_encoding
-from llmc.compiler.rounded_cache import UNUSED_SECONDS, NotKept, Parts, RoundedCache
+from llmc.compiler.rounded_cache import UNUSED_SECONDS, NotKept, RoundedCache
 
 
-def rounded(encoding: str, rows: int, inputs: int) -> tuple[Quantize, Parts]:
+def rounded(encoding: str, rows: int, inputs: int) -> tuple[Quantize, Encoded]:
     w = np.random.default_rng(inputs).standard_normal((rows, inputs)).astype(np.float32)
-    return Quantize(Param("w", Tensor(w.shape, "f32")), encoding), encode(parse_encoding(encoding), w).parts
+    return Quantize(Param("w", Tensor(w.shape, "f32")), encoding), encode(parse_encoding(encoding), w)
 
 
 @pytest.mark.parametrize("encoding", ["q4g64", "q4g32a", "q6g64", "q8g64"])
@@ -28,29 +29,31 @@ def rounded(encoding: str, rows: int, inputs: int) -> tuple[Quantize, Parts]:
 def test_what_is_read_is_what_was_written(encoding: str, inputs: int, tmp_path: Path) -> None:
     cache = RoundedCache(tmp_path / "rounded")
     weights = [rounded(encoding, rows, inputs) for rows in (1, 7)]
-    cache.write("key", weights)
+    cache.write("key", {"w": "int6"}, [encoded for _, encoded in weights])
+    assert cache.schemes("key") == {"w": "int6"}
     found = list(cache.read("key", [weight for weight, _ in weights]))
     assert [weight for weight, _ in found] == [weight for weight, _ in weights]
-    for (_, expected), (_, parts) in zip(weights, found, strict=True):
-        assert parts.keys() == expected.keys()
-        for name, part in parts.items():
-            assert part.dtype == expected[name].dtype
-            np.testing.assert_array_equal(part, expected[name])
+    for (_, expected), (_, encoded) in zip(weights, found, strict=True):
+        assert (encoded.encoding, encoded.shape) == (expected.encoding, expected.shape)
+        assert encoded.parts.keys() == expected.parts.keys()
+        for name, part in encoded.parts.items():
+            assert part.dtype == expected.parts[name].dtype
+            np.testing.assert_array_equal(part, expected.parts[name])
 
 
 def test_four_bits_take_half_a_byte(tmp_path: Path) -> None:
     cache = RoundedCache(tmp_path)
-    weight, parts = rounded("q4g64", 256, 1024)
-    cache.write("key", [(weight, parts)])
-    assert (tmp_path / "key.npz").stat().st_size < 0.6 * parts["q"].size
+    weight, encoded = rounded("q4g64", 256, 1024)
+    cache.write("key", {}, [encoded])
+    assert (tmp_path / "key.npz").stat().st_size < 0.6 * encoded.parts["q"].size
 
 
 def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
     cache = RoundedCache(tmp_path)
-    weight, parts = rounded("q4g64", 7, 129)
-    cache.write("key", [(weight, parts)])
+    weight, encoded = rounded("q4g64", 7, 129)
+    cache.write("key", {}, [encoded])
     whole = (tmp_path / "key.npz").read_bytes()
-    others = [rounded("q4g64", 8, 129)[0], rounded("q4g64", 7, 200)[0], rounded("q8g64", 7, 129)[0]]
+    others = [rounded("q4g64", 8, 129)[0], rounded("q4g64", 7, 200)[0], rounded("q4g32", 7, 129)[0]]
     for key, weights in (("other", [weight]), ("key", [weight, weight]), *(("key", [other]) for other in others)):
         with pytest.raises(NotKept):
             list(cache.read(key, weights))
@@ -62,25 +65,25 @@ def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    RoundedCache(tmp_path / "file").write("key", [rounded("q4g64", 1, 7)])
+    RoundedCache(tmp_path / "file").write("key", {}, [rounded("q4g64", 1, 7)[1]])
 
 
 def test_half_a_file_is_never_left(tmp_path: Path) -> None:
     def broken() -> object:
-        yield rounded("q4g64", 1, 7)
+        yield rounded("q4g64", 1, 7)[1]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        RoundedCache(tmp_path).write("key", broken())  # type: ignore[arg-type]
+        RoundedCache(tmp_path).write("key", {}, broken())  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
 def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
-    cache, weight = RoundedCache(tmp_path), rounded("q4g64", 1, 7)
+    cache, weight = RoundedCache(tmp_path), rounded("q4g64", 1, 7)[1]
     for name, age in (("old", 1.1), ("new", 0.9)):
-        cache.write(name, [weight])
+        cache.write(name, {}, [weight])
         os.utime(tmp_path / f"{name}.npz", (0, (tmp_path / f"{name}.npz").stat().st_mtime - age * UNUSED_SECONDS))
-    cache.write("next", [weight])
+    cache.write("next", {}, [weight])
     assert {path.stem for path in tmp_path.iterdir()} == {"new", "next"}
 
 

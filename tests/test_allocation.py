@@ -1,0 +1,223 @@
+"""Where more bits go: never more than asked for, to what gains most, and nothing else changes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import make_tiny
+
+import llmc
+from llmc.compiler import calibrate as calibration
+from llmc.compiler.allocation import Choice, assemblies, finer, matrices, spend, spent_on
+from llmc.compiler.encodings import encode
+from llmc.compiler.encodings.feedback import Rounded
+from llmc.compiler.encodings.grouped import grouped, stored_bytes
+from llmc.compiler.ir.llm import Quantize
+from llmc.compiler.ir.op import Param, Value
+from llmc.compiler.ir.structural import Concat
+from llmc.compiler.ir.types import Tensor, parse_encoding
+from llmc.compiler.own_text import chances_of, draw
+from llmc.compiler.passes.schemes import Overrides
+from llmc.errors import CompileError
+from llmc.runtime.artifact import Artifact
+from llmc.runtime.runtime import Runtime
+
+units = st.lists(
+    st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), min_size=1, max_size=3).map(
+        lambda steps: [
+            Choice(sum(bits for bits, _ in steps[: i + 1]), 1.0 - sum(gain for _, gain in steps[1 : i + 1]) / 3)
+            for i in range(len(steps))
+        ]
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(units, st.integers(0, 60))
+def test_no_more_is_spent_than_there_is_and_nothing_that_gains_is_left_if_it_fits(
+    units: list[list[Choice]], most: int
+) -> None:
+    taken = spend(units, most)
+    spent = sum(choices[number].bits - choices[0].bits for choices, number in zip(units, taken, strict=True))
+    assert 0 <= spent <= most
+    for choices, number in zip(units, taken, strict=True):
+        assert choices[number].noise <= choices[0].noise
+        if number + 1 < len(choices) and choices[number + 1].noise < choices[number].noise:
+            # The next step was too dear when its turn came, with no less spent than the better steps before it.
+            assert choices[number + 1].bits - choices[number].bits > most - spent
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=6), st.integers(0, 6))
+def test_of_steps_that_cost_alike_the_best_are_taken(gains: list[float], count: int) -> None:
+    taken = spend([[Choice(4, 1.0), Choice(6, 1.0 - gain)] for gain in gains], 2 * count)
+    best = sorted(gains, reverse=True)[:count]
+    assert sum(taken) == min(count, len(gains))
+    assert sorted((gain for gain, number in zip(gains, taken, strict=True) if number), reverse=True) == best
+
+
+def test_what_is_finer_has_the_same_groups() -> None:
+    for name, expected in (("t4g32", "t6g32"), ("q4g64a", "t6g64"), ("q4g128", "t6g128"), ("t6g64", "q8g64")):
+        assert str(finer(grouped(parse_encoding(name)))) == expected
+    assert finer(grouped(parse_encoding("q8g64"))) is None
+
+
+def param(name: str, rows: int) -> Param:
+    return Param(name, Tensor((rows, 96), "f32"))
+
+
+def rounded(weight: Quantize, values: np.ndarray, errors: dict[str, list[float]]) -> list[Rounded]:
+    ones = np.ones(len(values), np.float32)
+    return [
+        Rounded(encode(parse_encoding(name), values), ones, np.array(each, np.float32)) for name, each in errors.items()
+    ]
+
+
+def merged(*parts: Value, encoding: str = "t4g32") -> Quantize:
+    return Quantize(Concat(parts, 0) if len(parts) > 1 else parts[0], encoding)
+
+
+def kept_weights() -> tuple[dict[Quantize, list[Rounded]], dict[str, np.ndarray]]:
+    """Queries, keys and values in one weight, of which the values suffer most; and an output that hardly does."""
+    rng = np.random.default_rng(0)
+    values = {name: rng.standard_normal((rows, 96)).astype(np.float32) for name, rows in
+              (("q", 5), ("k", 3), ("v", 2), ("o", 7))}  # fmt: skip
+    qkv, out = merged(*(param(name, len(values[name])) for name in "qkv")), merged(param("o", 7))
+    noise = [0.01] * 5 + [0.02] * 3 + [0.5] * 2
+    kept = {
+        qkv: rounded(qkv, np.concatenate([values[name] for name in "qkv"]), {"t4g32": noise, "t6g32": [0.001] * 10}),
+        out: rounded(out, values["o"], {"t4g32": [0.03] * 7, "t6g32": [0.001] * 7}),
+    }
+    return kept, values
+
+
+def step_bits(rows: int) -> int:
+    t6, t4 = (stored_bytes(parse_encoding(name), (rows, 96)) for name in ("t6g32", "t4g32"))
+    return 8 * (t6 - t4)
+
+
+def test_bits_go_to_matrices_within_a_weight() -> None:
+    kept, _ = kept_weights()
+    assert spent_on(kept, (), 0, Overrides(())) == {}
+    assert spent_on(kept, (), step_bits(2), Overrides(())) == {"v": "int6"}
+    assert spent_on(kept, (), step_bits(17), Overrides(())).keys() == {"q", "k", "v", "o"}
+
+
+def test_what_the_user_asked_for_stays_and_what_belongs_together_too() -> None:
+    kept, _ = kept_weights()
+    most = step_bits(17)
+    assert spent_on(kept, (), most, Overrides((("v", "int4"),))).keys() == {"q", "k", "o"}
+    assert spent_on(kept, list(kept), step_bits(2), Overrides(())) == {}
+    assert spent_on(kept, list(kept), step_bits(10), Overrides(())).keys() == {"q", "k", "v"}
+
+
+def test_params_that_no_override_can_tell_apart_are_left() -> None:
+    kept, _ = kept_weights()
+    (qkv, first), (_, second) = kept.items()
+    twice = {qkv: first, merged(param("q", 7)): second}
+    assert spent_on(twice, (), 1e9, Overrides(())) == {}  # "q" is in both
+    odd = {merged(param("onnx::MatMul,1", 7)): second}
+    assert spent_on(odd, (), 1e9, Overrides(())) == {}
+
+
+def test_rows_are_put_together_as_weights_are_merged_now() -> None:
+    kept, values = kept_weights()
+    both, alone = merged(param("q", 5), param("k", 3)), merged(param("v", 2), encoding="t6g32")
+    found = {each.weight: each.encoded() for each in assemblies([both, alone, merged(param("o", 7))], kept)}
+    expected = encode(parse_encoding("t4g32"), np.concatenate([values["q"], values["k"]]))
+    assert all(np.array_equal(part, found[both].parts[name]) for name, part in expected.parts.items())
+    finer_values = encode(parse_encoding("t6g32"), values["v"])
+    assert all(np.array_equal(part, found[alone].parts[name]) for name, part in finer_values.parts.items())
+    for missing in (merged(param("other", 5)), merged(param("q", 5), encoding="q8g32")):
+        with pytest.raises(KeyError):
+            assemblies([missing], kept)
+
+
+def test_matrices_are_known_by_what_they_are_made_of() -> None:
+    one, same, other = (matrices(merged(param(name, 5)))[0].key for name in ("a", "a", "b"))
+    assert one == same != other
+    assert [part.rows for part in matrices(merged(param("a", 5), param("b", 3)))] == [slice(0, 5), slice(5, 8)]
+
+
+def bits_of(path: Path) -> float:
+    artifact = Artifact.open(path)
+    try:
+        return artifact.manifest.model.bits_per_weight
+    finally:
+        artifact.close()
+
+
+def test_a_model_gets_the_bits_that_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    model = make_tiny("llama", tmp_path / "llama")
+    llmc.compile(model, tmp_path / "plain.so", calibrate="none")
+    least = bits_of(tmp_path / "plain.so")
+    found = []
+    for more in (0.15, 0.8):
+        path = tmp_path / f"{more}.so"
+        for _ in range(2):  # rounded, and from the cache
+            llmc.compile(model, path, bits_per_weight=least + more)
+            found.append((bits_of(path), path.read_bytes()))
+    (first, a), (_, again), (second, b), (_, b_again) = found
+    assert a == again and b == b_again
+    # Rows are padded to whole tiles when a weight is taken apart: the tiny model's matrices are few rows.
+    assert least < first < second
+    for path, other in itertools.pairwise([tmp_path / "plain.so", tmp_path / "0.15.so", tmp_path / "0.8.so"]):
+        assert path.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits_per_weight": 1.0}, "take .* already"),
+        ({"bits_per_weight": 0.5}, "1 to 16"),
+        ({"bits_per_weight": 5, "calibrate": "none"}, "needs measured inputs"),
+        ({"bits_per_weight": 5, "dtype": "int8"}, "needs measured inputs"),
+        ({"bits_per_weight": 5, "weights": "none"}, "needs measured inputs"),
+    ],
+)
+def test_what_cannot_be_spent_is_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    model = make_tiny("llama", tmp_path / "llama")
+    with pytest.raises(CompileError, match=message):
+        llmc.compile(model, tmp_path / "model.so", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "model.so").exists()
+
+
+def test_a_model_of_some_size_writes_its_text_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled in 8 bits: every id is what that model's logits behind the ids before it give, whatever runs beside."""
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "WRITES_FROM", 1)
+    monkeypatch.setattr("llmc.compiler.own_text.LENGTH", 24)
+    seen: list[np.ndarray] = []
+    real = calibration.calibrate
+
+    def watched(graph: object, load: object, texts: list[np.ndarray], *rest: object) -> object:
+        seen.extend(texts)
+        return real(graph, load, texts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(calibration, "calibrate", watched)
+    model = make_tiny("llama", tmp_path / "llama")
+    llmc.compile(model, tmp_path / "rounded.so")
+    llmc.compile(model, tmp_path / "writer.so", dtype="int8")
+    assert {len(text) for text in seen} == {24}
+    with Runtime.load(tmp_path / "writer.so") as runtime:
+        for text, chances in zip(seen, chances_of(seen, 0), strict=True):
+            assert np.array_equal(draw(runtime.forward(text)[:-1], chances[1:]), text[1:])
+
+
+def test_a_model_that_does_not_run_here_has_its_text_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibration, "WRITES_FROM", 1)
+
+    def refuse(*_: object) -> None:
+        raise CompileError("no machine")
+
+    monkeypatch.setattr("llmc.compiler.pipeline.written_texts", refuse)
+    llmc.compile(make_tiny("llama", tmp_path / "llama"), tmp_path / "model.so")
+    assert (tmp_path / "model.so").exists()
