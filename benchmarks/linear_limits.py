@@ -19,8 +19,8 @@ quad of four inputs:
             else, even 4 bits: `vpmaddubsw` and an i16 addition; `vpmaddwd` once a group, or (groups above 64) every 8
             quads
             else, bytes of a table of 4 bits: `vpmaddubsw`, `vpmaddwd`, an addition
-            else, bytes of 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a change
-            of its top bit and a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
+            else, bytes of 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a
+            change of its top bit and a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
     scaling, per row: a conversion, two multiplications (one of them fused); per slice: the scale's conversion from f16
 
 Loads, stores, broadcasts from memory and loop control are not counted: they have ports of their own.

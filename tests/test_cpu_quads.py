@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
-from x86_machines import each_machine
+from x86_machines import MACHINES, each_machine
 
 from llmc.compiler.encodings.levels import table_levels
+from llmc.targets.cpu.codegen import build_module
 from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for, weight_tiles
 from llmc.targets.cpu.vectors import load, range_kernel, store
@@ -60,6 +61,19 @@ def test_a_table_may_have_bytes_below_zero(machine: Machine) -> None:
     made = kernel(look_up, machine.key, table=table, portable=True)
     Compiled(made, machine)(codes, out, 0, len(codes) // isa_for(machine).vector_bytes)
     np.testing.assert_array_equal(out.view(np.int8), np.array(table, np.int8)[codes % 16])
+
+
+@pytest.mark.parametrize(("size", "shuffles"), [(16, 1), (64, 4)])
+@pytest.mark.parametrize("name", MACHINES)
+def test_codes_are_looked_up_by_shuffles(name: str, size: int, shuffles: int) -> None:
+    """By `vpermb` where there is one for all 64 places, which looks at no other bits: nothing masks them."""
+    machine = MACHINES[name]
+    made = kernel(look_up, machine.key, table=tuple(range(1, size + 1)), portable=False)
+    code = build_module(made, machine).inspect_source("asm")
+    if machine.has("avx512vbmi"):
+        assert "vpermb" in code and "vpshufb" not in code and "vpand" not in code
+    else:  # the loop over units is unrolled
+        assert "vpshufb" in code and code.count("vpshufb") % shuffles == 0 and "vpermb" not in code
 
 
 def unpacked(machine: Machine, *, bits: int, group: int, table: bool) -> PrimFunc:
