@@ -22,7 +22,7 @@ from llmc.targets.sources import closure, closure_hash
 
 ROOT = Path(__file__).parent.parent
 MACHINE = machine_named("x86-64-v3")
-EMBEDDING = EmbeddingQuantized(4).kernel(QuantizedProblem(6, 64, True, 32, 0, 64, 1.0), MACHINE)
+EMBEDDING = EmbeddingQuantized(4).kernel(QuantizedProblem(6, 64, True, True, 32, 0, 64, 1.0), MACHINE)
 NORM = Norm(4, 4096).kernel(NormProblem("rms", 64, 1e-5), MACHINE)
 DAY = 24 * 3600
 LOADED = """
