@@ -136,7 +136,7 @@ def test_tables_of_levels(scheme: str, machine: str, features: int) -> None:
     ids = np.array([49, 0, 7, 7, 31], np.int32)
     for graph, rules in (
         (Graph("main", (IDS,), (("logits", rows),)), {"embed_tokens"}),
-        (Graph("main", (IDS,), (("logits", Linear(rows, table)),)), {"embed_tokens", "linear_dequantized"}),
+        (Graph("main", (IDS,), (("logits", Linear(rows, table)),)), {"embed_tokens", "linear_float"}),
     ):
         params = params_of(graph)
         compiled = CompiledGraph(graph, machine_named(machine), params)
