@@ -45,6 +45,7 @@ SHAPES = [
 WORKING_SET = 256 << 20  # bytes of weights gone through in a round, well past any cache but a server's third level
 FEW = 16  # rows that are limited by memory, or nearly
 GROUP = 64
+KINDS = [(4, False), (4, True), (6, True), (8, False)]  # bits, and whether integers stand for levels of a table
 
 
 @dataclass
@@ -98,9 +99,8 @@ def linear_job(machine: Machine, plan: LinearPlan, name: str, tokens: int, n: in
     params = dict(variant.kernel.params)
     reuse = params["row_block"] if variant.row_block else params["rows"]
     work = limits.linear_work(
-        isa_for(machine),
-        tokens=tokens, slices=layout.tiles(n) * slices_of(isa_for(machine), layout), groups=groups, group=GROUP,
-        bits=layout.bits, reuse=reuse,
+        isa_for(machine), layout,
+        tokens=tokens, slices=layout.tiles(n) * slices_of(isa_for(machine), layout), groups=groups, reuse=reuse,
     )  # fmt: skip
     return Job(name, run, copies, copies * layout.nbytes(n, k), work * copies)
 
@@ -129,10 +129,11 @@ def jobs(machine: Machine, tokens: list[int], shapes: str) -> list[Job]:
         if shapes not in shape:
             continue
         fused = {"gated": gated, "activation": "silu" if gated else "none"}
-        for bits in (4, 8):
-            problem = QuantizedProblem(n=n, k=k, bits=bits, group=GROUP, symmetric=True, **fused)
+        for bits, table in KINDS:
+            problem = QuantizedProblem(n=n, k=k, bits=bits, group=GROUP, symmetric=True, table=table, **fused)
             plan = quantized_linear_plan(Chooser(machine), problem)
-            found += [linear_job(machine, plan, f"{shape} q{bits} T={count}", count, n, k, gated) for count in tokens]
+            name = f"{shape} {'t' if table else 'q'}{bits}"
+            found += [linear_job(machine, plan, f"{name} T={count}", count, n, k, gated) for count in tokens]
     return found
 
 

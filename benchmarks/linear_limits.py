@@ -10,11 +10,17 @@ Every vector instruction is one of two kinds, and the rates of both are measured
 What a kernel must do for one group of one slice (as many result columns as a vector has lanes) and some rows, per
 quad of four inputs:
 
-    unpacking of 4-bit weights, per two quads: a shift, two masks; once for all rows that are multiplied at a time
+    unpacking, once for all rows that are multiplied at a time
+            4 bits, per two quads: a shift, two masks
+            6 bits, per four quads: five shifts, and for each quad two masks and an `or`
+            a table: a heavy lookup a quad; `vpermb` saves the masks of 4 bits; without it 64 entries take four, with 11
+            others to make and to merge places
     dot     VNNI: one heavy (`vpdpbusd`)
-            else, 4 bits: `vpmaddubsw` and an i16 addition; `vpmaddwd` once a group, or (groups above 64) every 8 quads
-            else, 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a change of its
-            top bit and a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
+            else, even 4 bits: `vpmaddubsw` and an i16 addition; `vpmaddwd` once a group, or (groups above 64) every 8
+            quads
+            else, bytes of a table of 4 bits: `vpmaddubsw`, `vpmaddwd`, an addition
+            else, bytes of 8 bits: a sign per row (heavy, or with AVX-512 a masked subtraction) and, per weight, a
+            change of its top bit and a magnitude; `vpmaddubsw`, `vpmaddwd`, an addition
     scaling, per row: a conversion, two multiplications (one of them fused); per slice: the scale's conversion from f16
 
 Loads, stores, broadcasts from memory and loop control are not counted: they have ports of their own.
@@ -28,6 +34,7 @@ from tvm import tirx
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.group_sums import UNROLL
+from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.vectors import load, prefetch, splat, store
 from llmc.targets.machine import Machine
 from llmc.targets.x86.isa import X86Isa, isa_for
@@ -56,18 +63,32 @@ class Work:
         return max(self.heavy / heavy_rate, (self.heavy + self.light) / any_rate)
 
 
-def linear_work(isa: X86Isa, *, tokens: int, slices: int, groups: int, group: int, bits: int, reuse: int) -> Work:
+def unpacking(isa: X86Isa, layout: QuantizedLayout) -> Work:
+    """One quad's bytes, out of the vectors that it shares."""
+    one_lookup = isa.vbmi and isa.lanes == 16
+    if layout.bits == 8:
+        return Work()
+    if layout.bits == 6:
+        return Work(heavy=5 / 4, light=3) + (Work(heavy=1) if one_lookup else Work(heavy=4, light=11))
+    if layout.table is None:
+        return Work(heavy=1 / 2, light=1)
+    return Work(heavy=3 / 2, light=0 if one_lookup else 1)
+
+
+def linear_work(isa: X86Isa, layout: QuantizedLayout, *, tokens: int, slices: int, groups: int, reuse: int) -> Work:
     """A linear op of `tokens` rows. reuse: rows that share one unpacking of the weights."""
-    quads = group // 4
+    quads = layout.group // 4
     passes = -(-tokens // reuse)
-    unpack = Work(heavy=quads / 2, light=quads) * passes if bits == 4 else Work()
+    unpack = unpacking(isa, layout) * (quads * passes)
     if isa.vnni:
         dot = Work(heavy=quads)
-    elif bits == 4:
-        dot = Work(heavy=quads + (1 if isa.pair_sums(group) else quads / UNROLL[-1]), light=quads)
+    elif layout.byte_bits == 4:
+        dot = Work(heavy=quads + (1 if isa.pair_sums(layout.group) else quads / UNROLL[-1]), light=quads)
+    elif layout.byte_bits < 8:
+        dot = Work(heavy=2 * quads, light=quads)
     else:
         dot = Work(heavy=3 * quads, light=quads) if isa.lanes == 8 else Work(heavy=2 * quads, light=2 * quads)
-        unpack = Work(light=2 * quads) * passes
+        unpack += Work(light=2 * quads) * passes
     scale = Work(heavy=3)
     per_slice = unpack + Work(heavy=1) * passes + (dot + scale) * tokens
     return per_slice * (slices * groups)

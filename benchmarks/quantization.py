@@ -24,8 +24,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from llmc.compiler.encodings import GroupQuantized, encode, stored_bytes
+from llmc.compiler.encodings import encode, stored_bytes
 from llmc.compiler.encodings import search as search_module
+from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.encodings.levels import even_levels, table_levels
 from llmc.compiler.ir.llm import round_activations
 from llmc.compiler.ir.types import parse_encoding
 
@@ -63,10 +65,17 @@ SETTINGS = [
     Setting("q4g64a", "q8g64", activations="int8", search=False),
     Setting("q4g128a", "q8g64", activations="int8"),
     Setting("f32", "q8g64", head="f32"),
-    Setting("f32", "q6g64", head="f32"),
-    Setting("f32", "q6g128", head="f32"),
+    Setting("f32", "t6g64", head="f32"),
+    Setting("f32", "t6g128", head="f32"),
     Setting("q4g64", "q8g64", head="q8g64", activations="int8"),
-    Setting("q4g64", "q6g64", head="q8g64", activations="int8"),
+    Setting("t4g64", "q8g64", search=False),
+    Setting("t4g64", "q8g64"),
+    Setting("t4g64", "q8g64", activations="int8"),
+    Setting("t4g64", "t6g64", activations="int8"),
+    Setting("t4g32", "t6g32", activations="int8"),
+    Setting("t4g128", "q8g128", activations="int8"),
+    Setting("t6g64", "t6g64", activations="int8"),
+    Setting("t4g64", "t6g64", head="q8g64", activations="int8"),
     Setting("q4g64", "q8g64", head="q4g64", activations="int8"),
     Setting("q4g64", "q4g64", head="q8g64", activations="int8"),
     Setting("q4g64", "q4g64", activations="int8"),
@@ -115,7 +124,7 @@ def simulate(original: PreTrainedModel, setting: Setting) -> tuple[PreTrainedMod
             size += stored(setting.linear, module.weight.shape)
             module.weight = nn.Parameter(rounded(module.weight.detach(), setting.linear, setting.search))
         kind = (setting.head or setting.embedding) if module is head else setting.linear
-        if setting.activations == "int8" and kind.startswith("q"):
+        if setting.activations == "int8" and kind.startswith(("q", "t")):
             group = getattr(parse_encoding(kind), "group", 64)
             module.register_forward_pre_hook(rounding_hook(group))
     matrices = {id(embedding.weight), *(id(module.weight) for module in linears)}
@@ -162,20 +171,34 @@ def accuracy(options: argparse.Namespace) -> None:
         print(f"{bits:11.2f}  {math.exp(found.mean()):10.3f} {change}  {setting}", flush=True)
 
 
-CANDIDATE_SETS: dict[str, tuple[float, ...]] = {
-    "1: extreme to 7": (7.0,),
-    "2: and to -8": (7.0, -8.0),
-    "4: as shipped": search_module.CANDIDATES[4],
-    "8: finer": (7.0, -8.0, -8.2, -8.4, -8.6, -8.85, -7.6, -7.0),
-    "17": (7.0, *np.arange(-6.6, -9.0, -0.15).round(3).tolist()),
-    "200: fine": (7.0, *np.linspace(-5.5, -9.5, 200).tolist()),
+CANDIDATE_SETS: dict[str, dict[str, tuple[float, ...]]] = {
+    "q4g64": {
+        "1: extreme to 7": (7.0,),
+        "2: and to -8": (7.0, -8.0),
+        "4: as shipped": search_module.CANDIDATES[even_levels(4, True)],
+        "8: finer": (7.0, -8.0, -8.2, -8.4, -8.6, -8.85, -7.6, -7.0),
+        "17": (7.0, *np.arange(-6.6, -9.0, -0.15).round(3).tolist()),
+        "200: fine": (7.0, *np.linspace(-5.5, -9.5, 200).tolist()),
+    },
+    "t4g64": {
+        "1: extreme to 7.25": (7.25,),
+        "2: and to -8.5": (7.25, -8.5),
+        "5: as shipped": search_module.CANDIDATES[table_levels(4)],
+        "200: fine": (*np.linspace(6.0, 8.5, 80).tolist(), *np.linspace(-7.0, -10.0, 120).tolist()),
+    },
 }
 
 
 def search_table() -> None:
     """Squared error left (nearest: 1) and time a weight of candidate sets, 4 bits in groups of 64, one thread."""
-    encoding = GroupQuantized(4, 64)
     w = np.random.default_rng(0).standard_normal((1024, 2048)).astype(np.float32)
+    for name, sets in CANDIDATE_SETS.items():
+        search_sets(name, sets, w)
+
+
+def search_sets(name: str, sets: dict[str, tuple[float, ...]], w: np.ndarray) -> None:
+    """The lines of one encoding."""
+    encoding = grouped(parse_encoding(name))
 
     def measure(search: bool) -> tuple[float, float]:
         best = math.inf
@@ -186,12 +209,12 @@ def search_table() -> None:
         return float(np.square(encoded.decode() - w).sum(dtype=np.float64)), best / w.size * 1e9
 
     nearest, seconds = measure(False)
-    print(f"{'nearest':24}  error 1.000  {seconds:6.1f} ns a weight")
+    print(f"{name} {'nearest':24}  error 1.000  {seconds:6.1f} ns a weight")
     shipped = dict(search_module.CANDIDATES)
-    for name, candidates in CANDIDATE_SETS.items():
-        search_module.CANDIDATES[4] = candidates
+    for what, candidates in sets.items():
+        search_module.CANDIDATES[encoding.levels] = candidates
         error, seconds = measure(True)
-        print(f"{name:24}  error {error / nearest:.3f}  {seconds:6.1f} ns a weight", flush=True)
+        print(f"{name} {what:24}  error {error / nearest:.3f}  {seconds:6.1f} ns a weight", flush=True)
     search_module.CANDIDATES.update(shipped)
 
 

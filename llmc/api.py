@@ -59,8 +59,8 @@ def compile(
 ) -> dict[str, object]:
     """Compiles a model into the artifact `output`, all or nothing, and returns the artifact's manifest.
 
-    model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int8",
-    "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of
+    model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int6",
+    "int8", "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of
     `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
     max_dims={"batch": 16}, dims={"height": 48}. Raises `LlmcError`.
     """

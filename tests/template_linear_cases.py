@@ -10,6 +10,7 @@ from cpu_linear_cases import activation_sums, wide
 from kernel_harness import aligned
 from template_cases import Case, Function, _normal
 
+from llmc.compiler.encodings.levels import table_levels
 from llmc.targets.cpu.forms import Bf16Pairs, IntegerGroups, integer_groups
 from llmc.targets.cpu.linear_float import DequantizedBlocks, DequantizedRows, FloatBlocks, FloatRows
 from llmc.targets.cpu.linear_problem import FloatProblem, QuantizedProblem
@@ -53,7 +54,8 @@ def _weights(problem: QuantizedProblem) -> tuple[list[np.ndarray], np.ndarray]:
     q = rng.integers(-most + 1, most, (problem.n, problem.k)).astype(np.int8)
     scales = ((0.5 + rng.random((problem.n, groups))) / most).astype(np.float16)
     if problem.symmetric:
-        return [q, scales], q * wide(scales, problem.group, problem.k)
+        levels = table_levels(problem.bits).values.astype(np.float64)[q + most] if problem.table else q
+        return [q, scales], levels * wide(scales, problem.group, problem.k)
     stored, minimums = (
         (q.astype(np.int16) + most).astype(np.uint8),
         (-rng.random((problem.n, groups))).astype(np.float16),
@@ -129,8 +131,11 @@ def linear_cases() -> list[Case]:
     """Of every template for vectors, at sizes that no tile, group or block divides."""
     four = {"n": 33, "k": 129, "bits": 4, "group": 64, "symmetric": True}
     eight = {"n": 31, "k": 100, "bits": 8, "group": 32, "symmetric": False}
-    found = [_integers(template, **facts) for template in (QuantizedRows, QuantizedBlocks) for facts in (four, eight)]
-    for facts in (four, eight):
+    table = {"n": 33, "k": 129, "bits": 4, "group": 64, "symmetric": True, "table": True}
+    six = {"n": 17, "k": 70, "bits": 6, "group": 32, "symmetric": True, "table": True}
+    kinds = (four, eight, table, six)
+    found = [_integers(template, **facts) for template in (QuantizedRows, QuantizedBlocks) for facts in kinds]
+    for facts in (four, eight, six):
         found += [_dequantized(template, **facts) for template in (DequantizedRows, DequantizedBlocks)]
     for dtype in ("f32", "f16"):
         found += [_floats(template, n=33, k=129, dtype=dtype) for template in (FloatRows, FloatBlocks)]

@@ -35,6 +35,7 @@ def check(scheme: str, options: str = "") -> Checker:
         ("int4", ",group-size=8,activations=int8"), ("int4", ",group-size=8,symmetric=false,activations=int8"),
         ("int8", ",group-size=32,activations=int8"), ("int8", ",symmetric=false"), ("f16", ""),
         ("bf16", ",activations=bf16"), ("int4", ",search=false"), ("none", ""),
+        ("q4g8", ",activations=int8"), ("int6", ",group-size=8,activations=int8"),
     ],
 )  # fmt: skip
 def test_right_roundings_keep_their_bounds(scheme: str, options: str) -> None:
@@ -58,13 +59,13 @@ def exchanged(found: Rounding) -> Rounding:
 
 
 @pytest.mark.parametrize("wrong", [halved, shifted, exchanged])
-@pytest.mark.parametrize("scheme", ["int4", "int8"])
+@pytest.mark.parametrize("scheme", ["int4", "q4g8", "int6", "int8"])
 def test_wrong_weights_are_named(
     monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Rounding], Rounding], scheme: str
 ) -> None:
     right = grouped._round_rows
     monkeypatch.setattr(grouped, "_round_rows", lambda *args: wrong(right(*args)))
-    with pytest.raises(CompileError, match=r"pass quantize\{.*\}: weight .*, stored as q\dg8, is .*allows"):
+    with pytest.raises(CompileError, match=r"pass quantize\{.*\}: weight .*, stored as [qt]\dg8, is .*allows"):
         check(scheme, ",group-size=8")
 
 
@@ -139,7 +140,7 @@ X = Input("x", Tensor((3, 64), "f32"))
 
 @pytest.mark.parametrize("search", [True, False])
 @pytest.mark.parametrize("size", [1, 7, 33, 129])
-@pytest.mark.parametrize("name", ["q4g32", "q4g64a", "q6g32", "q8g64", "q8g32a"])
+@pytest.mark.parametrize("name", ["q4g32", "q4g64a", "q8g64", "q8g32a", "t4g32", "t4g64", "t6g32"])
 def test_no_weights_of_a_right_encoding_are_beyond_its_bound(name: str, size: int, search: bool) -> None:
     """Normal, heavy-tailed, one-sided, equal, tiny and zero ones."""
     rng = np.random.default_rng(size)

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
+from llmc.compiler.encodings.levels import table_levels
+from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout, WeightTiles
 
 SIZES = [(1, 1), (7, 31), (33, 33), (129, 64), (64, 129), (31, 256)]
 
@@ -24,14 +25,29 @@ def quantized(layout: QuantizedLayout, n: int, k: int) -> dict[str, np.ndarray]:
     return parts
 
 
+SHAPES = [(32, 8, False), (64, 16, False), (128, 16, True), (32, 8, True)]
 LAYOUTS = [
-    QuantizedLayout(bits, group, symmetric, tile_rows, offset, gated)
-    for bits, symmetric, offset in [(4, True, 8), (4, False, 0), (8, True, 128), (8, True, 0), (8, False, -128)]
-    for group, tile_rows, gated in [(32, 8, False), (64, 16, False), (128, 16, True), (32, 8, True)]
+    *(
+        QuantizedLayout(bits, group, symmetric, tile_rows, offset, gated)
+        for bits, symmetric, offset in [(4, True, 8), (4, False, 0), (8, True, 128), (8, True, 0), (8, False, -128)]
+        for group, tile_rows, gated in SHAPES
+    ),
+    *(
+        WeightTiles(tile_rows, signed).quantized(bits, group, symmetric=True, table=True, gated=gated)
+        for bits in (4, 6)
+        for signed in (False, True)
+        for group, tile_rows, gated in SHAPES
+    ),
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def layout_name(layout: QuantizedLayout) -> str:
+    kind = "table" if layout.levels is not None else "even" if layout.symmetric else "minimums"
+    more = f"{'-gated' if layout.gated else ''}{'-signed' if layout.signed else ''}"
+    return f"{layout.bits}-{kind}-{layout.group}-{layout.tile_rows}{more}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_quantized_round_trip(layout: QuantizedLayout, n: int, k: int) -> None:
     n *= 1 + layout.gated
@@ -45,7 +61,7 @@ def test_quantized_round_trip(layout: QuantizedLayout, n: int, k: int) -> None:
         np.testing.assert_array_equal(found[name], values)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_name)
 def test_row_blocks_pack_alone(layout: QuantizedLayout) -> None:
     rows, k = 3 * layout.row_multiple + 5, 96
     parts = quantized(layout, rows * (1 + layout.gated), k)
@@ -85,6 +101,34 @@ def test_a_nibble_lies_where_the_layout_says() -> None:
     assert (np.delete(data.ravel(), 32 + 13) == 0x88).all()
 
 
+def test_six_bits_lie_where_the_layout_says() -> None:
+    """Row 3, input 8 * 4 + 13 of a group: quad 3 of the second bundle. Its low four bits are the high halves of that
+    bundle's second vector, its high two bits the highest of its third; byte 4 * 3 + 1 of each."""
+    q = np.full((8, 64), -32, np.int8)
+    q[3, 16 + 13] = 0b101011 - 32
+    layout = WeightTiles(8).quantized(6, 64, symmetric=True, table=True)
+    data = layout.pack(q, np.ones((8, 1), np.float16))["data"]
+    assert data.shape == (1, 1, 12, 32) and (layout.bundle_quads, layout.bundle_vectors) == (4, 3)
+    assert data[0, 0, 4, 13] == 0b1011 << 4 and data[0, 0, 5, 13] == 0b10 << 6
+    data[0, 0, 4:6, 13] = 0
+    assert not data.any()
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_the_bytes_of_a_table_are_its_levels_but_for_an_offset(bits: int, signed: bool) -> None:
+    levels = table_levels(bits)
+    layout = WeightTiles(16, signed).quantized(bits, 64, symmetric=True, table=True)
+    assert layout.table is not None and layout.unit == levels.unit
+    values = (np.array(layout.table) - layout.byte_offset) * layout.unit
+    assert (values == levels.values).all()
+    assert layout.signed == signed and (layout.byte_offset == 0) == signed
+    low, high = (-128, 127) if signed else (0, (1 << layout.byte_bits) - 1)
+    assert min(layout.table) >= low and max(layout.table) <= high
+    even = WeightTiles(16, signed).quantized(4, 64, symmetric=True)
+    assert even.table is None and even.unit == 1 and (even.byte_offset, even.byte_bits) == (even.offset, even.bits)
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     q, scales = np.zeros((8, 64), np.int8), np.ones((8, 1), np.float16)
     with pytest.raises(ValueError, match=r"scales are \(8, 1\)"):
@@ -95,5 +139,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         QuantizedLayout(4, 64, True, 8, 8, gated=True).pack(q[:7], scales[:7])
     with pytest.raises(ValueError, match="groups of 48"):
         QuantizedLayout(4, 48, True, 8, 8)
+    with pytest.raises(ValueError, match="5-bit"):
+        QuantizedLayout(5, 64, True, 8, 0)
     with pytest.raises(ValueError, match="f16"):
         FloatLayout("f16", 8).pack(np.zeros((8, 8), np.float32))

@@ -115,6 +115,27 @@ def test_dot_is_exact_for_every_weight_at_extreme_activations(machine: Machine, 
     np.testing.assert_array_equal(out - counted * activations.sum(1), (logical * activations).sum(1))
 
 
+@pytest.mark.parametrize("machine", each_machine())
+@pytest.mark.parametrize("bits", [4, 6])
+def test_dot_is_exact_for_every_byte_of_a_table(machine: Machine, bits: int) -> None:
+    """At extreme activations, and where all four weights are the same end of the table."""
+    isa, layout = isa_for(machine), weight_tiles(machine).quantized(bits, 64, symmetric=True, table=True)
+    assert layout.table is not None
+    rng, stored = np.random.default_rng(bits), np.array(layout.table)
+    ends = [stored.argmin(), stored.argmax()]
+    codes = rng.integers(0, len(stored), (4096, 4))
+    codes[:64], codes[64:66] = rng.choice(ends, (64, 4)), np.array(ends)[:, None]
+    activations = rng.integers(-127, 127, (4096, 4), endpoint=True)
+    activations[:128] = rng.choice([-127, 127], (128, 4))
+    out = aligned(np.zeros(4096, np.int32))
+    compiled = Compiled(kernel(byte_dot, machine.key, bits=layout.byte_bits), machine)
+    weights = aligned(stored[codes].astype(np.uint8).view(np.int8))
+    compiled(weights, aligned(activations.astype(np.int8)), out, 0, 4096 // isa.lanes)
+    counted = layout.byte_offset - isa.dot_centre(layout.byte_bits)
+    levels = (stored - layout.byte_offset)[codes]
+    np.testing.assert_array_equal(out - counted * activations.sum(1), (levels * activations).sum(1))
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [

@@ -22,7 +22,7 @@ from llmc.targets.sources import closure, closure_hash
 
 ROOT = Path(__file__).parent.parent
 MACHINE = machine_named("x86-64-v3")
-EMBEDDING = EmbeddingQuantized(4).kernel(QuantizedProblem(6, 64, True, 32, 0, 64, 1.0), MACHINE)
+EMBEDDING = EmbeddingQuantized(4).kernel(QuantizedProblem(6, 64, True, True, 32, 0, 64, 1.0), MACHINE)
 NORM = Norm(4, 4096).kernel(NormProblem("rms", 64, 1e-5), MACHINE)
 DAY = 24 * 3600
 LOADED = """
@@ -54,7 +54,7 @@ def keys(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("file", "old", "new", "changed"),
     [
-        ("compiler/encodings/levels.py", "BEND = 32", "BEND = 48", (True, False)),
+        ("compiler/encodings/levels.py", "6: 1 / 2", "6: 1 / 4", (True, False)),
         ("targets/cpu/rules.py", '"""', '"""Other words. ', (False, False)),
         ("targets/memory.py", '"""', '"""Other words. ', (False, False)),
         ("compiler/passes/fuse_norm.py", '"""', '"""Other words. ', (False, False)),

@@ -476,7 +476,7 @@ def test_nothing_else_in_a_quantized_graph_changes_with_q() -> None:
     proto.graph.initializer.append(numpy_helper.from_array(normal(33, 64), "w"))
     proto.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, "S", 64]))
     model = Model(proto, S)
-    for scheme, expected in (("int8", "q8g64"), ("int4", "q4g64"), ("none", "None")):
+    for scheme, expected in (("int8", "q8g64"), ("int4", "t4g64"), ("int6", "t6g64"), ("none", "None")):
         graph, _ = model.passed(run_text(scheme))
         linears = [op for op in graph.ops if isinstance(op, Linear)]
         assert [str(op.w.tensor.encoding) for op in linears] == ["q4g32", expected]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pytest
 
@@ -86,7 +84,7 @@ def dequantized(graph: Graph) -> Graph:
 
 @pytest.mark.parametrize("graph", [TIED, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("scheme", ["int4", "int8", "q4g32"])
+@pytest.mark.parametrize("scheme", ["int4", "int6", "int8", "q4g32"])
 def test_the_result_is_that_of_the_dequantized_weights(graph: Graph, scheme: str, symmetric: bool) -> None:
     options = QuantizeWeights(scheme=scheme, symmetric=symmetric, activations="f32")
     after, report = quantize(graph, options)
@@ -132,16 +130,16 @@ def test_a_weight_that_has_its_dtype_already_is_left_as_it_is() -> None:
     assert quantize(UNTIED, QuantizeWeights(scheme="bf16"))[0] is UNTIED
 
 
-@pytest.mark.parametrize("scheme", ["int4", "q4g64"])
+@pytest.mark.parametrize("scheme", ["int4", "t4g64"])
 def test_int4_keeps_the_head_at_eight_bits_and_an_embedding_of_its_own_at_six(scheme: str) -> None:
     after, report = quantize(UNTIED, QuantizeWeights(scheme))
     assert weights(after) == {
-        "embedding embed.weight": "q6g64",
-        "linear mlp.gate.weight+mlp.up.weight": "q4g64",
-        "linear mlp.down.weight": "q4g64",
+        "embedding embed.weight": "t6g64",
+        "linear mlp.gate.weight+mlp.up.weight": "t4g64",
+        "linear mlp.down.weight": "t4g64",
         "linear head.weight": "q8g64",
     }
-    assert report.hits == {"embedding q6g64": 1, "linear q4g64": 2, "head q8g64": 1}
+    assert report.hits == {"embedding t6g64": 1, "linear t4g64": 2, "head q8g64": 1}
 
 
 def test_int4_keeps_a_table_that_the_head_shares_at_eight_bits() -> None:
@@ -150,29 +148,34 @@ def test_int4_keeps_a_table_that_the_head_shares_at_eight_bits() -> None:
     assert report.hits == {"embedding q8g64": 1, "linear q4g64a": 2, "tied head q8g64": 1}
 
 
-@pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=q6g32"}])
+@pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=t6g32"}])
 def test_an_embedding_in_six_bits_is_what_its_rounded_weights_make_of_it(options: dict[str, str]) -> None:
     after, report = quantize(UNTIED, QuantizeWeights(activations="f32", **options))
-    assert weights(after)["embedding embed.weight"] == ("q6g64" if "embedding" in options else "q6g32")
+    assert weights(after)["embedding embed.weight"] == ("t6g64" if "embedding" in options else "t6g32")
     assert not report.refusals
     np.testing.assert_array_equal(run(after), run(dequantized(after)))
     assert not np.array_equal(run(after), run(quantize(UNTIED, QuantizeWeights(activations="f32"))[0]))
 
 
 @pytest.mark.parametrize(
-    ("graph", "options", "what"),
+    ("graph", "options", "expected"),
     [
-        (UNTIED, {"scheme": "int6"}, "scheme cannot be q6g64"),
-        (UNTIED, {"scheme": "q6g32"}, "scheme cannot be q6g32"),
-        (UNTIED, {"head": "int6", "group_size": 32}, "head cannot be q6g32"),
-        (UNTIED, {"overrides": "*.down.weight=int6"}, "mlp.down.weight cannot be q6g64"),
-        (TIED, {"embedding": "int6"}, "embed.weight, embedding and head in one, cannot be q6g64"),
-        (TIED, {"overrides": "embed*=int6"}, "embed.weight, embedding and head in one, cannot be q6g64"),
+        (UNTIED, {"scheme": "int6"}, ("t6g64", "t6g64", "t6g64")),
+        (UNTIED, {"scheme": "t6g32", "symmetric": False}, ("t6g32", "t6g32", "t6g32")),
+        (UNTIED, {"head": "int6", "group_size": 32}, ("t6g32", "t4g32", "t6g32")),
+        (UNTIED, {"overrides": "*.down.weight=int6"}, ("t6g64", "t6g64", "q8g64")),
+        (TIED, {"embedding": "int6"}, ("t6g64", "t4g64", "t6g64")),
+        (TIED, {"overrides": "embed*=int6"}, ("t6g64", "t4g64", "t6g64")),
     ],
 )
-def test_six_bits_are_for_tables_only(graph: Graph, options: dict[str, object], what: str) -> None:
-    with pytest.raises(CompileError, match=rf"^{re.escape(what)}: linear layers read int4, int8 or floats"):
-        quantize(graph, QuantizeWeights(**options))
+def test_six_bits_are_for_every_weight(graph: Graph, options: dict[str, object], expected: tuple[str, ...]) -> None:
+    after, report = quantize(graph, QuantizeWeights(activations="f32", **options))  # type: ignore[arg-type]
+    head = find_head(after)
+    assert head is not None and not report.refusals
+    found = weights(after)
+    embedding, down = (found[f"{what}.weight"] for what in ("embedding embed", "linear mlp.down"))
+    assert (embedding, down, str(head.w.tensor.encoding)) == expected
+    np.testing.assert_array_equal(run(after), run(dequantized(after)))
 
 
 def test_embedding_and_head_have_their_own_schemes() -> None:
@@ -219,7 +222,7 @@ def test_overrides_match_names_and_the_first_wins() -> None:
     overrides = "*.down.*=int8;mlp.*=q4g32;head.weight=none"
     after, _ = quantize(UNTIED, QuantizeWeights(overrides=overrides))
     assert weights(after) == {
-        "embedding embed.weight": "q6g64",
+        "embedding embed.weight": "t6g64",
         "linear mlp.gate.weight+mlp.up.weight": "q4g32",
         "linear mlp.down.weight": "q8g64",
         "linear head.weight": "f32",
@@ -245,6 +248,7 @@ def test_an_override_of_a_tied_table_is_for_both_its_uses() -> None:
     [
         ({"scheme": "int3"}, "unknown scheme 'int3'"),
         ({"scheme": "q5g64"}, "5 bits"),
+        ({"scheme": "q6g64"}, "6 bits and even steps"),
         ({"embedding": "fp8"}, "unknown scheme 'fp8'"),
         ({"group_size": 12}, "groups of 12"),
         ({"activations": "int4"}, "unknown activations"),
@@ -293,11 +297,11 @@ def test_tables_that_tokens_do_not_index_stay_as_they_are() -> None:
     """)
     after, report = quantize(graph, QuantizeWeights())
     assert weights(after) == {
-        "embedding tokens": "q6g64",
+        "embedding tokens": "t6g64",
         "embedding places": "f32",
         "embedding experts": "f32",
     }
-    assert report.hits == {"embedding q6g64": 1, "table left as it is": 2}
+    assert report.hits == {"embedding t6g64": 1, "table left as it is": 2}
     [(what, reason)] = report.refusals
     assert "big" in what and "stays bf16" in reason
     overridden, _ = quantize(graph, QuantizeWeights(overrides="places=int8"))
@@ -309,7 +313,7 @@ def test_quantizing_twice_is_reported() -> None:
     twice, report = quantize(once, QuantizeWeights())
     assert twice is once
     assert not report.refusals
-    assert report.hits == {"linear already q4g64": 2, "embedding already q6g64": 1, "head already q8g64": 1}
+    assert report.hits == {"linear already t4g64": 2, "embedding already t6g64": 1, "head already q8g64": 1}
 
 
 def test_the_text_of_a_quantized_graph_is_read_back() -> None:

@@ -36,23 +36,21 @@ def param(name: str, *shape: int, dtype: str = "f32") -> Param:
 
 
 @pytest.mark.parametrize(
-    ("text", "symmetric", "expected", "multiplies"),
+    ("text", "symmetric", "expected"),
     [
-        ("none", True, "f32", True), ("bf16", False, "bf16", True), ("f16", True, "f16", True),
-        ("int4", True, "q4g32", True), ("int4", False, "q4g32a", True), ("int8", True, "q8g32", True),
-        ("int8", False, "q8g32", True), ("int6", True, "q6g32", False), ("int6", False, "q6g32", False),
-        ("q4g64a", True, "q4g64a", True), ("q6g64", True, "q6g64", False), ("q8g128", False, "q8g128", True),
+        ("none", True, "f32"), ("bf16", False, "bf16"), ("f16", True, "f16"), ("int4", True, "t4g32"),
+        ("int4", False, "q4g32a"), ("int8", True, "q8g32"), ("int8", False, "q8g32"), ("int6", True, "t6g32"),
+        ("int6", False, "t6g32"), ("q4g64", True, "q4g64"), ("q4g64a", True, "q4g64a"), ("t4g64", False, "t4g64"),
+        ("t6g64", True, "t6g64"), ("q8g128", False, "q8g128"),
     ],
 )  # fmt: skip
-def test_a_scheme_stands_for_a_dtype_or_an_encoding(
-    text: str, symmetric: bool, expected: str, multiplies: bool
-) -> None:
+def test_a_scheme_stands_for_a_dtype_or_an_encoding(text: str, symmetric: bool, expected: str) -> None:
     found = scheme_of(text, 32, symmetric)
-    assert str(found) == expected and found.multiplies == multiplies
+    assert str(found) == expected
     assert (found.dtype, found.encoding) == ((expected, "") if text in ("none", "bf16", "f16") else ("", expected))
 
 
-KNOWN = "known: none, bf16, f16, int4, int6, int8, or an encoding such as q4g32"
+KNOWN = "known: none, bf16, f16, int4, int6, int8, or an encoding such as t4g32"
 
 
 @pytest.mark.parametrize(
@@ -64,8 +62,9 @@ def test_an_unknown_scheme_is_named_beside_those_that_are_known(text: str, messa
     with pytest.raises(CompileError) as error:
         scheme_of(text, 64, True)
     assert str(error.value) == message
-    with pytest.raises(CompileError, match="scheme 'q7g64': "):
-        scheme_of("q7g64", 64, True)
+    for name, reason in (("q7g64", "7 bits"), ("q6g64", "6 bits and even steps"), ("t8g64", "8 bits and a table")):
+        with pytest.raises(CompileError, match=f"scheme '{name}': .*{reason}"):
+            scheme_of(name, 64, True)
     with pytest.raises(CompileError, match="scheme 'int4': "):
         scheme_of("int4", 7, True)
 
@@ -192,9 +191,11 @@ def test_a_weight_that_is_not_read_as_one_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "head", "linear"),
     [
-        ({"scheme": "int4"}, "q8g64", "q4g64"), ({"scheme": "int8"}, "q8g64", "q8g64"),
-        ({"scheme": "q4g64"}, "q8g64", "q4g64"), ({"scheme": "q4g32"}, "q4g32", "q4g32"),
-        ({"scheme": "int4", "head": "int4"}, "q4g64", "q4g64"), ({"scheme": "int4", "head": "f16"}, "f16", "q4g64"),
+        ({"scheme": "int4"}, "q8g64", "t4g64"), ({"scheme": "int8"}, "q8g64", "q8g64"),
+        ({"scheme": "t4g64"}, "q8g64", "t4g64"), ({"scheme": "t4g32"}, "t4g32", "t4g32"),
+        ({"scheme": "q4g64"}, "q4g64", "q4g64"), ({"scheme": "int4", "head": "int6"}, "t6g64", "t4g64"),
+        ({"scheme": "int6"}, "t6g64", "t6g64"),
+        ({"scheme": "int4", "head": "int4"}, "t4g64", "t4g64"), ({"scheme": "int4", "head": "f16"}, "f16", "t4g64"),
         ({"scheme": "bf16"}, "bf16", "bf16"), ({"scheme": "none", "head": "int8"}, "q8g64", "f32"),
         ({"scheme": "int4", "group_size": 32, "symmetric": False}, "q8g32", "q4g32a"),
     ],

@@ -29,7 +29,7 @@ from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
 
 TILES = detect.machine("sapphirerapids")
-SCHEMES = ("int4", "int8", "bf16", "f16", "none")
+SCHEMES = ("int4", "int6", "int8", "bf16", "f16", "none")
 COUNTS = (1, 2, 4, 5, 8, 9, 16, 17, 33, 48, 49, 128, 129, 500)
 # What sums up a row otherwise than the kernels of few rows do. attention_matrix is told which kind it has.
 MANY = {"tile_linear", "activation_tiles"}

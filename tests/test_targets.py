@@ -110,8 +110,11 @@ def test_a_new_folder_is_found(four: None) -> None:
 @needs_vectors
 @pytest.mark.parametrize(
     ("scheme", "rounding"),
-    [("f32", "f32"), ("bf16", "bf16"), ("q4g32", "int8"), ("q4g32a", "int8"), ("q8g32", "int8"), ("q8g32", "f32")],
-)
+    [
+        ("f32", "f32"), ("bf16", "bf16"), ("q4g32", "int8"), ("q4g32a", "int8"), ("q8g32", "int8"), ("q8g32", "f32"),
+        ("t4g32", "int8"), ("t4g32", "f32"),  # 64 entries, a comparison each, take minutes to compile
+    ],
+)  # fmt: skip
 def test_templates_run_on_it(four: None, scheme: str, rounding: str) -> None:
     graph = small_graph(scheme, rounding)
     params = params_of(graph)

@@ -11,6 +11,7 @@ import pytest
 from cpu_linear_cases import Case, activation_sums
 from x86_machines import MACHINES, runnable
 
+from llmc.compiler.encodings.levels import table_levels
 from llmc.targets.cpu.forms import IntegerGroups
 from llmc.targets.cpu.linear_plan import float_linear_plan, quantized_linear_plan
 from llmc.targets.cpu.linear_problem import FloatProblem, QuantizedProblem
@@ -22,7 +23,7 @@ from llmc.targets.x86 import detect
 
 GROUP = 32
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-INTEGERS = [(bits, symmetric) for bits in (4, 8) for symmetric in (True, False)]
+INTEGERS = [(4, "even"), (4, "minimums"), (8, "even"), (8, "minimums"), (4, "table"), (6, "table")]
 SCHEMES = [*INTEGERS, *FLOATS]
 ALL = [*MACHINES.values(), *(detect.machine(name) for name in detect.names())]
 RUNNABLE = {name: machine for name, machine in MACHINES.items() if runnable(name)}
@@ -36,8 +37,9 @@ if "avx512vnni" in RUNNABLE:
 def problem_of(scheme: Any, n: int, k: int, gated: bool = False) -> QuantizedProblem | FloatProblem:
     if isinstance(scheme, str):
         return FloatProblem(n=n, k=k, dtype=scheme, gated=gated)
-    bits, symmetric = scheme
-    return QuantizedProblem(n=n, k=k, bits=bits, group=GROUP, symmetric=symmetric, gated=gated)
+    bits, levels = scheme
+    kind = {"symmetric": levels != "minimums", "table": levels == "table"}
+    return QuantizedProblem(n=n, k=k, bits=bits, group=GROUP, gated=gated, **kind)
 
 
 def parts_of(scheme: Any, n: int, k: int) -> list[np.ndarray]:
@@ -45,7 +47,7 @@ def parts_of(scheme: Any, n: int, k: int) -> list[np.ndarray]:
     rng = np.random.default_rng(n + k)
     if isinstance(scheme, str):
         return [rng.standard_normal((n, k)).astype(FLOATS[scheme])]
-    bits, symmetric = scheme
+    bits, symmetric = scheme[0], scheme[1] != "minimums"
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if symmetric else (0, (1 << bits) - 1)
     q = rng.integers(low, high + 1, (n, k))
     q.ravel()[::5], q.ravel()[1::5] = low, high
@@ -92,10 +94,14 @@ def in_order(scheme: Any, x: dict[str, np.ndarray], parts: list[np.ndarray]) -> 
         else:
             q = np.zeros(x["xq"].shape[1], np.int64)
             q[: parts[0].shape[1]] = parts[0][column]
+            unit = np.float32(1)
+            if scheme[1] == "table":
+                levels = table_levels(scheme[0])
+                q, unit = np.array(levels.bytes)[q - levels.lowest], np.float32(levels.unit)
             for g, scale in enumerate(x["xscales"][row]):
                 inside = slice(g * GROUP, (g + 1) * GROUP)
                 a = x["xq"][row, inside].astype(np.int64)
-                total = fma(np.float32((q[inside] * a).sum()), np.float32(parts[1][column, g]) * scale, total)
+                total = fma(np.float32((q[inside] * a).sum()), np.float32(parts[1][column, g]) * (scale * unit), total)
                 if len(parts) == 3:
                     total = fma(np.float32(parts[2][column, g]), scale * np.float32(a.sum()), total)
         out[row, column] = total

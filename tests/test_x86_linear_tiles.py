@@ -11,6 +11,7 @@ import pytest
 from cpu_linear_cases import ACTIVATIONS, wide
 from kernel_harness import Compiled, aligned
 
+from llmc.compiler.encodings.levels import table_levels
 from llmc.runtime import cpu
 from llmc.targets.cpu.codegen import build_module
 from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
@@ -43,12 +44,14 @@ def in_tiles(form: Bf16Tiles, x: np.ndarray) -> np.ndarray:
 class Case:
     """One linear op: packed weights, and its exact value with the size of what is summed."""
 
-    def __init__(self, tokens: int, n: int, k: int, bits: int, group: int, symmetric: bool = True, **fused) -> None:
+    def __init__(
+        self, tokens: int, n: int, k: int, bits: int, group: int, symmetric: bool = True, table: bool = False, **fused
+    ) -> None:
         rng = np.random.default_rng(n * k + bits)
         self.tokens, self.fused = tokens, fused
         if bits >= 16:
             group = 0
-        problem = ManyRowsProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, **fused)
+        problem = ManyRowsProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, **fused)
         self.plan = tile_plan(Chooser(MACHINE), problem)
         self.x = x = rng.standard_normal((tokens, k)).astype(np.float32)
         if bits >= 16:
@@ -58,14 +61,15 @@ class Case:
             magnitude = np.abs(exact)
         else:
             most = 2 ** (bits - 1) - 1
-            q = rng.integers(-most, most + 1, (n, k)).astype(np.int8)
+            q = rng.integers(-most - table, most + 1, (n, k)).astype(np.int8)
             if not symmetric:
                 q = (q + most).astype(np.uint8)
             groups = -(-k // group)
             scales = (0.01 * (0.5 + rng.random((n, groups)))).astype(np.float16)
             minimums = None if symmetric else (-0.1 * rng.random((n, groups))).astype(np.float16)
             arrays = self.plan.layout.pack(q, scales, *([] if symmetric else [minimums]))
-            exact = q * wide(scales, group, k)
+            levels = table_levels(bits).values.astype(np.float64)[q + most + 1] if table else q
+            exact = levels * wide(scales, group, k)
             magnitude = np.abs(exact)
             if minimums is not None:
                 exact, magnitude = exact + wide(minimums, group, k), magnitude + np.abs(wide(minimums, group, k))
@@ -122,14 +126,18 @@ class Case:
 @pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
 @pytest.mark.parametrize("shape", [(1, 7, 31), (17, 33, 129), (33, 129, 65), (129, 31, 700), (70, 600, 33)])
 @pytest.mark.parametrize(
-    "weights", [(4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True)]
-)
+    "weights",
+    [
+        (4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True),
+        (4, 64, True, True), (4, 128, True, True), (6, 64, True, True), (6, 32, True, True),
+    ],
+)  # fmt: skip
 def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:
     Case(*shape, *weights).check(which)
 
 
 @needs_tiles
-@pytest.mark.parametrize("bits", [4, 16, 32])
+@pytest.mark.parametrize("bits", [4, 6, 16, 32])
 @pytest.mark.parametrize(
     "fused",
     [
@@ -143,7 +151,7 @@ def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, i
 def test_fused_tails(bits: int, fused: dict) -> None:
     n = 192 if fused.get("gated") else 160
     for which in (0, 1):
-        Case(37, n, 96, bits, 32, **fused).check(which)
+        Case(37, n, 96, bits, 32, table=bits == 6, **fused).check(which)
 
 
 @needs_tiles
@@ -172,19 +180,21 @@ def test_parts_of_numbers_of_every_size() -> None:
 
 @needs_tiles
 def test_any_split_of_the_units_gives_the_same_bits() -> None:
-    case = Case(150, 300, 200, 4, 64)
-    for which in (0, 1):
-        assert case.run(which, 5).tobytes() == case.run(which).tobytes()
+    for bits, table in ((4, False), (4, True), (6, True)):
+        case = Case(150, 300, 200, bits, 64, table=table)
+        for which in (0, 1):
+            assert case.run(which, 5).tobytes() == case.run(which).tobytes()
 
 
 @needs_tiles
 @pytest.mark.parametrize(
-    ("bits", "shape"), [(4, (33, 80, 1500)), (8, (260, 48, 2500)), (16, (290, 100, 2200)), (32, (300, 40, 900))]
+    ("bits", "shape"),
+    [(4, (33, 80, 1500)), (6, (65, 48, 1900)), (8, (260, 48, 2500)), (16, (290, 100, 2200)), (32, (300, 40, 900))],
 )
 def test_inputs_of_several_steps(bits: int, shape: tuple[int, int, int]) -> None:
     """Long rows, near and far: weights are unpacked a step ahead, and sums are stored between steps."""
     for which in (0, 1):
-        Case(*shape, bits, 64 if bits < 16 else 32).check(which)
+        Case(*shape, bits, 64 if bits < 16 else 32, table=bits == 6).check(which)
 
 
 @needs_tiles
@@ -247,7 +257,11 @@ def test_every_way_to_write_a_kernel_becomes_code() -> None:
     for template, problem in (
         (TileLinear, SMALL),
         (TileLinear, ManyRowsProblem(n=96, k=129, bits=32, packed=True)),
+        (TileLinear, ManyRowsProblem(n=96, k=129, bits=4, group=64, table=True)),
+        (TileLinear, ManyRowsProblem(n=96, k=129, bits=6, group=32, table=True)),
         (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=96, symmetric=False)),
+        (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=64, symmetric=True, table=True)),
+        (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=6, group=64, symmetric=True, table=True)),
         (FloatTileRows, FloatProblem(n=70, k=129, dtype="bf16")),
     ):
         for member in drawn.sample(list(space(template, problem, MACHINE)), 2):

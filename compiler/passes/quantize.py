@@ -44,10 +44,10 @@ from llmc.errors import CompileError
 class QuantizeWeights(Pass, name="quantize"):
     """Give weights a precision.
 
-    scheme: none (f32), bf16, f16, int8 or int4; also an encoding's name. group_size: inputs that share a scale.
-    symmetric: int4 without minimums. activations: what kernels round activations to in front of integer weights (int8,
-    bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own schemes; `auto` is the
-    scheme, but int6 where that is int4. overrides: `pattern=scheme;...` over params' names.
+    scheme: none (f32), bf16, f16, int8, int6 or int4; also an encoding's name. group_size: inputs that share a scale.
+    symmetric: int4 as levels of a table, without minimums. activations: what kernels round activations to in front of
+    integer weights (int8, bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own
+    schemes; `auto` is the scheme, but int6 where that is int4. overrides: `pattern=scheme;...` over params' names.
     search: look for scales of least squared error.
     """
 

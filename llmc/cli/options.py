@@ -43,16 +43,16 @@ Target = Annotated[
                       rich_help_panel=_COMPILING),
 ]  # fmt: skip
 Quantization = Annotated[
-    str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|int4", help="How linear weights are stored.",
-                      rich_help_panel=_COMPILING),
+    str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|int6|int4", rich_help_panel=_COMPILING,
+                      help="How linear weights are stored."),
 ]  # fmt: skip
 GroupSize = Annotated[
     int,
     typer.Option("--group-size", metavar="32|64|128", help="Weights that share a scale.", rich_help_panel=_COMPILING),
 ]
 Symmetric = Annotated[
-    bool, typer.Option("--symmetric/--asymmetric", help="Without or with a minimum in each group.",
-                       rich_help_panel=_COMPILING),
+    bool, typer.Option("--symmetric/--asymmetric", rich_help_panel=_COMPILING,
+                       help="int4 as levels of a table, or in even steps above a minimum in each group."),
 ]  # fmt: skip
 Activations = Annotated[
     str | None, typer.Option("--activations", metavar="int8|bf16|f32", rich_help_panel=_COMPILING,

@@ -351,8 +351,8 @@ def _level(levels: TableLevels, stored: Expr) -> Expr:
     lanes, found = lanes_of(stored), splat(float(levels.values[0]), lanes_of(stored))
     stored = let(stored)
     for number, value in enumerate(levels.values[1:], 1):
-        found = let(tirx.Select(stored >= splat(number, lanes, "uint8"), splat(float(value), lanes), found))
-    return found
+        found = tirx.Select(stored >= splat(number, lanes, "uint8"), splat(float(value), lanes), found)
+    return let(found)
 
 
 def _row_group(
