@@ -85,15 +85,15 @@ class RoundedCache:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
-            descriptor, name = tempfile.mkstemp(suffix=".partial", dir=self.folder)
+            descriptor, temporary = tempfile.mkstemp(suffix=".partial", dir=self.folder)
             try:
                 with open(descriptor, "wb") as file, zipfile.ZipFile(file, "w") as entries:
                     for name, array in _arrays(schemes, weights):
                         with entries.open(f"{name}.npy", "w", force_zip64=True) as entry:
                             np.lib.format.write_array(entry, array, allow_pickle=False)
-                os.replace(name, self.folder / f"{key}.npz")
+                os.replace(temporary, self.folder / f"{key}.npz")
             except BaseException:
-                os.unlink(name)
+                os.unlink(temporary)
                 raise
 
     def _sweep(self) -> None:

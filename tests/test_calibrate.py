@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import llmc
 from llmc.api import make_options
 from llmc.compiler import calibrate as calibration
 from llmc.compiler import own_text
-from llmc.compiler.calibrate import calibrate, calibrate_model, in_floats, text_threads, with_integers
+from llmc.compiler.calibrate import Model, calibrate, calibrate_model, in_floats, text_threads, with_integers
 from llmc.compiler.encodings.feedback import Curvature
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
@@ -156,10 +157,10 @@ def test_ids_are_drawn_as_often_as_predicted() -> None:
     p = np.array([0.5, 0.0, 0.3, 0.2])
     with np.errstate(divide="ignore"):
         logits = np.tile(np.log(p).astype(np.float32) + 3, (1000, 1))
-    drawn = own_text._drawn(logits, (np.arange(1000) + 0.5) / 1000)
+    drawn = own_text.draw(logits, (np.arange(1000) + 0.5) / 1000)
     assert np.bincount(drawn, minlength=4).tolist() == [500, 0, 300, 200]
     impossible_first = np.array([[-np.inf, 0.0]], np.float32)
-    assert own_text._drawn(impossible_first, np.zeros(1)).tolist() == [1]
+    assert own_text.draw(impossible_first, np.zeros(1)).tolist() == [1]
 
 
 def test_texts_begin_and_end_as_the_tokenizer_says(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -231,7 +232,15 @@ def test_outputs_are_nearer_to_the_models_own(tiny: dict[str, Path], tmp_path: P
     floats, _ = in_floats(graph)
     with text_threads() as pool:
         held = own_texts(floats, lifted.load, random_texts(lifted, 320, 5)[:4], 320, 5, pool)
-    found, load = calibrate_model(lifted, graph, CompileOptions(), 320, "", tmp_path, Silent())
+
+    def anew(schemes: Mapping[str, str]) -> Graph:
+        return run_lifted(lifted, CompileOptions(overrides=tuple(schemes.items()))).graph
+
+    def refuse(_: object) -> list[np.ndarray]:
+        raise CompileError("the model is too small for it")
+
+    model = Model(lifted, graph, 320, anew, refuse)
+    found, load = calibrate_model(model, CompileOptions(), "", tmp_path, Silent())
     divergences = [0.0, 0.0]
     for ids in held:
         exact = np.asarray(evaluate(floats, prompt_inputs(floats, ids), lifted.load)["logits"], np.float64)

@@ -61,6 +61,7 @@ def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
     for damaged in (b"", whole[:100], whole[:-1], whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
         (tmp_path / "key.npz").write_bytes(damaged)
         with pytest.raises(NotKept):
+            cache.schemes("key")
             list(cache.read("key", [weight]))
 
 
