@@ -35,8 +35,7 @@ class CompileOptions:
     activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for int8, int6 and
     int4, bf16 for bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
-    that is int4, int8 for the head and int6 for the embedding. A head tied to the embedding has the embedding's scheme,
-    and then both are int8.
+    that is int4, int6 for both. A head tied to the embedding has the embedding's scheme.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
     calibrate: what the inputs of linear layers are measured on, so that their weights' rounding errors make up for each
     other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
