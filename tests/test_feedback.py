@@ -167,6 +167,7 @@ def test_a_sweep_takes_each_input_after_the_other(kind: GroupQuantized) -> None:
     rows = _Rows(kind, w, Curvature.of(moments))
     for at in range(w.shape[1]):  # each for itself, so that there is much to change
         rows._round(at, rows.w[at])
+    rows.measure()
     q, v, exact = rows.q.T.astype(np.float64), rows.v.T.astype(np.float64), damped(moments)
     scales, minimums = rows.scales.T.astype(np.float64), rows.minimums.T.astype(np.float64)
     rows.descend()

@@ -29,7 +29,7 @@ DAMPING = 0.01
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
 RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
-ROWS = 128  # of a weight that are rounded at a time, however many threads there are: products have one shape
+ROWS = 256  # of a weight that are rounded at a time, however many threads there are: products have one shape
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ def encode_with_feedback(
     def one_block(start: int) -> None:
         rows = _Rows(kind, widen(w[start : start + ROWS]), curvature)
         rows.feed_back()
+        rows.measure()
         for _ in range(sweeps):
             rows.refit()
             rows.descend()
         here = slice(start, start + ROWS)
         found, errors[here] = rows.best_parts()
-        powers[here] = rows.output_power(rows.w)
+        powers[here] = rows.powers()
         for name, part in found.items():
             parts[name][here] = part
 
@@ -111,7 +112,8 @@ def encode_with_feedback(
 class _Rows:
     """Some rows while they are rounded. Arrays are [K, N]: an input's weights of all rows lie side by side.
 
-    scales, minimums [G, N]; q: the integers, as floats; v: what they stand for.
+    scales, minimums [G, N]; q: the integers, as floats; v: what they stand for; slopes: H (w - v), by which an error is
+    the sum of (w - v) times them.
     """
 
     def __init__(self, kind: GroupQuantized, w: Floats, curvature: Curvature) -> None:
@@ -130,6 +132,8 @@ class _Rows:
                 self.minimums[index] = found.minimums
         self.q = np.zeros_like(self.w)
         self.v = np.zeros_like(self.w)
+        self.outputs = curvature.moments @ self.w  # H w
+        self.slopes = self.outputs
 
     def _round(self, at: int, wanted: Floats) -> Floats:
         """Take the integers nearest to what input `at` should weigh; returns what they stand for."""
@@ -156,10 +160,21 @@ class _Rows:
                 wanted[at + 1 : last] -= np.multiply.outer(factor[at, at + 1 : last], error)
             wanted[last:] -= factor[first:last, last:].T @ errors
 
+    def measure(self) -> None:
+        """Find the slopes of v as it is."""
+        self.slopes = self.curvature.moments @ (self.w - self.v)
+
+    def errors(self) -> Floats:
+        """(w - v) H (w - v)^T of each row."""
+        return _dots(self.w - self.v, self.slopes)
+
+    def powers(self) -> Floats:
+        """w H w^T of each row."""
+        return _dots(self.w, self.outputs)
+
     def descend(self) -> None:
         """Round every input once more, to the best integer with all the others as they are."""
-        moments = self.curvature.moments
-        slopes = moments @ (self.w - self.v)
+        moments, slopes = self.curvature.moments, self.slopes
         for first in range(0, len(moments), BLOCK):
             last = min(first + BLOCK, len(moments))
             changes = np.empty((last - first, slopes.shape[1]), np.float32)
@@ -179,17 +194,16 @@ class _Rows:
         values = levels
         for index, group in enumerate(self.groups):
             values[group] = values[group] * found[index] + self.minimums[index]
-        better = self.output_power(self.w - values) < self.output_power(self.w - self.v)
+        slopes = self.curvature.moments @ (self.w - values)
+        better = _dots(self.w - values, slopes) < self.errors()
         self.scales = np.where(better, found, self.scales)
         self.v = np.where(better, values, self.v)
+        self.slopes = np.where(better, slopes, self.slopes)
 
     def _fitted(self, levels: Floats) -> Floats:
         """The scales [G, N] of least error, rounded to f16."""
         moments, starts = self.curvature.moments, [group.start for group in self.groups]
-        target = self.w.copy()
-        for index, group in enumerate(self.groups):
-            target[group] -= self.minimums[index]
-        right = np.add.reduceat(levels * (moments @ target), starts, axis=0).T
+        right = np.add.reduceat(levels * self._above_minimums(), starts, axis=0).T
         normal = np.empty((levels.shape[1], len(starts), len(starts)), np.float32)
         for index, group in enumerate(self.groups):
             reached = moments[:, group] @ levels[group]
@@ -199,20 +213,30 @@ class _Rows:
         found = np.linalg.solve(normal, right[..., None])[..., 0].T
         return np.asarray(np.clip(found, -_F16_HIGHEST, _F16_HIGHEST).astype(np.float16), np.float32)
 
-    def output_power(self, weights: Floats) -> Floats:
-        """The mean square of the outputs of weights [K, N], or of differences of weights: w H w^T of each row."""
-        result: Floats = np.einsum("kn,kn->n", self.curvature.moments @ weights, weights)
-        return result
+    def _above_minimums(self) -> Floats:
+        """H times what the weights are above their minimums."""
+        if self.kind.symmetric:
+            return self.outputs
+        minimums = np.empty_like(self.w)
+        for index, group in enumerate(self.groups):
+            minimums[group] = self.minimums[index]
+        return self.outputs - self.curvature.moments @ minimums
 
     def best_parts(self) -> tuple[dict[str, Array], Floats]:
         """Integers [N, K], scales and minimums [N, G], as `Encoded` holds them; of a row whose weights are better
         rounded each for itself, those. Besides, what each row's outputs are off by [N], in the mean square."""
         searched = encode(self.kind, self.w.T, threads=1)
-        alone = self.output_power(self.w - np.ascontiguousarray(searched.decode().T))
-        error = self.output_power(self.w - self.v)
+        off = self.w - np.ascontiguousarray(searched.decode().T)
+        alone, error = _dots(off, self.curvature.moments @ off), self.errors()
         better = alone < error
         q = self.q.T.astype(np.int8 if self.kind.symmetric else np.uint8)
         halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
         found: dict[str, Array] = {"q": q, **halves}
         best = {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
         return best, np.minimum(alone, error)
+
+
+def _dots(a: Floats, b: Floats) -> Floats:
+    """The sum of products of each column [K, N]."""
+    result: Floats = np.einsum("kn,kn->n", a, b)
+    return result
