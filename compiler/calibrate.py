@@ -132,7 +132,7 @@ def _written(model: Model, texts: Sequence[Ids], progress: Progress) -> list[Ids
         try:
             return model.write(texts)
         except (LlmcError, OSError) as error:
-            progress.note(f"the model does not run here, so that its text is drawn in one pass: {error}")
+            progress.note(f"the model's text is drawn in one pass, as it cannot be written: {error}")
     progress.start("drawing text to round by", ROUNDS * len(texts), "texts")
     return []
 

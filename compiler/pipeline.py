@@ -256,9 +256,9 @@ def round_by_inputs(
         return again.graph
 
     def write(texts: Sequence[Ids]) -> list[Ids]:
-        return written_texts(source, lifted, texts, options.seed, folder, progress)
+        return written_texts(source, lifted, texts, options, folder, progress)
 
-    measures = options.measures_inputs
+    measures = options.measures_inputs if options.bits_per_weight is None else True  # else nothing would be spent
     if measures is False or (measures is None and lifted.task == RUN):
         return None
     vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
@@ -276,20 +276,25 @@ def round_by_inputs(
 
 
 def written_texts(
-    source: str, lifted: Lifted, texts: Sequence[Ids], seed: int, folder: Path, progress: Progress
+    source: str, lifted: Lifted, texts: Sequence[Ids], options: CompileOptions, folder: Path, progress: Progress
 ) -> list[Ids]:
     """What the model writes behind the first id of each text: with weights of 8 bits, compiled for this machine.
-    LlmcError where it does not run here. folder: for the artifact."""
+    LlmcError where it does not run here, or has no cache, without which it would take too long. options: as the model
+    is compiled afterwards. folder: for the artifact."""
     from llmc.compiler.manifest import creation_time
     from llmc.compiler.own_text import chances_of, draw
     from llmc.targets import lower, machine_named
     from llmc.targets.written_text import write_texts
 
-    options, vocabulary = CompileOptions(quantization="int8", max_step=max(16, len(texts))), vocabulary_of(lifted)
-    compiled = run_lifted(lifted, options, progress=progress)
+    own = CompileOptions(
+        quantization="int8", max_step=max(16, len(texts)), kernel_cache=options.kernel_cache, jobs=options.jobs
+    )
+    compiled, vocabulary = run_lifted(lifted, own, progress=progress), vocabulary_of(lifted)
+    if not any(isinstance(value.type, KV) for value in compiled.graph.inputs):
+        raise CompileError("it keeps no cache")
     program, path = lower(compiled.graph, machine_named("native")), folder / "writer.so"
-    assemble(source, path, options, lifted, compiled, program, progress, creation_time())
-    chances = np.array(chances_of(texts, seed))
+    assemble(source, path, own, lifted, compiled, program, progress, creation_time())
+    chances = np.array(chances_of(texts, options.seed))
     progress.start("writing text to round by", chances.shape[1] - 1, "tokens")
     found = write_texts(
         path,
