@@ -40,7 +40,7 @@ class CompileOptions:
     calibrate: what the inputs of linear layers are measured on, so that their weights' rounding errors make up for each
     other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
     Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
-    for a model of texts in int4 whose weights are embedded or go to a file, else "none".
+    for a model of texts in int4 or int6 whose weights are embedded or go to a file, else "none".
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
     than the schemes take.
@@ -93,7 +93,7 @@ class CompileOptions:
         if self.bits_per_weight is not None:
             if self.measures_inputs is False:
                 raise CompileError(
-                    "--bits-per-weight needs measured inputs: -q int4, or --calibrate self, and neither --fast nor "
+                    "--bits-per-weight needs measured inputs: -q int4 or int6, or --calibrate self, and neither --fast nor "
                     "--weights none or random"
                 )
             if not 1 <= self.bits_per_weight <= 16:
@@ -128,7 +128,8 @@ class CompileOptions:
         """Whether weights are rounded by what their layers see; None: where the model is one of texts."""
         if self.calibrate is not None:
             return self.calibrate != "none"
-        return None if self.quantization == "int4" and self.weights not in ("random", "none") else False
+        low = self.quantization in ("int4", "int6")  # the error of int8 is below that of activations
+        return None if low and self.weights not in ("random", "none") else False
 
     @property
     def calibration_file(self) -> Path | None:

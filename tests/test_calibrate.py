@@ -189,6 +189,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny: dict[str, Path], tmp_path: Pat
     [
         ({}, None),  # where the model is one of texts
         ({"symmetric": False}, None),
+        ({"dtype": "int6"}, None),
         ({"weights": "weights.bin"}, None),
         ({"calibrate": "self"}, True),
         ({"calibrate": "text.txt"}, True),

@@ -73,11 +73,11 @@ Overrides = Annotated[
 Calibrate = Annotated[
     str | None, typer.Option("--calibrate", metavar="none|self|FILE", rich_help_panel=_COMPILING, show_default=False,
                              help="What weights are rounded by: nothing, the model's own text, a text file besides; "
-                             "default with int4: self."),
+                             "default with int4 and int6: self."),
 ]  # fmt: skip
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bits-per-weight", metavar="BITS", rich_help_panel=_COMPILING, show_default=False,
-                               help="With int4: bits for each weight, all in all. Those that need it most get 6 or 8; "
+                               help="With int4 or int6: bits for each weight, all in all. Those that need it most get 6 or 8; "
                                "default: 0.1 more than with none of them."),
 ]  # fmt: skip
 Fast = Annotated[
