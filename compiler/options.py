@@ -93,8 +93,8 @@ class CompileOptions:
         if self.bits_per_weight is not None:
             if self.measures_inputs is False:
                 raise CompileError(
-                    "--bits-per-weight needs measured inputs: -q int4 or int6, or --calibrate self, and neither --fast nor "
-                    "--weights none or random"
+                    "--bits-per-weight needs measured inputs: -q int4, -q int6 or --calibrate self, and not --fast, "
+                    "--weights none or --weights random"
                 )
             if not 1 <= self.bits_per_weight <= 16:
                 raise CompileError(f"--bits-per-weight is 1 to 16, not {self.bits_per_weight:g}")
