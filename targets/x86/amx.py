@@ -29,7 +29,7 @@ class Amx:
     machine: Machine
 
     def activations(self, features: int, bits: int, group: int | None) -> Bf16Tiles | None:
-        if bits not in (4, 8, 16, 32) or (group or INPUTS) % INPUTS or not tile_plan.usable(self.machine):
+        if bits not in (4, 6, 8, 16, 32) or (group or INPUTS) % INPUTS or not tile_plan.usable(self.machine):
             return None
         return tile_plan.activations(features, bits, group or INPUTS)
 
