@@ -133,7 +133,7 @@ def test_a_context_beyond_learned_positions_is_refused(
 
 OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "unknown": (("--faster",), "--faster.*compile --help"),
-    "scheme": (("-q", "int5"), "none, bf16, f16, int8, int4, not 'int5'"),
+    "scheme": (("-q", "int5"), "none, bf16, f16, int8, int6, int4, not 'int5'"),
     "group size": (("--group-size", 48), "--group-size is one of 32, 64, 128, not 48"),
     "group size, no number": (("--group-size", "many"), "--group-size"),
     "target": (("--target", "pdp11"), "unknown target 'pdp11'; known: native"),

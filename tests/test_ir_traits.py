@@ -189,7 +189,7 @@ def test_a_new_op_costs_a_model_neither_its_cache_nor_its_heads_precision(soft_c
     assert any(isinstance(value.type, KV) for value in graph.inputs)
     head, expected = find_head(graph), find_head(plain)
     assert head is not None and expected is not None
-    assert str(head.w.type) == str(expected.w.type) and "q8" in str(head.w.type)
+    assert str(head.w.type) == str(expected.w.type) and "t6" in str(head.w.type)
     clip = next(op for op in graph.ops if op.name == soft_clip.replace("fuse-", "llm.").replace("-", "_"))
     assert str(clip.shape[0]) == "R"  # only of the rows that are asked for
     assert not losses(graph, reports, "generate", "int4")

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto, helper
 from onnx_graphs import Nodes, compare, evaluated
+from onnx_products import exact_products
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir.op import Input
@@ -406,6 +407,7 @@ def test_pooling(op: str, ceil: int) -> None:
             one(op, floats(1, 3, 9, 8), count_include_pad=1, **options)
 
 
+@exact_products
 @pytest.mark.parametrize("rows", [1, 2])
 def test_integer_products_with_zero_points(rows: int) -> None:
     a, b = RNG.integers(0, 255, (3, 31)).astype(np.uint8), RNG.integers(-128, 127, (31, 7)).astype(np.int8)

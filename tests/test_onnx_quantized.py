@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_contrib_tools import Case, Fixed, Model, compare, normal
+from onnx_products import exact_products
 from program_harness import CompiledGraph
 from x86_machines import MACHINES, runnable
 
@@ -396,6 +397,7 @@ def float_results(graph: Graph, model: Model, given: Mapping[str, np.ndarray]) -
     return model.evaluated(rewrite(graph, exact), given)["y"]  # type: ignore[arg-type]
 
 
+@exact_products
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_dynamic_quantization_becomes_linear_ops(tmp_path: Path, unsigned: bool, per_channel: bool) -> None:
@@ -573,6 +575,7 @@ def test_dynamic_rounding(x: np.ndarray) -> None:
     compare(Case("DynamicQuantizeLinear", [x], {}, 3, domain="", symbols={7: "S"}), tolerance=1e-6)
 
 
+@exact_products
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_integer_products(columns: bool, bias: bool) -> None:

@@ -107,7 +107,7 @@ def test_the_rounded_weight_is_what_the_encoding_makes_of_it() -> None:
         if name == "head.weight":
             expected_weight[name] = values
             with precise():
-                return encode(parse_encoding("q8g64"), values).decode()
+                return encode(parse_encoding("t6g64"), values).decode()
         return values
 
     with precise():
@@ -131,21 +131,21 @@ def test_a_weight_that_has_its_dtype_already_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int4", "t4g64"])
-def test_int4_keeps_the_head_at_eight_bits_and_an_embedding_of_its_own_at_six(scheme: str) -> None:
+def test_int4_keeps_head_and_embedding_at_six_bits(scheme: str) -> None:
     after, report = quantize(UNTIED, QuantizeWeights(scheme))
     assert weights(after) == {
         "embedding embed.weight": "t6g64",
         "linear mlp.gate.weight+mlp.up.weight": "t4g64",
         "linear mlp.down.weight": "t4g64",
-        "linear head.weight": "q8g64",
+        "linear head.weight": "t6g64",
     }
-    assert report.hits == {"embedding t6g64": 1, "linear t4g64": 2, "head q8g64": 1}
+    assert report.hits == {"embedding t6g64": 1, "linear t4g64": 2, "head t6g64": 1}
 
 
-def test_int4_keeps_a_table_that_the_head_shares_at_eight_bits() -> None:
+def test_int4_keeps_a_table_that_the_head_shares_at_six_bits() -> None:
     after, report = quantize(TIED, QuantizeWeights(symmetric=False))
-    assert weights(after)["embedding embed.weight"] == weights(after)["linear embed.weight"] == "q8g64"
-    assert report.hits == {"embedding q8g64": 1, "linear q4g64a": 2, "tied head q8g64": 1}
+    assert weights(after)["embedding embed.weight"] == weights(after)["linear embed.weight"] == "t6g64"
+    assert report.hits == {"embedding t6g64": 1, "linear q4g64a": 2, "tied head t6g64": 1}
 
 
 @pytest.mark.parametrize("options", [{"scheme": "int8", "embedding": "int6"}, {"overrides": "embed*=t6g32"}])
@@ -163,7 +163,7 @@ def test_an_embedding_in_six_bits_is_what_its_rounded_weights_make_of_it(options
         (UNTIED, {"scheme": "int6"}, ("t6g64", "t6g64", "t6g64")),
         (UNTIED, {"scheme": "t6g32", "symmetric": False}, ("t6g32", "t6g32", "t6g32")),
         (UNTIED, {"head": "int6", "group_size": 32}, ("t6g32", "t4g32", "t6g32")),
-        (UNTIED, {"overrides": "*.down.weight=int6"}, ("t6g64", "t6g64", "q8g64")),
+        (UNTIED, {"overrides": "*.down.weight=int6"}, ("t6g64", "t6g64", "t6g64")),
         (TIED, {"embedding": "int6"}, ("t6g64", "t4g64", "t6g64")),
         (TIED, {"overrides": "embed*=int6"}, ("t6g64", "t4g64", "t6g64")),
     ],
@@ -313,7 +313,7 @@ def test_quantizing_twice_is_reported() -> None:
     twice, report = quantize(once, QuantizeWeights())
     assert twice is once
     assert not report.refusals
-    assert report.hits == {"linear already t4g64": 2, "embedding already t6g64": 1, "head already q8g64": 1}
+    assert report.hits == {"linear already t4g64": 2, "embedding already t6g64": 1, "head already t6g64": 1}
 
 
 def test_the_text_of_a_quantized_graph_is_read_back() -> None:

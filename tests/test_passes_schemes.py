@@ -191,13 +191,13 @@ def test_a_weight_that_is_not_read_as_one_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "head", "linear"),
     [
-        ({"scheme": "int4"}, "q8g64", "t4g64"), ({"scheme": "int8"}, "q8g64", "q8g64"),
-        ({"scheme": "t4g64"}, "q8g64", "t4g64"), ({"scheme": "t4g32"}, "t4g32", "t4g32"),
-        ({"scheme": "q4g64"}, "q4g64", "q4g64"), ({"scheme": "int4", "head": "int6"}, "t6g64", "t4g64"),
+        ({"scheme": "int4"}, "t6g64", "t4g64"), ({"scheme": "int8"}, "q8g64", "q8g64"),
+        ({"scheme": "t4g64"}, "t6g64", "t4g64"), ({"scheme": "t4g32"}, "t4g32", "t4g32"),
+        ({"scheme": "q4g64"}, "q4g64", "q4g64"), ({"scheme": "int4", "head": "int8"}, "q8g64", "t4g64"),
         ({"scheme": "int6"}, "t6g64", "t6g64"),
         ({"scheme": "int4", "head": "int4"}, "t4g64", "t4g64"), ({"scheme": "int4", "head": "f16"}, "f16", "t4g64"),
         ({"scheme": "bf16"}, "bf16", "bf16"), ({"scheme": "none", "head": "int8"}, "q8g64", "f32"),
-        ({"scheme": "int4", "group_size": 32, "symmetric": False}, "q8g32", "q4g32a"),
+        ({"scheme": "int4", "group_size": 32, "symmetric": False}, "t6g32", "q4g32a"),
     ],
 )  # fmt: skip
 def test_the_head_has_a_scheme_of_its_own(options: dict[str, object], head: str, linear: str) -> None:

@@ -77,7 +77,7 @@ Calibrate = Annotated[
 ]  # fmt: skip
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bits-per-weight", metavar="BITS", rich_help_panel=_COMPILING, show_default=False,
-                               help="With int4, int6: bits for each weight, all in all. Those that need it most get 6 or 8; "
+                               help="With int4, int6: bits a weight, all in all. Those that need it most get 6 or 8; "
                                "default: 0.1 more than with none of them."),
 ]  # fmt: skip
 Fast = Annotated[
