@@ -147,7 +147,7 @@ def _made_of(value: Value) -> Hashable:
     if isinstance(value, Param):
         return value.name
     assert isinstance(value, Op)
-    return value.name, repr(value.attributes()), tuple(map(_made_of, value.operands))
+    return value.name, tuple(value.attributes().items()), tuple(map(_made_of, value.operands))
 
 
 def _units(kept: Kept, together: Collection[Quantize], overrides: Overrides) -> Iterator[Unit]:

@@ -17,9 +17,10 @@ from llmc.compiler.allocation import Choice, assemblies, finer, matrices, spend,
 from llmc.compiler.encodings import encode
 from llmc.compiler.encodings.feedback import Rounded
 from llmc.compiler.encodings.grouped import grouped, stored_bytes
+from llmc.compiler.ir.elementwise import Mul, constant
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.op import Param, Value
-from llmc.compiler.ir.structural import Concat
+from llmc.compiler.ir.structural import Concat, Slice
 from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.compiler.own_text import chances_of, draw
 from llmc.compiler.passes.schemes import Overrides
@@ -142,6 +143,10 @@ def test_rows_are_put_together_as_weights_are_merged_now() -> None:
 def test_matrices_are_known_by_what_they_are_made_of() -> None:
     one, same, other = (matrices(merged(param(name, 5)))[0].key for name in ("a", "a", "b"))
     assert one == same != other
+    scaled = [matrices(merged(Mul(param("a", 1), constant([[float(number)]], "f32"))))[0].key for number in (2, 2, 3)]
+    assert scaled[0] == scaled[1] != scaled[2]
+    halves = [matrices(merged(Slice(param("a", 8), 0, start, start + 4)))[0].key for start in (0, 4)]
+    assert halves[0] != halves[1]
     assert [part.rows for part in matrices(merged(param("a", 5), param("b", 3)))] == [slice(0, 5), slice(5, 8)]
 
 
