@@ -177,9 +177,9 @@ def tell_cost(
     shapes = {weight: tuple(static(dim) for dim in weight.shape) for weight in layers.values()}
     tokens = sum(map(len, texts)) * (ROUNDS * decodes + 1) + sum(map(len, more))
     products = tokens * sum(math.prod(shapes[weight]) for weight in layers.values())
-    # Products with the moments of all inputs: for each of two encodings feedback, two errors and the outputs' power,
-    # and for each sweep of the first slopes, two errors and a fit.
-    products += sum(n * k * k * (8 + 4 * SWEEPS) + k**3 for n, k in shapes.values())
+    # Products with the moments of all inputs: for each of two encodings the outputs, feedback and two errors, and for
+    # each sweep of the first a fit, an error and slopes.
+    products += sum(n * k * k * (7 + 3 * SWEEPS) + k**3 for n, k in shapes.values())
     a = np.ones((512, 1024), np.float32)
     b = np.ones((1024, 1024), np.float32)
     seconds = math.inf
