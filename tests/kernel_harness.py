@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.runtime import cpu
 from llmc.targets.cpu.kernel_cache import compile_kernels
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
@@ -33,6 +34,15 @@ def default_kernel(template: type[Template], problem: Problem, machine: Machine)
     return chosen.kernel(problem, machine)
 
 
+def skip_unless_runnable(machine: Machine) -> None:
+    """Code of a machine that this computer is not would end the process: the test is skipped."""
+    missing = machine.features - cpu.features()
+    if missing:
+        import pytest
+
+        pytest.skip(f"this computer lacks {', '.join(sorted(missing))}")
+
+
 class Compiled:
     """A kernel as a Python callable: arrays become pointers, ints become int64."""
 
@@ -45,9 +55,11 @@ class Compiled:
             Path(temporary).rename(shared)
         self.function = getattr(ctypes.CDLL(str(shared)), kernel.symbol)
         self.function.restype = None
+        self.machine = machine
 
     def __call__(self, *args: np.ndarray | int) -> None:
         """Run over args; the last two are begin and end of the work-unit range."""
+        skip_unless_runnable(self.machine)
         values = []
         for arg in args:
             if isinstance(arg, np.ndarray):

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from kernel_harness import aligned
+from kernel_harness import aligned, skip_unless_runnable
 
 from llmc.compiler.ir.dims import concrete
 from llmc.compiler.ir.evaluate import bind_symbols
@@ -66,6 +66,7 @@ class ProgramBatch:
         self, program: Program, inputs: Mapping[str, np.ndarray], params: Mapping[str, np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
         """The outputs of a program by name. Every split of a call's units gives the same: they run in two parts."""
+        skip_unless_runnable(self.machine)
         binding = bind_symbols(program.graph, inputs)  # type: ignore[arg-type]
         run = _Run(self, program, binding, inputs, params or {})
         for lowered in program.ops:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from kernel_harness import CACHE, aligned
+from kernel_harness import CACHE, aligned, skip_unless_runnable
 
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import bind_symbols
@@ -48,7 +48,7 @@ class CompiledGraph:
         task: str = "generate",
         **limits: int,
     ) -> None:
-        self.graph = graph
+        self.graph, self.machine = graph, machine
         self.spoil: Callable[[Step], None] = lambda _step: None
         self.task = task
         self.program: Program = lower(graph, machine)
@@ -124,6 +124,7 @@ class CompiledGraph:
         threads: int,
     ) -> list[Pages]:
         """Fills in what every task needs, and runs the step; returns the caches after."""
+        skip_unless_runnable(self.machine)
         kept, caches, tables = [], [], []
         step.sizes[_SLOTS["LLMC_PROMPT"]] = int(binding.get("T", 0) > 16)
         for symbol, slot in SIZES.items():

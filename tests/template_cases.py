@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from attention_batches import LENGTHS, NEW, make_batch
 from attention_batches import Case as AttentionCase
-from kernel_harness import CACHE, aligned
+from kernel_harness import CACHE, aligned, skip_unless_runnable
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
@@ -59,6 +59,7 @@ class Given(Chooser):
 
 def functions(kernels: Iterable[Kernel], machine: Machine) -> dict[str, Function]:
     """Kernels as Python functions, by symbol, compiled into one library: quicker than one each."""
+    skip_unless_runnable(machine)
     wanted = {kernel.symbol: kernel for kernel in kernels}
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
