@@ -85,9 +85,11 @@ def calibrate_model(
     if not weights:
         return graph, load
     progress.start("looking for rounded weights")
-    encodings, budget = [weight.encoding for weight in weights], options.bits_per_weight
-    key = key_of(floats, load, [*texts, *more], code, encodings, budget, vocabulary, options.seed)
-    most = most_bits(graph, lifted.parameters, budget)
+    # A weights' file fits every artifact of the model, also those that were compiled without weights.
+    apart = options.weights_file is not None
+    most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight)
+    encodings = [weight.encoding for weight in weights]
+    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed)
     with suppress(NotKept):
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph

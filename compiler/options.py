@@ -43,7 +43,7 @@ class CompileOptions:
     for a model of texts in int4 or int6 whose weights are embedded or go to a file, else "none".
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
-    than the schemes take.
+    than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -95,6 +95,10 @@ class CompileOptions:
                 raise CompileError(
                     "--bits-per-weight needs measured inputs: -q int4, -q int6 or --calibrate self, and not --fast, "
                     "--weights none or --weights random"
+                )
+            if self.weights_file is not None:
+                raise CompileError(
+                    "--bits-per-weight needs weights in the artifact: a file of them fits all artifacts of the model"
                 )
             if not 1 <= self.bits_per_weight <= 16:
                 raise CompileError(f"--bits-per-weight is 1 to 16, not {self.bits_per_weight:g}")

@@ -185,6 +185,7 @@ def test_a_model_gets_the_bits_that_were_asked_for(tmp_path: Path, monkeypatch: 
         ({"bits_per_weight": 5, "calibrate": "none"}, "needs measured inputs"),
         ({"bits_per_weight": 5, "dtype": "int8"}, "needs measured inputs"),
         ({"bits_per_weight": 5, "weights": "none"}, "needs measured inputs"),
+        ({"bits_per_weight": 5, "weights": "weights.bin"}, "fits all artifacts"),
     ],
 )
 def test_what_cannot_be_spent_is_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:

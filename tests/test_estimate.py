@@ -83,7 +83,7 @@ def test_bytes_by_part(merged: bool) -> None:
 def test_a_tied_table_counts_once_and_is_read_whole() -> None:
     found = estimate(compiled(TIED, "int4"), context=100)
     assert found.weights["head"] == 0
-    assert found.weights["embedding"] == VOCABULARY * (HIDDEN + 2)
+    assert found.weights["embedding"] == VOCABULARY * (HIDDEN * 6 // 8 + 2)
     assert found.tables == 0 and found.read_per_token == found.weight_bytes
 
 
@@ -91,7 +91,7 @@ def test_quantized_weights_count_scales_and_padding() -> None:
     found = estimate(compiled(UNTIED, "int4"), context=100)
     assert found.weights["attention"] == 4 * HIDDEN * (HIDDEN // 2 + 2)
     assert found.weights["embedding"] == VOCABULARY * (HIDDEN * 6 // 8 + 2)
-    assert found.weights["head"] == VOCABULARY * (HIDDEN + 2)
+    assert found.weights["head"] == VOCABULARY * (HIDDEN * 6 // 8 + 2)
     # down has 96 inputs: two groups of 64, the second half empty.
     assert found.weights["mlp"] == 2 * MLP * (HIDDEN // 2 + 2) + HIDDEN * 2 * 34
     assert found.bits_per_weight == pytest.approx(8 * found.weight_bytes / found.parameters)

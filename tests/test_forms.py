@@ -138,7 +138,8 @@ def test_a_matrix_unit_reads_whole_groups_and_writes_whole_tiles() -> None:
     assert unit is not None
     assert unit.activations(33, 4, 64) == Bf16Tiles(33, 64) and unit.activations(33, 16, None) == Bf16Tiles(33, 64)
     assert unit.activations(33, 32, None) == Bf16Tiles(33, 64, 3) and unit.result(64, 32) == Bf16Tiles(64, 64, 3)
-    assert unit.activations(33, 6, 32) is None and unit.activations(33, 4, 16) is None and unit.result(33, 4) is None
+    assert unit.activations(33, 6, 32) == Bf16Tiles(33, 64)
+    assert unit.activations(33, 5, 32) is None and unit.activations(33, 4, 16) is None and unit.result(33, 4) is None
 
 
 def test_sums_of_another_machine_are_refused() -> None:

@@ -22,16 +22,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("weights") / "llama")
 
 
-def compiled(model: Path, output: Path, weights: str, seed: int = 0) -> Path:
-    options = CompileOptions(quantization="int4", group_size=32, weights=weights, seed=seed, kernel_cache=CACHE)
+def compiled(model: Path, output: Path, weights: str, seed: int = 0, calibrate: str | None = None) -> Path:
+    options = CompileOptions(
+        quantization="int4", group_size=32, weights=weights, seed=seed, kernel_cache=CACHE, calibrate=calibrate
+    )
     compile_model(str(model), output, options)
     return output
 
 
 def test_weights_in_a_file_say_what_embedded_ones_say(model: Path, tmp_path: Path) -> None:
-    embedded = Runtime.load(compiled(model, tmp_path / "a.so", "embed")).forward(IDS)
+    embedded = Runtime.load(compiled(model, tmp_path / "a.so", "embed", calibrate="none")).forward(IDS)
     file = tmp_path / "weights.bin"
-    artifact = compiled(model, tmp_path / "b.so", str(file))
+    artifact = compiled(model, tmp_path / "b.so", str(file), calibrate="none")
     assert artifact.stat().st_size < (tmp_path / "a.so").stat().st_size
     np.testing.assert_array_equal(Runtime.load(artifact, weights=file).forward(IDS), embedded)
     # The code is the same without weights: the file fits that artifact too.
@@ -39,6 +41,16 @@ def test_weights_in_a_file_say_what_embedded_ones_say(model: Path, tmp_path: Pat
     np.testing.assert_array_equal(Runtime.load(bare, weights=file).forward(IDS), embedded)
     with pytest.raises(ArtifactError, match="compiled without weights"):
         Runtime.load(bare)
+
+
+def test_weights_in_a_file_are_rounded_by_what_layers_see_and_fit_the_bare_artifact(
+    model: Path, tmp_path: Path
+) -> None:
+    """None of them has more bits than its scheme: the file would not be what the other artifact reads."""
+    file = tmp_path / "weights.bin"
+    own = Runtime.load(compiled(model, tmp_path / "a.so", str(file)), weights=file).forward(IDS)
+    bare = compiled(model, tmp_path / "b.so", "none")
+    np.testing.assert_array_equal(Runtime.load(bare, weights=file).forward(IDS), own)
 
 
 def test_a_flipped_byte_in_the_file_is_found(model: Path, tmp_path: Path) -> None:
