@@ -12,6 +12,7 @@ SECURITY.md.
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +178,8 @@ def _external(artifact: Artifact, path: Path, wanted: int) -> Source:
     """Weights in a file of their own, whose descriptor is closed with the artifact's."""
     try:
         descriptor = artifact.open_beside(path)
+        if os.fstat(descriptor).st_size != wanted:  # of other weights, which may be larger
+            raise ValueError(f"{path} has another size")
         mapping = mmap.mmap(descriptor, wanted, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} does not hold the {wanted} bytes of weights that {artifact.path} needs") from error

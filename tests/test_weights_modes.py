@@ -51,6 +51,10 @@ def test_weights_in_a_file_are_rounded_by_what_layers_see_and_fit_the_bare_artif
     own = Runtime.load(compiled(model, tmp_path / "a.so", str(file)), weights=file).forward(IDS)
     bare = compiled(model, tmp_path / "b.so", "none")
     np.testing.assert_array_equal(Runtime.load(bare, weights=file).forward(IDS), own)
+    for other in (file.read_bytes() + bytes(64), file.read_bytes()[:-64]):  # of weights that lie otherwise
+        file.write_bytes(other)
+        with pytest.raises(ArtifactError, match="does not hold the"):
+            Runtime.load(bare, weights=file)
 
 
 def test_a_flipped_byte_in_the_file_is_found(model: Path, tmp_path: Path) -> None:

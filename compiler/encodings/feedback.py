@@ -228,12 +228,12 @@ class _Rows:
         searched = encode(self.kind, self.w.T, threads=1)
         off = self.w - np.ascontiguousarray(searched.decode().T)
         alone, error = _dots(off, self.curvature.moments @ off), self.errors()
-        better = alone < error
+        better = ~(error <= alone)  # also where what is fed back has overflowed
         q = self.q.T.astype(np.int8 if self.kind.symmetric else np.uint8)
         halves = {"scales": self.scales.T.astype(np.float16), "minimums": self.minimums.T.astype(np.float16)}
         found: dict[str, Array] = {"q": q, **halves}
         best = {name: np.where(better[:, None], part, found[name]) for name, part in searched.parts.items()}
-        return best, np.minimum(alone, error)
+        return best, np.where(better, alone, error)
 
 
 def _dots(a: Floats, b: Floats) -> Floats:

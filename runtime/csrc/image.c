@@ -159,7 +159,7 @@ static int external_weights(const char *path, bool copy, LlmcWeights *weights) {
     Image image;
     int code = open_image(&image, path);
     if (code != LLMC_OK) return code;
-    if (image.size < llmc_facts.weights_bytes) {
+    if (image.size != llmc_facts.weights_bytes) {
         code = llmc_fail(LLMC_ERROR_FILE, "%s does not hold the %lld bytes of weights that the artifact needs", path,
                          (long long)llmc_facts.weights_bytes);
     } else {

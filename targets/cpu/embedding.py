@@ -18,7 +18,7 @@ import numpy as np
 from llmc.compiler.encodings.levels import TableLevels, table_levels
 from llmc.targets.cpu.builder import index, let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
-from llmc.targets.cpu.layouts import Arrays, FloatLayout, QuantizedLayout
+from llmc.targets.cpu.layouts import BUNDLE_QUADS, Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     as_f32,
@@ -391,7 +391,7 @@ def _lane_group(
     data: Buffer, base: Expr, tile_rows: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
     """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
-    quads = {4: 2, 6: 4, 8: 1}[bits]  # of a bundle
+    quads = BUNDLE_QUADS[bits]
     vectors = quads * bits // 8
     with loop(group // (4 * quads)) as bundle:
         stored = [let(load(data, base + (bundle * vectors + v) * (tile_rows * 4), 4)) for v in range(vectors)]

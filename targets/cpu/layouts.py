@@ -28,6 +28,7 @@ from llmc.compiler.encodings.levels import TableLevels, table_levels
 
 Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]
 
+BUNDLE_QUADS = {4: 2, 6: 4, 8: 1}  # by bits, see `QuantizedLayout.bundle_quads`
 _CHUNK = 1 << 20  # weights packed at a time: the temporaries stay in the second-level cache
 
 
@@ -140,7 +141,7 @@ class QuantizedLayout(_Tiled):
     zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 6, 8) or self.group % 32:
+        if self.bits not in BUNDLE_QUADS or self.group % 32:
             raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32")
 
     def groups(self, k: int) -> int:
@@ -155,7 +156,7 @@ class QuantizedLayout(_Tiled):
     @property
     def bundle_quads(self) -> int:
         """Quads of a *bundle*, which share vectors: 2 share one, 4 share three, or 1 has its own."""
-        return {4: 2, 6: 4, 8: 1}[self.bits]
+        return BUNDLE_QUADS[self.bits]
 
     @property
     def bundle_vectors(self) -> int:
