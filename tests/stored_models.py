@@ -9,10 +9,12 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import torch
 from hf_models import tiny
 from kernel_harness import CACHE
 from safetensors.numpy import load_file
 from tiny_models import make_tiny
+from tokenizers import Tokenizer
 
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
@@ -58,7 +60,7 @@ def save_tensors(tensors: Mapping[str, Array], path: Path, metadata: Mapping[str
 def is_layer(name: str) -> bool:
     """Whether a tensor's name is that of a linear layer inside of a block."""
     inside = ".layers." in name or ".h." in name
-    return inside and name.endswith(".weight") and "norm" not in name and "ln_" not in name
+    return inside and name.endswith(".weight") and not any(other in name for other in ("norm", "ln_", ".gate."))
 
 
 def write_pair(
@@ -148,12 +150,23 @@ def artifact(directory: Path, path: Path, scheme: str = "none", **options: objec
     return Runtime.load(path, threads=2)
 
 
+def greedy(model: torch.nn.Module, directory: Path, text: str, count: int) -> str:
+    """What transformers writes behind a text, by the likeliest token each time."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    with torch.no_grad():
+        found = model.generate(  # type: ignore[operator]
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+        )
+    return str(tokenizer.decode(found[0, ids.shape[1] :].tolist()))
+
+
 def f8(array: Array) -> Array:
     """Rounded to float8 e4m3."""
     return np.clip(array, -448, 448).astype(ml_dtypes.float8_e4m3fn)
 
 
 __all__ = [
-    "Pair", "artifact", "f8", "groups_of", "is_layer", "packed_words", "rounded", "save_tensors", "tiny", "values_of",
-    "write_pair",
+    "Pair", "artifact", "f8", "greedy", "groups_of", "is_layer", "packed_words", "rounded", "save_tensors", "tiny",
+    "values_of", "write_pair",
 ]  # fmt: skip

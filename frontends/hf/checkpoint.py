@@ -267,6 +267,9 @@ class ModelWeights:
         """Left-over tensors that say nothing: constants that older versions stored."""
         if _matches(name, patterns[:-1]):
             return True
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and stored_integers(self._checkpoint, weight) is not None:
+            return not self._checkpoint.load(name).any()  # some tools store one for every layer that they quantize
         # Stored causal masks, of four axes, unlike any bias.
         return _matches(name, patterns[-1:]) and len(self._checkpoint.shape(name)) != 1
 

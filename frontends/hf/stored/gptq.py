@@ -7,7 +7,6 @@ files: inputs in their order). Version 1 stores zero points minus one. w = scale
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,12 @@ from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import Part, StoredIntegers, StoredWeights
 
 FORMATS = ("gptq", "gptq_v2")
-# One in every integer of the words that the zero points of so many bits fill.
-_ONES = {2: (0x55555555,), 3: (0x24924924, 0x92492492, 0x49249249), 4: (0x11111111,), 8: (0x01010101,)}
+FIRST, SECOND = "version 1 (zero points minus one)", "version 2 (zero points as they are)"
+MISTAKEN = "version 1 as older versions of GPTQModel wrote 3 bits"
+# What was taken off the words that zero points of so many bits fill: one off each integer, and something else by
+# versions of GPTQModel that had the words of 3 bits in the wrong order.
+_ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
+_WRONG_ONES = (0x24924924, 0x92492492, 0x49249249)
 
 
 @dataclass(frozen=True)
@@ -51,15 +54,15 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         raise FrontendError(f"{settings.where} says gptq, but the checkpoint has no layer with a qweight")
     layers = [_layer(module, settings) for module in modules]
     notes: list[str] = []
-    first = _is_first_version(layers, form == "gptq", settings.flag("sym", True), notes)
+    version = _version(layers, settings, SECOND if form == "gptq_v2" else FIRST, notes)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     for layer in layers:
         name = f"{layer.module.name}.weight"
         if layer.block:
-            integers[name] = _stored(layer, first)
+            integers[name] = _stored(layer, version)
         else:
-            floats[name] = _uneven(layer, first)
+            floats[name] = _uneven(layer, version)
     if floats:
         notes.append(
             f"{len(floats)} weights of the checkpoint have groups of different sizes (g_idx): their integers are not "
@@ -120,29 +123,24 @@ def _grouping(module: Module, settings: Settings, inputs: int, groups: int) -> t
     return block if groups > 1 else inputs, None if sorted_already else order, group_of
 
 
-def _is_first_version(layers: list[_Layer], labelled: bool, symmetric: bool, notes: list[str]) -> bool:
-    """Whether zero points are stored minus one. Symmetric ones are the middle of the range, which decides; of others
-    the label has to be believed."""
-    seen: Counter[bool | None] = Counter()
-    wraps = False
-    for layer in layers:
-        stored = unpack(layer.module.load("qzeros"), layer.bits, layer.outputs)
-        middle = 1 << (layer.bits - 1)
-        seen[True if (stored == middle - 1).all() else False if (stored == middle).all() else None] += 1
-        wraps |= bool((stored == (1 << layer.bits) - 1).any())
-    said = "version 1 (zero points minus one)" if labelled else "version 2 (zero points as they are)"
-    decided = [version for version in (True, False) if seen[version] == len(layers)]
-    if symmetric and decided and decided[0] != labelled:
+def _version(layers: list[_Layer], settings: Settings, labelled: str, notes: list[str]) -> str:
+    """How zero points are stored. Symmetric ones are the middle of their range, which decides; of others the label has
+    to be believed."""
+    found = [
+        version for version in (FIRST, SECOND, MISTAKEN) if all(_in_the_middle(layer, version) for layer in layers)
+    ]
+    symmetric = settings.flag("sym", True)
+    if symmetric and found and labelled not in found:
         notes.append(
-            f"the checkpoint is labelled GPTQ {said}, but its zero points, all in the middle, are those of version "
-            f"{1 if decided[0] else 2}: read as such"
+            f"the checkpoint is labelled GPTQ {labelled}, but its zero points, all in the middle, are those of "
+            f"{found[0]}: read as such"
         )
-        return decided[0]
-    if symmetric and not decided:
-        notes.append(f"zero points differ though the checkpoint says that they are symmetric: read as GPTQ {said}")
+        return found[0]
+    if symmetric and not found:
+        notes.append(f"zero points differ though the checkpoint says that they are symmetric: read as GPTQ {labelled}")
     if not symmetric:
-        notes.append(f"zero points are read as those of GPTQ {said}, as the checkpoint is labelled")
-    if labelled and wraps:
+        notes.append(f"zero points are read as those of GPTQ {labelled}, as the checkpoint is labelled")
+    if labelled != SECOND and any(_wraps(layer) for layer in layers):
         notes.append(
             "some stored zero points are the greatest number that their bits hold, which programs read differently in "
             "version 1: read as GPTQModel does"
@@ -150,29 +148,42 @@ def _is_first_version(layers: list[_Layer], labelled: bool, symmetric: bool, not
     return labelled
 
 
-def _zeros(words: Array, bits: int, outputs: int, first: bool) -> Array:
-    """Zero points u8 [groups, outputs]. Version 1: one is added to words, with carries, as GPTQModel does."""
-    words = words.astype(np.uint32, copy=False) if words.dtype != np.int32 else words.view(np.uint32)
-    if first:
-        ones = np.array(_ONES[bits], np.uint32)
-        words = words + np.resize(ones, words.shape[1])
-    return unpack(words, bits, outputs)
+def _in_the_middle(layer: _Layer, version: str) -> bool:
+    zeros = _zeros(layer.module.load("qzeros"), layer.bits, layer.outputs, version)
+    return bool((zeros == 1 << (layer.bits - 1)).all())
 
 
-def _points(layer: _Layer, first: bool) -> Part | int:
+def _wraps(layer: _Layer) -> bool:
+    stored = unpack(layer.module.load("qzeros"), layer.bits, layer.outputs)
+    return bool((stored == (1 << layer.bits) - 1).any())
+
+
+def _zeros(words: Array, bits: int, outputs: int, version: str) -> Array:
+    """Zero points u8 [groups, outputs]. Version 1: one is added to whole words, with carries, as GPTQModel does, but
+    of 3 bits to each by itself."""
+    if bits == 3 and version == FIRST:
+        return (unpack(words, bits, outputs) + np.uint8(1)) & np.uint8(7)
+    if version == SECOND:
+        return unpack(words, bits, outputs)
+    words = np.ascontiguousarray(words).view(np.uint32)
+    ones = np.array(_WRONG_ONES if bits == 3 else _ONES[bits], np.uint32)
+    return unpack(words + np.resize(ones, words.shape[1]), bits, outputs)
+
+
+def _points(layer: _Layer, version: str) -> Part | int:
     """The zero points u8 [outputs, groups], or the one that they all are."""
     module, bits, outputs = layer.module, layer.bits, layer.outputs
-    zeros = _zeros(module.load("qzeros"), bits, outputs, first)
+    zeros = _zeros(module.load("qzeros"), bits, outputs, version)
     if (zeros == zeros.flat[0]).all():
         return int(zeros.flat[0])
 
     def load(words: Array) -> Array:
-        return np.ascontiguousarray(_zeros(words, bits, outputs, first).T)
+        return np.ascontiguousarray(_zeros(words, bits, outputs, version).T)
 
     return Part((outputs, layer.groups), "u8", module.later("qzeros", load))
 
 
-def _stored(layer: _Layer, first: bool) -> StoredIntegers:
+def _stored(layer: _Layer, version: str) -> StoredIntegers:
     module, bits, inputs, order = layer.module, layer.bits, layer.inputs, layer.order
 
     def integers(words: Array) -> Array:
@@ -183,7 +194,7 @@ def _stored(layer: _Layer, first: bool) -> StoredIntegers:
     return StoredIntegers(
         q=Part((layer.outputs, inputs), "u8", module.later("qweight", integers)),
         scales=Part((layer.outputs, layer.groups), module.dtype("scales"), scales),
-        zeros=_points(layer, first),
+        zeros=_points(layer, version),
         block=0 if layer.groups == 1 else layer.block,
         bits=bits,
         what=f"{bits} bits (gptq)",
@@ -191,9 +202,9 @@ def _stored(layer: _Layer, first: bool) -> StoredIntegers:
     )
 
 
-def _uneven(layer: _Layer, first: bool) -> Part:
+def _uneven(layer: _Layer, version: str) -> Part:
     """A weight whose groups have different numbers of inputs, as floats."""
-    points, module, at = _points(layer, first), layer.module, layer.group_of
+    points, module, at = _points(layer, version), layer.module, layer.group_of
 
     def load() -> Array:
         q = unpack(module.load("qweight").T, layer.bits, layer.inputs).astype(np.float32)
