@@ -15,12 +15,12 @@ from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
 
 # quant_method of config.json: the module of this package that reads it.
-FORMATS = {"gptq": "gptq"}
+FORMATS = {"gptq": "gptq", "awq": "awq"}
 _ADVICE = "compile the original that it was made from, and let llmc quantize it (-q int4)"
 # Where config.json keeps a quantization; MLX writes "quantization", some compressed-tensors files the last one.
 _KEYS = ("quantization_config", "quantization", "compression_config")
 # Files of older tools beside config.json, and the method that each is of.
-_BESIDE = {"quantize_config.json": "gptq"}
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def quantization_of(directory: Path, config: Mapping[str, object]) -> Settings | None:

@@ -12,6 +12,7 @@ from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
 from llmc.frontends.lifted import WeightSource
 
+Change = Callable[[Array], Array]
 PACKED_BITS = (2, 3, 4, 8)
 
 
@@ -57,7 +58,7 @@ class Module:
     def load(self, part: str) -> Array:
         return self.file.load(f"{self.name}.{part}")
 
-    def later(self, part: str, change: Callable[[Array], Array]) -> Callable[[], Array]:
+    def later(self, part: str, change: Change) -> Callable[[], Array]:
         """A tensor when it is asked for, changed."""
         return lambda: change(self.load(part))
 
