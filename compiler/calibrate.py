@@ -76,7 +76,7 @@ def calibrate_model(
     lifted, graph, vocabulary = model.lifted, model.graph, model.vocabulary
     if lifted.task == "run":
         raise CompileError("--calibrate: only models of texts can be measured, this graph's inputs cannot be made up")
-    load, decodes = lifted.weights.load, lifted.task == "generate"
+    load = lifted.weights.load
     texts = random_texts(lifted, vocabulary, options.seed)
     file = options.calibration_file
     more = [] if file is None else texts_of_file(file, lifted, vocabulary)
@@ -96,19 +96,34 @@ def calibrate_model(
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
         return found, store.load
     with text_threads() as pool:
-        tell_cost(layers, texts, more, decodes, progress)
-        if decodes:
-            texts = _written(model, texts, progress) or own_texts(
-                floats, load, texts, vocabulary, options.seed, pool, progress.advance
-            )
-        damping = DAMPING if decodes or more else ENCODER_DAMPING
-        kept = keep(calibrate(graph, load, [*texts, *more], damping, progress, pool, most > 0), folder)
+        kept = keep(rounded(model, options, texts, more, progress, pool, most > 0), folder)
     gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
     schemes = spent_on(kept, gated, most, Overrides(options.overrides))
     other, chosen = _with_schemes(model, schemes, kept, progress)
     found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
     cache.write(key, schemes if other is not graph else {}, (each.encoded() for each in chosen))
     return found, store.load
+
+
+def rounded(
+    model: Model,
+    options: CompileOptions,
+    texts: Sequence[Ids],
+    more: Sequence[Ids],
+    progress: Progress,
+    pool: Executor,
+    finer: bool = False,
+) -> Iterator[tuple[Quantize, list[Rounded]]]:
+    """What `calibrate` finds on the model's own texts and on more of them. texts: what its own begin as."""
+    floats, layers = in_floats(model.graph)
+    load, decodes = model.lifted.weights.load, model.lifted.task == "generate"
+    tell_cost(layers, texts, more, decodes, progress)
+    if decodes:
+        texts = _written(model, texts, progress) or own_texts(
+            floats, load, texts, model.vocabulary, options.seed, pool, progress.advance
+        )
+    damping = DAMPING if decodes or more else ENCODER_DAMPING
+    yield from calibrate(model.graph, load, [*texts, *more], damping, progress, pool, finer)
 
 
 def _with_schemes(

@@ -104,6 +104,10 @@ class ModelWeights:
         """What a weight is stored as, if that is integers; of the transpose of one that is in `turned`."""
         return stored_integers(self._checkpoint, self._plain[name]) if name in self._plain else None
 
+    def tensor_of(self, name: str) -> str | None:
+        """The tensor of the checkpoint that a weight is, as it is stored; None where it is made of several."""
+        return self._plain.get(name)
+
     def _load(self, name: str) -> Array:
         if name in self._plain:
             array = self._checkpoint.load(self._plain[name])

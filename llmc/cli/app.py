@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli import compiling, encoding, measuring, reporting, writing
+from llmc.cli import compiling, encoding, measuring, quantizing, reporting, writing
 from llmc.cli.options import example
 
 app = typer.Typer(
@@ -36,7 +36,14 @@ def options(
     """Compile language models ahead of time, and run what was compiled."""
 
 
-for group in (compiling.COMMANDS, writing.COMMANDS, encoding.COMMANDS, measuring.COMMANDS, reporting.COMMANDS):
+for group in (
+    compiling.COMMANDS,
+    quantizing.COMMANDS,
+    writing.COMMANDS,
+    encoding.COMMANDS,
+    measuring.COMMANDS,
+    reporting.COMMANDS,
+):
     for function, examples in group:
         app.command(epilog=example(*examples))(function)
 

@@ -38,6 +38,21 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     return found.reshape(*data.shape[:-1], math.prod(found.shape[-2:]))[..., :count]
 
 
+def pack(integers: Array, bits: int) -> Array:
+    """i32 [..., W] of u8 [..., n] below 2^bits: what `unpack` takes apart. Zeros fill the last word."""
+    if bits not in PACKED_BITS:
+        raise ValueError(f"integers of {bits} bits are not packed")
+    size = 3 if bits == 3 else 1  # bytes that hold a whole number of integers
+    count = 8 * size // bits
+    each = np.pad(integers, [(0, 0)] * (integers.ndim - 1) + [(0, -integers.shape[-1] % (32 * size // bits))])
+    each = each.reshape(*each.shape[:-1], -1, count).astype(np.uint32 if size > 1 else np.uint8)
+    shifts = (np.arange(count) * bits).astype(each.dtype)
+    whole = np.bitwise_or.reduce(each << shifts, axis=-1)
+    data = np.stack([(whole >> whole.dtype.type(8 * at)).astype(np.uint8) for at in range(size)], axis=-1)
+    words = np.ascontiguousarray(data.reshape(*integers.shape[:-1], -1)).view(np.int32)
+    return words[..., : -(-integers.shape[-1] * bits // 32)]
+
+
 @dataclass(frozen=True)
 class Module:
     """The tensors of a quantized layer: `name.qweight` and so on. None of them is read before it is asked for."""

@@ -1,0 +1,225 @@
+"""`llmc quantize`: what is written is what other tools read, by an independent reading of each form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from frontend_models import make_tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from llmc.cli.app import app
+from llmc.compiler import quantized_checkpoint
+from llmc.compiler.encodings import encode
+from llmc.compiler.ir.types import parse_encoding
+from llmc.compiler.quantized_checkpoint import QuantizeOptions, quantize_checkpoint
+from llmc.errors import LlmcError
+from llmc.frontends import lift
+from llmc.frontends.hf.stored import writing
+from llmc.frontends.hf.stored.packing import PACKED_BITS, pack, unpack
+from llmc.frontends.stored_integers import stored_integers
+
+GROUP = 32
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a directory's safetensors files."""
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                assert name not in found
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def bits_of(words: np.ndarray, bits: int) -> np.ndarray:
+    """Integers [N, n] of i32 words [N, W], bit by bit."""
+    each = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    each = each[:, : each.shape[1] // bits * bits].reshape(len(words), -1, bits)
+    return (each.astype(np.int64) << np.arange(bits)).sum(axis=-1)
+
+
+def values(found: dict[str, np.ndarray], layer: str, form: str, bits: int) -> np.ndarray:
+    """The weight [outputs, inputs] of a layer as the form's description has it."""
+    part = {name.removeprefix(f"{layer}."): array for name, array in found.items() if name.startswith(f"{layer}.")}
+    if form == "gptq":
+        q, scales = bits_of(part["qweight"].T.copy(), bits), part["scales"].T
+        zeros = bits_of(part["qzeros"], bits).T + 1
+        group_of = part["g_idx"]
+        q = q - zeros[:, group_of]
+    else:
+        outputs, inputs = part["weight_shape"]
+        q, scales = bits_of(part["weight_packed"], bits)[:, :inputs] - (1 << bits - 1), part["weight_scale"]
+        assert q.shape == (outputs, inputs)
+        group_of = np.arange(inputs) // (inputs // scales.shape[1])
+    assert scales.dtype == np.float16
+    return np.asarray(q.astype(np.float32) * scales.astype(np.float32)[:, group_of])
+
+
+@pytest.fixture(scope="module", params=["llama", "bert"])
+def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
+
+
+def quantized(source: Path, output: Path, **options: object) -> writing.Written:
+    return quantize_checkpoint(str(source), output, QuantizeOptions(**{"group_size": GROUP, "calibrate": "none", **options}))  # type: ignore[arg-type]  # fmt: skip
+
+
+@given(st.sampled_from(PACKED_BITS), st.integers(1, 3), st.sampled_from((1, 7, 31, 32, 33, 129)), st.integers(0, 9))
+def test_packing_is_what_unpacking_takes_apart(bits: int, rows: int, count: int, seed: int) -> None:
+    integers = np.random.default_rng(seed).integers(0, 1 << bits, (rows, count)).astype(np.uint8)
+    words = pack(integers, bits)
+    assert words.dtype == np.int32 and words.shape == (rows, -(-count * bits // 32))
+    np.testing.assert_array_equal(unpack(words, bits, count), integers)
+    np.testing.assert_array_equal(bits_of(words, bits)[:, :count], integers)
+
+
+@pytest.mark.parametrize(("form", "bits"), [("compressed-tensors", 4), ("compressed-tensors", 8), ("gptq", 4),
+                                            ("gptq", 2), ("gptq", 8)])  # fmt: skip
+def test_a_form_says_what_the_weights_were_rounded_to(original: Path, form: str, bits: int, tmp_path: Path) -> None:
+    written = quantized(original, tmp_path / "out", form=form, bits=bits)
+    before, after = tensors(original), tensors(tmp_path / "out")
+    layers = [name.rpartition(".")[0] for name in after if name.endswith(("weight_packed", "qweight"))]
+    assert len(layers) == written.layers > 4
+    assert not set(layers) & {layer for layer, _ in written.kept}
+    for layer in layers:
+        exact = encode(parse_encoding(f"q{bits}g{GROUP}"), before.pop(f"{layer}.weight")).decode()
+        np.testing.assert_array_equal(values(after, layer, form, bits), exact)
+        after = {name: array for name, array in after.items() if not name.startswith(f"{layer}.") or "bias" in name}
+    assert after.keys() == before.keys()
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_llmc_reads_what_it_has_written(original: Path, form: str, tmp_path: Path) -> None:
+    written = quantized(original, tmp_path / "out", form=form)
+    found = lift(tmp_path / "out")
+    after, count = tensors(tmp_path / "out"), 0
+    for param in found.graph.params:
+        name = param.name.removesuffix(".q")
+        layer = name.removesuffix(".weight")
+        if param.name == f"{name}.q":
+            count += 1
+            stored = next(known for known in after if known.endswith((f"{layer}.weight_packed", f"{layer}.qweight")))
+            q, scales = found.load(f"{name}.q"), found.load(f"{name}.scales").astype(np.float32)
+            exact = (q.astype(np.float32) - 8) * np.repeat(scales, GROUP, axis=1)
+            np.testing.assert_array_equal(exact, values(after, stored.rpartition(".")[0], form, 4))
+    assert count == written.layers
+    assert stored_integers  # what `lift` has asked the source for
+
+
+def test_other_files_stay_and_settings_are_added(llama: Path, tmp_path: Path) -> None:
+    quantized(llama, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert config == json.loads((llama / "config.json").read_text())
+    assert settings["quant_method"] == "compressed-tensors" and settings["ignore"] == ["lm_head"]
+    names = {path.name for path in llama.iterdir() if path.is_file()}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
+
+
+def test_rounding_by_inputs_moves_outputs_less(llama: Path, tmp_path: Path) -> None:
+    """Not the same integers as rounded each for itself, and still the nearest few."""
+    quantized(llama, tmp_path / "plain")
+    quantized(llama, tmp_path / "seen", calibrate=None)
+    plain, seen = tensors(tmp_path / "plain"), tensors(tmp_path / "seen")
+    layer = "model.layers.0.mlp.up_proj"
+    weight = tensors(llama)[f"{layer}.weight"]
+    near, fed = (values(found, layer, "compressed-tensors", 4) for found in (plain, seen))
+    assert (near != fed).any()
+    errors = [float(((each - weight) ** 2).sum()) for each in (near, fed)]
+    assert errors[0] < errors[1] < 4 * errors[0]
+
+
+def test_several_files_have_an_index(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized(llama, tmp_path / "one")
+    monkeypatch.setattr(writing, "_SHARD_BYTES", 20_000)
+    quantized(llama, tmp_path / "several")
+    index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+    one, several = tensors(tmp_path / "one"), tensors(tmp_path / "several")
+    assert one.keys() == several.keys() == index["weight_map"].keys()
+    assert all((one[name] == several[name]).all() for name in one)
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in one.values())
+    assert sorted(lift(tmp_path / "several").weights.names) == sorted(lift(tmp_path / "one").weights.names)
+
+
+def test_layers_that_do_not_fit_a_form_stay_and_are_named(tmp_path: Path) -> None:
+    source = make_tiny("llama", tmp_path / "model", intermediate_size=72)
+    written = quantized(source, tmp_path / "out", form="gptq")
+    kept = dict(written.kept)
+    assert "groups of 32 do not divide its 72 inputs" in kept["model.layers.0.mlp.down_proj"]
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert r"-:^model\.layers\.0\.mlp\.down_proj$" in settings["dynamic"] and not settings["lm_head"]
+    assert "model.layers.0.mlp.down_proj.weight" in tensors(tmp_path / "out")
+    lift(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "gguf"}, "--form is compressed-tensors or gptq"),
+        ({"bits": 2}, "written as int4 or int8, not int2"),
+        ({"form": "gptq", "bits": 5}, "int2 or int4 or int8"),
+        ({"group_size": 48}, "--group-size"),
+        ({"calibrate": "/nowhere/text.txt"}, "--calibrate /nowhere/text.txt"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_nothing_is_written(
+    llama: Path, options: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LlmcError, match=message):
+        quantized(llama, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_stays(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(LlmcError, match="there already"):
+        quantized(llama, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(LlmcError, match="there is no folder"):
+        quantized(llama, tmp_path / "no" / "out")
+
+
+def test_a_failure_on_the_way_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = quantized_checkpoint._matrices
+
+    def broken(weights: Iterator[object]) -> Iterator[object]:
+        yield next(whole(weights))  # type: ignore[arg-type]
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(quantized_checkpoint, "_matrices", broken)
+    with pytest.raises(LlmcError, match=r"cannot write .*out: No space left"):
+        quantized(llama, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_quantized_is_not_quantized_again(llama: Path, tmp_path: Path) -> None:
+    quantized(llama, tmp_path / "out")
+    with pytest.raises(LlmcError, match="quantized already"):
+        quantized(tmp_path / "out", tmp_path / "again")
+
+
+def test_the_command(llama: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(llama), "-o", str(tmp_path / "out"), "--fast", "--group-size", "32"]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["layers"] == 14 and found["kept"][0][0] == "lm_head" and found["form"] == "compressed-tensors"
