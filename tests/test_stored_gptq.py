@@ -303,8 +303,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Array]], object], str]] = {
     "scales of another width": (lambda t: t.update(scales=t["scales"][:, :8]), r"its scales is f16 \[3, 8\]"),
     "too few words": (lambda t: t.update(qweight=t["qweight"][:-1]), "its qweight has 23 rows for 192 inputs"),
     "5 bits": (lambda t: t.update(qweight=np.zeros((30, 32), np.int32)), "5 bits each: 2, 3, 4 and 8 bits are read"),
-    "a group too far": (lambda t: t["g_idx"].__setitem__(3, 9), "names group 9, beyond its 3 groups"),
-    "a negative group": (lambda t: t["g_idx"].__setitem__(3, -1), "names group"),
+    "a group too far": (lambda t: t["g_idx"].__setitem__(3, 9), "names groups 0 to 9, of 3"),
+    "a negative group": (lambda t: t["g_idx"].__setitem__(3, -1), "names groups -1 to 2"),
     "a group of nobody": (lambda t: t["g_idx"].__setitem__(slice(None), 0), "no input is in group 1 of its 3"),
     "more groups than inputs": (
         lambda t: t.update(scales=np.ones((999, 32), np.float16), qzeros=np.zeros((999, 4), np.int32)),

@@ -15,7 +15,7 @@ from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
 
 # quant_method of config.json: the module of this package that reads it.
-FORMATS = {"gptq": "gptq", "awq": "awq"}
+FORMATS = {"gptq": "gptq", "awq": "awq", "compressed-tensors": "compressed_tensors"}
 _ADVICE = "compile the original that it was made from, and let llmc quantize it (-q int4)"
 # Where config.json keeps a quantization; MLX writes "quantization", some compressed-tensors files the last one.
 _KEYS = ("quantization_config", "quantization", "compression_config")
