@@ -17,6 +17,7 @@ import numpy as np
 
 from llmc.compiler.encodings.feedback import Rounded
 from llmc.compiler.encodings.grouped import GroupQuantized, grouped, stored_bytes
+from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.op import Op, Param, Value
@@ -58,11 +59,16 @@ class Unit:
     rows: tuple[slice, ...]
 
 
-def finer(kind: GroupQuantized) -> GroupQuantized | None:
-    """What a matrix that needs more bits than an encoding has is rounded to instead; None where that is good enough."""
-    if kind.bits == 4:
-        return GroupQuantized(6, kind.group, table=True)
-    return GroupQuantized(8, kind.group) if kind.bits == 6 else None
+def finer(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
+    """What a matrix that needs more bits than an encoding has may be rounded to instead, from few bits to many; none
+    where it is good enough."""
+    import os
+
+    more = [int(x) for x in os.environ.get("FINER", "1,2").split(",")]
+    known = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits]
+    return tuple(
+        GroupQuantized(known[i - 1], kind.group, table=known[i - 1] in TABLE_BITS) for i in more if i <= len(known)
+    )
 
 
 def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:

@@ -335,7 +335,6 @@ def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam
             return [Rounded(encode(kind, values), none, none)]
         curvature = Curvature.of(moments, damping)
         found = [encode_with_feedback(kind, values, curvature)]
-        better = finer(kind) if more else None
-        return found if better is None else [*found, encode_with_feedback(better, values, curvature, 0)]
+        return found + [encode_with_feedback(each, values, curvature, 0) for each in finer(kind) if more]
     except CompileError as error:  # an encoding that refuses numbers does not know whose they are
         raise CompileError(f"{name_of(weight)}: {error}") from error

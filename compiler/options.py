@@ -12,9 +12,9 @@ from pathlib import Path
 from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
-SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int4")
+SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int5", "int4", "int3", "int2")
 ACTIVATIONS = ("int8", "bf16", "f32")
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (32, 64, 128, 256)
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
@@ -32,15 +32,15 @@ class CompileOptions:
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
     quantization: the scheme of linear weights; "none" stores and computes f32.
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
-    activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for int8, int6 and
-    int4, bf16 for bf16, else f32.
+    activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for integer
+    weights, bf16 for bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
-    that is int4, int6 for both. A head tied to the embedding has the embedding's scheme.
+    that is int5 or less, int6 for both. A head tied to the embedding has the embedding's scheme.
     overrides: (name pattern, scheme) pairs: the first pattern that matches a weight's name (`fnmatch`) decides.
     calibrate: what the inputs of linear layers are measured on, so that their weights' rounding errors make up for each
     other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
     Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
-    for a model of texts in int4 or int6 whose weights are embedded or go to a file, else "none".
+    for a model of texts in int6 or less whose weights are embedded or go to a file, else "none".
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
     than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
@@ -93,7 +93,7 @@ class CompileOptions:
         if self.bits_per_weight is not None:
             if self.measures_inputs is False:
                 raise CompileError(
-                    "--bits-per-weight needs measured inputs: -q int4, -q int6 or --calibrate self, and not --fast, "
+                    "--bits-per-weight needs measured inputs: -q int6 or less, or --calibrate self, and not --fast, "
                     "--weights none or --weights random"
                 )
             if self.weights_file is not None:
@@ -121,7 +121,7 @@ class CompileOptions:
         """The lowest precision that inputs of matmuls may be rounded to: "int8", "bf16" or "f32"."""
         if self.activations is not None:
             return self.activations
-        return {"int8": "int8", "int6": "int8", "int4": "int8", "bf16": "bf16"}.get(self.quantization, "f32")
+        return "int8" if self.quantization.startswith("int") else "bf16" if self.quantization == "bf16" else "f32"
 
     def tokens_a_step(self, is_encoder: bool) -> int:
         """The most tokens of one step, as far as sequences can be cut."""
@@ -132,7 +132,8 @@ class CompileOptions:
         """Whether weights are rounded by what their layers see; None: where the model is one of texts."""
         if self.calibrate is not None:
             return self.calibrate != "none"
-        low = self.quantization in ("int4", "int6")  # the error of int8 is below that of activations
+        # The error of int8 is below that of activations.
+        low = self.quantization.startswith("int") and self.quantization != "int8"
         return None if low and self.weights not in ("random", "none") else False
 
     @property

@@ -113,8 +113,8 @@ def _arrays(schemes: Mapping[str, str], weights: Iterable[Encoded]) -> Iterator[
 
 
 def _packed(encoded: Encoded, name: str, part: Array) -> Array:
-    """As it is stored: integers of 4 bits two to a byte."""
-    if name != "q" or grouped(encoded.encoding).bits != 4:
+    """As it is stored: integers of up to 4 bits two to a byte."""
+    if name != "q" or grouped(encoded.encoding).bits > 4:
         return part
     even = np.pad(part, [(0, 0), (0, part.shape[1] % 2)]).view(np.uint8) & 15
     return even[:, ::2] | (even[:, 1::2] << 4)
@@ -129,7 +129,7 @@ def _unpacked(weight: Quantize, file: np.lib.npyio.NpzFile, prefix: str) -> Enco
     assert isinstance(rows, int)
     assert isinstance(inputs, int)
     q = file[f"{prefix}q"]
-    if kind.bits == 4:
+    if kind.bits <= 4:
         q = np.stack([q & 15, q >> 4], axis=-1).reshape(len(q), -1)[:, :inputs]
         q = ((q ^ 8).astype(np.int8) - np.int8(8)) if kind.symmetric else q
     parts: dict[str, Array] = {"q": q, "scales": file[f"{prefix}scales"]}

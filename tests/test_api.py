@@ -142,7 +142,7 @@ def test_save_keeps_the_artifact_all_or_nothing(compiler: Compiler, model: Path,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "int5"}, "int4"),
+        ({"dtype": "int7"}, "int4"),
         ({"group_size": 33}, "group-size"),
         ({"groups": 32}, "groups"),
         ({"overrides": {"*": "int3"}}, "int4"),

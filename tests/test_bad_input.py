@@ -133,7 +133,7 @@ def test_a_context_beyond_learned_positions_is_refused(
 
 OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "unknown": (("--faster",), "--faster.*compile --help"),
-    "scheme": (("-q", "int5"), "none, bf16, f16, int8, int6, int4, not 'int5'"),
+    "scheme": (("-q", "int7"), "none, bf16, f16, int8, int6, int5, int4, int3, int2, not 'int7'"),
     "group size": (("--group-size", 48), "--group-size is one of 32, 64, 128, not 48"),
     "group size, no number": (("--group-size", "many"), "--group-size"),
     "target": (("--target", "pdp11"), "unknown target 'pdp11'; known: native"),
@@ -147,7 +147,7 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "jobs": (("--jobs", 0), "--jobs is at least 1"),
     "seed": (("--seed", -1), "--seed is at least 0"),
     "override without scheme": (("--override", "*.down_proj*"), "--override is PATTERN=SCHEME"),
-    "override with bad scheme": (("--override", "*=int5"), r"--override \* is one of"),
+    "override with bad scheme": (("--override", "*=int7"), r"--override \* is one of"),
     "override with more passes": (("--override", "*},cse{=int8"), "a name pattern has letters"),
     "override that matches nothing": (("--override", "nothing*=int8"), "'nothing\\*' matches no weight"),
     "weights to a folder": (("--weights", "."), r"cannot write \. \(--weights\): it is a folder"),

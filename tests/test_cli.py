@@ -103,7 +103,7 @@ BAD = [
     (("compile", "/no/such/model"), "/no/such/model"),
     (("compile", EXAMPLE / "heldout.txt"), "heldout.txt"),
     (("compile", EXAMPLE, "--wrong"), "--wrong"),
-    (("compile", EXAMPLE, "-q", "int5"), "int4"),
+    (("compile", EXAMPLE, "-q", "int7"), "int4"),
     (("compile", EXAMPLE, "--group-size", "33"), "128"),
     (("compile", EXAMPLE, "--group-size", "many"), "--group-size"),
     (("compile", EXAMPLE, "--target", "pdp11", "-o", "x.so"), "x86-64-v3"),

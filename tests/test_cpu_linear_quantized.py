@@ -81,7 +81,10 @@ def slow(*values: object) -> object:
 
 
 EVEN, MINIMUMS, TABLE = {"symmetric": True}, {"symmetric": False}, {"symmetric": True, "table": True}
-SCHEMES = [(4, EVEN), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE)]
+SCHEMES = [
+    (4, EVEN), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE), (3, MINIMUMS), (5, TABLE),
+    slow(2, TABLE), slow(5, EVEN),
+]  # fmt: skip
 SIZES = [
     (4, EVEN, 129, 129, 64),
     (4, MINIMUMS, 1030, 70, 32),  # 65 tiles: enough that kernels take two at a time
@@ -90,6 +93,14 @@ SIZES = [
     (4, TABLE, 129, 33, 32),
     slow(4, TABLE, 1030, 300, 128),
     (6, TABLE, 31, 129, 64),
+    (2, TABLE, 33, 70, 32),
+    (3, MINIMUMS, 31, 129, 64),
+    (5, EVEN, 7, 33, 32),
+    slow(2, MINIMUMS, 1030, 129, 64),
+    slow(3, TABLE, 1030, 300, 256),
+    slow(5, TABLE, 1030, 129, 64),
+    slow(5, MINIMUMS, 33, 300, 128),
+    slow(6, EVEN, 129, 33, 32),
     slow(6, TABLE, 1030, 70, 32),
     slow(4, EVEN, 33, 33, 32),
     slow(4, MINIMUMS, 7, 300, 128),
@@ -111,14 +122,16 @@ def test_every_variant_at_awkward_sizes(
 
 
 @pytest.mark.parametrize("machine", each_machine())
-@pytest.mark.parametrize(("bits", "levels"), [(4, EVEN), (4, MINIMUMS), (4, TABLE), (6, TABLE)])
+@pytest.mark.parametrize(("bits", "levels"), [
+    (4, EVEN), (4, MINIMUMS), (4, TABLE), (6, TABLE), (5, MINIMUMS), (5, TABLE), (3, EVEN), (2, TABLE),
+])  # fmt: skip
 def test_the_largest_integer_sums_are_exact(machine: Machine, bits: int, levels: dict[str, bool]) -> None:
     """Weights and activations at both ends of their ranges: every i16 sum is as far from zero as it can be."""
     group, k, n, tokens = 64, 128, 4 * 16, 9
     problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, **levels)
     plan, symmetric = quantized_linear_plan(Chooser(machine), problem), levels["symmetric"]
     half = 1 << bits - 1
-    ends = np.array([-half, half - 1] if symmetric else [0, 15])
+    ends = np.array([-half, half - 1] if symmetric else [0, 2 * half - 1])
     q = np.repeat(ends, n // 2)[:, None].repeat(k, 1).astype(np.int8 if symmetric else np.uint8)
     q[1::2, k // 2 :] = ends[0]
     ones = np.ones((n, k // group), np.float16)
@@ -172,8 +185,9 @@ def test_any_split_of_the_units_gives_the_same_bits(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "levels", "group"),
-    [(4, EVEN, 96), (4, MINIMUMS, 128), (8, EVEN, 32), (8, MINIMUMS, 64), (4, TABLE, 64), (6, TABLE, 32)],
-)
+    [(4, EVEN, 96), (4, MINIMUMS, 128), (8, EVEN, 32), (8, MINIMUMS, 64), (4, TABLE, 64), (6, TABLE, 32), (5, TABLE, 64),
+     (3, MINIMUMS, 32), (2, TABLE, 128)],
+)  # fmt: skip
 def test_tiles_give_the_bits_of_the_vector_units(bits: int, levels: dict[str, bool], group: int) -> None:
     """Integer sums are exact, and scaled in the same order: where rows come as 3, 8 or 16 + 5 makes no difference."""
     machine = detect.machine("sapphirerapids")

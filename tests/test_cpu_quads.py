@@ -21,7 +21,7 @@ from llmc.targets.machine import Machine
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-SIZES = (16, 64)
+SIZES = (4, 8, 16, 32, 64)
 TILES = 3
 
 
@@ -63,7 +63,7 @@ def test_a_table_may_have_bytes_below_zero(machine: Machine) -> None:
     np.testing.assert_array_equal(out.view(np.int8), np.array(table, np.int8)[codes % 16])
 
 
-@pytest.mark.parametrize(("size", "shuffles"), [(16, 1), (64, 4)])
+@pytest.mark.parametrize(("size", "shuffles"), [(8, 1), (16, 1), (32, 2), (64, 4)])
 @pytest.mark.parametrize("name", MACHINES)
 def test_codes_are_looked_up_by_shuffles(name: str, size: int, shuffles: int) -> None:
     """By `vpermb` where there is one for all 64 places, which looks at no other bits: nothing masks them."""
@@ -99,7 +99,10 @@ def unpacked(machine: Machine, *, bits: int, group: int, table: bool) -> PrimFun
 
 
 @pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize(("bits", "table"), [(4, False), (4, True), (6, True), (8, False)])
+@pytest.mark.parametrize(("bits", "table"), [
+    (2, False), (2, True), (3, False), (3, True), (4, False), (4, True), (5, False), (5, True), (6, False), (6, True),
+    (8, False),
+])  # fmt: skip
 @pytest.mark.parametrize("machine", each_machine())
 def test_quads_are_the_bytes_that_are_multiplied(machine: Machine, bits: int, table: bool, group: int) -> None:
     layout = weight_tiles(machine).quantized(bits, group, symmetric=True, table=table)

@@ -14,7 +14,10 @@ from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import parse_encoding, precise
 from llmc.errors import CompileError
 
-KINDS = [parse_encoding(name) for name in ("q4g32", "q4g64", "q8g64", "q4g64a", "t4g32", "t4g64", "t4g128", "t6g64")]
+KINDS = [
+    parse_encoding(name)
+    for name in ("q4g32", "q4g64", "q8g64", "q4g64a", "t4g32", "t4g64", "t4g128", "t6g64", "t2g64", "t3g32", "t5g64")
+]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 SIZES = (1, 7, 31, 33, 129)
 

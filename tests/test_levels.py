@@ -11,7 +11,7 @@ from llmc.compiler.encodings.levels import TABLE_BITS, EvenLevels, Levels, Table
 
 TABLES = [table_levels(bits) for bits in TABLE_BITS]
 EVEN = [even_levels(4, True), even_levels(4, False), even_levels(8, True), even_levels(8, False)]
-tables = pytest.mark.parametrize("levels", TABLES, ids=["4", "6"])
+tables = pytest.mark.parametrize("levels", TABLES, ids=map(str, TABLE_BITS))
 
 
 def name(levels: Levels) -> str:
@@ -107,7 +107,16 @@ def test_tables_are_known_by_what_they_hold() -> None:
     assert even_levels(4, False) == EvenLevels(0, 15) and even_levels(8, False).highest == 255
 
 
-def test_steps_of_six_bits_grow_from_two_to_six_and_the_table_of_four_has_no_zero() -> None:
-    four, six = (np.array(levels.bytes) for levels in TABLES)
+def test_steps_of_six_bits_grow_from_two_to_six_and_no_other_table_has_a_zero() -> None:
+    six = np.array(table_levels(6).bytes)
     assert np.diff(six).min() == 2 and np.diff(six).max() == 6 and 0 in six
-    assert 0 not in four and -four[0] > four[-1]
+    for levels in TABLES:
+        if levels.lowest > -32:
+            assert 0 not in levels.bytes and -levels.bytes[0] > levels.bytes[-1]
+
+
+@tables
+def test_a_table_below_six_bits_spans_what_unsigned_bytes_multiply(levels: TableLevels) -> None:
+    """Two products of at most 127 * 127 fit i16, and 0 is what the lowest byte is stored as."""
+    assert levels.lowest == -32 or levels.bytes[-1] - levels.bytes[0] <= 127
+    assert len(levels.bytes) == -2 * levels.lowest

@@ -246,9 +246,9 @@ def test_an_override_of_a_tied_table_is_for_both_its_uses() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "int3"}, "unknown scheme 'int3'"),
-        ({"scheme": "q5g64"}, "5 bits"),
-        ({"scheme": "q6g64"}, "6 bits and even steps"),
+        ({"scheme": "int7"}, "unknown scheme 'int7'"),
+        ({"scheme": "q7g64"}, "7 bits and even steps"),
+        ({"scheme": "t7g64"}, "7 bits and a table"),
         ({"embedding": "fp8"}, "unknown scheme 'fp8'"),
         ({"group_size": 12}, "groups of 12"),
         ({"activations": "int4"}, "unknown activations"),
@@ -335,8 +335,8 @@ def test_overrides_give_an_empty_scheme_for_other_names() -> None:
 
 
 def test_an_override_that_another_one_hides_has_to_be_known_too() -> None:
-    with pytest.raises(CompileError, match="unknown scheme 'int5'"):
-        quantize(UNTIED, QuantizeWeights(overrides="*=int8;*.up.*=int5"))
+    with pytest.raises(CompileError, match="unknown scheme 'int7'"):
+        quantize(UNTIED, QuantizeWeights(overrides="*=int8;*.up.*=int7"))
 
 
 def test_weights_are_rounded_from_f32() -> None:

@@ -42,6 +42,7 @@ def param(name: str, *shape: int, dtype: str = "f32") -> Param:
         ("int4", False, "q4g32a"), ("int8", True, "q8g32"), ("int8", False, "q8g32"), ("int6", True, "t6g32"),
         ("int6", False, "t6g32"), ("q4g64", True, "q4g64"), ("q4g64a", True, "q4g64a"), ("t4g64", False, "t4g64"),
         ("t6g64", True, "t6g64"), ("q8g128", False, "q8g128"),
+        ("int2", True, "t2g32"), ("int3", True, "t3g32"), ("int3", False, "q3g32a"), ("int5", False, "t5g32"),
     ],
 )  # fmt: skip
 def test_a_scheme_stands_for_a_dtype_or_an_encoding(text: str, symmetric: bool, expected: str) -> None:
@@ -50,19 +51,19 @@ def test_a_scheme_stands_for_a_dtype_or_an_encoding(text: str, symmetric: bool, 
     assert (found.dtype, found.encoding) == ((expected, "") if text in ("none", "bf16", "f16") else ("", expected))
 
 
-KNOWN = "known: none, bf16, f16, int4, int6, int8, or an encoding such as t4g32"
+KNOWN = "known: none, bf16, f16, int2, int3, int4, int5, int6, int8, or an encoding such as t4g32"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("int5", f"unknown scheme 'int5'; {KNOWN}"), ("q4g64aa", f"unknown scheme 'q4g64aa'; {KNOWN}"),
+    [("int7", f"unknown scheme 'int7'; {KNOWN}"), ("q4g64aa", f"unknown scheme 'q4g64aa'; {KNOWN}"),
      ("q4", f"unknown scheme 'q4'; {KNOWN}"), ("", f"unknown scheme ''; {KNOWN}")],
 )  # fmt: skip
 def test_an_unknown_scheme_is_named_beside_those_that_are_known(text: str, message: str) -> None:
     with pytest.raises(CompileError) as error:
         scheme_of(text, 64, True)
     assert str(error.value) == message
-    for name, reason in (("q7g64", "7 bits"), ("q6g64", "6 bits and even steps"), ("t8g64", "8 bits and a table")):
+    for name, reason in (("q7g64", "7 bits and even steps"), ("t8g64", "8 bits and a table")):
         with pytest.raises(CompileError, match=f"scheme '{name}': .*{reason}"):
             scheme_of(name, 64, True)
     with pytest.raises(CompileError, match="scheme 'int4': "):

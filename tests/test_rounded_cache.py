@@ -24,7 +24,7 @@ def rounded(encoding: str, rows: int, inputs: int) -> tuple[Quantize, Encoded]:
     return Quantize(Param("w", Tensor(w.shape, "f32")), encoding), encode(parse_encoding(encoding), w)
 
 
-@pytest.mark.parametrize("encoding", ["q4g64", "q4g32a", "t4g64", "t6g64", "q8g64"])
+@pytest.mark.parametrize("encoding", ["q4g64", "q4g32a", "t4g64", "t6g64", "q8g64", "t2g64", "q3g32a", "t5g64"])
 @pytest.mark.parametrize("inputs", [1, 7, 31, 33, 129])
 def test_what_is_read_is_what_was_written(encoding: str, inputs: int, tmp_path: Path) -> None:
     cache = RoundedCache(tmp_path / "rounded")
@@ -41,7 +41,7 @@ def test_what_is_read_is_what_was_written(encoding: str, inputs: int, tmp_path: 
             np.testing.assert_array_equal(part, expected.parts[name])
 
 
-@pytest.mark.parametrize("encoding", ["q4g64", "t4g64"])
+@pytest.mark.parametrize("encoding", ["q4g64", "t4g64", "t3g64"])
 def test_four_bits_take_half_a_byte(encoding: str, tmp_path: Path) -> None:
     cache = RoundedCache(tmp_path)
     _, encoded = rounded(encoding, 256, 1024)

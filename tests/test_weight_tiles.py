@@ -23,7 +23,17 @@ from llmc.targets.x86 import detect
 
 GROUP = 32
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
-INTEGERS = [(4, "even"), (4, "minimums"), (8, "even"), (8, "minimums"), (4, "table"), (6, "table")]
+INTEGERS = [
+    (4, "even"),
+    (4, "minimums"),
+    (8, "even"),
+    (8, "minimums"),
+    (4, "table"),
+    (6, "table"),
+    (5, "table"),
+    (3, "minimums"),
+    (2, "even"),
+]
 SCHEMES = [*INTEGERS, *FLOATS]
 ALL = [*MACHINES.values(), *(detect.machine(name) for name in detect.names())]
 RUNNABLE = {name: machine for name, machine in MACHINES.items() if runnable(name)}

@@ -129,7 +129,7 @@ class Case:
     "weights",
     [
         (4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True),
-        (4, 64, True, True), (4, 128, True, True), (6, 64, True, True), (6, 32, True, True),
+        (4, 64, True, True), (4, 128, True, True), (6, 64, True, True), (6, 32, True, True), (5, 32, True, True), (3, 64, False, False), (2, 32, True, True),
     ],
 )  # fmt: skip
 def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:
@@ -180,7 +180,7 @@ def test_parts_of_numbers_of_every_size() -> None:
 
 @needs_tiles
 def test_any_split_of_the_units_gives_the_same_bits() -> None:
-    for bits, table in ((4, False), (4, True), (6, True)):
+    for bits, table in ((2, True), (3, False), (4, False), (4, True), (5, True), (6, True)):
         case = Case(150, 300, 200, bits, 64, table=table)
         for which in (0, 1):
             assert case.run(which, 5).tobytes() == case.run(which).tobytes()

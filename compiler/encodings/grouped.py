@@ -1,8 +1,8 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
 `q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
-`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `t4g64`, `t6g64`: w = scale * level(q) with q in
-[-8, 7] or [-32, 31] and the levels of a table, see `levels.py`. Scales are rounded to f16 before the integers are
+`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `t4g64`: w = scale * level(q) with q in [-8, 7] and
+the levels of a table, see `levels.py`. So for the other numbers of bits. Scales are rounded to f16 before the integers are
 chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
 the shorter group that it is.
 """
@@ -27,7 +27,7 @@ from llmc.compiler.ir.types import Array, Encoding, Tensor, is_precise, itemsize
 from llmc.errors import CompileError, IRError
 
 BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
-EVEN_BITS = (4, 8)
+EVEN_BITS = (2, 3, 4, 5, 6, 8)
 _NAME = re.compile(r"([qt])(\d+)g(\d+)(a?)\Z")
 
 

@@ -24,11 +24,15 @@ Floats = NDArray[np.float32]
 # The level that the extreme weight of a group is mapped to before clamping. Chosen by benchmarks/quantization.py: 4-bit
 # weights in groups of 64 keep 0.70 of the squared error of the nearest scale, as they would with 200 candidates.
 CANDIDATES: dict[Levels, tuple[float, ...]] = {
-    even_levels(4, True): (7.0, -8.0, -8.4, -8.85),
     even_levels(8, True): (127.0, 126.0, 124.5, 123.0),
+    table_levels(2): (-3.56, 3.26, -4.7, -2.88, 2.62),
+    table_levels(3): (-4.68, -5.44, 4.42, -4.17, -5.06),
     table_levels(4): (7.25, -8.5, -8.0, 7.8, -9.2),
+    table_levels(5): (-16.92, -15.41, 14.9, -16.41, -17.42),
     table_levels(6): (61.0, -64.0, -64.6, -65.3),
 }
+# Even levels below 8 bits, as parts of the lowest; the highest is tried besides.
+BEYOND = (1.0, 1.05, 1.106)
 # Asymmetric: the part of the range [min, max] that the integers cover, around its middle.
 SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.84)
 
@@ -57,7 +61,7 @@ def round_symmetric(w: Floats, levels: Levels, search: bool, importance: Floats 
 
     best = np.full(len(w), -1, np.float32)
     chosen = np.zeros(len(w), np.float32)
-    for candidate in CANDIDATES[levels]:
+    for candidate in _candidates(levels):
         step = np.divide(extreme, np.float32(candidate), dtype=np.float32)
         _quantized(w, _reciprocal(step), levels, work)
         _keep_better(w, work, best, chosen, levels, importance)
@@ -72,6 +76,13 @@ def round_symmetric(w: Floats, levels: Levels, search: bool, importance: Floats 
     worse = _squared_error(w, found, found_scales, levels, work, importance=importance) >= nearest_error
     found[worse] = nearest[worse]
     return Rounding(found, np.where(worse, scales, found_scales))
+
+
+def _candidates(levels: Levels) -> tuple[float, ...]:
+    """What the extreme weight of a group may be mapped to."""
+    if levels in CANDIDATES:
+        return CANDIDATES[levels]
+    return (float(levels.highest), *(levels.lowest * part for part in BEYOND))
 
 
 def round_asymmetric(w: Floats, levels: EvenLevels, search: bool) -> Rounding:

@@ -1,6 +1,6 @@
 """Round weights: each linear op and embedding table gets the precision that its scheme says.
 
-int4, int6 and int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16
+int2 to int8 wrap the weight in `llm.quantize` and tell the op what its activations are rounded to; none, bf16
 and f16 cast it. A table shared by the embedding and the head stays shared, at the embedding's precision. Norm weights,
 biases and tables that are not looked up by token stay as they are: they are few, and their errors are not averaged out
 over an input dimension. Weights that are encoded already, as the source had them, stay so.
@@ -28,6 +28,7 @@ from llmc.compiler.ir.types import FLOATS, Tensor
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import (
+    INTEGER_SCHEMES,
     Overrides,
     Scheme,
     describe,
@@ -40,14 +41,17 @@ from llmc.compiler.passes.schemes import (
 from llmc.errors import CompileError
 
 
+_FINER = "int6"  # what embeddings and heads are rounded to at least: their errors reach every token
+
+
 @dataclass(frozen=True)
 class QuantizeWeights(Pass, name="quantize"):
     """Give weights a precision.
 
-    scheme: none (f32), bf16, f16, int8, int6 or int4; also an encoding's name. group_size: inputs that share a scale.
-    symmetric: int4 as levels of a table, without minimums. activations: what kernels round activations to in front of
+    scheme: none (f32), bf16, f16, int8 or int2 to int6; also an encoding's name. group_size: inputs that share a scale.
+    symmetric: up to 4 bits as levels of a table, without minimums. activations: what kernels round activations to in front of
     integer weights (int8, bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own
-    schemes; `auto` is the scheme, but int6 where that is int4. overrides: `pattern=scheme;...` over params' names.
+    schemes; `auto` is the scheme, but int6 where that has fewer bits. overrides: `pattern=scheme;...` over params' names.
     search: look for scales of least squared error.
     """
 
@@ -78,8 +82,9 @@ class _Run:
         self.rounded: dict[tuple[Value, Scheme], Value] = {}
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
-        is_int4 = options.scheme in ("int4", self._scheme("int4").encoding)
-        finer = self._scheme("int6") if is_int4 else self.scheme
+        few = [name for name, bits in INTEGER_SCHEMES.items() if bits < INTEGER_SCHEMES[_FINER]]
+        is_few = any(options.scheme in (name, self._scheme(name).encoding) for name in few)
+        finer = self._scheme(_FINER) if is_few else self.scheme
         self.head = finer if options.head == "auto" else self._scheme(options.head)
         self.embedding = finer if options.embedding == "auto" else self._scheme(options.embedding)
         for _, text in self.overrides.items:

@@ -16,7 +16,7 @@ from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.errors import CompileError, IRError
 
 FLOAT_SCHEMES = {"none": "f32", "bf16": "bf16", "f16": "f16"}
-INTEGER_SCHEMES = {"int4": 4, "int6": 6, "int8": 8}
+INTEGER_SCHEMES = {f"int{bits}": bits for bits in (2, 3, 4, 5, 6, 8)}
 _ENCODING = re.compile(r"[qt]\d+g\d+a?\Z")
 
 
@@ -32,20 +32,20 @@ class Scheme:
 
 
 def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
-    """The scheme that `none`, `bf16`, `f16`, `int8`, `int6`, `int4` or an encoding's name stands for.
+    """The scheme that `none`, `bf16`, `f16`, `int8`, ... `int2` or an encoding's name stands for.
 
     CompileError for another text.
 
-    int4 and int6 have tables of levels, and int4 that is not symmetric has even steps above a minimum. The others are
-    symmetric whatever `symmetric` says: their error is far below that of int8 activations.
+    Below 8 bits integers have tables of levels, and those of up to 4 bits that are not symmetric even steps above a
+    minimum. The others are symmetric whatever `symmetric` says: their error is far below that of int8 activations.
     """
     if text in FLOAT_SCHEMES:
         return Scheme(dtype=FLOAT_SCHEMES[text])
     try:
         if text in INTEGER_SCHEMES:
             bits = INTEGER_SCHEMES[text]
-            even = bits not in TABLE_BITS or (bits == 4 and not symmetric)
-            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric or bits != 4, table=not even).name)
+            symmetric = symmetric or bits > 4
+            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric, symmetric and bits in TABLE_BITS).name)
         if _ENCODING.match(text):
             return Scheme(encoding=parse_encoding(text).name)
     except IRError as error:

@@ -18,7 +18,7 @@ import numpy as np
 from llmc.compiler.encodings.levels import TableLevels, table_levels
 from llmc.targets.cpu.builder import index, let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
-from llmc.targets.cpu.layouts import BUNDLE_QUADS, Arrays, FloatLayout, QuantizedLayout
+from llmc.targets.cpu.layouts import PLANES, Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import (
     as_f32,
@@ -45,9 +45,7 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
     from typing_extensions import Self
 
-# Bits of a stored integer, lowest first, by the planes of a group that hold them: 6 bits are half bytes, then quarters.
-_PLANES = {4: (4,), 6: (4, 2), 8: (8,)}
-ROW_BITS = tuple(_PLANES)
+ROW_BITS = tuple(PLANES)
 _STORAGE = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 
@@ -56,9 +54,10 @@ class RowLayout:
     """A group-quantized table, row after row.
 
     data u8 [n, groups, group * bits / 8]: 8-bit integers in order (symmetric: i8 bits); of 4-bit ones, byte j holds
-    input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Of 6-bit
-    ones (32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
-    behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
+    input j of the group in its low half and input j + group / 2 in its high half, symmetric ones with 8 added. Others
+    lie plane after plane (`PLANES`). Of 6-bit ones (32 added), group / 2 bytes hold the low four bits in the same way,
+    and byte j of the group / 4 behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and
+    j + 3 * group / 4, lowest first.
     scales, minimums f16 [n, groups]. The last group is padded with zero weights. levels: what integers stand for, if
     not for themselves.
     """
@@ -114,7 +113,7 @@ class RowLayout:
         padded[:, :k] = q.view(np.uint8)
         stored = (padded + np.uint8(self.offset)).reshape(n, groups, self.group)
         planes, below = [], 0
-        for width in _PLANES[self.bits]:
+        for width in PLANES[self.bits]:
             field = (stored >> np.uint8(below)) & np.uint8((1 << width) - 1)
             parts = np.split(field, 8 // width, axis=-1)
             planes.append(sum((part << np.uint8(width * i) for i, part in enumerate(parts)), np.uint8(0)))
@@ -132,7 +131,7 @@ class RowLayout:
         """The inverse of `pack`: q (i8 or u8) [n, k], scales and minimums f16 [n, groups]."""
         data = arrays["data"]
         stored, below, start = np.zeros((*data.shape[:-1], self.group), np.uint8), 0, 0
-        for width in _PLANES[self.bits]:
+        for width in PLANES[self.bits]:
             plane = data[..., start : start + self.group * width // 8]
             shifted = [plane >> np.uint8(width * i) for i in range(8 // width)]
             stored |= (np.concatenate(shifted, axis=-1) & np.uint8((1 << width) - 1)) << np.uint8(below)
@@ -359,7 +358,7 @@ def _row_group(
     data: Buffer, base: Expr, vector: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
     """One group of a row in a `RowLayout`: piece by piece of the narrowest plane, with all inputs that it holds."""
-    planes = _PLANES[bits]
+    planes = PLANES[bits]
     narrowest = min(planes)
     length = group * narrowest // 8  # bytes of the narrowest plane, and inputs of each of its fields
 
@@ -391,12 +390,15 @@ def _lane_group(
     data: Buffer, base: Expr, tile_rows: int, group: int, bits: int, write: Callable[[Expr | int, Expr, int], None]
 ) -> None:
     """One group of one lane in a `QuantizedLayout`: four bytes of every vector."""
-    quads = BUNDLE_QUADS[bits]
-    vectors = quads * bits // 8
+    layout = QuantizedLayout(bits, group, True, tile_rows, 0)  # what else it has is the same for where bytes lie
+    quads, vectors = layout.bundle_quads, layout.bundle_vectors
     with loop(group // (4 * quads)) as bundle:
         stored = [let(load(data, base + (bundle * vectors + v) * (tile_rows * 4), 4)) for v in range(vectors)]
         for number in range(quads):
-            field = _field(stored[number // 2], number % 2 * 4, min(bits, 4)) if bits < 8 else stored[0]
-            if bits == 6:
-                field = field | (_field(stored[2], 2 * number, 2) << 4)
-            write((bundle * quads + number) * 4, field, 4)
+            whole = None
+            for vector, bit, width, below in layout.fields(number):
+                field = _field(stored[vector], bit, width)
+                field = field << below if below else field
+                whole = field if whole is None else whole | field
+            assert whole is not None
+            write((bundle * quads + number) * 4, whole, 4)

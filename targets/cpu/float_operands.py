@@ -60,7 +60,7 @@ class FloatWeights:
 
 
 class DequantizedWeights:
-    """Weights of 4, 6 or 8 bits as f32 vectors: of a quad, lane by lane, byte by byte."""
+    """Weights of 2 to 6 or 8 bits as f32 vectors: of a quad, lane by lane, byte by byte."""
 
     def __init__(self, isa: VectorIsa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.k = isa, layout, k

@@ -28,7 +28,8 @@ from llmc.compiler.encodings.levels import TableLevels, table_levels
 
 Arrays = dict[str, tuple[tuple[int, ...], np.dtype]]
 
-BUNDLE_QUADS = {4: 2, 6: 4, 8: 1}  # by bits, see `QuantizedLayout.bundle_quads`
+# Bits of a stored integer, lowest first, by the planes that hold them: 6 bits are half bytes, then quarters.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 _CHUNK = 1 << 20  # weights packed at a time: the temporaries stay in the second-level cache
 
 
@@ -51,7 +52,7 @@ class WeightTiles:
     def quantized(
         self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False
     ) -> QuantizedLayout:
-        """The layout of weights of 4, 6 or 8 bits. table: integers stand for levels of a table. ValueError where there
+        """The layout of weights of 2 to 6 or 8 bits. table: integers stand for levels of a table. ValueError where there
         is none."""
         levels, zero = table_levels(bits) if table else None, 0
         if levels is not None and not self.signed_bytes:
@@ -118,13 +119,15 @@ def _pad_inputs(values: np.ndarray, multiple: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class QuantizedLayout(_Tiled):
-    """Integers of 4, 6 or 8 bits with an f16 scale (and minimum, when asymmetric) a row and group.
+    """Integers of 2 to 6 or 8 bits with an f16 scale (and minimum, when asymmetric) a row and group.
 
     A *quad* is four consecutive inputs of a row: of 8 bits it fills a 32-bit lane. Quad v of a group of all rows of a
     tile makes a vector of bytes, byte 4 * row + i for input 4 * v + i, plus `offset` (see `WeightTiles.offset`).
-    data u8 [tiles, groups, vectors, tile_rows * 4]. Of 8-bit weights, vector v holds quad v; of 4-bit ones, quads 2v
-    (low halves of bytes) and 2v + 1 (high). Of 6-bit ones, three vectors hold quads 4v to 4v + 3: the low four bits of
-    the first two, as 4-bit weights have them, those of the other two, and the high two bits of all four, lowest first.
+    data u8 [tiles, groups, vectors, tile_rows * 4]. Of 8-bit weights, vector v holds quad v. Others share vectors: a
+    *bundle* of quads is as many as share one vector of the narrowest of `PLANES`. It has the vectors of one plane after
+    those of another, and a vector holds successive quads, the first in the lowest bits of its bytes. So of 4-bit
+    weights, a vector holds quads 2v and 2v + 1; of 6-bit ones, three vectors hold quads 4v to 4v + 3: the low four bits
+    of the first two and of the other two, and the high two bits of all four.
     scales, minimums f16 [tiles, groups, tile_rows].
 
     levels: what integers stand for, where they are not multiplied themselves but the bytes of a table. zero: what is
@@ -141,7 +144,7 @@ class QuantizedLayout(_Tiled):
     zero: int = 0
 
     def __post_init__(self) -> None:
-        if self.bits not in BUNDLE_QUADS or self.group % 32:
+        if self.bits not in PLANES or self.group % 32:
             raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32")
 
     def groups(self, k: int) -> int:
@@ -155,13 +158,22 @@ class QuantizedLayout(_Tiled):
 
     @property
     def bundle_quads(self) -> int:
-        """Quads of a *bundle*, which share vectors: 2 share one, 4 share three, or 1 has its own."""
-        return BUNDLE_QUADS[self.bits]
+        """Quads of a bundle."""
+        return 8 // min(PLANES[self.bits])
 
     @property
     def bundle_vectors(self) -> int:
         """The vectors of a bundle."""
         return self.bundle_quads * self.bits // 8
+
+    def fields(self, place: int) -> list[tuple[int, int, int, int]]:
+        """Where the bits of quad `place` of a bundle are, lowest first: (vector of the bundle, lowest bit there, how
+        many, the lowest of them in the integer)."""
+        found, first, below = [], 0, 0
+        for width in PLANES[self.bits]:
+            found.append((first + place * width // 8, place * width % 8, width, below))
+            first, below = first + self.bundle_quads * width // 8, below + width
+        return found
 
     @property
     def byte_offset(self) -> int:
@@ -257,24 +269,27 @@ class QuantizedLayout(_Tiled):
 
     def _pack_quads(self, quads: np.ndarray) -> np.ndarray:
         """Quads [..., Q] that share vectors to those vectors, both as u32."""
-        each = [quads[..., place :: self.bundle_quads] for place in range(self.bundle_quads)]
-        low = [quad & np.uint32(0x0F0F0F0F) for quad in each]
-        vectors = [low[place] | low[place + 1] << np.uint32(4) for place in range(0, self.bundle_quads, 2)]
-        if self.bits == 6:
-            high = [((quad >> np.uint32(4)) & np.uint32(0x03030303)) << np.uint32(2 * i) for i, quad in enumerate(each)]
-            vectors.append(high[0] | high[1] | high[2] | high[3])
-        return np.stack(vectors, axis=-1).reshape(*quads.shape[:-1], -1)
+        vectors = np.zeros((self.bundle_vectors, *quads.shape[:-1], quads.shape[-1] // self.bundle_quads), np.uint32)
+        for place in range(self.bundle_quads):
+            quad = quads[..., place :: self.bundle_quads]
+            for vector, bit, width, below in self.fields(place):
+                vectors[vector] |= ((quad >> np.uint32(below)) & _in_each_byte(width)) << np.uint32(bit)
+        return np.moveaxis(vectors, 0, -1).reshape(*quads.shape[:-1], -1)
 
     def _unpack_quads(self, packed: np.ndarray) -> np.ndarray:
         """The inverse of `_pack_quads`."""
-        each, quads = self.bundle_vectors, []
+        bundles = packed.shape[-1] // self.bundle_vectors
+        quads = np.zeros((*packed.shape[:-1], bundles, self.bundle_quads), np.uint32)
         for place in range(self.bundle_quads):
-            quad = (packed[..., place // 2 :: each] >> np.uint32(place % 2 * 4)) & np.uint32(0x0F0F0F0F)
-            if self.bits == 6:
-                high = (packed[..., each - 1 :: each] >> np.uint32(2 * place)) & np.uint32(0x03030303)
-                quad |= high << np.uint32(4)
-            quads.append(quad)
-        return np.stack(quads, axis=-1).reshape(*packed.shape[:-1], -1)
+            for vector, bit, width, below in self.fields(place):
+                field = (packed[..., vector :: self.bundle_vectors] >> np.uint32(bit)) & _in_each_byte(width)
+                quads[..., place] |= field << np.uint32(below)
+        return quads.reshape(*packed.shape[:-1], -1)
+
+
+def _in_each_byte(width: int) -> np.uint32:
+    """The lowest bits of the bytes of a quad."""
+    return np.uint32(0x01010101 * ((1 << width) - 1))
 
 
 _FLOAT = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}

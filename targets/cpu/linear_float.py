@@ -255,7 +255,7 @@ class StreamedFloats(CpuTemplate[F]):
     rows: int = knob(1, 4, 6, 8, 12)
     tiles: int = knob(1, 2, 4)
     slices: int = knob(1, 2, 4)
-    unroll: int = knob(8, 16)
+    unroll: int = knob(8, 16, 32)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
 
@@ -299,7 +299,7 @@ class FloatPanels(CpuTemplate[F]):
     tiles: int = knob(1, 2, 4)
     slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
-    unroll: int = knob(8, 16)
+    unroll: int = knob(8, 16, 32)
 
     def panel_bytes(self, part: int, problem: AnyProblem, machine: Machine) -> int:
         """Bytes of stack, of parts of so many terms."""
@@ -376,7 +376,7 @@ class FloatBlocks(FloatPanels[FloatProblem], name="float_linear_blocks"):
 
 @dataclass(frozen=True)
 class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear_rows"):
-    """Weights of 4, 6 or 8 bits times f32 activations."""
+    """Weights of 2 to 6 or 8 bits times f32 activations."""
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedRows:
@@ -397,7 +397,7 @@ class DequantizedRows(StreamedFloats[QuantizedProblem], name="dequantized_linear
 
 @dataclass(frozen=True)
 class DequantizedBlocks(FloatPanels[QuantizedProblem], name="dequantized_linear_blocks"):
-    """Weights of 4, 6 or 8 bits times f32 activations; a panel holds a group at a time."""
+    """Weights of 2 to 6 or 8 bits times f32 activations; a panel holds a group at a time."""
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> DequantizedBlocks:

@@ -22,7 +22,7 @@ from llmc.targets.template import Chooser
 
 
 def quantized_linear_plan(chooser: Chooser, problem: QuantizedProblem, activations: str = "i8") -> LinearPlan:
-    """y[T, features] from weights of 4 or 8 bits.
+    """y[T, features] from weights of 2 to 6 or 8 bits.
 
     activations "i8": 8-bit activations in the weight's groups; the sums are exact but for one f32 rounding a group.
     "f32": weights are dequantized in registers and multiplied with f32 activations (no machine multiplies bf16 by

@@ -36,7 +36,7 @@ class LinearProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedProblem(LinearProblem):
-    """Weights of 4, 6 or 8 bits in groups along the inputs. table: they stand for levels of a table."""
+    """Weights of 2 to 6 or 8 bits in groups along the inputs. table: they stand for levels of a table."""
 
     bits: int
     group: int
@@ -63,7 +63,7 @@ class FloatProblem(LinearProblem):
 
 @dataclass(frozen=True, kw_only=True)
 class ManyRowsProblem(LinearProblem):
-    """For a matrix unit: weights of 4, 6 or 8 bits in groups, of 16 (bf16) or of 32 (f32), which have no group.
+    """For a matrix unit: weights of 2 to 6 or 8 bits in groups, of 16 (bf16) or of 32 (f32), which have no group.
 
     packed: the result is in the unit's own form (`MatrixUnit.result`) instead of f32.
     """

@@ -1,4 +1,4 @@
-"""Linear ops with weights of 4, 6 or 8 bits and activations of 8 bits per group.
+"""Linear ops with weights of 2 to 6 or 8 bits and activations of 8 bits per group.
 
 Two kernels share one inner product. `QuantizedRows` keeps a few rows' sums in registers while it streams each
 weight tile once: for one token and small batches, whose limit is the memory that holds the weights.
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
 FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
+
+
+def _refuse_unroll(unroll: int, problem: QuantizedProblem, machine: Machine) -> str:
+    quads = problem.layout(machine).bundle_quads
+    return "" if unroll % quads == 0 else f"{unroll} unrolled quads are no whole number of bundles of {quads}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, self.chains)
+            or _refuse_unroll(self.unroll, problem, machine)
             or ("units of several rows are finished one by one" if self.together > 1 and self.row_block > 1 else "")
             or super().refuse(problem, machine)
         )
@@ -254,6 +260,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, 1)
+            or _refuse_unroll(self.unroll, problem, machine)
             or super().refuse(problem, machine)
         )
 

@@ -11,6 +11,7 @@ from llmc.compiler.ir.dims import Dim, product
 from llmc.compiler.ir.llm import GatedLinear, Linear, QuantizeActivations
 from llmc.compiler.ir.op import Op, Value
 from llmc.targets.agreement import Reading, Statement, Way, Writing, unrounded
+from llmc.targets.cpu.layouts import PLANES
 from llmc.targets.cpu.linear_plan import float_linear_plan, quantized_linear_plan
 from llmc.targets.cpu.linear_problem import FloatProblem, ManyRowsProblem, QuantizedProblem
 from llmc.targets.cpu.matrix_unit import MatrixUnit, matrix_unit
@@ -23,7 +24,7 @@ from llmc.targets.kernel import Call, Packed, Range, Workspace
 from llmc.targets.lowering import Context, Lowered
 
 AnyLinear: TypeAlias = Linear | GatedLinear
-INTEGER_BITS = (4, 6, 8)
+INTEGER_BITS = tuple(PLANES)
 
 
 def rows_of(value: Value) -> int | Dim:

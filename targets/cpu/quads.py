@@ -18,14 +18,17 @@ def quad_bytes(isa: VectorIsa, layout: QuantizedLayout, vector: Callable[[int], 
     """Quad `place` of those of a bundle, u8, as it is multiplied. vector: loads the bundle's vector of that number."""
     if layout.bits == 8:
         return vector(0)
-    packed = vector(place // 2)
-    if layout.bits == 4 and layout.table is None:
-        return isa.high_nibbles(packed) if place % 2 else isa.low_nibbles(packed)
-    codes = _moved(isa, packed, 4 if place % 2 else 0)
-    if layout.bits == 6:
-        codes = (codes & 15) | (_moved(isa, vector(layout.bundle_vectors - 1), 2 * place - 4) & 0xF0)
-    assert layout.table is not None
-    return isa.look_up_bytes(layout.table, b.let(codes))
+    codes = None
+    for number, bit, width, below in layout.fields(place):
+        moved = _moved(isa, vector(number), bit - below)
+        # Bits of other quads are above those of the highest plane only: a table does not look at them.
+        kept = ((1 << width) - 1) << below
+        if below + width == layout.bits:
+            kept = kept if layout.table is None else 0xFF & -(1 << below)
+        field = moved if kept == 0xFF else moved & kept
+        codes = field if codes is None else codes | field
+    assert codes is not None
+    return codes if layout.table is None else isa.look_up_bytes(layout.table, b.let(codes))
 
 
 def _moved(isa: VectorIsa, packed: Expr, right: int) -> Expr:

@@ -147,21 +147,8 @@ class VectorIsa(ABC):
 
         return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
 
-    def low_nibbles(self, packed: Expr) -> Expr:
-        """The low four bits of each byte (u8 in, i8 out, 0..15)."""
-        from tvm import tirx
-
-        return tirx.reinterpret(self.i8, packed & 15)
-
-    def high_nibbles(self, packed: Expr) -> Expr:
-        """The high four bits of each byte (u8 in, i8 out, 0..15): 16-bit lanes are shifted, then masked."""
-        from tvm import tirx
-
-        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed) >> 4
-        return tirx.reinterpret(self.i8, tirx.reinterpret(self.u8, words) & 15)
-
     def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
-        """table[code] of each byte (u8), of 16 or 64 bytes; of a code only as many bits as that count.
+        """table[code] of each byte (u8), of a power of two of bytes up to 64; of a code only as many bits as that count.
 
         One comparison an entry: an instruction set that shuffles bytes has better.
         """

@@ -100,14 +100,15 @@ class X86Isa(VectorIsa):
     def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
         """As the base has it. `vpermb` looks at six bits of a code and `vpshufb` at four, and at the highest, which
         makes 0 of it: of four tables of 16, all but one give 0."""
-        if self.vbmi and self.lanes == 16:  # the same 16 four times, or all 64
+        if self.vbmi and self.lanes == 16:  # fewer than 64 again and again
             return llvm_call(self.u8, "llvm.x86.avx512.permvar.qi.512", self._repeated(table), codes)
-        if len(table) == 16:
+        if len(table) <= 16:
             return self._shuffle(table, codes & 15)
         found = None
         for first in range(0, len(table), 16):
             # From 16 on, a place and 0x70 have the highest bit.
-            place = (codes & 63) ^ first if first else codes & 63
+            place = codes & (len(table) - 1)
+            place = place ^ first if first else place
             place = llvm_call(self.u8, "llvm.uadd.sat", place, splat(0x70, self.vector_bytes, "uint8"))
             part = self._shuffle(table[first : first + 16], place)
             found = part if found is None else found | part
@@ -130,7 +131,7 @@ class X86Isa(VectorIsa):
         return 128 if bits == 8 and not self.vnni else 0
 
     def pair_sums(self, group: int) -> bool:
-        """As the base has it, for weights of 4 bits without VNNI.
+        """As the base has it, for weights of up to 4 bits without VNNI.
 
         An i16 accumulator that starts from -8 times such a sum ends at the sum of (w - 8) * a, for w in 0..15. Over 64
         inputs that is at most 32 * 8 * 127 = 32512; on the way there it may wrap around. So a group of up to 64 inputs
@@ -139,8 +140,8 @@ class X86Isa(VectorIsa):
         return not self.vnni and group <= 64
 
     def sums(self, bits: int, group: int) -> Sums:
-        """4-bit weights without VNNI: 8 dots of 2 * 15 * 127 are 30480, which i16 hold."""
-        return PairSums(self, 8, whole=self.pair_sums(group)) if bits == 4 and not self.vnni else WideSums()
+        """Weights of up to 4 bits without VNNI: 8 dots of 2 * 15 * 127 are 30480, which i16 hold."""
+        return PairSums(self, 8, whole=self.pair_sums(group)) if bits <= 4 and not self.vnni else WideSums()
 
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """As the base has it. The instructions multiply unsigned by signed bytes."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.layouts import QuantizedLayout
+from llmc.targets.cpu.layouts import PLANES, QuantizedLayout
 from llmc.targets.cpu.vectors import as_f32, load, splat
 from llmc.targets.x86.activation_tiles import bf16_parts
 from llmc.targets.x86.isa import X86Isa
@@ -56,7 +56,7 @@ def chunks(source: Source) -> int:
 
 
 class Quantized:
-    """Weights of 4, 6 or 8 bits: one section is a group."""
+    """Weights of 2 to 6 or 8 bits: one section is a group."""
 
     parts = 1
 
@@ -70,7 +70,7 @@ class Quantized:
         return [("data", "uint8"), ("scales", "float16"), *minimums]
 
     def unpack(self, handles: Mapping[str, Expr], tile: Expr, section: Expr, chunk: Expr, put: Put) -> None:
-        """One vector of 4-bit weights, half a bundle of 6-bit ones, or two vectors of 8-bit ones."""
+        """The two quads of a chunk, whose bits may be in several vectors."""
         from tvm import tirx
 
         isa, layout = self.isa, self.layout
@@ -84,7 +84,7 @@ class Quantized:
         scale = scale if layout.unit == 1 or layout.bits == 4 else b.let(scale * layout.unit)
         # What a stored zero stands for; exact, since scales have 11 bits.
         base = per_group("minimums") if not layout.symmetric else None
-        if layout.bits > 4 and layout.byte_offset:
+        if layout.bits != 4 and layout.byte_offset:
             shift = scale * float(-layout.byte_offset)
             base = b.let(shift if base is None else base + shift)
         table = b.let(_numbers(isa, layout)) if layout.bits == 4 else None
@@ -102,24 +102,34 @@ class Quantized:
             return b.let(tirx.reinterpret(f"uint32x{isa.lanes}", raw))
 
         quads = [(vector(chunk), 0), (vector(chunk), 4)] if layout.bits == 4 else [
-            (quad, 0) for quad in (self._six_bits(vector, chunk) if layout.bits == 6 else
-                                   (vector(chunk * 2), vector(chunk * 2 + 1)))]  # fmt: skip
+            (quad, 0) for quad in self._quads(vector, chunk)]  # fmt: skip
         for number, (words, half) in enumerate(quads):  # of 4-bit weights, the second one is the high halves
             for row in (0, 1):
                 bit = row * 16 + half
                 put(number * 2 + row, isa.pack_pairs(value(words, bit), value(words, bit + 8)))
 
-    def _six_bits(self, vector: Callable[[Expr], Expr], chunk: Expr) -> list[Expr]:
-        """The two quads of a chunk: the first two of a bundle, or the others."""
+    def _quads(self, vector: Callable[[Expr], Expr], chunk: Expr) -> list[Expr]:
+        """The two quads of a chunk as the bytes that are multiplied."""
         from tvm import tirx
 
-        isa, table = self.isa, self.layout.table
-        assert table is not None
-        first = b.let((chunk >> 1) * self.layout.bundle_vectors)
-        low, lane = vector(first + (chunk & 1)), f"uint32x{isa.lanes}"
-        high = b.let(vector(first + 2) >> splat(tirx.Cast("uint32", (chunk & 1) * 4), isa.lanes))
-        codes = [(low >> 4 * i) & 0x0F0F0F0F | ((high >> 2 * i) & 0x03030303) << 4 for i in (0, 1)]
-        found = [isa.look_up_bytes(table, tirx.reinterpret(isa.u8, each)) for each in codes]
+        isa, layout, lane = self.isa, self.layout, f"uint32x{self.isa.lanes}"
+        if layout.bits == 8:
+            return [vector(chunk * 2), vector(chunk * 2 + 1)]
+        chunks = layout.bundle_quads // 2  # of a bundle
+        first = b.let(chunk // chunks * layout.bundle_vectors)
+        place = b.let(chunk % chunks * 2)
+        codes: list[Expr] = []
+        start = below = 0
+        for width in PLANES[layout.bits]:
+            bit = splat(tirx.Cast("uint32", (place * width) % 8), isa.lanes)
+            both = b.let(vector(first + start + place * width // 8) >> bit)
+            mask = 0x01010101 * ((1 << width) - 1)
+            fields = [((both >> width * i if i else both) & mask) << below for i in (0, 1)]
+            codes = [code | field for code, field in zip(codes, fields, strict=True)] if codes else fields
+            start, below = start + layout.bundle_quads * width // 8, below + width
+        if layout.table is None:
+            return [b.let(code) for code in codes]
+        found = [isa.look_up_bytes(layout.table, tirx.reinterpret(isa.u8, code)) for code in codes]
         return [b.let(tirx.reinterpret(lane, each)) for each in found]
 
 
