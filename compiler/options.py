@@ -44,6 +44,7 @@ class CompileOptions:
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
     than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
+    lora: directories of adapters, as PEFT writes them, that are merged into the weights.
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -64,6 +65,7 @@ class CompileOptions:
     overrides: tuple[tuple[str, str], ...] = ()
     calibrate: str | None = None
     bits_per_weight: float | None = None
+    lora: tuple[str, ...] = ()
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -152,18 +154,27 @@ class CompileOptions:
         for name in ("kernel_cache", "jobs", "check"):
             del kept[name]
         if self.calibration_file is not None:
-            kept["calibrate"] = _hash_of(self.calibration_file)
+            kept["calibrate"] = _hash_of("--calibrate", self.calibration_file)
+        kept["lora"] = [_hash_of("--lora", *_adapter_files(Path(each).expanduser())) for each in self.lora]
         kept["overrides"] = [list(pair) for pair in self.overrides]
         kept["max_dims"], kept["dims"] = dict(self.max_dims), dict(self.dims)
         json.dumps(kept)
         return kept
 
 
-def _hash_of(path: Path) -> str:
+def _hash_of(option: str, *paths: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths:
+            digest.update(path.read_bytes())
     except OSError as error:
-        raise CompileError(f"--calibrate {path}: {error.strerror}") from error
+        raise CompileError(f"{option} {error.filename}: {error.strerror}") from error
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _adapter_files(directory: Path) -> list[Path]:
+    """What an adapter is made of."""
+    return [directory / "adapter_config.json", *sorted(directory.glob("adapter_model.*"))]
 
 
 def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:

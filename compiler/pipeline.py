@@ -135,6 +135,7 @@ def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = No
         lift(
             source, max_context=options.max_context, weights="random" if options.weights == "random" else "checkpoint",
             seed=options.seed, tokenizer=tokenizer, max_dims=dict(options.max_dims), dims=dict(options.dims),
+            lora=options.lora,
         )
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmc.errors import FrontendError
@@ -20,15 +20,19 @@ def lift(
     tokenizer: str | Path | None = None,
     max_dims: Mapping[str, int] | None = None,
     dims: Mapping[str, int] | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> Lifted:
     """Read a model: an ONNX file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code runs.
 
     max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
     noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
-    of each free size of an ONNX graph that is not text. dims: free sizes that are numbers, in such a graph.
+    of each free size of an ONNX graph that is not text. dims: free sizes that are numbers, in such a graph. lora:
+    directories of adapters that are merged into a Hugging Face model's weights.
     """
     path = onnx_file(source)
     if path is not None:
+        if lora:
+            raise FrontendError(f"--lora: {source} is no Hugging Face model, whose weights adapters are made for")
         from llmc.frontends.onnx import lift as lift_onnx
 
         return lift_onnx(
@@ -40,7 +44,7 @@ def lift(
         raise FrontendError(f"{source} has a tokenizer of its own: another one can be given to an .onnx model only")
     from llmc.frontends.hf.lift import lift as lift_hf
 
-    return lift_hf(source, max_context=max_context, weights=weights, seed=seed)
+    return lift_hf(source, max_context=max_context, weights=weights, seed=seed, lora=lora)
 
 
 def onnx_file(source: str | Path) -> Path | None:

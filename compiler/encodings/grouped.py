@@ -2,9 +2,9 @@
 
 `q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
 `q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `t4g64`: w = scale * level(q) with q in [-8, 7] and
-the levels of a table, see `levels.py`. So for the other numbers of bits. Scales are rounded to f16 before the integers are
-chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
-the shorter group that it is.
+the levels of a table, see `levels.py`. So for the other numbers of bits. Scales are rounded to f16 before the integers
+are chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded
+as the shorter group that it is.
 """
 
 from __future__ import annotations

@@ -40,7 +40,6 @@ from llmc.compiler.passes.schemes import (
 )
 from llmc.errors import CompileError
 
-
 _FINER = "int6"  # what embeddings and heads are rounded to at least: their errors reach every token
 
 
@@ -49,9 +48,10 @@ class QuantizeWeights(Pass, name="quantize"):
     """Give weights a precision.
 
     scheme: none (f32), bf16, f16, int8 or int2 to int6; also an encoding's name. group_size: inputs that share a scale.
-    symmetric: up to 4 bits as levels of a table, without minimums. activations: what kernels round activations to in front of
-    integer weights (int8, bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head: their own
-    schemes; `auto` is the scheme, but int6 where that has fewer bits. overrides: `pattern=scheme;...` over params' names.
+    symmetric: up to 4 bits as levels of a table, without minimums. activations: what kernels round activations to in
+    front of integer weights (int8, bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head:
+    their own schemes; `auto` is the scheme, but int6 where that has fewer bits. overrides: `pattern=scheme;...` over
+    params' names.
     search: look for scales of least squared error.
     """
 

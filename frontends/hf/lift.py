@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from llmc.frontends.hf.classes import choose_class
 from llmc.frontends.hf.config import load_config, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
+from llmc.frontends.hf.lora import AdaptedWeights, Adapter
 from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import adapters_below, resolve
 from llmc.frontends.hf.stored import open_stored, quantization_of
@@ -31,11 +33,18 @@ if TYPE_CHECKING:
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 
 
-def lift(source: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
+def lift(
+    source: str | Path,
+    *,
+    max_context: int | None = None,
+    weights: str = "checkpoint",
+    seed: int = 0,
+    lora: Sequence[str | Path] = (),
+) -> Lifted:
     """Read a model: a directory, or a name on the Hugging Face hub. No weight is loaded; none of its code runs.
 
     max_context: tokens a sequence may have (default: the model's own limit); rotary frequencies are settled for it.
-    weights: "checkpoint", or "random" for `RandomWeights(seed)`.
+    weights: "checkpoint", or "random" for `RandomWeights(seed)`. lora: directories of adapters that are merged.
     """
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
@@ -55,6 +64,12 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     told: tuple[str, ...] = ()
     if checkpoint is not None and quantization is not None:
         checkpoint, told = open_stored(quantization, checkpoint)
+    for directory in lora:
+        if checkpoint is None:
+            raise FrontendError("--lora changes the checkpoint's weights, and not --weights random")
+        tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
+        checkpoint = AdaptedWeights(checkpoint, Adapter.read(Path(directory).expanduser()), tied)
+        told = (*told, checkpoint.note)
     dtype = _checkpoint_dtype(config)  # building the model changes the config's
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
     stored: list[ModelWeights] = []  # the checkpoint as the weights of the model that was built last

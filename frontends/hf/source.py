@@ -164,5 +164,6 @@ def _adapter(directory: Path, described: dict[str, object], file: str) -> str:
     if kind in _PROMPT_ADAPTERS:
         advice = "it is no change of weights, so that it cannot be merged" + (f"; {away}" if beside else "")
     else:
-        advice = MERGE + (f", or {away}" if beside else "")
+        with_base = f"compile the model that it is for with --lora {directory}, or " if described else ""
+        advice = with_base + MERGE + (f", or {away}" if beside else "")
     return f"{directory} holds {what:.40}{of:.100} ({file}), which llmc does not apply: {advice}"

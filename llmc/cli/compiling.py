@@ -41,6 +41,7 @@ def compile(
     calibrate: o.Calibrate = None,
     bits_per_weight: o.BitsPerWeight = None,
     fast: o.Fast = False,
+    lora: o.Lora = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
@@ -67,7 +68,7 @@ def compile(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
-        bits_per_weight=bits_per_weight,
+        bits_per_weight=bits_per_weight, lora=tuple(lora or ()),
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
     check_outputs(model, path, options.weights_file, json)

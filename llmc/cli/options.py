@@ -80,6 +80,10 @@ BitsPerWeight = Annotated[
                                help="With int4, int6: bits a weight, all in all. Those that need it most get 6 or 8; "
                                "default: 0.1 more than with none of them."),
 ]  # fmt: skip
+Lora = Annotated[
+    list[str] | None, typer.Option("--lora", metavar="DIR", rich_help_panel=_COMPILING, show_default=False,
+                                   help="An adapter as PEFT writes it, merged into the weights; several times: all."),
+]  # fmt: skip
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
                        rich_help_panel=_COMPILING),

@@ -1,0 +1,278 @@
+"""Adapters that add a product of two small matrices to weights (LoRA: Hu et al. 2021, arXiv 2106.09685), as PEFT writes
+them, merged into the weights of a checkpoint when these are read.
+
+A module's weight [outputs, inputs] becomes W + s B A, with A [r, inputs], B [outputs, r] and s = alpha / r, or
+alpha / sqrt(r) (`use_rslora`: Kalajdzievski 2023, arXiv 2312.03732). With a magnitude m [outputs] (`use_dora`: Liu et
+al. 2024, arXiv 2402.09353) row i becomes m_i (W + s B A)_i / |(W + s B A)_i|. An embedding [ids, features] becomes
+E + s (B A)^T. Tensors of modules that were trained as a whole (`modules_to_save`, biases) take the base model's place.
+
+What an adapter's settings ask for beyond that is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json
+from llmc.frontends.hf.stored.settings import Settings
+from llmc.frontends.hf.weights import SafetensorsFile, TorchFile, is_finite, shortened
+from llmc.frontends.lifted import WeightSource
+from llmc.frontends.stored_integers import StoredIntegers, stored_integers
+
+_PREFIX = "base_model.model."
+_PARTS = re.compile(
+    r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?\Z"
+)
+# Settings that say how an adapter was trained, or that `Adapter` reads.
+_HARMLESS = frozenset(
+    (
+        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+        "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+        "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "megatron_config",
+        "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+        "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    )
+)  # fmt: skip
+# Beginnings of training that leave the base model's weights as they are; others take a part out of them.
+_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass
+class _Change:
+    """What is added to a weight: a [r, inputs], b [outputs, r], magnitude [outputs]. Inputs of an embedding are ids."""
+
+    scale: float = 0.0
+    a: Array | None = None
+    b: Array | None = None
+    magnitude: Array | None = None
+    is_table: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's directory. changes: by module; whole: tensors that take the place of the base model's, by name."""
+
+    directory: Path
+    turned: bool
+    changes: Mapping[str, _Change] = field(repr=False)
+    whole: Mapping[str, Array] = field(repr=False)
+
+    @classmethod
+    def read(cls, directory: Path) -> Adapter:
+        """FrontendError for one that cannot be merged."""
+        settings = Settings(read_json(directory / "adapter_config.json"), str(directory / "adapter_config.json"))
+        _check(settings)
+        file = _open(directory)
+        changes: dict[str, _Change] = {}
+        whole: dict[str, Array] = {}
+        for name in sorted(file.names):
+            if file.dtype(name) not in FLOATS or not is_finite(file.load(name)):
+                raise FrontendError(f"{directory}: tensor {name!r:.100} holds no finite floats")
+            inner = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+            found = _PARTS.match(inner)
+            if found is None:
+                whole[inner] = file.load(name)
+            else:
+                _add(changes.setdefault(found[1], _Change()), found, file.load(name), directory, name, whole)
+        for module, change in changes.items():
+            change.scale = _scale(settings, module)
+            _check_change(change, settings, directory, module)
+        for name in [name for name in whole if name.endswith(".lora_B.bias")]:
+            module = name.removesuffix(".lora_B.bias")
+            raise FrontendError(f"{directory}: {module} has a bias of its own (lora_bias), which is not merged")
+        if not changes and not whole:
+            raise FrontendError(f"{directory} holds no tensors of an adapter")
+        return cls(directory, settings.flag("fan_in_fan_out", False), changes, whole)
+
+
+def _check(settings: Settings) -> None:
+    """FrontendError for settings by which an adapter is more than products that are added."""
+    if settings.text("peft_type").upper() != "LORA":
+        raise settings.wrong("peft_type", "'LORA': merge others with peft and compile the result")
+    if settings.values.get("init_lora_weights", True) not in _BEGINNINGS:
+        raise settings.wrong(
+            "init_lora_weights", "true: it takes a part out of the base model's weights, so that it has to be merged "
+            "with peft",
+        )  # fmt: skip
+    for name, value in settings.values.items():
+        if name not in _HARMLESS and value not in (None, False, [], {}, ""):
+            raise FrontendError(
+                f"{settings.where}: {name} is {value!r:.60}, which llmc does not know: merge the adapter with peft"
+            )
+
+
+def _open(directory: Path) -> WeightSource:
+    if (directory / "adapter_model.safetensors").exists():
+        return SafetensorsFile(directory / "adapter_model.safetensors")
+    if (directory / "adapter_model.bin").exists():
+        return TorchFile(directory / "adapter_model.bin")
+    raise FrontendError(f"{directory} has no adapter_model.safetensors: give the directory that PEFT has written")
+
+
+def _add(
+    change: _Change, found: re.Match[str], array: Array, directory: Path, name: str, whole: dict[str, Array]
+) -> None:
+    kind = found[2]
+    if found[3] == ".bias":
+        whole[found[0]] = array
+    elif kind == "lora_magnitude_vector":
+        change.magnitude = array.reshape(-1)
+    elif array.ndim != 2:
+        raise FrontendError(f"{directory}: tensor {name!r:.100} is {list(array.shape)}, no matrix: merge it with peft")
+    elif kind.endswith("A"):
+        change.a, change.is_table = array, "embedding" in kind
+    else:
+        change.b = array
+
+
+def _scale(settings: Settings, module: str) -> float:
+    """alpha / r, each by the first pattern that fits a module's name, as PEFT looks them up."""
+    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
+    default = settings.values.get("lora_alpha", 8)
+    alpha = _by_pattern(settings, "alpha_pattern", module, default)
+    return alpha / (math.sqrt(rank) if settings.flag("use_rslora", False) else rank)
+
+
+def _by_pattern(settings: Settings, name: str, module: str, default: object) -> float:
+    patterns = settings.inner(name)
+    value = default
+    for pattern, number in patterns.values.items() if patterns is not None else ():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                value = number
+                break
+        except re.error as error:
+            raise FrontendError(f"{settings.where}: {name} has the pattern {pattern!r:.60}: {error}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < 1e9:
+        raise FrontendError(f"{settings.where}: {name} or its default is {value!r:.40} for {module:.80}, no number")
+    return value
+
+
+def _check_change(change: _Change, settings: Settings, directory: Path, module: str) -> None:
+    where = f"{directory}: module {module:.100}"
+    if change.a is None or change.b is None:
+        raise FrontendError(f"{where} has only one of the two matrices of an adapter")
+    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
+    if change.a.shape[0] != rank or change.b.shape[1] != rank:
+        raise FrontendError(
+            f"{where}: its matrices are {list(change.a.shape)} and {list(change.b.shape)}, the rank is {rank}"
+        )
+    if settings.flag("use_dora", False) != (change.magnitude is not None):
+        raise FrontendError(f"{where}: use_dora and its magnitudes (lora_magnitude_vector) do not agree")
+    if change.magnitude is not None and change.is_table:
+        raise FrontendError(f"{where}: magnitudes of an embedding (use_dora) are not merged: merge it with peft")
+
+
+class AdaptedWeights:
+    """A checkpoint's weights with an adapter merged in; those that it does not change are as they were.
+
+    tied: whether the model's head is its embedding, unless the checkpoint has both. FrontendError for an adapter of
+    another model, at the first module that does not fit.
+    """
+
+    def __init__(self, base: WeightSource, adapter: Adapter, tied: bool = False) -> None:
+        self._base, self._adapter = base, adapter
+        names = set(base.names)
+        # Weights of modules of linear ops, [outputs, inputs] whatever the model has.
+        self.of_linears: frozenset[str] = frozenset(getattr(base, "of_linears", ()))
+        self._changes: dict[str, _Change] = {}
+        self._whole: dict[str, Array] = {}
+        unknown = []
+        for module, change in adapter.changes.items():
+            name = _find(f"{module}.weight", names)
+            if name is None:
+                unknown.append(module)
+                continue
+            if change.is_table and tied:
+                raise FrontendError(
+                    f"{adapter.directory} changes {module:.80}, which the model's head shares: merge it with peft"
+                )
+            self._check(name, change)
+            self._changes[name] = change
+        for wanted, array in adapter.whole.items():
+            name = _find(wanted, names)
+            if name is None and tied and wanted.rpartition(".")[2] == "weight":
+                name = wanted  # a head of its own, where it was the embedding
+            if name is None:
+                unknown.append(wanted)
+                continue
+            if name in names and base.shape(name) != array.shape:
+                raise self._wrong(name, f"it has {list(array.shape)} for it")
+            self._whole[name] = array
+        if unknown:
+            raise FrontendError(f"{adapter.directory} is no adapter of this model, which has no {shortened(unknown)}")
+
+    @property
+    def note(self) -> str:
+        """For the user to read."""
+        more = f", {len(self._whole)} replaced" if self._whole else ""
+        return f"adapter {self._adapter.directory} is merged: {len(self._changes)} weights changed{more}"
+
+    @property
+    def names(self) -> Iterable[str]:
+        return [*self._base.names, *(name for name in self._whole if name not in set(self._base.names))]
+
+    def dtype(self, name: str) -> str:
+        if name in self._whole:
+            array = self._whole[name]
+            return next(ours for ours, dtype in NUMPY_DTYPES.items() if dtype == array.dtype)
+        return self._base.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._whole[name].shape if name in self._whole else self._base.shape(name)
+
+    def integers(self, name: str) -> StoredIntegers | None:
+        """What a weight is stored as, if that is integers and they stay."""
+        return None if name in self._changes or name in self._whole else stored_integers(self._base, name)
+
+    def load(self, name: str) -> Array:
+        if name in self._whole:
+            return self._whole[name]
+        change = self._changes.get(name)
+        base = self._base.load(name)
+        if change is None:
+            return base
+        assert change.a is not None
+        assert change.b is not None
+        added = np.float32(change.scale) * (change.b.astype(np.float32) @ change.a.astype(np.float32))
+        turned = self._is_turned(name, change)
+        weight = base.astype(np.float32)
+        weight = (weight.T if turned else weight) + added
+        if change.magnitude is not None:
+            length = np.sqrt(np.einsum("nk,nk->n", weight, weight, dtype=np.float64)).astype(np.float32)
+            weight *= (change.magnitude.astype(np.float32) / np.maximum(length, np.finfo(np.float32).tiny))[:, None]
+        return np.ascontiguousarray(weight.T if turned else weight).astype(base.dtype)
+
+    def _is_turned(self, name: str, change: _Change) -> bool:
+        """Whether a weight lies as [inputs, outputs]: embeddings do, and layers of `fan_in_fan_out`."""
+        return change.is_table or (self._adapter.turned and name not in self.of_linears)
+
+    def _check(self, name: str, change: _Change) -> None:
+        assert change.a is not None
+        assert change.b is not None
+        outputs, inputs = change.b.shape[0], change.a.shape[1]
+        fits = (inputs, outputs) if self._is_turned(name, change) else (outputs, inputs)
+        if self._base.shape(name) != fits or self._base.dtype(name) not in FLOATS:
+            raise self._wrong(name, f"it is made for {list(fits)}")
+        if change.magnitude is not None and len(change.magnitude) != outputs:
+            raise self._wrong(name, f"it has {len(change.magnitude)} magnitudes")
+
+    def _wrong(self, name: str, why: str) -> FrontendError:
+        kind = f"{self._base.dtype(name)} {list(self._base.shape(name))}"
+        return FrontendError(f"{self._adapter.directory} is no adapter of this model: {name:.100} is {kind}, {why}")
+
+
+def _find(wanted: str, names: set[str]) -> str | None:
+    """The checkpoint's name of a weight, which may have or lack what stands in front of the base model's modules."""
+    if wanted in names:
+        return wanted
+    found = [name for name in names if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
