@@ -26,6 +26,7 @@ from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import Overrides, param_names
 
 MORE = 0.1  # bits a weight, over all weights, that are spent where nobody says how many
+STEPS = 2  # numbers of bits beyond its own that a weight is tried with
 _NAME = re.compile(r"[\w.-]+")  # of params that an override can name
 
 Kept = Mapping[Quantize, Sequence[Rounded]]  # from few bits to many
@@ -62,13 +63,8 @@ class Unit:
 def finer(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
     """What a matrix that needs more bits than an encoding has may be rounded to instead, from few bits to many; none
     where it is good enough."""
-    import os
-
-    more = [int(x) for x in os.environ.get("FINER", "1,2").split(",")]
-    known = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits]
-    return tuple(
-        GroupQuantized(known[i - 1], kind.group, table=known[i - 1] in TABLE_BITS) for i in more if i <= len(known)
-    )
+    more = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits][:STEPS]
+    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS) for bits in more)
 
 
 def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:

@@ -36,7 +36,8 @@ def check(scheme: str, options: str = "") -> Checker:
         ("int8", ",group-size=32,activations=int8"), ("int8", ",symmetric=false"), ("f16", ""),
         ("bf16", ",activations=bf16"), ("int4", ",search=false"), ("none", ""),
         ("q4g8", ",activations=int8"), ("int6", ",group-size=8,activations=int8"),
-        ("int2", ",group-size=8,activations=int8"), ("int3", ",group-size=8,symmetric=false"), ("int5", ",group-size=8"),
+        ("int2", ",group-size=8,activations=int8"), ("int3", ",group-size=8,symmetric=false"),
+        ("int5", ",group-size=8"),
     ],
 )  # fmt: skip
 def test_right_roundings_keep_their_bounds(scheme: str, options: str) -> None:

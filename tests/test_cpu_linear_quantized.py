@@ -185,8 +185,8 @@ def test_any_split_of_the_units_gives_the_same_bits(machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("bits", "levels", "group"),
-    [(4, EVEN, 96), (4, MINIMUMS, 128), (8, EVEN, 32), (8, MINIMUMS, 64), (4, TABLE, 64), (6, TABLE, 32), (5, TABLE, 64),
-     (3, MINIMUMS, 32), (2, TABLE, 128)],
+    [(4, EVEN, 96), (4, MINIMUMS, 128), (8, EVEN, 32), (8, MINIMUMS, 64), (4, TABLE, 64), (6, TABLE, 32),
+     (5, TABLE, 64), (3, MINIMUMS, 32), (2, TABLE, 128)],
 )  # fmt: skip
 def test_tiles_give_the_bits_of_the_vector_units(bits: int, levels: dict[str, bool], group: int) -> None:
     """Integer sums are exact, and scaled in the same order: where rows come as 3, 8 or 16 + 5 makes no difference."""

@@ -129,7 +129,8 @@ class Case:
     "weights",
     [
         (4, 64, True), (4, 32, False), (8, 64, True), (8, 128, False), (16, 32, True), (32, 32, True),
-        (4, 64, True, True), (4, 128, True, True), (6, 64, True, True), (6, 32, True, True), (5, 32, True, True), (3, 64, False, False), (2, 32, True, True),
+        (4, 64, True, True), (4, 128, True, True), (6, 64, True, True), (6, 32, True, True),
+        (5, 32, True, True), (3, 64, False, False), (2, 32, True, True),
     ],
 )  # fmt: skip
 def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:

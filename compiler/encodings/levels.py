@@ -6,8 +6,8 @@ are whole numbers of a byte, so that kernels look a byte up and multiply it as t
 - 4 bits: 16 levels, a little more densely spaced than normal weights want, as error feedback and heavier tails like it.
   No level is 0. The end of -68 lies further out than that of 58: the sign of the scale turns the table, so that the
   largest weight of a group meets the end that suits the others.
-- 2, 3 and 5 bits: the levels of least squared error (Lloyd's) of normal weights and of heavy tails, half each, in groups
-  of 64 that are scaled by their largest weight, which is positive.
+- 2, 3 and 5 bits: the levels of least squared error (Lloyd's) of normal weights and of heavy tails, half each, in
+  groups of 64 that are scaled by their largest weight, which is positive.
 - 6 bits: level q is the whole number next to q * (32 + |q|) / 16, whose steps grow from 2 in the middle to 6 at the
   ends. In groups of 64 this leaves 0.81 of the squared error of even steps with normal weights, 0.59 with heavy tails
   (Student's t of 5 degrees), and 0.65 in the embedding of the example model, whose features differ in size.

@@ -52,8 +52,8 @@ class WeightTiles:
     def quantized(
         self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False
     ) -> QuantizedLayout:
-        """The layout of weights of 2 to 6 or 8 bits. table: integers stand for levels of a table. ValueError where there
-        is none."""
+        """The layout of weights of 2 to 6 or 8 bits. table: integers stand for levels of a table. ValueError where
+        there is none."""
         levels, zero = table_levels(bits) if table else None, 0
         if levels is not None and not self.signed_bytes:
             zero = 128 if min(levels.bytes) == -128 else -min(levels.bytes)

@@ -148,7 +148,7 @@ class VectorIsa(ABC):
         return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
 
     def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
-        """table[code] of each byte (u8), of a power of two of bytes up to 64; of a code only as many bits as that count.
+        """table[code] of each byte (u8), of a power of two up to 64 of bytes; of a code only as many bits as count.
 
         One comparison an entry: an instruction set that shuffles bytes has better.
         """
