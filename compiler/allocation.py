@@ -132,7 +132,12 @@ def assemblies(weights: Iterable[Quantize], kept: Kept) -> list[Assembly]:
 
 def matrices(weight: Quantize) -> list[Matrix]:
     """What a weight is merged of, in order."""
-    base = uncast(weight.w)
+    return merged(weight.w)
+
+
+def merged(weight: Value) -> list[Matrix]:
+    """What a weight that is not rounded is merged of, in order."""
+    base = uncast(weight)
     found, start = [], 0
     for each in base.xs if isinstance(base, Concat) and base.axis == 0 else (base,):
         rows = each.shape[0]

@@ -139,6 +139,9 @@ class ArtifactWriter:
         self._position = 0
         self._weights_start: int | None = None
         self._weights_hash: WeightHash | None = None
+        self._before_manifest = 0
+        # Called with the finished file; a manifest that it returns takes the place of the one that is there.
+        self.revise: Callable[[Path], Mapping[str, object] | None] | None = None
         # Called with the finished file before it takes the place of `path`; what it raises leaves `path` as it was.
         self.inspect: Callable[[Path], None] | None = None
 
@@ -164,6 +167,8 @@ class ArtifactWriter:
             if kind is None:
                 with self._clear_errors():
                     self._finish()
+                if self.revise is not None:
+                    self._replace_manifest(self.revise(self._file.place))
                 if self.inspect is not None:
                     self.inspect(self._file.place)
                 with self._clear_errors():
@@ -220,8 +225,23 @@ class ArtifactWriter:
         self.add_section(TOKENIZER, gzip.compress(tokenizer, 6, mtime=0))
 
     def add_manifest(self, manifest: Mapping[str, object]) -> None:
-        """Appends the manifest: plain JSON values, no NaN; `runtime/manifest.py` says which."""
+        """Appends the manifest, behind all other sections: plain JSON values, no NaN (`runtime/manifest.py`)."""
+        self._before_manifest = self._position
         self.add_section(MANIFEST, json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1).encode())
+
+    def _replace_manifest(self, manifest: Mapping[str, object] | None) -> None:
+        """Another manifest into a finished file, if there is one: it and what stands behind it are written anew."""
+        if manifest is None:
+            return
+        if not self._sections or self._sections[-1].name != MANIFEST:
+            raise ArtifactError("only a manifest behind all other sections can be replaced")
+        self._sections.pop()
+        with self._clear_errors():
+            os.ftruncate(self._file.descriptor, self._before_manifest)
+            os.lseek(self._file.descriptor, self._before_manifest, os.SEEK_SET)
+        self._position = self._before_manifest
+        self.add_manifest(manifest)
+        self._finish()
 
     def _finish(self) -> None:
         if self._weights_start is not None:

@@ -67,9 +67,9 @@ class Model:
 
 def calibrate_model(
     model: Model, options: CompileOptions, code: str, folder: Path, progress: Progress
-) -> tuple[Graph, LoadParam]:
+) -> tuple[Graph, RoundedWeights]:
     """The model's graph with weights rounded by what their layers see of its own text and of the file that the options
-    name, and what loads them. code: a hash of what does the rounding. folder: for the rounded weights.
+    name, and the rounded weights. code: a hash of what does the rounding. folder: for the rounded weights.
 
     Taken from the cache where the same was rounded before. CompileError for a model that is not one of texts.
     """
@@ -83,7 +83,7 @@ def calibrate_model(
     floats, layers = in_floats(graph)
     weights, cache = list(dict.fromkeys(layers.values())), RoundedCache.default()
     if not weights:
-        return graph, load
+        return graph, RoundedWeights(folder, load)
     progress.start("looking for rounded weights")
     # A weights' file fits every artifact of the model, also those that were compiled without weights.
     apart = options.weights_file is not None
@@ -94,7 +94,7 @@ def calibrate_model(
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
-        return found, store.load
+        return found, store
     with text_threads() as pool:
         tell_cost(layers, texts, more, decodes, progress)
         if decodes:
@@ -108,7 +108,7 @@ def calibrate_model(
     other, chosen = _with_schemes(model, schemes, kept, progress)
     found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
     cache.write(key, schemes if other is not graph else {}, (each.encoded() for each in chosen))
-    return found, store.load
+    return found, store
 
 
 def _with_schemes(

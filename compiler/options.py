@@ -13,11 +13,15 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
 SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int4")
+INTEGERS = ("int8", "int6", "int4")
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
+# Of a model whose accuracy is measured though nothing else takes long: some seconds on two cores, two products
+# of its weights with 512 rows.
+MEASURED_PARAMETERS = 1 << 27
 MOST_DIM = 1 << 31  # of a size that a model names
 
 
@@ -44,6 +48,9 @@ class CompileOptions:
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
     than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
+    accuracy: whether the artifact tells how far it is from its original: each rounded matrix, and the outputs on text
+    that the model writes. None: where weights are rounded to integers, and that takes long anyway or the model is small
+    (`MEASURED_PARAMETERS`).
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -64,6 +71,7 @@ class CompileOptions:
     overrides: tuple[tuple[str, str], ...] = ()
     calibrate: str | None = None
     bits_per_weight: float | None = None
+    accuracy: bool | None = None
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -102,6 +110,8 @@ class CompileOptions:
                 )
             if not 1 <= self.bits_per_weight <= 16:
                 raise CompileError(f"--bits-per-weight is 1 to 16, not {self.bits_per_weight:g}")
+        if self.accuracy and not self.has_weights:
+            raise CompileError(f"--accuracy needs the model's weights, and not --weights {self.weights}")
         if not self.target:
             raise CompileError("--target needs a machine's name; `--target native` is this machine")
         if not self.weights:
@@ -134,6 +144,19 @@ class CompileOptions:
             return self.calibrate != "none"
         low = self.quantization in ("int4", "int6")  # the error of int8 is below that of activations
         return None if low and self.weights not in ("random", "none") else False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model's own weights go into the artifact, or into a file beside it."""
+        return self.weights not in ("random", "none")
+
+    def tells_accuracy(self, parameters: int) -> bool:
+        """Whether the accuracy of a model of so many parameters is measured."""
+        if self.accuracy is not None:
+            return self.accuracy
+        if not self.has_weights or self.quantization not in INTEGERS:
+            return False
+        return self.measures_inputs is not False or parameters <= MEASURED_PARAMETERS
 
     @property
     def calibration_file(self) -> Path | None:

@@ -6,8 +6,8 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,15 +28,18 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
+from llmc.compiler.passes.quantize import QuantizeWeights
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
-from llmc.errors import CompileError, IRError
+from llmc.errors import CompileError, IRError, LlmcError
 
 if TYPE_CHECKING:
+    from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.check import Checker
+    from llmc.compiler.ir.llm import Quantize
     from llmc.compiler.own_text import Ids
     from llmc.frontends.lifted import Lifted
     from llmc.targets.check_artifact import Parts
@@ -99,6 +102,9 @@ class Compiled:
     first_layer: str = ""  # what the check of the first layer compared
     load: LoadParam | None = None  # of the graph's params, where some are not the model's own
     calibrated: str = "none"  # what weights were rounded by: none, self, or a file's hash
+    original: Graph | None = None  # before weights were rounded
+    # Weights that were rounded by what their layers see: what they were to be, by what stands in their place.
+    originals: dict[Value, Quantize] = field(default_factory=dict)
 
 
 def run_pipeline(
@@ -119,12 +125,16 @@ def run_pipeline(
     progress = progress or Silent()
     progress.start("passes", len(passes), "passes")
 
-    def tick(_pass: Pass, _before: Graph, _after: Graph, _report: Report) -> None:
+    original: list[Graph] = []
+
+    def tick(item: Pass, before: Graph, _after: Graph, _report: Report) -> None:
+        if isinstance(item, QuantizeWeights):
+            original.append(before)
         progress.advance()
 
     with reading(load) if load is not None else nullcontext():
         final, reports = run_passes(graph, passes, [*observers, tick])
-    return Compiled(final, reports)
+    return Compiled(final, reports, original=original[0])
 
 
 def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = None) -> Lifted:
@@ -229,7 +239,8 @@ def compile_model(
         if rounded is not None and checker is not None:
             checker.calibrated(*rounded)
         program = lower(compiled.graph, machine)
-        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
+        tell = options.tells_accuracy(lifted.parameters)
+        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker, tell)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
@@ -247,6 +258,7 @@ def round_by_inputs(
     """Rounds weights by what their layers see, where the options ask for it: `compiled` has the new graph afterwards.
     None where they do not, or where the model's own text does not run, which is said."""
     from llmc.compiler.calibrate import Model, calibrate_model
+    from llmc.compiler.ir.llm import Quantize
     from llmc.targets.sources import closure_hash
 
     def anew(schemes: Mapping[str, str]) -> Graph:
@@ -270,9 +282,10 @@ def round_by_inputs(
             raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
         progress.note(f"weights are rounded as with --fast: the model's own text does not run: {error}")
         return None
-    compiled.graph, compiled.load = found
+    compiled.graph, compiled.load = found[0], found[1].load
+    compiled.originals = {became: weight for weight, became in found[1].packed.items() if isinstance(weight, Quantize)}
     compiled.calibrated = str(options.as_json()["calibrate"] or "self")
-    return found
+    return compiled.graph, compiled.load
 
 
 def written_texts(
@@ -406,9 +419,11 @@ def assemble(
     progress: Progress,
     created: str,
     checker: Checker | None = None,
+    tell_accuracy: bool = False,
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
-    its place, where `checker` is given."""
+    its place, where `checker` is given. tell_accuracy: measure it for the manifest."""
+    from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
@@ -436,7 +451,8 @@ def assemble(
                 parts = Parts(program, plan, addresses.weights, load, lifted.task)
                 weights = None if file is None else file.temporary
                 writer.inspect = lambda path: check_whole(path, parts, options, checker, weights)
-            digest = write_weights(placed, nbytes, load, options, file or writer, progress)
+            kept = RoundedHere(folder) if tell_accuracy else None
+            digest = write_weights(placed, nbytes, load, options, file or writer, progress, kept)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_tokenizer(tokenizer)
@@ -444,9 +460,86 @@ def assemble(
             complete_manifest(manifest, library, digest)
             check_manifest(manifest)
             writer.add_manifest(manifest)
+            if kept is not None:
+                written = Written(library.path, digest, None if file is None else file.temporary, kept)
+                writer.revise = lambda path: revised(path, manifest, written, lifted, compiled, options, progress)
             if checker is not None:
                 progress.start("running the artifact beside its graph")
     return manifest
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an artifact has been made of. library: its code; digest: its weights' hash; weights: the file that has them,
+    if there is one; kept: what weights were rounded to."""
+
+    library: Path
+    digest: str
+    weights: Path | None
+    kept: RoundedHere
+
+
+def revised(
+    path: Path,
+    manifest: dict[str, object],
+    written: Written,
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    progress: Progress,
+) -> dict[str, object] | None:
+    """The manifest of the artifact at `path` with its accuracy; None where that cannot be measured, which is said."""
+    from llmc.compiler.manifest import check_manifest
+
+    try:
+        manifest["accuracy"] = measured_accuracy(path, written, lifted, compiled, options, progress)
+        check_manifest(manifest)
+    except LlmcError as error:  # random ids are not what every graph takes
+        if options.accuracy:
+            raise CompileError(f"--accuracy: it cannot be measured: {error}") from error
+        progress.note(f"the artifact does not tell its accuracy: {error}")
+        manifest.pop("accuracy", None)
+        return None
+    return manifest
+
+
+def measured_accuracy(
+    path: Path, written: Written, lifted: Lifted, compiled: Compiled, options: CompileOptions, progress: Progress
+) -> dict[str, object]:
+    """What the manifest says of the accuracy of the artifact at `path`; from the cache, where the same was measured."""
+    from llmc.compiler import accuracy
+    from llmc.compiler.accuracy_cache import AccuracyCache
+    from llmc.compiler.own_text import draw
+    from llmc.compiler.rounded_cache import key_of
+    from llmc.targets.check_artifact import refusal
+    from llmc.targets.sources import closure_hash
+    from llmc.targets.written_text import running
+
+    assert compiled.original is not None
+    load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), refusal(path)
+    code = (closure_hash("llmc.compiler.accuracy"), closure_hash("llmc.targets.written_text"), bool(not_run))
+    library = np.frombuffer(written.library.read_bytes(), np.uint8)
+    progress.start("looking for its accuracy")
+    key = key_of(compiled.original, load, [library], written.digest, *code, vocabulary, options.seed)
+    cache = AccuracyCache.default()
+    found = cache.read(key)
+    if found is not None:
+        return found
+    with ExitStack() as stack:
+        artifact = None
+        if not not_run and lifted.task != RUN:
+            per_token = estimate(compiled.graph, context=accuracy.LENGTH).cache_per_token
+            sizes = (accuracy.TEXTS * accuracy.LENGTH, 1, per_token)  # as many pages as that many texts of one token
+            artifact = stack.enter_context(
+                running(path, written.weights, *sizes, lambda logits, chance: draw(logits[:, :vocabulary], chance))
+            )
+        subject = accuracy.Subject(
+            lifted, compiled.original, load, compiled.graph, compiled.load or load, compiled.originals, written.kept,
+            artifact, vocabulary, options.seed,
+        )  # fmt: skip
+        found = accuracy.measure(subject, progress)
+    cache.write(key, found)
+    return found
 
 
 def write_weights(
@@ -456,14 +549,17 @@ def write_weights(
     options: CompileOptions,
     target: ArtifactWriter | WeightsFile,
     progress: Progress,
+    kept: RoundedHere | None = None,
 ) -> str:
-    """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash."""
+    """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash.
+
+    kept: told of what they were rounded to."""
     if options.weights == "none":
         return ""
     progress.start("packing weights", nbytes, "bytes")
     if isinstance(target, ArtifactWriter):
         target.begin_weights()
-    for offset, name, array in packed_arrays(placed, load):
+    for offset, name, array in packed_arrays(placed, load, None if kept is None else kept.keep):
         if target.append(array) != offset:
             raise CompileError(f"{name} does not lie where it was planned: {offset}")
         progress.advance(array.nbytes)

@@ -210,7 +210,7 @@ class _Collected:
         for name, data in outputs.items():
             if isinstance(data, (Pages, Encoded)):
                 continue
-            axis = _token_axis(self.graph.output(name))
+            axis = token_axis(self.graph.output(name))
             where, count = (sequences, self.sequences) if axis is None else (rows, self.tokens)
             flat = (data if axis is None else np.moveaxis(data, axis, 0)).reshape(len(where), -1)
             target = self.outputs.setdefault(name, np.full((count, flat.shape[1]), np.nan, flat.dtype))
@@ -225,7 +225,7 @@ def _widened(rows: Array, width: int) -> Array:
     return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
 
 
-def _token_axis(value: Value) -> int | None:
+def token_axis(value: Value) -> int | None:
     """The axis that counts tokens (S, T or R); None for what has a row a sequence."""
     for axis, dim in enumerate(value.shape):
         if any(symbol.name != "B" for symbol in symbols_of(dim)):

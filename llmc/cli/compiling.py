@@ -14,6 +14,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.accuracy import summary_of
 from llmc.cli.graph_diff import graph_diff
 from llmc.errors import CompileError
 from llmc.files import names_stdout, refusal, target_of
@@ -41,6 +42,7 @@ def compile(
     calibrate: o.Calibrate = None,
     bits_per_weight: o.BitsPerWeight = None,
     fast: o.Fast = False,
+    accuracy: o.Accuracy = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
@@ -67,7 +69,7 @@ def compile(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
-        bits_per_weight=bits_per_weight,
+        bits_per_weight=bits_per_weight, accuracy=accuracy,
     )  # fmt: skip
     path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
     check_outputs(model, path, options.weights_file, json)
@@ -85,6 +87,7 @@ def compile(
             "target": manifest["target"],
             "compile_seconds": seconds,
             "not_quantized": [list(pair) for pair in quantization_refusals(manifest)],
+            "accuracy": manifest.get("accuracy"),
         }
         for checker in checkers:
             result["check"] = [asdict(difference) for difference in checker.differences]
@@ -105,6 +108,9 @@ def _print_result(
     weight = f"{bits} bits per weight, " if parameters else ""
     size = "" if file_bytes is None else f"{output.size(file_bytes)}, "
     print(f"{path}: {size}{weight}compiled in {seconds} s")
+    told = summary_of(manifest)
+    if told:
+        print(told)
     if file_bytes is not None:
         _print_use(path)
 

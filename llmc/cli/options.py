@@ -84,6 +84,12 @@ Fast = Annotated[
     bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
                        rich_help_panel=_COMPILING),
 ]  # fmt: skip
+Accuracy = Annotated[
+    bool | None,
+    typer.Option("--accuracy/--no-accuracy", rich_help_panel=_COMPILING, show_default=False,
+                 help="Measure how far the result is from the original, for `llmc inspect --accuracy`; default: where "
+                      "weights become integers, and with --fast and int8 only of models below 134M parameters."),
+]  # fmt: skip
 MaxContext = Annotated[
     int | None, typer.Option("--max-context", help="The most tokens a text may have; default: what the model says.",
                              rich_help_panel=_COMPILING),
