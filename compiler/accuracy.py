@@ -9,7 +9,7 @@ gets random ids as `own_text.py` draws them. Inputs of layers are rows of the or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV, Array, Tensor
 from llmc.compiler.own_text import Ids, chances_of, own_texts, random_texts
 from llmc.compiler.progress import Progress
-from llmc.compiler.scenario import computed, prompt_inputs, token_axis
+from llmc.compiler.scenario import computed, prompt_runs, token_axis
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError
 
@@ -161,21 +161,16 @@ def _decoder_texts(subject: Subject, pool: Executor, progress: Progress) -> tupl
 
 def _logits(subject: Subject, texts: Sequence[Ids], pool: Executor) -> Iterable[Floats]:
     """What the artifact gives, or its graph where it does not run here: [tokens, vocabulary] of each text."""
-    if subject.running is not None:
-        yield from map(subject.running.logits, texts)
-        return
-    output = subject.final.output("logits")
-    runs = _inputs(subject.final, texts)
-    for value, data in computed(subject.final, [output], runs, subject.load_final, {}, pool):
-        if value is output:
-            yield from (_rows(output, each) for each in data)
+    if subject.running is None:
+        return outputs_of(subject.final, "logits", texts, subject.load_final, pool)
+    return map(subject.running.logits, texts)
 
 
 def _vectors(
     subject: Subject, pool: Executor, progress: Progress
 ) -> tuple[dict[str, object] | None, dict[Value, Floats]]:
     lifted = subject.lifted
-    output = str((lifted.encoder or {}).get("output") or subject.original.outputs[0][0])
+    output = output_of(lifted, subject.original)
     texts = random_texts(lifted, subject.vocabulary, subject.seed ^ SEED)[:ENCODER_TEXTS]
     wanted, inputs = _original(subject, subject.original.output(output), texts, pool, progress)
     progress.start("comparing with the original", len(texts), "texts")
@@ -197,14 +192,27 @@ def _vectors(
     }, inputs
 
 
-def _encoded(subject: Subject, output: str, texts: Sequence[Ids], pool: Executor) -> Iterator[Array]:
-    if subject.running is not None:
-        yield from (subject.running.encode(ids)[output] for ids in texts)
-        return
-    value = subject.final.output(output)
-    for each, data in computed(subject.final, [value], _inputs(subject.final, texts), subject.load_final, {}, pool):
-        if each is value:
-            yield from (_rows(value, one) for one in data)
+def _encoded(subject: Subject, output: str, texts: Sequence[Ids], pool: Executor) -> Iterable[Array]:
+    if subject.running is None:
+        return outputs_of(subject.final, output, texts, subject.load_final, pool)
+    running = subject.running
+    return (running.encode(ids)[output] for ids in texts)
+
+
+def outputs_of(
+    graph: Graph, output: str, texts: Sequence[Ids], load: LoadParam, pool: Executor, wide: bool = False
+) -> list[Array]:
+    """An output of a graph for each text, as rows. wide: with caches in f32."""
+    wanted = graph.output(output)
+    for value, data in computed(graph, [wanted], _inputs(graph, texts, wide), load, {}, pool):
+        if value is wanted:
+            return _by_text(wanted, data, texts)
+    raise CompileError(f"output {output!r} is not computed from tokens")
+
+
+def output_of(lifted: Lifted, graph: Graph) -> str:
+    """The output that an encoder is for."""
+    return str((lifted.encoder or {}).get("output") or graph.outputs[0][0])
 
 
 def _original(
@@ -219,7 +227,7 @@ def _original(
     progress.start("running the original", len(wanted), "layers")
     for value, data in computed(graph, [output, *wanted], _inputs(graph, texts, True), subject.load, {}, pool):
         if value is output:
-            found = [_rows(output, each) for each in data]
+            found = _by_text(output, data, texts)
         if value in wanted:
             inputs[value] = _spread([np.asarray(each) for each in data])
             progress.advance()
@@ -227,25 +235,32 @@ def _original(
 
 
 def _inputs(graph: Graph, texts: Sequence[Ids], wide: bool = False) -> list[dict[str, Data]]:
-    """The inputs of a step for each text, all of whose tokens are of the first type. wide: caches in f32."""
-    runs = []
-    for ids in texts:
-        inputs = prompt_inputs(graph, ids)
-        for value in graph.inputs:
-            data = inputs[value.name]
-            if wide and isinstance(data, Pages):
-                inputs[value.name] = Pages(data.keys.astype(np.float32), data.values.astype(np.float32))
-            elif value.name == "token_types":
-                inputs[value.name] = np.zeros_like(data)  # type: ignore[call-overload]
-        runs.append(inputs)
+    """The inputs of steps that read the texts. wide: caches in f32."""
+    runs = prompt_runs(graph, texts)
+    for inputs in runs if wide else ():
+        for name, data in inputs.items():
+            if isinstance(data, Pages):
+                inputs[name] = Pages(data.keys.astype(np.float32), data.values.astype(np.float32))
     return runs
 
 
-def _rows(output: Value, data: Data) -> Array:
-    """An output as rows: one for each token, or one for all."""
-    assert isinstance(data, np.ndarray)
+def _by_text(output: Value, data: Sequence[Data], texts: Sequence[Ids]) -> list[Array]:
+    """An output of all steps as rows of each text: one for each token, or one for all."""
     axis = token_axis(output)
-    return data.reshape(1, -1) if axis is None else np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
+    rows: list[Array] = []
+    for each in data:
+        assert isinstance(each, np.ndarray)
+        first = each if axis is None else np.moveaxis(each, axis, 0)
+        count = each.shape[0] if axis is None and _has_texts(output) else 1 if axis is None else len(first)
+        rows.append(first.reshape(count, -1))
+    joined = np.concatenate(rows)
+    ends = np.cumsum([1] * len(texts) if axis is None else [len(ids) for ids in texts])
+    return np.split(joined, ends[:-1])
+
+
+def _has_texts(output: Value) -> bool:
+    """Whether an output has a row for each text of a step."""
+    return bool(output.shape) and not isinstance(output.shape[0], int)
 
 
 def _spread(data: Sequence[Array]) -> Floats:

@@ -25,6 +25,7 @@ from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import Overrides, param_names
 
 MORE = 0.1  # bits a weight, over all weights, that are spent where nobody says how many
+PARTS = (0.125, 0.25, 0.5, 0.75, 1.0)
 _NAME = re.compile(r"[\w.-]+")  # of params that an override can name
 
 Kept = Mapping[Quantize, Sequence[Rounded]]  # from few bits to many
@@ -100,6 +101,14 @@ def spent_on(kept: Kept, together: Collection[Quantize], most: float, overrides:
         if number
         for name in sorted(unit.names)
     }
+
+
+def budgets(kept: Kept, least: float) -> list[float]:
+    """Bits to spend that are tried in turn where it has to be found how many do: the least, and parts of what all
+    matrices take in their finest encoding."""
+    sizes = [[8 * stored_bytes(each.encoded.encoding, each.encoded.shape) for each in found] for found in kept.values()]
+    most = float(sum(size[-1] - size[0] for size in sizes))
+    return [least, *(part * most for part in PARTS if part * most > least)]
 
 
 @dataclass(frozen=True)

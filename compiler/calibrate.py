@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.allocation import MORE, Assembly, assemblies, finer, spent_on
+from llmc.compiler.allocation import MORE, Assembly, assemblies, budgets, finer, spent_on
 from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, Rounded, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.estimate import stored_bits
@@ -36,7 +36,7 @@ from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, rand
 from llmc.compiler.passes.schemes import Overrides
 from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
-from llmc.compiler.scenario import computed, prompt_inputs
+from llmc.compiler.scenario import computed, prompt_runs
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError, LlmcError
 
@@ -56,13 +56,15 @@ OVERHEAD = 4.0  # measured with 0.5B parameters: all there is, beside products o
 class Model:
     """A model that is to be rounded. graph: after all passes. vocabulary: ids that it takes. anew: makes the graph with
     schemes of its own for some params, by their names. write: what the model writes behind the first id of each text;
-    LlmcError where it does not run here."""
+    LlmcError where it does not run here. near: whether a graph and what loads it is near enough to the model, where
+    bits are to be spent until it is."""
 
     lifted: Lifted
     graph: Graph
     vocabulary: int
     anew: Callable[[Schemes], Graph]
     write: Callable[[Sequence[Ids]], list[Ids]]
+    near: Callable[[Graph, LoadParam], bool] | None = None
 
 
 def calibrate_model(
@@ -89,7 +91,8 @@ def calibrate_model(
     apart = options.weights_file is not None
     most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight)
     encodings = [weight.encoding for weight in weights]
-    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed)
+    searched = model.near is not None
+    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed, searched)
     with suppress(NotKept):
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph
@@ -104,28 +107,41 @@ def calibrate_model(
         damping = DAMPING if decodes or more else ENCODER_DAMPING
         kept = keep(calibrate(graph, load, [*texts, *more], damping, progress, pool, most > 0), folder)
     gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
-    schemes = spent_on(kept, gated, most, Overrides(options.overrides))
-    other, chosen = _with_schemes(model, schemes, kept, progress)
-    found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
-    cache.write(key, schemes if other is not graph else {}, (each.encoded() for each in chosen))
-    return found, store
+    tried = [most] if apart or not searched else budgets(kept, most)
+    for most in tried:
+        schemes = spent_on(kept, gated, most, Overrides(options.overrides))
+        other, chosen = _with_schemes(model, schemes, kept)
+        found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
+        if model.near is None or model.near(found, store.load):
+            schemes = schemes if other is not graph else {}
+            _note(schemes, progress)
+            cache.write(key, schemes, (each.encoded() for each in chosen))
+            return found, store
+    raise NotNear
+
+
+class NotNear(LlmcError):
+    """No choice of bits is near enough to the model."""
 
 
 def _with_schemes(
-    model: Model, schemes: Schemes, kept: Mapping[Quantize, Sequence[Rounded]], progress: Progress
+    model: Model, schemes: Schemes, kept: Mapping[Quantize, Sequence[Rounded]]
 ) -> tuple[Graph, list[Assembly]]:
     """The graph with these schemes for some params, and what its weights become."""
     if schemes:
         other = model.anew(schemes)
         # With other schemes the passes could take the model apart in another way.
         with suppress(KeyError):
-            chosen = assemblies(rounded_weights(other), kept)
-            names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
-            rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
-            progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
-            return other, chosen
+            return other, assemblies(rounded_weights(other), kept)
         model.anew({})
     return model.graph, assemblies(kept, kept)
+
+
+def _note(schemes: Schemes, progress: Progress) -> None:
+    if schemes:
+        names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
+        rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
+        progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
 
 
 def _written(model: Model, texts: Sequence[Ids], progress: Progress) -> list[Ids]:
@@ -269,7 +285,7 @@ def calibrate(
         readers.setdefault(layer.x, []).append(layer)
     moments: dict[Quantize, Moments] = {}
     progress.start("rounding by what layers see", len(waiting), "weights")
-    runs = [prompt_inputs(floats, ids) for ids in texts]
+    runs = prompt_runs(floats, texts)
     for value, data in computed(floats, list(readers), runs, load, {}, pool):
         if value not in readers:
             continue

@@ -13,6 +13,7 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
 SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int4")
+AUTO = "auto"  # what the model is for decides
 INTEGERS = ("int8", "int6", "int4")
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128)
@@ -34,7 +35,8 @@ class CompileOptions:
     """How a model is to be compiled.
 
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
-    quantization: the scheme of linear weights; "none" stores and computes f32.
+    quantization: the scheme of linear weights; "none" stores and computes f32. "auto": int4, but for an encoder the
+    fewest bits by which its vectors stay near to the original's (`encoder_choice.py`).
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
     activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for int8, int6 and
     int4, bf16 for bf16, else f32.
@@ -83,7 +85,7 @@ class CompileOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("quantization (-q)", self.quantization, SCHEMES)
+        _choice("quantization (-q)", self.quantization, (*SCHEMES, AUTO))
         _choice("--group-size", self.group_size, GROUP_SIZES)
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
         _choice("--embedding", self.embedding, (None, *SCHEMES))
@@ -142,7 +144,7 @@ class CompileOptions:
         """Whether weights are rounded by what their layers see; None: where the model is one of texts."""
         if self.calibrate is not None:
             return self.calibrate != "none"
-        low = self.quantization in ("int4", "int6")  # the error of int8 is below that of activations
+        low = self.quantization in ("int4", "int6", AUTO)  # the error of int8 is below that of activations
         return None if low and self.weights not in ("random", "none") else False
 
     @property

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
-from llmc.compiler.options import CompileOptions
+from llmc.compiler.options import AUTO, CompileOptions
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -223,6 +223,7 @@ def compile_model(
     check_tools(machine)  # a missing one is said now, not after the work
     progress.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
+    finds, options = options.quantization == AUTO, first_choice(options, lifted)
     checker = checker_of(lifted, options)
     watching = [checker] if checker is not None else []
     compiled = run_lifted(lifted, options, watching, progress)
@@ -235,7 +236,11 @@ def compile_model(
         progress.note(note)
 
     with scratch_folder() as folder:
-        rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
+        if finds and lifted.task == ENCODE:
+            options = near_choice(source, lifted, compiled, options, folder, progress, watching)
+            rounded = None if compiled.load is None else (compiled.graph, compiled.load)
+        else:
+            rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
         if rounded is not None and checker is not None:
             checker.calibrated(*rounded)
         program = lower(compiled.graph, machine)
@@ -254,9 +259,10 @@ def round_by_inputs(
     folder: Path,
     progress: Progress,
     observers: Sequence[Observer],
+    near: Callable[[Graph, LoadParam], bool] | None = None,
 ) -> tuple[Graph, LoadParam] | None:
     """Rounds weights by what their layers see, where the options ask for it: `compiled` has the new graph afterwards.
-    None where they do not, or where the model's own text does not run, which is said."""
+    None where they do not, or where the model's own text does not run, which is said. near: see `calibrate.Model`."""
     from llmc.compiler.calibrate import Model, calibrate_model
     from llmc.compiler.ir.llm import Quantize
     from llmc.targets.sources import closure_hash
@@ -274,7 +280,7 @@ def round_by_inputs(
     if measures is False or (measures is None and lifted.task == RUN):
         return None
     vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
-    model = Model(lifted, compiled.graph, vocabulary, anew, write)
+    model = Model(lifted, compiled.graph, vocabulary, anew, write, near)
     try:
         found = calibrate_model(model, options, code, folder, progress)
     except IRError as error:  # random ids are not what every graph takes
@@ -286,6 +292,53 @@ def round_by_inputs(
     compiled.originals = {became: weight for weight, became in found[1].packed.items() if isinstance(weight, Quantize)}
     compiled.calibrated = str(options.as_json()["calibrate"] or "self")
     return compiled.graph, compiled.load
+
+
+def first_choice(options: CompileOptions, lifted: Lifted) -> CompileOptions:
+    """The options with a scheme, where none was asked for: int4; int8 for an encoder that cannot be measured."""
+    if options.quantization != AUTO:
+        return options
+    unknown = lifted.task == ENCODE and not options.has_weights
+    return replace(options, quantization="int8" if unknown else "int4")
+
+
+def near_choice(
+    source: str,
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    folder: Path,
+    progress: Progress,
+    observers: Sequence[Observer],
+) -> CompileOptions:
+    """The options with the smallest scheme by which an encoder stays near enough to its original; `compiled` is that
+    model afterwards. Bits that were asked for are taken as they are."""
+    from llmc.compiler.calibrate import NotNear
+    from llmc.compiler.encoder_choice import Near
+
+    if not options.has_weights or options.bits_per_weight is not None:
+        round_by_inputs(source, lifted, compiled, options, folder, progress, observers)
+        return options
+    assert compiled.original is not None
+    progress.start("looking for the fewest bits that do")
+    try:
+        near = Near(lifted, compiled.original, vocabulary_of(lifted), options.seed)
+        if options.measures_inputs is not False:
+            round_by_inputs(source, lifted, compiled, options, folder, progress, observers, near)
+            if compiled.load is not None or near(compiled.graph, lifted.weights.load):
+                return options
+    except NotNear:
+        pass
+    except LlmcError as error:
+        progress.note(f"8 bits for each weight, as fewer cannot be compared with the original: {error}")
+        near = None
+    for scheme in ("int6", "int8"):
+        options = replace(options, quantization=scheme)
+        again = run_lifted(lifted, options, observers, progress)
+        compiled.graph, compiled.reports = again.graph, again.reports
+        if scheme == "int8" or (near is not None and near(again.graph, lifted.weights.load)):
+            break
+    return options
 
 
 def written_texts(
@@ -425,6 +478,7 @@ def assemble(
     its place, where `checker` is given. tell_accuracy: measure it for the manifest."""
     from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
+    from llmc.compiler.revision import Written, revised
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
     from llmc.targets.memory import plan_memory
@@ -466,80 +520,6 @@ def assemble(
             if checker is not None:
                 progress.start("running the artifact beside its graph")
     return manifest
-
-
-@dataclass(frozen=True)
-class Written:
-    """What an artifact has been made of. library: its code; digest: its weights' hash; weights: the file that has them,
-    if there is one; kept: what weights were rounded to."""
-
-    library: Path
-    digest: str
-    weights: Path | None
-    kept: RoundedHere
-
-
-def revised(
-    path: Path,
-    manifest: dict[str, object],
-    written: Written,
-    lifted: Lifted,
-    compiled: Compiled,
-    options: CompileOptions,
-    progress: Progress,
-) -> dict[str, object] | None:
-    """The manifest of the artifact at `path` with its accuracy; None where that cannot be measured, which is said."""
-    from llmc.compiler.manifest import check_manifest
-
-    try:
-        manifest["accuracy"] = measured_accuracy(path, written, lifted, compiled, options, progress)
-        check_manifest(manifest)
-    except LlmcError as error:  # random ids are not what every graph takes
-        if options.accuracy:
-            raise CompileError(f"--accuracy: it cannot be measured: {error}") from error
-        progress.note(f"the artifact does not tell its accuracy: {error}")
-        manifest.pop("accuracy", None)
-        return None
-    return manifest
-
-
-def measured_accuracy(
-    path: Path, written: Written, lifted: Lifted, compiled: Compiled, options: CompileOptions, progress: Progress
-) -> dict[str, object]:
-    """What the manifest says of the accuracy of the artifact at `path`; from the cache, where the same was measured."""
-    from llmc.compiler import accuracy
-    from llmc.compiler.accuracy_cache import AccuracyCache
-    from llmc.compiler.own_text import draw
-    from llmc.compiler.rounded_cache import key_of
-    from llmc.targets.check_artifact import refusal
-    from llmc.targets.sources import closure_hash
-    from llmc.targets.written_text import running
-
-    assert compiled.original is not None
-    load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), refusal(path)
-    code = (closure_hash("llmc.compiler.accuracy"), closure_hash("llmc.targets.written_text"), bool(not_run))
-    library = np.frombuffer(written.library.read_bytes(), np.uint8)
-    progress.start("looking for its accuracy")
-    key = key_of(compiled.original, load, [library], written.digest, *code, vocabulary, options.seed)
-    cache = AccuracyCache.default()
-    found = cache.read(key)
-    if found is not None:
-        return found
-    with ExitStack() as stack:
-        artifact = None
-        if not not_run and lifted.task != RUN:
-            per_token = estimate(compiled.graph, context=accuracy.LENGTH).cache_per_token
-            sizes = (accuracy.TEXTS * accuracy.LENGTH, 1, per_token)  # as many pages as that many texts of one token
-            artifact = stack.enter_context(
-                running(path, written.weights, *sizes, lambda logits, chance: draw(logits[:, :vocabulary], chance))
-            )
-        subject = accuracy.Subject(
-            lifted, compiled.original, load, compiled.graph, compiled.load or load, compiled.originals, written.kept,
-            artifact, vocabulary, options.seed,
-        )  # fmt: skip
-        found = accuracy.measure(subject, progress)
-    cache.write(key, found)
-    return found
 
 
 def write_weights(

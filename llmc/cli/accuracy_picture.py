@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from llmc.runtime.accuracy import Accuracy, TensorAccuracy
 
-_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")  # the 3 of layers.3.q_proj, not that of conv2d
+_NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")  # the 3 of layers.3.q_proj, not that of conv2d
 _END = re.compile(r"\.(weight|kernel)$")
 _COLUMN = 0.36  # inches
 _ROW = 0.3
@@ -51,6 +51,8 @@ class Grid:
 
     def add(self, tensor: TensorAccuracy, error: float) -> None:
         kind, layer = place_of(tensor.name)
+        if layer is None and "*" in kind:  # numbers that are of no layer: side by side in their order
+            layer = len(self.cells.get(kind, ()))
         self.cells.setdefault(kind, {}).setdefault(layer, Cell()).add(tensor, error)
 
     @property
@@ -89,7 +91,7 @@ def place_of(name: str) -> tuple[str, int | None]:
     numbers = _NUMBER.findall(name)
     plain = _END.sub("", name)
     if not numbers:
-        return plain, None
+        return re.sub(r"_\d+$", "_*", plain), None
     at = plain.find(numbers[0])
     kind = _NUMBER.sub("*", plain[at + len(numbers[0]) :]).strip("._:/") or _NUMBER.sub("*", plain)
     return kind, int(numbers[0])

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 def compile(
     model: o.Model,
     path: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write; default: MODEL-Q.so here.")
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write; default: MODEL-Q.so here, MODEL.so without -q."),
     ] = None,
     target: o.Target = "native",
-    quantization: o.Quantization = "int4",
+    quantization: o.Quantization = "auto",
     group_size: o.GroupSize = 64,
     symmetric: o.Symmetric = True,
     activations: o.Activations = None,
@@ -71,7 +72,8 @@ def compile(
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
         bits_per_weight=bits_per_weight, accuracy=accuracy,
     )  # fmt: skip
-    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
+    scheme = "" if quantization == "auto" else f"-{quantization}"
+    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}{scheme}.so")
     check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
     started = time.perf_counter()
