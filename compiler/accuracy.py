@@ -3,7 +3,9 @@ by. What is measured goes into the manifest (`runtime/accuracy.py` says what it 
 
 The original is the graph before its weights were rounded, in f32, caches too. A decoder's text is what the artifact
 itself writes where it runs on this machine, with another seed than the text that weights were rounded by. An encoder
-gets random ids as `own_text.py` draws them. Inputs of layers are rows of the original's, spread over that text.
+gets random ids that are all as likely, where those that weights are rounded by are by rank and in shorter texts: on
+these, the figure would be of what was fitted. (all-MiniLM-L6-v2 in 4 bits: cosine 0.997 on ids by rank, 0.985 on these,
+0.985 and 0.988 on two sets of sentences.) Inputs of layers are rows of the original's, spread over that text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV, Array, Tensor
-from llmc.compiler.own_text import Ids, chances_of, own_texts, random_texts
+from llmc.compiler.own_text import Ids, chances_of, own_texts, random_texts, uniform_texts
 from llmc.compiler.progress import Progress
 from llmc.compiler.scenario import computed, prompt_runs, token_axis
 from llmc.compiler.weights import name_of
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 TEXTS, LENGTH = 4, 128  # of a decoder: the example model's KL on them differs from seed to seed by a tenth
-ENCODER_TEXTS = 64
+ENCODER_TEXTS, ENCODER_LENGTH = 24, 40
 MOST_LOGITS = 1 << 26  # of the original, held at once: 256 MiB
 ROWS = 64  # of a layer's inputs
 BLOCK = 1024  # rows of a matrix that are compared at a time
@@ -171,7 +173,7 @@ def _vectors(
 ) -> tuple[dict[str, object] | None, dict[Value, Floats]]:
     lifted = subject.lifted
     output = output_of(lifted, subject.original)
-    texts = random_texts(lifted, subject.vocabulary, subject.seed ^ SEED)[:ENCODER_TEXTS]
+    texts = uniform_texts(lifted, subject.vocabulary, subject.seed ^ SEED, ENCODER_TEXTS, ENCODER_LENGTH)
     wanted, inputs = _original(subject, subject.original.output(output), texts, pool, progress)
     progress.start("comparing with the original", len(texts), "texts")
     cosines: list[Floats] = []

@@ -25,7 +25,7 @@ from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import Overrides, param_names
 
 MORE = 0.1  # bits a weight, over all weights, that are spent where nobody says how many
-PARTS = (0.125, 0.25, 0.5, 0.75, 1.0)
+PARTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _NAME = re.compile(r"[\w.-]+")  # of params that an override can name
 
 Kept = Mapping[Quantize, Sequence[Rounded]]  # from few bits to many

@@ -65,6 +65,14 @@ def random_texts(
     return list(texts)
 
 
+def uniform_texts(lifted: Lifted, vocabulary: int, seed: int, sequences: int, length: int) -> list[Ids]:
+    """An encoder's texts of ids that are all as likely: to measure on, as they are unlike those of `random_texts`."""
+    length = max(1, min(length, lifted.max_context))
+    before, after = _around(lifted, length)
+    inner = np.random.default_rng(seed).integers(0, vocabulary, (sequences, length - len(before) - len(after)))
+    return [np.array([*before, *ids, *after], np.int32) for ids in inner]
+
+
 def _around(lifted: Lifted, length: int) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and behind a text; none where they leave no room for one."""
     tokenizer = lifted.text.tokenizer()

@@ -34,7 +34,7 @@ from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
-from llmc.errors import CompileError, IRError, LlmcError
+from llmc.errors import CompileError, IRError
 
 if TYPE_CHECKING:
     from llmc.compiler.accuracy import RoundedHere
@@ -320,25 +320,28 @@ def near_choice(
         round_by_inputs(source, lifted, compiled, options, folder, progress, observers)
         return options
     assert compiled.original is not None
+    near = Near(lifted, compiled.original, vocabulary_of(lifted), options.seed)
+
+    def taken(scheme: str) -> CompileOptions:
+        other = replace(options, quantization=scheme)
+        again = run_lifted(lifted, other, observers, progress)
+        compiled.graph, compiled.reports = again.graph, again.reports
+        return other
+
     progress.start("looking for the fewest bits that do")
     try:
-        near = Near(lifted, compiled.original, vocabulary_of(lifted), options.seed)
         if options.measures_inputs is not False:
             round_by_inputs(source, lifted, compiled, options, folder, progress, observers, near)
-            if compiled.load is not None or near(compiled.graph, lifted.weights.load):
+            if compiled.load is not None:
                 return options
+        found = taken("int6")
+        if near(compiled.graph, lifted.weights.load):
+            return found
     except NotNear:
         pass
-    except LlmcError as error:
-        progress.note(f"8 bits for each weight, as fewer cannot be compared with the original: {error}")
-        near = None
-    for scheme in ("int6", "int8"):
-        options = replace(options, quantization=scheme)
-        again = run_lifted(lifted, options, observers, progress)
-        compiled.graph, compiled.reports = again.graph, again.reports
-        if scheme == "int8" or (near is not None and near(again.graph, lifted.weights.load)):
-            break
-    return options
+    except IRError as error:  # random ids are not what every graph takes
+        progress.note(f"weights have 8 bits, as fewer cannot be compared with the original: {error}")
+    return taken("int8")
 
 
 def written_texts(

@@ -49,7 +49,8 @@ class TextAccuracy:
 
 @dataclass(frozen=True)
 class VectorAccuracy:
-    """An encoder beside its original in f32: the cosines of the rows of `output`, of `texts` texts of random ids.
+    """An encoder beside its original in f32: the cosines of the rows of `output`, of `texts` texts of random ids,
+    all as likely.
 
     rows: how many rows there are, one a text or one a token. through: as in `TextAccuracy`.
     """
