@@ -23,9 +23,10 @@ NEAR = 0.99
 
 
 class Near:
-    """Whether the mean cosine of a graph's vectors with the original's is above `NEAR`."""
+    """Whether the mean cosine of a graph's vectors with the original's is above `least`."""
 
     def __init__(self, lifted: Lifted, original: Graph, vocabulary: int, seed: int) -> None:
+        self.least = NEAR
         self._lifted, self._original, self._output = lifted, original, output_of(lifted, original)
         # Others than those that accuracy is told of: that figure decides nothing.
         self._texts = uniform_texts(lifted, vocabulary, seed ^ SEED ^ 1, ENCODER_TEXTS, ENCODER_LENGTH)
@@ -42,4 +43,4 @@ class Near:
         with text_threads() as pool:
             found = outputs_of(graph, self._output, self._texts, load, pool)
         cosines = np.concatenate([cosines_of(a, b) for a, b in zip(expected, found, strict=True)])
-        return float(cosines.mean(dtype=np.float64)) > NEAR
+        return float(cosines.mean(dtype=np.float64)) > self.least

@@ -39,6 +39,7 @@ from llmc.errors import CompileError, IRError
 if TYPE_CHECKING:
     from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.check import Checker
+    from llmc.compiler.encoder_choice import Near
     from llmc.compiler.ir.llm import Quantize
     from llmc.compiler.own_text import Ids
     from llmc.frontends.lifted import Lifted
@@ -259,7 +260,7 @@ def round_by_inputs(
     folder: Path,
     progress: Progress,
     observers: Sequence[Observer],
-    near: Callable[[Graph, LoadParam], bool] | None = None,
+    near: Near | None = None,
 ) -> tuple[Graph, LoadParam] | None:
     """Rounds weights by what their layers see, where the options ask for it: `compiled` has the new graph afterwards.
     None where they do not, or where the model's own text does not run, which is said. near: see `calibrate.Model`."""
@@ -280,6 +281,8 @@ def round_by_inputs(
     if measures is False or (measures is None and lifted.task == RUN):
         return None
     vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
+    if near is not None:
+        code += closure_hash("llmc.compiler.encoder_choice") + f" {near.least}"
     model = Model(lifted, compiled.graph, vocabulary, anew, write, near)
     try:
         found = calibrate_model(model, options, code, folder, progress)
@@ -481,7 +484,7 @@ def assemble(
     its place, where `checker` is given. tell_accuracy: measure it for the manifest."""
     from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
-    from llmc.compiler.revision import Written, revised
+    from llmc.compiler.revision import Written, longest_manifest, revised
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
     from llmc.targets.memory import plan_memory
@@ -516,7 +519,8 @@ def assemble(
             progress.start("writing")
             complete_manifest(manifest, library, digest)
             check_manifest(manifest)
-            writer.add_manifest(manifest)
+            like = None if kept is None else longest_manifest(manifest, lifted, compiled)
+            writer.add_manifest(manifest, like)
             if kept is not None:
                 written = Written(library.path, digest, None if file is None else file.temporary, kept)
                 writer.revise = lambda path: revised(path, manifest, written, lifted, compiled, options, progress)

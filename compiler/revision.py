@@ -36,6 +36,11 @@ class Written:
     kept: RoundedHere
 
 
+def longest_manifest(manifest: dict[str, object], lifted: Lifted, compiled: Compiled) -> dict[str, object]:
+    """One that is as long as what `revised` gives can be."""
+    return {**manifest, "accuracy": accuracy.longest(lifted, compiled.graph, compiled.originals)}
+
+
 def revised(
     path: Path,
     manifest: dict[str, object],

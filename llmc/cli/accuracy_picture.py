@@ -153,4 +153,4 @@ def _draw_grid(figure: Figure, axes: Axes, grid: Grid, what: str) -> None:
                     color="white" if dark else "#333333",
                 )  # fmt: skip
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.tick_params(which="both", labelsize=8)
