@@ -27,6 +27,7 @@ from llmc.compiler.passes.schemes import Overrides, param_names
 
 MORE = 0.1  # bits a weight, over all weights, that are spent where nobody says how many
 STEPS = 2  # numbers of bits beyond its own that a weight is tried with
+PARTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _NAME = re.compile(r"[\w.-]+")  # of params that an override can name
 
 Kept = Mapping[Quantize, Sequence[Rounded]]  # from few bits to many
@@ -104,6 +105,14 @@ def spent_on(kept: Kept, together: Collection[Quantize], most: float, overrides:
     }
 
 
+def budgets(kept: Kept, least: float) -> list[float]:
+    """Bits to spend that are tried in turn where it has to be found how many do: the least, and parts of what all
+    matrices take in their finest encoding."""
+    sizes = [[8 * stored_bytes(each.encoded.encoding, each.encoded.shape) for each in found] for found in kept.values()]
+    most = float(sum(size[-1] - size[0] for size in sizes))
+    return [least, *(part * most for part in PARTS if part * most > least)]
+
+
 @dataclass(frozen=True)
 class Assembly:
     """A weight put together of rows of weights that were rounded. pieces: where they are, in order."""
@@ -134,7 +143,12 @@ def assemblies(weights: Iterable[Quantize], kept: Kept) -> list[Assembly]:
 
 def matrices(weight: Quantize) -> list[Matrix]:
     """What a weight is merged of, in order."""
-    base = uncast(weight.w)
+    return merged(weight.w)
+
+
+def merged(weight: Value) -> list[Matrix]:
+    """What a weight that is not rounded is merged of, in order."""
+    base = uncast(weight)
     found, start = [], 0
     for each in base.xs if isinstance(base, Concat) and base.axis == 0 else (base,):
         rows = each.shape[0]

@@ -139,6 +139,10 @@ class ArtifactWriter:
         self._position = 0
         self._weights_start: int | None = None
         self._weights_hash: WeightHash | None = None
+        self._parts: list[_Part] = []
+        self._end = 0  # of all parts: where the seal is
+        # Called with the finished file; a manifest that it returns takes the place of the one that is there.
+        self.revise: Callable[[Path], Mapping[str, object] | None] | None = None
         # Called with the finished file before it takes the place of `path`; what it raises leaves `path` as it was.
         self.inspect: Callable[[Path], None] | None = None
 
@@ -164,6 +168,8 @@ class ArtifactWriter:
             if kind is None:
                 with self._clear_errors():
                     self._finish()
+                if self.revise is not None:
+                    self._replace_manifest(self.revise(self._file.place))
                 if self.inspect is not None:
                     self.inspect(self._file.place)
                 with self._clear_errors():
@@ -219,15 +225,36 @@ class ArtifactWriter:
         """Appends a tokenizer.json, compressed: less than half of it is left."""
         self.add_section(TOKENIZER, gzip.compress(tokenizer, 6, mtime=0))
 
-    def add_manifest(self, manifest: Mapping[str, object]) -> None:
-        """Appends the manifest: plain JSON values, no NaN; `runtime/manifest.py` says which."""
-        self.add_section(MANIFEST, json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1).encode())
+    def add_manifest(self, manifest: Mapping[str, object], like: Mapping[str, object] | None = None) -> None:
+        """Appends the manifest: plain JSON values, no NaN; `runtime/manifest.py` says which. like: one that is at least
+        as long as what `revise` may put in its place."""
+        data = _encoded(manifest)
+        self.add_section(MANIFEST, data if like is None else data.ljust(len(_encoded(like))))
+
+    def _replace_manifest(self, manifest: Mapping[str, object] | None) -> None:
+        """Another manifest into a finished file, if there is one, in the room of the first: nothing else moves, and the
+        library keeps its bytes, as it may be loaded."""
+        if manifest is None:
+            return
+        part = next(section for section in self._sections if section.name == MANIFEST)
+        data = _encoded(manifest)
+        if len(data) > part.bytes:
+            raise ArtifactError(f"a manifest of {len(data)} bytes does not fit the room of {part.bytes}")
+        with self._clear_errors():
+            os.pwrite(self._file.descriptor, data.ljust(part.bytes), part.offset)
+            self._seal()
 
     def _finish(self) -> None:
         if self._weights_start is not None:
             self.end_weights()
-        parts = self._write_section_table()
-        self._write(_seal(parts, self._position, self._hash_of))
+        self._parts = self._write_section_table()
+        self._end = self._position
+        self._seal()
+
+    def _seal(self) -> None:
+        """Writes the seal, which has the same size whatever the hashes are."""
+        os.lseek(self._file.descriptor, self._end, os.SEEK_SET)
+        self._write(_seal(self._parts, self._end, self._hash_of))
 
     def _hash_of(self, part: _Part, extent: int) -> str:
         """SHA-256 of a part as it lies in the file."""
@@ -292,6 +319,10 @@ class ArtifactWriter:
                 said = f"the linked library {self.library} cannot be read: {error.strerror}"
                 raise ArtifactError(f"cannot write {self.path}: {said}. What was there before is unchanged.") from error
             raise ArtifactError(not_written(self.path, error)) from error
+
+
+def _encoded(manifest: Mapping[str, object]) -> bytes:
+    return json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=1).encode()
 
 
 def _seal(parts: list[_Part], end: int, hash_of: Callable[[_Part, int], str]) -> bytes:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.allocation import MORE, Assembly, assemblies, finer, spent_on
+from llmc.compiler.allocation import MORE, Assembly, assemblies, budgets, finer, spent_on
 from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, Rounded, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.estimate import stored_bits
@@ -36,7 +36,7 @@ from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, rand
 from llmc.compiler.passes.schemes import Overrides
 from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
-from llmc.compiler.scenario import computed, prompt_inputs
+from llmc.compiler.scenario import computed, prompt_runs
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError, LlmcError
 
@@ -56,20 +56,22 @@ OVERHEAD = 4.0  # measured with 0.5B parameters: all there is, beside products o
 class Model:
     """A model that is to be rounded. graph: after all passes. vocabulary: ids that it takes. anew: makes the graph with
     schemes of its own for some params, by their names. write: what the model writes behind the first id of each text;
-    LlmcError where it does not run here."""
+    LlmcError where it does not run here. near: whether a graph and what loads it is near enough to the model, where
+    bits are to be spent until it is."""
 
     lifted: Lifted
     graph: Graph
     vocabulary: int
     anew: Callable[[Schemes], Graph]
     write: Callable[[Sequence[Ids]], list[Ids]]
+    near: Callable[[Graph, LoadParam], bool] | None = None
 
 
 def calibrate_model(
     model: Model, options: CompileOptions, code: str, folder: Path, progress: Progress
-) -> tuple[Graph, LoadParam]:
+) -> tuple[Graph, RoundedWeights]:
     """The model's graph with weights rounded by what their layers see of its own text and of the file that the options
-    name, and what loads them. code: a hash of what does the rounding. folder: for the rounded weights.
+    name, and the rounded weights. code: a hash of what does the rounding. folder: for the rounded weights.
 
     Taken from the cache where the same was rounded before. CompileError for a model that is not one of texts.
     """
@@ -83,26 +85,37 @@ def calibrate_model(
     floats, layers = in_floats(graph)
     weights, cache = list(dict.fromkeys(layers.values())), RoundedCache.default()
     if not weights:
-        return graph, load
+        return graph, RoundedWeights(folder, load)
     progress.start("looking for rounded weights")
     # A weights' file fits every artifact of the model, also those that were compiled without weights.
     apart = options.weights_file is not None
     most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight)
     encodings = [weight.encoding for weight in weights]
-    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed)
+    searched = model.near is not None
+    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed, searched)
     with suppress(NotKept):
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
-        return found, store.load
+        return found, store
     with text_threads() as pool:
         kept = keep(rounded(model, options, texts, more, progress, pool, most > 0), folder)
     gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
-    schemes = spent_on(kept, gated, most, Overrides(options.overrides))
-    other, chosen = _with_schemes(model, schemes, kept, progress)
-    found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
-    cache.write(key, schemes if other is not graph else {}, (each.encoded() for each in chosen))
-    return found, store.load
+    tried = [most] if apart or not searched else budgets(kept, most)
+    for most in tried:
+        schemes = spent_on(kept, gated, most, Overrides(options.overrides))
+        other, chosen = _with_schemes(model, schemes, kept)
+        found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
+        if model.near is None or model.near(found, store.load):
+            schemes = schemes if other is not graph else {}
+            _note(schemes, progress)
+            cache.write(key, schemes, (each.encoded() for each in chosen))
+            return found, store
+    raise NotNear
+
+
+class NotNear(LlmcError):
+    """No choice of bits is near enough to the model."""
 
 
 def rounded(
@@ -127,20 +140,23 @@ def rounded(
 
 
 def _with_schemes(
-    model: Model, schemes: Schemes, kept: Mapping[Quantize, Sequence[Rounded]], progress: Progress
+    model: Model, schemes: Schemes, kept: Mapping[Quantize, Sequence[Rounded]]
 ) -> tuple[Graph, list[Assembly]]:
     """The graph with these schemes for some params, and what its weights become."""
     if schemes:
         other = model.anew(schemes)
         # With other schemes the passes could take the model apart in another way.
         with suppress(KeyError):
-            chosen = assemblies(rounded_weights(other), kept)
-            names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
-            rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
-            progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
-            return other, chosen
+            return other, assemblies(rounded_weights(other), kept)
         model.anew({})
     return model.graph, assemblies(kept, kept)
+
+
+def _note(schemes: Schemes, progress: Progress) -> None:
+    if schemes:
+        names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
+        rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
+        progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
 
 
 def _written(model: Model, texts: Sequence[Ids], progress: Progress) -> list[Ids]:
@@ -284,7 +300,7 @@ def calibrate(
         readers.setdefault(layer.x, []).append(layer)
     moments: dict[Quantize, Moments] = {}
     progress.start("rounding by what layers see", len(waiting), "weights")
-    runs = [prompt_inputs(floats, ids) for ids in texts]
+    runs = prompt_runs(floats, texts)
     for value, data in computed(floats, list(readers), runs, load, {}, pool):
         if value not in readers:
             continue

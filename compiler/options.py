@@ -13,11 +13,16 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.errors import CompileError
 
 SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int5", "int4", "int3", "int2")
+AUTO = "auto"  # what the model is for decides
+INTEGERS = tuple(scheme for scheme in SCHEMES if scheme.startswith("int"))
 ACTIVATIONS = ("int8", "bf16", "f32")
 GROUP_SIZES = (32, 64, 128, 256)
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
+# Of a model whose accuracy is measured though nothing else takes long: some seconds on two cores, two products
+# of its weights with 512 rows.
+MEASURED_PARAMETERS = 1 << 27
 MOST_DIM = 1 << 31  # of a size that a model names
 
 
@@ -30,7 +35,8 @@ class CompileOptions:
     """How a model is to be compiled.
 
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
-    quantization: the scheme of linear weights; "none" stores and computes f32.
+    quantization: the scheme of linear weights; "none" stores and computes f32. "auto": int4, but for an encoder the
+    fewest bits by which its vectors stay near to the original's (`encoder_choice.py`).
     group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
     activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for integer
     weights, bf16 for bf16, else f32.
@@ -45,6 +51,9 @@ class CompileOptions:
     show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
     than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
     lora: directories of adapters, as PEFT writes them, that are merged into the weights.
+    accuracy: whether the artifact tells how far it is from its original: each rounded matrix, and the outputs on text
+    that the model writes. None: where weights are rounded to integers, and that takes long anyway or the model is small
+    (`MEASURED_PARAMETERS`).
     max_context: the most tokens a sequence may have; None: what the model says. max_step: tokens a step at most;
     None: 512, and 2,048 for encoders, whose batches then share a step.
     max_dims: (name, greatest value) of free sizes of a graph that is not text; others have defaults.
@@ -66,6 +75,7 @@ class CompileOptions:
     calibrate: str | None = None
     bits_per_weight: float | None = None
     lora: tuple[str, ...] = ()
+    accuracy: bool | None = None
     max_context: int | None = None
     max_step: int | None = None
     max_dims: tuple[tuple[str, int], ...] = ()
@@ -77,7 +87,7 @@ class CompileOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("quantization (-q)", self.quantization, SCHEMES)
+        _choice("quantization (-q)", self.quantization, (*SCHEMES, AUTO))
         _choice("--group-size", self.group_size, GROUP_SIZES)
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
         _choice("--embedding", self.embedding, (None, *SCHEMES))
@@ -104,6 +114,8 @@ class CompileOptions:
                 )
             if not 1 <= self.bits_per_weight <= 16:
                 raise CompileError(f"--bits-per-weight is 1 to 16, not {self.bits_per_weight:g}")
+        if self.accuracy and not self.has_weights:
+            raise CompileError(f"--accuracy needs the model's weights, and not --weights {self.weights}")
         if not self.target:
             raise CompileError("--target needs a machine's name; `--target native` is this machine")
         if not self.weights:
@@ -135,8 +147,21 @@ class CompileOptions:
         if self.calibrate is not None:
             return self.calibrate != "none"
         # The error of int8 is below that of activations.
-        low = self.quantization.startswith("int") and self.quantization != "int8"
+        low = self.quantization in (AUTO, *INTEGERS) and self.quantization != "int8"
         return None if low and self.weights not in ("random", "none") else False
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the model's own weights go into the artifact, or into a file beside it."""
+        return self.weights not in ("random", "none")
+
+    def tells_accuracy(self, parameters: int) -> bool:
+        """Whether the accuracy of a model of so many parameters is measured."""
+        if self.accuracy is not None:
+            return self.accuracy
+        if not self.has_weights or self.quantization not in INTEGERS:
+            return False
+        return self.measures_inputs is not False or parameters <= MEASURED_PARAMETERS
 
     @property
     def calibration_file(self) -> Path | None:

@@ -44,8 +44,10 @@ CHUNK = 64  # rows of a text whose logits are there at once
 MOST_LOGITS = 1 << 27  # held at once where they cannot be had by rows, 512 MiB
 
 
-def random_texts(lifted: Lifted, vocabulary: int, seed: int) -> list[Ids]:
-    """Random ids: what a decoder's own text begins as, and all that an encoder gets."""
+def random_texts(
+    lifted: Lifted, vocabulary: int, seed: int, sequences: int = SEQUENCES, length: int = LENGTH
+) -> list[Ids]:
+    """Random ids: what a decoder's own text begins as, so many texts of so many ids; and all that an encoder gets."""
     random = np.random.default_rng(seed)
     if lifted.task != "generate":
         length = max(1, min(ENCODER_LENGTH, lifted.max_context))
@@ -55,12 +57,20 @@ def random_texts(lifted: Lifted, vocabulary: int, seed: int) -> list[Ids]:
             vocabulary, (ENCODER_SEQUENCES, length - len(before) - len(after)), p=chances / chances.sum()
         )
         return [np.array([*before, *ids, *after], np.int32) for ids in inner]
-    length = max(1, min(LENGTH, lifted.max_context))
-    texts = random.integers(0, vocabulary, (SEQUENCES, length)).astype(np.int32)
+    length = max(1, min(length, lifted.max_context))
+    texts = random.integers(0, vocabulary, (sequences, length)).astype(np.int32)
     bos = (lifted.text.facts or {}).get("bos_id")
     if isinstance(bos, int) and bos < vocabulary:
         texts[:, 0] = bos
     return list(texts)
+
+
+def uniform_texts(lifted: Lifted, vocabulary: int, seed: int, sequences: int, length: int) -> list[Ids]:
+    """An encoder's texts of ids that are all as likely: to measure on, as they are unlike those of `random_texts`."""
+    length = max(1, min(length, lifted.max_context))
+    before, after = _around(lifted, length)
+    inner = np.random.default_rng(seed).integers(0, vocabulary, (sequences, length - len(before) - len(after)))
+    return [np.array([*before, *ids, *after], np.int32) for ids in inner]
 
 
 def _around(lifted: Lifted, length: int) -> tuple[list[int], list[int]]:

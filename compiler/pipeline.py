@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,11 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
-from llmc.compiler.options import CompileOptions
+from llmc.compiler.options import AUTO, CompileOptions
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
+from llmc.compiler.passes.quantize import QuantizeWeights
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.tables import check_tables
@@ -36,7 +37,10 @@ from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError, IRError
 
 if TYPE_CHECKING:
+    from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.check import Checker
+    from llmc.compiler.encoder_choice import Near
+    from llmc.compiler.ir.llm import Quantize
     from llmc.compiler.own_text import Ids
     from llmc.frontends.lifted import Lifted
     from llmc.targets.check_artifact import Parts
@@ -99,6 +103,9 @@ class Compiled:
     first_layer: str = ""  # what the check of the first layer compared
     load: LoadParam | None = None  # of the graph's params, where some are not the model's own
     calibrated: str = "none"  # what weights were rounded by: none, self, or a file's hash
+    original: Graph | None = None  # before weights were rounded
+    # Weights that were rounded by what their layers see: what they were to be, by what stands in their place.
+    originals: dict[Value, Quantize] = field(default_factory=dict)
 
 
 def run_pipeline(
@@ -119,12 +126,16 @@ def run_pipeline(
     progress = progress or Silent()
     progress.start("passes", len(passes), "passes")
 
-    def tick(_pass: Pass, _before: Graph, _after: Graph, _report: Report) -> None:
+    original: list[Graph] = []
+
+    def tick(item: Pass, before: Graph, _after: Graph, _report: Report) -> None:
+        if isinstance(item, QuantizeWeights):
+            original.append(before)
         progress.advance()
 
     with reading(load) if load is not None else nullcontext():
         final, reports = run_passes(graph, passes, [*observers, tick])
-    return Compiled(final, reports)
+    return Compiled(final, reports, original=original[0])
 
 
 def lift_model(source: str, options: CompileOptions, tokenizer: Path | None = None) -> Lifted:
@@ -214,6 +225,7 @@ def compile_model(
     check_tools(machine)  # a missing one is said now, not after the work
     progress.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
+    finds, options = options.quantization == AUTO, first_choice(options, lifted)
     checker = checker_of(lifted, options)
     watching = [checker] if checker is not None else []
     compiled = run_lifted(lifted, options, watching, progress)
@@ -226,11 +238,16 @@ def compile_model(
         progress.note(note)
 
     with scratch_folder() as folder:
-        rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
+        if finds and lifted.task == ENCODE:
+            options = near_choice(source, lifted, compiled, options, folder, progress, watching)
+            rounded = None if compiled.load is None else (compiled.graph, compiled.load)
+        else:
+            rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
         if rounded is not None and checker is not None:
             checker.calibrated(*rounded)
         program = lower(compiled.graph, machine)
-        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker)
+        tell = options.tells_accuracy(lifted.parameters)
+        manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker, tell)
     if checker is not None and on_checked is not None:
         on_checked(checker)
     return manifest
@@ -244,10 +261,12 @@ def round_by_inputs(
     folder: Path,
     progress: Progress,
     observers: Sequence[Observer],
+    near: Near | None = None,
 ) -> tuple[Graph, LoadParam] | None:
     """Rounds weights by what their layers see, where the options ask for it: `compiled` has the new graph afterwards.
-    None where they do not, or where the model's own text does not run, which is said."""
+    None where they do not, or where the model's own text does not run, which is said. near: see `calibrate.Model`."""
     from llmc.compiler.calibrate import Model, calibrate_model
+    from llmc.compiler.ir.llm import Quantize
     from llmc.targets.sources import closure_hash
 
     def anew(schemes: Mapping[str, str]) -> Graph:
@@ -263,7 +282,9 @@ def round_by_inputs(
     if measures is False or (measures is None and lifted.task == RUN):
         return None
     vocabulary, code = vocabulary_of(lifted), closure_hash("llmc.compiler.calibrate")
-    model = Model(lifted, compiled.graph, vocabulary, anew, write)
+    if near is not None:
+        code += closure_hash("llmc.compiler.encoder_choice") + f" {near.least}"
+    model = Model(lifted, compiled.graph, vocabulary, anew, write, near)
     try:
         found = calibrate_model(model, options, code, folder, progress)
     except IRError as error:  # random ids are not what every graph takes
@@ -271,9 +292,60 @@ def round_by_inputs(
             raise CompileError(f"--calibrate: the model's own text does not run: {error}") from error
         progress.note(f"weights are rounded as with --fast: the model's own text does not run: {error}")
         return None
-    compiled.graph, compiled.load = found
+    compiled.graph, compiled.load = found[0], found[1].load
+    compiled.originals = {became: weight for weight, became in found[1].packed.items() if isinstance(weight, Quantize)}
     compiled.calibrated = str(options.as_json()["calibrate"] or "self")
-    return found
+    return compiled.graph, compiled.load
+
+
+def first_choice(options: CompileOptions, lifted: Lifted) -> CompileOptions:
+    """The options with a scheme, where none was asked for: int4; int8 for an encoder that cannot be measured."""
+    if options.quantization != AUTO:
+        return options
+    unknown = lifted.task == ENCODE and not options.has_weights
+    return replace(options, quantization="int8" if unknown else "int4")
+
+
+def near_choice(
+    source: str,
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    folder: Path,
+    progress: Progress,
+    observers: Sequence[Observer],
+) -> CompileOptions:
+    """The options with the smallest scheme by which an encoder stays near enough to its original; `compiled` is that
+    model afterwards. Bits that were asked for are taken as they are."""
+    from llmc.compiler.calibrate import NotNear
+    from llmc.compiler.encoder_choice import Near
+
+    if not options.has_weights or options.bits_per_weight is not None:
+        round_by_inputs(source, lifted, compiled, options, folder, progress, observers)
+        return options
+    assert compiled.original is not None
+    near = Near(lifted, compiled.original, vocabulary_of(lifted), options.seed)
+
+    def taken(scheme: str) -> CompileOptions:
+        other = replace(options, quantization=scheme)
+        again = run_lifted(lifted, other, observers, progress)
+        compiled.graph, compiled.reports = again.graph, again.reports
+        return other
+
+    progress.start("looking for the fewest bits that do")
+    try:
+        if options.measures_inputs is not False:
+            round_by_inputs(source, lifted, compiled, options, folder, progress, observers, near)
+            if compiled.load is not None:
+                return options
+        found = taken("int6")
+        if near(compiled.graph, lifted.weights.load):
+            return found
+    except NotNear:
+        pass
+    except IRError as error:  # random ids are not what every graph takes
+        progress.note(f"weights have 8 bits, as fewer cannot be compared with the original: {error}")
+    return taken("int8")
 
 
 def written_texts(
@@ -407,10 +479,13 @@ def assemble(
     progress: Progress,
     created: str,
     checker: Checker | None = None,
+    tell_accuracy: bool = False,
 ) -> dict[str, object]:
     """Library, weights, tokenizer and manifest into one file, all or nothing; compared with its graph before it takes
-    its place, where `checker` is given."""
+    its place, where `checker` is given. tell_accuracy: measure it for the manifest."""
+    from llmc.compiler.accuracy import RoundedHere
     from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
+    from llmc.compiler.revision import Written, longest_manifest, revised
     from llmc.targets import build_library
     from llmc.targets.check_artifact import Parts
     from llmc.targets.memory import plan_memory
@@ -437,14 +512,19 @@ def assemble(
                 parts = Parts(program, plan, addresses.weights, load, lifted.task)
                 weights = None if file is None else file.temporary
                 writer.inspect = lambda path: check_whole(path, parts, options, checker, weights)
-            digest = write_weights(placed, nbytes, load, options, file or writer, progress)
+            kept = RoundedHere(folder) if tell_accuracy else None
+            digest = write_weights(placed, nbytes, load, options, file or writer, progress, kept)
             tokenizer = lifted.text.files.get("tokenizer.json")
             if tokenizer is not None:
                 writer.add_tokenizer(tokenizer)
             progress.start("writing")
             complete_manifest(manifest, library, digest)
             check_manifest(manifest)
-            writer.add_manifest(manifest)
+            like = None if kept is None else longest_manifest(manifest, lifted, compiled)
+            writer.add_manifest(manifest, like)
+            if kept is not None:
+                written = Written(library.path, digest, None if file is None else file.temporary, kept)
+                writer.revise = lambda path: revised(path, manifest, written, lifted, compiled, options, progress)
             if checker is not None:
                 progress.start("running the artifact beside its graph")
     return manifest
@@ -457,14 +537,17 @@ def write_weights(
     options: CompileOptions,
     target: ArtifactWriter | WeightsFile,
     progress: Progress,
+    kept: RoundedHere | None = None,
 ) -> str:
-    """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash."""
+    """Weights into the artifact, into a file of their own, or nowhere, one at a time. Returns the file's hash.
+
+    kept: told of what they were rounded to."""
     if options.weights == "none":
         return ""
     progress.start("packing weights", nbytes, "bytes")
     if isinstance(target, ArtifactWriter):
         target.begin_weights()
-    for offset, name, array in packed_arrays(placed, load):
+    for offset, name, array in packed_arrays(placed, load, None if kept is None else kept.keep):
         if target.append(array) != offset:
             raise CompileError(f"{name} does not lie where it was planned: {offset}")
         progress.advance(array.nbytes)

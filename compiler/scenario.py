@@ -9,6 +9,7 @@ the same outputs for the same tokens, which is what makes them comparable.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -210,7 +211,7 @@ class _Collected:
         for name, data in outputs.items():
             if isinstance(data, (Pages, Encoded)):
                 continue
-            axis = _token_axis(self.graph.output(name))
+            axis = token_axis(self.graph.output(name))
             where, count = (sequences, self.sequences) if axis is None else (rows, self.tokens)
             flat = (data if axis is None else np.moveaxis(data, axis, 0)).reshape(len(where), -1)
             target = self.outputs.setdefault(name, np.full((count, flat.shape[1]), np.nan, flat.dtype))
@@ -225,7 +226,7 @@ def _widened(rows: Array, width: int) -> Array:
     return np.pad(rows, ((0, 0), (0, missing))) if missing else rows
 
 
-def _token_axis(value: Value) -> int | None:
+def token_axis(value: Value) -> int | None:
     """The axis that counts tokens (S, T or R); None for what has a row a sequence."""
     for axis, dim in enumerate(value.shape):
         if any(symbol.name != "B" for symbol in symbols_of(dim)):
@@ -233,15 +234,32 @@ def _token_axis(value: Value) -> int | None:
     return None
 
 
-def prompt_inputs(graph: Graph, ids: Array) -> dict[str, Data]:
-    """The inputs of a step that reads one whole sequence and gives all of its rows, in order; caches are empty."""
-    pages = tuple(range(-(-len(ids) // PAGE)))
-    arrays = Scenario((ids,), (), (pages,))._render((Span(0, 0, len(ids)),)).arrays
-    arrays["rows"] = np.arange(len(ids))
+def prompt_runs(graph: Graph, texts: Sequence[Array], tokens: int = 512) -> list[dict[str, Data]]:
+    """The inputs of steps that read whole sequences, one each, or where a graph takes several about so many tokens."""
+    if not any(value.name == "starts" for value in graph.inputs):
+        return [prompt_inputs(graph, ids) for ids in texts]
+    runs, waiting = [], list[Array]()
+    for index, ids in enumerate(texts, 1):
+        waiting.append(ids)
+        if index == len(texts) or sum(map(len, waiting)) >= tokens:
+            runs.append(prompt_inputs(graph, *waiting))
+            waiting = []
+    return runs
+
+
+def prompt_inputs(graph: Graph, *texts: Array) -> dict[str, Data]:
+    """The inputs of a step that reads whole sequences and gives all of their rows, in order: one, or several where the
+    graph takes them. Caches are empty, and tokens of the first type."""
+    spans = tuple(Span(index, 0, len(ids)) for index, ids in enumerate(texts))
+    ends = np.cumsum([0, *(-(-len(ids) // PAGE) for ids in texts)]).tolist()
+    pages = tuple(tuple(range(begin, end)) for begin, end in itertools.pairwise(ends))
+    arrays = Scenario(tuple(texts), (), pages)._render(spans).arrays
+    arrays["rows"] = np.arange(sum(map(len, texts)))
+    arrays["token_types"] = np.zeros_like(arrays["token_types"])
     inputs: dict[str, Data] = {}
     for value in graph.inputs:
         if isinstance(value.type, KV):
-            inputs[value.name] = Pages.empty(value.type, len(pages))
+            inputs[value.name] = Pages.empty(value.type, ends[-1])
             continue
         data = arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
         inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,8 +87,12 @@ def place(wanted: list[Stored]) -> tuple[list[Placed], int]:
     return placed, position
 
 
-def packed_arrays(placed: list[Placed], load: LoadParam) -> Iterator[tuple[int, str, Array]]:
-    """(offset, name, array) of every part, in storage order. A weight is evaluated, packed and then forgotten."""
+def packed_arrays(
+    placed: list[Placed], load: LoadParam, keep: Callable[[Value, Encoded], None] | None = None
+) -> Iterator[tuple[int, str, Array]]:
+    """(offset, name, array) of every part, in storage order. A weight is evaluated, packed and then forgotten.
+
+    keep: told of each encoded weight."""
     for item in placed:
         stored = item.stored
         try:
@@ -101,6 +105,8 @@ def packed_arrays(placed: list[Placed], load: LoadParam) -> Iterator[tuple[int, 
             array = np.ascontiguousarray(value, dtype=NUMPY_DTYPES[stored.value.dtype])
             yield item.offsets[""], stored.name, array
             continue
+        if keep is not None and isinstance(value, Encoded):
+            keep(stored.value, value)
         pack = stored.layout.pack  # type: ignore[attr-defined]
         parts = pack(**value.parts) if isinstance(value, Encoded) else pack(value)
         del value

@@ -34,7 +34,7 @@ class Saves(Protocol):
 Source = str | os.PathLike[str] | Saves
 
 
-def make_options(dtype: str = "int4", **options: object) -> CompileOptions:
+def make_options(dtype: str = "auto", **options: object) -> CompileOptions:
     """`CompileOptions` by keyword; CompileError names an option that there is none of, or a value out of range."""
     from llmc.compiler.options import CompileOptions
 
@@ -54,7 +54,7 @@ def make_options(dtype: str = "int4", **options: object) -> CompileOptions:
 def compile(
     model: Source,
     output: str | os.PathLike[str],
-    dtype: str = "int4",
+    dtype: str = "auto",
     tokenizer: Source | None = None,
     progress: Progress | None = None,
     **options: object,
@@ -62,8 +62,9 @@ def compile(
     """Compiles a model into the artifact `output`, all or nothing, and returns the artifact's manifest.
 
     model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int6",
-    "int8", "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields of
-    `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
+    "int8", "bf16", "f16" or "f32" ("none"); "auto" is int4, and for an encoder the fewest bits that stay near to it.
+    tokenizer: where its own is not the one to use. options: the fields of `CompileOptions`, such as
+    target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
     max_dims={"batch": 16}, dims={"height": 48}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
@@ -83,7 +84,7 @@ def compile(
 def from_hf(
     model_or_dir: Source,
     tokenizer: Source | None = None,
-    dtype: str = "int4",
+    dtype: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
     **options: object,

@@ -26,6 +26,8 @@ plan, provenance) are kept as they are.
                           "special_tokens": {"pad_token": ...}, "add_bos", "stop_ids", "clean_up_spaces",
                           "split_special_tokens", "truncation_side": null | "left" | "right", "token_types"},
      "generation": {any of `GenerationSettings`},
+     "accuracy": null | {"tensors": [{"name", "encoding", "bits", "numbers", "weight_error", "output_error": null | n}],
+                         "text": null | {...}, "vectors": null | {...}}: `runtime/accuracy.py` says what these are,
      "kernels": [...], "memory": {...}, "provenance": {...}}
 """
 
@@ -38,6 +40,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llmc.runtime.accuracy import Accuracy, parse_accuracy
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.json_reader import MOST, Reader, refuse
 from llmc.runtime.settings import GenerationSettings
@@ -242,6 +245,7 @@ class Manifest:
     tensors: tuple[Tensor, ...]
     text: TextFacts | None
     generation: GenerationSettings
+    accuracy: Accuracy | None
     raw: Json = field(repr=False)
 
     @property
@@ -308,6 +312,7 @@ def parse(data: bytes) -> Manifest:
         tensors=_tensors(weights, weights_bytes),
         text=None if top.value.get("tokenizer") is None else _text(top, step.vocab_size),
         generation=_generation(Reader(top.value.get("generation", {}), "generation")),
+        accuracy=None if top.value.get("accuracy") is None else parse_accuracy(top.child("accuracy")),
         raw=top.value,
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,35 +64,78 @@ def evaluate(
 ) -> Quality:
     """Predicts every token of each window but the first from those before it. reference(ids) gives float32 logits
     [len(ids), vocab], of which the first `runtime.vocab_size` columns count."""
-    loss = reference_loss = divergence = 0.0
-    same = total = 0
+    return evaluate_all([runtime], windows, reference, tell)[0]
+
+
+def evaluate_all(
+    runtimes: Sequence[Runtime],
+    windows: list[Ids],
+    reference: Reference | None = None,
+    tell: Callable[[], None] | None = None,
+) -> list[Quality]:
+    """`evaluate` for each of several artifacts, which have the same vocabulary; the reference runs once a window."""
+    tallies = [_Tally(runtime, reference is not None) for runtime in runtimes]
     for ids in windows:
-        expected = None if reference is None else reference(ids)[:, : runtime.vocab_size]
-        chunk = max(1, _MOST_LOGITS // runtime.vocab_size)
-        with runtime.sequence(len(ids)) as sequence:
-            for begin in range(0, len(ids) - 1, chunk):
-                end = min(begin + chunk, len(ids) - 1)
-                found = log_softmax(runtime.step([(sequence, ids[begin:end], "all")]))
-                targets = ids[begin + 1 : end + 1]
-                rows = np.arange(end - begin)
-                loss -= float(found[rows, targets].sum(dtype=np.float64))
-                if expected is not None:
-                    wanted = log_softmax(expected[begin:end])
-                    reference_loss -= float(wanted[rows, targets].sum(dtype=np.float64))
-                    divergence += float((np.exp(wanted) * (wanted - found)).sum(dtype=np.float64))
-                    same += int((wanted.argmax(axis=-1) == found.argmax(axis=-1)).sum())
-        total += len(ids) - 1
+        expected = None if reference is None else reference(ids)[:, : runtimes[0].vocab_size]
+        for tally in tallies:
+            tally.add(ids, expected)
         if tell is not None:
             tell()
-    quality = Quality(_perplexity(loss, total), total, len(windows), len(windows[0]))
-    if reference is None:
-        return quality
-    return Quality(
-        quality.perplexity, total, quality.windows, quality.window,
-        reference_perplexity=_perplexity(reference_loss, total),
-        mean_kl_divergence=divergence / total,
-        top1_agreement=same / total,
-    )  # fmt: skip
+    return [tally.quality(windows) for tally in tallies]
+
+
+def check_comparable(runtimes: Sequence[Runtime]) -> None:
+    """RuntimeStateError where a text is not the same ids for all of these, so that figures cannot be compared."""
+    first = runtimes[0]
+    for other in runtimes[1:]:
+        both = f"{first.artifact.path} and {other.artifact.path}"
+        if other.vocab_size != first.vocab_size:
+            raise RuntimeStateError(
+                f"{both} cannot be compared: they have vocabularies of {first.vocab_size} and {other.vocab_size} tokens"
+            )
+        texts = (first.manifest.text, other.manifest.text)
+        starts = [None if text is None else text.bos_id for text in texts]
+        if first.artifact.tokenizer() != other.artifact.tokenizer() or starts[0] != starts[1]:
+            raise RuntimeStateError(f"{both} cannot be compared: their tokenizers differ")
+
+
+class _Tally:
+    """What one artifact's predictions sum up to."""
+
+    def __init__(self, runtime: Runtime, has_reference: bool) -> None:
+        self.runtime, self.has_reference = runtime, has_reference
+        self.loss = self.reference_loss = self.divergence = 0.0
+        self.same = self.total = 0
+
+    def add(self, ids: Ids, expected: Logits | None) -> None:
+        """Predict a window. expected: the reference's logits [len(ids), vocab]."""
+        chunk = max(1, _MOST_LOGITS // self.runtime.vocab_size)
+        with self.runtime.sequence(len(ids)) as sequence:
+            for begin in range(0, len(ids) - 1, chunk):
+                end = min(begin + chunk, len(ids) - 1)
+                found = log_softmax(self.runtime.step([(sequence, ids[begin:end], "all")]))
+                targets = ids[begin + 1 : end + 1]
+                rows = np.arange(end - begin)
+                self.loss -= float(found[rows, targets].sum(dtype=np.float64))
+                if expected is not None:
+                    wanted = log_softmax(expected[begin:end])
+                    self.reference_loss -= float(wanted[rows, targets].sum(dtype=np.float64))
+                    self.divergence += float((np.exp(wanted) * (wanted - found)).sum(dtype=np.float64))
+                    self.same += int((wanted.argmax(axis=-1) == found.argmax(axis=-1)).sum())
+        self.total += len(ids) - 1
+
+    def quality(self, windows: list[Ids]) -> Quality:
+        """What it comes to."""
+        total = self.total
+        quality = Quality(_perplexity(self.loss, total), total, len(windows), len(windows[0]))
+        if not self.has_reference:
+            return quality
+        return replace(
+            quality,
+            reference_perplexity=_perplexity(self.reference_loss, total),
+            mean_kl_divergence=self.divergence / total,
+            top1_agreement=self.same / total,
+        )
 
 
 def log_softmax(logits: Logits) -> Logits:

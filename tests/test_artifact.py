@@ -562,3 +562,37 @@ def test_memory_of_a_large_cache_is_not_touched(good: Path) -> None:
     assert runtime.pool.capacity > 1 << 20
     runtime.forward([1, 2, 3])
     assert resident_bytes() - before < 64 << 20  # of 64 GiB
+
+
+def test_a_manifest_that_is_revised_takes_the_room_of_the_first(tmp_path: Path) -> None:
+    """Nothing else moves: the library may be loaded. Hashes are those of what is there."""
+    long = fake_artifact.manifest(model={"name": "x" * 500, "source": "", "parameters": 1, "bits_per_weight": 8.0})
+    short = fake_artifact.manifest()
+    seen: list[bytes] = []
+
+    def write_one(path: Path, revision: dict[str, object] | None) -> Artifact:
+        def revise(place: Path) -> dict[str, object] | None:
+            seen.append(place.read_bytes())
+            return revision
+
+        with ArtifactWriter(path, fake_artifact.library()) as writer:
+            writer.begin_weights()
+            writer.append(fake_artifact.weights())
+            writer.add_manifest(short, like=long)
+            writer.revise = revise
+        opened = Artifact.open(path)
+        opened.close()
+        return opened
+
+    plain, revised = write_one(tmp_path / "plain.so", None), write_one(tmp_path / "revised.so", long)
+    assert plain.manifest.model.name == "fake"
+    assert revised.manifest.model.name == "x" * 500
+    assert seen[0] == seen[1] == (tmp_path / "plain.so").read_bytes()
+    for name, part in plain.parts.items():
+        other = revised.parts[name]
+        assert (part.offset, part.bytes) == (other.offset, other.bytes)
+        assert (part.hash == other.hash) is (name != ".llmc.manifest")
+    Runtime.load(tmp_path / "revised.so", 1, verify=True)
+    with pytest.raises(ArtifactError, match="does not fit the room"):
+        write_one(tmp_path / "much.so", fake_artifact.manifest(generation={"x": "y" * 2000}))
+    assert not (tmp_path / "much.so").exists()

@@ -241,11 +241,11 @@ def test_outputs_are_nearer_to_the_models_own(tiny: dict[str, Path], tmp_path: P
         raise CompileError("the model is too small for it")
 
     model = Model(lifted, graph, 320, anew, refuse)
-    found, load = calibrate_model(model, CompileOptions(), "", tmp_path, Silent())
+    found, store = calibrate_model(model, CompileOptions(), "", tmp_path, Silent())
     divergences = [0.0, 0.0]
     for ids in held:
         exact = np.asarray(evaluate(floats, prompt_inputs(floats, ids), lifted.load)["logits"], np.float64)
-        for index, (other, loader) in enumerate(((graph, lifted.load), (found, load))):
+        for index, (other, loader) in enumerate(((graph, lifted.load), (found, store.load))):
             logits = np.asarray(evaluate(other, prompt_inputs(other, ids), loader)["logits"], np.float64)
             p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (exact, logits))
             divergences[index] += float((np.exp(p) * (p - q)).sum(-1).mean())

@@ -14,6 +14,7 @@ import typer
 
 from llmc.cli import options as o
 from llmc.cli import output
+from llmc.cli.accuracy import summary_of
 from llmc.cli.graph_diff import graph_diff
 from llmc.errors import CompileError
 from llmc.files import names_stdout, refusal, target_of
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 def compile(
     model: o.Model,
     path: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write; default: MODEL-Q.so here.")
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write; default: MODEL-Q.so here, MODEL.so without -q."),
     ] = None,
     target: o.Target = "native",
-    quantization: o.Quantization = "int4",
+    quantization: o.Quantization = "auto",
     group_size: o.GroupSize = 64,
     symmetric: o.Symmetric = True,
     activations: o.Activations = None,
@@ -42,6 +44,7 @@ def compile(
     bits_per_weight: o.BitsPerWeight = None,
     fast: o.Fast = False,
     lora: o.Lora = None,
+    accuracy: o.Accuracy = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
     max_dim: o.MaxDims = None,
@@ -68,9 +71,10 @@ def compile(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
-        bits_per_weight=bits_per_weight, lora=tuple(lora or ()),
+        bits_per_weight=bits_per_weight, lora=tuple(lora or ()), accuracy=accuracy,
     )  # fmt: skip
-    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
+    scheme = "" if quantization == "auto" else f"-{quantization}"
+    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}{scheme}.so")
     check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
     started = time.perf_counter()
@@ -86,6 +90,7 @@ def compile(
             "target": manifest["target"],
             "compile_seconds": seconds,
             "not_quantized": [list(pair) for pair in quantization_refusals(manifest)],
+            "accuracy": manifest.get("accuracy"),
         }
         for checker in checkers:
             result["check"] = [asdict(difference) for difference in checker.differences]
@@ -106,6 +111,9 @@ def _print_result(
     weight = f"{bits} bits per weight, " if parameters else ""
     size = "" if file_bytes is None else f"{output.size(file_bytes)}, "
     print(f"{path}: {size}{weight}compiled in {seconds} s")
+    told = summary_of(manifest)
+    if told:
+        print(told)
     if file_bytes is not None:
         _print_use(path)
 

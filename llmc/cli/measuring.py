@@ -179,15 +179,24 @@ def _share(found: Bench) -> str:
 
 
 def eval(
-    artifact: o.Artifact,
-    text: Annotated[Path, typer.Option("--text", metavar="FILE", help="A text in UTF-8.")],
+    artifacts: Annotated[list[Path], typer.Argument(metavar="SO...", help="A compiled model; several with --compare.")],
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="A text in UTF-8; default: what --reference writes."),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Rank artifacts of one model: the smallest divergence or perplexity first."),
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option("--reference", metavar="DIR", help="The original model, to compare with (in f32).")
     ] = None,
     window: Annotated[
         int, typer.Option("--window", help="Tokens of a window, its first (beginning of text) included.")
     ] = 512,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Only the first so many.")] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, help="Only the first so many; of what --reference writes [4].")
+    ] = None,
     threads: o.Threads = None,
     weights: o.Weights = None,
     verify: o.Verify = None,
@@ -198,33 +207,48 @@ def eval(
     The text's tokens are cut into windows, each with the beginning-of-text token in front. Every token of a window but
     the first is predicted from those before it in the window. A last window that is not full is left out.
     """
+    from llmc.cli.comparing import cut_text, print_ranking, ranked
     from llmc.cli.reference import transformers_reference
-    from llmc.runtime.perplexity import evaluate, windows_of
+    from llmc.runtime.perplexity import check_comparable, evaluate_all
     from llmc.runtime.runtime import Runtime
 
-    content = read_text(text, "--text")
+    if compare != (len(artifacts) > 1):
+        raise LlmcError("several artifacts are ranked with --compare, which needs two or more of them")
+    if text is None and reference is None:
+        raise LlmcError("give a text to predict (--text FILE), or the original model that writes one (--reference DIR)")
+    content = None if text is None else read_text(text, "--text")
     with output.progress() as progress:
-        runtime = Runtime.load(artifact, threads, verify, weights=weights)
-        require(runtime.manifest, artifact, "eval", "generate")
-        cut = windows_of(runtime, content, window, windows)
+        runtimes = []
+        for artifact in artifacts:
+            runtimes.append(Runtime.load(artifact, threads, verify, weights=weights))
+            require(runtimes[-1].manifest, artifact, "eval", "generate")
+        check_comparable(runtimes)
         expected = None
         if reference is not None:
             progress.start("loading the reference")
             expected = transformers_reference(reference)
+        cut = cut_text(runtimes, content, expected, window, windows, progress)
         progress.start("reading windows", len(cut))
-        found = evaluate(runtime, cut, expected, progress.advance)
-        runtime.wait_verified()
+        found = evaluate_all(runtimes, cut, expected, progress.advance)
+        for runtime in runtimes:
+            runtime.wait_verified()
+    if compare:
+        print_ranking(ranked(artifacts, runtimes, found), None if text is None else str(text), json)
+        return
+    (quality,) = found
     if json:
-        output.print_json({"artifact": str(artifact), "text": str(text), **asdict(found)})
+        given = None if text is None else str(text)
+        output.print_json({"artifact": str(artifacts[0]), "text": given, **asdict(quality)})
         return
     rows = {
-        "perplexity": f"{found.perplexity:.4f} ({found.tokens} tokens in {found.windows} windows of {found.window})"
+        "perplexity": f"{quality.perplexity:.4f} ({quality.tokens} tokens in {quality.windows} windows of "
+        f"{quality.window})"
     }
-    if found.reference_perplexity is not None:
-        change = 100 * (found.perplexity / found.reference_perplexity - 1)
-        rows["reference perplexity"] = f"{found.reference_perplexity:.4f} ({change:+.3f}% from it)"
-        rows["mean KL divergence"] = f"{found.mean_kl_divergence:.6f} nats"
-        rows["top-1 agreement"] = f"{100 * (found.top1_agreement or 0):.2f}%"
+    if quality.reference_perplexity is not None:
+        change = 100 * (quality.perplexity / quality.reference_perplexity - 1)
+        rows["reference perplexity"] = f"{quality.reference_perplexity:.4f} ({change:+.3f}% from it)"
+        rows["mean KL divergence"] = f"{quality.mean_kl_divergence:.6f} nats"
+        rows["top-1 agreement"] = f"{100 * (quality.top1_agreement or 0):.2f}%"
     output.facts(rows)
 
 
@@ -238,5 +262,11 @@ COMMANDS = (
             "llmc bench model.so --dim batch=1 --dim length=128",
         ),
     ),
-    (eval, ("llmc eval pycoder.so --text examples/pycoder/heldout.txt --reference examples/pycoder --windows 48",)),
+    (
+        eval,
+        (
+            "llmc eval pycoder.so --text examples/pycoder/heldout.txt --reference examples/pycoder --windows 48",
+            "llmc eval --compare int4.so int8.so --text examples/pycoder/heldout.txt --reference examples/pycoder",
+        ),
+    ),
 )

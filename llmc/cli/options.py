@@ -44,7 +44,8 @@ Target = Annotated[
 ]  # fmt: skip
 Quantization = Annotated[
     str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|int6|int4", rich_help_panel=_COMPILING,
-                      help="How linear weights are stored."),
+                      help="How linear weights are stored; default: int4, and where `llmc compile` gets an encoder, "
+                           "the fewest bits that keep the mean cosine of its vectors with the original's above 0.99."),
 ]  # fmt: skip
 GroupSize = Annotated[
     int,
@@ -87,6 +88,12 @@ Lora = Annotated[
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
                        rich_help_panel=_COMPILING),
+]  # fmt: skip
+Accuracy = Annotated[
+    bool | None,
+    typer.Option("--accuracy/--no-accuracy", rich_help_panel=_COMPILING, show_default=False,
+                 help="Measure how far the result is from the original, for `llmc inspect --accuracy`; default: where "
+                      "weights become integers, and with --fast and int8 only of models below 134M parameters."),
 ]  # fmt: skip
 MaxContext = Annotated[
     int | None, typer.Option("--max-context", help="The most tokens a text may have; default: what the model says.",

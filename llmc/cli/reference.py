@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmc.errors import FrontendError, LlmcError
 
-if TYPE_CHECKING:
-    from llmc.runtime.perplexity import Reference
+
+class TransformersReference:
+    """The original: called with token ids [n], it gives float32 logits [n, vocab]."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            result = self._model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].float()
+        array: NDArray[np.float32] = result.numpy()
+        return array
+
+    def write(self, start: int, texts: int, length: int, seed: int = 0) -> list[NDArray[np.int32]]:
+        """Texts of `length` ids that begin with `start` and are drawn from what the model predicts."""
+        import torch
+
+        found = torch.full((texts, length), start)
+        generator = torch.Generator().manual_seed(seed)
+        past = None
+        with torch.inference_mode():
+            for at in range(1, length):
+                out = self._model(found[:, at - 1 : at], past_key_values=past, use_cache=True)
+                past = out.past_key_values
+                chances = torch.softmax(out.logits[:, -1].double(), dim=-1)
+                found[:, at] = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        return list(found.numpy().astype(np.int32))
 
 
-def transformers_reference(directory: Path) -> Reference:
-    """A function from token ids [n] to float32 logits [n, vocab]. Runs no code of the model's own."""
+def transformers_reference(directory: Path) -> TransformersReference:
+    """The model in a directory. Runs no code of the model's own."""
     if not directory.is_dir():
         raise FrontendError(f"--reference {directory}: no such directory")
     try:
@@ -33,11 +60,4 @@ def transformers_reference(directory: Path) -> Reference:
         model.eval()  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers raises many kinds
         raise FrontendError(f"--reference {directory} cannot be loaded: {type(error).__name__}: {error}") from error
-
-    def logits(ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            result = model(torch.from_numpy(ids.astype(np.int64))[None], use_cache=False).logits[0].float()
-        array: NDArray[np.float32] = result.numpy()
-        return array
-
-    return logits
+    return TransformersReference(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,10 +21,29 @@ if TYPE_CHECKING:
 def inspect(
     artifact: o.Artifact,
     weights: Annotated[bool, typer.Option("--weights", help="List every weight.")] = False,
+    accuracy: Annotated[
+        bool,
+        typer.Option("--accuracy", help="Show how far it is from the original, in all and matrix by matrix, instead."),
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw that by layer and kind: a .png, .svg or .pdf."),
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what is in a compiled model, and check every hash. None of its code runs."""
+    """Show what is in a compiled model, and check every hash. None of its code runs.
+
+    With --accuracy: what was measured when it was compiled (and no hashes of weights). Errors are squared, and parts of
+    the squares of what they are errors of.
+    """
+    from llmc.cli.accuracy import show_accuracy
     from llmc.runtime.artifact import Artifact
+
+    if accuracy or picture is not None:
+        opened = Artifact.open(artifact)
+        opened.close()
+        show_accuracy(artifact, opened.manifest, picture, json)
+        return
 
     opened = Artifact.open(artifact)
     try:
@@ -270,7 +290,7 @@ def doctor(json: o.Json = False) -> None:
 
 
 COMMANDS = (
-    (inspect, ("llmc inspect pycoder.so --weights",)),
+    (inspect, ("llmc inspect pycoder.so --weights", "llmc inspect pycoder.so --accuracy --picture errors.png")),
     (explain, ("llmc explain pycoder.so",)),
     (doctor, ("llmc doctor",)),
 )

@@ -1,0 +1,99 @@
+"""Measuring the accuracy of an artifact that is written but not in its place, for its manifest."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmc.compiler import accuracy
+from llmc.compiler.accuracy import RoundedHere
+from llmc.compiler.accuracy_cache import AccuracyCache
+from llmc.compiler.estimate import estimate
+from llmc.compiler.manifest import check_manifest
+from llmc.compiler.options import CompileOptions
+from llmc.compiler.own_text import draw
+from llmc.compiler.progress import Progress
+from llmc.compiler.rounded_cache import key_of
+from llmc.errors import CompileError, LlmcError
+
+if TYPE_CHECKING:
+    from llmc.compiler.pipeline import Compiled
+    from llmc.frontends.lifted import Lifted
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an artifact has been made of. library: its code; digest: its weights' hash; weights: the file that has them,
+    if there is one; kept: what weights were rounded to."""
+
+    library: Path
+    digest: str
+    weights: Path | None
+    kept: RoundedHere
+
+
+def longest_manifest(manifest: dict[str, object], lifted: Lifted, compiled: Compiled) -> dict[str, object]:
+    """One that is as long as what `revised` gives can be."""
+    return {**manifest, "accuracy": accuracy.longest(lifted, compiled.graph, compiled.originals)}
+
+
+def revised(
+    path: Path,
+    manifest: dict[str, object],
+    written: Written,
+    lifted: Lifted,
+    compiled: Compiled,
+    options: CompileOptions,
+    progress: Progress,
+) -> dict[str, object] | None:
+    """The manifest of the artifact at `path` with its accuracy; None where that cannot be measured, which is said."""
+    try:
+        manifest["accuracy"] = measured_accuracy(path, written, lifted, compiled, options, progress)
+        check_manifest(manifest)
+    except LlmcError as error:  # random ids are not what every graph takes
+        if options.accuracy:
+            raise CompileError(f"--accuracy: it cannot be measured: {error}") from error
+        progress.note(f"the artifact does not tell its accuracy: {error}")
+        manifest.pop("accuracy", None)
+        return None
+    return manifest
+
+
+def measured_accuracy(
+    path: Path, written: Written, lifted: Lifted, compiled: Compiled, options: CompileOptions, progress: Progress
+) -> dict[str, object]:
+    """What the manifest says of the accuracy of the artifact at `path`; from the cache, where the same was measured."""
+    from llmc.compiler.pipeline import RUN, vocabulary_of
+    from llmc.targets.check_artifact import refusal
+    from llmc.targets.sources import closure_hash
+    from llmc.targets.written_text import running
+
+    assert compiled.original is not None
+    load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), refusal(path)
+    code = (closure_hash("llmc.compiler.accuracy"), closure_hash("llmc.targets.written_text"), bool(not_run))
+    library = np.frombuffer(written.library.read_bytes(), np.uint8)
+    progress.start("looking for its accuracy")
+    key = key_of(compiled.original, load, [library], written.digest, *code, vocabulary, options.seed)
+    cache = AccuracyCache.default()
+    found = cache.read(key)
+    if found is not None:
+        return found
+    with ExitStack() as stack:
+        artifact = None
+        if not not_run and lifted.task != RUN:
+            per_token = estimate(compiled.graph, context=accuracy.LENGTH).cache_per_token
+            sizes = (accuracy.TEXTS * accuracy.LENGTH, 1, per_token)  # as many pages as that many texts of one token
+            artifact = stack.enter_context(
+                running(path, written.weights, *sizes, lambda logits, chance: draw(logits[:, :vocabulary], chance))
+            )
+        subject = accuracy.Subject(
+            lifted, compiled.original, load, compiled.graph, compiled.load or load, compiled.originals, written.kept,
+            artifact, vocabulary, options.seed,
+        )  # fmt: skip
+        found = accuracy.measure(subject, progress)
+    cache.write(key, found)
+    return found
