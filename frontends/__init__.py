@@ -21,7 +21,8 @@ def lift(
     max_dims: Mapping[str, int] | None = None,
     dims: Mapping[str, int] | None = None,
 ) -> Lifted:
-    """Read a model: an ONNX file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code runs.
+    """Read a model: an ONNX or GGUF file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code
+    runs.
 
     max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
     noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
@@ -38,6 +39,13 @@ def lift(
         raise FrontendError(f"{source} takes text, which has no size {name!r:.60}: --max-context bounds it")
     if tokenizer is not None:
         raise FrontendError(f"{source} has a tokenizer of its own: another one can be given to an .onnx model only")
+    from llmc.frontends.gguf.source import gguf_source
+
+    path = gguf_source(source)
+    if path is not None:
+        from llmc.frontends.gguf.lift import lift as lift_gguf
+
+        return lift_gguf(path, max_context=max_context, weights=weights, seed=seed)
     from llmc.frontends.hf.lift import lift as lift_hf
 
     return lift_hf(source, max_context=max_context, weights=weights, seed=seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ import torch
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
-from llmc.frontends.hf.classes import choose_class
+from llmc.frontends.hf.classes import ModelClass, choose_class
 from llmc.frontends.hf.config import load_config
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
@@ -19,7 +21,7 @@ from llmc.frontends.hf.source import adapters_below, resolve
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
-from llmc.frontends.lifted import ENCODE, Lifted, WeightSource
+from llmc.frontends.lifted import ENCODE, Lifted, Text, WeightSource
 from llmc.frontends.weight_sources import LayeredWeights
 
 if TYPE_CHECKING:
@@ -28,28 +30,64 @@ if TYPE_CHECKING:
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A model's files, read as far as building it needs. weights: its tensors by the checkpoint's names; None: random.
+
+    plan: of an encoder. text: what turns text into tokens, read last. notes: for the user to read.
+    """
+
+    config: PreTrainedConfig
+    kind: ModelClass
+    weights: WeightSource | None
+    name: str
+    text: Callable[[], Text]
+    plan: EncoderPlan | None = None
+    notes: tuple[str, ...] = ()
+
+
 def lift(source: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
     """Read a model: a directory, or a name on the Hugging Face hub. No weight is loaded; none of its code runs.
 
     max_context: tokens a sequence may have (default: the model's own limit); rotary frequencies are settled for it.
     weights: "checkpoint", or "random" for `RandomWeights(seed)`.
     """
+    check_options(max_context, weights)
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
     config = load_config(base_dir)
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
-    positions = _max_positions(config)
-    context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
-    if context < 2:
-        raise FrontendError(f"max context is {context}: at least 2 tokens are needed")
-    if weights not in ("checkpoint", "random"):
-        raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     # The checkpoint's headers are checked before the slower export.
     named = getattr(config, "transformers_weights", None)
     checkpoint = open_checkpoint(base_dir, named) if weights == "checkpoint" else None
-    dtype = _checkpoint_dtype(config)  # building the model changes the config's
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
+    opened = Opened(
+        config,
+        kind,
+        checkpoint,
+        _name(source, model_dir),
+        lambda: read_text(base_dir, config),
+        plan,
+        adapters_below(base_dir),
+    )
+    return lift_opened(opened, max_context, seed)
+
+
+def check_options(max_context: int | None, weights: str) -> None:
+    """FrontendError for options of `lift` that make no sense."""
+    if max_context is not None and max_context < 2:
+        raise FrontendError(f"max context is {max_context}: at least 2 tokens are needed")
+    if weights not in ("checkpoint", "random"):
+        raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
+
+
+def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
+    """Build, trace and translate a model whose files have been read."""
+    config, kind, checkpoint, plan = opened.config, opened.kind, opened.weights, opened.plan
+    positions = _max_positions(config)
+    context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
+    dtype = _checkpoint_dtype(config)  # building the model changes the config's
     stored: list[ModelWeights] = []  # the checkpoint as the weights of the model that was built last
 
     def untied(model: PreTrainedModel) -> frozenset[str]:
@@ -62,7 +100,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     else:
         traced = trace(kind, config, context, plan.token_types, plan.outputs, untied)
     model = traced.meta.model
-    notes = [*adapters_below(base_dir), *traced.notes, *(note for own in stored for note in own.notes)]
+    notes = [*opened.notes, *traced.notes, *(note for own in stored for note in own.notes)]
     missing = [name for own in stored for name in own.missing]
     values = _weights(model, plan, stored[0] if stored else None, dtype, seed)
     if traced.room is not None:
@@ -77,12 +115,12 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
         )
     graph, values = translate(traced, values, context, None if plan is None else plan.finish)
     graph = without_outputs_of(graph, missing)
-    text = read_text(base_dir, config) if plan is None else plan.text.text
+    text = opened.text() if plan is None else plan.text.text
     text_config = config.get_text_config(decoder=True)
     return Lifted(
         graph=graph,
         weights=values,
-        name=_name(source, model_dir),
+        name=opened.name,
         architecture=str(config.model_type),
         parameters=_parameters(model, plan),
         vocab_size=int(text_config.vocab_size),

@@ -1,0 +1,101 @@
+"""What llama.cpp's converters do to rows and values of weights, undone (`Rows` and `Values` of `weights.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.compiler.ir.types import Array
+
+
+@dataclass(frozen=True)
+class PairsToHalves:
+    """Rows of each head from pairs (0, n/2, 1, n/2 + 1, ...), as llama.cpp rotates them, to halves (0, 1, ...).
+
+    heads: of the tensor's rows.
+    """
+
+    heads: int
+
+    def __call__(self, parts: list[Array]) -> Array:
+        (rows,) = parts
+        if rows.shape[0] % (2 * self.heads):
+            raise ValueError(f"{rows.shape[0]} rows are not {self.heads} heads of pairs")
+        pairs = rows.reshape(self.heads, rows.shape[0] // self.heads // 2, 2, *rows.shape[1:])
+        return np.swapaxes(pairs, 1, 2).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several tensors one after another along an axis: 0 for rows, 1 for rows of each expert."""
+
+    axis: int = 0
+
+    def __call__(self, parts: list[Array]) -> Array:
+        return np.concatenate(parts, axis=self.axis)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All queries, all keys, all values to one group after another: its queries, its key, its value.
+
+    groups: key heads. queries: of each group.
+    """
+
+    groups: int
+    queries: int
+
+    def __call__(self, parts: list[Array]) -> Array:
+        (rows,) = parts
+        each = self.queries + 2
+        if rows.shape[0] % (self.groups * each):
+            raise ValueError(f"{rows.shape[0]} rows are not {self.groups} groups of {each} heads")
+        dim = rows.shape[0] // (self.groups * each)
+        ends = [self.groups * self.queries * dim, self.groups * (self.queries + 1) * dim]
+        kinds = [kind.reshape(self.groups, -1, dim, *rows.shape[1:]) for kind in _split(rows, ends)]
+        return np.concatenate(kinds, axis=1).reshape(rows.shape)
+
+
+def _split(rows: Array, ends: list[int]) -> list[Array]:
+    return [rows[begin:end] for begin, end in zip([0, *ends], [*ends, rows.shape[0]], strict=True)]
+
+
+@dataclass(frozen=True)
+class Plus:
+    """A number added to all values: norms that a converter has stored as 1 + w."""
+
+    number: float
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def __call__(self, values: Array) -> Array:
+        found: Array = values.astype(np.float32) + np.float32(self.number)
+        return found
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The last two axes exchanged: weights that the model keeps as [inputs, outputs]."""
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-2], *shape[:-3:-1]) if len(shape) > 1 else shape
+
+    def __call__(self, values: Array) -> Array:
+        found: Array = np.swapaxes(values, -1, -2) if values.ndim > 1 else values
+        return found
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Axes of 1 put in, or taken out: of small tensors whose numbers stay as they are."""
+
+    to: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.to
+
+    def __call__(self, values: Array) -> Array:
+        found: Array = values.reshape(self.to)
+        return found
