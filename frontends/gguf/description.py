@@ -135,13 +135,37 @@ class Description:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "tie_word_embeddings": self.tied,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),  # of the vocabulary, not the graph
         }
-        settings.ignore("vocab_size")  # as many as the embedding has rows
-        settings.expect("attention.causal", (True,))
-        settings.expect("pooling_type", (0,), "it is a model of embeddings")
+        self.common()
         if not layer_norm:
             config["rms_norm_eps"] = settings.number("attention.layer_norm_rms_epsilon")
         return config | more
+
+    def common(self) -> None:
+        """What every decoder's file may say, and has to mean."""
+        self.settings.ignore("vocab_size")  # as many as the embedding has rows
+        self.settings.expect("attention.causal", (True,))
+        self.settings.expect("pooling_type", (0,), "it is a model of embeddings")
+        self.settings.expect("nextn_predict_layers", (0,), "draft layers")
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        return self._tensor("token_embd.weight").shape[0]
+
+    def sliding(self, pattern: int) -> list[str]:
+        """transformers' `layer_types` where the last of every `pattern` layers sees everything; the file may say which
+        layers slide itself, by a number of that kind or one by one."""
+        said = self.settings.get("attention.sliding_window_pattern")
+        if isinstance(said, list):
+            slides = self.settings.flags("attention.sliding_window_pattern") or []
+            if len(slides) < self.layers:
+                raise self.settings.error("attention.sliding_window_pattern", f"has {len(slides)} entries")
+        else:
+            every = self.settings.integer("attention.sliding_window_pattern", pattern)
+            slides = [every < 1 or (layer + 1) % every != 0 for layer in range(self.layers)]
+        return ["sliding_attention" if slide else "full_attention" for slide in slides[: self.layers]]
 
     def _tensor(self, name: str) -> _Shaped:
         if name not in self.tensors:
@@ -234,18 +258,20 @@ class Description:
 
         outside, inside (a layer): the model's name of a module to the file's, for its weight and bias; with a suffix,
         of one tensor; with several names after spaces, of all of them (`rows` then puts them together). rows, values:
-        by the file's name of the (first) module.
+        by the file's name of the (first) module, values also by that of its weight alone (`attn_norm.weight`).
         """
         found: dict[str, Weight] = {}
 
         def add(ours: str, theirs: str, place: str) -> None:
             names = theirs.split()
-            suffixes = [""] if "." in names[0] else [".weight", ".bias"]
+            suffixes = [""] if names[0].endswith((".weight", ".bias")) else [".weight", ".bias"]
             first = names[0].partition(".")[0]
             for suffix in suffixes:
                 tensors = tuple(f"{place}{name}{suffix}" for name in names)
                 if all(tensor in self.tensors for tensor in tensors):
-                    found[f"{ours}{suffix}"] = Weight(tensors, (rows or {}).get(first), (values or {}).get(first))
+                    whole = tensors[0].removeprefix(place)
+                    changed = (values or {}).get(whole, (values or {}).get(first))
+                    found[f"{ours}{suffix}"] = Weight(tensors, (rows or {}).get(first), changed)
 
         for ours, theirs in outside.items():
             add(ours, theirs, "")

@@ -37,6 +37,32 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Interleaved:
+    """Rows of two tensors in turn, in each expert: [experts, rows, K] twice to [experts, 2 * rows, K]."""
+
+    def __call__(self, parts: list[Array]) -> Array:
+        first, second = parts
+        if first.shape != second.shape or first.ndim != 3:
+            raise ValueError("they are no two of one shape")
+        experts, rows, inner = first.shape
+        return np.stack([first, second], axis=2).reshape(experts, 2 * rows, inner)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a matrix, as a vector."""
+
+    index: int
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[-1:]
+
+    def __call__(self, values: Array) -> Array:
+        found: Array = values.reshape(-1, values.shape[-1])[self.index]
+        return found
+
+
+@dataclass(frozen=True)
 class Groups:
     """All queries, all keys, all values to one group after another: its queries, its key, its value.
 
@@ -52,13 +78,12 @@ class Groups:
         if rows.shape[0] % (self.groups * each):
             raise ValueError(f"{rows.shape[0]} rows are not {self.groups} groups of {each} heads")
         dim = rows.shape[0] // (self.groups * each)
-        ends = [self.groups * self.queries * dim, self.groups * (self.queries + 1) * dim]
-        kinds = [kind.reshape(self.groups, -1, dim, *rows.shape[1:]) for kind in _split(rows, ends)]
+        kinds, begin = [], 0
+        for heads in (self.queries, 1, 1):
+            end = begin + self.groups * heads * dim
+            kinds.append(rows[begin:end].reshape(self.groups, heads, dim, *rows.shape[1:]))
+            begin = end
         return np.concatenate(kinds, axis=1).reshape(rows.shape)
-
-
-def _split(rows: Array, ends: list[int]) -> list[Array]:
-    return [rows[begin:end] for begin, end in zip([0, *ends], [*ends, rows.shape[0]], strict=True)]
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class GgufWeights:
         shapes = [self._tensors[tensor].shape for tensor in weight.tensors]
         shape = shapes[0]
         if weight.rows is not None:
-            flat = len(shape) == 1
+            flat = _is_vector(weight, shape)
             rows = [np.empty((*(shape if flat else shape[:-1]), 0), np.int8) for shape in shapes]
             made = self._arranged(name, weight, rows).shape[:-1]
             shape = made if flat else (*made, shape[-1])
@@ -109,8 +109,8 @@ class GgufWeights:
         parts = [self._tensors.load(tensor).astype(dtype, copy=False) for tensor in weight.tensors]
         if weight.rows is None:
             made = parts[0]
-        elif parts[0].ndim == 1:  # a vector is a column of rows of one number
-            made = self._arranged(name, weight, [part[:, None] for part in parts])[..., 0]
+        elif _is_vector(weight, parts[0].shape):  # rows of one number
+            made = self._arranged(name, weight, [part[..., None] for part in parts])[..., 0]
         else:
             made = self._arranged(name, weight, parts)
         return np.ascontiguousarray(made if weight.values is None else weight.values(made))
@@ -122,3 +122,8 @@ class GgufWeights:
         except ValueError as error:
             listed = ", ".join(f"{tensor} {list(self._tensors[tensor].shape)}" for tensor in weight.tensors)
             raise FrontendError(f"weight {name} cannot be made of {listed}: {error}") from error
+
+
+def _is_vector(weight: Weight, shape: tuple[int, ...]) -> bool:
+    """Whether the tensors have no axis of inputs: a bias has one number a row, or a row of each expert."""
+    return len(shape) == 1 or weight.tensors[0].endswith(".bias")
