@@ -149,7 +149,7 @@ MODELS: dict[str, tuple[Damage, str]] = {
         config(model_type="nothing", auto_map={"AutoModelForCausalLM": "evil.Model"}),
         r"config\.json.*remote code, which llmc never runs",
     ),
-    "quantized already": (config(quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\).*original"),
+    "said to be quantized": (config(quantization_config={"quant_method": "gptq"}), "gptq, but .* no layer"),
     "t5": (config(model_type="t5"), r"config\.json: model type 't5' has an encoder.*not supported yet"),
     "vit": (config(model_type="vit"), r"config\.json: ViTModel takes pixel_values, not text"),
     "bart": (config(model_type="bart"), r"config\.json: model type 'bart' has an encoder.*not supported yet"),

@@ -73,9 +73,12 @@ HOSTILE: dict[str, tuple[dict[str, object], str]] = {
     "model type of another kind": ({"model_type": 7}, "model_type"),
     "quantized": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "(gptq), which is not supported yet: compile",
+        "the checkpoint has no layer with a qweight",
     ),
-    "published in fp4": ({"quantization_config": {"quant_method": "mxfp4"}}, "dequantize=True"),
+    "quantized in another way": (
+        {"quantization_config": {"quant_method": "aqlm"}},
+        "(aqlm), in a way that is not",
+    ),
     "quantized by another tool": ({"quantization": {"group_size": 64, "bits": 4}}, "already quantized (quantization)"),
 }
 

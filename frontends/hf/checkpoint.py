@@ -22,6 +22,7 @@ from llmc.frontends.hf.config import quiet
 from llmc.frontends.hf.source import MERGE
 from llmc.frontends.hf.weights import STORED_CONSTANTS, is_finite, shortened, to_numpy, to_torch
 from llmc.frontends.lifted import WeightSource
+from llmc.frontends.stored_integers import StoredIntegers, stored_integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,6 +48,8 @@ class ModelWeights:
 
     partly: weights may be missing, and are listed in `missing`: a checkpoint of one head need not have another's.
     untied: weights that the config ties to others, and of which the checkpoint holds other values: they are their own.
+    turned: weights that the model has as [inputs, outputs], and that formats of quantized ones store as [outputs,
+    inputs], as of any linear layer.
     """
 
     def __init__(self, model: PreTrainedModel, checkpoint: WeightSource, partly: bool = False) -> None:
@@ -61,6 +64,7 @@ class ModelWeights:
         self.missing: list[str] = []
         self.untied: frozenset[str] = frozenset()
         unexpected = self._match()
+        self.turned = self._turned()
         self._check(unexpected, partly)
 
     @property
@@ -96,9 +100,14 @@ class ModelWeights:
             )
         return value
 
+    def integers(self, name: str) -> StoredIntegers | None:
+        """What a weight is stored as, if that is integers; of the transpose of one that is in `turned`."""
+        return stored_integers(self._checkpoint, self._plain[name]) if name in self._plain else None
+
     def _load(self, name: str) -> Array:
         if name in self._plain:
-            return self._checkpoint.load(self._plain[name])
+            array = self._checkpoint.load(self._plain[name])
+            return array.T if name in self.turned else array
         group = self._converted[name]
         if self._last is None or self._last[0] is not group:
             # A converter makes several weights at once; those that follow are usually asked for next.
@@ -135,6 +144,13 @@ class ModelWeights:
             for name in self._targets(group):
                 self._converted[name] = group
         return unexpected
+
+    def _turned(self) -> frozenset[str]:
+        from transformers.pytorch_utils import Conv1D
+
+        modules = {f"{path}.weight" for path, module in self._model.named_modules() if isinstance(module, Conv1D)}
+        turned = set(getattr(self._checkpoint, "of_linears", ()))
+        return frozenset(name for name in modules if self._plain.get(name) in turned)
 
     def _targets(self, group: _Converted) -> list[str]:
         """The weights that a converter makes: its first target's name with each of its target patterns in place."""
@@ -178,6 +194,7 @@ class ModelWeights:
         wrong = []
         for name, tensor in self._plain.items():
             shape = self._checkpoint.shape(tensor)
+            shape = shape[::-1] if name in self.turned else shape
             if name in self._expected and shape != self._expected[name]:
                 wrong.append(f"{name} is {list(shape)}, the config wants {list(self._expected[name])}")
             if name in self._parameters and self._checkpoint.dtype(tensor) not in FLOATS:
@@ -250,6 +267,9 @@ class ModelWeights:
         """Left-over tensors that say nothing: constants that older versions stored."""
         if _matches(name, patterns[:-1]):
             return True
+        weight = f"{name.removesuffix('.bias')}.weight"
+        if name.endswith(".bias") and stored_integers(self._checkpoint, weight) is not None:
+            return not self._checkpoint.load(name).any()  # some tools store one for every layer that they quantize
         # Stored causal masks, of four axes, unlike any bias.
         return _matches(name, patterns[-1:]) and len(self._checkpoint.shape(name)) != 1
 

@@ -123,24 +123,6 @@ def check_config(data: Mapping[str, object], path: Path) -> None:
             else "is unknown to this version of transformers: `pip install -U transformers` may know it"
         )
         raise FrontendError(f"{path}: model type {model_type!r} {what}")
-    # MLX writes "quantization"; some checkpoints of compressed-tensors "compression_config".
-    for key in ("quantization_config", "quantization", "compression_config"):
-        described = data.get(key)
-        if described:
-            raise FrontendError(_quantized(path, key, described))
-
-
-def _quantized(path: Path, key: str, described: object) -> str:
-    method = described.get("quant_method") if isinstance(described, dict) else None
-    name = method if isinstance(method, str) else key
-    if method in ("mxfp4", "fp8"):  # how some models are published: there may be no other original
-        advice = (
-            "write it out with transformers (from_pretrained with dequantize=True in its quantization config, then "
-            "save_pretrained), or take a bf16 version of it"
-        )
-    else:
-        advice = "compile the original that it was made from, and let llmc quantize it (-q int4)"
-    return f"{path}: the checkpoint is already quantized ({name:.40}), which is not supported yet: {advice}"
 
 
 @contextlib.contextmanager

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import ModelClass, choose_class
-from llmc.frontends.hf.config import load_config
+from llmc.frontends.hf.config import load_config, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
 from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import adapters_below, resolve
+from llmc.frontends.hf.stored import open_stored, quantization_of
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
 from llmc.frontends.lifted import ENCODE, Lifted, Text, WeightSource
+from llmc.frontends.stored_integers import keep_stored, stored_notes
 from llmc.frontends.weight_sources import LayeredWeights
 
 if TYPE_CHECKING:
@@ -57,10 +60,14 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
     config = load_config(base_dir)
+    quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     # The checkpoint's headers are checked before the slower export.
     named = getattr(config, "transformers_weights", None)
     checkpoint = open_checkpoint(base_dir, named) if weights == "checkpoint" else None
+    told: tuple[str, ...] = ()
+    if checkpoint is not None and quantization is not None:
+        checkpoint, told = open_stored(quantization, checkpoint)
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
     opened = Opened(
         config,
@@ -69,7 +76,7 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
         _name(source, model_dir),
         lambda: read_text(base_dir, config),
         plan,
-        adapters_below(base_dir),
+        (*adapters_below(base_dir), *told),
     )
     return lift_opened(opened, max_context, seed)
 
@@ -115,6 +122,9 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
         )
     graph, values = translate(traced, values, context, None if plan is None else plan.finish)
     graph = without_outputs_of(graph, missing)
+    if stored:
+        graph, values, kept = _with_integers(graph, values, stored[0])
+        notes += kept
     text = opened.text() if plan is None else plan.text.text
     text_config = config.get_text_config(decoder=True)
     return Lifted(
@@ -148,6 +158,16 @@ def _weights(
         source = module.weights()
         values = values if source is None else LayeredWeights(source, values)
     return values
+
+
+def _with_integers(
+    graph: Graph, values: WeightSource, stored: ModelWeights
+) -> tuple[Graph, WeightSource, tuple[str, ...]]:
+    """The graph with weights that the checkpoint holds as integers made of these, what loads them, and notes."""
+    found = {param.name: stored.integers(param.name) for param in graph.params if param.name in set(stored.names)}
+    kept = {name: integers for name, integers in found.items() if integers is not None}
+    graph, values = keep_stored(graph, values, kept, stored.turned)
+    return graph, values, stored_notes(kept.values())
 
 
 def _parameters(model: PreTrainedModel, plan: EncoderPlan | None) -> int:

@@ -1,0 +1,62 @@
+"""Checkpoints of weights that another tool has quantized: one file a format, chosen by what config.json says.
+
+A format's `read(settings, file)` gives the weights that the file's tensors stand for, and notes for the user.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmc.errors import FrontendError
+from llmc.frontends.hf.config import read_json
+from llmc.frontends.hf.stored.settings import Settings
+from llmc.frontends.lifted import WeightSource
+
+# quant_method of config.json: the module of this package that reads it.
+FORMATS = {"gptq": "gptq"}
+_ADVICE = "compile the original that it was made from, and let llmc quantize it (-q int4)"
+# Where config.json keeps a quantization; MLX writes "quantization", some compressed-tensors files the last one.
+_KEYS = ("quantization_config", "quantization", "compression_config")
+# Files of older tools beside config.json, and the method that each is of.
+_BESIDE = {"quantize_config.json": "gptq"}
+
+
+def quantization_of(directory: Path, config: Mapping[str, object]) -> Settings | None:
+    """What a model directory says of its weights' quantization; None where they are as they were.
+
+    FrontendError for a method that is not read.
+    """
+    path = directory / "config.json"
+    places = [(config, str(path))]
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        places.append((inner, f"{path}: text_config"))
+    for values, where in places:
+        for key in _KEYS:
+            described = values.get(key)
+            if described:
+                return _known(described, where, key)
+    for name, method in _BESIDE.items():
+        if (directory / name).exists():
+            described = read_json(directory / name)
+            return _known({"quant_method": method, **described}, str(directory / name), "")
+    return None
+
+
+def _known(described: object, where: str, key: str) -> Settings:
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if not isinstance(described, dict) or not isinstance(method, str) or method.lower() not in FORMATS:
+        name = method if isinstance(method, str) else key
+        raise FrontendError(
+            f"{where}: the checkpoint is already quantized ({name:.40}), in a way that is not read: {_ADVICE}"
+        )
+    return Settings(described, f"{where}: {key}" if key else where)
+
+
+def open_stored(settings: Settings, file: WeightSource) -> tuple[WeightSource, tuple[str, ...]]:
+    """The weights that a quantized checkpoint's tensors stand for, and notes."""
+    module = importlib.import_module(f"llmc.frontends.hf.stored.{FORMATS[settings.text('quant_method').lower()]}")
+    found: tuple[WeightSource, tuple[str, ...]] = module.read(settings, file)
+    return found

@@ -1,0 +1,86 @@
+"""A quantization's settings as a checkpoint gives them: each read with its kind and limits, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from llmc.errors import FrontendError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A JSON object. where: its file and place in it, for messages. A setting that is null counts as left out."""
+
+    values: Mapping[str, object]
+    where: str
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def wrong(self, name: str, expected: str) -> FrontendError:
+        """What to raise for a setting that is not as expected."""
+        return FrontendError(f"{self.where}: {name} is {self.values.get(name)!r:.60}, expected {expected}")
+
+    def integer(self, name: str, default: int | None, least: int, most: int) -> int:
+        """A whole number from least to most; no default: it has to be there."""
+        value = self.values.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.wrong(name, f"a whole number, {least} to {most}")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.wrong(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        """A text."""
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.wrong(name, "a text")
+        return value
+
+    def choice(self, name: str, known: tuple[str, ...], default: str = "") -> str:
+        """One of several texts, however its letters are cased."""
+        value = self.text(name, default).lower()
+        if value not in known:
+            raise self.wrong(name, " or ".join(repr(other) for other in known))
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; empty where it is left out."""
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.wrong(name, "a list of texts")
+        return value
+
+    def inner(self, name: str) -> Settings | None:
+        """Settings inside of these; None where they are left out."""
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(name, "a JSON object")
+        return Settings(value, f"{self.where}: {name}")
+
+    def each(self, name: str) -> Iterator[tuple[str, Settings]]:
+        """The objects of an object, by their names."""
+        found = self.inner(name)
+        for key in found.values if found is not None else ():
+            assert found is not None
+            part = found.inner(key)
+            if part is not None:
+                yield key, part
