@@ -65,7 +65,8 @@ def fields(data: Array, shifts: tuple[int, ...], width: int, run: int) -> Array:
     """Bit fields of `width` bits: of each run of integers, all of the first shift, then all of the next [n, -1]."""
     runs = data.reshape(len(data), -1, 1, run)
     by = np.asarray(shifts, data.dtype).reshape(1, 1, -1, 1)
-    return ((runs >> by) & data.dtype.type((1 << width) - 1)).reshape(len(data), -1)
+    found: Array = ((runs >> by) & data.dtype.type((1 << width) - 1)).reshape(len(data), -1)
+    return found
 
 
 for _part in ("dequantize_grids", "dequantize_simple", "dequantize_super"):

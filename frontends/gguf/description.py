@@ -115,11 +115,10 @@ class Description:
         """Whether some layer has this tensor, such as `attn_q.bias`."""
         return any(f"blk.{layer}.{module}" in self.tensors for layer in range(min(self.layers, 1 << 10)))
 
-    def decoder(self, *, layer_norm: bool = False, **more: object) -> Config:
+    def decoder(self, **more: object) -> Config:
         """The settings that most decoders have, by the names that most transformers configs have for them.
 
-        layer_norm: whether norms are LayerNorms, whose epsilon has another key; its config name is then the caller's.
-        more: settings of the architecture, which win.
+        more: settings of the architecture, which win; the epsilon of LayerNorms, whose config name differs, among them.
         """
         settings = self.settings
         embedding = self._tensor("token_embd.weight")
@@ -138,7 +137,7 @@ class Description:
             **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),  # of the vocabulary, not the graph
         }
         self.common()
-        if not layer_norm:
+        if settings.has("attention.layer_norm_rms_epsilon") or not settings.has("attention.layer_norm_epsilon"):
             config["rms_norm_eps"] = settings.number("attention.layer_norm_rms_epsilon")
         return config | more
 

@@ -29,7 +29,8 @@ class Grid:
         packed = np.frombuffer(zlib.decompress(base64.b85decode(self.bitmap)), np.uint8)
         numbers = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
         digits = numbers[:, None] // len(self.levels) ** np.arange(self.width) % len(self.levels)
-        return np.asarray(self.levels, np.float32)[digits]
+        found: NDArray[np.float32] = np.asarray(self.levels, np.float32)[digits]
+        return found
 
 
 @functools.cache

@@ -51,7 +51,8 @@ def lift(path: str | Path, *, max_context: int | None = None, weights: str = "ch
         source if weights == "checkpoint" else None,
         _name(where, metadata.get("general.name")),
         lambda: read_text(where, metadata, vocabulary, model.name in _BY_ORDER),
-        notes=(*plan.notes, *_foreign_keys(model), _formats(tensors)),
+        notes=(*plan.notes, *_foreign_keys(model), _formats(tensors), *_rounded_anew(source, tensors)),
+        least=source.least(),
     )
     return lift_opened(opened, max_context, seed)
 
@@ -101,6 +102,18 @@ def _formats(tensors: Tensors) -> str:
     """What the file holds, by type."""
     counts = Counter(tensors[name].kind.name for name in tensors.names)
     return "the file's tensors: " + ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def _rounded_anew(source: GgufWeights, tensors: Tensors) -> tuple[str, ...]:
+    """What becomes of weights that the file has rounded in a way that no encoding holds."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, scheme in source.least().items():
+        kinds = sorted({tensors[tensor].kind.name for tensor in source.tensors_of(name)})
+        counts["/".join(kinds), scheme] += 1
+    listed = ", ".join(f"{count} {kind} to {scheme} at least" for (kind, scheme), count in counts.most_common())
+    if not listed:
+        return ()
+    return (f"no encoding holds the integers of some weights: -q rounds them anew, {listed} (--override decides)",)
 
 
 def _name(path: Path, said: object) -> str:

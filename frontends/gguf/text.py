@@ -108,7 +108,7 @@ def _surround_bert(tokenizer: Tokenizer, words: Vocabulary) -> bool:
     if max(first, last) >= len(words.tokens):
         raise words.settings.error("separator_token_id", "is missing")
     pair = [(words.tokens[number], number) for number in (first, last)]
-    tokenizer.post_processor = processors.BertProcessing(sep=pair[1], cls=pair[0])
+    tokenizer.post_processor = processors.BertProcessing(pair[1], pair[0])
     return False
 
 

@@ -186,7 +186,7 @@ def _word_piece(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     unknown = vocabulary.tokens[vocabulary.marked.get("unknown", 100 if len(vocabulary.tokens) > 100 else 0)]
-    words = {}
+    words: dict[str, int] = {}
     for number, token in enumerate(vocabulary.tokens):
         whole = vocabulary.kinds[number] != NORMAL or (token.startswith("[") and token.endswith("]"))
         text = token if whole else token[1:] if token.startswith(SPACE) else f"##{token}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,8 +10,11 @@ import numpy as np
 
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array
 from llmc.errors import FrontendError
+from llmc.frontends.gguf import stored
 from llmc.frontends.gguf.dequantize import Bytes, dequantize
 from llmc.frontends.gguf.reader import GgufFile, StoredTensor
+from llmc.frontends.gguf.tensor_types import TensorType
+from llmc.frontends.stored_integers import Part, StoredIntegers
 
 
 class Tensors:
@@ -77,11 +80,15 @@ class Weight:
 
 
 class GgufWeights:
-    """A file's tensors as a source under the model's own names."""
+    """A file's tensors as a source under the model's own names.
+
+    of_linears: weights [outputs, inputs], also where the model itself keeps them the other way round.
+    """
 
     def __init__(self, tensors: Tensors, weights: Mapping[str, Weight]) -> None:
         self._tensors = tensors
         self._weights = dict(weights)
+        self.of_linears = frozenset(name for name, weight in self._weights.items() if weight.values is None)
 
     @property
     def names(self) -> Iterable[str]:
@@ -114,6 +121,47 @@ class GgufWeights:
         else:
             made = self._arranged(name, weight, parts)
         return np.ascontiguousarray(made if weight.values is None else weight.values(made))
+
+    def integers(self, name: str) -> StoredIntegers | None:
+        """A weight's integers, where the types of all of its tensors are kept as such."""
+        weight = self._weights[name]
+        kinds = {self._tensors[tensor].kind for tensor in weight.tensors}
+        kind = kinds.pop()
+        shape = self.shape(name)
+        if kinds or weight.values is not None or kind.name not in stored.KINDS or len(shape) != 2:
+            return None
+        known, blocks = stored.KINDS[kind.name], (shape[0], shape[1] // stored.BLOCK)
+        rounded = kind.block > stored.BLOCK
+
+        def part(of: Callable[[TensorType, Bytes], Array], shape: tuple[int, ...], dtype: str) -> Part:
+            def load() -> Array:
+                found = [of(kind, self._tensors.blocks(tensor)) for tensor in weight.tensors]
+                return np.ascontiguousarray(found[0] if weight.rows is None else self._arranged(name, weight, found))
+
+            return Part(shape, dtype, load)
+
+        return StoredIntegers(
+            q=part(stored.integers, shape, "i8" if known.zero == 0 else "u8"),
+            scales=part(stored.scales, blocks, "f32" if rounded else "f16"),
+            zeros=part(stored.zeros, blocks, "f32") if known.zero is None else known.zero or None,
+            block=stored.BLOCK,
+            bits=known.bits,
+            what=f"{known.bits} bits ({kind.name}{', scales rounded to f16' if rounded else ''})",
+        )
+
+    def tensors_of(self, name: str) -> tuple[str, ...]:
+        """The file's tensors that a weight is made of."""
+        return self._weights[name].tensors
+
+    def least(self) -> dict[str, str]:
+        """How finely weights are rounded at least, by name: those that the file has rounded, and that are not kept."""
+        found = {}
+        for name, weight in self._weights.items():
+            schemes = [stored.least_scheme(self._tensors[tensor].kind.name) for tensor in weight.tensors]
+            known = [scheme for scheme in schemes if scheme is not None]
+            if known and len(self.shape(name)) == 2:
+                found[name] = max(known)  # int4 < int6 < int8
+        return found
 
     def _arranged(self, name: str, weight: Weight, parts: list[Array]) -> Array:
         assert weight.rows is not None

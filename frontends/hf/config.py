@@ -160,7 +160,7 @@ def config_of(data: Mapping[str, object], path: Path) -> PreTrainedConfig:
     settings = dict(data)
     try:
         with quiet():
-            config: PreTrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            config: PreTrainedConfig = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
     except Exception as error:  # transformers raises many kinds for a bad value
         raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
     return _checked(config, path)

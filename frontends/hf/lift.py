@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,8 @@ _DEFAULT_CONTEXT = 2048  # for a model that names no limit
 class Opened:
     """A model's files, read as far as building it needs. weights: its tensors by the checkpoint's names; None: random.
 
-    plan: of an encoder. text: what turns text into tokens, read last. notes: for the user to read.
+    plan: of an encoder. text: what turns text into tokens, read last. notes: for the user to read. least: as of
+    `Lifted`.
     """
 
     config: PreTrainedConfig
@@ -47,6 +48,7 @@ class Opened:
     text: Callable[[], Text]
     plan: EncoderPlan | None = None
     notes: tuple[str, ...] = ()
+    least: Mapping[str, str] = field(default_factory=dict)
 
 
 def lift(source: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
@@ -142,6 +144,7 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
         config=config.to_diff_dict(),
         task=kind.task,
         encoder=None if plan is None else plan.facts(config, dict(graph.outputs), context),
+        least=opened.least,
     )
 
 

@@ -69,7 +69,7 @@ def compile(
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
         bits_per_weight=bits_per_weight,
     )  # fmt: skip
-    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}-{quantization}.so")
+    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx').removesuffix('.gguf')}-{quantization}.so")
     check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
     started = time.perf_counter()

@@ -123,7 +123,6 @@ def _olmo(model: Description) -> Plan:
     """Norms without weights."""
     model.settings.expect("attention.layer_norm_epsilon", (1e-5,))
     config = model.decoder(
-        layer_norm=True,
         model_type="olmo",
         rope_parameters=model.rope(),
         hidden_act="silu",
@@ -204,7 +203,6 @@ def _phi3(model: Description) -> Plan:
 @architecture("starcoder2")
 def _starcoder2(model: Description) -> Plan:
     config = model.decoder(
-        layer_norm=True,
         model_type="starcoder2",
         rope_parameters=model.rope(),
         hidden_act="gelu_pytorch_tanh",
@@ -221,7 +219,6 @@ def _stablelm(model: Description) -> Plan:
     parallel = not model.in_layers("ffn_norm.weight")
     model.settings.expect("use_parallel_residual", (parallel,))
     config = model.decoder(
-        layer_norm=True,
         model_type="stablelm",
         rope_parameters=model.rope(partial=True),
         hidden_act="silu",
@@ -243,9 +240,7 @@ def _stablelm(model: Description) -> Plan:
 def _nemotron(model: Description) -> Plan:
     """LayerNorms whose weights are stored as 1 + w."""
     norms = ("output_norm.weight", "attn_norm.weight", "ffn_norm.weight")
-    model.settings.ignore("attention.layer_norm_rms_epsilon")  # the same number, from a converter's table
     config = model.decoder(
-        layer_norm=True,
         model_type="nemotron",
         rope_parameters=model.rope(partial=True),
         hidden_act="relu2",
@@ -259,7 +254,6 @@ def _nemotron(model: Description) -> Plan:
 
 def _cohere(model: Description, **more: object) -> Config:
     return model.decoder(
-        layer_norm=True,
         rope_parameters=model.rope(),
         hidden_act="silu",
         layer_norm_eps=model.settings.number("attention.layer_norm_epsilon"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmc.errors import FrontendError
 from llmc.frontends.gguf.description import Config, Description, Plan, architecture
-from llmc.frontends.gguf.rows import Groups, Turned
+from llmc.frontends.gguf.rows import Groups
 
 _GPT = {
     "ln_1": "attn_norm",
@@ -45,11 +45,9 @@ def _gpt(model: Description) -> Config:
 
 @architecture("gpt2")
 def _gpt2(model: Description) -> Plan:
-    """Weights that the model keeps as [inputs, outputs]."""
     model.settings.expect("attention.head_count_kv", (model.heads,))
-    turned = dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), Turned())
     config = _gpt(model) | {"model_type": "gpt2", "activation_function": "gelu_new"}
-    return Plan(config, model.weights(_GPT_OUTSIDE, _GPT, layers="transformer.h", values=turned))
+    return Plan(config, model.weights(_GPT_OUTSIDE, _GPT, layers="transformer.h"))
 
 
 @architecture("starcoder")
@@ -231,7 +229,6 @@ def _phi2(model: Description) -> Plan:
         "mlp.fc2": "ffn_down",
     }
     config = model.decoder(
-        layer_norm=True,
         model_type="phi",
         rope_parameters=model.rope(partial=True),
         hidden_act="gelu_new",
