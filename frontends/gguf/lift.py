@@ -33,7 +33,12 @@ def lift(path: str | Path, *, max_context: int | None = None, weights: str = "ch
     noise from `seed`.
     """
     check_options(max_context, weights)
-    files = open_files(Path(path))
+    return lift_opened(open_model(Path(path), weights), max_context, seed)
+
+
+def open_model(path: Path, weights: str = "checkpoint") -> Opened:
+    """A model's file, read as far as building the model needs: everything in it is used, harmless, or refused."""
+    files = open_files(path)
     metadata = files[0].metadata
     tensors = Tensors(files)
     model = _describe(files[0], tensors)
@@ -45,7 +50,7 @@ def lift(path: str | Path, *, max_context: int | None = None, weights: str = "ch
     kind = choose_class(config, where)
     source = GgufWeights(tensors, plan.weights)
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
-    opened = Opened(
+    return Opened(
         config,
         kind,
         source if weights == "checkpoint" else None,
@@ -54,7 +59,6 @@ def lift(path: str | Path, *, max_context: int | None = None, weights: str = "ch
         notes=(*plan.notes, *_foreign_keys(model), _formats(tensors), *_rounded_anew(source, tensors)),
         least=source.least(),
     )
-    return lift_opened(opened, max_context, seed)
 
 
 def _describe(file: GgufFile, tensors: Tensors) -> Description:
