@@ -14,27 +14,47 @@ _OTHER = "mmproj"  # files of vision and sound that lie beside a model of text
 
 
 def gguf_source(source: str | Path) -> Path | None:
-    """The (first) GGUF file that a source is: itself, or the one in a directory that has no other weights.
+    """The (first) GGUF file that a source is: itself, the one in a directory that has no other weights, or the one that
+    `org/name:TAG` names on the Hugging Face hub, which is downloaded.
 
     FrontendError for a directory with several models; None for what is something else.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return path if path.suffix == ".gguf" or is_gguf(path) else None
+    if not path.exists() and isinstance(source, str):
+        from llmc.frontends.gguf.hub import hub_file
+
+        return hub_file(source)
     if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         return None
     if (path / "config.json").exists() and any(path.glob("**/*.onnx")):
         return None
-    models = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith(_OTHER) and _is_first(file)]
+    models = [file for file in sorted(path.glob("*.gguf")) if not is_other_part(file.name) and is_first_part(file.name)]
     if len(models) > 1:
         names = ", ".join(file.name for file in models[:8]) + (" and more" if len(models) > 8 else "")
         raise FrontendError(f"{path} holds several GGUF models: give the path of one of {names}")
     return models[0] if models else None
 
 
-def _is_first(path: Path) -> bool:
-    part = _PART.fullmatch(path.name)
+def is_first_part(name: str) -> bool:
+    """Whether a file's name says nothing of parts, or that it is the first."""
+    part = _PART.fullmatch(name)
     return part is None or int(part[2]) == 1
+
+
+def is_other_part(name: str) -> bool:
+    """Whether a file is the vision or sound part of a model."""
+    return name.rpartition("/")[2].startswith(_OTHER)
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the model whose first one has this name."""
+    part = _PART.fullmatch(name)
+    count = 1 if part is None else int(part[3])
+    if part is None or not 1 <= count <= _MOST_PARTS:
+        return [name]
+    return [f"{part[1]}-{number:05}-of-{part[3]}.gguf" for number in range(1, count + 1)]
 
 
 def model_name(path: Path) -> str:
