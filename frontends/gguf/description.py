@@ -74,7 +74,12 @@ class Description:
 
     @property
     def layers(self) -> int:
-        return self.settings.integer("block_count")
+        """Without those that draft tokens, which a model does not need."""
+        return self.settings.integer("block_count") - self.drafts
+
+    @property
+    def drafts(self) -> int:
+        return self.settings.integer("nextn_predict_layers", 0)
 
     @property
     def hidden(self) -> int:
@@ -131,8 +136,8 @@ class Description:
             "num_hidden_layers": self.layers,
             "intermediate_size": settings.integer("feed_forward_length"),
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
+            "num_key_value_heads": more.get("num_key_value_heads") or self.kv_heads,
+            "head_dim": more.get("head_dim") or self.head_dim,
             "tie_word_embeddings": self.tied,
             **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),  # of the vocabulary, not the graph
         }
@@ -146,7 +151,6 @@ class Description:
         self.settings.ignore("vocab_size")  # as many as the embedding has rows
         self.settings.expect("attention.causal", (True,))
         self.settings.expect("pooling_type", (0,), "it is a model of embeddings")
-        self.settings.expect("nextn_predict_layers", (0,), "draft layers")
 
     @property
     def vocabulary(self) -> int:
@@ -174,18 +178,19 @@ class Description:
             raise FrontendError(f"{self.path}: tensor {name!r} is {list(shape)}, no matrix")
         return _Shaped((shape[0], shape[1]))
 
-    def rope(self, *, base: float = 10000.0, partial: bool = False) -> Config:
+    def rope(self, *, base: float = 10000.0, partial: bool = False, latent: bool = False) -> Config:
         """transformers' `rope_parameters`. base: where the file names none. partial: whether a part of a head's
-        channels may be rotated, as `rope.dimension_count` says."""
+        channels may be rotated, as `rope.dimension_count` says. latent: whether keys are latent, with a rotated part of
+        their own beside them, whose scaling has a factor for attention of its own."""
         settings = self.settings
         found: Config = {"rope_type": "default", "rope_theta": settings.number("rope.freq_base", base)}
         if partial:
             found["partial_rotary_factor"] = self.rotary / self.head_dim
-        elif self.rotary != self.head_dim:
+        elif not latent and self.rotary != self.head_dim:
             raise settings.error("rope.dimension_count", f"is {self.rotary} of {self.head_dim} channels of a head")
-        return found | self._scaling()
+        return found | self._scaling(latent)
 
-    def _scaling(self) -> Config:
+    def _scaling(self, latent: bool) -> Config:
         """What changes rotary frequencies, and how far attention is turned up for that."""
         settings = self.settings
         settings.ignore("rope.scaling.finetuned")
@@ -196,7 +201,7 @@ class Description:
         original = settings.integer("rope.scaling.original_context_length", 0)
         attention = settings.number("rope.scaling.attn_factor", 1.0)
         if kind == "yarn" and factor != 1.0:
-            return self._yarn(factor, original, attention)
+            return self._yarn(factor, original, attention, latent)
         if "rope_freqs.weight" in self.tensors and kind in ("none", "linear"):
             factors = self._factors("rope_freqs.weight")
             if factor != 1.0 and kind == "linear":
@@ -225,12 +230,16 @@ class Description:
             )
         return found
 
-    def _yarn(self, factor: float, original: int, attention: float) -> Config:
+    def _yarn(self, factor: float, original: int, attention: float, latent: bool) -> Config:
         settings = self.settings
         settings.expect("rope.scaling.yarn_ext_factor", (1.0, -1.0))
         # Converters have written it with two meanings: of the whole factor, and of one more.
         settings.expect("rope.scaling.yarn_attn_factor", (1.0,))
-        settings.expect("rope.scaling.yarn_log_multiplier", (0.0,))
+        turned_up: Config = {"attention_factor": 0.1 * math.log(factor) + 1.0}
+        if latent:  # a tenth of what transformers has for the rotated and for all channels, which are the same here
+            mscale = round(10 * settings.number("rope.scaling.yarn_log_multiplier"), 6)
+            turned_up = {"mscale": mscale, "mscale_all_dim": mscale}
+        settings.expect("rope.scaling.yarn_log_multiplier", (0.0,) if not latent else (mscale / 10,))
         if attention != 1.0:
             raise settings.error("rope.scaling.attn_factor", f"is {attention:g} with YaRN, which is not supported")
         if not original:
@@ -241,8 +250,7 @@ class Description:
             "original_max_position_embeddings": original,
             "beta_fast": settings.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": settings.number("rope.scaling.yarn_beta_slow", 1.0),
-            "attention_factor": 0.1 * math.log(factor) + 1.0,
-        }
+        } | turned_up
 
     def weights(
         self,
@@ -282,7 +290,8 @@ class Description:
     def left_over(self, weights: Mapping[str, Weight]) -> list[str]:
         """Tensors that nothing has used."""
         used = {tensor for weight in weights.values() for tensor in weight.tensors} | self.read
-        return [name for name in self.tensors.names if name not in used]
+        drafts = tuple(f"blk.{self.layers + draft}." for draft in range(min(max(self.drafts, 0), 16)))
+        return [name for name in self.tensors.names if name not in used and not name.startswith(drafts or ("\0",))]
 
 
 @dataclass(frozen=True)

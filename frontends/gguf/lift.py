@@ -56,7 +56,7 @@ def open_model(path: Path, weights: str = "checkpoint") -> Opened:
         source if weights == "checkpoint" else None,
         _name(where, metadata.get("general.name")),
         lambda: read_text(where, metadata, vocabulary, model.name in _BY_ORDER),
-        notes=(*plan.notes, *_foreign_keys(model), _formats(tensors), *_rounded_anew(source, tensors)),
+        notes=(*plan.notes, *_drafts(model), *_foreign_keys(model), _formats(tensors), *_rounded_anew(source, tensors)),
         least=source.least(),
     )
 
@@ -95,6 +95,10 @@ def _check_all_used(model: Description, plan: Plan) -> None:
     if rest:
         listed = ", ".join(rest[:6]) + (f" and {len(rest) - 6} more" if len(rest) > 6 else "")
         raise FrontendError(f"{model.path}: tensors that {model.name} is not known to have: {listed:.300}: {_UNREAD}")
+
+
+def _drafts(model: Description) -> tuple[str, ...]:
+    return (f"{model.drafts} layers that draft tokens are left out",) if model.drafts > 0 else ()
 
 
 def _foreign_keys(model: Description) -> tuple[str, ...]:

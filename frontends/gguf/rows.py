@@ -54,10 +54,11 @@ class Row:
 
     index: int
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[-1:]
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        return shapes[0][-1:]
 
-    def __call__(self, values: Array) -> Array:
+    def __call__(self, *parts: Array) -> Array:
+        (values,) = parts
         found: Array = values.reshape(-1, values.shape[-1])[self.index]
         return found
 
@@ -87,15 +88,47 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Some rows of a tensor that holds several weights one after another."""
+
+    begin: int
+    end: int
+
+    def __call__(self, parts: list[Array]) -> Array:
+        (rows,) = parts
+        if self.end > rows.shape[0]:
+            raise ValueError(f"it has {rows.shape[0]} rows, not {self.end}")
+        return rows[self.begin : self.end]
+
+
+@dataclass(frozen=True)
+class KeyValueHeads:
+    """What makes keys and values of latent ones, from two tensors: keys [heads, latent, dim] and values [heads, dim,
+    latent] to rows of each head's key and value [heads * (dim + dim), latent]."""
+
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        keys, values = shapes
+        if len(keys) != 3 or len(values) != 3 or keys[0] != values[0] or keys[1] != values[2]:
+            return ()
+        return (keys[0] * (keys[2] + values[1]), keys[1])
+
+    def __call__(self, *parts: Array) -> Array:
+        keys, values = parts
+        both = np.concatenate([np.swapaxes(keys, 1, 2), values], axis=1)
+        return both.reshape(-1, both.shape[2])
+
+
+@dataclass(frozen=True)
 class Plus:
     """A number added to all values: norms that a converter has stored as 1 + w."""
 
     number: float
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        return shapes[0]
 
-    def __call__(self, values: Array) -> Array:
+    def __call__(self, *parts: Array) -> Array:
+        (values,) = parts
         found: Array = values.astype(np.float32) + np.float32(self.number)
         return found
 
@@ -104,10 +137,12 @@ class Plus:
 class Turned:
     """The last two axes exchanged: weights that the model keeps as [inputs, outputs]."""
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        (shape,) = shapes
         return (*shape[:-2], *shape[:-3:-1]) if len(shape) > 1 else shape
 
-    def __call__(self, values: Array) -> Array:
+    def __call__(self, *parts: Array) -> Array:
+        (values,) = parts
         found: Array = np.swapaxes(values, -1, -2) if values.ndim > 1 else values
         return found
 
@@ -118,9 +153,10 @@ class Shaped:
 
     to: tuple[int, ...]
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         return self.to
 
-    def __call__(self, values: Array) -> Array:
+    def __call__(self, *parts: Array) -> Array:
+        (values,) = parts
         found: Array = values.reshape(self.to)
         return found

@@ -60,12 +60,12 @@ class Rows(Protocol):
 
 
 class Values(Protocol):
-    """What a converter did to values, undone."""
+    """What a converter did to values, undone: of the arranged rows, or of several tensors as they are."""
 
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the result for one of that shape."""
+    def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the result for arrays of these shapes."""
 
-    def __call__(self, values: Array) -> Array:
+    def __call__(self, *parts: Array) -> Array:
         """The result, f32."""
 
 
@@ -103,6 +103,8 @@ class GgufWeights:
         weight = self._weights[name]
         shapes = [self._tensors[tensor].shape for tensor in weight.tensors]
         shape = shapes[0]
+        if weight.rows is None and weight.values is not None:
+            return weight.values.shape(*shapes)
         if weight.rows is not None:
             flat = _is_vector(weight, shape)
             rows = [np.empty((*(shape if flat else shape[:-1]), 0), np.int8) for shape in shapes]
@@ -116,6 +118,8 @@ class GgufWeights:
         parts = [self._tensors.load(tensor).astype(dtype, copy=False) for tensor in weight.tensors]
         if weight.rows is None:
             made = parts[0]
+            if weight.values is not None:
+                return np.ascontiguousarray(weight.values(*parts))
         elif _is_vector(weight, parts[0].shape):  # rows of one number
             made = self._arranged(name, weight, [part[..., None] for part in parts])[..., 0]
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmc.frontends.gguf.architectures.llama import ATTENTION, GATED_MLP, JOINED_EXPERTS, LLAMA, OUTSIDE, paired
 from llmc.frontends.gguf.architectures.qwen import HEAD_NORMS, routed
 from llmc.frontends.gguf.description import Config, Description, Plan, architecture
-from llmc.frontends.gguf.rows import Joined, Plus, Row
+from llmc.frontends.gguf.rows import Joined, Plus, Row, Taken
 from llmc.frontends.gguf.weights import Weight
 
 _PLAIN_MLP = {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
@@ -160,6 +160,33 @@ def _exaone4(model: Description) -> Plan:
         model.settings.ignore("attention.sliding_window_pattern")
     config = model.decoder(model_type="exaone4", rope_parameters=model.rope(), hidden_act="silu", **more)
     return Plan(config, model.weights(OUTSIDE, _PROJECTIONS | GATED_MLP | HEAD_NORMS | _BEHIND))
+
+
+@architecture("chatglm")
+def _glm(model: Description) -> Plan:
+    """GLM as transformers has it (GLM-4-9B and its kin)."""
+    inside = ATTENTION | {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+    config = model.decoder(
+        model_type="glm",
+        rope_parameters=model.rope(partial=True),
+        hidden_act="silu",
+        attention_bias=model.in_layers("attn_q.bias") or model.in_layers("attn_qkv.bias"),
+    )
+    return Plan(config, model.weights(OUTSIDE, inside) | unfused(model, "model.layers"))
+
+
+def unfused(model: Description, layers: str) -> dict[str, Weight]:
+    """Queries, keys and values of files that have them in one tensor."""
+    ends, found = [0], {}
+    for heads in (model.heads, model.kv_heads, model.kv_heads):
+        ends.append(ends[-1] + heads * model.head_dim)
+    for layer in range(model.layers):
+        for suffix in ("weight", "bias"):
+            tensor = f"blk.{layer}.attn_qkv.{suffix}"
+            for part, begin, end in zip("qkv", ends, ends[1:], strict=False):
+                if tensor in model.tensors:
+                    found[f"{layers}.{layer}.self_attn.{part}_proj.{suffix}"] = Weight((tensor,), Taken(begin, end))
+    return found
 
 
 @architecture("glm4")

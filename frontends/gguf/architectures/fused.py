@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmc.errors import FrontendError
+from llmc.frontends.gguf.architectures.dense import unfused
 from llmc.frontends.gguf.description import Config, Description, Plan, architecture
 from llmc.frontends.gguf.rows import Groups
 
@@ -235,4 +236,4 @@ def _phi2(model: Description) -> Plan:
         layer_norm_eps=_epsilon(model),
         qk_layernorm=False,
     )
-    return Plan(config, model.weights(outside, inside))
+    return Plan(config, model.weights(outside, inside) | unfused(model, "model.layers"))
