@@ -29,6 +29,7 @@ from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
 from llmc.compiler.passes.quantize import QuantizeWeights
+from llmc.compiler.passes.schemes import finer_than
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.tables import check_tables
@@ -55,21 +56,31 @@ RECOGNISE = (
 )
 
 
-def pipeline_text(options: CompileOptions, task: str = GENERATE, vocabulary: int = 0, max_context: int = 0) -> str:
+def pipeline_text(
+    options: CompileOptions,
+    task: str = GENERATE,
+    vocabulary: int = 0,
+    max_context: int = 0,
+    least: Mapping[str, str] | None = None,
+) -> str:
     """The passes of a compile, as text. task: what kind of graph it is (`frontends/lifted.py`).
 
-    vocabulary, max_context: how many token ids and positions there are; 0: unknown.
+    vocabulary, max_context: how many token ids and positions there are; 0: unknown. least: as of `Lifted`.
     """
     kv_dtype = "f32" if options.quantization == "none" else "f16"
     overrides = ";".join(f"{pattern}={scheme}" for pattern, scheme in options.overrides)
+    finer = finer_than(options.quantization, least or {})
+    at_least = ";".join(f"{name}={scheme}" for name, scheme in finer.items())
     quantize = (
         f"quantize{{scheme={options.quantization},group-size={options.group_size},"
         f"symmetric={str(options.symmetric).lower()},activations={options.activation_dtype},"
         f"embedding={options.embedding or 'auto'},head={options.head or 'auto'}"
         + (f",overrides={overrides}" if overrides else "")
+        + (f",least={at_least}" if at_least else "")
         + "}"
     )
-    merge = "merge-projections" + (f"{{overrides={overrides}}}" if overrides else "")
+    apart = ";".join(filter(None, (overrides, at_least)))
+    merge = "merge-projections" + (f"{{overrides={apart}}}" if apart else "")
     bounds = (
         "bound-indices"
         if task == RUN
@@ -117,12 +128,14 @@ def run_pipeline(
     task: str = GENERATE,
     vocabulary: int = 0,
     max_context: int = 0,
+    least: Mapping[str, str] | None = None,
 ) -> Compiled:
     """Run the options' passes over a lifted graph. `load` reads weights: some checkpoints store masks as such.
 
     vocabulary, max_context: how many token ids and positions the runtime lets through (default: as the graph shows).
+    least: as of `Lifted`.
     """
-    passes = parse_pipeline(pipeline_text(options, task, vocabulary, max_context or longest_sequence(graph)))
+    passes = parse_pipeline(pipeline_text(options, task, vocabulary, max_context or longest_sequence(graph), least))
     progress = progress or Silent()
     progress.start("passes", len(passes), "passes")
 
@@ -187,8 +200,10 @@ def run_lifted(
     lifted: Lifted, options: CompileOptions, observers: Sequence[Observer] = (), progress: Progress | None = None
 ) -> Compiled:
     """Run the options' passes over a model as it was lifted."""
-    load, vocabulary = lifted.weights.load, vocabulary_of(lifted)
-    return run_pipeline(lifted.graph, options, observers, progress, load, lifted.task, vocabulary, lifted.max_context)
+    load, vocabulary, context = lifted.weights.load, vocabulary_of(lifted), lifted.max_context
+    return run_pipeline(
+        lifted.graph, options, observers, progress, load, lifted.task, vocabulary, context, lifted.least
+    )
 
 
 def lower_to_kernels(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> Graph:

@@ -22,7 +22,8 @@ def lift(
     dims: Mapping[str, int] | None = None,
     lora: Sequence[str | Path] = (),
 ) -> Lifted:
-    """Read a model: an ONNX file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code runs.
+    """Read a model: an ONNX or GGUF file, a Hugging Face directory, or a name on the hub. No weight is loaded, no code
+    runs.
 
     max_context: tokens a sequence may have (default: the model's own limit). weights: "checkpoint", or "random" for
     noise from `seed`. tokenizer: the directory of one, where the model has none beside it. max_dims: the greatest value
@@ -31,8 +32,7 @@ def lift(
     """
     path = onnx_file(source)
     if path is not None:
-        if lora:
-            raise FrontendError(f"--lora: {source} is no Hugging Face model, whose weights adapters are made for")
+        _no_adapters(source, lora)
         from llmc.frontends.onnx import lift as lift_onnx
 
         return lift_onnx(
@@ -42,9 +42,22 @@ def lift(
         raise FrontendError(f"{source} takes text, which has no size {name!r:.60}: --max-context bounds it")
     if tokenizer is not None:
         raise FrontendError(f"{source} has a tokenizer of its own: another one can be given to an .onnx model only")
+    from llmc.frontends.gguf.source import gguf_source
+
+    path = gguf_source(source)
+    if path is not None:
+        _no_adapters(source, lora)
+        from llmc.frontends.gguf.lift import lift as lift_gguf
+
+        return lift_gguf(path, max_context=max_context, weights=weights, seed=seed)
     from llmc.frontends.hf.lift import lift as lift_hf
 
     return lift_hf(source, max_context=max_context, weights=weights, seed=seed, lora=lora)
+
+
+def _no_adapters(source: str | Path, lora: Sequence[str | Path]) -> None:
+    if lora:
+        raise FrontendError(f"--lora: {source} is no Hugging Face model, whose weights adapters are made for")
 
 
 def onnx_file(source: str | Path) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,6 +67,8 @@ class Lifted:
     - "run": any graph, with the model's own inputs and outputs.
     encoder: for "encode", the manifest's `encoder` (see docs/architecture.md). config: the model's own settings.
     notes: for the user to read, such as settings that have no effect here.
+    least: schemes (int4, int6, int8) by names of params that the source has rounded in a way that is not kept: they are
+    rounded anew, and no coarser than that, unless the user asks for it by name.
     otherwise: of a text model whose file does not say whether it is a decoder. It is lifted as one; if some attention
     of it sees later tokens, `settled` of `compiler/pipeline.py` takes the model that this function returns instead.
     """
@@ -85,6 +87,7 @@ class Lifted:
     config: dict[str, object] = field(default_factory=dict, repr=False)
     task: str = GENERATE
     encoder: dict[str, object] | None = None
+    least: Mapping[str, str] = field(default_factory=dict, repr=False)
     otherwise: Callable[[], Lifted] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

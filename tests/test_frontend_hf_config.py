@@ -182,7 +182,6 @@ def test_adapters_in_folders_are_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("m-Q4_K_M.gguf", "GGUF"),
         ("consolidated.00.pth", "-hf version"),
         ("params.json", "-hf version"),
         ("tf_model.h5", "TensorFlow"),

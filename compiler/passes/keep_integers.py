@@ -24,6 +24,7 @@ from llmc.errors import IRError
 ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
 # Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
 SMALL = 2.0**-14
+STEP = 2.0**-3  # of a group's step, that its minimum may be moved by
 FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
 
 
@@ -134,6 +135,9 @@ class KeepIntegers(Pass, name="keep-integers"):
             q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
             points = Add(points, constant(float(shift), "f32"))
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
+        lost = _rounding_of_minimums(minimums, halves)
+        if lost:
+            return lost
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
 
 
@@ -178,6 +182,21 @@ def _is_everywhere(zeros: Value | None, middle: int) -> bool:
         return middle == 0
     found = zeros.evaluate() if isinstance(zeros, Constant) else _read(zeros)
     return found is not None and bool(np.all(found == middle))
+
+
+def _rounding_of_minimums(minimums: Value, scales: Value) -> str:
+    """Why f16 does not hold the minimums of groups; empty where it does, or where they cannot be read now. Integers in
+    groups that are far from 0 would all move by a good part of a step."""
+    found, steps = _read(minimums), _read(scales)
+    if found is None or steps is None or not found.size:
+        return ""
+    exact, step = found.astype(np.float64), np.abs(steps.astype(np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.abs(exact.astype(np.float16).astype(np.float64) - exact)
+        if np.all(error <= step * STEP):
+            return ""
+        worst = float(np.nanmax(error / np.maximum(step, np.finfo(np.float16).tiny)))
+    return f"f16 does not hold its minimums: some groups would move by {worst:.2g} of a step"
 
 
 def _rounding_of(scales: Value) -> str:

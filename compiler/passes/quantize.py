@@ -31,6 +31,7 @@ from llmc.compiler.passes.schemes import (
     INTEGER_SCHEMES,
     Overrides,
     Scheme,
+    bits_of,
     describe,
     find_head,
     looks_up_tokens,
@@ -51,8 +52,8 @@ class QuantizeWeights(Pass, name="quantize"):
     symmetric: up to 4 bits as levels of a table, without minimums. activations: what kernels round activations to in
     front of integer weights (int8, bf16 or f32); in front of float weights only bf16 is a rounding. embedding, head:
     their own schemes; `auto` is the scheme, but int6 where that has fewer bits. overrides: `pattern=scheme;...` over
-    params' names.
-    search: look for scales of least squared error.
+    params' names. least: as overrides, which win: of weights that their source has rounded, schemes that they get
+    where their own is coarser. search: look for scales of least squared error.
     """
 
     exact: ClassVar[bool] = False
@@ -64,6 +65,7 @@ class QuantizeWeights(Pass, name="quantize"):
     embedding: str = "auto"
     head: str = "auto"
     overrides: str = ""
+    least: str = ""
     search: bool = True
 
     def run(self, graph: Graph, report: Report) -> Graph:
@@ -79,6 +81,7 @@ class _Run:
             raise CompileError(f"unknown activations {options.activations!r}; known: {known}")
         self.options, self.graph, self.report = options, graph, report
         self.overrides = Overrides.parse(options.overrides)
+        self.least = Overrides.parse(options.least)
         self.rounded: dict[tuple[Value, Scheme], Value] = {}
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
@@ -119,7 +122,7 @@ class _Run:
             return
         base, scheme = uncast(op.table), self._override(op.table)
         if scheme is None and looks_up_tokens(op, self.graph):
-            scheme = self.embedding
+            scheme = self._at_least(op.table, self.embedding)
         if scheme is None:
             self.report.hit("table left as it is")
             return
@@ -151,6 +154,13 @@ class _Run:
     def _override(self, weight: Value) -> Scheme | None:
         text = self.overrides.of(param_names(weight)) if self.overrides.items else ""
         return self._scheme(text) if text else None
+
+    def _at_least(self, weight: Value, scheme: Scheme) -> Scheme:
+        """The scheme, or that which `least` has for the weight where it is finer."""
+        text = self.least.of(param_names(weight)) if self.least.items else ""
+        if not text or not scheme.encoding or bits_of(text) <= bits_of(scheme.encoding):
+            return scheme
+        return self._scheme(text)
 
     def _refused(self, op: Op, weight: Value, note: bool = False) -> bool:
         """Whether a weight cannot be rounded; `note` puts the reason into the report."""
@@ -196,7 +206,7 @@ class _Run:
         if scheme is None:
             is_head = base is self.head_weight
             kind = "head" if is_head else kind
-            scheme = self.head if is_head else self.scheme
+            scheme = self._at_least(op.w, self.head if is_head else self.scheme)
         self.report.hit(f"{kind} {scheme}")
         activations = self.options.activations
         rounding = activations if scheme.encoding or activations == "bf16" else "f32"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
+from llmc.compiler.encodings.grouped import grouped
 from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
@@ -83,6 +84,18 @@ class Overrides:
         """Patterns that match none of these names."""
         names = tuple(names)
         return [pattern for pattern, _ in self.items if not any(fnmatchcase(name, pattern) for name in names)]
+
+
+def bits_of(text: str) -> int:
+    """Bits of an integer scheme, or of an encoding by name; 0 for floats."""
+    encoding = scheme_of(text, 64, symmetric=True).encoding
+    return grouped(parse_encoding(encoding)).bits if encoding else 0
+
+
+def finer_than(scheme: str, least: Mapping[str, str]) -> dict[str, str]:
+    """Those of the schemes by name that have more bits than this one; none where it is one of floats."""
+    bits = bits_of(scheme)
+    return {name: text for name, text in least.items() if bits and bits_of(text) > bits}
 
 
 def param_names(value: Value) -> tuple[str, ...]:

@@ -150,6 +150,23 @@ def load_config(directory: Path) -> PreTrainedConfig:
             )
     except Exception as error:  # transformers raises many kinds for a bad value
         raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
+    return _checked(config, path)
+
+
+def config_of(data: Mapping[str, object], path: Path) -> PreTrainedConfig:
+    """The transformers config of these settings, which stand in a file of another kind; `check_config` goes before."""
+    from transformers import AutoConfig
+
+    settings = dict(data)
+    try:
+        with quiet():
+            config: PreTrainedConfig = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
+    except Exception as error:  # transformers raises many kinds for a bad value
+        raise FrontendError(f"{path} is refused by transformers: {_first_line(error)}") from error
+    return _checked(config, path)
+
+
+def _checked(config: PreTrainedConfig, path: Path) -> PreTrainedConfig:
     text = config.get_text_config(decoder=True)
     for name in ("num_hidden_layers", "vocab_size", "hidden_size"):
         number = getattr(text, name, None)

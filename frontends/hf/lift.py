@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
-from llmc.frontends.hf.classes import choose_class
+from llmc.frontends.hf.classes import ModelClass, choose_class
 from llmc.frontends.hf.config import load_config, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
@@ -23,7 +24,7 @@ from llmc.frontends.hf.stored import open_stored, quantization_of
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
-from llmc.frontends.lifted import ENCODE, Lifted, WeightSource
+from llmc.frontends.lifted import ENCODE, Lifted, Text, WeightSource
 from llmc.frontends.stored_integers import keep_stored, stored_notes
 from llmc.frontends.weight_sources import LayeredWeights
 
@@ -31,6 +32,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _DEFAULT_CONTEXT = 2048  # for a model that names no limit
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model's files, read as far as building it needs. weights: its tensors by the checkpoint's names; None: random.
+
+    plan: of an encoder. text: what turns text into tokens, read last. notes: for the user to read. least: as of
+    `Lifted`.
+    """
+
+    config: PreTrainedConfig
+    kind: ModelClass
+    weights: WeightSource | None
+    name: str
+    text: Callable[[], Text]
+    plan: EncoderPlan | None = None
+    notes: tuple[str, ...] = ()
+    least: Mapping[str, str] = field(default_factory=dict)
 
 
 def lift(
@@ -46,18 +65,13 @@ def lift(
     max_context: tokens a sequence may have (default: the model's own limit); rotary frequencies are settled for it.
     weights: "checkpoint", or "random" for `RandomWeights(seed)`. lora: directories of adapters that are merged.
     """
+    check_options(max_context, weights)
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
     config = load_config(base_dir)
     quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
-    positions = _max_positions(config)
-    context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
-    if context < 2:
-        raise FrontendError(f"max context is {context}: at least 2 tokens are needed")
-    if weights not in ("checkpoint", "random"):
-        raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
     # The checkpoint's headers are checked before the slower export.
     named = getattr(config, "transformers_weights", None)
     checkpoint = open_checkpoint(base_dir, named) if weights == "checkpoint" else None
@@ -70,8 +84,33 @@ def lift(
         tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
         checkpoint = AdaptedWeights(checkpoint, Adapter.read(Path(directory).expanduser()), tied)
         told = (*told, checkpoint.note)
-    dtype = _checkpoint_dtype(config)  # building the model changes the config's
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
+    opened = Opened(
+        config,
+        kind,
+        checkpoint,
+        _name(source, model_dir),
+        lambda: read_text(base_dir, config),
+        plan,
+        (*adapters_below(base_dir), *told),
+    )
+    return lift_opened(opened, max_context, seed)
+
+
+def check_options(max_context: int | None, weights: str) -> None:
+    """FrontendError for options of `lift` that make no sense."""
+    if max_context is not None and max_context < 2:
+        raise FrontendError(f"max context is {max_context}: at least 2 tokens are needed")
+    if weights not in ("checkpoint", "random"):
+        raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
+
+
+def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
+    """Build, trace and translate a model whose files have been read."""
+    config, kind, checkpoint, plan = opened.config, opened.kind, opened.weights, opened.plan
+    positions = _max_positions(config)
+    context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
+    dtype = _checkpoint_dtype(config)  # building the model changes the config's
     stored: list[ModelWeights] = []  # the checkpoint as the weights of the model that was built last
 
     def untied(model: PreTrainedModel) -> frozenset[str]:
@@ -84,7 +123,7 @@ def lift(
     else:
         traced = trace(kind, config, context, plan.token_types, plan.outputs, untied)
     model = traced.meta.model
-    notes = [*adapters_below(base_dir), *told, *traced.notes, *(note for own in stored for note in own.notes)]
+    notes = [*opened.notes, *traced.notes, *(note for own in stored for note in own.notes)]
     missing = [name for own in stored for name in own.missing]
     values = _weights(model, plan, stored[0] if stored else None, dtype, seed)
     if traced.room is not None:
@@ -102,12 +141,12 @@ def lift(
     if stored:
         graph, values, kept = _with_integers(graph, values, stored[0])
         notes += kept
-    text = read_text(base_dir, config) if plan is None else plan.text.text
+    text = opened.text() if plan is None else plan.text.text
     text_config = config.get_text_config(decoder=True)
     return Lifted(
         graph=graph,
         weights=values,
-        name=_name(source, model_dir),
+        name=opened.name,
         architecture=str(config.model_type),
         parameters=_parameters(model, plan),
         vocab_size=int(text_config.vocab_size),
@@ -119,6 +158,7 @@ def lift(
         config=config.to_diff_dict(),
         task=kind.task,
         encoder=None if plan is None else plan.facts(config, dict(graph.outputs), context),
+        least=opened.least,
     )
 
 

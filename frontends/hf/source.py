@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from llmc.errors import FrontendError
@@ -17,7 +19,6 @@ _NEVER = ("*/*", "consolidated*", "*.onnx*", "*.gguf", "*.py", "training_args*",
 # Weights in formats that are not read, by file name or suffix: what they are, and what to do.
 _ORIGINAL = "compile the original that it was made from, a directory with config.json and safetensors"
 _FORMATS = {
-    ".gguf": f"a GGUF file, which is not read: {_ORIGINAL}",
     ".ggml": f"a GGML file, which is not read: {_ORIGINAL}",
     ".pth": "a checkpoint in the form that its trainer wrote, which is not read: convert it to the form of "
     "transformers (transformers has convert_*_weights_to_hf.py scripts), or take the model's own -hf version",
@@ -94,24 +95,14 @@ def is_below(path: str) -> bool:
     return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and not set(path) & set("\\\0*?[:")
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    def fetch(patterns: tuple[str, ...], never: tuple[str, ...] = _NEVER) -> Path:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(never))
-        )
+@contextlib.contextmanager
+def asking_hub(name: str, revision: str | None) -> Iterator[None]:
+    """What goes wrong between here and the hub as FrontendErrors in one line."""
+    from huggingface_hub import errors
 
     shown = f"{name}@{revision}" if revision else name
     try:
-        directory = fetch(_ALWAYS + _SAFETENSORS)
-        if not any(directory.glob("*.safetensors")):
-            directory = fetch(_ALWAYS + _TORCH)
-        if (directory / "modules.json").exists():
-            # The modules of a sentence-transformers model lie in folders of their own.
-            folders = module_paths(directory / "modules.json")
-            wanted = tuple(f"{folder}/{file}" for folder in folders for file in (*_ALWAYS, *_SAFETENSORS, *_TORCH))
-            directory = fetch(wanted, tuple(f"{folder}/*/*" for folder in folders)) if folders else directory
+        yield
     except FrontendError:
         raise
     except errors.GatedRepoError:
@@ -125,6 +116,31 @@ def _download(name: str, revision: str | None) -> Path:
         raise FrontendError(
             f"there is no directory {shown}, and the Hugging Face hub cannot be asked ({type(error).__name__}: {why})"
         ) from None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(patterns: tuple[str, ...], never: tuple[str, ...] = _NEVER) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(never))
+        )
+
+    with asking_hub(name, revision):
+        directory = fetch(_ALWAYS + _SAFETENSORS)
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch(_ALWAYS + _TORCH)
+        if (directory / "modules.json").exists():
+            # The modules of a sentence-transformers model lie in folders of their own.
+            folders = module_paths(directory / "modules.json")
+            wanted = tuple(f"{folder}/{file}" for folder in folders for file in (*_ALWAYS, *_SAFETENSORS, *_TORCH))
+            directory = fetch(wanted, tuple(f"{folder}/*/*" for folder in folders)) if folders else directory
+        elif not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
+            from llmc.frontends.gguf.hub import listed, models_of
+
+            models = models_of(name, revision)
+            if models:
+                raise FrontendError(f"{name} holds GGUF models only: {listed(name, models)}")
     check_links(directory, directory)
     require_checkpoint(directory)
     return directory

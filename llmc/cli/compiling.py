@@ -74,7 +74,8 @@ def compile(
         bits_per_weight=bits_per_weight, lora=tuple(lora or ()), accuracy=accuracy,
     )  # fmt: skip
     scheme = "" if quantization == "auto" else f"-{quantization}"
-    path = path or Path(f"{Path(model.rstrip('/')).name.removesuffix('.onnx')}{scheme}.so")
+    name = Path(model.rstrip("/")).name.removesuffix(".onnx").removesuffix(".gguf")
+    path = path or Path(f"{name}{scheme}.so")
     check_outputs(model, path, options.weights_file, json)
     checkers: list[Checker] = []
     started = time.perf_counter()

@@ -1,0 +1,88 @@
+"""Types whose weights llmc keeps as the integers that they are, and how finely the others are rounded at least.
+
+Kept, with one scale for 32 inputs: Q4_0, Q4_1 and Q8_0 bit for bit; Q4_K as 4-bit integers whose scales and minimums,
+products of 17 bits in the file, are rounded to f16 (`keep-integers` refuses where that matters). Blocks of one value
+have a scale of 0 in the file: they become integer 0, a scale of that value and a zero point of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmc.compiler.ir.types import Array
+from llmc.frontends.gguf.dequantize import Bytes, Floats, fields, half, words
+from llmc.frontends.gguf.dequantize_super import scales_and_minimums
+from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, TensorType
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type's integers. bits: of each. zero: the zero point of all, or None where each block has its own. q: of blocks
+    u8 [n, bytes of a block], the integers [n, weights of a block]. ranges: their scales and minimums f32 [n, blocks of
+    32]; a weight is scale * q + minimum, or scale * (q - zero)."""
+
+    bits: int
+    zero: int | None
+    q: Callable[[Bytes], Array]
+    ranges: Callable[[Bytes], tuple[Floats, Floats | None]]
+
+
+def _q4_1_ranges(blocks: Bytes) -> tuple[Floats, Floats | None]:
+    return half(blocks, 0), half(blocks, 2)
+
+
+def _q4_k_ranges(blocks: Bytes) -> tuple[Floats, Floats | None]:
+    scales, minimums = scales_and_minimums(blocks)
+    return scales, -minimums
+
+
+KINDS: dict[str, Kind] = {
+    "Q4_0": Kind(4, 8, lambda blocks: fields(blocks[:, 2:], (0, 4), 4, 16), lambda blocks: (half(blocks, 0), None)),
+    "Q4_1": Kind(4, None, lambda blocks: fields(blocks[:, 4:], (0, 4), 4, 16), _q4_1_ranges),
+    "Q8_0": Kind(8, 0, lambda blocks: words(blocks, 2, 34, "<i1"), lambda blocks: (half(blocks, 0), None)),
+    "Q4_K": Kind(4, None, lambda blocks: fields(blocks[:, 16:], (0, 4), 4, 32), _q4_k_ranges),
+}
+
+
+def integers(kind: TensorType, rows: Bytes) -> Array:
+    """The integers of rows u8 [n, bytes of a row]: u8 or i8 [n, weights of a row]."""
+    known, blocks = KINDS[kind.name], rows.reshape(-1, kind.size)
+    q = known.q(blocks)
+    if known.zero is None:
+        scales, _ = known.ranges(blocks)
+        q = q * np.repeat(scales != 0, BLOCK, axis=1)
+    return q.reshape(len(rows), -1)
+
+
+def scales(kind: TensorType, rows: Bytes) -> NDArray[np.floating]:
+    """[n, blocks of a row], in f16 where the file has them so."""
+    known = KINDS[kind.name]
+    found, minimums = known.ranges(rows.reshape(-1, kind.size))
+    if minimums is not None:
+        found = np.where(found == 0, minimums, found)
+    found = found.reshape(len(rows), -1)
+    return found if kind.block > BLOCK else found.astype(np.float16)
+
+
+def zeros(kind: TensorType, rows: Bytes) -> Floats:
+    """Zero points f32 [n, blocks of a row], where each block has its own: -minimum / scale."""
+    found, minimums = KINDS[kind.name].ranges(rows.reshape(-1, kind.size))
+    assert minimums is not None
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        points = np.where(found == 0, np.float32(-1), -minimums / found)
+    return points.reshape(len(rows), -1)
+
+
+def least_scheme(name: str) -> str | None:
+    """How finely weights of a type that is not kept are rounded anew at least, so that they keep no fewer bits than
+    they had; None for types of floats, and those that are kept."""
+    kind = next(kind for kind in TENSOR_TYPES.values() if kind.name == name)
+    if kind.dtype is not None or name in KINDS:
+        return None
+    return "int4" if kind.bits <= 4 else "int6" if kind.bits <= 6 else "int8"

@@ -1,0 +1,169 @@
+"""Tokenizer, special tokens, chat templates and sampling settings of a GGUF file, as an artifact carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmc.errors import FrontendError
+from llmc.frontends.gguf.pre_tokenizers import PRE_TOKENIZERS
+from llmc.frontends.gguf.reader import MetadataValue
+from llmc.frontends.gguf.settings import Settings
+from llmc.frontends.gguf.vocabulary import CONTROL, UNKNOWN, USER, NoTokenizer, Vocabulary, build
+from llmc.frontends.hf.generation import Generation, generation_of
+from llmc.frontends.lifted import Text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# transformers' names of settings, by those below general.sampling.
+_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+             "penalty_repeat": "repetition_penalty"}  # fmt: skip
+# Names of tokens as a tokenizer's settings have them, by those of the keys.
+_NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "separator": "sep_token",
+          "padding": "pad_token", "mask": "mask_token", "cls": "cls_token"}  # fmt: skip
+_END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>", "<|return|>",
+        "<EOT>", "[EOT]", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>", "<turn|>", "<end_of_utterance>")  # fmt: skip
+
+
+def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int, spaces_by_order: bool) -> Text:
+    """vocabulary: how many tokens the model has. A file whose tokenizer cannot be built takes token ids only, and a
+    note says why. spaces_by_order: see `vocabulary.build`."""
+    generation = _generation(path, metadata, vocabulary)
+    settings = Settings(path, metadata, "tokenizer.ggml")
+    try:
+        words = Vocabulary.of(settings)
+        tokenizer = build(words, spaces_by_order)
+    except NoTokenizer as error:
+        note = f"no tokenizer: {error}: the artifact takes token ids only"
+        return Text(generation=generation.defaults, notes=(*generation.notes, note))
+    except FrontendError:
+        raise
+    except BaseException as error:  # the library raises its panics as no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise FrontendError(f"{path}: its tokenizer cannot be built ({type(error).__name__}: {why})") from error
+    notes = [*generation.notes, *_add_tokens(tokenizer, words)]
+    adds_bos = _surround(tokenizer, words)
+    if len(words.tokens) > vocabulary:
+        notes.append(
+            f"the tokenizer has {len(words.tokens)} tokens, and the model a vocabulary of {vocabulary}: "
+            "text that needs the others will be refused"
+        )
+    facts = _facts(words, metadata, vocabulary, adds_bos)
+    return Text({"tokenizer.json": tokenizer.to_str().encode()}, facts, generation.defaults, tuple(notes))
+
+
+def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
+    """Tokens that stand for themselves wherever they occur in a text; returns notes."""
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab(with_added_tokens=False)
+    added = []
+    for number, token in enumerate(words.tokens):
+        kind = words.kinds[number]
+        if kind in (CONTROL, UNKNOWN, USER) and known.get(token) == number:
+            added.append(AddedToken(token, normalized=False, special=kind != USER))
+    for token in (words.tokens[number] for number in words.marked.values()):
+        if token in known and all(one.content != token for one in added):
+            added.append(AddedToken(token, normalized=False, special=True))
+    specials = [one for one in added if one.special]
+    tokenizer.add_special_tokens(specials)
+    tokenizer.add_tokens([one for one in added if not one.special])
+    return []
+
+
+def _surround(tokenizer: Tokenizer, words: Vocabulary) -> bool:
+    """Put what belongs before and behind every text; returns whether a bos token comes first."""
+    from tokenizers import processors
+
+    settings, marked = words.settings, words.marked
+    pre = PRE_TOKENIZERS.get(settings.text("pre")) if words.kind == "gpt2" else None
+    if words.kind == "bert":
+        return _surround_bert(tokenizer, words)
+    first = settings.flag("add_bos_token", words.kind == "llama" or (pre is not None and pre.bos))
+    last = settings.flag("add_eos_token", words.kind == "t5")
+    settings.flag("add_sep_token", False)
+    bos = marked.get("bos", 1 if words.kind == "llama" and len(words.tokens) > 1 else None) if first else None
+    eos = marked.get("eos") if last else None
+    around = {words.tokens[number]: number for number in (bos, eos) if number is not None}
+    if around:
+        begin = [words.tokens[bos]] if bos is not None else []
+        end = [words.tokens[eos]] if eos is not None else []
+        single = [*(f"{token}:0" for token in begin), "$A:0", *(f"{token}:0" for token in end)]
+        pair = [*single, *(f"{token}:1" for token in begin), "$B:1", *(f"{token}:1" for token in end)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=list(around.items())
+        )
+    return bos is not None
+
+
+def _surround_bert(tokenizer: Tokenizer, words: Vocabulary) -> bool:
+    from tokenizers import processors
+
+    first = words.marked.get("cls", words.marked.get("bos", 101))
+    last = words.marked.get("separator", words.marked.get("eos", 102))
+    if max(first, last) >= len(words.tokens):
+        raise words.settings.error("separator_token_id", "is missing")
+    pair = [(words.tokens[number], number) for number in (first, last)]
+    tokenizer.post_processor = processors.BertProcessing(pair[1], pair[0])
+    return False
+
+
+def _facts(
+    words: Vocabulary, metadata: Mapping[str, MetadataValue], vocabulary: int, adds_bos: bool
+) -> dict[str, object]:
+    """The manifest's `tokenizer`."""
+    marked = words.marked
+    templates = _templates(metadata)
+    ends = [marked[name] for name in ("eos", "eot", "eom") if name in marked]
+    # Files without a key for the end of a turn: its token is in the template that writes turns.
+    written = "".join(templates.values())
+    ends += [
+        number
+        for number, token in enumerate(words.tokens)
+        if token in _END and words.kinds[number] in (CONTROL, USER) and token in written
+    ]
+    bos = marked.get("bos")
+    default = templates.pop("default", None)
+    return {
+        "chat_template": default,
+        "chat_templates": templates,
+        "bos_id": bos if bos is not None and bos < vocabulary else None,
+        "bos_token": words.tokens[bos] if bos is not None else "",
+        "eos_token": words.tokens[marked["eos"]] if "eos" in marked else "",
+        "special_tokens": {_NAMES[name]: words.tokens[number] for name, number in marked.items() if name in _NAMES},
+        "add_bos": adds_bos,
+        "stop_ids": list(dict.fromkeys(token for token in ends if token < vocabulary)),
+        "clean_up_spaces": words.kind == "bert",
+        "split_special_tokens": False,
+        "truncation_side": "right",
+    }
+
+
+def _templates(metadata: Mapping[str, MetadataValue]) -> dict[str, str]:
+    """Chat templates by name; the one without is "default"."""
+    prefix = "tokenizer.chat_template"
+    found = {"default": metadata[prefix]} if prefix in metadata else {}
+    found |= {key[len(prefix) + 1 :]: value for key, value in metadata.items() if key.startswith(f"{prefix}.")}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def _generation(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int) -> Generation:
+    """How text is chosen by default: greedily, unless the file asks for samples."""
+    settings = Settings(path, metadata, "general.sampling")
+    given: dict[str, object] = {}
+    for theirs, ours in _SAMPLING.items():
+        if settings.has(theirs):
+            value = settings.number(theirs)
+            given[ours] = int(value) if ours == "top_k" else value
+    if given.get("temperature"):
+        given["do_sample"] = True
+    found = generation_of(given, path.name, vocabulary)
+    unread = settings.unread()
+    notes = (
+        (*found.notes, f"settings of sampling that are not obeyed: {', '.join(unread):.200}") if unread else found.notes
+    )
+    return Generation(found.defaults, found.end_ids, notes)

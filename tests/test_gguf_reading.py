@@ -1,0 +1,270 @@
+"""The reader of GGUF files: what it reads, and that a header is never trusted."""
+
+from __future__ import annotations
+
+import resource
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_files import ARRAY, F32, STRING, TYPES, header, text, typed, write
+
+from llmc.errors import FrontendError, LlmcError
+from llmc.frontends import lift
+from llmc.frontends.gguf.reader import GgufFile
+from llmc.frontends.gguf.source import gguf_source, model_name, open_files
+from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
+
+METADATA = {
+    "general.architecture": "llama", "a.int": 7, "a.negative": -3, "a.float": 0.25, "a.flag": True, "a.text": "naïve",
+    "a.words": ["one", "", "three"], "a.numbers": [1, -2, 3], "a.floats": [0.5, 1.5], "a.flags": [True, False],
+}  # fmt: skip
+
+
+def values(*shape: int) -> np.ndarray:
+    return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    tensors = {name: ("F32", values(*shape)) for name, shape in (("a", (7,)), ("b", (31, 3)), ("c", (2, 33, 5)))}
+    file = GgufFile(write(tmp_path / "m.gguf", METADATA, tensors))
+    assert file.metadata == METADATA and file.version == 3
+    for name, (_, array) in tensors.items():
+        assert file.tensors[name].shape == array.shape
+        np.testing.assert_array_equal(file.blocks(name).view(np.float32), array.reshape(-1, array.shape[-1]))
+
+
+def test_every_kind_of_number(tmp_path: Path) -> None:
+    codes = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+    body = b"".join(text(f"k{kind}") + struct.pack(f"<I{code}", kind, 1) for kind, code in codes.items())
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 2, 0, len(codes)) + body)
+    found = GgufFile(path).metadata
+    assert list(found.values()) == [1] * len(codes)
+    assert found["k7"] is True and isinstance(found["k12"], float)
+
+
+def test_data_may_be_aligned_otherwise(tmp_path: Path) -> None:
+    metadata = {"general.alignment": 8}
+    head = header(metadata, {"a": ("F32", (2,), 0), "b": ("F32", (3,), 8)})
+    data = np.arange(5, dtype=np.float32).tobytes()
+    (tmp_path / "m.gguf").write_bytes(head + bytes(-len(head) % 8) + data)
+    file = GgufFile(tmp_path / "m.gguf")
+    assert file.blocks("b").view(np.float32).tolist() == [[2.0, 3.0, 4.0]]
+
+
+def refused(tmp_path: Path, data: bytes) -> str:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(FrontendError) as error:
+        GgufFile(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"GGUF", "has 4 bytes"),
+        (b"GGML" + head()[4:], "no GGUF file"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big endian"),
+        (head(1), "version 1"),
+        (head(4), "version 4"),
+        (head(tensors=1 << 60), "tensors; at most"),
+        (head(keys=1 << 60), "keys; at most"),
+        (head(keys=1), "ends within"),
+        (head(keys=1) + struct.pack("<Q", 1 << 50), "claims a length"),
+        (head(keys=1) + text("k") + struct.pack("<I", 13), "unknown type 13"),
+        (head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, F32, 1 << 55), "claims to have"),
+        (head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, STRING, 1 << 55), "claims to have"),
+        (head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, ARRAY, 1), "array of arrays"),
+        (head(keys=1) + struct.pack("<Q", 1) + b"\xff" + bytes(12), "not UTF-8"),
+        (head(keys=2) + (text("k") + typed(1)) * 2, "twice"),
+        (head(keys=1) + text("general.alignment") + typed(24), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(0), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(True), "power of two"),
+    ],
+)
+def test_headers_are_refused(tmp_path: Path, data: bytes, said: str) -> None:
+    assert said in refused(tmp_path, data)
+
+
+def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims) + struct.pack("<IQ", kind, offset)
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([table("a", (4,), 99, 0)], "type 99"),
+        ([table("a", (4,), 9, 0)], "Q8_1"),
+        ([table("a", (), 0, 0)], "0 dimensions"),
+        ([table("a", (1,) * 5, 0, 0)], "5 dimensions"),
+        ([table("a", (0, 4), 0, 0)], "dimensions"),
+        ([table("a", (1 << 40, 1 << 40), 0, 0)], "dimensions"),
+        ([table("a", (33,), 2, 0)], "rows of 33"),
+        ([table("a", (4,), 0, 4)], "no multiple"),
+        ([table("a", (4,), 0, 1 << 62)], "outside the file"),
+        ([table("a", (1 << 20,), 0, 0)], "outside the file"),
+        ([table("a", (4,), 0, 0), table("a", (4,), 0, 32)], "twice"),
+        ([table("a", (16,), 0, 0), table("b", (16,), 0, 32)], "overlaps"),
+    ],
+)
+def test_tables_are_refused(tmp_path: Path, entries: list[bytes], said: str) -> None:
+    body = head(tensors=len(entries)) + b"".join(entries)
+    assert said in refused(tmp_path, body + bytes(-len(body) % 32 + 128))
+
+
+def test_43_bytes(tmp_path: Path) -> None:
+    """A key with an array that claims 2^63 items: nothing is allocated, nothing loops."""
+    data = head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, STRING, 1 << 63)
+    assert len(data) < 64
+    started = time.perf_counter()
+    refused(tmp_path, data[:43] + bytes(max(0, 43 - len(data))))
+    assert time.perf_counter() - started < 1
+
+
+def small_model() -> bytes:
+    """A header with everything in it that a header may have, and some data."""
+    metadata = METADATA | {"general.alignment": 32, "llama.block_count": 1, "tokenizer.ggml.tokens": ["a", "b", "c"]}
+    return header(metadata, {"x": ("F32", (4, 8), 0), "y": ("Q4_0", (2, 32), 128), "z": ("F16", (3,), 192)})
+
+
+ENDS = (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+
+
+def mutated(data: bytes, seed: int) -> bytes:
+    """A header with a few bytes changed, cut, doubled or made the ends of their range."""
+    rng = np.random.default_rng(seed)
+    out = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(0, len(out))), rng.integers(0, 6)
+        if kind == 0:
+            out[at] = int(rng.integers(0, 256))
+        elif kind == 1:
+            out[at : at + 8] = struct.pack("<Q", ENDS[rng.integers(len(ENDS))])
+        elif kind == 2:
+            out[at : at + 4] = struct.pack("<I", int(rng.integers(0, 50)))
+        elif kind == 3:
+            del out[at : at + int(rng.integers(1, 16))]
+        elif kind == 4:
+            out[at:at] = out[at : at + int(rng.integers(1, 64))]
+        else:
+            del out[at:]
+            break
+    return bytes(out)
+
+
+def read_mutants(folder: Path, seeds: range) -> tuple[int, int]:
+    """How many files were read and refused; another exception, or reading data that is not there, fails."""
+    data, path = small_model(), folder / "m.gguf"
+    read = wrong = 0
+    for seed in seeds:
+        changed = mutated(data, seed)
+        path.write_bytes(changed + bytes(-len(changed) % 32 + 256))
+        try:
+            file = GgufFile(path)
+            for name in file.tensors:
+                file.blocks(name).sum()
+            read += 1
+        except FrontendError as error:
+            assert "\n" not in str(error)
+            wrong += 1
+    return read, wrong
+
+
+def test_mutated_headers(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    read, wrong = read_mutants(tmp_path, range(600))
+    assert read > 20 and wrong > 200
+    assert time.perf_counter() - started < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # KiB
+
+
+@pytest.mark.slow
+def test_many_mutated_headers(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    read, wrong = read_mutants(tmp_path, range(10_000))
+    assert read > 300 and wrong > 3000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
+
+
+def split(folder: Path, parts: int = 3) -> list[Path]:
+    paths = []
+    for number in range(parts):
+        metadata: dict[str, object] = {"split.no": number, "split.count": parts, "split.tensors.count": parts}
+        metadata |= METADATA if number == 0 else {}
+        path = folder / f"m-{number + 1:05}-of-{parts:05}.gguf"
+        paths.append(write(path, metadata, {f"t{number}": ("F32", values(4))}))
+    return paths
+
+
+def test_parts_of_a_split_model(tmp_path: Path) -> None:
+    paths = split(tmp_path)
+    for path in paths:  # any of them may be given
+        assert [list(file.tensors) for file in open_files(path)] == [["t0"], ["t1"], ["t2"]]
+    assert gguf_source(tmp_path) == paths[0] and model_name(paths[1]) == "m"
+    paths[1].unlink()
+    with pytest.raises(FrontendError, match=r"m-00002-of-00003.gguf is missing"):
+        open_files(paths[0])
+    write(paths[1], {"split.no": 2, "split.count": 3}, {"t1": ("F32", values(4))})
+    with pytest.raises(FrontendError, match="is not part 2 of 3"):
+        open_files(paths[0])
+    write(paths[1], {"split.no": 1, "split.count": 3}, {})
+    with pytest.raises(FrontendError, match="have 2 tensors, and should have 3"):
+        open_files(paths[0])
+    other = write(tmp_path / "renamed.gguf", {"split.no": 0, "split.count": 3}, {})
+    with pytest.raises(FrontendError, match="its name must say"):
+        open_files(other)
+
+
+def test_where_a_model_is(tmp_path: Path) -> None:
+    blob = write(tmp_path / "sha256-0123", METADATA, {})
+    assert gguf_source(blob) == blob  # as ollama stores it, known by its first bytes
+    (tmp_path / "other").write_bytes(b"nothing of the kind")
+    assert gguf_source(tmp_path / "other") is None
+    assert gguf_source(tmp_path / "missing.gguf") is None
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert gguf_source(folder) is None
+    one = write(folder / "one-Q4_K_M.gguf", METADATA, {})
+    write(folder / "mmproj-one.gguf", METADATA, {})
+    assert gguf_source(folder) == one
+    write(folder / "one-Q8_0.gguf", METADATA, {})
+    with pytest.raises(FrontendError, match=r"several GGUF models: .*one-Q4_K_M.gguf, one-Q8_0.gguf"):
+        gguf_source(folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    assert gguf_source(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"general.architecture": None}, "no general.architecture"),
+        ({"general.architecture": "made-up"}, r"'made-up' is not supported; those that are: .*llama"),
+        ({"general.type": "adapter"}, "an adapter"),
+        ({"general.type": "mmproj"}, "vision"),
+        ({}, "llama.block_count is missing"),
+        ({"llama.block_count": 0}, "block_count is 0"),
+        ({"llama.block_count": "many"}, "must be an integer"),
+    ],
+)
+def test_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
+    with pytest.raises(LlmcError, match=said) as error:
+        lift(write(tmp_path / "m.gguf", metadata, {}))
+    assert "\n" not in str(error.value)
+
+
+def test_types_have_the_sizes_that_their_fields_add_up_to() -> None:
+    for name, (number, block, size) in TYPES.items():
+        kind = TENSOR_TYPES[number]
+        assert (kind.name, kind.block, kind.size) == (name, block, size)
