@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llmc.compiler import pipeline
 from llmc.compiler.allocation import matrices
 from llmc.compiler.calibrate import Model, in_floats, rounded, text_threads
@@ -104,7 +106,9 @@ def _rounded(model: Model, options: CompileOptions, progress: Progress) -> Itera
         weights = list(dict.fromkeys(in_floats(model.graph)[1].values()))
         progress.start("rounding", len(weights), "weights")
         for weight in weights:
-            yield weight, encode(parse_encoding(weight.encoding), evaluate_values([weight.w], {}, load, {})["0"])
+            values = evaluate_values([weight.w], {}, load, {})["0"]
+            assert isinstance(values, np.ndarray)
+            yield weight, encode(parse_encoding(weight.encoding), values)
             progress.advance()
         return
     texts = random_texts(model.lifted, model.vocabulary, options.seed)

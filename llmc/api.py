@@ -43,7 +43,7 @@ def make_options(dtype: str = "auto", **options: object) -> CompileOptions:
     if unknown:
         raise CompileError(f"unknown option {', '.join(unknown)}; the options are dtype, {', '.join(sorted(known))}")
     if isinstance(options.get("lora"), (str, os.PathLike)):
-        options["lora"] = (os.fspath(options["lora"]),)  # type: ignore[arg-type,call-overload]
+        options["lora"] = (os.fspath(options["lora"]),)  # type: ignore[call-overload]
     for name in ("overrides", "max_dims", "dims"):
         pairs = options.get(name)
         if isinstance(pairs, Mapping):

@@ -47,6 +47,7 @@ class Compiled:
     """A kernel as a Python callable: arrays become pointers, ints become int64."""
 
     def __init__(self, kernel: Kernel, machine: Machine) -> None:
+        skip_unless_runnable(machine)  # before the code is compiled, which takes longer than to run it
         (obj,) = compile_kernels([kernel], machine, CACHE)
         shared = obj.with_suffix(".so")
         if not shared.exists():
@@ -55,11 +56,9 @@ class Compiled:
             Path(temporary).rename(shared)
         self.function = getattr(ctypes.CDLL(str(shared)), kernel.symbol)
         self.function.restype = None
-        self.machine = machine
 
     def __call__(self, *args: np.ndarray | int) -> None:
         """Run over args; the last two are begin and end of the work-unit range."""
-        skip_unless_runnable(self.machine)
         values = []
         for arg in args:
             if isinstance(arg, np.ndarray):

@@ -209,7 +209,8 @@ def _write(
             layer, tensor = original.layer_of(weight), original.weights.tensor_of(weight)
             if not layer or tensor is None:
                 continue
-            kept[layer] = form.refuse(*encoded.shape, bits, group)
+            outputs, inputs = encoded.shape
+            kept[layer] = form.refuse(outputs, inputs, bits, group)
             if kept[layer]:
                 continue
             replaced.add(tensor)
