@@ -8,7 +8,7 @@ no uniform integers, such as a table's entries or floats of 8 bits, a reader ser
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -192,18 +192,6 @@ def stored_notes(stored: Iterable[StoredIntegers]) -> tuple[str, ...]:
     )
 
 
-def _around_the_middle(stored: StoredIntegers) -> StoredIntegers:
-    """Integers of less than 4 bits with one zero point for all, moved so that this is 8, the middle of 4 bits."""
-    zero = stored.zeros or 0
-    if stored.q.dtype != "u8" or stored.bits > 3 or isinstance(zero, Part):
-        return stored
-    shift, load = 8 - zero, stored.q.load
-    if not 0 <= shift <= 16 - (1 << stored.bits):
-        return stored
-    q = replace(stored.q, load=lambda: load() + np.uint8(shift))
-    return replace(stored, q=q, zeros=8, bits=4)
-
-
 class _Parts:
     """The parts of stored weights as a source."""
 
@@ -216,7 +204,6 @@ class _Parts:
         scales: Value = self._param(f"{name}.scales", name, stored.scales)
         if scales.dtype != "f32":
             scales = Cast(scales, "f32")
-        stored = _around_the_middle(stored)
         zeros: Value | None = None
         if isinstance(stored.zeros, Part):
             zeros = self._param(f"{name}.zeros", name, stored.zeros)
@@ -228,7 +215,7 @@ class _Parts:
     def _integers(self, name: str, stored: StoredIntegers) -> Value:
         """Half bytes where they fit, so that whoever sees them knows their range without reading them."""
         rows, inputs = stored.shape
-        if stored.q.dtype != "u8" or stored.bits > 4 or inputs % 2 or not inputs:
+        if stored.q.dtype != "u8" or stored.bits != 4 or inputs % 2 or not inputs:
             return self._param(f"{name}.q", name, stored.q)
         load = stored.q.load
 

@@ -46,8 +46,9 @@ SCALES = "its integers are not kept: f16 does not hold its scales"
 PER_INPUT = "its integers are not kept: its scales differ from input to input"
 CASES: dict[str, Case] = {
     "4 bits in blocks of 64": Case(-8, 7, (ROWS, 3), "q4g64", block=64),
-    "8 bits in blocks of 64": Case(-9, 7, (ROWS, 3), "q8g64", block=64),
-    "8 bits, above": Case(-8, 8, (ROWS, 3), "q8g64", block=64),
+    "6 bits in blocks of 64": Case(-17, 7, (ROWS, 3), "q6g64", block=64),
+    "5 bits, above": Case(-8, 8, (ROWS, 3), "q5g64", block=64),
+    "8 bits, above": Case(-8, 32, (ROWS, 3), "q8g64", block=64),
     "blocks of 192": Case(-8, 7, (ROWS, 1), "q4g64", block=192),
     "blocks of 32": Case(-8, 7, (ROWS, 6), "q4g32", block=32),
     "blocks of 96": Case(-128, 127, (ROWS, 2), "q8g32", block=96),
@@ -72,7 +73,7 @@ CASES: dict[str, Case] = {
     "bytes around 8": Case(0, 255, (ROWS, 3), "q8g64a", "u8", block=64, zeros=(ROWS, 3), zero=8),
     "half bytes around 8": Case(0, 15, (ROWS, 3), "q4g64", "u8", block=64, zeros=(ROWS, 3), zero=8),
     "half bytes around 7": Case(0, 15, (ROWS, 3), "q4g64a", "u8", block=64, zeros=(ROWS, 3), zero=7),
-    "half bytes and one more": Case(0, 16, (ROWS, 3), "q8g64a", "u8", block=64, zeros=(ROWS, 3), zero=8),
+    "half bytes and one more": Case(0, 16, (ROWS, 3), "q5g64a", "u8", block=64, zeros=(ROWS, 3), zero=8),
     "16 bits": Case(-8, 7, (ROWS, 1), "its integers are not kept: its integers are i16, not 8 bits or less", "i16"),
     "scales beyond f16": Case(
         -8,

@@ -97,7 +97,7 @@ def passed(graph: Graph, source: WeightSource, scheme: str = "none") -> Graph:
 
 @pytest.mark.parametrize(
     ("bits", "block", "zeros", "encoding"),
-    [(2, 64, "middle", "q4g64"), (3, 32, "none", "q4g32"), (3, 32, "each", "q4g32a"),
+    [(2, 64, "middle", "q2g64"), (3, 32, "none", "q3g32a"), (3, 32, "each", "q3g32a"),
      (4, 128, "middle", "q4g64"), (4, 32, "each", "q4g32a"),
      (4, 0, "middle", "q4g64"), (8, 64, "middle", "q8g64"), (8, 64, "each", "q8g64a")],
 )  # fmt: skip

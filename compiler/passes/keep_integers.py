@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from llmc.compiler.encodings.grouped import EVEN_BITS
 from llmc.compiler.ir.elementwise import Add, Cast, Constant, Mul, Neg, Sub, constant
 from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite
@@ -122,7 +123,7 @@ class KeepIntegers(Pass, name="keep-integers"):
         lost = _rounding_of(source.scales)
         if lost:
             return lost
-        bits = 4 if _is_nibbles(source.q) else 8
+        bits = _fewest_bits(source.q)
         middle = {"i8": 0, "u8": 1 << (bits - 1)}[q.dtype]
         halves = Cast(scales, "f16")
         if _is_everywhere(source.zeros, middle):
@@ -153,19 +154,23 @@ def _ordered(weight: Value) -> tuple[Value, Constant | None]:
     return base.x, constant(np.argsort(places).astype(np.int32), "i32")
 
 
-def _is_nibbles(q: Value) -> bool:
-    """Whether integers are of 4 bits: they come out of half bytes, or all have such values."""
+def _fewest_bits(q: Value) -> int:
+    """The fewest bits of an encoding of even steps that hold integers: 4 where they come out of half bytes, else by
+    their values; 8 where these cannot be read now."""
     inner = q
     while isinstance(inner, (Reshape, Slice, Transpose)):
         inner = inner.x
     if isinstance(inner, UnpackNibbles):
-        return True
+        return 4
     found = _read(q)
     if found is None or not found.size:
-        return False
-    lowest, highest = (-8, 7) if q.dtype == "i8" else (0, 15)
-    # The first row alone decides most cases: it is looked at before the whole.
-    return all(bool(part.min() >= lowest and part.max() <= highest) for part in (found[:1], found))
+        return 8
+    lowest, highest = int(found.min()), int(found.max())
+    for bits in EVEN_BITS:
+        start = -(1 << bits - 1) if q.dtype == "i8" else 0
+        if start <= lowest and highest < start + (1 << bits):
+            return bits
+    return 8
 
 
 def _read(value: Value) -> Array | None:
