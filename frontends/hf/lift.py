@@ -40,8 +40,8 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
-    config = load_config(base_dir)
     quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
+    config = load_config(base_dir)
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     positions = _max_positions(config)
     context = max_context if max_context is not None else positions or _DEFAULT_CONTEXT
