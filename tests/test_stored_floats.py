@@ -339,7 +339,7 @@ def test_a_model_of_hqq(axis: int, tmp_path: Path) -> None:
     want = reference_logits(load_reference(pair.reference), ids)
     np.testing.assert_allclose(lifted_logits(lifted, ids), want, rtol=0, atol=1e-4)
     kept = next(r for r in run_lifted(lifted, CompileOptions()).reports if r.name == "keep-integers")
-    assert dict(kept.hits) == ({"kept as q4g32a": 14} if axis else {})
+    assert dict(kept.hits) == ({"kept as q4g32z": 14} if axis else {})
 
 
 @pytest.mark.parametrize(

@@ -203,11 +203,9 @@ def test_a_model_is_what_its_integers_stand_for(case: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("case", "tolerance"), [("llama, act-order", 1e-4), ("gpt2, 2 bits", 1e-4), ("opt, asymmetric, act-order", 5e-2)]
+    ("case", "tolerance"), [("llama, act-order", 1e-4), ("gpt2, 2 bits", 1e-4), ("opt, asymmetric, act-order", 1e-4)]
 )
 def test_an_artifact_is_what_its_integers_stand_for(case: str, tolerance: float, tmp_path: Path) -> None:
-    """Zero points that are not the middle become minimums in f16, off by 2^-12 of up to 15 steps for a whole group: the
-    last tolerance."""
     pair = model(tmp_path, **MODELS[case])  # type: ignore[arg-type]
     runtime, reference = artifact(pair.directory, tmp_path / "m.so"), load_reference(pair.reference)
     ids = random_ids(300, 45)

@@ -24,6 +24,8 @@ from llmc.errors import IRError
 ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
 # Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
 SMALL = 2.0**-14
+# Zero points that f16 holds.
+_IN_STEPS = ("u8", "i8", "f16")
 FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
 
 
@@ -33,8 +35,9 @@ class KeepIntegers(Pass, name="keep-integers"):
 
     group: inputs that share a scale where the source's blocks are multiples of it, or rows have one scale; blocks of
     other multiples of 32 are cut into groups of 32, and weights in smaller blocks are rounded anew, finely. Scales and
-    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group,
-    -zero * scale. What does not fit stays as the floats that it stands for, to be rounded like any weight.
+    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group: -zero,
+    in steps of the scale, or -zero * scale where zero points are wider floats. What does not fit stays as the floats
+    that it stands for, to be rounded like any weight.
 
     Where the source has the inputs in an order of its own (a gather of the weight's columns), a linear op keeps that
     order, and its activations are put into it.
@@ -133,6 +136,8 @@ class KeepIntegers(Pass, name="keep-integers"):
             shift = 1 << (bits - 1)
             q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
             points = Add(points, constant(float(shift), "f32"))
+        if source.zeros is None or source.zeros.dtype in _IN_STEPS:
+            return PackGroups(q, halves, Cast(Broadcast(Neg(points), scales.shape), "f16"), f"q{bits}g{group}z")
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
 
