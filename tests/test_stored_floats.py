@@ -13,7 +13,7 @@ import pytest
 import torch
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 from safetensors.numpy import load_file
-from stored_models import Array, Pair, artifact, f8, greedy, groups_of, rounded, save_tensors, write_pair
+from stored_models import Array, Pair, artifact, f8, greedy, groups_of, rounded, save_tensors, slow, write_pair
 from test_stored_compressed_tensors import Tensors
 from tiny_models import make_tiny
 
@@ -78,7 +78,7 @@ def write_fp8(name: str, w: Array) -> tuple[dict[str, Array], Array]:
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 48], "activation_scheme": "dynamic"}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", slow("qwen3_moe"), slow("deepseek_v3")])
 def test_a_model_in_blocks_of_fp8(family: str, tmp_path: Path) -> None:
     """Experts too, which are stored one by one and merged when they are loaded."""
     pair = write_pair(family, tmp_path, write_fp8, FP8)
@@ -123,6 +123,7 @@ def test_mxfp4_is_what_transformers_makes_of_it() -> None:
     np.testing.assert_array_equal(found.astype(np.float32), want.numpy())
 
 
+@pytest.mark.slow
 def test_a_model_with_experts_in_mxfp4(tmp_path: Path) -> None:
     plain = make_tiny("gpt_oss", tmp_path / "plain", intermediate_size=64)
     rng, stored, floats = np.random.default_rng(0), {}, {}
@@ -234,7 +235,7 @@ def write_bytes(name: str, w: Array) -> tuple[dict[str, Array], Array]:
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "nf4"), ("gpt2", "int8"), ("gpt2", "nf4"), pytest.param("qwen2", "fp4", marks=pytest.mark.slow)],
+    [slow("llama", "nf4"), ("gpt2", "int8"), slow("gpt2", "nf4"), slow("qwen2", "fp4")],
 )
 def test_a_model_of_bitsandbytes(family: str, kind: str, tmp_path: Path) -> None:
     """GPT-2 has its weights the other way round, and bitsandbytes turns them."""
@@ -253,6 +254,7 @@ def test_a_model_of_bitsandbytes(family: str, kind: str, tmp_path: Path) -> None
     assert any("bitsandbytes" in note for note in lifted.notes)
 
 
+@pytest.mark.slow
 def test_an_artifact_of_bytes(tmp_path: Path) -> None:
     """Scales are f32 in the file and f16 in the artifact: weights are off by 2^-12 at most."""
     pair = write_pair("llama", tmp_path, write_bytes, {"quant_method": "bitsandbytes", "load_in_8bit": True})
@@ -332,7 +334,7 @@ def test_weights_of_hqq_are_bit_for_bit_the_references(bits: int, group: int, ax
     assert zlib.crc32(np.ascontiguousarray(found).tobytes()) == HQQ[bits, group, axis]
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [slow(0), 1])
 def test_a_model_of_hqq(axis: int, tmp_path: Path) -> None:
     pair = write_pair("llama", tmp_path, lambda name, w: hqq(w, 4, 32, axis), {"quant_method": "hqq"})
     lifted, ids = lift(pair.directory), random_ids(300, 33)
@@ -393,7 +395,7 @@ def torchao_pair(folder: Path, kind: str, family: str = "llama") -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("kind", "kept"), [("Int8Tensor", "q8g64"), ("IntxUnpackedToInt8Tensor", "q4g32"), ("Float8Tensor", "")]
+    ("kind", "kept"), [slow("Int8Tensor", "q8g64"), ("IntxUnpackedToInt8Tensor", "q4g32"), slow("Float8Tensor", "")]
 )
 def test_a_model_of_torchao(kind: str, kept: str, tmp_path: Path) -> None:
     pair = torchao_pair(tmp_path, kind)

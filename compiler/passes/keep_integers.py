@@ -13,7 +13,7 @@ from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Array
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import read_weight
@@ -38,9 +38,6 @@ class KeepIntegers(Pass, name="keep-integers"):
     minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group: -zero,
     in steps of the scale, or -zero * scale where zero points are wider floats. What does not fit stays as the floats
     that it stands for, to be rounded like any weight.
-
-    Where the source has the inputs in an order of its own (a gather of the weight's columns), a linear op keeps that
-    order, and its activations are put into it.
     """
 
     exact: ClassVar[bool] = False
@@ -73,12 +70,8 @@ class KeepIntegers(Pass, name="keep-integers"):
 
         def rule(op: Op) -> Value | None:
             if isinstance(op, (Linear, GatedLinear)):
-                weight, order = _ordered(op.w)
-                found = packed(op, weight)
-                if found is None or order is None:
-                    return None if found is None else op.replace(w=found)
-                report.hit("inputs in the order of the source")
-                return op.replace(x=Gather(op.x, order, op.x.rank - 1), w=found)
+                found = packed(op, op.w)
+                return None if found is None else op.replace(w=found)
             if isinstance(op, Embed):
                 found = packed(op, op.table)
                 return None if found is None else op.replace(table=found)
@@ -140,18 +133,6 @@ class KeepIntegers(Pass, name="keep-integers"):
             return PackGroups(q, halves, Cast(Broadcast(Neg(points), scales.shape), "f16"), f"q{bits}g{group}z")
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
-
-
-def _ordered(weight: Value) -> tuple[Value, Constant | None]:
-    """The weight whose columns a weight [outputs, inputs] takes each once, and which input each of these columns is of;
-    the weight itself and None where it is made in another way."""
-    base = uncast(weight)
-    if not isinstance(base, Gather) or base.axis % base.rank != 1 or base.x.shape != base.shape:
-        return weight, None
-    places = _read(base.indices)
-    if places is None or not np.array_equal(np.sort(places), np.arange(len(places))):
-        return weight, None
-    return base.x, constant(np.argsort(places).astype(np.int32), "i32")
 
 
 def _is_nibbles(q: Value) -> bool:
