@@ -183,6 +183,6 @@ def f8(array: Array) -> Array:
 
 
 __all__ = [
-    "Pair", "artifact", "f8", "greedy", "groups_of", "is_layer", "packed_words", "read_stored", "rounded", "save_tensors", "tiny",
-    "values_of", "write_pair",
+    "Pair", "artifact", "f8", "greedy", "groups_of", "is_layer", "packed_words", "read_stored", "rounded",
+    "save_tensors", "slow", "tiny", "values_of", "write_pair",
 ]  # fmt: skip

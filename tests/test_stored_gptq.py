@@ -202,6 +202,7 @@ def test_a_model_is_what_its_integers_stand_for(case: str, tmp_path: Path) -> No
     assert sum(n for what, n in kept.hits.items() if what.startswith("kept as")) > 6 and not kept.refusals
     assert integer_notes(compiled.reports) == []
     assert any("weights of the checkpoint are integers" in note for note in lifted.notes)
+    assert any("merged" in note for note in lifted.notes) == (case == "mixtral")
 
 
 @pytest.mark.parametrize("case", [slow("llama, act-order"), slow("gpt2, 2 bits"), "opt, asymmetric, act-order"])
@@ -252,6 +253,13 @@ def test_settings_of_older_tools_beside_the_config(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first_weight(pair.directory)[0], want)
 
 
+def test_settings_that_were_left_beside_a_model_of_floats(tmp_path: Path) -> None:
+    pair = model(tmp_path)
+    (pair.reference / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    source, notes = read_stored(pair.reference)
+    assert not notes and all(name.endswith(".weight") for name in source.names)
+
+
 def test_layers_that_are_left_out_and_a_quantized_head(tmp_path: Path) -> None:
     """What is quantized is what has integers, by whatever setting it was chosen."""
     pair = model(tmp_path, chosen=lambda name: "down_proj" in name or "lm_head" in name)
@@ -273,7 +281,7 @@ def test_layers_of_other_bits(tmp_path: Path) -> None:
     del config["quantization_config"]["dynamic"]
     path.write_text(json.dumps(config))
     with pytest.raises(FrontendError, match=r"its integers have 4 bits, but .*config\.json.* says 8"):
-        lift(pair.directory)
+        read_stored(pair.directory)
 
 
 def test_biases_of_nothing_that_the_model_does_not_have(tmp_path: Path) -> None:

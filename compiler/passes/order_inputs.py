@@ -40,7 +40,7 @@ class OrderInputs(Pass, name="order-inputs"):
                 report.refuse(describe(op, op.w), "its rows are in another order, not its inputs")
                 return None
             places = _read(gather.indices)
-            if places is None or not np.array_equal(np.sort(places), np.arange(gather.x.shape[1])):
+            if places is None or places.shape != gather.x.shape[1:] or set(places.tolist()) != set(range(len(places))):
                 report.refuse(describe(op, op.w), "its columns are not each one of the source's, or cannot be read now")
                 return None
             report.hit("inputs in the order of the source")

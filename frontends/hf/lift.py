@@ -129,7 +129,13 @@ def _with_integers(
     found = {param.name: stored.integers(param.name) for param in graph.params if param.name in set(stored.names)}
     kept = {name: integers for name, integers in found.items() if integers is not None}
     graph, values = keep_stored(graph, values, kept, stored.turned)
-    return graph, values, stored_notes(kept.values())
+    notes = stored_notes(kept.values())
+    if stored.merged_integers:
+        notes += (
+            f"{stored.merged_integers} weights of the checkpoint are integers that others (experts) are made of: these "
+            "are used as the floats that they stand for",
+        )
+    return graph, values, notes
 
 
 def _parameters(model: PreTrainedModel, plan: EncoderPlan | None) -> int:

@@ -71,7 +71,10 @@ def _known(described: object, where: str, key: str) -> Settings:
 
 
 def open_stored(settings: Settings, file: WeightSource) -> tuple[WeightSource, tuple[str, ...]]:
-    """The weights that a quantized checkpoint's tensors stand for, and notes."""
+    """The weights that a quantized checkpoint's tensors stand for, and notes. Settings in a file of their own may have
+    been left there: they count only where there are integers."""
+    if Path(settings.where).name in _BESIDE and not any(name.endswith(".qweight") for name in file.names):
+        return file, ()
     module = importlib.import_module(f"llmc.frontends.hf.stored.{FORMATS[settings.text('quant_method').lower()]}")
     found: tuple[WeightSource, tuple[str, ...]] = module.read(settings, file)
     return found
