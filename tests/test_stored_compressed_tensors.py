@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
-from stored_models import Array, artifact, f8, greedy, groups_of, packed_words, rounded, values_of, write_pair
+from stored_models import Array, artifact, f8, greedy, groups_of, packed_words, rounded, slow, values_of, write_pair
 
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_lifted
@@ -182,11 +182,11 @@ def writer(case: Case) -> Callable[[str, Array], tuple[dict[str, Array], Array]]
 
 MODELS = [
     ("llama", "4 bits in groups", "q4g32"),
-    ("qwen3", "4 bits, ordered", "q4g32"),
+    slow("qwen3", "4 bits, ordered", "q4g32"),
     ("gemma2", "bytes", "q8g64"),
-    pytest.param("mistral", "bytes, asymmetric", "q8g64a", marks=pytest.mark.slow),
-    pytest.param("olmo2", "8 bits in groups", "q8g64", marks=pytest.mark.slow),
-    ("llama", "floats a row", ""),
+    slow("mistral", "bytes, asymmetric", "q8g64z"),
+    slow("olmo2", "8 bits in groups", "q8g64"),
+    slow("llama", "floats a row", ""),
 ]
 
 
@@ -207,7 +207,8 @@ def test_a_model_is_what_its_tensors_stand_for(family: str, name: str, encoding:
         assert any("14 weights of the checkpoint are floats of 8 bits" in note for note in lifted.notes)
 
 
-@pytest.mark.parametrize("name", ["bytes", pytest.param("4 bits, ordered", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bytes", "4 bits, ordered"])
 def test_an_artifact_is_what_its_tensors_stand_for(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     pair = write_pair("llama", tmp_path, writer(case), case.settings())

@@ -108,6 +108,13 @@ class ModelWeights:
         """The tensor of the checkpoint that a weight is, as it is stored; None where it is made of several."""
         return self._plain.get(name)
 
+    @property
+    def merged_integers(self) -> int:
+        """How many tensors are stored as integers, and become part of another weight, as floats."""
+        groups = {id(group): group for group in self._converted.values()}
+        sources = [source for group in groups.values() for source, _ in group.sources]
+        return sum(stored_integers(self._checkpoint, source) is not None for source in sources)
+
     def _load(self, name: str) -> Array:
         if name in self._plain:
             array = self._checkpoint.load(self._plain[name])

@@ -79,7 +79,10 @@ class _Place:
 
 
 class SafetensorsFile:
-    """One `.safetensors` file, mapped. The header is checked before anything in it is used."""
+    """One `.safetensors` file, mapped. The header is checked before anything in it is used.
+
+    metadata: texts by name that stand beside the tensors; some formats say there what the tensors are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,7 +99,7 @@ class SafetensorsFile:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
-        self._places = _read_header(path, header, 8 + length, size)
+        self._places, self.metadata = _read_header(path, header, 8 + length, size)
         self._loaded: _Place | None = None
 
     @property
@@ -137,8 +140,9 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return data
 
 
-def _read_header(path: Path, header: bytes, start: int, size: int) -> dict[str, _Place]:
-    """Check a safetensors header: dtype, shape and bytes agree, offsets lie in the file and do not overlap."""
+def _read_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Check a safetensors header: dtype, shape and bytes agree, offsets lie in the file and do not overlap. Places and
+    metadata."""
     try:
         data = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -154,7 +158,9 @@ def _read_header(path: Path, header: bytes, start: int, size: int) -> dict[str, 
         if place.begin < reached:
             raise FrontendError(f"{path}: tensor {name!r:.100} overlaps another one")
         reached = place.end
-    return places
+    metadata = data.get("__metadata__")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return places, {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _read_place(what: str, entry: object, start: int, size: int) -> _Place:
@@ -196,6 +202,7 @@ class ShardedFiles:
                         f"{path}: tensor {name!r:.100} stands in another file of the checkpoint with other numbers: "
                         "download the model again"
                     )
+        self.metadata = {k: v for part in parts.values() for k, v in getattr(part, "metadata", {}).items()}
         lost = [name for name in (index or ()) if name not in self._owner and not STORED_CONSTANTS.search(name)]
         if lost:
             raise FrontendError(f"the checkpoint's index lists tensors that its files lack: {shortened(lost)}")

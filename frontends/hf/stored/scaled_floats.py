@@ -23,24 +23,41 @@ def scaled_floats(module: Module, weight: str, scale: str, block: tuple[int, int
     if len(shape) not in (2, 3):
         raise module.wrong(f"its {weight} has {len(shape)} axes: a matrix is read, or one for each expert")
     module.require(scale, module.shape(scale), "f32", "bf16", "f16", "f8_e8m0")
-    found = module.shape(scale)
-    grid = (1, 1) if math.prod(found) == 1 else (found[0], 1) if len(found) == 1 else found[-2:]
-    # A scale for each expert may stand as [experts], [experts, 1] or [experts, 1, 1].
-    each = found[:1] if len(shape) == 3 and found[0] == shape[0] and math.prod(found) > 1 else ()
-    if each and len(found) < 3:
-        grid = (found[1], 1) if len(found) == 2 else (1, 1)
     rows, columns = shape[-2:]
-    size = block or (-(-rows // max(1, grid[0])), -(-columns // max(1, grid[1])))
-    size = (size[0] if grid[0] > 1 else max(1, rows), size[1] if grid[1] > 1 else max(1, columns))
-    fits = (-(-rows // size[0]), -(-columns // size[1])) == grid and math.prod(found) == math.prod((*each, *grid))
-    if block is None and (rows % size[0] or columns % size[1]):
-        fits = False  # which columns the blocks end at is not known
-    if not fits or (len(shape) == 3 and math.prod(found) > 1 and not each):
-        raise module.wrong(f"its {scale} of {list(found)} does not fit its {weight} of {list(shape)}")
+    grid = _grid(module.shape(scale), shape)
+    size = None if grid is None else _size(grid[-2:], (rows, columns), block)
+    if grid is None or size is None:
+        raise module.wrong(f"its {scale} of {list(module.shape(scale))} does not fit its {weight} of {list(shape)}")
 
     def load() -> Array:
-        scales = module.load(scale).astype(np.float32).reshape(*each, *grid)
+        scales = module.load(scale).astype(np.float32).reshape(grid)
         wide = np.repeat(np.repeat(scales, size[0], axis=-2), size[1], axis=-1)[..., :rows, :columns]
         return np.asarray(module.load(weight).astype(np.float32) * wide)
 
     return Part(shape, "f32", load)
+
+
+def _grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The scale's shape with all axes of the weight, or with the last two where it is one number for all; None where
+    its first axes are not the weight's."""
+    if math.prod(scale) == 1:
+        return (1, 1)
+    grid = (*scale, *(1,) * (len(weight) - len(scale)))  # what is left out are last axes of one
+    return grid if len(grid) == len(weight) and grid[:-2] == weight[:-2] and 0 not in grid else None
+
+
+def _size(grid: tuple[int, ...], matrix: tuple[int, int], block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Rows and columns of a block; None where such blocks do not make the matrix."""
+    found = []
+    for axis, (count, whole) in enumerate(zip(grid, matrix, strict=True)):
+        if count == 1:
+            found.append(max(1, whole))
+        elif block is not None:
+            found.append(block[axis])
+        elif whole % count == 0:
+            found.append(whole // count)
+        else:
+            return None  # where the blocks end is not known
+        if -(-whole // max(1, found[-1])) != count and whole:
+            return None
+    return found[0], found[1]
