@@ -8,6 +8,7 @@ not even 6 bits for all of them do, it is 8.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +18,9 @@ from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.types import Array
 from llmc.compiler.own_text import uniform_texts
-from llmc.frontends.lifted import Lifted
+
+if TYPE_CHECKING:
+    from llmc.frontends.lifted import Lifted
 
 NEAR = 0.99
 

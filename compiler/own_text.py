@@ -45,9 +45,11 @@ MOST_LOGITS = 1 << 27  # held at once where they cannot be had by rows, 512 MiB
 
 
 def random_texts(
-    lifted: Lifted, vocabulary: int, seed: int, sequences: int = SEQUENCES, length: int = LENGTH
+    lifted: Lifted, vocabulary: int, seed: int, sequences: int | None = None, length: int | None = None
 ) -> list[Ids]:
-    """Random ids: what a decoder's own text begins as, so many texts of so many ids; and all that an encoder gets."""
+    """Random ids: what a decoder's own text begins as, and all that an encoder gets.
+
+    sequences, length: of a decoder, in place of `SEQUENCES` and `LENGTH`."""
     random = np.random.default_rng(seed)
     if lifted.task != "generate":
         length = max(1, min(ENCODER_LENGTH, lifted.max_context))
@@ -57,8 +59,8 @@ def random_texts(
             vocabulary, (ENCODER_SEQUENCES, length - len(before) - len(after)), p=chances / chances.sum()
         )
         return [np.array([*before, *ids, *after], np.int32) for ids in inner]
-    length = max(1, min(length, lifted.max_context))
-    texts = random.integers(0, vocabulary, (sequences, length)).astype(np.int32)
+    length = max(1, min(length or LENGTH, lifted.max_context))
+    texts = random.integers(0, vocabulary, (sequences or SEQUENCES, length)).astype(np.int32)
     bos = (lifted.text.facts or {}).get("bos_id")
     if isinstance(bos, int) and bos < vocabulary:
         texts[:, 0] = bos

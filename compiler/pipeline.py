@@ -502,10 +502,12 @@ def assemble(
     from llmc.compiler.manifest import build_manifest, check_manifest, complete_manifest
     from llmc.compiler.revision import Written, longest_manifest, revised
     from llmc.targets import build_library
-    from llmc.targets.check_artifact import Parts
+    from llmc.targets.check_artifact import Parts, refusal
     from llmc.targets.memory import plan_memory
+    from llmc.targets.sources import closure_hash
     from llmc.targets.step_limits import StepLimits, failures_of
     from llmc.targets.target import Addresses
+    from llmc.targets.written_text import running
 
     load = compiled.load or lifted.weights.load
     max_step = step_limit(program.graph, options, lifted.max_context, lifted.task)
@@ -538,7 +540,9 @@ def assemble(
             like = None if kept is None else longest_manifest(manifest, lifted, compiled)
             writer.add_manifest(manifest, like)
             if kept is not None:
-                written = Written(library.path, digest, None if file is None else file.temporary, kept)
+                code = closure_hash("llmc.compiler.accuracy") + closure_hash("llmc.targets.written_text")
+                apart_at = None if file is None else file.temporary
+                written = Written(library.path, digest, apart_at, kept, refusal, running, code)
                 writer.revise = lambda path: revised(path, manifest, written, lifted, compiled, options, progress)
             if checker is not None:
                 progress.start("running the artifact beside its graph")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmc.compiler import accuracy
 from llmc.compiler.accuracy import RoundedHere
@@ -15,7 +17,7 @@ from llmc.compiler.accuracy_cache import AccuracyCache
 from llmc.compiler.estimate import estimate
 from llmc.compiler.manifest import check_manifest
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.own_text import draw
+from llmc.compiler.own_text import Ids, draw
 from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import key_of
 from llmc.errors import CompileError, LlmcError
@@ -25,15 +27,31 @@ if TYPE_CHECKING:
     from llmc.frontends.lifted import Lifted
 
 
+Draw: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.float64]], Ids]
+
+
+class Load(Protocol):
+    """How an artifact is loaded: `targets/written_text.py`."""
+
+    def __call__(
+        self, path: Path, weights: Path | None, texts: int, length: int, token_bytes: int, draw: Draw
+    ) -> AbstractContextManager[accuracy.Running]:
+        """The artifact at a path, with room for so many texts of so many tokens."""
+
+
 @dataclass(frozen=True)
 class Written:
-    """What an artifact has been made of. library: its code; digest: its weights' hash; weights: the file that has them,
-    if there is one; kept: what weights were rounded to."""
+    """What an artifact has been made of, and how it runs. library: its code; digest: its weights' hash; weights: the
+    file that has them, if there is one; kept: what weights were rounded to. refusal: why this machine cannot run an
+    artifact, empty where it can; load: loads it; code: a hash of what measures."""
 
     library: Path
     digest: str
     weights: Path | None
     kept: RoundedHere
+    refusal: Callable[[Path], str]
+    load: Load
+    code: str
 
 
 def longest_manifest(manifest: dict[str, object], lifted: Lifted, compiled: Compiled) -> dict[str, object]:
@@ -68,13 +86,10 @@ def measured_accuracy(
 ) -> dict[str, object]:
     """What the manifest says of the accuracy of the artifact at `path`; from the cache, where the same was measured."""
     from llmc.compiler.pipeline import RUN, vocabulary_of
-    from llmc.targets.check_artifact import refusal
-    from llmc.targets.sources import closure_hash
-    from llmc.targets.written_text import running
 
     assert compiled.original is not None
-    load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), refusal(path)
-    code = (closure_hash("llmc.compiler.accuracy"), closure_hash("llmc.targets.written_text"), bool(not_run))
+    load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), written.refusal(path)
+    code = (written.code, bool(not_run))
     library = np.frombuffer(written.library.read_bytes(), np.uint8)
     progress.start("looking for its accuracy")
     key = key_of(compiled.original, load, [library], written.digest, *code, vocabulary, options.seed)
@@ -88,7 +103,7 @@ def measured_accuracy(
             per_token = estimate(compiled.graph, context=accuracy.LENGTH).cache_per_token
             sizes = (accuracy.TEXTS * accuracy.LENGTH, 1, per_token)  # as many pages as that many texts of one token
             artifact = stack.enter_context(
-                running(path, written.weights, *sizes, lambda logits, chance: draw(logits[:, :vocabulary], chance))
+                written.load(path, written.weights, *sizes, lambda logits, chance: draw(logits[:, :vocabulary], chance))
             )
         subject = accuracy.Subject(
             lifted, compiled.original, load, compiled.graph, compiled.load or load, compiled.originals, written.kept,

@@ -578,6 +578,7 @@ def test_a_manifest_that_is_revised_takes_the_room_of_the_first(tmp_path: Path) 
         with ArtifactWriter(path, fake_artifact.library()) as writer:
             writer.begin_weights()
             writer.append(fake_artifact.weights())
+            writer.add_tokenizer(fake_artifact.byte_tokenizer())
             writer.add_manifest(short, like=long)
             writer.revise = revise
         opened = Artifact.open(path)
