@@ -19,6 +19,7 @@ from llmc.compiler.pipeline import compile_model, run_lifted
 from llmc.errors import FrontendError
 from llmc.frontends import lift
 from llmc.frontends.gguf.dequantize import dequantize
+from llmc.frontends.gguf.description import architectures
 from llmc.frontends.gguf.lift import open_model
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
 from llmc.runtime.runtime import Runtime
@@ -133,13 +134,14 @@ def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
         ({"llama.attention.magic": 3}, r"not known to have: llama\.attention\.magic"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "factor is 2 with longrope"),
         ({"llama.rope.scaling.type": "magic", "llama.rope.scaling.factor": 2.0}, "'magic', which is not supported"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "original_context_length is missing"),
         ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5"),
         ({"llama.rope.dimension_count": 8}, "8 of 16 channels"),
         ({"llama.attention.value_length": 8}, "value_length is not key_length"),
         ({"llama.attention.head_count_kv": [1, 2]}, "differs from layer to layer"),
-        ({"llama.attention.head_count": 0}, "0 heads"),
+        ({"llama.attention.head_count": 0}, "head_count is 0, outside"),
         ({"llama.attention.causal": False}, "causal is False"),
         ({"llama.pooling_type": 1}, "pooling_type is 1"),
         ({"llama.embedding_length": 32}, "the embedding has 64"),
@@ -216,12 +218,16 @@ def test_rope_scaling(tmp_path: Path, kind: str) -> None:
 def test_mutated_settings(tmp_path: Path) -> None:
     """Whatever a key is changed to: a model or a FrontendError, before anything slow is done."""
     metadata, tensors = model_parts("llama", tmp_path / "m")
-    keys = [key for key in metadata if not key.startswith("tokenizer")]
+    names = sorted(architectures())
+    assert len(names) == 37
     rng = np.random.default_rng(0)
     values = (0, 1, -1, 7, 2**31 - 1, 0.0, -0.5, 1e30, float("nan"), True, "", "x", [1, 2], [0.5], ["a"], [True])
     opened = refused = 0
-    for _ in range(300):
-        changed = dict(metadata)
+    for seed in range(333):
+        name = "llama" if seed % 2 else names[seed // 2 % len(names)]
+        changed = {key.replace("llama.", f"{name}."): value for key, value in metadata.items()}
+        changed["general.architecture"] = name
+        keys = [key for key in changed if not key.startswith("tokenizer")]
         for key in rng.choice(keys, rng.integers(1, 3), replace=False):
             changed[str(key)] = values[rng.integers(len(values))]
         try:
@@ -231,6 +237,15 @@ def test_mutated_settings(tmp_path: Path) -> None:
             assert "\n" not in str(error)
             refused += 1
     assert opened > 5 and refused > 150
+
+
+def test_a_factor_without_a_kind_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp takes it."""
+    metadata, tensors = model_parts("llama", tmp_path / "m")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        opened = open_model(write(tmp_path / "m.gguf", {**metadata, key: 2.0}, tensors))
+        assert opened.config.rope_parameters["rope_type"] == "linear"
+        assert opened.config.rope_parameters["factor"] == 2.0
 
 
 def test_a_blob_is_called_what_it_says(tmp_path: Path) -> None:
