@@ -240,7 +240,7 @@ def _kept_bound(encoded: Encoded, rows: Array) -> Array:
     scales = np.abs(encoded.parts["scales"].astype(np.float64))
     lost = 2.0**-14 * scales.max(initial=0.0) * (1 << kind.bits)
     bound = 2.0**-11 * np.abs(rows)
-    if not kind.symmetric:
+    if not kind.symmetric and not kind.in_steps:
         bound = bound + 2.0**-10 * _per_element(np.abs(encoded.parts["minimums"]), kind.group, rows.shape[1])
     return np.asarray(bound * (1 + 2.0**-8) + lost + _LEAST_F16 * (1 << kind.bits))
 

@@ -48,7 +48,7 @@ GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `fronten
 
 RECOGNISE = (
     "integer-products,canonicalize,fold,cse,fuse-activation,fuse-half-activation,fuse-norm,use-positions,fuse-rope,"
-    "fuse-attention,fuse-linear,fuse-embed,keep-integers,canonicalize,fold,cse"
+    "fuse-attention,fuse-linear,fuse-embed,order-inputs,keep-integers,canonicalize,fold,cse"
 )
 
 

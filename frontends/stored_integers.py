@@ -143,9 +143,10 @@ class StoredWeights:
         return self._floats[name].shape if name in self._floats else self._file.shape(name)
 
     def load(self, name: str) -> Array:
-        if name in self._integers:
-            return self._integers[name].dequantized()
-        return self._floats[name].load() if name in self._floats else self._file.load(name)
+        with np.errstate(all="ignore"):  # numbers that are not finite are refused by who asks for the weight
+            if name in self._integers:
+                return self._integers[name].dequantized()
+            return self._floats[name].load() if name in self._floats else self._file.load(name)
 
     def integers(self, name: str) -> StoredIntegers | None:
         return self._integers.get(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 import torch
 from hf_models import tiny
 from kernel_harness import CACHE
@@ -18,6 +19,9 @@ from tokenizers import Tokenizer
 
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
+from llmc.frontends.hf.stored import open_stored, quantization_of
+from llmc.frontends.hf.weights import open_checkpoint
+from llmc.frontends.lifted import WeightSource
 from llmc.runtime.runtime import Runtime
 
 Array = np.ndarray
@@ -55,6 +59,11 @@ def save_tensors(tensors: Mapping[str, Array], path: Path, metadata: Mapping[str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
+
+
+def slow(*values: object) -> object:
+    """A test's parameters that only the full sweep tries."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def is_layer(name: str) -> bool:
@@ -150,6 +159,13 @@ def artifact(directory: Path, path: Path, scheme: str = "none", **options: objec
     return Runtime.load(path, threads=2)
 
 
+def read_stored(directory: Path) -> tuple[WeightSource, tuple[str, ...]]:
+    """The weights of a quantized checkpoint, and the format's notes, without the model."""
+    settings = quantization_of(directory, json.loads((directory / "config.json").read_text()))
+    assert settings is not None
+    return open_stored(settings, open_checkpoint(directory))
+
+
 def greedy(model: torch.nn.Module, directory: Path, text: str, count: int) -> str:
     """What transformers writes behind a text, by the likeliest token each time."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -167,6 +183,6 @@ def f8(array: Array) -> Array:
 
 
 __all__ = [
-    "Pair", "artifact", "f8", "greedy", "groups_of", "is_layer", "packed_words", "rounded", "save_tensors", "tiny",
-    "values_of", "write_pair",
+    "Pair", "artifact", "f8", "greedy", "groups_of", "is_layer", "packed_words", "read_stored", "rounded",
+    "save_tensors", "slow", "tiny", "values_of", "write_pair",
 ]  # fmt: skip

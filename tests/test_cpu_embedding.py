@@ -38,7 +38,7 @@ def quantized_table(
 
 def row_layout(encoding: GroupQuantized) -> RowLayout:
     levels = table_levels(encoding.bits) if encoding.table else None
-    return RowLayout(encoding.bits, encoding.group, encoding.symmetric, levels)
+    return RowLayout(encoding.bits, encoding.group, encoding.symmetric, levels, encoding.in_steps)
 
 
 def run(machine: Machine, layout: object, arrays: list[np.ndarray], features: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
 @pytest.mark.parametrize(
     ("name", "features"),
     [
-        *((name, 101) for name in ("q4g32", "q4g32a", "q8g32", "q8g32a", "t4g32", "t4g64")),
+        *((name, 101) for name in ("q4g32", "q4g32a", "q4g32z", "q8g32", "q8g32a", "q8g32z", "t4g32", "t4g64")),
         # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
         *(("t6g32", 101), ("t6g64", 129), ("t6g8", 31), ("t6g40", 7), ("t6g64", 1), ("t6g128", 256), ("t4g40", 7)),
     ],
@@ -80,10 +80,14 @@ def test_rows_of_quantized_tables(machine: Machine, name: str, features: int) ->
     levels = q.astype(np.float64)
     if encoding.table:
         levels = table_levels(encoding.bits).values.astype(np.float64)[q.astype(int) - encoding.levels.lowest]
+    if encoding.in_steps:
+        spread[1] = spread[1].astype(np.float64) * spread[0]
     expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
     layouts: list[RowLayout | QuantizedLayout] = [row_layout(encoding)]
     if group % 32 == 0:  # as the tiles of a matrix kernel want it
-        layouts.append(weight_tiles(machine).quantized(encoding.bits, group, symmetric, encoding.table))
+        layouts.append(
+            weight_tiles(machine).quantized(encoding.bits, group, symmetric, encoding.table, in_steps=encoding.in_steps)
+        )
     for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)
         # An integer or level of up to 8 bits times an f16 scale is exact in f32; adding the minimum rounds once.

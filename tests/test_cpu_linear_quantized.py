@@ -42,11 +42,14 @@ def quantized_case(
     group: int,
     symmetric: bool,
     table: bool = False,
+    in_steps: bool = False,
     activations: str = "i8",
     **fused: object,
 ) -> Case:
     """Random weights whose results are around 1, in every scheme."""
-    problem = QuantizedProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, **fused)
+    problem = QuantizedProblem(
+        n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, in_steps=in_steps, **fused
+    )
     plan = quantized_linear_plan(Chooser(machine), problem, activations)
     rng = np.random.default_rng(n * 7 + k)
     low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
@@ -56,8 +59,9 @@ def quantized_case(
     weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], group, k)
     magnitude = np.abs(weight)
     if not symmetric:
-        parts["minimums"] = (-rng.random(parts["scales"].shape) * spread * high).astype(np.float16)
-        minimums = wide(parts["minimums"], group, k)
+        share = -rng.random(parts["scales"].shape) * high
+        parts["minimums"] = (np.round(share) if in_steps else share * spread).astype(np.float16)
+        minimums = wide(parts["minimums"], group, k) * (wide(parts["scales"], group, k) if in_steps else 1)
         weight, magnitude = weight + minimums, magnitude + np.abs(minimums)
     x = rng.standard_normal((tokens, k)).astype(np.float32) * 2
     packed = plan.layout.pack(**parts)
@@ -81,11 +85,23 @@ def slow(*values: object) -> object:
 
 
 EVEN, MINIMUMS, TABLE = {"symmetric": True}, {"symmetric": False}, {"symmetric": True, "table": True}
-SCHEMES = [(4, EVEN), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE)]
+STEPS = {"symmetric": False, "in_steps": True}
+SCHEMES = [
+    (4, EVEN),
+    (4, STEPS),
+    slow(8, STEPS),
+    slow(4, MINIMUMS),
+    slow(8, EVEN),
+    (8, MINIMUMS),
+    (4, TABLE),
+    (6, TABLE),
+]
 SIZES = [
     (4, EVEN, 129, 129, 64),
     (4, MINIMUMS, 1030, 70, 32),  # 65 tiles: enough that kernels take two at a time
+    (4, STEPS, 129, 70, 32),
     (8, EVEN, 31, 129, 64),
+    (8, STEPS, 31, 70, 32),
     (8, MINIMUMS, 1, 31, 32),
     (4, TABLE, 129, 33, 32),
     slow(4, TABLE, 1030, 300, 128),

@@ -21,6 +21,7 @@ ENCODINGS = [
     parse_encoding(name)
     for name in ("q4g32", "q4g64", "q4g32a", "q4g64a", "q8g32", "q8g64", "q8g32a", "q8g64a", "t4g32", "t4g64", "t6g64")
 ]
+IN_STEPS = [parse_encoding("q4g64z"), parse_encoding("q8g32z")]  # which nothing is rounded to
 by_encoding = pytest.mark.parametrize("encoding", ENCODINGS, ids=str)
 SIZES = (1, 7, 31, 33, 129)
 
@@ -286,3 +287,20 @@ def test_stored_bytes_count_packed_integers_and_scales(name: str, shape: tuple[i
 
 def test_plain_tensors_are_stored_as_they_are() -> None:
     assert storage_bytes(Tensor((3, 5), "bf16")) == 30
+
+
+@pytest.mark.parametrize("encoding", IN_STEPS, ids=str)
+def test_minimums_in_steps_are_exact_for_zero_points(encoding: GroupQuantized) -> None:
+    """(q - zero) * scale for every zero point of the integers, and for halves of them: f16 holds these."""
+    rng, group, most = np.random.default_rng(encoding.bits), encoding.group, 1 << encoding.bits
+    q = rng.integers(0, most, (7, 2 * group)).astype(np.uint8)
+    scales = rng.random((7, 2)).astype(np.float16)
+    zeros = rng.integers(0, 2 * most, (7, 2)) / 2
+    encoded = Encoded(encoding, q.shape, {"q": q, "scales": scales, "minimums": (-zeros).astype(np.float16)})
+    exact = (q - np.repeat(zeros, group, axis=1)) * np.repeat(scales.astype(np.float64), group, axis=1)
+    with precise():
+        np.testing.assert_array_equal(encoded.decode(), exact)
+    with pytest.raises(CompileError, match="for integers that another tool chose"):
+        encode(encoding, exact)
+    with pytest.raises(IRError, match="has them in steps"):
+        GroupQuantized(4, 64, True, in_steps=True)

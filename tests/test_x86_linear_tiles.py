@@ -51,6 +51,7 @@ class Case:
         self.tokens, self.fused = tokens, fused
         if bits >= 16:
             group = 0
+        in_steps = bool(fused.get("in_steps"))
         problem = ManyRowsProblem(n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, **fused)
         self.plan = tile_plan(Chooser(MACHINE), problem)
         self.x = x = rng.standard_normal((tokens, k)).astype(np.float32)
@@ -67,12 +68,15 @@ class Case:
             groups = -(-k // group)
             scales = (0.01 * (0.5 + rng.random((n, groups)))).astype(np.float16)
             minimums = None if symmetric else (-0.1 * rng.random((n, groups))).astype(np.float16)
+            if in_steps:
+                minimums = np.round(-most * rng.random((n, groups))).astype(np.float16)
             arrays = self.plan.layout.pack(q, scales, *([] if symmetric else [minimums]))
             levels = table_levels(bits).values.astype(np.float64)[q + most + 1] if table else q
             exact = levels * wide(scales, group, k)
             magnitude = np.abs(exact)
             if minimums is not None:
-                exact, magnitude = exact + wide(minimums, group, k), magnitude + np.abs(wide(minimums, group, k))
+                least = wide(minimums, group, k) * (wide(scales, group, k) if in_steps else 1)
+                exact, magnitude = exact + least, magnitude + np.abs(least)
         sums, self.terms = x.astype(np.float64) @ exact.T, np.abs(x) @ magnitude.T
         if fused.get("bias"):
             arrays["bias"] = rng.standard_normal(n).astype(np.float32)
@@ -134,6 +138,13 @@ class Case:
 )  # fmt: skip
 def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, int], weights: tuple) -> None:
     Case(*shape, *weights).check(which)
+
+
+@needs_tiles
+@pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_minimums_that_count_steps(which: int, bits: int) -> None:
+    Case(33, 129, 65, bits, 32, False, in_steps=True).check(which)
 
 
 @needs_tiles

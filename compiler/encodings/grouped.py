@@ -1,10 +1,11 @@
 """Integers in groups along the input dimension, with one f16 scale (and minimum) a group.
 
 `q4g64`: w = scale * q with q in [-8, 7]; `q8g64`: q in [-127, 127], and -128 where another tool chose the integers;
-`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `t4g64`, `t6g64`: w = scale * level(q) with q in
-[-8, 7] or [-32, 31] and the levels of a table, see `levels.py`. Scales are rounded to f16 before the integers are
-chosen, so that the integers fit the scales in use. A last group that the input dimension does not fill is rounded as
-the shorter group that it is.
+`q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `q4g64z`: w = scale * (q + minimum), for integers with
+zero points that another tool chose: f16 holds these where it does not hold their products with scales; `t4g64`,
+`t6g64`: w = scale * level(q) with q in [-8, 7] or [-32, 31] and the levels of a table, see `levels.py`. Scales are
+rounded to f16 before the integers are chosen, so that the integers fit the scales in use. A last group that the input
+dimension does not fill is rounded as the shorter group that it is.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from llmc.errors import CompileError, IRError
 
 BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
 EVEN_BITS = (4, 8)
-_NAME = re.compile(r"([qt])(\d+)g(\d+)(a?)\Z")
+_NAME = re.compile(r"([qt])(\d+)g(\d+)([az]?)\Z")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class GroupQuantized(Encoding):
     """`bits`-bit integers, one f16 scale (asymmetric: and one f16 minimum) for every `group` inputs of a row.
 
     Parts of an `Encoded` of shape [..., K], with G = ceil(K / group): q i8 (asymmetric: u8) [..., K], scales f16
-    [..., G] and, asymmetric, minimums f16 [..., G]. table: integers stand for the levels of a table.
+    [..., G] and, asymmetric, minimums f16 [..., G]. table: integers stand for the levels of a table. in_steps: minimums
+    count steps of the scale.
     """
 
     bits: int
     group: int
     symmetric: bool = True
     table: bool = False
+    in_steps: bool = False
 
     def __post_init__(self) -> None:
         known = TABLE_BITS if self.table else EVEN_BITS
@@ -51,12 +54,15 @@ class GroupQuantized(Encoding):
             raise IRError(f"no encoding with {self.bits} bits and {what}: {' or '.join(map(str, known))}")
         if self.table and not self.symmetric:
             raise IRError("no encoding with a table of levels and minimums")
+        if self.in_steps and self.symmetric:
+            raise IRError("no encoding without minimums has them in steps")
         if self.group < 8 or self.group % 8:
             raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
 
     @property
     def name(self) -> str:
-        return f"{'t' if self.table else 'q'}{self.bits}g{self.group}{'' if self.symmetric else 'a'}"
+        minimums = "" if self.symmetric else "z" if self.in_steps else "a"
+        return f"{'t' if self.table else 'q'}{self.bits}g{self.group}{minimums}"
 
     @property
     def levels(self) -> Levels:
@@ -74,7 +80,7 @@ def _parse(name: str) -> Encoding | None:
     found = _NAME.match(name)
     if found is None:
         return None
-    encoding = GroupQuantized(int(found[2]), int(found[3]), not found[4], found[1] == "t")
+    encoding = GroupQuantized(int(found[2]), int(found[3]), not found[4], found[1] == "t", found[4] == "z")
     return encoding if encoding.name == name else None
 
 
@@ -101,6 +107,8 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
     most 8. CompileError where a weight is not finite or needs a scale beyond f16.
     """
     kind = grouped(encoding)
+    if kind.in_steps:
+        raise CompileError(f"{encoding} is for integers that another tool chose: nothing is rounded to it")
     if w.ndim == 0 or w.dtype.kind not in "fV":
         raise CompileError(f"cannot round a {w.dtype} array of shape {list(w.shape)} to {encoding}: needs float rows")
     inputs = w.shape[-1]
@@ -188,6 +196,8 @@ def decode(encoded: Encoded) -> Array:
         q = levels.values.astype(wide)[q.astype(np.intp) - levels.lowest]
     scales = encoded.parts["scales"].reshape(len(q), -1).astype(wide)
     minimums = None if kind.symmetric else encoded.parts["minimums"].reshape(len(q), -1).astype(wide)
+    if minimums is not None and kind.in_steps:
+        minimums *= scales
     for index, start in enumerate(range(0, inputs, kind.group)):
         part = slice(start, start + kind.group)
         np.multiply(q[:, part], scales[:, index, None], out=values[:, part])

@@ -13,7 +13,7 @@ from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
-from llmc.compiler.ir.structural import Broadcast, Gather, Reshape, Slice, Transpose
+from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
 from llmc.compiler.ir.types import Array
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import read_weight
@@ -25,6 +25,8 @@ ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
 # Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
 SMALL = 2.0**-14
 STEP = 2.0**-3  # of a group's step, that its minimum may be moved by
+# Zero points that f16 holds.
+_IN_STEPS = ("u8", "i8", "f16")
 FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
 
 
@@ -34,11 +36,9 @@ class KeepIntegers(Pass, name="keep-integers"):
 
     group: inputs that share a scale where the source's blocks are multiples of it, or rows have one scale; blocks of
     other multiples of 32 are cut into groups of 32, and weights in smaller blocks are rounded anew, finely. Scales and
-    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group,
-    -zero * scale. What does not fit stays as the floats that it stands for, to be rounded like any weight.
-
-    Where the source has the inputs in an order of its own (a gather of the weight's columns), a linear op keeps that
-    order, and its activations are put into it.
+    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group: -zero,
+    in steps of the scale, or -zero * scale where zero points are wider floats. What does not fit stays as the floats
+    that it stands for, to be rounded like any weight.
     """
 
     exact: ClassVar[bool] = False
@@ -71,12 +71,8 @@ class KeepIntegers(Pass, name="keep-integers"):
 
         def rule(op: Op) -> Value | None:
             if isinstance(op, (Linear, GatedLinear)):
-                weight, order = _ordered(op.w)
-                found = packed(op, weight)
-                if found is None or order is None:
-                    return None if found is None else op.replace(w=found)
-                report.hit("inputs in the order of the source")
-                return op.replace(x=Gather(op.x, order, op.x.rank - 1), w=found)
+                found = packed(op, op.w)
+                return None if found is None else op.replace(w=found)
             if isinstance(op, Embed):
                 found = packed(op, op.table)
                 return None if found is None else op.replace(table=found)
@@ -134,23 +130,13 @@ class KeepIntegers(Pass, name="keep-integers"):
             shift = 1 << (bits - 1)
             q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
             points = Add(points, constant(float(shift), "f32"))
+        if source.zeros is None or source.zeros.dtype in _IN_STEPS:
+            return PackGroups(q, halves, Cast(Broadcast(Neg(points), scales.shape), "f16"), f"q{bits}g{group}z")
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
         lost = _rounding_of_minimums(minimums, halves)
         if lost:
             return lost
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
-
-
-def _ordered(weight: Value) -> tuple[Value, Constant | None]:
-    """The weight whose columns a weight [outputs, inputs] takes each once, and which input each of these columns is of;
-    the weight itself and None where it is made in another way."""
-    base = uncast(weight)
-    if not isinstance(base, Gather) or base.axis % base.rank != 1 or base.x.shape != base.shape:
-        return weight, None
-    places = _read(base.indices)
-    if places is None or not np.array_equal(np.sort(places), np.arange(len(places))):
-        return weight, None
-    return base.x, constant(np.argsort(places).astype(np.int32), "i32")
 
 
 def _is_nibbles(q: Value) -> bool:

@@ -104,6 +104,13 @@ class ModelWeights:
         """What a weight is stored as, if that is integers; of the transpose of one that is in `turned`."""
         return stored_integers(self._checkpoint, self._plain[name]) if name in self._plain else None
 
+    @property
+    def merged_integers(self) -> int:
+        """How many tensors are stored as integers, and become part of another weight, as floats."""
+        groups = {id(group): group for group in self._converted.values()}
+        sources = [source for group in groups.values() for source, _ in group.sources]
+        return sum(stored_integers(self._checkpoint, source) is not None for source in sources)
+
     def _load(self, name: str) -> Array:
         if name in self._plain:
             array = self._checkpoint.load(self._plain[name])

@@ -61,8 +61,8 @@ def lift(source: str | Path, *, max_context: int | None = None, weights: str = "
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
-    config = load_config(base_dir)
     quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
+    config = load_config(base_dir)
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     # The checkpoint's headers are checked before the slower export.
     named = getattr(config, "transformers_weights", None)
@@ -170,7 +170,13 @@ def _with_integers(
     found = {param.name: stored.integers(param.name) for param in graph.params if param.name in set(stored.names)}
     kept = {name: integers for name, integers in found.items() if integers is not None}
     graph, values = keep_stored(graph, values, kept, stored.turned)
-    return graph, values, stored_notes(kept.values())
+    notes = stored_notes(kept.values())
+    if stored.merged_integers:
+        notes += (
+            f"{stored.merged_integers} weights of the checkpoint are integers that others (experts) are made of: these "
+            "are used as the floats that they stand for",
+        )
+    return graph, values, notes
 
 
 def _parameters(model: PreTrainedModel, plan: EncoderPlan | None) -> int:

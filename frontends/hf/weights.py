@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import ml_dtypes
 import numpy as np
 
 from llmc.compiler.ir.types import NUMPY_DTYPES, Array
@@ -24,6 +25,7 @@ from llmc.frontends.lifted import WeightSource
 from llmc.frontends.weight_sources import ArrayWeights, RandomWeights
 
 __all__ = [
+    "STORED_DTYPES",
     "ArrayWeights",
     "RandomWeights",
     "SafetensorsFile",
@@ -45,8 +47,21 @@ _SAFETENSORS_DTYPES = {
     "I32": "i32",
     "I16": "i16",
     "I8": "i8",
+    "U64": "u64",
+    "U32": "u32",
+    "U16": "u16",
     "U8": "u8",
     "BOOL": "bool",
+    "F8_E4M3": "f8_e4m3",
+    "F8_E5M2": "f8_e5m2",
+    "F8_E8M0": "f8_e8m0",
+}
+# Dtypes of tensors in files: those of the IR, and floats of 8 bits, which formats of quantized weights are made of.
+STORED_DTYPES: dict[str, np.dtype[Any]] = {
+    **NUMPY_DTYPES,
+    "f8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "f8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "f8_e8m0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 # Buffers that older versions of transformers stored and every version computes: they are no weights.
 STORED_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)position_ids$|\.masked_bias$")
@@ -64,7 +79,10 @@ class _Place:
 
 
 class SafetensorsFile:
-    """One `.safetensors` file, mapped. The header is checked before anything in it is used."""
+    """One `.safetensors` file, mapped. The header is checked before anything in it is used.
+
+    metadata: texts by name that stand beside the tensors; some formats say there what the tensors are.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +99,7 @@ class SafetensorsFile:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise FrontendError(f"{path} cannot be read: {error.strerror}") from error
-        self._places = _read_header(path, header, 8 + length, size)
+        self._places, self.metadata = _read_header(path, header, 8 + length, size)
         self._loaded: _Place | None = None
 
     @property
@@ -99,7 +117,7 @@ class SafetensorsFile:
         place = self._places[name]
         self._release()
         self._loaded = place
-        dtype = NUMPY_DTYPES[place.dtype]
+        dtype = STORED_DTYPES[place.dtype]
         count = (place.end - place.begin) // dtype.itemsize
         array = np.frombuffer(self._bytes, dtype, count, place.begin).reshape(place.shape)
         return array if place.begin % dtype.itemsize == 0 else array.copy()
@@ -122,8 +140,9 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return data
 
 
-def _read_header(path: Path, header: bytes, start: int, size: int) -> dict[str, _Place]:
-    """Check a safetensors header: dtype, shape and bytes agree, offsets lie in the file and do not overlap."""
+def _read_header(path: Path, header: bytes, start: int, size: int) -> tuple[dict[str, _Place], dict[str, str]]:
+    """Check a safetensors header: dtype, shape and bytes agree, offsets lie in the file and do not overlap. Places and
+    metadata."""
     try:
         data = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -139,7 +158,9 @@ def _read_header(path: Path, header: bytes, start: int, size: int) -> dict[str, 
         if place.begin < reached:
             raise FrontendError(f"{path}: tensor {name!r:.100} overlaps another one")
         reached = place.end
-    return places
+    metadata = data.get("__metadata__")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return places, {name: text for name, text in texts if isinstance(text, str)}
 
 
 def _read_place(what: str, entry: object, start: int, size: int) -> _Place:
@@ -153,7 +174,7 @@ def _read_place(what: str, entry: object, start: int, size: int) -> _Place:
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise FrontendError(f"{what} has data_offsets {offsets!r:.80}")
     name = _SAFETENSORS_DTYPES[dtype]
-    needed = NUMPY_DTYPES[name].itemsize
+    needed = STORED_DTYPES[name].itemsize
     for dim in shape:
         needed *= dim
     begin, end = offsets
@@ -181,6 +202,7 @@ class ShardedFiles:
                         f"{path}: tensor {name!r:.100} stands in another file of the checkpoint with other numbers: "
                         "download the model again"
                     )
+        self.metadata = {k: v for part in parts.values() for k, v in getattr(part, "metadata", {}).items()}
         lost = [name for name in (index or ()) if name not in self._owner and not STORED_CONSTANTS.search(name)]
         if lost:
             raise FrontendError(f"the checkpoint's index lists tensors that its files lack: {shortened(lost)}")
@@ -255,7 +277,7 @@ class TorchFile:
         layout = str(self._tensors[name].layout).removeprefix("torch.")
         if layout != "strided":
             raise FrontendError(f"{self.path}: tensor {name!r:.100} is stored as {layout}, which is not supported")
-        for ours, dtype in NUMPY_DTYPES.items():
+        for ours, dtype in STORED_DTYPES.items():
             if dtype.name == kind:
                 return ours
         raise FrontendError(f"{self.path}: tensor {name!r:.100} has dtype {kind}, which is not supported")
@@ -268,7 +290,7 @@ class TorchFile:
 
 
 def to_numpy(tensor: object) -> Array:
-    """A torch tensor's values; bf16 through its bits, which numpy itself cannot name."""
+    """A torch tensor's values; bf16 and floats of 8 bits through their bits, which numpy itself cannot name."""
     import torch
 
     assert isinstance(tensor, torch.Tensor)
@@ -276,6 +298,10 @@ def to_numpy(tensor: object) -> Array:
     if tensor.dtype == torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy()
         return bits.view(NUMPY_DTYPES["bf16"])
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if kind.startswith("float8"):
+        small: Array = tensor.view(torch.uint8).numpy()
+        return small.view(next(dtype for dtype in STORED_DTYPES.values() if dtype.name == kind))
     array: Array = tensor.numpy()
     return array
 

@@ -16,7 +16,9 @@ _TEMPLATE = "Chat template"
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A model's directory, its .gguf or .onnx file, or its name on the Hugging Face hub."),
+    typer.Argument(
+        metavar="MODEL", help="A model's directory, its .gguf or .onnx file, or its name on the Hugging Face hub."
+    ),
 ]
 Artifact = Annotated[Path, typer.Argument(metavar="SO", help="A compiled model.")]
 ModelOrArtifact = Annotated[

@@ -60,13 +60,14 @@ class RowLayout:
     ones (32 added), group / 2 bytes hold the low four bits in the same way, and byte j of the group / 4
     behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and j + 3 * group / 4, lowest first.
     scales, minimums f16 [n, groups]. The last group is padded with zero weights. levels: what integers stand for, if
-    not for themselves.
+    not for themselves. in_steps: minimums count steps of the scale.
     """
 
     bits: int
     group: int
     symmetric: bool = True
     levels: TableLevels | None = None
+    in_steps: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in ROW_BITS or self.group < 4 or self.group % 4:
@@ -180,6 +181,7 @@ class QuantizedProblem(Problem):
     tile_rows: int
     features: int
     scale: float
+    in_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def embedding(
         return EmbeddingTiles, TilesProblem(layout.dtype, tile_rows, features, float(scale))
     return EmbeddingQuantized, QuantizedProblem(
         layout.bits, layout.group, layout.symmetric, layout.levels is not None, layout.offset, tile_rows, features,
-        float(scale),
+        float(scale), layout.in_steps,
     )  # fmt: skip
 
 
@@ -287,6 +289,7 @@ def _quantized(
     tile_rows: int,
     features: int,
     scale: float,
+    in_steps: bool,
 ) -> PrimFunc:
 
     groups = -(-features // group)
@@ -302,7 +305,9 @@ def _quantized(
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
             factor = let(as_f32(load(a.scales, first_scale + g * stride)) * scale)
-            minimum = None if symmetric else let(as_f32(load(a.minimums, first_scale + g * stride)) * scale)
+            minimum = None if symmetric else as_f32(load(a.minimums, first_scale + g * stride))
+            if minimum is not None:
+                minimum = let(minimum * (factor if in_steps else scale))
 
             def write(i: Expr | int, stored: Expr, width: int) -> None:
                 value = _integer_value(stored, offset, symmetric) if levels is None else _level(levels, stored)

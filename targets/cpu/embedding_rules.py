@@ -25,9 +25,10 @@ def table_layout(table: Value, context: Context) -> Layout | str:
         return weight_tiles(context.machine).floats(table.dtype) if shared else table.dtype
     bits, group = int(getattr(encoding, "bits", 0)), int(getattr(encoding, "group", 0))
     symmetric, of_table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
+    in_steps = bool(getattr(encoding, "in_steps", False))
     if shared:
-        return weight_tiles(context.machine).quantized(bits, group, symmetric, of_table)
-    return RowLayout(bits, group, symmetric, table_levels(bits) if of_table else None)
+        return weight_tiles(context.machine).quantized(bits, group, symmetric, of_table, in_steps=in_steps)
+    return RowLayout(bits, group, symmetric, table_levels(bits) if of_table else None, in_steps)
 
 
 def _is_shared(table: Value, context: Context) -> bool:

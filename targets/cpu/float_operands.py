@@ -87,6 +87,8 @@ class DequantizedWeights:
             return b.let(as_f32(load(buffer, (tile, part, row), isa.lanes)))
 
         scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
+        if minimum is not None and layout.in_steps:
+            minimum = b.let(minimum * scale)
         scale = scale if layout.unit == 1 else b.let(scale * layout.unit)
         # Flipping the top bit of signed bytes makes them unsigned, 128 up.
         offset = layout.byte_offset + (128 if layout.signed else 0)

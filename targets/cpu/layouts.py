@@ -49,14 +49,15 @@ class WeightTiles:
         return 1 << bits - 1 if symmetric else 0
 
     def quantized(
-        self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False
+        self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False, in_steps: bool = False
     ) -> QuantizedLayout:
-        """The layout of weights of 4, 6 or 8 bits. table: integers stand for levels of a table. ValueError where there
-        is none."""
+        """The layout of weights of 4, 6 or 8 bits. table: integers stand for levels of a table. in_steps: minimums
+        count steps of the scale. ValueError where there is none."""
         levels, zero = table_levels(bits) if table else None, 0
         if levels is not None and not self.signed_bytes:
             zero = 128 if min(levels.bytes) == -128 else -min(levels.bytes)
-        return QuantizedLayout(bits, group, symmetric, self.rows, self.offset(bits, symmetric), gated, levels, zero)
+        offset = self.offset(bits, symmetric)
+        return QuantizedLayout(bits, group, symmetric, self.rows, offset, gated, levels, zero, in_steps)
 
     def floats(self, dtype: str, gated: bool = False) -> FloatLayout:
         """The layout of weights of `dtype` "f32", "f16" or "bf16". ValueError for another."""
@@ -128,7 +129,7 @@ class QuantizedLayout(_Tiled):
     scales, minimums f16 [tiles, groups, tile_rows].
 
     levels: what integers stand for, where they are not multiplied themselves but the bytes of a table. zero: what is
-    added to those bytes before they are multiplied.
+    added to those bytes before they are multiplied. in_steps: minimums count steps of the scale.
     """
 
     bits: int
@@ -139,6 +140,7 @@ class QuantizedLayout(_Tiled):
     gated: bool = False
     levels: TableLevels | None = None
     zero: int = 0
+    in_steps: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BUNDLE_QUADS or self.group % 32:

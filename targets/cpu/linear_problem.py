@@ -36,16 +36,19 @@ class LinearProblem(Problem):
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedProblem(LinearProblem):
-    """Weights of 4, 6 or 8 bits in groups along the inputs. table: they stand for levels of a table."""
+    """Weights of 4, 6 or 8 bits in groups along the inputs. table: they stand for levels of a table. in_steps: their
+    minimums count steps of the scale."""
 
     bits: int
     group: int
     symmetric: bool
     table: bool = False
+    in_steps: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout:
         """How the weight lies on this machine."""
-        return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.table, self.gated)
+        tiles = weight_tiles(machine)
+        return tiles.quantized(self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +75,15 @@ class ManyRowsProblem(LinearProblem):
     group: int = 0
     symmetric: bool = True
     table: bool = False
+    in_steps: bool = False
     packed: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout | FloatLayout:
         """How the weight lies on this machine."""
+        tiles = weight_tiles(machine)
         if self.bits < 16:
-            return weight_tiles(machine).quantized(self.bits, self.group, self.symmetric, self.table, self.gated)
-        return weight_tiles(machine).floats("f32" if self.bits == 32 else "bf16", self.gated)
+            return tiles.quantized(self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps)
+        return tiles.floats("f32" if self.bits == 32 else "bf16", self.gated)
 
 
 def chosen(chooser: Chooser, template: type[T], problem: Problem, rows: Rows = ANY_ROWS) -> T:

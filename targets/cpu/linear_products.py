@@ -100,6 +100,11 @@ class Operands:
         first = at.number * self.isa.lanes
         return as_f32(load(getattr(self, name), (at.tile, group, first), self.isa.lanes))
 
+    def minimum(self, at: TileSlice, group: Expr) -> Expr:
+        """The least that the weights of a group stand for, f32: exact where it is counted in steps of the scale."""
+        found = self.per_group("minimums", at, group)
+        return found * self.per_group("scales", at, group) if self.layout.in_steps else found
+
     def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], at: TileSlice, group: Expr) -> Expr:
         """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `KnownRows`."""
         isa, (scale, shift) = self.isa, row
@@ -107,7 +112,7 @@ class Operands:
         total = isa.fma(sums.astype(isa.f32), scale, total)
         if shift is None:
             return total
-        return isa.fma(self.per_group("minimums", at, group), splat(shift, isa.lanes), total)
+        return isa.fma(self.minimum(at, group), splat(shift, isa.lanes), total)
 
 
 class KnownRows:

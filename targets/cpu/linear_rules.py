@@ -167,7 +167,8 @@ def _encoding(op: AnyLinear) -> dict[str, Any]:
     """What a quantized weight's integers are."""
     encoding = op.w.tensor.encoding
     symmetric, table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
-    return {"bits": weight_bits(op), "group": getattr(encoding, "group", 0), "symmetric": symmetric, "table": table}
+    group, in_steps = getattr(encoding, "group", 0), bool(getattr(encoding, "in_steps", False))
+    return {"bits": weight_bits(op), "group": group, "symmetric": symmetric, "table": table, "in_steps": in_steps}
 
 
 def _integer_plan(op: AnyLinear, on_unit: bool, context: Context) -> LinearPlan:

@@ -166,11 +166,7 @@ class _Unit:
         ops, isa = self.ops, self.ops.isa
         scales = [b.let(as_f32(load(ops.scales, (tile, group, 0), isa.lanes)) * self.shape.factor)
                   for tile in self.tile]  # fmt: skip
-        minimums = (
-            None
-            if ops.layout.symmetric
-            else [b.let(as_f32(load(ops.minimums, (tile, group, 0), isa.lanes))) for tile in self.tile]
-        )
+        minimums = None if ops.layout.symmetric else [b.let(self._minimum(tile, group)) for tile in self.tile]
 
         def add(t: int, m: int) -> None:
             slot = t * self.knobs.rows + m
@@ -184,6 +180,12 @@ class _Unit:
             self.totals[slot] = total
 
         self._each_row(prefetch, add)
+
+    def _minimum(self, tile: Expr, group: Expr) -> Expr:
+        """The least that the weights of a tile's group stand for."""
+        ops, lanes = self.ops, self.ops.isa.lanes
+        found = as_f32(load(ops.minimums, (tile, group, 0), lanes))
+        return found * as_f32(load(ops.scales, (tile, group, 0), lanes)) if ops.layout.in_steps else found
 
     def _each_row(
         self,

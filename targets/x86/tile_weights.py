@@ -84,6 +84,8 @@ class Quantized:
         scale = scale if layout.unit == 1 or layout.bits == 4 else b.let(scale * layout.unit)
         # What a stored zero stands for; exact, since scales have 11 bits.
         base = per_group("minimums") if not layout.symmetric else None
+        if base is not None and layout.in_steps:
+            base = b.let(base * scale)
         if layout.bits > 4 and layout.byte_offset:
             shift = scale * float(-layout.byte_offset)
             base = b.let(shift if base is None else base + shift)

@@ -15,12 +15,22 @@ from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
 
 # quant_method of config.json: the module of this package that reads it.
-FORMATS = {"gptq": "gptq"}
+FORMATS = {
+    "gptq": "gptq",
+    "awq": "awq",
+    "compressed-tensors": "compressed_tensors",
+    "fp8": "fp8",
+    "fbgemm_fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "hqq",
+    "torchao": "torchao",
+}
 _ADVICE = "compile the original that it was made from, and let llmc quantize it (-q int4)"
 # Where config.json keeps a quantization; MLX writes "quantization", some compressed-tensors files the last one.
 _KEYS = ("quantization_config", "quantization", "compression_config")
 # Files of older tools beside config.json, and the method that each is of.
-_BESIDE = {"quantize_config.json": "gptq"}
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 def quantization_of(directory: Path, config: Mapping[str, object]) -> Settings | None:
@@ -38,6 +48,11 @@ def quantization_of(directory: Path, config: Mapping[str, object]) -> Settings |
             described = values.get(key)
             if described:
                 return _known(described, where, key)
+    if config.get("quantization_bit"):
+        raise FrontendError(
+            f"{path}: the checkpoint is already quantized (quantization_bit, as ChatGLM's are), in a way that is not "
+            f"read: {_ADVICE}"
+        )
     for name, method in _BESIDE.items():
         if (directory / name).exists():
             described = read_json(directory / name)
@@ -56,7 +71,10 @@ def _known(described: object, where: str, key: str) -> Settings:
 
 
 def open_stored(settings: Settings, file: WeightSource) -> tuple[WeightSource, tuple[str, ...]]:
-    """The weights that a quantized checkpoint's tensors stand for, and notes."""
+    """The weights that a quantized checkpoint's tensors stand for, and notes. Settings in a file of their own may have
+    been left there: they count only where there are integers."""
+    if Path(settings.where).name in _BESIDE and not any(name.endswith(".qweight") for name in file.names):
+        return file, ()
     module = importlib.import_module(f"llmc.frontends.hf.stored.{FORMATS[settings.text('quant_method').lower()]}")
     found: tuple[WeightSource, tuple[str, ...]] = module.read(settings, file)
     return found

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
-from llmc.frontends.hf.stored.packing import PACKED_BITS, Module, modules_with, unpack
+from llmc.frontends.hf.stored.packing import PACKED_BITS, Module, blocks_of, modules_with, unpack
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import Part, StoredIntegers, StoredWeights
@@ -100,8 +100,6 @@ def _layer(module: Module, settings: Settings) -> _Layer:
 
 def _grouping(module: Module, settings: Settings, inputs: int, groups: int) -> tuple[int, Array | None, Array]:
     """How many inputs a group has, 0 if they differ; the inputs in the order of their groups; each one's group."""
-    if not 1 <= groups <= inputs:
-        raise module.wrong(f"it has {groups} groups for {inputs} inputs")
     if module.has("g_idx"):
         group_of = module.load("g_idx").astype(np.int64)
     else:
@@ -110,17 +108,8 @@ def _grouping(module: Module, settings: Settings, inputs: int, groups: int) -> t
         if -(-inputs // size) != groups:
             raise module.wrong(f"it has {groups} groups, but {settings.where} says groups of {size} of {inputs} inputs")
         group_of = np.arange(inputs) // size
-    if group_of.min() < 0 or group_of.max() >= groups:
-        raise module.wrong(f"its g_idx names group {group_of.max()}, beyond its {groups} groups")
-    counts = np.bincount(group_of, minlength=groups)
-    if (counts == 0).any():
-        raise module.wrong(f"no input is in group {int(np.argmin(counts))} of its {groups} groups: it is damaged")
-    block = int(counts[0])
-    if (counts[:-1] != block).any() or counts[-1] > block:
-        return 0, None, group_of
-    order = np.argsort(group_of, kind="stable").astype(np.int32)
-    sorted_already = bool((order[1:] > order[:-1]).all())
-    return block if groups > 1 else inputs, None if sorted_already else order, group_of
+    block, order = blocks_of(module, group_of, groups)
+    return block, order, group_of
 
 
 def _version(layers: list[_Layer], settings: Settings, labelled: str, notes: list[str]) -> str:

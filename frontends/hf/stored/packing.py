@@ -12,6 +12,7 @@ from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
 from llmc.frontends.lifted import WeightSource
 
+Change = Callable[[Array], Array]
 PACKED_BITS = (2, 3, 4, 8)
 
 
@@ -57,7 +58,7 @@ class Module:
     def load(self, part: str) -> Array:
         return self.file.load(f"{self.name}.{part}")
 
-    def later(self, part: str, change: Callable[[Array], Array]) -> Callable[[], Array]:
+    def later(self, part: str, change: Change) -> Callable[[], Array]:
         """A tensor when it is asked for, changed."""
         return lambda: change(self.load(part))
 
@@ -80,3 +81,22 @@ def modules_with(file: WeightSource, part: str) -> list[Module]:
     """Every layer that has a tensor of this name."""
     ending, names = f".{part}", frozenset(file.names)
     return [Module(file, name.removesuffix(ending), names) for name in sorted(names) if name.endswith(ending)]
+
+
+def blocks_of(module: Module, group_of: Array, groups: int) -> tuple[int, Array | None]:
+    """How many inputs each group has, 0 if they differ; the inputs in the order of their groups, None if they come so.
+
+    group_of: the group of each input, below `groups`. FrontendError where a group has no input or an input no group.
+    """
+    if not 1 <= groups <= len(group_of):
+        raise module.wrong(f"it has {groups} groups for {len(group_of)} inputs")
+    if group_of.min() < 0 or group_of.max() >= groups:
+        raise module.wrong(f"its g_idx names groups {group_of.min()} to {group_of.max()}, of {groups}")
+    counts = np.bincount(group_of, minlength=groups)
+    if (counts == 0).any():
+        raise module.wrong(f"no input is in group {int(np.argmin(counts))} of its {groups} groups: it is damaged")
+    block = int(counts[0])
+    if (counts[:-1] != block).any() or counts[-1] > block:
+        return 0, None
+    order = np.argsort(group_of, kind="stable").astype(np.int32)
+    return block, None if bool((order[1:] > order[:-1]).all()) else order

@@ -1,0 +1,221 @@
+"""The form of checkpoints of compressed-tensors, which llm-compressor writes and vLLM reads.
+
+A layer has one of
+- weight_packed i32 [outputs, words], integers of 2, 3, 4 or 8 bits along the inputs, 2^(bits - 1) added; weight_shape;
+- weight i8 [outputs, inputs];
+- weight in floats of 8 bits;
+and weight_scale [outputs, groups], [outputs, 1], [1], or, of floats, one for each block of rows and columns. Zero
+points: weight_zero_point, packed along the outputs or i8; weight_g_idx: each input's group. w = (q - zero) * scale.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmc.compiler.ir.types import Array
+from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.packing import PACKED_BITS, Module, blocks_of, modules_with, unpack
+from llmc.frontends.hf.stored.scaled_floats import FLOATS_OF_8, scaled_floats
+from llmc.frontends.hf.stored.settings import Settings
+from llmc.frontends.lifted import WeightSource
+from llmc.frontends.stored_integers import Part, StoredIntegers, StoredWeights
+
+_READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+# What layers have beside their weight, none of which is a weight of the model.
+_PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
+_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
+_SCALES = ("f32", "f16", "bf16")
+
+
+def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
+    """The weights of a checkpoint of compressed-tensors, and what a user should know of them."""
+    _check(settings)
+    bits, sizes = _bits_and_sizes(settings)
+    integers: dict[str, StoredIntegers] = {}
+    floats: dict[str, Part] = {}
+    modules = modules_with(file, "weight_scale")
+    for module in modules:
+        name = f"{module.name}.weight"
+        if module.has("weight_packed"):
+            integers[name] = _packed(module, bits, sizes)
+        elif not module.has("weight"):
+            raise module.wrong("it has a weight_scale, but neither weight_packed nor weight")
+        elif module.dtype("weight") == "i8":
+            integers[name] = _bytes(module, sizes)
+        elif module.dtype("weight") in FLOATS_OF_8:
+            floats[name] = scaled_floats(module, "weight", "weight_scale")
+        else:
+            raise module.wrong(f"its weight is {module.dtype('weight')} beside a weight_scale: it is not compressed")
+    if not modules and settings.text("format") != "dense":
+        raise FrontendError(
+            f"{settings.where} says compressed-tensors, but no layer of the checkpoint has a weight_scale"
+        )
+    notes = _notes(settings, file, len(floats))
+    made = {*integers, *floats}
+    parts = [f"{m.name}.{part}" for m in modules for part in (*_PARTS, "weight") if m.has(part)]
+    parts += [name for name in file.names if name.rpartition(".")[2] in _ACTIVATIONS and name not in made]
+    return StoredWeights(file, integers, floats, parts), notes
+
+
+def _check(settings: Settings) -> None:
+    """FrontendError for what changes more than how weights are stored."""
+    formats = [settings, *(group for _, group in _groups(settings))]
+    for described in formats:
+        described.choice("format", _READ, "dense")
+    sparsity = settings.inner("sparsity_config")
+    if sparsity is not None and sparsity.text("format", "dense") != "dense":
+        raise sparsity.wrong("format", "'dense': sparse weights are not read")
+    transforms = settings.inner("transform_config")
+    if transforms is not None and transforms.values.get("config_groups"):
+        raise FrontendError(
+            f"{settings.where}: transform_config turns activations while the model runs, which is not read: compile "
+            "the original that it was made from"
+        )
+
+
+def _groups(settings: Settings) -> list[tuple[str, Settings]]:
+    """The groups of layers that are quantized alike."""
+    found = settings.inner("config_groups")
+    if found is None:
+        return []
+    # A preset's name may stand in the place of its settings, with the layers that it is for.
+    return [(name, Settings(v, f"{found.where}: {name}")) for name, v in found.values.items() if isinstance(v, dict)]
+
+
+def _bits_and_sizes(settings: Settings) -> tuple[set[int], set[int]]:
+    """The bits of weights and the inputs of a group that the settings know; the tensors say which layer has which."""
+    bits, sizes = set[int](), set[int]()
+    for _, group in _groups(settings):
+        weights = group.inner("weights")
+        if weights is not None:
+            bits.add(weights.integer("num_bits", 8, 1, 64))
+            sizes.add(weights.integer("group_size", -1, -1, 1 << 24))
+    return bits, {size for size in sizes if size > 0}
+
+
+def _packed(module: Module, known: set[int], sizes: set[int]) -> StoredIntegers:
+    module.require("weight_packed", (-1, -1), "i32")
+    module.require("weight_shape", (2,), "i64", "i32")
+    outputs, words = module.shape("weight_packed")
+    rows, inputs = (int(size) for size in module.load("weight_shape"))
+    if rows != outputs or inputs < 1:
+        raise module.wrong(f"its weight_shape is [{rows}, {inputs}], its weight_packed has {outputs} rows")
+    fitting = [bits for bits in PACKED_BITS if -(-inputs * bits // 32) == words and (not known or bits in known)]
+    if len(fitting) != 1:
+        raise module.wrong(
+            f"its {words} words a row do not hold {inputs} integers of {_listed(known)} bits: of 2, 3, 4 and 8 bits, "
+            "they lie one behind the other"
+        )
+    bits = fitting[0]
+    middle = 1 << (bits - 1)
+
+    def zeros(stored: Array) -> Array:
+        """u8 [outputs, groups] of words [packed outputs, groups], or of signed ones."""
+        if stored.dtype == np.int8:
+            return (stored.astype(np.int16) + middle).astype(np.uint8)
+        return np.ascontiguousarray(unpack(stored.T, bits, outputs).T)
+
+    def integers(packed: Array, order: Array | None) -> Array:
+        q = unpack(packed, bits, inputs)
+        return q if order is None else q[:, order]
+
+    block, order, groups = _blocks(module, inputs, sizes)
+    points: Part | int = middle
+    if module.has("weight_zero_point"):
+        packed = module.dtype("weight_zero_point") == "i32"
+        shape = (-(-outputs * bits // 32), groups) if packed else (outputs, groups)
+        module.require("weight_zero_point", shape, "i32" if packed else "i8")
+        points = Part((outputs, groups), "u8", module.later("weight_zero_point", zeros))
+    return StoredIntegers(
+        q=Part((outputs, inputs), "u8", module.later("weight_packed", lambda packed: integers(packed, order))),
+        scales=_scales(module),
+        zeros=points,
+        block=block,
+        bits=bits,
+        what=f"{bits} bits (compressed-tensors)",
+        order=None if order is None else Part(order.shape, "i32", lambda: order),
+    )
+
+
+def _bytes(module: Module, sizes: set[int]) -> StoredIntegers:
+    module.require("weight", (-1, -1), "i8")
+    outputs, inputs = module.shape("weight")
+    block, order, _ = _blocks(module, inputs, sizes)
+    points: Part | None = None
+    if module.has("weight_zero_point"):
+        scale = module.shape("weight_scale")
+        module.require("weight_zero_point", scale, "i8", "i32", "i64")
+        shape = _scales(module).shape
+        points = Part(
+            shape, module.dtype("weight_zero_point"), module.later("weight_zero_point", lambda z: z.reshape(shape))
+        )
+        if not points.load().any():
+            points = None
+    return StoredIntegers(
+        q=Part((outputs, inputs), "i8", module.later("weight", lambda q: q if order is None else q[:, order])),
+        scales=_scales(module),
+        zeros=points,
+        block=block,
+        bits=8,
+        what="8 bits (compressed-tensors)",
+        order=None if order is None else Part(order.shape, "i32", lambda: order),
+    )
+
+
+def _scales(module: Module) -> Part:
+    """[outputs, groups], or [1, 1] of one number."""
+    shape = module.shape("weight_scale")
+    wide = (1, 1) if int(np.prod(shape, dtype=np.int64)) == 1 else (shape[0], 1) if len(shape) == 1 else shape
+    if len(wide) != 2 or module.dtype("weight_scale") not in _SCALES:
+        raise module.wrong(f"its weight_scale is {module.dtype('weight_scale')} {list(shape)}")
+    return Part(
+        (wide[0], wide[1]), module.dtype("weight_scale"), module.later("weight_scale", lambda s: s.reshape(wide))
+    )
+
+
+def _blocks(module: Module, inputs: int, sizes: set[int]) -> tuple[int, Array | None, int]:
+    """Inputs of a group (0: all of a row), their order, and how many groups there are."""
+    groups = _scales(module).shape[1]
+    if groups == 1:
+        return 0, None, 1
+    fitting = [size for size in sizes if -(-inputs // size) == groups]
+    if not fitting and inputs % groups == 0:
+        fitting = [inputs // groups]
+    if len(fitting) != 1:
+        raise module.wrong(f"it has {groups} groups of {inputs} inputs, the settings say groups of {_listed(sizes)}")
+    block = fitting[0]
+    if not module.has("weight_g_idx"):
+        return block, None, groups
+    module.require("weight_g_idx", (inputs,), "i32", "i64")
+    group_of = module.load("weight_g_idx").astype(np.int64)
+    if (group_of < 0).any():  # what layers without an order of their own have there
+        return block, None, groups
+    found, order = blocks_of(module, group_of, groups)
+    if found != block:
+        raise module.wrong(f"its weight_g_idx has groups of different sizes, the settings say {block}")
+    return block, order, groups
+
+
+def _listed(numbers: set[int]) -> str:
+    return " or ".join(str(number) for number in sorted(numbers)) or "any"
+
+
+def _notes(settings: Settings, file: WeightSource, floats: int) -> tuple[str, ...]:
+    """What of the checkpoint has no effect here."""
+    notes = []
+    if floats:
+        notes.append(f"{floats} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for")
+    kinds = {
+        (activations.text("type", "int"), activations.values.get("dynamic") is True)
+        for _, group in _groups(settings)
+        if (activations := group.inner("input_activations")) is not None
+    }
+    for kind, dynamic in sorted(kinds):
+        fixed = "for each token" if dynamic else "by scales fixed in the checkpoint"
+        notes.append(
+            f"the checkpoint rounds activations to {kind}s of few bits {fixed}: llmc rounds them as --activations "
+            "says, by row and group, and does not use the checkpoint's scales"
+        )
+    if "kv_cache_scheme" in settings or any(name.endswith((".k_scale", ".v_scale")) for name in file.names):
+        notes.append("the checkpoint's precision of the KV cache (kv_cache_scheme) is not used")
+    return tuple(notes)
