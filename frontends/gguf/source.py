@@ -76,7 +76,7 @@ def open_files(path: Path) -> list[GgufFile]:
         )
     if count > _MOST_PARTS:
         raise FrontendError(f"{path} claims to be one of {count} parts; at most {_MOST_PARTS} are read")
-    files = []
+    files: list[GgufFile] = []
     for number in range(1, count + 1):
         place = path.with_name(f"{part[1]}-{number:05}-of-{count:05}.gguf")
         if not place.is_file():
