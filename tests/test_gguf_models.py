@@ -11,6 +11,7 @@ import torch
 from gguf_files import ARCHITECTURES, TYPES, blocks_of, model_parts, write, write_model
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.verify import verify
@@ -215,11 +216,56 @@ def test_rope_scaling(tmp_path: Path, kind: str) -> None:
     assert np.abs(lifted_logits(lifted, ids) - expected).max() < TOLERANCE
 
 
+BERT = {
+    "token_embd": "embeddings.word_embeddings", "position_embd": "embeddings.position_embeddings",
+    "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
+    "blk.*.attn_q": "encoder.layer.*.attention.self.query", "blk.*.attn_k": "encoder.layer.*.attention.self.key",
+    "blk.*.attn_v": "encoder.layer.*.attention.self.value", "blk.*.ffn_up": "encoder.layer.*.intermediate.dense",
+    "blk.*.attn_output": "encoder.layer.*.attention.output.dense", "blk.*.ffn_down": "encoder.layer.*.output.dense",
+    "blk.*.attn_output_norm": "encoder.layer.*.attention.output.LayerNorm",
+    "blk.*.layer_output_norm": "encoder.layer.*.output.LayerNorm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_an_encoder(tmp_path: Path, pooling: int) -> None:
+    """BERT's vectors of texts: the mean of its tokens, or its first one's."""
+    from tiny_encoders import make_encoder
+    from transformers import AutoModel
+
+    directory = make_encoder("bert", tmp_path / "m")
+    model = AutoModel.from_pretrained(directory).eval()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    tensors = {}
+    for layer in range(2):
+        for theirs, ours in BERT.items():
+            for suffix in (".weight", ".bias"):
+                source = f"{ours}{suffix}".replace("*", str(layer))
+                if source in state:
+                    tensors[f"{theirs}{suffix}".replace("*", str(layer))] = ("F32", state[source])
+    metadata = {
+        "general.architecture": "bert", "bert.block_count": 2, "bert.context_length": 160, "bert.embedding_length": 64,
+        "bert.feed_forward_length": 96, "bert.attention.head_count": 4, "bert.attention.layer_norm_epsilon": 1e-12,
+        "bert.attention.causal": False, "bert.pooling_type": pooling, "tokenizer.ggml.model": "none",
+    }  # fmt: skip
+    lifted = lift(write(tmp_path / "m.gguf", metadata, tensors))
+    assert lifted.task == "encode" and lifted.encoder is not None and lifted.encoder["kind"] == "embedding"
+    ids = random_ids(lifted.vocab_size, 7)
+    positions = np.arange(7, dtype=np.int32)[None]
+    found = evaluate(lifted.graph, {"ids": ids, "positions": positions}, lifted.weights.load)["embedding"]
+    with torch.no_grad():
+        tokens = model(input_ids=torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    expected = tokens.mean(1) if pooling == 1 else tokens[:, 0]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    with pytest.raises(FrontendError, match="scores of pairs"):
+        open_model(write(tmp_path / "m.gguf", {**metadata, "bert.pooling_type": 4}, tensors))
+
+
 def test_mutated_settings(tmp_path: Path) -> None:
     """Whatever a key is changed to: a model or a FrontendError, before anything slow is done."""
     metadata, tensors = model_parts("llama", tmp_path / "m")
     names = sorted(architectures())
-    assert len(names) == 37
+    assert len(names) == 38
     rng = np.random.default_rng(0)
     values = (0, 1, -1, 7, 2**31 - 1, 0.0, -0.5, 1e30, float("nan"), True, "", "x", [1, 2], [0.5], ["a"], [True])
     opened = refused = 0

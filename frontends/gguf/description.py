@@ -157,7 +157,11 @@ class Description:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
-        return self._tensor("token_embd.weight").shape[0]
+        return self.rows("token_embd.weight")
+
+    def rows(self, name: str) -> int:
+        """Rows of a matrix that the model has to have."""
+        return self._tensor(name).shape[0]
 
     def sliding(self, pattern: int) -> list[str]:
         """transformers' `layer_types` where the last of every `pattern` layers sees everything; the file may say which
