@@ -11,13 +11,14 @@ import torch
 from gguf_files import ARCHITECTURES, TYPES, blocks_of, model_parts, write, write_model
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 
+from llmc.api import cached_artifact
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model, run_lifted
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, LlmcError
 from llmc.frontends import lift
 from llmc.frontends.gguf.dequantize import dequantize
 from llmc.frontends.gguf.description import architectures
@@ -105,6 +106,26 @@ def test_a_model_end_to_end(tmp_path: Path) -> None:
     ids = torch.tensor([runtime.tokenizer.encode(prompt)])
     written = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert str(runtime.generate(prompt, max_tokens=12)) == runtime.tokenizer.decode(written.tolist())
+
+
+def test_the_cache_of_artifacts_knows_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One artifact for a file, and another one once it has changed."""
+    compiled: list[tuple[str, Path]] = []
+
+    def fake(source: str, path: Path, *rest: object) -> None:
+        compiled.append((source, path))
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("llmc.compiler.pipeline.compile_model", fake)
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    options = CompileOptions(quantization="none")
+    path = write_model("llama", tmp_path / "m.gguf").rename(tmp_path / "sha256-00")
+    first = cached_artifact(path, None, options)
+    assert cached_artifact(path, None, options) == first and len(compiled) == 1 and compiled[0][0] == str(path)
+    path.write_bytes(path.read_bytes() + bytes(32))
+    assert cached_artifact(path, None, options) != first
+    with pytest.raises(LlmcError, match="a tokenizer of its own"):
+        cached_artifact(path, tmp_path, options)
 
 
 def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
