@@ -61,8 +61,8 @@ def compile(
 
     model: a directory, a .gguf or .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4",
     "int6", "int8", "bf16", "f16" or "f32" ("none"). tokenizer: where its own is not the one to use. options: the fields
-    of `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
-    max_dims={"batch": 16}, dims={"height": 48}. Raises `LlmcError`.
+    of `CompileOptions`, such as target="x86-64-v3", group_size=32, max_context=4096, max_dims={"batch": 16},
+    dims={"height": 48}, overrides={"*.down_proj*": "int8"}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
     from llmc.compiler.scratch import scratch_folder

@@ -12,6 +12,7 @@ from gguf_files import ARCHITECTURES, TYPES, blocks_of, model_parts, write, writ
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 
 from llmc.api import cached_artifact
+from llmc.cli.writing import is_model
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Quantize
@@ -122,6 +123,7 @@ def test_the_cache_of_artifacts_knows_a_file(tmp_path: Path, monkeypatch: pytest
     path = write_model("llama", tmp_path / "m.gguf").rename(tmp_path / "sha256-00")
     first = cached_artifact(path, None, options)
     assert cached_artifact(path, None, options) == first and len(compiled) == 1 and compiled[0][0] == str(path)
+    assert is_model(path) and not is_model(tmp_path / "missing") and not is_model(first)
     path.write_bytes(path.read_bytes() + bytes(32))
     assert cached_artifact(path, None, options) != first
     with pytest.raises(LlmcError, match="a tokenizer of its own"):
