@@ -57,7 +57,7 @@ def build_manifest(
     created: str,
 ) -> dict[str, object]:
     """The manifest of a model before it is linked: plain JSON values only. `complete_manifest` adds the rest."""
-    from llmc.compiler.pipeline import GENERATE, RUN, greatest
+    from llmc.compiler.step_sizes import GENERATE, RUN, greatest
 
     layers = _layers(program)
     largest = greatest(program.graph, max_step, lifted.max_context, lifted.task) if lifted.task == RUN else {}
@@ -171,7 +171,7 @@ def check_manifest(manifest: Mapping[str, object]) -> None:
 def state_of(graph: Graph, task: str) -> str:
     """What the steps of a graph see: "run" its own inputs, "ragged" whole sequences of tokens, side by side, "paged"
     parts of sequences that go on from a cache, "none" one whole sequence."""
-    from llmc.compiler.pipeline import ENCODE, RUN
+    from llmc.compiler.step_sizes import ENCODE, RUN
 
     if task == RUN:
         return "run"
@@ -190,7 +190,7 @@ def _has_row_kinds(program: Program) -> bool:
 
 def _vocabulary(program: Program, lifted: Lifted) -> int | Dim:
     """Tokens that there are: as many as logits where the model generates; 1 where it knows no tokens."""
-    from llmc.compiler.pipeline import GENERATE
+    from llmc.compiler.step_sizes import GENERATE
 
     outputs = dict(program.graph.outputs)
     return outputs["logits"].shape[-1] if lifted.task == GENERATE else max(1, lifted.vocab_size)

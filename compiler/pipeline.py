@@ -16,9 +16,8 @@ import numpy as np
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.estimate import estimate
-from llmc.compiler.ir.attention import MOST_PARTS, Attention
+from llmc.compiler.ir.attention import Attention
 from llmc.compiler.ir.dims import symbols_of
-from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
@@ -32,6 +31,7 @@ from llmc.compiler.passes.quantize import QuantizeWeights
 from llmc.compiler.passes.schemes import finer_than
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
+from llmc.compiler.step_sizes import ENCODE, GENERATE, RUN, greatest, step_limit
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from llmc.targets.check_artifact import Parts
     from llmc.targets.lowering import Program
     from llmc.targets.memory import Plan
-
-GENERATE, ENCODE, RUN = "generate", "encode", "run"  # kinds of graphs: `frontends/lifted.py`
 
 RECOGNISE = (
     "integer-products,canonicalize,fold,cse,fuse-activation,fuse-half-activation,fuse-norm,use-positions,fuse-rope,"
@@ -433,36 +431,6 @@ def integer_notes(reports: Sequence[Report]) -> list[str]:
     """What a user should know of weights that came quantized and could not stay as they were."""
     reasons = Counter(why for report in reports if report.name == "keep-integers" for _, why in report.refusals)
     return [f"{count} quantized weight{'s' * (count > 1)}: {why}" for why, count in reasons.items()]
-
-
-def step_limit(graph: Graph, options: CompileOptions, max_context: int, task: str = GENERATE) -> int:
-    """Tokens a step at most: whole sequences where there is no cache that is kept; 1 where there are no tokens."""
-    if task == RUN:
-        return 1
-    if task == ENCODE and any(value.name == "starts" for value in graph.inputs):
-        return max(options.tokens_a_step(is_encoder=True), max_context)
-    cached = any(isinstance(value.type, KV) for value in graph.inputs)
-    return min(options.tokens_a_step(is_encoder=False), max_context) if cached else max_context
-
-
-def largest_sizes(step: int, max_context: int) -> dict[str, int]:
-    """The greatest value of every symbol of a step of at most `step` tokens, for planning memory."""
-    return {
-        "T": step, "S": step, "R": step, "Q": step, "B": step,
-        "M": -(-max_context // PAGE), "SPLITS": MOST_PARTS, "PROMPT": 1,
-    }  # fmt: skip
-
-
-def greatest(graph: Graph, step: int, max_context: int, task: str) -> dict[str, int]:
-    """The greatest value of every symbol: of the step's own, or of the names in a graph of any kind."""
-    if task != RUN:
-        return largest_sizes(step, max_context)
-    found: dict[str, int] = {}
-    for symbol in graph.symbols:
-        if symbol.high is None:
-            raise CompileError(f"the size {symbol.name!r} has no greatest value: give --max-dim {symbol.name}=N")
-        found[symbol.name] = max(symbol.high, found.get(symbol.name, 0))
-    return found
 
 
 def stored_values(program: Program) -> list[Stored]:

@@ -85,7 +85,8 @@ def measured_accuracy(
     path: Path, written: Written, lifted: Lifted, compiled: Compiled, options: CompileOptions, progress: Progress
 ) -> dict[str, object]:
     """What the manifest says of the accuracy of the artifact at `path`; from the cache, where the same was measured."""
-    from llmc.compiler.pipeline import RUN, vocabulary_of
+    from llmc.compiler.pipeline import vocabulary_of
+    from llmc.compiler.step_sizes import RUN
 
     assert compiled.original is not None
     load, vocabulary, not_run = lifted.weights.load, vocabulary_of(lifted), written.refusal(path)

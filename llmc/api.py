@@ -61,10 +61,10 @@ def compile(
 ) -> dict[str, object]:
     """Compiles a model into the artifact `output`, all or nothing, and returns the artifact's manifest.
 
-    model: a directory, an .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int4", "int6",
-    "int8", "bf16", "f16" or "f32" ("none"); "auto" is int4, and for an encoder the fewest bits that stay near to it.
-    tokenizer: where its own is not the one to use. options: the fields of `CompileOptions`, such as
-    target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"},
+    model: a directory, a .gguf or .onnx file, a name on the Hugging Face hub, or a transformers model. dtype: "int8",
+    "int6", ... "int2", "bf16", "f16" or "f32" ("none"); "auto" is int4, and for an encoder the fewest bits that stay
+    near to it. tokenizer: where its own is not the one to use. options: the fields of `CompileOptions`, such as
+    target="x86-64-v3", group_size=32, max_context=4096, overrides={"*.down_proj*": "int8"}, lora="adapter",
     max_dims={"batch": 16}, dims={"height": 48}. Raises `LlmcError`.
     """
     from llmc.compiler.pipeline import compile_model
@@ -77,7 +77,8 @@ def compile(
             return compile_model(
                 str(onnx), Path(output), chosen, progress, tokenizer=_tokenizer_directory(tokenizer, folder)
             )
-        source = _as_source(model, tokenizer, folder)
+        gguf = _gguf_file(model, tokenizer)
+        source = _as_source(model, tokenizer, folder) if gguf is None else str(gguf)
         return compile_model(source, Path(output), chosen, progress)
 
 
@@ -115,6 +116,9 @@ def cached_artifact(
         onnx = _onnx_file(model)
         if onnx is not None:
             return _cached_onnx(onnx, _tokenizer_directory(tokenizer, folder), options, progress)
+        gguf = _gguf_file(model, tokenizer)
+        if gguf is not None:
+            return _cached_gguf(gguf, options, progress)
         source = _as_source(model, tokenizer, folder)
         directory = Path(source).expanduser()
         if not directory.is_dir():
@@ -142,6 +146,32 @@ def _cached_onnx(model: Path, tokenizer: Path | None, options: CompileOptions, p
     if not path.exists():
         artifact_cache.make_folder(path.parent)
         compile_model(str(model), path, options, progress, tokenizer=tokenizer)
+    return path
+
+
+def _cached_gguf(model: Path, options: CompileOptions, progress: Progress | None) -> Path:
+    """As `cached_artifact`, of a GGUF file, or of the first of its parts."""
+    from llmc.compiler.pipeline import compile_model
+    from llmc.frontends.gguf.source import part_names
+
+    parts = [model.with_name(name) for name in part_names(model.name)]
+    facts = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts if part.exists()]
+    path = artifact_cache.path_for(model.absolute().parent, options, more=repr(facts))
+    if not path.exists():
+        artifact_cache.make_folder(path.parent)
+        compile_model(str(model), path, options, progress)
+    return path
+
+
+def _gguf_file(model: Source, tokenizer: Source | None) -> Path | None:
+    """The GGUF file that a source is, or names; None for another source. LlmcError with a tokenizer beside it."""
+    if isinstance(model, Saves):
+        return None
+    from llmc.frontends.gguf.source import gguf_source
+
+    path = gguf_source(os.fspath(model))
+    if path is not None and tokenizer is not None:
+        raise LlmcError(f"{path} has a tokenizer of its own: another one can be given to an .onnx model only")
     return path
 
 

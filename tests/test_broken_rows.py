@@ -12,8 +12,9 @@ from small_decoder import VOCABULARY, small_decoder
 from llmc.compiler.ir.encoded import PAGE, Pages
 from llmc.compiler.ir.types import KV, Array
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import GENERATE, run_pipeline
+from llmc.compiler.pipeline import run_pipeline
 from llmc.compiler.scenario import random_params
+from llmc.compiler.step_sizes import GENERATE
 from llmc.targets import machine_named
 
 BROKEN = VOCABULARY - 1  # the token whose embedding is no number

@@ -35,8 +35,9 @@ from llmc.compiler.ir.op import Input, Value
 from llmc.compiler.ir.ragged import POOLINGS, PoolTokens
 from llmc.compiler.ir.types import Array, Tensor
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import ENCODE, run_pipeline
+from llmc.compiler.pipeline import run_pipeline
 from llmc.compiler.scenario import random_params
+from llmc.compiler.step_sizes import ENCODE
 from llmc.targets import machine_named
 
 LENGTHS = (1, 7, 31, 33, 129, 32, 2, 150)

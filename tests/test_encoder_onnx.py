@@ -18,7 +18,8 @@ from small_encoder import step_inputs
 from tiny_encoders import VOCAB, make_encoder
 
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import ENCODE, run_pipeline
+from llmc.compiler.pipeline import run_pipeline
+from llmc.compiler.step_sizes import ENCODE
 from llmc.frontends import lift
 from llmc.targets import machine_named
 

@@ -35,8 +35,9 @@ from llmc.compiler.ir.ragged import PoolTokens, RelativeBias
 from llmc.compiler.ir.types import KV, Array, precise
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.passes.manager import Report, parse_pipeline, run_passes
-from llmc.compiler.pipeline import ENCODE, pipeline_text
+from llmc.compiler.pipeline import pipeline_text
 from llmc.compiler.scenario import random_params
+from llmc.compiler.step_sizes import ENCODE
 
 FLATTEN = "flatten-tokens{max-step=192,sequences=true}"
 CACHE = "insert-kv-cache{scratch=true}"

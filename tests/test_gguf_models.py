@@ -11,14 +11,18 @@ import torch
 from gguf_files import ARCHITECTURES, TYPES, blocks_of, model_parts, write, write_model
 from hf_models import lifted_logits, load_reference, random_ids, reference_logits
 
+from llmc.api import cached_artifact
+from llmc.cli.writing import is_model
+from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.integers import PackGroups
 from llmc.compiler.ir.llm import Quantize
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model, run_lifted
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, LlmcError
 from llmc.frontends import lift
 from llmc.frontends.gguf.dequantize import dequantize
+from llmc.frontends.gguf.description import architectures
 from llmc.frontends.gguf.lift import open_model
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
 from llmc.runtime.runtime import Runtime
@@ -105,6 +109,27 @@ def test_a_model_end_to_end(tmp_path: Path) -> None:
     assert str(runtime.generate(prompt, max_tokens=12)) == runtime.tokenizer.decode(written.tolist())
 
 
+def test_the_cache_of_artifacts_knows_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One artifact for a file, and another one once it has changed."""
+    compiled: list[tuple[str, Path]] = []
+
+    def fake(source: str, path: Path, *rest: object) -> None:
+        compiled.append((source, path))
+        path.write_bytes(b"")
+
+    monkeypatch.setattr("llmc.compiler.pipeline.compile_model", fake)
+    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    options = CompileOptions(quantization="none")
+    path = write_model("llama", tmp_path / "m.gguf").rename(tmp_path / "sha256-00")
+    first = cached_artifact(path, None, options)
+    assert cached_artifact(path, None, options) == first and len(compiled) == 1 and compiled[0][0] == str(path)
+    assert is_model(path) and not is_model(tmp_path / "missing") and not is_model(first)
+    path.write_bytes(path.read_bytes() + bytes(32))
+    assert cached_artifact(path, None, options) != first
+    with pytest.raises(LlmcError, match="a tokenizer of its own"):
+        cached_artifact(path, tmp_path, options)
+
+
 def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
     metadata, tensors = model_parts("llama", tmp_path / "m", "Q4_K", **WIDE)
     kinds = {"attn_v": "Q6_K", "ffn_down": "Q5_K", "attn_output": "Q3_K", "ffn_up": "Q2_K"}
@@ -113,18 +138,18 @@ def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
         if module in kinds:
             tensors[name] = (kinds[module], values)
     lifted = lift(write(tmp_path / "m.gguf", metadata, tensors))
-    assert any("2 Q6_K to int8" in note and "2 Q5_K to int6" in note for note in lifted.notes)
+    assert any("2 Q6_K to int8" in note and "Q5_K" not in note for note in lifted.notes)
 
     def encodings(options: CompileOptions) -> Counter[str]:
         ops = run_lifted(lifted, options).graph.ops
         return Counter(str(op.encoding) for op in ops if isinstance(op, (PackGroups, Quantize)))
 
     # q, k merged; gate (Q4_K) and up (Q2_K) differ; down, v, o; embedding and head.
-    assert encodings(CompileOptions(quantization="int4")) == {"q4g32a": 6, "q8g64": 2, "t6g64": 2, "t4g64": 4}
+    assert encodings(CompileOptions(quantization="int4")) == {"q4g32a": 6, "q5g32a": 2, "q8g64": 2, "t4g64": 4}
     # What a user asks for by name is done, and a finer scheme is no coarser.
-    down = (("*down_proj*", "int4"),)
-    assert encodings(CompileOptions(quantization="int4", overrides=down))["t6g64"] == 0
-    assert encodings(CompileOptions(quantization="int8")) == {"q4g32a": 6, "q8g64": 8}
+    chosen = (("*v_proj*", "int4"),)
+    assert encodings(CompileOptions(quantization="int4", overrides=chosen))["q8g64"] == 0
+    assert encodings(CompileOptions(quantization="int8")) == {"q4g32a": 6, "q5g32a": 2, "q8g64": 6}
 
 
 @pytest.mark.parametrize(
@@ -133,13 +158,14 @@ def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
         ({"llama.attention.magic": 3}, r"not known to have: llama\.attention\.magic"),
         ({"llama.logit_scale": 0.5}, "llama.logit_scale"),
         ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "factor is 2 with longrope"),
         ({"llama.rope.scaling.type": "magic", "llama.rope.scaling.factor": 2.0}, "'magic', which is not supported"),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "original_context_length is missing"),
         ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5"),
         ({"llama.rope.dimension_count": 8}, "8 of 16 channels"),
         ({"llama.attention.value_length": 8}, "value_length is not key_length"),
         ({"llama.attention.head_count_kv": [1, 2]}, "differs from layer to layer"),
-        ({"llama.attention.head_count": 0}, "0 heads"),
+        ({"llama.attention.head_count": 0}, "head_count is 0, outside"),
         ({"llama.attention.causal": False}, "causal is False"),
         ({"llama.pooling_type": 1}, "pooling_type is 1"),
         ({"llama.embedding_length": 32}, "the embedding has 64"),
@@ -213,15 +239,64 @@ def test_rope_scaling(tmp_path: Path, kind: str) -> None:
     assert np.abs(lifted_logits(lifted, ids) - expected).max() < TOLERANCE
 
 
+BERT = {
+    "token_embd": "embeddings.word_embeddings", "position_embd": "embeddings.position_embeddings",
+    "token_types": "embeddings.token_type_embeddings", "token_embd_norm": "embeddings.LayerNorm",
+    "blk.*.attn_q": "encoder.layer.*.attention.self.query", "blk.*.attn_k": "encoder.layer.*.attention.self.key",
+    "blk.*.attn_v": "encoder.layer.*.attention.self.value", "blk.*.ffn_up": "encoder.layer.*.intermediate.dense",
+    "blk.*.attn_output": "encoder.layer.*.attention.output.dense", "blk.*.ffn_down": "encoder.layer.*.output.dense",
+    "blk.*.attn_output_norm": "encoder.layer.*.attention.output.LayerNorm",
+    "blk.*.layer_output_norm": "encoder.layer.*.output.LayerNorm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_an_encoder(tmp_path: Path, pooling: int) -> None:
+    """BERT's vectors of texts: the mean of its tokens, or its first one's."""
+    from tiny_encoders import make_encoder
+    from transformers import AutoModel
+
+    directory = make_encoder("bert", tmp_path / "m")
+    model = AutoModel.from_pretrained(directory).eval()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    tensors = {}
+    for layer in range(2):
+        for theirs, ours in BERT.items():
+            for suffix in (".weight", ".bias"):
+                source = f"{ours}{suffix}".replace("*", str(layer))
+                if source in state:
+                    tensors[f"{theirs}{suffix}".replace("*", str(layer))] = ("F32", state[source])
+    metadata = {
+        "general.architecture": "bert", "bert.block_count": 2, "bert.context_length": 160, "bert.embedding_length": 64,
+        "bert.feed_forward_length": 96, "bert.attention.head_count": 4, "bert.attention.layer_norm_epsilon": 1e-12,
+        "bert.attention.causal": False, "bert.pooling_type": pooling, "tokenizer.ggml.model": "none",
+    }  # fmt: skip
+    lifted = lift(write(tmp_path / "m.gguf", metadata, tensors))
+    assert lifted.task == "encode" and lifted.encoder is not None and lifted.encoder["kind"] == "embedding"
+    ids = random_ids(lifted.vocab_size, 7)
+    positions = np.arange(7, dtype=np.int32)[None]
+    found = evaluate(lifted.graph, {"ids": ids, "positions": positions}, lifted.weights.load)["embedding"]
+    with torch.no_grad():
+        tokens = model(input_ids=torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    expected = tokens.mean(1) if pooling == 1 else tokens[:, 0]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    with pytest.raises(FrontendError, match="scores of pairs"):
+        open_model(write(tmp_path / "m.gguf", {**metadata, "bert.pooling_type": 4}, tensors))
+
+
 def test_mutated_settings(tmp_path: Path) -> None:
     """Whatever a key is changed to: a model or a FrontendError, before anything slow is done."""
     metadata, tensors = model_parts("llama", tmp_path / "m")
-    keys = [key for key in metadata if not key.startswith("tokenizer")]
+    names = sorted(architectures())
+    assert len(names) == 38
     rng = np.random.default_rng(0)
     values = (0, 1, -1, 7, 2**31 - 1, 0.0, -0.5, 1e30, float("nan"), True, "", "x", [1, 2], [0.5], ["a"], [True])
     opened = refused = 0
-    for _ in range(300):
-        changed = dict(metadata)
+    for seed in range(333):
+        name = "llama" if seed % 2 else names[seed // 2 % len(names)]
+        changed = {key.replace("llama.", f"{name}."): value for key, value in metadata.items()}
+        changed["general.architecture"] = name
+        keys = [key for key in changed if not key.startswith("tokenizer")]
         for key in rng.choice(keys, rng.integers(1, 3), replace=False):
             changed[str(key)] = values[rng.integers(len(values))]
         try:
@@ -231,6 +306,15 @@ def test_mutated_settings(tmp_path: Path) -> None:
             assert "\n" not in str(error)
             refused += 1
     assert opened > 5 and refused > 150
+
+
+def test_a_factor_without_a_kind_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp takes it."""
+    metadata, tensors = model_parts("llama", tmp_path / "m")
+    for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear"):
+        opened = open_model(write(tmp_path / "m.gguf", {**metadata, key: 2.0}, tensors))
+        assert opened.config.rope_parameters["rope_type"] == "linear"
+        assert opened.config.rope_parameters["factor"] == 2.0
 
 
 def test_a_blob_is_called_what_it_says(tmp_path: Path) -> None:

@@ -221,6 +221,9 @@ def test_parts_of_a_split_model(tmp_path: Path) -> None:
     write(paths[1], {"split.no": 1, "split.count": 3}, {})
     with pytest.raises(FrontendError, match="have 2 tensors, and should have 3"):
         open_files(paths[0])
+    write(paths[1], {"split.no": 1, "split.count": 3, "a.int": 8}, {"t1": ("F32", values(4))})
+    with pytest.raises(FrontendError, match="otherwise than"):
+        open_files(paths[0])
     other = write(tmp_path / "renamed.gguf", {"split.no": 0, "split.count": 3}, {})
     with pytest.raises(FrontendError, match="its name must say"):
         open_files(other)

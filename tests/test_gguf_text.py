@@ -235,6 +235,18 @@ def test_sampling_settings(tmp_path: Path) -> None:
     text = text_of(tmp_path, metadata | sampling)
     assert text.generation == {"temperature": 0.75, "top_k": 20}
     assert any("mirostat" in note for note in text.notes)
+    text = text_of(tmp_path, metadata | {"tokenizer.ggml.suppress_tokens": [3, 4], "tokenizer.ggml.magic": True})
+    assert text.generation["suppress_tokens"] == [3, 4]
+    assert any("tokenizer.ggml.magic" in note for note in text.notes)
+
+
+def test_padding_may_be_an_ordinary_token(tmp_path: Path) -> None:
+    metadata, _ = byte_level(tmp_path, "gpt-2")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    text = text_of(tmp_path, metadata | {"tokenizer.ggml.padding_token_id": tokens.index("!")})  # type: ignore[attr-defined]
+    assert not text.notes
+    tokenizer = tokenizer_of(text)
+    assert tokenizer.decode(tokenizer.encode("wow!")) == "wow!"
 
 
 @pytest.mark.parametrize(

@@ -223,3 +223,23 @@ def test_groups_that_no_encoding_has_are_refused() -> None:
     assert not any(isinstance(op, PackGroups) for op in after.ops)
     ((_, why),) = report.refusals
     assert why.startswith("its integers are not kept: llm.pack_groups(") and "no encoding with groups of 12" in why
+
+
+@pytest.mark.parametrize(("zero", "kept"), [(100.0, True), (20_000.0, False)])
+def test_minimums_that_f16_does_not_hold(zero: float, kept: bool) -> None:
+    """Groups far from 0: a minimum of 20,000 steps has a last place of several steps in f16."""
+    x = Input("x", Tensor((T, INPUTS), "f32"))
+    q = Param("q", Tensor((ROWS, INPUTS), "u8"))
+    scales, zeros = (Param(name, Tensor((ROWS, 6), "f32")) for name in ("scales", "zeros"))
+    graph = Graph("m", (x,), (("y", Linear(x, ScaleIntegers(q, scales, zeros, 1, 32))),))
+    rng = np.random.default_rng(0)
+    data = {
+        "q": rng.integers(0, 16, (ROWS, INPUTS)).astype(np.uint8),
+        "scales": np.full((ROWS, 6), 0.001, np.float16).astype(np.float32),
+        "zeros": (zero + rng.random((ROWS, 6))).astype(np.float32),
+    }
+    report = Report("keep-integers")
+    with reading(data.__getitem__):
+        found = KeepIntegers().run(graph, report)
+    assert any(isinstance(op, PackGroups) for op in found.ops) == kept
+    assert kept or "f16 does not hold its minimums" in report.refusals[0][1]

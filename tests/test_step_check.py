@@ -24,8 +24,9 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import ENCODE, GENERATE, run_pipeline
+from llmc.compiler.pipeline import run_pipeline
 from llmc.compiler.scenario import random_params
+from llmc.compiler.step_sizes import ENCODE, GENERATE
 from llmc.runtime.device import Use
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.host import Host

@@ -21,10 +21,10 @@ def _nibbles(blocks: Bytes, at: int) -> Bytes:
     return fields(blocks[:, at : at + 16], (0, 4), 4, 16)
 
 
-def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
-    """What bit 4 of each weight adds."""
-    bits = np.unpackbits(np.ascontiguousarray(blocks[:, at : at + 4]), axis=1, bitorder="little")
-    return bits << np.uint8(4)
+def five_bits(blocks: Bytes, at: int) -> Bytes:
+    """Integers of Q5_0 and Q5_1, u8 from 0 on: their fifth bits in four bytes from `at` on, then nibbles."""
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[:, at : at + 4]), axis=1, bitorder="little")
+    return _nibbles(blocks, at + 4) | fifth << np.uint8(4)
 
 
 @dequantizes("Q4_0")
@@ -39,14 +39,12 @@ def _q4_1(blocks: Bytes) -> Floats:
 
 @dequantizes("Q5_0")
 def _q5_0(blocks: Bytes) -> Floats:
-    q = _nibbles(blocks, 6) | _fifth_bits(blocks, 2)
-    return half(blocks, 0) * (q.astype(np.float32) - np.float32(16))
+    return half(blocks, 0) * (five_bits(blocks, 2).astype(np.float32) - np.float32(16))
 
 
 @dequantizes("Q5_1")
 def _q5_1(blocks: Bytes) -> Floats:
-    q = _nibbles(blocks, 8) | _fifth_bits(blocks, 4)
-    return half(blocks, 0) * q.astype(np.float32) + half(blocks, 2)
+    return half(blocks, 0) * five_bits(blocks, 4).astype(np.float32) + half(blocks, 2)
 
 
 @dequantizes("Q8_0")

@@ -23,6 +23,7 @@ Config = dict[str, object]
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # Where llama.cpp's files have no limit of their own to positions, there is none here.
 _FAR = 1 << 24
+_MOST_HEADS = 8192
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,21 @@ class Description:
 
     @property
     def heads(self) -> int:
-        return self.settings.integer("attention.head_count")
+        return self._heads("attention.head_count")
 
     @property
     def kv_heads(self) -> int:
-        return self.settings.integer("attention.head_count_kv", self.heads)
+        return self._heads("attention.head_count_kv", self.heads)
+
+    def _heads(self, name: str, default: int | None = None) -> int:
+        found = self.settings.integer(name, default)
+        if not 1 <= found <= _MOST_HEADS:
+            raise self.settings.error(name, f"is {found}, outside 1..{_MOST_HEADS}")
+        return found
 
     @property
     def head_dim(self) -> int:
         """Of keys and values alike."""
-        self._check_heads()
         found = self.settings.integer("attention.key_length", self.hidden // self.heads)
         if self.settings.integer("attention.value_length", found) != found:
             raise self.settings.error("attention.value_length", f"is not key_length, {found}, which is not supported")
@@ -106,10 +112,6 @@ class Description:
     def rotary(self) -> int:
         """Channels of a head that are rotated."""
         return self.settings.integer("rope.dimension_count", self.head_dim)
-
-    def _check_heads(self) -> None:
-        if self.heads < 1 or self.hidden < 1:
-            raise FrontendError(f"{self.path}: it has {self.heads} heads and a width of {self.hidden}")
 
     @property
     def tied(self) -> bool:
@@ -155,7 +157,11 @@ class Description:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding."""
-        return self._tensor("token_embd.weight").shape[0]
+        return self.rows("token_embd.weight")
+
+    def rows(self, name: str) -> int:
+        """Rows of a matrix that the model has to have."""
+        return self._tensor(name).shape[0]
 
     def sliding(self, pattern: int) -> list[str]:
         """transformers' `layer_types` where the last of every `pattern` layers sees everything; the file may say which
@@ -194,10 +200,10 @@ class Description:
         """What changes rotary frequencies, and how far attention is turned up for that."""
         settings = self.settings
         settings.ignore("rope.scaling.finetuned")
-        kind = settings.text("rope.scaling.type", "none")
-        factor = settings.number("rope.scaling.factor", 1.0)
-        if settings.has("rope.scale_linear") and not settings.has("rope.scaling.type"):  # its name before 2023-09
-            kind, factor = "linear", settings.number("rope.scale_linear")
+        factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0))  # its name in 2023
+        kind = settings.text("rope.scaling.type", "none" if factor in (0.0, 1.0) else "linear")  # as llama.cpp has it
+        if kind == "longrope" and factor not in (0.0, 1.0):
+            raise settings.error("rope.scaling.factor", f"is {factor:g} with longrope, which is not supported")
         original = settings.integer("rope.scaling.original_context_length", 0)
         attention = settings.number("rope.scaling.attn_factor", 1.0)
         if kind == "yarn" and factor != 1.0:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmc.errors import FrontendError
 from llmc.frontends.gguf.description import Description, Plan, architectures
+from llmc.frontends.gguf.pooled import plan_pooled
 from llmc.frontends.gguf.reader import GgufFile
 from llmc.frontends.gguf.settings import Settings
 from llmc.frontends.gguf.source import model_name, open_files
@@ -16,7 +17,7 @@ from llmc.frontends.gguf.weights import GgufWeights, Tensors
 from llmc.frontends.hf.classes import choose_class
 from llmc.frontends.hf.config import check_config, config_of
 from llmc.frontends.hf.lift import Opened, check_options, lift_opened
-from llmc.frontends.lifted import Lifted
+from llmc.frontends.lifted import Lifted, Text
 
 _NAMED = re.compile(r"[A-Za-z0-9][\w. -]{0,80}")
 # Keys outside of general., tokenizer. and the architecture's own: who split, quantized or measured the file.
@@ -47,15 +48,20 @@ def open_model(path: Path, weights: str = "checkpoint") -> Opened:
     where = files[0].path
     check_config(plan.config, where)
     config = config_of(plan.config, where)
-    kind = choose_class(config, where)
+    kind = choose_class(config, where, base_only=plan.pooling is not None)
     source = GgufWeights(tensors, plan.weights)
     vocabulary = int(config.get_text_config(decoder=True).vocab_size)
+
+    def text() -> Text:
+        return read_text(where, metadata, vocabulary, model.name in _BY_ORDER)
+
     return Opened(
         config,
         kind,
         source if weights == "checkpoint" else None,
         _name(where, metadata.get("general.name")),
-        lambda: read_text(where, metadata, vocabulary, model.name in _BY_ORDER),
+        text,
+        None if plan.pooling is None else plan_pooled(kind, config, text(), plan.pooling, where),
         notes=(*plan.notes, *_drafts(model), *_foreign_keys(model), _formats(tensors), *_rounded_anew(source, tensors)),
         least=source.least(),
     )

@@ -76,7 +76,7 @@ def open_files(path: Path) -> list[GgufFile]:
         )
     if count > _MOST_PARTS:
         raise FrontendError(f"{path} claims to be one of {count} parts; at most {_MOST_PARTS} are read")
-    files = []
+    files: list[GgufFile] = []
     for number in range(1, count + 1):
         place = path.with_name(f"{part[1]}-{number:05}-of-{count:05}.gguf")
         if not place.is_file():
@@ -84,6 +84,12 @@ def open_files(path: Path) -> list[GgufFile]:
         file = first if number == int(part[2]) else GgufFile(place)
         if file.metadata.get("split.count") != count or file.metadata.get("split.no") != number - 1:
             raise FrontendError(f"{place} is not part {number} of {count}, as its name says: download the model again")
+        own = [key for key in file.metadata if not key.startswith("split.")]
+        strange = [key for key in own if files and file.metadata[key] != files[0].metadata.get(key)]
+        if strange:
+            raise FrontendError(
+                f"{place} says {strange[0]!r:.80} otherwise than {files[0].path.name}: is it a part of it?"
+            )
         files.append(file)
     expected = files[0].metadata.get("split.tensors.count")
     found = sum(len(file.tensors) for file in files)

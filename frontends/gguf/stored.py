@@ -1,8 +1,8 @@
 """Types whose weights llmc keeps as the integers that they are, and how finely the others are rounded at least.
 
-Kept, with one scale for 32 inputs: Q4_0, Q4_1 and Q8_0 bit for bit; Q4_K as 4-bit integers whose scales and minimums,
-products of 17 bits in the file, are rounded to f16 (`keep-integers` refuses where that matters). Blocks of one value
-have a scale of 0 in the file: they become integer 0, a scale of that value and a zero point of one.
+Kept, with one scale for 32 inputs: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 bit for bit; Q4_K and Q5_K as integers whose scales
+and minimums, products of 17 bits in the file, are rounded to f16 (`keep-integers` refuses where that matters). Blocks of
+one value have a scale of 0 in the file: they become integer 0, a scale of that value and a zero point of one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.compiler.ir.types import Array
+from llmc.frontends.gguf import dequantize_simple, dequantize_super
 from llmc.frontends.gguf.dequantize import Bytes, Floats, fields, half, words
 from llmc.frontends.gguf.dequantize_super import scales_and_minimums
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, TensorType
@@ -33,20 +34,27 @@ class Kind:
     ranges: Callable[[Bytes], tuple[Floats, Floats | None]]
 
 
-def _q4_1_ranges(blocks: Bytes) -> tuple[Floats, Floats | None]:
+def _with_minimum(blocks: Bytes) -> tuple[Floats, Floats | None]:
     return half(blocks, 0), half(blocks, 2)
 
 
-def _q4_k_ranges(blocks: Bytes) -> tuple[Floats, Floats | None]:
+def _of_super_blocks(blocks: Bytes) -> tuple[Floats, Floats | None]:
     scales, minimums = scales_and_minimums(blocks)
     return scales, -minimums
 
 
+def _scale(blocks: Bytes) -> tuple[Floats, Floats | None]:
+    return half(blocks, 0), None
+
+
 KINDS: dict[str, Kind] = {
-    "Q4_0": Kind(4, 8, lambda blocks: fields(blocks[:, 2:], (0, 4), 4, 16), lambda blocks: (half(blocks, 0), None)),
-    "Q4_1": Kind(4, None, lambda blocks: fields(blocks[:, 4:], (0, 4), 4, 16), _q4_1_ranges),
-    "Q8_0": Kind(8, 0, lambda blocks: words(blocks, 2, 34, "<i1"), lambda blocks: (half(blocks, 0), None)),
-    "Q4_K": Kind(4, None, lambda blocks: fields(blocks[:, 16:], (0, 4), 4, 32), _q4_k_ranges),
+    "Q4_0": Kind(4, 8, lambda blocks: fields(blocks[:, 2:], (0, 4), 4, 16), _scale),
+    "Q4_1": Kind(4, None, lambda blocks: fields(blocks[:, 4:], (0, 4), 4, 16), _with_minimum),
+    "Q5_0": Kind(5, 16, lambda blocks: dequantize_simple.five_bits(blocks, 2), _scale),
+    "Q5_1": Kind(5, None, lambda blocks: dequantize_simple.five_bits(blocks, 4), _with_minimum),
+    "Q8_0": Kind(8, 0, lambda blocks: words(blocks, 2, 34, "<i1"), _scale),
+    "Q4_K": Kind(4, None, lambda blocks: fields(blocks[:, 16:], (0, 4), 4, 32), _of_super_blocks),
+    "Q5_K": Kind(5, None, dequantize_super.five_bits, _of_super_blocks),
 }
 
 
@@ -85,4 +93,4 @@ def least_scheme(name: str) -> str | None:
     kind = next(kind for kind in TENSOR_TYPES.values() if kind.name == name)
     if kind.dtype is not None or name in KINDS:
         return None
-    return "int4" if kind.bits <= 4 else "int6" if kind.bits <= 6 else "int8"
+    return next((f"int{bits}" for bits in (4, 5, 6) if kind.bits <= bits), "int8")

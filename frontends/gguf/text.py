@@ -23,6 +23,11 @@ _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p":
 # Names of tokens as a tokenizer's settings have them, by those of the keys.
 _NAMES = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "separator": "sep_token",
           "padding": "pad_token", "mask": "mask_token", "cls": "cls_token"}  # fmt: skip
+# Of the kinds of vocabularies that do not know them, and what llama.cpp does not act on either.
+_NO_EFFECT = (
+    "pre", "scores", "merges", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap",
+    "token_type_count", "suppress_tokens", "hf_json", "add_sep_token", "add_bos_token", "add_eos_token",
+)  # fmt: skip
 _END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>", "<|return|>",
         "<EOT>", "[EOT]", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>", "<turn|>", "<end_of_utterance>")  # fmt: skip
 
@@ -45,8 +50,9 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
             raise
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{path}: its tokenizer cannot be built ({type(error).__name__}: {why})") from error
-    notes = [*generation.notes, *_add_tokens(tokenizer, words)]
+    _add_tokens(tokenizer, words)
     adds_bos = _surround(tokenizer, words)
+    notes = [*generation.notes, *_unread(settings)]
     if len(words.tokens) > vocabulary:
         notes.append(
             f"the tokenizer has {len(words.tokens)} tokens, and the model a vocabulary of {vocabulary}: "
@@ -56,8 +62,8 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
     return Text({"tokenizer.json": tokenizer.to_str().encode()}, facts, generation.defaults, tuple(notes))
 
 
-def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
-    """Tokens that stand for themselves wherever they occur in a text; returns notes."""
+def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> None:
+    """Tokens that stand for themselves wherever they occur in a text."""
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab(with_added_tokens=False)
@@ -66,13 +72,20 @@ def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> list[str]:
         kind = words.kinds[number]
         if kind in (CONTROL, UNKNOWN, USER) and known.get(token) == number:
             added.append(AddedToken(token, normalized=False, special=kind != USER))
-    for token in (words.tokens[number] for number in words.marked.values()):
+    # A file may name an ordinary token as padding: only what begins or ends a text is special whatever its kind.
+    for token in (words.tokens[words.marked[name]] for name in ("bos", "eos", "eot", "eom") if name in words.marked):
         if token in known and all(one.content != token for one in added):
             added.append(AddedToken(token, normalized=False, special=True))
     specials = [one for one in added if one.special]
     tokenizer.add_special_tokens(specials)
     tokenizer.add_tokens([one for one in added if not one.special])
-    return []
+
+
+def _unread(settings: Settings) -> list[str]:
+    """A note on keys of the tokenizer that have no effect here, but may have one elsewhere."""
+    settings.ignore(*_NO_EFFECT)
+    unread = [key for key in settings.unread() if not key.endswith("_token_id")]
+    return [f"settings of the tokenizer that are not obeyed: {', '.join(unread):.200}"] if unread else []
 
 
 def _surround(tokenizer: Tokenizer, words: Vocabulary) -> bool:
@@ -159,6 +172,9 @@ def _generation(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: i
         if settings.has(theirs):
             value = settings.number(theirs)
             given[ours] = int(value) if ours == "top_k" else value
+    suppressed = Settings(path, metadata, "tokenizer.ggml").integers("suppress_tokens")
+    if suppressed:
+        given["suppress_tokens"] = suppressed
     if given.get("temperature"):
         given["do_sample"] = True
     found = generation_of(given, path.name, vocabulary)

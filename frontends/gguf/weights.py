@@ -164,7 +164,7 @@ class GgufWeights:
             schemes = [stored.least_scheme(self._tensors[tensor].kind.name) for tensor in weight.tensors]
             known = [scheme for scheme in schemes if scheme is not None]
             if known and len(self.shape(name)) == 2:
-                found[name] = max(known)  # int4 < int6 < int8
+                found[name] = max(known)  # int4 < int5 < int6 < int8
         return found
 
     def _arranged(self, name: str, weight: Weight, parts: list[Array]) -> Array:

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 def load(
     model: str, quantization: str, threads: int | None, weights: Path | None, verify: bool | None = None
 ) -> Runtime:
-    """A runtime for an artifact's file; a model's directory or hub name is compiled into the cache first."""
+    """A runtime for an artifact's file; a model's directory, file or hub name is compiled into the cache first."""
     from llmc.runtime.runtime import Runtime
 
     path = Path(model)
-    if path.is_file() or path.suffix == ".so":
+    if path.suffix == ".so" or (path.is_file() and not is_model(path)):
         return Runtime.load(path, threads, verify, weights=weights)
-    if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+    if not path.is_dir() and not path.is_file() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         found = "neither a file nor a directory" if path.exists() else "no such file or directory"
         raise LlmcError(f"{model}: {found}; give a compiled model, a model's directory or a hub name")
     from llmc.api import cached_artifact
@@ -39,6 +39,20 @@ def load(
     with output.progress() as progress:
         artifact = cached_artifact(model, None, options, progress)
     return Runtime.load(artifact, threads, verify, weights=weights)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a file is a model's own instead of an artifact, or of what was to be one: no library, and known to a
+    frontend."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"\x7fELF":
+                return False
+    except OSError:
+        return False
+    from llmc.frontends.gguf.source import gguf_source
+
+    return gguf_source(path) is not None
 
 
 def wait_verified(runtime: Runtime) -> None:
