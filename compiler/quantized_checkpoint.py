@@ -1,11 +1,9 @@
-"""Quantizing a model into a checkpoint that other tools read: the integers that `compile` would find, in even steps."""
+"""What a model's weights become in a quantized checkpoint: the integers that `compile` would find, in even steps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,22 +22,16 @@ from llmc.compiler.options import CompileOptions
 from llmc.compiler.own_text import Ids, random_texts, texts_of_file
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
-from llmc.errors import CompileError
-
-if TYPE_CHECKING:
-    from llmc.frontends.hf.stored.writing import Written
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
     """How a checkpoint is quantized.
 
-    form: "compressed-tensors" or "gptq". bits: of the integers of linear layers; the head and the embedding stay as
-    they are. group_size: inputs that share a scale. calibrate: as of `CompileOptions`, None: "self". seed: of the text
-    that the model writes.
+    bits: of the integers of linear layers; the head and the embedding stay as they are. group_size: inputs that share a
+    scale. calibrate: as of `CompileOptions`, None: "self". seed: of the text that the model writes.
     """
 
-    form: str = "compressed-tensors"
     bits: int = 4
     group_size: int = 128
     calibrate: str | None = None
@@ -53,25 +45,13 @@ class QuantizeOptions:
         )  # fmt: skip
 
 
-def quantize_checkpoint(
-    source: str, output: Path, options: QuantizeOptions, progress: Progress | None = None
-) -> Written:
-    """Quantizes a model directory or a model on the hub into a new directory. LlmcError where that is not possible."""
-    from llmc.frontends.hf.stored.writing import FORMS, Original, write_checkpoint
-
+def rounded_matrices(
+    source: str, options: QuantizeOptions, progress: Progress | None = None
+) -> Iterator[tuple[str, Encoded]]:
+    """The weights of a model's linear layers, by the model's own names, and what they are rounded to. Those that the
+    graph reads in another form than their own are left out. LlmcError for a model that cannot be read or measured."""
     progress = progress or Silent()
-    form = FORMS.get(options.form)
-    if form is None:
-        raise CompileError(f"--form is {' or '.join(FORMS)}, not {options.form!r}")
-    if options.bits not in form.bits:
-        known = " or ".join(f"int{bits}" for bits in form.bits)
-        raise CompileError(f"-q: {form.name} is written as {known}, not int{options.bits}")
     chosen = options.compile_options()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CompileError(f"cannot write {output} (-o): it is there already; give a new folder")
-    if not output.absolute().parent.is_dir():
-        raise CompileError(f"cannot write {output} (-o): there is no folder {output.parent}; make it first")
-    original = Original.read(source)
     progress.start("lifting the model")
     lifted = pipeline.lift_model(source, chosen)
     for note in lifted.notes:
@@ -84,8 +64,7 @@ def quantize_checkpoint(
             return pipeline.written_texts(source, lifted, texts, chosen, folder, progress)
 
         model = Model(lifted, graph, pipeline.vocabulary_of(lifted), lambda schemes: graph, write)
-        found = _matrices(_rounded(model, chosen, progress))
-        return write_checkpoint(original, output, form, options.bits, options.group_size, found)
+        yield from _matrices(_rounded(model, chosen, progress))
 
 
 def _in_even_steps(graph: Graph) -> Graph:

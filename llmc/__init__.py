@@ -16,19 +16,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmc.api import compile, from_hf
+    from llmc.api import compile, from_hf, quantize
     from llmc.errors import LlmcError
     from llmc.runtime.runtime import Runtime
 
     __version__: str
 
-__all__ = ["LlmcError", "Runtime", "__version__", "compile", "from_hf"]
+__all__ = ["LlmcError", "Runtime", "__version__", "compile", "from_hf", "quantize"]
 
 _HOMES = {
     "LlmcError": "llmc.errors",
     "Runtime": "llmc.runtime.runtime",
     "compile": "llmc.api",
     "from_hf": "llmc.api",
+    "quantize": "llmc.api",
 }
 
 

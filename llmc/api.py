@@ -14,6 +14,7 @@ from llmc.errors import ArtifactError, CompileError, LlmcError
 if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
     from llmc.compiler.progress import Progress
+    from llmc.frontends.hf.stored.writing import Written
     from llmc.runtime.runtime import Runtime
 
 # The names that other libraries use for what -q calls them.
@@ -80,6 +81,30 @@ def compile(
         gguf = _gguf_file(model, tokenizer)
         source = _as_source(model, tokenizer, folder) if gguf is None else str(gguf)
         return compile_model(source, Path(output), chosen, progress)
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    dtype: str = "int4",
+    form: str = "compressed-tensors",
+    progress: Progress | None = None,
+    **options: object,
+) -> Written:
+    """Writes a model as a quantized checkpoint that other tools read, into the new directory `output`, all or nothing.
+
+    model: a directory, or a name on the Hugging Face hub. dtype: "int4", "int8" or, for form "gptq", "int2". form:
+    "compressed-tensors" or "gptq". options: the fields of `QuantizeOptions`, such as group_size=32 or
+    calibrate="none". Raises `LlmcError`.
+    """
+    from llmc.compiler.quantized_checkpoint import QuantizeOptions, rounded_matrices
+    from llmc.frontends.hf.stored.writing import Original, form_of, write_checkpoint
+
+    bits = int(dtype[3:]) if dtype.startswith("int") and dtype[3:].isdecimal() else 0
+    chosen_form, chosen = form_of(form, bits), QuantizeOptions(bits, **options)  # type: ignore[arg-type]
+    chosen.compile_options()  # refuses what is out of range before anything is read
+    rounded = rounded_matrices(str(model), chosen, progress)
+    return write_checkpoint(Original.read(model), Path(output), chosen_form, bits, chosen.group_size, rounded)
 
 
 def from_hf(

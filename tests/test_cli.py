@@ -19,6 +19,7 @@ from llmc.cli.output import size
 
 COMMANDS = (
     "compile",
+    "quantize",
     "run",
     "chat",
     "embed",

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from tiny_models import make_tiny
 from typer.testing import CliRunner
 
+from llmc import api
 from llmc.cli.app import app
 from llmc.compiler import quantized_checkpoint
 from llmc.compiler.encodings import encode
 from llmc.compiler.ir.types import parse_encoding
-from llmc.compiler.quantized_checkpoint import QuantizeOptions, quantize_checkpoint
 from llmc.errors import LlmcError
 from llmc.frontends import lift
 from llmc.frontends.hf.stored import writing
@@ -72,9 +72,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
-def quantized(source: Path, output: Path, **options: object) -> writing.Written:
+def quantized(source: Path, output: Path, bits: int = 4, **options: object) -> writing.Written:
     given = {"group_size": GROUP, "calibrate": "none", **options}
-    return quantize_checkpoint(str(source), output, QuantizeOptions(**given))  # type: ignore[arg-type]
+    return api.quantize(source, output, f"int{bits}", **given)  # type: ignore[arg-type]
 
 
 @given(st.sampled_from(PACKED_BITS), st.integers(1, 3), st.sampled_from((1, 7, 31, 32, 33, 129)), st.integers(0, 9))

@@ -61,15 +61,16 @@ def _q4_k(blocks: Bytes) -> Floats:
     return _grouped(fields(blocks[:, 16:], (0, 4), 4, 32), *scales_and_minimums(blocks))
 
 
-def five_bits(blocks: Bytes) -> Bytes:
+def five_bits_of_k(blocks: Bytes) -> Bytes:
     """Integers of Q5_K, u8 from 0 on."""
     fifth = fields(blocks[:, 16:48], tuple(range(8)), 1, 32)
-    return fields(blocks[:, 48:], (0, 4), 4, 32) | fifth << np.uint8(4)
+    found: Bytes = fields(blocks[:, 48:], (0, 4), 4, 32) | fifth << np.uint8(4)
+    return found
 
 
 @dequantizes("Q5_K")
 def _q5_k(blocks: Bytes) -> Floats:
-    return _grouped(five_bits(blocks), *scales_and_minimums(blocks))
+    return _grouped(five_bits_of_k(blocks), *scales_and_minimums(blocks))
 
 
 @dequantizes("Q6_K")

@@ -1,8 +1,8 @@
 """Types whose weights llmc keeps as the integers that they are, and how finely the others are rounded at least.
 
 Kept, with one scale for 32 inputs: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 bit for bit; Q4_K and Q5_K as integers whose scales
-and minimums, products of 17 bits in the file, are rounded to f16 (`keep-integers` refuses where that matters). Blocks of
-one value have a scale of 0 in the file: they become integer 0, a scale of that value and a zero point of one.
+and minimums, products of 17 bits in the file, are rounded to f16 (`keep-integers` refuses where that matters).
+Blocks of one value have a scale of 0 in the file: they become integer 0, a scale of that value and a zero point of one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmc.compiler.ir.types import Array
-from llmc.frontends.gguf import dequantize_simple, dequantize_super
 from llmc.frontends.gguf.dequantize import Bytes, Floats, fields, half, words
-from llmc.frontends.gguf.dequantize_super import scales_and_minimums
+from llmc.frontends.gguf.dequantize_simple import five_bits
+from llmc.frontends.gguf.dequantize_super import five_bits_of_k, scales_and_minimums
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, TensorType
 
 BLOCK = 32
@@ -50,11 +50,11 @@ def _scale(blocks: Bytes) -> tuple[Floats, Floats | None]:
 KINDS: dict[str, Kind] = {
     "Q4_0": Kind(4, 8, lambda blocks: fields(blocks[:, 2:], (0, 4), 4, 16), _scale),
     "Q4_1": Kind(4, None, lambda blocks: fields(blocks[:, 4:], (0, 4), 4, 16), _with_minimum),
-    "Q5_0": Kind(5, 16, lambda blocks: dequantize_simple.five_bits(blocks, 2), _scale),
-    "Q5_1": Kind(5, None, lambda blocks: dequantize_simple.five_bits(blocks, 4), _with_minimum),
+    "Q5_0": Kind(5, 16, lambda blocks: five_bits(blocks, 2), _scale),
+    "Q5_1": Kind(5, None, lambda blocks: five_bits(blocks, 4), _with_minimum),
     "Q8_0": Kind(8, 0, lambda blocks: words(blocks, 2, 34, "<i1"), _scale),
     "Q4_K": Kind(4, None, lambda blocks: fields(blocks[:, 16:], (0, 4), 4, 32), _of_super_blocks),
-    "Q5_K": Kind(5, None, dequantize_super.five_bits, _of_super_blocks),
+    "Q5_K": Kind(5, None, five_bits_of_k, _of_super_blocks),
 }
 
 

@@ -35,16 +35,14 @@ def quantize(
     Weights are rounded by what layers see of text that the model itself writes, as `compile` does it, but in even
     steps. The head and the embedding stay as they are.
     """
-    from llmc.compiler.quantized_checkpoint import QuantizeOptions, quantize_checkpoint
+    from llmc.api import quantize as write
 
     if fast and calibrate not in (None, "none"):
         raise CompileError(f"--fast is --calibrate none, and not --calibrate {calibrate}")
-    if not quantization.startswith("int") or not quantization[3:].isdecimal():
-        raise CompileError(f"-q is int4, int8 or int2, not {quantization!r}")
-    chosen = QuantizeOptions(form, int(quantization[3:]), group_size, "none" if fast else calibrate, seed)
     started = time.perf_counter()
     with output.progress() as progress:
-        written = quantize_checkpoint(model, path, chosen, progress)
+        chosen = "none" if fast else calibrate
+        written = write(model, path, quantization, form, progress, group_size=group_size, calibrate=chosen, seed=seed)
     seconds = round(time.perf_counter() - started, 2)
     if json:
         output.print_json(

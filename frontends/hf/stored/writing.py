@@ -128,6 +128,18 @@ class Gptq(Form):
 FORMS: dict[str, Form] = {form.name: form for form in (CompressedTensors(), Gptq())}
 
 
+def form_of(name: str, bits: int) -> Form:
+    """A form by its name; FrontendError where there is none, or where it does not have integers of so many bits."""
+    form = FORMS.get(name)
+    if form is None:
+        raise FrontendError(f"--form is {' or '.join(FORMS)}, not {name!r}")
+    if bits not in form.bits:
+        raise FrontendError(
+            f"-q: {name} is written as {' or '.join(f'int{each}' for each in form.bits)}, not int{bits}"
+        )
+    return form
+
+
 def _above_zero(q: Array, bits: int) -> Array:
     """u8 from 0 on, of i8 around 0."""
     return (q.astype(np.int16) + (1 << bits - 1)).astype(np.uint8)
@@ -186,6 +198,10 @@ def write_checkpoint(
 ) -> Written:
     """Write the directory `output`, which is not there yet or empty. rounded: weights of the model, each once, and what
     they were rounded to."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FrontendError(f"cannot write {output} (-o): it is there already; give a new folder")
+    if not output.absolute().parent.is_dir():
+        raise FrontendError(f"cannot write {output} (-o): there is no folder {output.parent}; make it first")
     temporary = output.with_name(f".{output.name[:60]}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir()
