@@ -104,7 +104,9 @@ def quantize(
     chosen_form, chosen = form_of(form, bits), QuantizeOptions(bits, **options)  # type: ignore[arg-type]
     chosen.compile_options()  # refuses what is out of range before anything is read
     rounded = rounded_matrices(str(model), chosen, progress)
-    return write_checkpoint(Original.read(model), Path(output), chosen_form, bits, chosen.group_size, rounded)
+    return write_checkpoint(
+        Original.read(os.fspath(model)), Path(output), chosen_form, bits, chosen.group_size, rounded
+    )
 
 
 def from_hf(
