@@ -48,8 +48,8 @@ class CompileOptions:
     Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
     for a model of texts in int6 or less whose weights are embedded or go to a file, else "none".
     bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
-    show that they need more bits than their scheme has get 6 or 8, as far as these last. None: a tenth of a bit more
-    than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
+    show that they need more bits than their scheme has get one or two more, as far as these last. None: a tenth of a
+    bit more than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
     lora: directories of adapters, as PEFT writes them, that are merged into the weights.
     accuracy: whether the artifact tells how far it is from its original: each rounded matrix, and the outputs on text
     that the model writes. None: where weights are rounded to integers, and that takes long anyway or the model is small

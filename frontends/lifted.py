@@ -67,7 +67,7 @@ class Lifted:
     - "run": any graph, with the model's own inputs and outputs.
     encoder: for "encode", the manifest's `encoder` (see docs/architecture.md). config: the model's own settings.
     notes: for the user to read, such as settings that have no effect here.
-    least: schemes (int4, int6, int8) by names of params that the source has rounded in a way that is not kept: they are
+    least: schemes (int4 to int8) by names of params that the source has rounded in a way that is not kept: they are
     rounded anew, and no coarser than that, unless the user asks for it by name.
     otherwise: of a text model whose file does not say whether it is a decoder. It is lifted as one; if some attention
     of it sees later tokens, `settled` of `compiler/pipeline.py` takes the model that this function returns instead.

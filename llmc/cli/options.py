@@ -45,29 +45,31 @@ Target = Annotated[
                       rich_help_panel=_COMPILING),
 ]  # fmt: skip
 Quantization = Annotated[
-    str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|int6|int4", rich_help_panel=_COMPILING,
+    str, typer.Option("--quantization", "-q", metavar="none|bf16|f16|int8|...|int2", rich_help_panel=_COMPILING,
                       help="How linear weights are stored; default: int4, and where `llmc compile` gets an encoder, "
                            "the fewest bits that keep the mean cosine of its vectors with the original's above 0.99."),
 ]  # fmt: skip
 GroupSize = Annotated[
     int,
-    typer.Option("--group-size", metavar="32|64|128", help="Weights that share a scale.", rich_help_panel=_COMPILING),
+    typer.Option(
+        "--group-size", metavar="32|64|128|256", help="Weights that share a scale.", rich_help_panel=_COMPILING
+    ),
 ]
 Symmetric = Annotated[
     bool, typer.Option("--symmetric/--asymmetric", rich_help_panel=_COMPILING,
-                       help="int4 as levels of a table, or in even steps above a minimum in each group."),
+                       help="int4 and less as levels of a table, or in even steps above a minimum in each group."),
 ]  # fmt: skip
 Activations = Annotated[
     str | None, typer.Option("--activations", metavar="int8|bf16|f32", rich_help_panel=_COMPILING,
-                             help="Lowest precision of layers' inputs; default: int8 for int4 to int8; bf16 for bf16."),
+                             help="Lowest precision of layers' inputs; default: int8 for int2 to int8; bf16 for bf16."),
 ]  # fmt: skip
 Embedding = Annotated[
     str | None, typer.Option("--embedding", metavar="SCHEME", rich_help_panel=_COMPILING,
-                             help="The token embedding's own scheme; default: int6 where -q is int4."),
+                             help="The token embedding's own scheme; default: int6 where -q is int5 or less."),
 ]  # fmt: skip
 Head = Annotated[
     str | None, typer.Option("--head", metavar="SCHEME", rich_help_panel=_COMPILING,
-                             help="The output head's own scheme; default: int6 where -q is int4."),
+                             help="The output head's own scheme; default: int6 where -q is int5 or less."),
 ]  # fmt: skip
 Overrides = Annotated[
     list[str] | None, typer.Option("--override", metavar="PATTERN=SCHEME", rich_help_panel=_COMPILING,
@@ -76,11 +78,11 @@ Overrides = Annotated[
 Calibrate = Annotated[
     str | None, typer.Option("--calibrate", metavar="none|self|FILE", rich_help_panel=_COMPILING, show_default=False,
                              help="What weights are rounded by: nothing, the model's own text, a text file besides; "
-                             "default with int4 and int6: self."),
+                             "default with int6 and less: self."),
 ]  # fmt: skip
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bits-per-weight", metavar="BITS", rich_help_panel=_COMPILING, show_default=False,
-                               help="With int4, int6: bits a weight, all in all. Those that need it most get 6 or 8; "
+                               help="With int6 and less: bits a weight, all in all. Those that need it most get more; "
                                "default: 0.1 more than with none of them."),
 ]  # fmt: skip
 Lora = Annotated[
