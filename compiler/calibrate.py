@@ -92,7 +92,9 @@ def calibrate_model(
     most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight)
     encodings = [weight.encoding for weight in weights]
     searched = model.near is not None
-    key = key_of(floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed, searched)
+    key = key_of(
+        floats, load, [*texts, *more], code, encodings, most, vocabulary, options.seed, searched, options.overrides
+    )
     with suppress(NotKept):
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph

@@ -100,6 +100,8 @@ class CompileOptions:
                 raise CompileError(
                     f"--override {pattern!r}: a name pattern has letters, digits and ._-*?[], such as *.down_proj*"
                 )
+        if not isinstance(self.lora, tuple) or not all(isinstance(each, str) and each for each in self.lora):
+            raise CompileError(f"--lora needs directories of adapters, not {self.lora!r:.60}")
         if self.calibrate == "":
             raise CompileError("--calibrate is none, self or a file's path, not empty")
         if self.bits_per_weight is not None:

@@ -123,7 +123,7 @@ def _packed(encoded: Encoded, name: str, part: Array) -> Array:
 def _unpacked(weight: Quantize, file: np.lib.npyio.NpzFile, prefix: str) -> Encoded:
     """What a weight became; ValueError where that does not fit."""
     kind = grouped(parse_encoding(str(file[f"{prefix}encoding"])))
-    if kind.group != grouped(parse_encoding(weight.encoding)).group:  # activations are rounded in groups of that size
+    if kind.name != weight.encoding:  # the graph is made with the schemes that are in the file
         raise ValueError(f"{kind} does not fit")
     rows, inputs = weight.shape
     assert isinstance(rows, int)

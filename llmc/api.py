@@ -43,6 +43,8 @@ def make_options(dtype: str = "auto", **options: object) -> CompileOptions:
     unknown = sorted(set(options) - known)
     if unknown:
         raise CompileError(f"unknown option {', '.join(unknown)}; the options are dtype, {', '.join(sorted(known))}")
+    if options.get("lora", ()) is None:
+        del options["lora"]
     if isinstance(options.get("lora"), (str, os.PathLike)):
         options["lora"] = (os.fspath(options["lora"]),)  # type: ignore[call-overload]
     for name in ("overrides", "max_dims", "dims"):
@@ -100,6 +102,9 @@ def quantize(
     from llmc.compiler.quantized_checkpoint import QuantizeOptions, rounded_matrices
     from llmc.frontends.hf.stored.writing import Original, form_of, write_checkpoint
 
+    known = {field.name for field in dataclasses.fields(QuantizeOptions)} - {"bits"}
+    if unknown := sorted(set(options) - known):
+        raise CompileError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}")
     bits = int(dtype[3:]) if dtype.startswith("int") and dtype[3:].isdecimal() else 0
     chosen_form, chosen = form_of(form, bits), QuantizeOptions(bits, **options)  # type: ignore[arg-type]
     chosen.compile_options()  # refuses what is out of range before anything is read

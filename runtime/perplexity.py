@@ -120,7 +120,10 @@ class _Tally:
                 if expected is not None:
                     wanted = log_softmax(expected[begin:end])
                     self.reference_loss -= float(wanted[rows, targets].sum(dtype=np.float64))
-                    self.divergence += float((np.exp(wanted) * (wanted - found)).sum(dtype=np.float64))
+                    with np.errstate(invalid="ignore"):
+                        gaps = np.exp(wanted) * (wanted - found)
+                    # What the reference rules out has no part in the sum.
+                    self.divergence += float(np.where(np.isneginf(wanted), 0, gaps).sum(dtype=np.float64))
                     self.same += int((wanted.argmax(axis=-1) == found.argmax(axis=-1)).sum())
         self.total += len(ids) - 1
 

@@ -107,6 +107,23 @@ def test_whole_modules_take_the_base_models_place(base: Path, weights: Tensors, 
     np.testing.assert_array_equal(lift(base, lora=[folder]).load("lm_head.weight"), head)
 
 
+def test_a_weight_that_is_saved_with_its_change_gets_both(base: Path, weights: Tensors, tmp_path: Path) -> None:
+    """PEFT stores heads and embeddings besides, where these are targets: the change is for what is stored."""
+    shape = weights["lm_head.weight"].shape
+    stored = np.full(shape, 0.25, np.float32)
+    tensors = pair("lm_head", *shape) | {"lm_head.base_layer.weight": stored}
+    found = lift(base, lora=[write_adapter(tmp_path / "a", tensors)]).load("lm_head.weight")
+    np.testing.assert_allclose(found, stored + 1.5 * product(tensors, "lm_head"), rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_says_how_a_layer_lies(base: Path, weights: Tensors, tmp_path: Path) -> None:
+    """Of a square weight no shape tells, and PEFT corrects a setting that is wrong."""
+    tensors = pair(QUERY, *weights[f"{QUERY}.weight"].shape)
+    assert weights[f"{QUERY}.weight"].shape[0] == weights[f"{QUERY}.weight"].shape[1]
+    found = lift(base, lora=[write_adapter(tmp_path / "a", tensors, fan_in_fan_out=True)]).load(f"{QUERY}.weight")
+    np.testing.assert_allclose(found, weights[f"{QUERY}.weight"] + 1.5 * product(tensors, QUERY), rtol=1e-5, atol=1e-5)
+
+
 def test_an_embedding_and_layers_that_lie_the_other_way(tmp_path: Path) -> None:
     """Of a table, and of layers whose weight is [inputs, outputs]: the product is turned."""
     directory = make_tiny("gpt2", tmp_path / "model", tie_word_embeddings=False)
@@ -134,9 +151,18 @@ def test_a_tied_table_is_not_changed_for_one_of_its_two_uses(tmp_path: Path) -> 
         f"{name}.lora_embedding_A": np.ones((4, rows), np.float32),
         f"{name}.lora_embedding_B": np.ones((features, 4), np.float32),
     }
-    with pytest.raises(LlmcError, match=r"model\.embed_tokens, which the model's head shares"):
-        lift(directory, lora=[write_adapter(tmp_path / "a", tensors)])
-    head = {"lm_head.weight": np.ones((rows, features), np.float32)}
+    table = {f"{name}.weight": np.ones((rows, features), np.float32)}
+    head = {"lm_head.weight": np.full((rows, features), 1, np.float32)}
+    both = {f"{name}.weight": np.full((rows, features), 2, np.float32), **head}
+    for number, (changed, settings) in enumerate(
+        [(tensors, {}), (table, {}), (pair("lm_head", rows, features), {}), (both, {"ensure_weight_tying": True})]
+    ):
+        with pytest.raises(LlmcError, match=r"share one weight|has no lm_head"):
+            lift(directory, lora=[write_adapter(tmp_path / str(number), changed, **settings)])
+    with pytest.raises(LlmcError, match=r"which has no score\.weight"):
+        lift(directory, lora=[write_adapter(tmp_path / "s", {"score.weight": np.ones((2, features), np.float32)})])
+    each = lift(directory, lora=[write_adapter(tmp_path / "c", both, modules_to_save=["lm_head", "embed_tokens"])])
+    assert (each.load("lm_head.weight") == 1).all() and (each.load(f"{name}.weight") == 2).all()
     found = lift(directory, lora=[write_adapter(tmp_path / "b", head, modules_to_save=["lm_head"])])
     assert (found.load("lm_head.weight") == 1).all() and (found.load(f"{name}.weight") != 1).any()
 
@@ -160,6 +186,8 @@ REFUSED: dict[str, tuple[dict[str, object], Tensors, str]] = {
     "no numbers": ({}, {**GOOD, f"{UP}.lora_A.weight": np.full((4, 64), np.nan, np.float32)}, "no finite floats"),
     "integers": ({}, {**GOOD, f"{UP}.lora_A.weight": np.ones((4, 64), np.int32)}, "no finite floats"),
     "a wrong pattern": ({"alpha_pattern": {"(": 1}}, GOOD, "pattern"),
+    "no rank": ({"rank_pattern": {"up_proj": -4}, "use_rslora": True}, GOOD, "at least 1 is needed"),
+    "twice": ({}, {**GOOD, **{f"decoder.{name}": array for name, array in GOOD.items()}}, "more than one change"),
     "no scale": ({"lora_alpha": "much"}, GOOD, "no number"),
 }
 

@@ -205,6 +205,30 @@ def test_a_failure_on_the_way_leaves_nothing(llama: Path, tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_matrices_that_are_no_layers_are_named_too(tmp_path: Path) -> None:
+    """Experts are no linear layers of the model, but matrices of the file that readers would take for packed."""
+    source = make_tiny("qwen3_moe", tmp_path / "model")
+    written = quantized(source, tmp_path / "out")
+    left = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    floats = {
+        name.removesuffix(".weight")
+        for name, array in tensors(tmp_path / "out").items()
+        if name.endswith(".weight") and array.ndim == 2 and "embed" not in name
+    }
+    assert floats <= {layer for layer, _ in written.kept} == set(left) and any("experts" in name for name in floats)
+
+
+def test_a_model_without_such_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LlmcError, match="no linear layer of its own"):
+        quantized(make_tiny("gpt2", tmp_path / "model"), tmp_path / "out")
+
+
+def test_options_of_python_are_checked(llama: Path, tmp_path: Path) -> None:
+    for options in ({"foo": 1}, {"form": "gguf"}, {"bits": 7}):
+        with pytest.raises(LlmcError):
+            quantized(llama, tmp_path / "out", **options)
+
+
 def test_what_is_quantized_is_not_quantized_again(llama: Path, tmp_path: Path) -> None:
     quantized(llama, tmp_path / "out")
     with pytest.raises(LlmcError, match="quantized already"):

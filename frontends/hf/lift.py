@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import ModelClass, choose_class
-from llmc.frontends.hf.config import load_config, read_json
+from llmc.frontends.hf.config import load_config, quiet, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
-from llmc.frontends.hf.lora import AdaptedWeights, Adapter
+from llmc.frontends.hf.lora import AdaptedWeights, Adapter, Modules
 from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import adapters_below, resolve
 from llmc.frontends.hf.stored import open_stored, quantization_of
@@ -78,12 +79,9 @@ def lift(
     told: tuple[str, ...] = ()
     if checkpoint is not None and quantization is not None:
         checkpoint, told = open_stored(quantization, checkpoint)
-    for directory in lora:
-        if checkpoint is None:
-            raise FrontendError("--lora changes the checkpoint's weights, and not --weights random")
-        tied = bool(getattr(config.get_text_config(decoder=True), "tie_word_embeddings", False))
-        checkpoint = AdaptedWeights(checkpoint, Adapter.read(Path(directory).expanduser()), tied)
-        told = (*told, checkpoint.note)
+    if lora:
+        checkpoint, merged = _adapted(checkpoint, lora, kind, config)
+        told = (*told, *merged)
     plan = plan_encoder(kind, config, base_dir, sentence) if kind.task == ENCODE else None
     opened = Opened(
         config,
@@ -95,6 +93,21 @@ def lift(
         (*adapters_below(base_dir), *told),
     )
     return lift_opened(opened, max_context, seed)
+
+
+def _adapted(
+    checkpoint: WeightSource | None, lora: Sequence[str | Path], kind: ModelClass, config: PreTrainedConfig
+) -> tuple[WeightSource, tuple[str, ...]]:
+    """The checkpoint with adapters merged in, and a note on each."""
+    if checkpoint is None:
+        raise FrontendError("--lora changes the checkpoint's weights, and not --weights random")
+    with quiet(), torch.device("meta"):
+        modules = Modules.of(kind.build(copy.deepcopy(config), "eager"))  # building changes a config
+    notes = []
+    for directory in lora:
+        checkpoint = AdaptedWeights(checkpoint, Adapter.read(Path(directory).expanduser()), modules)
+        notes.append(checkpoint.note)
+    return checkpoint, tuple(notes)
 
 
 def check_options(max_context: int | None, weights: str) -> None:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.hf.weights import SafetensorsFile, TorchFile, is_finite, shortened
 from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import StoredIntegers, stored_integers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
 _PARTS = re.compile(
@@ -58,10 +62,11 @@ class _Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's directory. changes: by module; whole: tensors that take the place of the base model's, by name."""
+    """An adapter's directory. changes: by module; whole: tensors that take the place of the base model's, by name.
+    ties: whether a table and a head that are one stay so (`ensure_weight_tying`)."""
 
     directory: Path
-    turned: bool
+    ties: bool
     changes: Mapping[str, _Change] = field(repr=False)
     whole: Mapping[str, Array] = field(repr=False)
 
@@ -90,7 +95,7 @@ class Adapter:
             raise FrontendError(f"{directory}: {module} has a bias of its own (lora_bias), which is not merged")
         if not changes and not whole:
             raise FrontendError(f"{directory} holds no tensors of an adapter")
-        return cls(directory, settings.flag("fan_in_fan_out", False), changes, whole)
+        return cls(directory, settings.flag("ensure_weight_tying", False), changes, whole)
 
 
 def _check(settings: Settings) -> None:
@@ -135,10 +140,17 @@ def _add(
 
 def _scale(settings: Settings, module: str) -> float:
     """alpha / r, each by the first pattern that fits a module's name, as PEFT looks them up."""
-    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
+    rank = _rank(settings, module)
     default = settings.values.get("lora_alpha", 8)
     alpha = _by_pattern(settings, "alpha_pattern", module, default)
     return alpha / (math.sqrt(rank) if settings.flag("use_rslora", False) else rank)
+
+
+def _rank(settings: Settings, module: str) -> float:
+    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
+    if rank < 1:
+        raise FrontendError(f"{settings.where}: the rank of {module:.80} is {rank:g}, at least 1 is needed")
+    return rank
 
 
 def _by_pattern(settings: Settings, name: str, module: str, default: object) -> float:
@@ -160,7 +172,7 @@ def _check_change(change: _Change, settings: Settings, directory: Path, module: 
     where = f"{directory}: module {module:.100}"
     if change.a is None or change.b is None:
         raise FrontendError(f"{where} has only one of the two matrices of an adapter")
-    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
+    rank = _rank(settings, module)
     if change.a.shape[0] != rank or change.b.shape[1] != rank:
         raise FrontendError(
             f"{where}: its matrices are {list(change.a.shape)} and {list(change.b.shape)}, the rank is {rank}"
@@ -171,44 +183,94 @@ def _check_change(change: _Change, settings: Settings, directory: Path, module: 
         raise FrontendError(f"{where}: magnitudes of an embedding (use_dora) are not merged: merge it with peft")
 
 
+@dataclass(frozen=True)
+class Modules:
+    """What an adapter finds in a model. turned: modules whose weight lies as [inputs, outputs]. table, head: the
+    embedding and the output head where they share one weight; empty where they do not."""
+
+    names: frozenset[str]
+    turned: frozenset[str]
+    table: str = ""
+    head: str = ""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Modules:
+        from transformers.pytorch_utils import Conv1D
+
+        names = dict(model.named_modules())
+        turned = frozenset(name for name, module in names.items() if isinstance(module, Conv1D))
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if table is None or head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
+            return cls(frozenset(names), turned)
+        by_module = {id(module): name for name, module in names.items()}
+        return cls(frozenset(names), turned, by_module.get(id(table), ""), by_module.get(id(head), ""))
+
+    def find(self, module: str) -> str | None:
+        """The model's name of an adapter's module, which may have or lack a prefix."""
+        return _find(module, self.names)
+
+
 class AdaptedWeights:
     """A checkpoint's weights with an adapter merged in; those that it does not change are as they were.
 
-    tied: whether the model's head is its embedding, unless the checkpoint has both. FrontendError for an adapter of
-    another model, at the first module that does not fit.
+    FrontendError for an adapter of another model, at the first module that does not fit, and for one that changes a
+    table and a head that share one weight apart from each other, which PEFT computes and no merged weight does.
     """
 
-    def __init__(self, base: WeightSource, adapter: Adapter, tied: bool = False) -> None:
-        self._base, self._adapter = base, adapter
-        names = set(base.names)
+    def __init__(self, base: WeightSource, adapter: Adapter, modules: Modules) -> None:
+        self._base, self._adapter, self._modules = base, adapter, modules
         # Weights of modules of linear ops, [outputs, inputs] whatever the model has.
         self.of_linears: frozenset[str] = frozenset(getattr(base, "of_linears", ()))
+        self._turned: set[str] = set()
         self._changes: dict[str, _Change] = {}
         self._whole: dict[str, Array] = {}
-        unknown = []
-        for module, change in adapter.changes.items():
-            name = _find(f"{module}.weight", names)
-            if name is None:
-                unknown.append(module)
-                continue
-            if change.is_table and tied:
-                raise FrontendError(
-                    f"{adapter.directory} changes {module:.80}, which the model's head shares: merge it with peft"
-                )
-            self._check(name, change)
-            self._changes[name] = change
+        unknown: list[str] = []
         for wanted, array in adapter.whole.items():
-            name = _find(wanted, names)
-            if name is None and tied and wanted.rpartition(".")[2] == "weight":
-                name = wanted  # a head of its own, where it was the embedding
+            name = self._place(wanted, self._whole)
             if name is None:
                 unknown.append(wanted)
                 continue
-            if name in names and base.shape(name) != array.shape:
+            if name in set(base.names) and base.shape(name) != array.shape:
                 raise self._wrong(name, f"it has {list(array.shape)} for it")
             self._whole[name] = array
+        for module, change in adapter.changes.items():
+            name, own = self._place(f"{module}.weight", self._changes), modules.find(module)
+            if name is None or own is None:
+                unknown.append(module)
+                continue
+            if own in modules.turned and name not in self.of_linears:
+                self._turned.add(name)
+            self._check(name, change)
+            self._changes[name] = change
         if unknown:
             raise FrontendError(f"{adapter.directory} is no adapter of this model, which has no {shortened(unknown)}")
+        self._check_shared()
+
+    def _place(self, wanted: str, taken: Mapping[str, object]) -> str | None:
+        """The tensor of the checkpoint that a weight of the adapter belongs to, or a head of its own; None: none."""
+        names = set(self._base.names)
+        name = _find(wanted, names)
+        if name is None and self._modules.head and wanted in self._adapter.whole:
+            own = f"{self._modules.head}.weight"
+            name = own if wanted == own or wanted.endswith(f".{own}") else None
+        if name is not None and name in taken:
+            raise FrontendError(f"{self._adapter.directory} has more than one change of {name:.100}")
+        return name
+
+    def _check_shared(self) -> None:
+        """Refuse a table that is changed without the head that shares it, or both where they stay one."""
+        table, head = (f"{module}.weight" for module in (self._modules.table, self._modules.head))
+        if not self._modules.head:
+            return
+        names = {_find(table, set(self._base.names)) or table: "the embedding", head: "the head"}
+        touched = {name for name in names if name in self._changes or name in self._whole}
+        apart = head in set(self._base.names) or (touched == {head} and head in self._whole)
+        both = touched == set(names) and touched <= set(self._whole)
+        if touched and (self._adapter.ties or not (apart or both)):
+            raise FrontendError(
+                f"{self._adapter.directory} changes {shortened(touched)}: the model's embedding and head share one "
+                "weight, so that it has to be merged with peft"
+            )
 
     @property
     def note(self) -> str:
@@ -234,10 +296,8 @@ class AdaptedWeights:
         return None if name in self._changes or name in self._whole else stored_integers(self._base, name)
 
     def load(self, name: str) -> Array:
-        if name in self._whole:
-            return self._whole[name]
+        base = self._whole[name] if name in self._whole else self._base.load(name)
         change = self._changes.get(name)
-        base = self._base.load(name)
         if change is None:
             return base
         assert change.a is not None
@@ -252,26 +312,27 @@ class AdaptedWeights:
         return np.ascontiguousarray(weight.T if turned else weight).astype(base.dtype)
 
     def _is_turned(self, name: str, change: _Change) -> bool:
-        """Whether a weight lies as [inputs, outputs]: embeddings do, and layers of `fan_in_fan_out`."""
-        return change.is_table or (self._adapter.turned and name not in self.of_linears)
+        """Whether a weight lies as [inputs, outputs], as embeddings do. (`fan_in_fan_out` says what the model's own
+        module says, or is wrong: PEFT corrects it.)"""
+        return change.is_table or name in self._turned
 
     def _check(self, name: str, change: _Change) -> None:
         assert change.a is not None
         assert change.b is not None
         outputs, inputs = change.b.shape[0], change.a.shape[1]
         fits = (inputs, outputs) if self._is_turned(name, change) else (outputs, inputs)
-        if self._base.shape(name) != fits or self._base.dtype(name) not in FLOATS:
+        if self.shape(name) != fits or self.dtype(name) not in FLOATS:
             raise self._wrong(name, f"it is made for {list(fits)}")
         if change.magnitude is not None and len(change.magnitude) != outputs:
             raise self._wrong(name, f"it has {len(change.magnitude)} magnitudes")
 
     def _wrong(self, name: str, why: str) -> FrontendError:
-        kind = f"{self._base.dtype(name)} {list(self._base.shape(name))}"
+        kind = f"{self.dtype(name)} {list(self.shape(name))}"
         return FrontendError(f"{self._adapter.directory} is no adapter of this model: {name:.100} is {kind}, {why}")
 
 
-def _find(wanted: str, names: set[str]) -> str | None:
-    """The checkpoint's name of a weight, which may have or lack what stands in front of the base model's modules."""
+def _find(wanted: str, names: Collection[str]) -> str | None:
+    """The name of a weight or module, which may have or lack what stands in front of the base model's modules."""
     if wanted in names:
         return wanted
     found = [name for name in names if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]

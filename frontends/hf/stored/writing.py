@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from safetensors import SafetensorError
 
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.types import Array
@@ -147,11 +148,14 @@ def _above_zero(q: Array, bits: int) -> Array:
 
 @dataclass(frozen=True)
 class Original:
-    """A model directory that is quantized. linears: the names of its linear layers. weights: its weights, by the
+    """A model directory that is quantized. linears, tables: the names of its linear layers and embeddings; head: of the
+    layer that makes logits, if it has one. weights: its weights, by the
     model's names; file: by the checkpoint's."""
 
     directory: Path
     linears: tuple[str, ...]
+    tables: frozenset[str]
+    head: str
     weights: ModelWeights
     file: WeightSource
 
@@ -173,8 +177,24 @@ class Original:
         file = open_checkpoint(directory, getattr(config, "transformers_weights", None))
         with quiet(), torch.device("meta"):
             model = kind.build(config, "eager")
-        linears = tuple(name for name, module in model.named_modules() if type(module) is torch.nn.Linear)
-        return cls(directory, linears, ModelWeights(model, file, partly=True), file)
+        modules = dict(model.named_modules())
+        linears = tuple(name for name, module in modules.items() if type(module) is torch.nn.Linear)
+        tables = frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Embedding))
+        heads = [name for name, module in modules.items() if module is model.get_output_embeddings()]
+        weights = ModelWeights(model, file, partly=True)
+        found = cls(directory, linears, tables, heads[0] if heads else "", weights, file)
+        if not any(found.layer_of(f"{layer}.weight") for layer in linears if layer != found.head):
+            raise FrontendError(f"{directory} has no linear layer of its own that could be quantized")
+        return found
+
+    def others(self, replaced: set[str]) -> set[str]:
+        """What holds matrices that stay as they are, by the checkpoint's names, beside embeddings."""
+        tables = {self.weights.tensor_of(f"{name}.weight") for name in self.tables}
+        return {
+            name.removesuffix(".weight")
+            for name in self.file.names
+            if name.endswith(".weight") and name not in replaced | tables and len(self.file.shape(name)) == 2
+        }
 
     def layer_of(self, weight: str) -> str:
         """The linear layer that a weight of the model is the whole matrix of; empty where there is none, or where it is
@@ -198,9 +218,10 @@ def write_checkpoint(
 ) -> Written:
     """Write the directory `output`, which is not there yet or empty. rounded: weights of the model, each once, and what
     they were rounded to."""
+    output = output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FrontendError(f"cannot write {output} (-o): it is there already; give a new folder")
-    if not output.absolute().parent.is_dir():
+    if not output.parent.is_dir():
         raise FrontendError(f"cannot write {output} (-o): there is no folder {output.parent}; make it first")
     temporary = output.with_name(f".{output.name[:60]}.{secrets.token_hex(6)}.tmp")
     try:
@@ -208,8 +229,8 @@ def write_checkpoint(
         written = _write(original, temporary, form, bits, group, rounded)
         os.replace(temporary, output)
         return written
-    except OSError as error:
-        raise FrontendError(f"cannot write {output}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise FrontendError(f"cannot write {output}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -239,7 +260,10 @@ def _write(
 
     nbytes = _write_shards(tensors(), folder)
     _copy_others(original.directory, folder)
+    for layer in original.others(replaced):
+        kept.setdefault(layer, _KEPT)
     config = read_json(original.directory / "config.json")
+    config.pop("transformers_weights", None)  # the file has the name that is looked for
     config["quantization_config"] = form.settings(bits, group, sorted(kept))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for path in folder.glob("*.safetensors"):  # which are written for their owner only
