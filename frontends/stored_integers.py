@@ -187,8 +187,8 @@ def stored_notes(stored: Iterable[StoredIntegers]) -> tuple[str, ...]:
         kind = f"{weight.what}, {blocks}{order}"
         counts[kind] = counts.get(kind, 0) + 1
     return tuple(
-        f"{count} weight{'s' if count > 1 else ''} of the checkpoint are integers: {kind}. They are kept as they are: "
-        "-q and --override are for the other weights"
+        f"{count} weight{'s' if count > 1 else ''} of the checkpoint are integers: {kind}. Where an encoding holds "
+        "them they are kept: -q and --override are for the other weights"
         for kind, count in counts.items()
     )
 

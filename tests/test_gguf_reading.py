@@ -13,9 +13,14 @@ from gguf_files import ARRAY, F32, STRING, TYPES, header, text, typed, write
 
 from llmc.errors import FrontendError, LlmcError
 from llmc.frontends import lift
+from llmc.frontends.gguf.architectures import dense
+from llmc.frontends.gguf.description import Description
 from llmc.frontends.gguf.reader import GgufFile
+from llmc.frontends.gguf.settings import Settings
 from llmc.frontends.gguf.source import gguf_source, model_name, open_files
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
+from llmc.frontends.gguf.weights import Tensors
+from llmc.frontends.hf.config import config_of
 
 METADATA = {
     "general.architecture": "llama", "a.int": 7, "a.negative": -3, "a.float": 0.25, "a.flag": True, "a.text": "naïve",
@@ -271,3 +276,25 @@ def test_types_have_the_sizes_that_their_fields_add_up_to() -> None:
     for name, (number, block, size) in TYPES.items():
         kind = TENSOR_TYPES[number]
         assert (kind.name, kind.block, kind.size) == (name, block, size)
+
+
+@pytest.mark.parametrize("change", [{}, {"rope.scaling.factor": 4.0}])
+def test_layers_with_windows_rotate_as_the_file_says(change: dict[str, object], tmp_path: Path) -> None:
+    """Where settings are by kind of layer, each kind gets the file's; scaled ones are refused."""
+    settings = {
+        "block_count": 4, "embedding_length": 64, "attention.head_count": 4, "feed_forward_length": 128,
+        "context_length": 256, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 12345.0,
+        "attention.sliding_window": 32,
+    }  # fmt: skip
+    metadata = {f"olmo2.{name}": value for name, value in (settings | change).items()}
+    tensors = {"token_embd.weight": ("F32", np.zeros((8, 64), np.float32))}
+    write(tmp_path / "m.gguf", {"general.architecture": "olmo2", **metadata}, tensors)
+    file = GgufFile(tmp_path / "m.gguf")
+    model = Description(file.path, "olmo2", Settings(file.path, file.metadata, "olmo2"), Tensors([file]))
+    if change:
+        with pytest.raises(FrontendError, match="beside windows"):
+            dense._olmo2(model)
+        return
+    config = config_of(dense._olmo2(model).config, file.path)
+    assert {kind["rope_theta"] for kind in config.rope_parameters.values()} == {12345.0}
+    assert set(config.rope_parameters) == {"full_attention", "sliding_attention"}

@@ -280,3 +280,27 @@ def test_settings_that_are_json_of_any_kind_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(changed))
         with pytest.raises(FrontendError, match=rf"quantization_config: {name} is"):
             lift(pair.directory)
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(192, 2), (448, 4), (129, 2)])
+def test_blocks_of_floats_end_where_the_settings_say(rows: int, blocks: int) -> None:
+    """Also where other blocks of as many would fit the shape."""
+    weight = f8(np.ones((rows, 128), np.float32))
+    scale = np.arange(1, blocks + 1, dtype=np.float32)[:, None]
+    file = ArrayWeights({"a.weight": weight, "a.weight_scale": scale})
+    weights: dict[str, object] = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    settings = Settings({"format": "float-quantized", "config_groups": groups}, "config.json")
+    found = compressed_tensors.read(settings, file)[0].load("a.weight")
+    np.testing.assert_array_equal(found[:, 0], np.arange(rows) // 128 + 1)
+    del weights["block_structure"]
+    with pytest.raises(FrontendError, match="does not fit"):
+        compressed_tensors.read(settings, file)
+
+
+def test_groups_that_no_setting_explains_are_refused() -> None:
+    tensors = {"a.weight": np.ones((4, 192), np.int8), "a.weight_scale": np.ones((4, 2), np.float32)}
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}
+    settings = Settings({"format": "int-quantized", "config_groups": groups}, "config.json")
+    with pytest.raises(FrontendError, match="2 groups of 192 inputs"):
+        compressed_tensors.read(settings, ArrayWeights(tensors))

@@ -15,7 +15,7 @@ from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, 
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
 from llmc.compiler.ir.structural import Broadcast, Reshape, Slice, Transpose
-from llmc.compiler.ir.types import Array
+from llmc.compiler.ir.types import INTEGERS, Array
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.probe import read_weight
 from llmc.compiler.passes.rewriting import uncast
@@ -131,13 +131,21 @@ class KeepIntegers(Pass, name="keep-integers"):
             shift = 1 << (bits - 1)
             q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
             points = Add(points, constant(float(shift), "f32"))
-        if source.zeros is None or source.zeros.dtype in _IN_STEPS:
+        if source.zeros is None or source.zeros.dtype in _IN_STEPS or _is_small(source.zeros):
             return PackGroups(q, halves, Cast(Broadcast(Neg(points), scales.shape), "f16"), f"q{bits}g{group}z")
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
         lost = _rounding_of_minimums(minimums, halves)
         if lost:
             return lost
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
+
+
+def _is_small(zeros: Value) -> bool:
+    """Whether zero points are whole numbers that f16 holds."""
+    if zeros.dtype not in INTEGERS:
+        return False
+    found = _read(zeros)
+    return found is not None and bool((np.abs(found.astype(np.int64)) <= 1 << 11).all())
 
 
 def _fewest_bits(q: Value) -> int:

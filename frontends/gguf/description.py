@@ -191,7 +191,10 @@ class Description:
         settings = self.settings
         found: Config = {"rope_type": "default", "rope_theta": settings.number("rope.freq_base", base)}
         if partial:
-            found["partial_rotary_factor"] = self.rotary / self.head_dim
+            part = self.rotary / self.head_dim
+            # transformers multiplies again, and cuts off: 88 * (30 / 88) is 29.999...
+            whole = int(self.head_dim * part) == self.rotary
+            found["partial_rotary_factor"] = part if whole else math.nextafter(part, 2)
         elif not latent and self.rotary != self.head_dim:
             raise settings.error("rope.dimension_count", f"is {self.rotary} of {self.head_dim} channels of a head")
         return found | self._scaling(latent)
@@ -206,7 +209,9 @@ class Description:
             raise settings.error("rope.scaling.factor", f"is {factor:g} with longrope, which is not supported")
         original = settings.integer("rope.scaling.original_context_length", 0)
         attention = settings.number("rope.scaling.attn_factor", 1.0)
-        if kind == "yarn" and factor != 1.0:
+        if factor < 0:
+            raise settings.error("rope.scaling.factor", f"is {factor:g}, below 0")
+        if kind == "yarn" and factor not in (0.0, 1.0):
             return self._yarn(factor, original, attention, latent)
         if "rope_freqs.weight" in self.tensors and kind in ("none", "linear"):
             factors = self._factors("rope_freqs.weight")

@@ -87,10 +87,11 @@ def zeros(kind: TensorType, rows: Bytes) -> Floats:
     return points.reshape(len(rows), -1)
 
 
-def least_scheme(name: str) -> str | None:
+def least_scheme(name: str, kept: bool | None = None) -> str | None:
     """How finely weights of a type that is not kept are rounded anew at least, so that they keep no fewer bits than
-    they had; None for types of floats, and those that are kept."""
+    they had; None for types of floats, and those that are kept. kept: whether this weight is, where not its type
+    decides."""
     kind = next(kind for kind in TENSOR_TYPES.values() if kind.name == name)
-    if kind.dtype is not None or name in KINDS:
+    if kind.dtype is not None or (name in KINDS if kept is None else kept):
         return None
     return next((f"int{bits}" for bits in (4, 5, 6) if kind.bits <= bits), "int8")

@@ -40,6 +40,8 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
     try:
         words = Vocabulary.of(settings)
         tokenizer = build(words, spaces_by_order)
+        _add_tokens(tokenizer, words)
+        adds_bos = _surround(tokenizer, words)
     except NoTokenizer as error:
         note = f"no tokenizer: {error}: the artifact takes token ids only"
         return Text(generation=generation.defaults, notes=(*generation.notes, note))
@@ -50,8 +52,6 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
             raise
         why = " ".join(str(error).split())[:200]
         raise FrontendError(f"{path}: its tokenizer cannot be built ({type(error).__name__}: {why})") from error
-    _add_tokens(tokenizer, words)
-    adds_bos = _surround(tokenizer, words)
     notes = [*generation.notes, *_unread(settings)]
     if len(words.tokens) > vocabulary:
         notes.append(
@@ -102,6 +102,9 @@ def _surround(tokenizer: Tokenizer, words: Vocabulary) -> bool:
     bos = marked.get("bos", 1 if words.kind == "llama" and len(words.tokens) > 1 else None) if first else None
     eos = marked.get("eos") if last else None
     around = {words.tokens[number]: number for number in (bos, eos) if number is not None}
+    for token in around:
+        if token.startswith("$") or ":" in token:  # which the library's templates take for something else
+            raise NoTokenizer(f"its token {token!r:.40} cannot be put around texts")
     if around:
         begin = [words.tokens[bos]] if bos is not None else []
         end = [words.tokens[eos]] if eos is not None else []

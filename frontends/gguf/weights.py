@@ -161,7 +161,9 @@ class GgufWeights:
         """How finely weights are rounded at least, by name: those that the file has rounded, and that are not kept."""
         found = {}
         for name, weight in self._weights.items():
-            schemes = [stored.least_scheme(self._tensors[tensor].kind.name) for tensor in weight.tensors]
+            kept = self.integers(name) is not None
+            kinds = [self._tensors[tensor].kind.name for tensor in weight.tensors]
+            schemes = [stored.least_scheme(kind, kept) for kind in kinds]
             known = [scheme for scheme in schemes if scheme is not None]
             if known and len(self.shape(name)) == 2:
                 found[name] = max(known)  # int4 < int5 < int6 < int8

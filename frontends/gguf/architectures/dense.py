@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmc.errors import FrontendError
 from llmc.frontends.gguf.architectures.llama import ATTENTION, GATED_MLP, JOINED_EXPERTS, LLAMA, OUTSIDE, paired
 from llmc.frontends.gguf.architectures.qwen import HEAD_NORMS, routed
 from llmc.frontends.gguf.description import Config, Description, Plan, architecture
@@ -135,13 +136,17 @@ def _olmo(model: Description) -> Plan:
 def _olmo2(model: Description) -> Plan:
     """Olmo 2, and Olmo 3, which is the same with windows."""
     window = model.settings.integer("attention.sliding_window", 0)
-    more: Config = {"rope_parameters": model.rope(), "hidden_act": "silu"}
+    rope = model.rope()
+    more: Config = {"rope_parameters": rope, "hidden_act": "silu"}
     if window:
+        each = {kind: dict(rope) for kind in ("full_attention", "sliding_attention")}
         more |= {"model_type": "olmo3", "sliding_window": window, "layer_types": model.sliding(4)}
+        more["rope_parameters"] = each
         model.settings.expect("rope.freq_base_swa", (model.settings.number("rope.freq_base", 10000.0),))
-        scaled = model.settings.text("rope.scaling.type", "none")
-        if scaled != "none":
-            raise model.settings.error("rope.scaling.type", f"is {scaled!r:.40} beside windows, which is not supported")
+        if rope["rope_type"] != "default":
+            raise model.settings.error(
+                "rope.scaling.type", f"makes {rope['rope_type']!r:.40} beside windows, which is not supported"
+            )
     else:
         model.settings.ignore("attention.sliding_window_pattern")
         more |= {"model_type": "olmo2"}
@@ -257,9 +262,12 @@ def _stablelm(model: Description) -> Plan:
     weights = model.weights(OUTSIDE, LLAMA)
     for layer in range(model.layers if norms else 0):  # one norm a head, each a module of its own
         for ours, theirs, heads in (("q", "attn_q_norm", model.heads), ("k", "attn_k_norm", model.kv_heads)):
+            stored = f"blk.{layer}.{theirs}.weight"
+            if stored not in model.tensors or model.tensors[stored].shape[:1] != (heads,):
+                raise FrontendError(f"{model.path}: {stored} has not one row for each of {heads} heads")
             for head in range(heads):
                 name = f"model.layers.{layer}.self_attn.{ours}_layernorm.norms.{head}.weight"
-                weights[name] = Weight((f"blk.{layer}.{theirs}.weight",), values=Row(head))
+                weights[name] = Weight((stored,), values=Row(head))
     return Plan(config, weights)
 
 

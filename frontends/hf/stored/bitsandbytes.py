@@ -59,7 +59,7 @@ def _bytes(module: Module) -> StoredIntegers:
     module.require("weight", (-1, -1), "i8")
     outputs, inputs = module.shape("weight")
     module.require("SCB", (outputs,), "f32")
-    if module.has("weight_format") and int(module.load("weight_format").reshape(-1)[0]) != 0:
+    if module.has("weight_format") and module.load("weight_format").reshape(-1).tolist() != [0]:
         raise module.wrong("its weight_format is not row by row: save the model with a newer bitsandbytes")
     return StoredIntegers(
         q=Part((outputs, inputs), "i8", module.later("weight", lambda q: q)),

@@ -31,6 +31,7 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
     """The weights of a checkpoint of compressed-tensors, and what a user should know of them."""
     _check(settings)
     bits, sizes = _bits_and_sizes(settings)
+    blocks = _blocks_of_floats(settings)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     modules = modules_with(file, "weight_scale")
@@ -43,7 +44,7 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         elif module.dtype("weight") == "i8":
             integers[name] = _bytes(module, sizes)
         elif module.dtype("weight") in FLOATS_OF_8:
-            floats[name] = scaled_floats(module, "weight", "weight_scale")
+            floats[name] = _floats(module, blocks)
         else:
             raise module.wrong(f"its weight is {module.dtype('weight')} beside a weight_scale: it is not compressed")
     if not modules and settings.text("format") != "dense":
@@ -91,6 +92,44 @@ def _bits_and_sizes(settings: Settings) -> tuple[set[int], set[int]]:
             bits.add(weights.integer("num_bits", 8, 1, 64))
             sizes.add(weights.integer("group_size", -1, -1, 1 << 24))
     return bits, {size for size in sizes if size > 0}
+
+
+def _blocks_of_floats(settings: Settings) -> list[tuple[int, int]]:
+    """Rows and columns of the blocks that the settings know."""
+    found = set[tuple[int, int]]()
+    for _, group in _groups(settings):
+        weights = group.inner("weights")
+        if weights is None:
+            continue
+        size = weights.integer("group_size", -1, -1, 1 << 24)
+        if size > 0:
+            found.add((1, size))
+        block = weights.values.get("block_structure")
+        if isinstance(block, list) and len(block) == 2 and all(type(n) is int and 1 <= n < 1 << 24 for n in block):
+            found.add((block[0], block[1]))
+        elif block is not None:
+            raise weights.wrong("block_structure", "two positive whole numbers")
+    return sorted(found)
+
+
+def _floats(module: Module, blocks: list[tuple[int, int]]) -> Part:
+    """Floats of 8 bits by the only blocks that fit; FrontendError where none or several do."""
+    made: list[Part] = []
+    for block in (None, *blocks):
+        try:
+            made.append(scaled_floats(module, "weight", "weight_scale", block))
+        except FrontendError:
+            if block is None and not blocks:
+                raise
+            continue
+        if block is None:
+            return made[0]
+    if len(made) != 1:
+        raise module.wrong(
+            f"its weight_scale of {list(module.shape('weight_scale'))} does not fit its weight of "
+            f"{list(module.shape('weight'))} in one of the blocks that the settings say: {blocks or 'none'}"
+        )
+    return made[0]
 
 
 def _packed(module: Module, known: set[int], sizes: set[int]) -> StoredIntegers:
@@ -179,8 +218,6 @@ def _blocks(module: Module, inputs: int, sizes: set[int]) -> tuple[int, Array | 
     if groups == 1:
         return 0, None, 1
     fitting = [size for size in sizes if -(-inputs // size) == groups]
-    if not fitting and inputs % groups == 0:
-        fitting = [inputs // groups]
     if len(fitting) != 1:
         raise module.wrong(f"it has {groups} groups of {inputs} inputs, the settings say groups of {_listed(sizes)}")
     block = fitting[0]

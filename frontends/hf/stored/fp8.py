@@ -14,6 +14,7 @@ from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import Part, StoredWeights
 
+_BLOCK = (128, 128)  # of transformers, where the settings have none
 _ENDINGS = ("_scale_inv", "_scale")
 _ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub", "output_scale", "k_scale", "v_scale")
 
@@ -38,19 +39,18 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         raise FrontendError(
             f"{settings.where} says {settings.text('quant_method')}, but no weight of the checkpoint has a scale"
         )
-    notes = [f"{len(floats)} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for"]
-    if settings.text("activation_scheme", "dynamic") != "dynamic":
-        notes.append(
-            "the checkpoint's fixed scales of activations are not used: llmc rounds activations as --activations says"
-        )
-    return StoredWeights(file, {}, floats, parts), tuple(notes)
+    notes = (
+        f"{len(floats)} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for",
+        "what the checkpoint says of activations and the KV cache has no effect: llmc rounds them as its options say",
+    )
+    return StoredWeights(file, {}, floats, parts), notes
 
 
-def _block(settings: Settings) -> tuple[int, int] | None:
+def _block(settings: Settings) -> tuple[int, int]:
     """Rows and columns of a block."""
     found = settings.values.get("weight_block_size")
     if found is None:
-        return None
+        return _BLOCK
     sizes = isinstance(found, list) and len(found) == 2 and all(type(n) is int and 1 <= n < 1 << 24 for n in found)
     if not sizes or not isinstance(found, list):
         raise settings.wrong("weight_block_size", "two positive whole numbers")

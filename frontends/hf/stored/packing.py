@@ -65,13 +65,18 @@ class Module:
         return f"{self.name}.{part}" in self.names
 
     def shape(self, part: str) -> tuple[int, ...]:
-        return self.file.shape(f"{self.name}.{part}")
+        return self.file.shape(self._found(part))
 
     def dtype(self, part: str) -> str:
-        return self.file.dtype(f"{self.name}.{part}")
+        return self.file.dtype(self._found(part))
 
     def load(self, part: str) -> Array:
-        return self.file.load(f"{self.name}.{part}")
+        return self.file.load(self._found(part))
+
+    def _found(self, part: str) -> str:
+        if not self.has(part):
+            raise self.wrong(f"its {part} is missing")
+        return f"{self.name}.{part}"
 
     def later(self, part: str, change: Change) -> Callable[[], Array]:
         """A tensor when it is asked for, changed."""
@@ -83,9 +88,9 @@ class Module:
 
     def require(self, part: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """FrontendError for a tensor that is missing, or of another dtype or shape (-1: any size)."""
-        if not self.has(part):
-            raise self.wrong(f"its {part} is missing")
         found, dtype = self.shape(part), self.dtype(part)
+        if 0 in found:
+            raise self.wrong(f"its {part} is {list(found)}, with nothing in it")
         fits = len(found) == len(shape) and all(b in (-1, a) for a, b in zip(found, shape, strict=True))
         if not fits or dtype not in dtypes:
             expected = f"{' or '.join(dtypes)} [{', '.join('any' if d < 0 else str(d) for d in shape)}]"

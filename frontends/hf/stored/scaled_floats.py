@@ -16,7 +16,7 @@ FLOATS_OF_8 = ("f8_e4m3", "f8_e5m2")
 def scaled_floats(module: Module, weight: str, scale: str, block: tuple[int, int] | None = None) -> Part:
     """weight * scale, f32. The last two axes of the scale have one number a block of rows and columns of the weight.
 
-    block: rows and columns of a block; the last ones may be smaller. None: as many as the shapes say.
+    block: rows and columns of a block; the last ones may be smaller. None: only one scale, or one a row or column.
     """
     module.require(weight, (-1,) * len(module.shape(weight)), *FLOATS_OF_8)
     shape = module.shape(weight)
@@ -52,10 +52,10 @@ def _size(grid: tuple[int, ...], matrix: tuple[int, int], block: tuple[int, int]
     for axis, (count, whole) in enumerate(zip(grid, matrix, strict=True)):
         if count == 1:
             found.append(max(1, whole))
+        elif count == whole:
+            found.append(1)
         elif block is not None:
             found.append(block[axis])
-        elif whole % count == 0:
-            found.append(whole // count)
         else:
             return None  # where the blocks end is not known
         if -(-whole // max(1, found[-1])) != count and whole:
