@@ -113,8 +113,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     elif what == "weight":
         packed = pipeline.packed_arrays
 
-        def wrong(placed: object, load: object) -> Iterator[tuple[int, str, np.ndarray]]:
-            for offset, name, array in packed(placed, load):  # type: ignore[arg-type]
+        def wrong(placed: object, load: object, *told: object) -> Iterator[tuple[int, str, np.ndarray]]:
+            for offset, name, array in packed(placed, load, *told):  # type: ignore[arg-type]
                 yield offset, name, array[::-1] if "down_proj" in name and array.dtype != np.int8 else array
 
         monkeypatch.setattr(pipeline, "packed_arrays", wrong)

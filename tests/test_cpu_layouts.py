@@ -139,7 +139,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         QuantizedLayout(4, 64, True, 8, 8, gated=True).pack(q[:7], scales[:7])
     with pytest.raises(ValueError, match="groups of 48"):
         QuantizedLayout(4, 48, True, 8, 8)
-    with pytest.raises(ValueError, match="5-bit"):
-        QuantizedLayout(5, 64, True, 8, 0)
+    with pytest.raises(ValueError, match="7-bit"):
+        QuantizedLayout(7, 64, True, 8, 0)
     with pytest.raises(ValueError, match="f16"):
         FloatLayout("f16", 8).pack(np.zeros((8, 8), np.float32))

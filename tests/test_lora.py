@@ -167,7 +167,7 @@ def test_a_tied_table_is_not_changed_for_one_of_its_two_uses(tmp_path: Path) -> 
     assert (found.load("lm_head.weight") == 1).all() and (found.load(f"{name}.weight") != 1).any()
 
 
-GOOD = pair(UP, 128, 64)
+GOOD = pair(UP, 96, 64)
 REFUSED: dict[str, tuple[dict[str, object], Tensors, str]] = {
     "another kind": ({"peft_type": "LOHA"}, GOOD, "peft_type is 'LOHA'"),
     "a changed base": ({"init_lora_weights": "pissa"}, GOOD, "init_lora_weights is 'pissa'"),

@@ -287,7 +287,7 @@ def test_blocks_of_floats_end_where_the_settings_say(rows: int, blocks: int) -> 
     """Also where other blocks of as many would fit the shape."""
     weight = f8(np.ones((rows, 128), np.float32))
     scale = np.arange(1, blocks + 1, dtype=np.float32)[:, None]
-    file = ArrayWeights({"a.weight": weight, "a.weight_scale": scale})
+    file = Tensors({"a.weight": weight, "a.weight_scale": scale})
     weights: dict[str, object] = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     settings = Settings({"format": "float-quantized", "config_groups": groups}, "config.json")

@@ -64,7 +64,8 @@ def test_scales_of_fp8_of_other_shapes() -> None:
     w = f8(normal(3, 8, 16))
     for shape in ((1,), (), (3,), (3, 1), (3, 1, 1), (3, 8, 1), (3, 2, 4)):
         scales = np.random.default_rng(0).random(shape).astype(np.float32) + 1
-        source = source_of({"m.w": w, "m.w_scale_inv": np.asarray(scales)}, quant_method="fp8")
+        blocks = {"weight_block_size": [4, 4]} if shape == (3, 2, 4) else {}
+        source = source_of({"m.w": w, "m.w_scale_inv": np.asarray(scales)}, quant_method="fp8", **blocks)
         whole = scales.reshape(*shape, *(1,) * (3 - len(shape))) if len(shape) > 1 or shape == (3,) else scales
         if shape == (3, 2, 4):
             whole = np.repeat(np.repeat(scales, 4, 1), 4, 2)

@@ -105,7 +105,13 @@ def _blocks_of_floats(settings: Settings) -> list[tuple[int, int]]:
         if size > 0:
             found.add((1, size))
         block = weights.values.get("block_structure")
-        if isinstance(block, list) and len(block) == 2 and all(type(n) is int and 1 <= n < 1 << 24 for n in block):
+        if isinstance(block, str):  # as its older versions wrote it: 128x128
+            block = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in block.split("x")]
+        if (
+            isinstance(block, (list, tuple))
+            and len(block) == 2
+            and all(type(n) is int and 1 <= n < 1 << 24 for n in block)
+        ):
             found.add((block[0], block[1]))
         elif block is not None:
             raise weights.wrong("block_structure", "two positive whole numbers")
