@@ -199,7 +199,7 @@ class Modules:
 
         names = dict(model.named_modules())
         turned = frozenset(name for name, module in names.items() if isinstance(module, Conv1D))
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if table is None or head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
             return cls(frozenset(names), turned)
         by_module = {id(module): name for name, module in names.items()}

@@ -180,7 +180,8 @@ class Original:
         modules = dict(model.named_modules())
         linears = tuple(name for name, module in modules.items() if type(module) is torch.nn.Linear)
         tables = frozenset(name for name, module in modules.items() if isinstance(module, torch.nn.Embedding))
-        heads = [name for name, module in modules.items() if module is model.get_output_embeddings()]
+        logits = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        heads = [name for name, module in modules.items() if module is logits]
         weights = ModelWeights(model, file, partly=True)
         found = cls(directory, linears, tables, heads[0] if heads else "", weights, file)
         if not any(found.layer_of(f"{layer}.weight") for layer in linears if layer != found.head):
