@@ -200,7 +200,8 @@ class Modules:
         names = dict(model.named_modules())
         turned = frozenset(name for name, module in names.items() if isinstance(module, Conv1D))
         table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if table is None or head is None or not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        settings = model.config.get_text_config(decoder=True)
+        if table is None or head is None or not getattr(settings, "tie_word_embeddings", False):
             return cls(frozenset(names), turned)
         by_module = {id(module): name for name, module in names.items()}
         return cls(frozenset(names), turned, by_module.get(id(table), ""), by_module.get(id(head), ""))
@@ -219,6 +220,7 @@ class AdaptedWeights:
 
     def __init__(self, base: WeightSource, adapter: Adapter, modules: Modules) -> None:
         self._base, self._adapter, self._modules = base, adapter, modules
+        self._names = frozenset(base.names)
         # Weights of modules of linear ops, [outputs, inputs] whatever the model has.
         self.of_linears: frozenset[str] = frozenset(getattr(base, "of_linears", ()))
         self._turned: set[str] = set()
@@ -230,7 +232,7 @@ class AdaptedWeights:
             if name is None:
                 unknown.append(wanted)
                 continue
-            if name in set(base.names) and base.shape(name) != array.shape:
+            if name in self._names and base.shape(name) != array.shape:
                 raise self._wrong(name, f"it has {list(array.shape)} for it")
             self._whole[name] = array
         for module, change in adapter.changes.items():
@@ -248,8 +250,7 @@ class AdaptedWeights:
 
     def _place(self, wanted: str, taken: Mapping[str, object]) -> str | None:
         """The tensor of the checkpoint that a weight of the adapter belongs to, or a head of its own; None: none."""
-        names = set(self._base.names)
-        name = _find(wanted, names)
+        name = _find(wanted, self._names)
         if name is None and self._modules.head and wanted in self._adapter.whole:
             own = f"{self._modules.head}.weight"
             name = own if wanted == own or wanted.endswith(f".{own}") else None
@@ -262,9 +263,9 @@ class AdaptedWeights:
         table, head = (f"{module}.weight" for module in (self._modules.table, self._modules.head))
         if not self._modules.head:
             return
-        names = {_find(table, set(self._base.names)) or table: "the embedding", head: "the head"}
+        names = {_find(table, self._names) or table: "the embedding", head: "the head"}
         touched = {name for name in names if name in self._changes or name in self._whole}
-        apart = head in set(self._base.names) or (touched == {head} and head in self._whole)
+        apart = head in self._names or (touched == {head} and head in self._whole)
         both = touched == set(names) and touched <= set(self._whole)
         if touched and (self._adapter.ties or not (apart or both)):
             raise FrontendError(
@@ -280,7 +281,7 @@ class AdaptedWeights:
 
     @property
     def names(self) -> Iterable[str]:
-        return [*self._base.names, *(name for name in self._whole if name not in set(self._base.names))]
+        return [*self._base.names, *(name for name in self._whole if name not in self._names)]
 
     def dtype(self, name: str) -> str:
         if name in self._whole:
