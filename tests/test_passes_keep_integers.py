@@ -243,3 +243,22 @@ def test_minimums_that_f16_does_not_hold(zero: float, kept: bool) -> None:
         found = KeepIntegers().run(graph, report)
     assert any(isinstance(op, PackGroups) for op in found.ops) == kept
     assert kept or "f16 does not hold its minimums" in report.refusals[0][1]
+
+
+@pytest.mark.parametrize(("dtype", "ending"), [("u8", "z"), ("i8", "a")])
+def test_parts_of_a_step_are_not_lost_to_the_middle(dtype: str, ending: str) -> None:
+    """128 and a tenth is 128 and an eighth in f16: with 128 added, the zero point is scaled before it is rounded."""
+    x = Input("x", Tensor((T, INPUTS), "f32"))
+    q = Param("q", Tensor((ROWS, INPUTS), dtype))
+    scales, zeros = Param("scales", Tensor((ROWS, 6), "f32")), Param("zeros", Tensor((ROWS, 6), "f16"))
+    graph = Graph("m", (x,), (("y", Linear(x, ScaleIntegers(q, scales, zeros, 1, 32))),))
+    data = {
+        "q": np.random.default_rng(0).integers(0, 128, (ROWS, INPUTS)).astype({"u8": np.uint8, "i8": np.int8}[dtype]),
+        "scales": np.full((ROWS, 6), 0.001, np.float16).astype(np.float32),
+        "zeros": np.full((ROWS, 6), 0.1, np.float16),
+    }
+    data["q"][0, 0] = 200 if dtype == "u8" else -100
+    with reading(data.__getitem__):
+        found = KeepIntegers().run(graph, Report("keep-integers"))
+    (packed,) = [op for op in found.ops if isinstance(op, PackGroups)]
+    assert packed.encoding == f"q8g32{ending}"

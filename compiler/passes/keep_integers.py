@@ -26,8 +26,6 @@ ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
 # Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
 SMALL = 2.0**-14
 STEP = 2.0**-3  # of a group's step, that its minimum may be moved by
-# Zero points that f16 holds.
-_IN_STEPS = ("u8", "i8", "f16")
 FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
 
 
@@ -131,7 +129,7 @@ class KeepIntegers(Pass, name="keep-integers"):
             shift = 1 << (bits - 1)
             q = Cast(Add(Cast(q, "i16"), constant(shift, "i16")), "u8")
             points = Add(points, constant(float(shift), "f32"))
-        if source.zeros is None or source.zeros.dtype in _IN_STEPS or _is_small(source.zeros):
+        if _in_steps(source):
             return PackGroups(q, halves, Cast(Broadcast(Neg(points), scales.shape), "f16"), f"q{bits}g{group}z")
         minimums = Broadcast(Neg(Mul(Cast(halves, "f32"), points)), scales.shape)
         lost = _rounding_of_minimums(minimums, halves)
@@ -140,12 +138,15 @@ class KeepIntegers(Pass, name="keep-integers"):
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
 
 
-def _is_small(zeros: Value) -> bool:
-    """Whether zero points are whole numbers that f16 holds."""
-    if zeros.dtype not in INTEGERS:
-        return False
-    found = _read(zeros)
-    return found is not None and bool((np.abs(found.astype(np.int64)) <= 1 << 11).all())
+def _in_steps(source: ScaleIntegers) -> bool:
+    """Whether f16 holds the zero points, which integers around 0 have 128 added to: parts of a step are lost then."""
+    zeros = source.zeros
+    if zeros is None or zeros.dtype in ("u8", "i8"):
+        return True
+    if zeros.dtype == "f16":
+        return source.q.dtype == "u8"
+    found = _read(zeros) if zeros.dtype in INTEGERS else None
+    return found is not None and bool((np.abs(found.astype(np.int64)) <= 1 << 10).all())
 
 
 def _fewest_bits(q: Value) -> int:
