@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def knob(*values: int, exact: bool = True, code: bool = True) -> int:
     """A field of a template that may be one of `values`.
 
     exact: every value gives the same bits. code: the kernel's code depends on it; what only its calls depend on, such
-    as how many units are worth a thread, is no parameter of the kernel.
+    as how many units are worth a thread, is no parameter of the kernel, and no reason to refuse one.
     """
     if not values or list(values) != sorted(set(values)):
         raise ValueError(f"a knob's values are several numbers in order, not {values}")
@@ -146,6 +147,7 @@ class Knob:
     code: bool
 
 
+@functools.cache
 def knobs(template: type[Template[P]]) -> tuple[Knob, ...]:
     """A template's knobs, in the order of its fields."""
     return tuple(Knob(field.name, **field.metadata) for field in dataclasses.fields(template))
@@ -158,22 +160,26 @@ def is_exact(template: type[Template[P]]) -> bool:
 
 def space(template: type[T], problem: Problem, machine: Machine) -> Iterator[T]:
     """Every way to write a kernel for the problem with this template, in order of the knobs' values."""
-    names = [field.name for field in knobs(template)]
+    legal = frozenset(_legal(template, problem, machine))
+    of_code = [field.code for field in knobs(template)]
     for values in itertools.product(*(field.values for field in knobs(template))):
-        member = template(**dict(zip(names, values, strict=True)))
-        if not member.refuse(problem, machine):
-            yield member
+        if tuple(itertools.compress(values, of_code)) in legal:
+            yield template(*values)
 
 
 def count(template: type[T], problem: Problem, machine: Machine) -> int:
     """How many members a space has."""
-    return sum(1 for _ in space(template, problem, machine))
+    free = math.prod(len(field.values) for field in knobs(template) if not field.code)
+    return free * len(_legal(template, problem, machine))
 
 
 @functools.lru_cache(maxsize=1024)
-def _members(template: type[T], problem: Problem, machine: Machine) -> tuple[T, ...]:
-    """A space, walked once for all layers that are alike."""
-    return tuple(space(template, problem, machine))
+def _legal(template: type[T], problem: Problem, machine: Machine) -> tuple[tuple[int, ...], ...]:
+    """What the knobs that the code depends on may be together: the others are no reason to refuse a kernel."""
+    choices = [field.values if field.code else field.values[:1] for field in knobs(template)]
+    members = (template(*values) for values in itertools.product(*choices))
+    legal = (member for member in members if not member.refuse(problem, machine))
+    return tuple(tuple(getattr(m, field.name) for field in knobs(template) if field.code) for m in legal)
 
 
 def describe_space(kernel: Kernel, machine: Machine) -> dict[str, object] | None:
@@ -185,16 +191,17 @@ def describe_space(kernel: Kernel, machine: Machine) -> dict[str, object] | None
     template, problem = kernel.template, kernel.problem
     if not isinstance(template, Template) or problem is None:
         return None
-    members = _members(type(template), problem, machine)
+    legal = _legal(type(template), problem, machine)
+    columns = iter(zip(*legal, strict=True) if legal else itertools.repeat(()))  # of the knobs that the code depends on
     return {
         "version": template.version,
-        "legal": len(members),
+        "legal": count(type(template), problem, machine),
         "exact": is_exact(type(template)),
         "knobs": {
             field.name: {
                 "value": getattr(template, field.name),
                 "exact": field.exact,
-                "values": sorted({getattr(member, field.name) for member in members}),
+                "values": sorted(set(next(columns))) if field.code else list(field.values if legal else ()),
             }
             for field in knobs(type(template))
         },

@@ -17,6 +17,7 @@ concatenated along the first axis. For a gated layout a block is gate rows a..b 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class WeightTiles:
             return 0 if symmetric else -128
         return 1 << bits - 1 if symmetric else 0
 
+    @functools.cache  # noqa: B019  (an architecture has one of these, and a model few layouts)
     def quantized(
         self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False, in_steps: bool = False
     ) -> QuantizedLayout:

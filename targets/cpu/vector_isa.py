@@ -11,6 +11,7 @@ is the same for all instruction sets of an architecture: see `weight_tiles`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -207,12 +208,14 @@ class VectorIsa(ABC):
         return of(self.i16, f"<{self.lanes * 2} x i16>") + of(self.i32, f"<{self.lanes} x i32>")
 
 
+@functools.cache
 def isa_for(machine: Machine) -> VectorIsa:
     """The widest instruction set that a machine has: its architecture's folder knows. ValueError where it has none."""
     found: VectorIsa = importlib.import_module(f"llmc.targets.{machine.arch}.isa").isa_for(machine)
     return found
 
 
+@functools.cache
 def weight_tiles(machine: Machine) -> WeightTiles:
     """How weights lie on all machines of an architecture: its folder knows."""
     found: WeightTiles = importlib.import_module(f"llmc.targets.{machine.arch}.isa").WEIGHT_TILES
