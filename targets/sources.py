@@ -21,6 +21,9 @@ ROOT = "llmc"
 # The source file of a module by its name; None where there is none.
 Locate = Callable[[str], "Path | None"]
 
+# Where statements stand in others. No expression has any, and expressions are nearly all of a tree.
+_BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+
 
 @functools.cache
 def locate(name: str) -> Path | None:
@@ -91,11 +94,12 @@ def _imports(source: bytes, package: str, functions: bool) -> list[str]:
 
 
 def _running(node: ast.AST, functions: bool) -> Iterator[ast.AST]:
-    """A tree's nodes but those of `if TYPE_CHECKING:`; and of functions, unless they count."""
+    """A tree's statements but those of `if TYPE_CHECKING:`; and of functions, unless they count."""
     yield node
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-            for other in child.orelse:
-                yield from _running(other, functions)
-        elif functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from _running(child, functions)
+    for name in _BLOCKS:
+        for child in getattr(node, name, ()):
+            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+                for other in child.orelse:
+                    yield from _running(other, functions)
+            elif functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield from _running(child, functions)
