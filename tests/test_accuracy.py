@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from kernel_harness import CACHE
 from onnx_files import mlp, write
+from own_cache import use_own_cache
 from tiny_encoders import make_encoder
 from tiny_models import make_tiny
 
@@ -42,7 +43,7 @@ _lift_model = pipeline.lift_model
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are measured anew in every test; models are lifted once for all."""
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setattr(pipeline, "lift_model", _lifted)
 
 

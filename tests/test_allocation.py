@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_cache import use_own_cache
 from tiny_models import make_tiny
 
 import llmc
@@ -161,7 +162,7 @@ def bits_of(path: Path) -> float:
 
 
 def test_a_model_gets_the_bits_that_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     model = make_tiny("llama", tmp_path / "llama")
     llmc.compile(model, tmp_path / "plain.so", calibrate="none")
     least = bits_of(tmp_path / "plain.so")
@@ -199,7 +200,7 @@ def test_what_cannot_be_spent_is_refused(options: dict[str, object], message: st
 
 def test_a_model_of_some_size_writes_its_text_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled in 8 bits: every id is what that model's logits behind the ids before it give, whatever runs beside."""
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setattr(calibration, "WRITES_FROM", 1)
     monkeypatch.setattr("llmc.compiler.own_text.LENGTH", 24)
     seen: list[np.ndarray] = []
@@ -220,7 +221,7 @@ def test_a_model_of_some_size_writes_its_text_itself(tmp_path: Path, monkeypatch
 
 
 def test_a_model_that_does_not_run_here_has_its_text_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     monkeypatch.setattr(calibration, "WRITES_FROM", 1)
 
     def refuse(*_: object) -> None:

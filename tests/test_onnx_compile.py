@@ -10,6 +10,7 @@ import pytest
 from kernel_harness import CACHE
 from onnx_exports import export
 from onnx_files import mlp, write
+from own_cache import use_own_cache
 
 import llmc
 from llmc import cli
@@ -24,7 +25,7 @@ def run(*arguments: object) -> int:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
 
 
 def test_a_graph_of_plain_tensors_runs_at_every_size(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own_cache import use_own_cache
 from tiny_models import make_tiny
 
 import llmc
@@ -92,7 +93,7 @@ def test_what_was_not_used_for_long_goes(tmp_path: Path) -> None:
 def test_a_second_compile_rounds_nothing_and_has_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     models = {seed: make_tiny("llama", tmp_path / f"llama{seed}", seed=seed) for seed in (0, 1)}
     calls: list[object] = []
     real = calibration.calibrate
