@@ -48,6 +48,7 @@ class CompiledGraph:
         task: str = "generate",
         **limits: int,
     ) -> None:
+        skip_unless_runnable(machine)  # before minutes of compiling
         self.graph, self.machine = graph, machine
         self.spoil: Callable[[Step], None] = lambda _step: None
         self.task = task

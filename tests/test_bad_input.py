@@ -42,7 +42,7 @@ def unchanged(old: Path) -> None:
 
 def test_the_good_model_compiles_and_the_good_artifact_loads(old: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What the other tests damage is whole to begin with."""
-    status, out, _ = tools.run(capfd, "compile", tools.model(), "-o", old)
+    status, out, _ = tools.run(capfd, "compile", tools.model(), *tools.QUICK, "-o", old)
     assert status == 0
     assert out.startswith(f"{old}: ")
     assert np.isfinite(Runtime.load(old).forward([1, 2, 3])).all()
@@ -166,7 +166,7 @@ def test_a_bad_option_is_named(name: str, old: Path, capfd: pytest.CaptureFixtur
 def test_with_json_success_is_one_object(old: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import json
 
-    status, out, _ = tools.run(capfd, "compile", tools.model(), "-o", old, "--json")
+    status, out, _ = tools.run(capfd, "compile", tools.model(), *tools.QUICK, "-o", old, "--json")
     assert status == 0
     assert json.loads(out)["path"] == str(old)
 
@@ -275,7 +275,7 @@ def test_a_damaged_kernel_cache_is_mended(
         path.touch()
     os.utime(stale, (0, 0))
     monkeypatch.setenv("LLMC_CACHE_DIR", str(kernels.parent))
-    status, _, err = tools.run(capfd, "compile", tools.model(), "-o", "x.so")
+    status, _, err = tools.run(capfd, "compile", tools.model(), *tools.QUICK, "-o", "x.so")
     assert status == 0, err
     assert (stale.exists(), fresh.exists()) == (False, True)
 
@@ -349,5 +349,5 @@ def test_a_model_without_a_template_cannot_chat(tmp_path: Path, capfd: pytest.Ca
     model = tools.copy_of(tools.model(), tmp_path / "model")
     settings = model / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("chat_template", "no_template"))
-    assert tools.run(capfd, "compile", model, "-o", "plain.so")[0] == 0
+    assert tools.run(capfd, "compile", model, *tools.QUICK, "-o", "plain.so")[0] == 0
     refused(capfd, "no chat template: use generate", "chat", "plain.so")

@@ -59,7 +59,7 @@ def flipped_places() -> list[int]:
     size = tools.artifact().stat().st_size
     places = [0, 4, 5, 16, 18, 24, 32, 40, 58, 60, 62, size - 1, size - 8, size - 12, size - 20, size - 48, size - 100]
     for part in parts():
-        places += [part.offset + part.extent * step // 8 for step in range(1, 8)] + [part.offset + part.extent - 1]
+        places += [part.offset + part.extent * step // 8 for step in range(1, 8, 3)] + [part.offset + part.extent - 1]
     return sorted(set(places))
 
 
@@ -69,7 +69,7 @@ def test_a_flipped_byte_anywhere_is_found_before_it_matters(tmp_path: Path, monk
     data = tools.artifact().read_bytes()
     load = Library.load
     places = flipped_places()
-    assert len(places) > 50
+    assert len(places) > 30
     for place in places:
         part = next((part for part in parts() if part.offset <= place < part.offset + part.extent), None)
         name = part.name if part else "seal"
@@ -134,12 +134,12 @@ def test_a_damaged_artifact_in_the_cache_is_made_again(tmp_path: Path, monkeypat
     tools.artifact()
     (tmp_path / "kernels").symlink_to(tools.CACHE / "kernels")
     monkeypatch.setenv("LLMC_CACHE_DIR", str(tmp_path))
-    llmc.from_hf(tools.model())
+    llmc.from_hf(tools.model(), calibrate="none")
     (path,) = (tmp_path / "artifacts").iterdir()
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[:-1])
-    np.testing.assert_array_equal(llmc.from_hf(tools.model()).forward(IDS), logits())
+    np.testing.assert_array_equal(llmc.from_hf(tools.model(), calibrate="none").forward(IDS), logits())
 
 
 # Machines and versions
@@ -196,7 +196,9 @@ def waiting(moment: str, old: Path, folder: Path, **environment: str) -> subproc
     """A compile to `old` that has come to the moment, and waits."""
     flag = folder / "here"
     before = MOMENTS[moment].format(flag=str(flag))
-    process = tools.start("compile", tools.model(), "-o", old, before=before, TMPDIR=str(folder / "tmp"), **environment)
+    process = tools.start(
+        "compile", tools.model(), *tools.QUICK, "-o", old, before=before, TMPDIR=str(folder / "tmp"), **environment
+    )
     deadline = time.monotonic() + 600
     while not flag.exists():
         assert process.poll() is None, process.communicate()
@@ -228,7 +230,7 @@ def test_kill_loses_nothing_and_the_next_compile_sweeps_up(
     assert old.read_bytes() == tools.artifact().read_bytes()
     np.testing.assert_array_equal(Runtime.load(old, threads=1).forward(IDS), logits())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    status, _, err = tools.run(capfd, "compile", tools.model(), "-o", old)
+    status, _, err = tools.run(capfd, "compile", tools.model(), *tools.QUICK, "-o", old)
     assert status == 0, err
     assert left_over(tmp_path) == []
     np.testing.assert_array_equal(Runtime.load(old, threads=1).forward(IDS), logits())
@@ -249,7 +251,7 @@ def test_kill_in_the_kernel_cache_leaves_no_broken_kernel(
     process.communicate()
     assert {path: path.read_bytes() for path in kernels.glob("*.o") if ".tmp" not in path.name} == whole
     monkeypatch.setenv("LLMC_CACHE_DIR", str(kernels.parent))
-    assert tools.run(capfd, "compile", tools.model(), "-o", old)[0] == 0
+    assert tools.run(capfd, "compile", tools.model(), *tools.QUICK, "-o", old)[0] == 0
     np.testing.assert_array_equal(Runtime.load(old, threads=1).forward(IDS), logits())
 
 
@@ -270,7 +272,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(moment: str, old: Path, tmp_path
 def test_two_compiles_of_one_output_both_succeed(old: Path) -> None:
     """The one that ends last wins; their options differ, so that a mixture would show."""
     schemes = ("int4", "int8")
-    processes = [tools.start("compile", tools.model(), "-o", old, "-q", scheme) for scheme in schemes]
+    processes = [tools.start("compile", tools.model(), *tools.QUICK, "-o", old, "-q", scheme) for scheme in schemes]
     for process in processes:
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
@@ -285,7 +287,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(old: Path) -> None:
     """The kernel ends writes of this process: the whole chain in a process of its own."""
     room = tools.artifact().stat().st_size - 20_000
     code = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))"
-    process = tools.start("compile", tools.model(), "-o", old, before=code)
+    process = tools.start("compile", tools.model(), *tools.QUICK, "-o", old, before=code)
     out, err = process.communicate(timeout=600)
     judge(process.returncode, out, err, rf"cannot write {old}: the file would be larger than the system allows")
     assert [path.name for path in old.parent.iterdir()] == [old.name]

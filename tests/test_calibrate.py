@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx_files import mlp, write
+from own_cache import use_own_cache
 from tiny_encoders import make_encoder
 from tiny_models import make_tiny
 
@@ -39,8 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: make_tiny(name, folder / name) for name in FAMILIES}
 
 
-def lifted_and_graph(source: Path, **options: object) -> tuple[Lifted, Graph]:
-    chosen = CompileOptions(**options)  # type: ignore[arg-type]
+@functools.cache
+def lifted_and_graph(source: Path) -> tuple[Lifted, Graph]:
+    chosen = CompileOptions()
     lifted = lift_model(str(source), chosen)
     return lifted, run_lifted(lifted, chosen).graph
 
@@ -49,7 +52,7 @@ def linears(graph: Graph) -> list[Linear | GatedLinear]:
     return [op for op in graph.ops if isinstance(op, (Linear, GatedLinear))]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "albert"])  # ALBERT's layers share their weights
+@pytest.mark.parametrize("family", ["llama_odd", "gemma2", "gpt2", "albert"])  # ALBERT's layers share their weights
 def test_moments_are_those_of_the_layers_inputs(
     family: str, tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,7 +85,7 @@ def test_moments_are_those_of_the_layers_inputs(
         assert min(gaps) < 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2_tied", "gpt2"])
 def test_every_weight_of_a_layer_is_rounded_and_nothing_else_changes(
     family: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -137,7 +140,7 @@ def test_as_many_rounds_as_ids_write_the_text_one_id_at_a_time(
             assert (sums[text[at] - 1] if text[at] else 0) <= chances[at] + 1e-6
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_logits_by_rows_are_those_of_the_whole_text(
     family: str, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,8 +181,11 @@ def test_texts_begin_and_end_as_the_tokenizer_says(tiny: dict[str, Path], tmp_pa
         assert ([*text[: len(around[0])]], [*text[16 - len(around[1]) :]]) == around
 
 
-def test_the_same_seed_gives_the_same_bytes(tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
+        use_own_cache(tmp_path / name, monkeypatch)  # nothing that was rounded before is found
         llmc.compile(tiny["llama"], tmp_path / f"{name}.so", calibrate="self")
     assert (tmp_path / "a.so").read_bytes() == (tmp_path / "b.so").read_bytes()
 
@@ -252,10 +258,9 @@ def test_outputs_are_nearer_to_the_models_own(tiny: dict[str, Path], tmp_path: P
     assert divergences[1] < 0.9 * divergences[0]  # random weights gain less than trained ones, whose inputs correlate
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_checked_compile(family: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+def test_a_checked_compile(tiny: dict[str, Path], tmp_path: Path) -> None:
     """The artifact is compared with the graph that has the rounded weights."""
-    found = llmc.compile(tiny[family], tmp_path / "model.so", check=True)
+    found = llmc.compile(tiny["gpt2"], tmp_path / "model.so", check=True)
     assert found
 
 

@@ -22,7 +22,8 @@ from llmc.runtime.runtime import Runtime
 from llmc.runtime.sequence import Sequence
 
 PYCODER = Path(__file__).parents[1] / "examples" / "pycoder"
-SCHEMES = ("int4", "int8", "bf16", "f16", "none")
+SLOW = pytest.mark.slow  # what differs from the others in its kernels alone, whose bits test_x86_company.py has
+SCHEMES = ("int4", "none", *(pytest.param(scheme, marks=SLOW) for scheme in ("int8", "bf16", "f16")))
 BORDER = 64  # prompts are cut at multiples of this
 PROMPT, DECODED = 620, 6  # attention takes a context in parts of 512 tokens: the rows cross from one into the next
 NEIGHBOUR = 1500
@@ -87,7 +88,10 @@ def company(request: pytest.FixtureRequest) -> Company:
 
 
 # Other heads, windows, softcaps, biases and norms; one key head for each query head, windows that end within a page.
-@pytest.fixture(scope="module", params=["gpt2", "gemma2", "qwen3", "bloom", "mistral_odd"])
+@pytest.fixture(
+    scope="module",
+    params=["gemma2", "bloom", *(pytest.param(name, marks=SLOW) for name in ("gpt2", "qwen3", "mistral_odd"))],
+)
 def other(request: pytest.FixtureRequest) -> Company:
     return compiled(request.param, "none")
 
@@ -221,8 +225,14 @@ def test_a_trained_model(scheme: str, tmp_path: Path) -> None:
         check_batch(trained, size)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "none"])
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [
+        ("bert", "int8"),
+        ("modernbert", "none"),
+        *(pytest.param(*case, marks=SLOW) for case in (("bert", "none"), ("modernbert", "int8"))),
+    ],
+)
 def test_texts_of_an_encoder(family: str, scheme: str, tmp_path: Path) -> None:
     """Each text alone, with one thread, as in a batch with others, with two."""
     directory = make_encoder(family, tmp_path / family, max_position_embeddings=640)

@@ -156,7 +156,7 @@ def test_one_loop_and_several_give_the_same_bits(tmp_path: Path, heads: int) -> 
     """While kernels are timed, each has a loop of its own."""
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": heads, "head_dim": 16}
     directory = make_tiny("llama", tmp_path / "model", **sizes)
-    options = CompileOptions(quantization="int4", group_size=32, max_context=256)
+    options = CompileOptions(quantization="int4", calibrate="none", accuracy=False, group_size=32, max_context=256)
     compile_model(str(directory), tmp_path / "model.so", options)
     found = []
     for threads, profiling in ((1, True), (1, False), (2, False), (3, False)):

@@ -27,9 +27,13 @@ FAMILIES = tuple(dict.fromkeys((*PROMISED, "gpt_neo", "codegen", "mpt")))
 NO_ROTATION = ("gpt2", "gpt_neo", "opt", "falcon_alibi", "bloom", "mpt")
 FROM_A_TABLE = ("gptj", "codegen")
 LAYERS = 2
+# The others are among the slow tests: test_end_to_end.py has their logits, through the artifact.
+QUICK = ("llama", "gemma2", "bloom", "gptj")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES]
+)
 def test_a_family_is_recognised_and_means_the_same(family: str, tmp_path: Path) -> None:
     lifted = lift(make_tiny(family, tmp_path))
     with reading(lifted.load):

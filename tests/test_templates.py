@@ -106,11 +106,11 @@ def test_what_is_refused_has_a_reason_of_one_line(met: list[tuple[Kernel, Machin
 
 def test_no_less_stack_is_taken_than_is_stated(met: list[tuple[Kernel, Machine]]) -> None:
     rng = random.Random(0)
-    for kernel, machine in some_of(met):
+    for number, (kernel, machine) in enumerate(some_of(met)):
         template, problem = type(kernel.template), kernel.problem
-        for member in {kernel.template, rng.choice(list(space(template, problem, machine)))}:
-            taken, stated = stack_bytes(member.build(problem, machine)), member.stack_bytes(problem, machine)
-            assert taken <= stated <= taken + SLACK, (member, problem)
+        member = kernel.template if number % 2 else rng.choice(list(space(template, problem, machine)))
+        taken, stated = stack_bytes(member.build(problem, machine)), member.stack_bytes(problem, machine)
+        assert taken <= stated <= taken + SLACK, (member, problem)
 
 
 def test_knobs_that_change_bits_do_not_depend_on_rows(met: list[tuple[Kernel, Machine]]) -> None:
@@ -155,9 +155,9 @@ def distinct(item: Case, machine: Machine) -> list[Template[Any]]:
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_some_of_a_space(name: str, item: Case) -> None:
     machine = MACHINES[name]
-    members = distinct(item, machine)
-    few = random.Random(facts(item)).sample(members, min(3, len(members)))
-    check(item, machine, [item.template.default(item.problem, machine), *few])
+    """The default and another member. LLVM takes seconds for each: the whole spaces are among the slow tests."""
+    another = random.Random(facts(item)).choice(distinct(item, machine))
+    check(item, machine, [item.template.default(item.problem, machine), another])
 
 
 @pytest.mark.slow
