@@ -10,7 +10,7 @@ import numpy as np
 from llmc.compiler.encodings.grouped import EVEN_BITS
 from llmc.compiler.ir.elementwise import Add, Cast, Constant, Mul, Neg, Sub, constant
 from llmc.compiler.ir.evaluate import evaluate_values
-from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.graph import Graph, rewrite, topological
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
@@ -52,6 +52,9 @@ class KeepIntegers(Pass, name="keep-integers"):
             turned = isinstance(base, Transpose) and base.permutation == (1, 0)
             source = uncast(base.x) if isinstance(base, Transpose) and turned else base
             if weight not in graph.constants or not isinstance(source, ScaleIntegers):
+                if weight in graph.constants and base not in kept and (hidden := _hidden(base)):
+                    kept[base] = hidden
+                    report.refuse(describe(op, weight), hidden)
                 return None
             if base not in kept:
                 try:
@@ -136,6 +139,17 @@ class KeepIntegers(Pass, name="keep-integers"):
         if lost:
             return lost
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
+
+
+def _hidden(weight: Value) -> str:
+    """Why a weight that is computed from integers, such as a part of them or them in another order, keeps none; empty
+    where there are none in it."""
+    if isinstance(weight, (PackGroups, Quantize)) or not any(
+        isinstance(value, ScaleIntegers) for value in topological([weight])
+    ):
+        return ""
+    kind = weight.name if isinstance(weight, Op) else type(weight).__name__
+    return f"its integers are not kept: they lie behind {kind}, so that what they stand for is rounded like any weight"
 
 
 def _in_steps(source: ScaleIntegers) -> bool:
