@@ -16,7 +16,7 @@ SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int5", "int4", "int3", "int2"
 AUTO = "auto"  # what the model is for decides
 INTEGERS = tuple(scheme for scheme in SCHEMES if scheme.startswith("int"))
 ACTIVATIONS = ("int8", "bf16", "f32")
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256)
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
@@ -100,6 +100,11 @@ class CompileOptions:
                 raise CompileError(
                     f"--override {pattern!r}: a name pattern has letters, digits and ._-*?[], such as *.down_proj*"
                 )
+        given = (self.quantization, self.embedding, self.head, *(scheme for _, scheme in self.overrides))
+        if self.group_size % 32 and (odd := {"int3", "int5"} & set(given)):
+            raise CompileError(
+                f"{min(odd)} needs --group-size 32 or more: 3 and 5 bits of {self.group_size} fill no bytes"
+            )
         if not isinstance(self.lora, tuple) or not all(isinstance(each, str) and each for each in self.lora):
             raise CompileError(f"--lora needs directories of adapters, not {self.lora!r:.60}")
         if self.calibrate == "":

@@ -67,6 +67,7 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
         *((name, 101) for name in ("q4g32", "q4g32a", "q4g32z", "q8g32", "q8g32a", "q8g32z", "t4g32", "t4g64")),
         # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
         *(("t6g32", 101), ("t6g64", 129), ("t6g8", 31), ("t6g40", 7), ("t6g64", 1), ("t6g128", 256), ("t4g40", 7)),
+        *(("q2g16a", 33), ("t4g16", 101), ("q6g16", 31), ("q8g16z", 7)),
     ],
 )
 @pytest.mark.parametrize("machine", MACHINES)
@@ -84,7 +85,7 @@ def test_rows_of_quantized_tables(machine: Machine, name: str, features: int) ->
         spread[1] = spread[1].astype(np.float64) * spread[0]
     expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
     layouts: list[RowLayout | QuantizedLayout] = [row_layout(encoding)]
-    if group % 32 == 0:  # as the tiles of a matrix kernel want it
+    if group % 32 == 0 or group == 16:  # as the tiles of a matrix kernel want it
         layouts.append(
             weight_tiles(machine).quantized(encoding.bits, group, symmetric, encoding.table, in_steps=encoding.in_steps)
         )

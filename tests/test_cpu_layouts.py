@@ -32,6 +32,7 @@ LAYOUTS = [
         for bits, symmetric, offset in [(4, True, 8), (4, False, 0), (8, True, 128), (8, True, 0), (8, False, -128)]
         for group, tile_rows, gated in SHAPES
     ),
+    *(QuantizedLayout(bits, 16, offset > 0, 8, offset) for bits, offset in [(2, 0), (4, 8), (6, 32), (8, 0)]),
     *(
         WeightTiles(tile_rows, signed).quantized(bits, group, symmetric=True, table=True, gated=gated)
         for bits in (4, 6)

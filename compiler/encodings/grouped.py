@@ -29,6 +29,7 @@ from llmc.errors import CompileError, IRError
 
 BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
 EVEN_BITS = (2, 3, 4, 5, 6, 8)
+WHOLE = 32  # inputs that 3 or 5 bits of each fill whole vectors of a tile with
 _NAME = re.compile(r"([qt])(\d+)g(\d+)([az]?)\Z")
 
 
@@ -57,7 +58,7 @@ class GroupQuantized(Encoding):
         if self.in_steps and self.symmetric:
             raise IRError("no encoding without minimums has them in steps")
         if self.group < 8 or self.group % 8:
-            raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
+            raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (16, 32, 64 or 128)")
 
     @property
     def name(self) -> str:
@@ -73,6 +74,11 @@ class GroupQuantized(Encoding):
     def bits_per_weight(self) -> float:
         """Stored bits a weight, scales included, where groups are full."""
         return self.bits + (16 if self.symmetric else 32) / self.group
+
+
+def fits(bits: int, group: int) -> bool:
+    """Whether weights of linear ops may have integers of so many bits in groups of so many inputs."""
+    return group % WHOLE == 0 or bits not in (3, 5)
 
 
 @register_encoding

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
-from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.encodings.grouped import WHOLE, fits, grouped
 from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
@@ -46,6 +46,10 @@ def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
         if text in INTEGER_SCHEMES:
             bits = INTEGER_SCHEMES[text]
             symmetric = symmetric or bits > 4
+            if not fits(bits, group_size):
+                raise CompileError(
+                    f"scheme {text!r}: no layout of {bits} bits in groups of {group_size}, but of {WHOLE}"
+                )
             return Scheme(encoding=GroupQuantized(bits, group_size, symmetric, symmetric and bits in TABLE_BITS).name)
         if _ENCODING.match(text):
             return Scheme(encoding=parse_encoding(text).name)

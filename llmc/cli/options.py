@@ -52,7 +52,7 @@ Quantization = Annotated[
 GroupSize = Annotated[
     int,
     typer.Option(
-        "--group-size", metavar="32|64|128|256", help="Weights that share a scale.", rich_help_panel=_COMPILING
+        "--group-size", metavar="16|32|64|128|256", help="Weights that share a scale.", rich_help_panel=_COMPILING
     ),
 ]
 Symmetric = Annotated[

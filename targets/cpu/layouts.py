@@ -146,8 +146,12 @@ class QuantizedLayout(_Tiled):
     in_steps: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in PLANES or self.group % 32:
-            raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32")
+        known = self.group > 0 and (self.group % 32 == 0 or self.group == 16) and self.bits in PLANES
+        if not known or self.group % (4 * self.bundle_quads):
+            raise ValueError(
+                f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32, or 16 where they "
+                "have 2, 4, 6 or 8 bits"
+            )
 
     def groups(self, k: int) -> int:
         """Groups of k inputs."""

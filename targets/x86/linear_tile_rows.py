@@ -224,6 +224,8 @@ class QuantizedTileRows(CpuTemplate[QuantizedProblem], name="quantized_linear_ti
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         if not amx.has_tiles(machine, "int8") or isa_for(machine).lanes != amx.ROWS:
             return f"{machine.name} has no tile registers for bytes, as wide as its vectors"
+        if problem.group % 32:
+            return f"groups of {problem.group} do not fill the tiles that multiply bytes"
         if self.ring <= self.unpack_ahead:  # what is unpacked would overwrite what is multiplied
             return f"a ring of {self.ring} groups has no room for {self.unpack_ahead} ahead and one that is multiplied"
         return super().refuse(problem, machine)
