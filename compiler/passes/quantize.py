@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmc.compiler.encodings.grouped import fits
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.llm import (
@@ -86,6 +87,7 @@ class _Run:
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
         few = [name for name, bits in INTEGER_SCHEMES.items() if bits < INTEGER_SCHEMES[_FINER]]
+        few = [name for name in few if fits(INTEGER_SCHEMES[name], options.group_size)]
         is_few = any(options.scheme in (name, self._scheme(name).encoding) for name in few)
         finer = self._scheme(_FINER) if is_few else self.scheme
         self.head = finer if options.head == "auto" else self._scheme(options.head)
