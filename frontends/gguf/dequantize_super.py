@@ -45,7 +45,8 @@ def scales_of_q3_k(blocks: Bytes) -> Floats:
 def three_bits_of_k(blocks: Bytes) -> Array:
     """Integers of Q3_K, i8 around 0."""
     third = fields(blocks[:, :32], tuple(range(8)), 1, 32)  # a bit that is 1 takes nothing away
-    return fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32).astype(np.int8) - ((third ^ 1) << 2).astype(np.int8)
+    found: Array = fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32).astype(np.int8) - ((third ^ 1) << 2).astype(np.int8)
+    return found
 
 
 @dequantizes("Q3_K")
@@ -95,7 +96,8 @@ def six_bits_of_k(blocks: Bytes) -> Array:
     """Integers of Q6_K, i8 around 0."""
     low = fields(blocks[:, :128], (0, 4), 4, 64)
     high = fields(blocks[:, 128:192], (0, 2, 4, 6), 2, 32)
-    return (low | high << 4).astype(np.int8) - np.int8(32)
+    found: Array = (low | high << 4).astype(np.int8) - np.int8(32)
+    return found
 
 
 @dequantizes("Q6_K")
