@@ -65,7 +65,7 @@ def finer(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
     """What a matrix that needs more bits than an encoding has may be rounded to instead, from few bits to many; none
     where it is good enough."""
     more = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits and fits(bits, kind.group)][:STEPS]
-    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS) for bits in more)
+    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS, per_row=kind.per_row) for bits in more)
 
 
 def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:

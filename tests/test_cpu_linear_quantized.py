@@ -43,20 +43,22 @@ def quantized_case(
     symmetric: bool,
     table: bool = False,
     in_steps: bool = False,
+    per_row: bool = False,
     activations: str = "i8",
     **fused: object,
 ) -> Case:
     """Random weights whose results are around 1, in every scheme."""
     problem = QuantizedProblem(
-        n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, in_steps=in_steps, **fused
+        n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, in_steps=in_steps, per_row=per_row, **fused
     )
+    shared = k if per_row else group  # inputs of a scale
     plan = quantized_linear_plan(Chooser(machine), problem, activations)
     rng = np.random.default_rng(n * 7 + k)
     low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
     q = rng.integers(low, high, (n, k)).astype(np.int8 if symmetric else np.uint8)
     spread = 1 / (high * math.sqrt(k))
-    parts = {"q": q, "scales": ((rng.random((n, -(-k // group))) + 0.5) * spread).astype(np.float16)}
-    weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], group, k)
+    parts = {"q": q, "scales": ((rng.random((n, -(-k // shared))) + 0.5) * spread).astype(np.float16)}
+    weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], shared, k)
     magnitude = np.abs(weight)
     if not symmetric:
         share = -rng.random(parts["scales"].shape) * high
@@ -86,6 +88,7 @@ def slow(*values: object) -> object:
 
 EVEN, MINIMUMS, TABLE = {"symmetric": True}, {"symmetric": False}, {"symmetric": True, "table": True}
 STEPS = {"symmetric": False, "in_steps": True}
+ROW, ROW_TABLE = {"symmetric": True, "per_row": True}, {"symmetric": True, "table": True, "per_row": True}
 SCHEMES = [
     (4, EVEN), (4, STEPS), slow(8, STEPS), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE),
     (3, MINIMUMS), (5, TABLE), slow(2, TABLE), slow(5, EVEN),
@@ -103,6 +106,8 @@ SIZES = [
     (2, TABLE, 33, 70, 32),
     (3, MINIMUMS, 31, 129, 64),
     (5, EVEN, 7, 33, 32),
+    (8, ROW, 31, 129, 64),
+    (4, ROW_TABLE, 129, 70, 32),
     (4, TABLE, 129, 70, 16),
     (6, EVEN, 31, 129, 16),
     (2, MINIMUMS, 33, 33, 16),

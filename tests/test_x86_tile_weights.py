@@ -70,12 +70,12 @@ def unpacked(machine: Machine, *, bits: int, group: int, kind: str, k: int) -> P
 
 
 def layout_of(bits: int, group: int, kind: str) -> Any:
-    return WEIGHT_TILES.quantized(bits, group, kind != "minimums", kind == "table")
+    return WEIGHT_TILES.quantized(bits, group, kind != "minimums", kind == "table", per_row=kind == "row")
 
 
 @pytest.mark.parametrize(
     ("bits", "group", "kind"),
-    [(4, 16, "table"), (4, 16, "minimums"), (6, 16, "even"), (8, 16, "even"), (4, 64, "even")],
+    [(4, 16, "table"), (4, 16, "minimums"), (6, 16, "even"), (8, 16, "even"), (4, 64, "even"), (8, 32, "row")],
 )
 def test_every_weight_lies_where_tiles_have_it(bits: int, group: int, kind: str) -> None:
     """To a rounding of f32 or two."""
@@ -84,9 +84,10 @@ def test_every_weight_lies_where_tiles_have_it(bits: int, group: int, kind: str)
     rng, layout = np.random.default_rng(bits * group), layout_of(bits, group, kind)
     q = rng.integers(0, 2 * half, (n, k)).astype(np.uint8) if kind == "minimums" else (
         rng.integers(-half, half, (n, k)).astype(np.int8))  # fmt: skip
-    parts = {"q": q, "scales": (rng.random((n, k // group)) + 0.5).astype(np.float16)}
+    shared = k if kind == "row" else group
+    parts = {"q": q, "scales": (rng.random((n, k // shared)) + 0.5).astype(np.float16)}
     levels = table_levels(bits).values[q.astype(int) + half].astype(np.float64) if kind == "table" else q
-    want = levels * wide(parts["scales"], group, k)
+    want = levels * wide(parts["scales"], shared, k)
     if kind == "minimums":
         parts["minimums"] = -rng.random((n, k // group)).astype(np.float16)
         want = want + wide(parts["minimums"], group, k)

@@ -162,7 +162,9 @@ class _Run:
         text = self.least.of(param_names(weight)) if self.least.items else ""
         if not text or not scheme.encoding or bits_of(text) <= bits_of(scheme.encoding):
             return scheme
-        return self._scheme(text)
+        size = self.options.group_size
+        bits = next(bits for bits in sorted(INTEGER_SCHEMES.values()) if bits >= bits_of(text) and fits(bits, size))
+        return self._scheme(f"int{bits}")
 
     def _refused(self, op: Op, weight: Value, note: bool = False) -> bool:
         """Whether a weight cannot be rounded; `note` puts the reason into the report."""

@@ -62,6 +62,7 @@ class Quantized:
 
     def __init__(self, isa: X86Isa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
+        self.scales = layout.scale_groups(k)
         self.each = max(1, INPUTS // layout.group)  # groups of a section
         self.section, self.sections = layout.group * self.each, self.groups // self.each
         self.section_bytes = layout.vectors * self.each * isa.vector_bytes
@@ -81,8 +82,8 @@ class Quantized:
             group = b.let(section * self.each + chunk // (layout.group // (2 * CHUNK)))
 
         def per_group(name: str) -> Expr:
-            buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
-            return b.let(as_f32(load(buffer, (tile, group, 0), isa.lanes)))
+            buffer = b.view(handles[name], [b.MANY, self.scales, isa.lanes], "float16")
+            return b.let(as_f32(load(buffer, (tile, b.index(0) if layout.per_row else group, 0), isa.lanes)))
 
         scale = per_group("scales")
         scale = scale if layout.unit == 1 or layout.bits == 4 else b.let(scale * layout.unit)
