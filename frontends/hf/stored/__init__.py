@@ -52,7 +52,8 @@ def quantization_of(directory: Path, config: Mapping[str, object]) -> Settings |
     if config.get("quantization_bit"):
         raise FrontendError(
             f"{path}: the checkpoint is already quantized (quantization_bit, as ChatGLM's are), in a way that is not "
-            f"read: {ADVICE}"
+            "read: its layers exist only as code of its own, which llmc never runs. Compile a GLM of transformers' "
+            "(model type glm) or a GGUF file of it"
         )
     for name, method in _BESIDE.items():
         if (directory / name).exists():
