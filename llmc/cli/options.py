@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmc.errors import CompileError
+
 if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
 
@@ -53,12 +55,10 @@ Quantization = Annotated[
 
 def group_size(text: str | int) -> int:
     """A group size as the command line has it; 0: `channel`."""
-    if str(text) == "channel":
-        return 0
     try:
-        return int(text) or -1
+        return 0 if str(text) == "channel" else int(text) or -1
     except ValueError:
-        return -1
+        raise CompileError(f"--group-size is a number or channel, not {text!r:.40}") from None
 
 
 GroupSize = Annotated[
