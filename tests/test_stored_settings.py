@@ -29,7 +29,7 @@ GPTQ: dict[str, object] = {
     "group_size": 64, "sym": False, "desc_act": True, "pack_dtype": "int32", "lm_head": False, "damp_percent": 0.1,
     "true_sequential": True, "static_groups": False, "meta": {"quantizer": ["gptqmodel:7.7.0"], "mse": 0.0},
     "dynamic": {"-:.*gate.*": {}, "+:.*down.*": {"bits": 4, "group_size": 64, "sym": False, "desc_act": True}},
-    "model_file_base_name": "model", "is_marlin_format": False, "act_group_aware": False,
+    "model_file_base_name": "model", "is_marlin_format": False, "act_group_aware": False, "backend": "auto",
 }  # fmt: skip
 AWQ: dict[str, object] = {
     "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True, "do_fuse": False,

@@ -36,7 +36,8 @@ PROCESS = (
     "modules_to_not_convert", "dataset_split", "n_samples", "autoround_version", "iters", "lr", "minmax_lr",
     "nsamples", "seqlen", "low_gpu_mem_usage", "amp", "scale_dtype", "enable_minmax_tuning", "enable_quanted_input",
     "enable_norm_bias_tuning", "gradient_accumulate_steps", "quant_block_list", "to_quant_block_names", "train_bs",
-    "not_use_best_mse",
+    "not_use_best_mse", "backend", "nblocks", "low_cpu_mem_usage", "enable_torch_compile", "enable_alg_ext",
+    "supported_types", "dynamic_max_gap", "use_quant_input", "lr_scheduler", "sampler", "seed",
 )  # fmt: skip
 
 

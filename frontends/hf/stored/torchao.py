@@ -25,7 +25,10 @@ _INTEGERS, _FLOATS = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), ("Float8Tensor"
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a checkpoint of torchao's tensors."""
-    settings.ignore("modules_to_not_convert", "include_input_output_embeddings", "untie_embedding_weights")
+    settings.ignore(
+        "modules_to_not_convert", "include_input_output_embeddings", "include_embedding", "untie_embedding_weights",
+        "quant_type_kwargs",
+    )  # fmt: skip
     metadata = getattr(file, "metadata", {})
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
