@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -15,6 +16,7 @@ from llmc.compiler.encodings.levels import table_levels
 from llmc.runtime import cpu
 from llmc.targets.cpu.linear_plan import quantized_linear_plan
 from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.linear_quantized import QuantizedBlocks, QuantizedRows
 from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser
@@ -248,3 +250,11 @@ def test_f32_activations_are_not_rounded(machine: Machine, bits: int, levels: di
     case = quantized_case(machine, 9, 66, 129, bits=bits, group=32, activations="f32", **levels, **fused)
     for variant in case.plan.variants:
         case.check(variant)
+
+
+def test_a_group_of_16_has_four_quads() -> None:
+    machine, problem = MACHINES["avx2"], QuantizedProblem(n=33, k=64, bits=4, group=16, symmetric=True)
+    for template in (QuantizedRows, QuantizedBlocks):
+        made = template.default(problem, machine)
+        assert made.unroll == 4 and made.refuse(problem, machine) == ""
+        assert "4 quads is no whole number of 8" in dataclasses.replace(made, unroll=8).refuse(problem, machine)
