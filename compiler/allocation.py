@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.compiler.encodings.feedback import Rounded
-from llmc.compiler.encodings.grouped import GroupQuantized, grouped, stored_bytes
+from llmc.compiler.encodings.grouped import GroupQuantized, fits, grouped, stored_bytes
 from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.llm import Quantize
@@ -64,8 +64,8 @@ class Unit:
 def finer(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
     """What a matrix that needs more bits than an encoding has may be rounded to instead, from few bits to many; none
     where it is good enough."""
-    more = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits][:STEPS]
-    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS) for bits in more)
+    more = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits and fits(bits, kind.group)][:STEPS]
+    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS, per_row=kind.per_row) for bits in more)
 
 
 def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:

@@ -134,7 +134,7 @@ def _check_weight(item: Pass, before: Value, after: Value, load: LoadParam, know
         return
     kind = found.encoding
     assert isinstance(kind, GroupQuantized)
-    groups = -(-original.shape[-1] // kind.group)
+    groups = kind.scales(original.shape[-1])
     scales = found.parts["scales"]
     if found.shape != original.shape or scales.shape != (*original.shape[:-1], groups):
         raise CompileError(
@@ -206,29 +206,30 @@ def _require_quantized(what: str, rows: Array, values: Array, encoded: Encoded) 
     kind = encoded.encoding
     assert isinstance(kind, GroupQuantized)
     size, q = rows.shape[1], encoded.parts["q"].astype(np.float64)
-    scale = _per_element(np.abs(encoded.parts["scales"]), kind.group, size)
+    group = kind.scaled(size)
+    scale = _per_element(np.abs(encoded.parts["scales"]), group, size)
     levels = kind.levels
     gap, ends = levels.gaps(q), np.array([levels.lowest, levels.highest], np.float64)
     widest = levels.gaps(ends).max()
-    top, bottom = _reduced(rows, kind.group, np.maximum), _reduced(rows, kind.group, np.minimum)
+    top, bottom = _reduced(rows, group, np.maximum), _reduced(rows, group, np.minimum)
     last = levels.level(levels.highest)
     covering = np.maximum(top, -bottom) / last if kind.symmetric else (top - bottom) / last
     tiny = _LEAST_F16 * (abs(levels.level(levels.lowest)) + last)  # of scales that f16 rounds to steps
     rounding = 2.0**-9 * np.maximum(np.abs(top), np.abs(bottom))  # of scales and minimums to f16, at the ends
     half = scale * gap * (0.5 + 2.0**-9) + 1e-6 * np.abs(rows)
     saturated = (q <= levels.lowest) | (q >= levels.highest)
-    allowed = _per_element(2 * covering * widest + rounding, kind.group, size) + tiny
+    allowed = _per_element(2 * covering * widest + rounding, group, size) + tiny
     if not kind.symmetric:
         half = half + tiny
     _require(what, rows, values, np.where(saturated, allowed, np.minimum(half + tiny, allowed)))
-    count = np.diff(np.append(np.arange(0, size, kind.group), size))
-    square = np.sqrt(_reduced((values - rows) ** 2, kind.group, np.add) / count)
+    count = np.diff(np.append(np.arange(0, size, group), size))
+    square = np.sqrt(_reduced((values - rows) ** 2, group, np.add) / count)
     limit = covering * widest / 2 + rounding + tiny
     if not (square <= limit).all():
-        row, group = np.unravel_index(int(np.argmax(square - limit)), square.shape)
+        row, which = np.unravel_index(int(np.argmax(square - limit)), square.shape)
         raise CompileError(
-            f"{what} is off by {square[row, group]:.3g} in the mean of group {group} of row {row}, and rounding to the "
-            f"nearest allows {limit[row, group]:.3g}"
+            f"{what} is off by {square[row, which]:.3g} in the mean of group {which} of row {row}, and rounding to the "
+            f"nearest allows {limit[row, which]:.3g}"
         )
 
 

@@ -16,7 +16,8 @@ SCHEMES = ("none", "bf16", "f16", "int8", "int6", "int5", "int4", "int3", "int2"
 AUTO = "auto"  # what the model is for decides
 INTEGERS = tuple(scheme for scheme in SCHEMES if scheme.startswith("int"))
 ACTIVATIONS = ("int8", "bf16", "f32")
-GROUP_SIZES = (32, 64, 128, 256)
+CHANNEL = 0  # as a group size: one scale a row
+GROUP_SIZES = (16, 32, 64, 128, 256, CHANNEL)
 WEIGHT_SOURCES = ("embed", "random", "none")
 MOST_CONTEXT = 1 << 28  # positions are int32, and no text is longer
 MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
@@ -37,7 +38,8 @@ class CompileOptions:
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
     quantization: the scheme of linear weights; "none" stores and computes f32. "auto": int4, but for an encoder the
     fewest bits by which its vectors stay near to the original's (`encoder_choice.py`).
-    group_size: weights that share one scale, along the input dimension. symmetric: no per-group minimum.
+    group_size: weights that share one scale, along the input dimension; 0: all of an output channel (`--group-size
+    channel`). symmetric: no per-group minimum.
     activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for integer
     weights, bf16 for bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
@@ -100,6 +102,13 @@ class CompileOptions:
                 raise CompileError(
                     f"--override {pattern!r}: a name pattern has letters, digits and ._-*?[], such as *.down_proj*"
                 )
+        if self.group_size == CHANNEL and not self.symmetric:
+            raise CompileError("--asymmetric needs groups: with --group-size channel there are no minimums")
+        given = (self.quantization, self.embedding, self.head, *(scheme for _, scheme in self.overrides))
+        if self.group_size % 32 and (odd := {"int3", "int5"} & set(given)):
+            raise CompileError(
+                f"{min(odd)} needs --group-size 32 or more: 3 and 5 bits of {self.group_size} fill no bytes"
+            )
         if not isinstance(self.lora, tuple) or not all(isinstance(each, str) and each for each in self.lora):
             raise CompileError(f"--lora needs directories of adapters, not {self.lora!r:.60}")
         if self.calibrate == "":
@@ -228,7 +237,7 @@ def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
 
 def _choice(what: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        allowed = ", ".join(str(choice) for choice in choices if choice is not None)
+        allowed = ", ".join("channel" if choice is CHANNEL else str(choice) for choice in choices if choice is not None)
         raise CompileError(f"{what} is one of {allowed}, not {value!r}")
 
 

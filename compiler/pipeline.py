@@ -21,9 +21,9 @@ from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.types import KV
+from llmc.compiler.ir.types import FLOATS, KV
 from llmc.compiler.losses import losses
-from llmc.compiler.options import AUTO, CompileOptions
+from llmc.compiler.options import AUTO, INTEGERS, CompileOptions
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -31,6 +31,7 @@ from llmc.compiler.passes.quantize import QuantizeWeights
 from llmc.compiler.passes.schemes import finer_than
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
+from llmc.compiler.smoothing import ScaledWeights, is_uneven, smoothed
 from llmc.compiler.step_sizes import ENCODE, GENERATE, RUN, greatest, step_limit
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
@@ -180,6 +181,27 @@ def settled(lifted: Lifted) -> Lifted:
     return replace(encoder, notes=(*encoder.notes, note))
 
 
+def evened(lifted: Lifted, options: CompileOptions, progress: Progress) -> Lifted:
+    """The same model with evener activations, where they are rounded to int8 and some norm would make a few of them
+    much larger than the others: see `smoothing.py`."""
+    rounds = options.quantization in INTEGERS and options.activation_dtype == "int8"
+    if not rounds or not options.has_weights or lifted.task == RUN:
+        return lifted
+    vectors = [param.name for param in lifted.graph.params if param.dtype in FLOATS and len(param.shape) == 1]
+    if not any(is_uneven(lifted.load(name)) for name in vectors):
+        return lifted
+    with reading(lifted.weights.load):
+        graph, _ = run_passes(lifted.graph, parse_pipeline(RECOGNISE))
+    found, norms = smoothed(graph, lifted.weights)
+    if not found:
+        return lifted
+    progress.note(
+        f"{norms} norms with a few large weights give powers of two of these to the layers behind them, so that the "
+        "others' activations keep more of their 8 bits: the model's own numbers stay what they are"
+    )
+    return replace(lifted, weights=ScaledWeights(lifted.weights, found))
+
+
 def vocabulary_of(lifted: Lifted) -> int:
     """Token ids that the runtime lets through: as many as logits where the model generates; 1 where it knows none."""
     logits = dict(lifted.graph.outputs).get("logits") if lifted.task == GENERATE else None
@@ -239,6 +261,7 @@ def compile_model(
     progress.start("lifting the model")
     lifted = lift_model(source, options, tokenizer)
     finds, options = options.quantization == AUTO, first_choice(options, lifted)
+    lifted = evened(lifted, options, progress)
     checker = checker_of(lifted, options)
     watching = [checker] if checker is not None else []
     compiled = run_lifted(lifted, options, watching, progress)

@@ -29,7 +29,7 @@ class QuantizeOptions:
     """How a checkpoint is quantized.
 
     bits: of the integers of linear layers; the head and the embedding stay as they are. group_size: inputs that share a
-    scale. calibrate: as of `CompileOptions`, None: "self". seed: of the text that the model writes.
+    scale, 0: all of a row. calibrate: as of `CompileOptions`, None: "self". seed: of the text that the model writes.
     """
 
     bits: int = 4

@@ -135,7 +135,7 @@ def _unpacked(weight: Quantize, file: np.lib.npyio.NpzFile, prefix: str) -> Enco
     parts: dict[str, Array] = {"q": q, "scales": file[f"{prefix}scales"]}
     if not kind.symmetric:
         parts["minimums"] = file[f"{prefix}minimums"]
-    groups = (rows, -(-inputs // kind.group))
+    groups = (rows, kind.scales(inputs))
     expected = {"q": ((rows, inputs), np.int8 if kind.symmetric else np.uint8)}
     for name, part in parts.items():
         shape, dtype = expected.get(name, (groups, np.float16))

@@ -134,7 +134,7 @@ def test_a_context_beyond_learned_positions_is_refused(
 OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "unknown": (("--faster",), "--faster.*compile --help"),
     "scheme": (("-q", "int7"), "none, bf16, f16, int8, int6, int5, int4, int3, int2, auto, not 'int7'"),
-    "group size": (("--group-size", 48), "--group-size is one of 32, 64, 128, 256, not 48"),
+    "group size": (("--group-size", 48), "--group-size is one of 16, 32, 64, 128, 256, channel, not 48"),
     "group size, no number": (("--group-size", "many"), "--group-size"),
     "target": (("--target", "pdp11"), "unknown target 'pdp11'; known: native"),
     "activations": (("--activations", "f64"), "--activations is one of int8, bf16, f32"),

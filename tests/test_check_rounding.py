@@ -37,7 +37,7 @@ def check(scheme: str, options: str = "") -> Checker:
         ("bf16", ",activations=bf16"), ("int4", ",search=false"), ("none", ""),
         ("q4g8", ",activations=int8"), ("int6", ",group-size=8,activations=int8"),
         ("int2", ",group-size=8,activations=int8"), ("int3", ",group-size=8,symmetric=false"),
-        ("int5", ",group-size=8"),
+        ("int5", ",group-size=8"), ("int8", ",group-size=0"), ("q4g64r", ",activations=int8"),
     ],
 )  # fmt: skip
 def test_right_roundings_keep_their_bounds(scheme: str, options: str) -> None:

@@ -29,16 +29,16 @@ def quantized_table(
     encoding: GroupQuantized, features: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rng = np.random.default_rng(seed)
-    group, symmetric, levels = encoding.group, encoding.symmetric, encoding.levels
+    symmetric, levels = encoding.symmetric, encoding.levels
     q = rng.integers(levels.lowest, levels.highest + 1, (ROWS, features)).astype(np.int8 if symmetric else np.uint8)
-    shape = (ROWS, -(-features // group))
+    shape = (ROWS, encoding.scales(features))
     scales = rng.random(shape).astype(np.float16)
     return q, scales, None if symmetric else rng.standard_normal(shape).astype(np.float16)
 
 
 def row_layout(encoding: GroupQuantized) -> RowLayout:
     levels = table_levels(encoding.bits) if encoding.table else None
-    return RowLayout(encoding.bits, encoding.group, encoding.symmetric, levels, encoding.in_steps)
+    return RowLayout(encoding.bits, encoding.group, encoding.symmetric, levels, encoding.in_steps, encoding.per_row)
 
 
 def run(machine: Machine, layout: object, arrays: list[np.ndarray], features: int) -> np.ndarray:
@@ -67,6 +67,7 @@ def test_rows_of_floats(machine: Machine, features: int, dtype: str) -> None:
         *((name, 101) for name in ("q4g32", "q4g32a", "q4g32z", "q8g32", "q8g32a", "q8g32z", "t4g32", "t4g64")),
         # Groups of 8 have fields shorter than any vector, groups of 40 fields that no vector divides.
         *(("t6g32", 101), ("t6g64", 129), ("t6g8", 31), ("t6g40", 7), ("t6g64", 1), ("t6g128", 256), ("t4g40", 7)),
+        *(("q2g16a", 33), ("t4g16", 101), ("q6g16", 31), ("q8g16z", 7), ("q8g64r", 101), ("t6g32r", 33)),
     ],
 )
 @pytest.mark.parametrize("machine", MACHINES)
@@ -75,7 +76,8 @@ def test_rows_of_quantized_tables(machine: Machine, name: str, features: int) ->
     group, symmetric = encoding.group, encoding.symmetric
     q, scales, minimums = quantized_table(encoding, features)
     spread = [
-        None if a is None else np.repeat(a.astype(np.float32), group, axis=1)[:, :features] for a in (scales, minimums)
+        None if a is None else np.repeat(a.astype(np.float32), encoding.scaled(features), axis=1)[:, :features]
+        for a in (scales, minimums)
     ]
     levels = q.astype(np.float64)
     if encoding.table:
@@ -84,9 +86,11 @@ def test_rows_of_quantized_tables(machine: Machine, name: str, features: int) ->
         spread[1] = spread[1].astype(np.float64) * spread[0]
     expected = levels * spread[0] + (0 if spread[1] is None else spread[1])
     layouts: list[RowLayout | QuantizedLayout] = [row_layout(encoding)]
-    if group % 32 == 0:  # as the tiles of a matrix kernel want it
+    if group % 32 == 0 or group == 16:  # as the tiles of a matrix kernel want it
         layouts.append(
-            weight_tiles(machine).quantized(encoding.bits, group, symmetric, encoding.table, in_steps=encoding.in_steps)
+            weight_tiles(machine).quantized(
+                encoding.bits, group, symmetric, encoding.table, in_steps=encoding.in_steps, per_row=encoding.per_row
+            )
         )
     for layout in layouts:
         got = run(machine, layout, list(layout.pack(q, scales, minimums).values()), features)

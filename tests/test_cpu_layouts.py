@@ -19,7 +19,7 @@ def quantized(layout: QuantizedLayout, n: int, k: int) -> dict[str, np.ndarray]:
         q = rng.integers(-half + (layout.bits == 8), half, (n, k)).astype(np.int8)
     else:
         q = rng.integers(0, 2 * half, (n, k)).astype(np.uint8)
-    parts = {"q": q, "scales": rng.random((n, layout.groups(k))).astype(np.float16)}
+    parts = {"q": q, "scales": rng.random((n, layout.scale_groups(k))).astype(np.float16)}
     if not layout.symmetric:
         parts["minimums"] = -rng.random((n, layout.groups(k))).astype(np.float16)
     return parts
@@ -32,6 +32,9 @@ LAYOUTS = [
         for bits, symmetric, offset in [(4, True, 8), (4, False, 0), (8, True, 128), (8, True, 0), (8, False, -128)]
         for group, tile_rows, gated in SHAPES
     ),
+    QuantizedLayout(8, 32, True, 8, 0, per_row=True),
+    QuantizedLayout(4, 64, True, 16, 8, gated=True, per_row=True),
+    *(QuantizedLayout(bits, 16, offset > 0, 8, offset) for bits, offset in [(2, 0), (4, 8), (6, 32), (8, 0)]),
     *(
         WeightTiles(tile_rows, signed).quantized(bits, group, symmetric=True, table=True, gated=gated)
         for bits in (4, 6)
@@ -44,6 +47,7 @@ LAYOUTS = [
 def layout_name(layout: QuantizedLayout) -> str:
     kind = "table" if layout.levels is not None else "even" if layout.symmetric else "minimums"
     more = f"{'-gated' if layout.gated else ''}{'-signed' if layout.signed else ''}"
+    more += "-row" * layout.per_row
     return f"{layout.bits}-{kind}-{layout.group}-{layout.tile_rows}{more}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -15,6 +16,7 @@ from llmc.compiler.encodings.levels import table_levels
 from llmc.runtime import cpu
 from llmc.targets.cpu.linear_plan import quantized_linear_plan
 from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.linear_quantized import QuantizedBlocks, QuantizedRows
 from llmc.targets.cpu.variants import LinearPlan, Variant
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser
@@ -43,20 +45,22 @@ def quantized_case(
     symmetric: bool,
     table: bool = False,
     in_steps: bool = False,
+    per_row: bool = False,
     activations: str = "i8",
     **fused: object,
 ) -> Case:
     """Random weights whose results are around 1, in every scheme."""
     problem = QuantizedProblem(
-        n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, in_steps=in_steps, **fused
+        n=n, k=k, bits=bits, group=group, symmetric=symmetric, table=table, in_steps=in_steps, per_row=per_row, **fused
     )
+    shared = k if per_row else group  # inputs of a scale
     plan = quantized_linear_plan(Chooser(machine), problem, activations)
     rng = np.random.default_rng(n * 7 + k)
     low, high = (-(1 << bits - 1), 1 << bits - 1) if symmetric else (0, 1 << bits)  # -128 comes from other tools
     q = rng.integers(low, high, (n, k)).astype(np.int8 if symmetric else np.uint8)
     spread = 1 / (high * math.sqrt(k))
-    parts = {"q": q, "scales": ((rng.random((n, -(-k // group))) + 0.5) * spread).astype(np.float16)}
-    weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], group, k)
+    parts = {"q": q, "scales": ((rng.random((n, -(-k // shared))) + 0.5) * spread).astype(np.float16)}
+    weight = (table_levels(bits).values[q + high].astype(np.float64) if table else q) * wide(parts["scales"], shared, k)
     magnitude = np.abs(weight)
     if not symmetric:
         share = -rng.random(parts["scales"].shape) * high
@@ -86,6 +90,7 @@ def slow(*values: object) -> object:
 
 EVEN, MINIMUMS, TABLE = {"symmetric": True}, {"symmetric": False}, {"symmetric": True, "table": True}
 STEPS = {"symmetric": False, "in_steps": True}
+ROW, ROW_TABLE = {"symmetric": True, "per_row": True}, {"symmetric": True, "table": True, "per_row": True}
 SCHEMES = [
     (4, STEPS), slow(8, STEPS), slow(4, MINIMUMS), slow(8, EVEN), (8, MINIMUMS), (4, TABLE), (6, TABLE),
     (3, MINIMUMS), slow(5, TABLE), slow(2, TABLE), slow(5, EVEN), slow(4, EVEN),
@@ -103,6 +108,14 @@ SIZES = [
     (2, TABLE, 33, 70, 32),
     (3, MINIMUMS, 31, 129, 64),
     (5, EVEN, 7, 33, 32),
+    (8, ROW, 31, 129, 64),
+    (4, ROW_TABLE, 129, 70, 32),
+    (4, TABLE, 129, 70, 16),
+    (6, EVEN, 31, 129, 16),
+    (2, MINIMUMS, 33, 33, 16),
+    slow(8, EVEN, 129, 31, 16),
+    slow(4, STEPS, 1030, 70, 16),
+    slow(6, TABLE, 7, 31, 16),
     slow(2, MINIMUMS, 1030, 129, 64),
     slow(3, TABLE, 1030, 300, 256),
     slow(5, TABLE, 1030, 129, 64),
@@ -237,3 +250,11 @@ def test_f32_activations_are_not_rounded(machine: Machine, bits: int, levels: di
     case = quantized_case(machine, 9, 66, 129, bits=bits, group=32, activations="f32", **levels, **fused)
     for variant in case.plan.variants:
         case.check(variant)
+
+
+def test_a_group_of_16_has_four_quads() -> None:
+    machine, problem = MACHINES["avx2"], QuantizedProblem(n=33, k=64, bits=4, group=16, symmetric=True)
+    for template in (QuantizedRows, QuantizedBlocks):
+        made = template.default(problem, machine)
+        assert made.unroll == 4 and made.refuse(problem, machine) == ""
+        assert "4 quads is no whole number of 8" in dataclasses.replace(made, unroll=8).refuse(problem, machine)

@@ -22,6 +22,9 @@ ENCODINGS = [
     for name in (
         "q4g32",
         "q4g64",
+        "q6g16",
+        "q8g64r",
+        "t4g32r",
         "q4g32a",
         "q4g64a",
         "q8g32",
@@ -70,7 +73,7 @@ def weights(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 def error(encoded: Encoded, w: np.ndarray) -> np.ndarray:
     """Squared error a group [..., G], in f64."""
-    group = encoded.encoding.group
+    group = encoded.encoding.scaled(w.shape[-1])
     with precise():
         squared = (encoded.decode() - w.astype(np.float64)) ** 2
     padded = np.pad(squared, [(0, 0)] * (w.ndim - 1) + [(0, -w.shape[-1] % group)])
@@ -88,7 +91,9 @@ def levels(encoding: GroupQuantized, q: np.ndarray) -> np.ndarray:
 
 def per_weight(part: np.ndarray, encoded: Encoded) -> np.ndarray:
     """A part with one value a group, repeated for every weight of the group, in f64."""
-    return np.repeat(part.astype(np.float64), encoded.encoding.group, axis=-1)[..., : encoded.shape[-1]]
+    return np.repeat(part.astype(np.float64), encoded.encoding.scaled(encoded.shape[-1]), axis=-1)[
+        ..., : encoded.shape[-1]
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -306,6 +311,12 @@ def test_stored_bytes_count_packed_integers_and_scales(name: str, shape: tuple[i
     assert storage_bytes(Tensor(shape, "f32", encoding)) == size
     full = (shape[0], 1024)
     assert stored_bytes(encoding, full) * 8 == encoding.bits_per_weight * full[0] * full[1]
+
+
+def test_a_scale_a_row_is_stored_once() -> None:
+    encoding = parse_encoding("q8g64r")
+    assert stored_bytes(encoding, (3, 129)) == 3 * (3 * 64 + 2)
+    assert encoding.bits_per_weight == 8
 
 
 def test_plain_tensors_are_stored_as_they_are() -> None:

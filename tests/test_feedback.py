@@ -16,7 +16,22 @@ from llmc.errors import CompileError
 
 KINDS = [
     parse_encoding(name)
-    for name in ("q4g32", "q4g64", "q8g64", "q4g64a", "t4g32", "t4g64", "t4g128", "t6g64", "t2g64", "t3g32", "t5g64")
+    for name in (
+        "q4g32",
+        "q4g64",
+        "q8g64",
+        "q4g64a",
+        "t4g32",
+        "t4g64",
+        "t4g128",
+        "t6g64",
+        "t2g64",
+        "t3g32",
+        "t5g64",
+        "t4g16",
+        "q8g64r",
+        "t4g64r",
+    )
 ]
 by_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 SIZES = (1, 7, 31, 33, 129)
@@ -152,7 +167,7 @@ def test_errors_are_fed_back_as_a_plain_loop_does_it(kind: GroupQuantized) -> No
     left, wanted, q = list(curvature.order), w.astype(np.float64), np.zeros(w.shape)
     exact = damped(moments)
     while left:
-        at, group = left[0], left[0] // kind.group
+        at, group = left[0], left[0] // kind.scaled(w.shape[1])
         inverse = np.linalg.inv(exact[np.ix_(left, left)])
         q[:, at] = nearest(kind, wanted[:, at], scales[:, group], minimums[:, group])
         level = stands_for(kind, q[:, at])
@@ -175,7 +190,7 @@ def test_a_sweep_takes_each_input_after_the_other(kind: GroupQuantized) -> None:
     scales, minimums = rows.scales.T.astype(np.float64), rows.minimums.T.astype(np.float64)
     rows.descend()
     for at in range(w.shape[1]):
-        group = at // kind.group
+        group = at // kind.scaled(w.shape[1])
         wanted = v[:, at] + (w - v) @ exact[:, at] / exact[at, at]
         q[:, at] = nearest(kind, wanted, scales[:, group], minimums[:, group])
         level = stands_for(kind, q[:, at])

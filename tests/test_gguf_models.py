@@ -132,24 +132,25 @@ def test_the_cache_of_artifacts_knows_a_file(tmp_path: Path, monkeypatch: pytest
 
 def test_weights_that_are_not_kept_get_no_fewer_bits(tmp_path: Path) -> None:
     metadata, tensors = model_parts("llama", tmp_path / "m", "Q4_K", **WIDE)
-    kinds = {"attn_v": "Q6_K", "ffn_down": "Q5_K", "attn_output": "Q3_K", "ffn_up": "Q2_K"}
+    kinds = {"attn_v": "IQ4_NL", "ffn_down": "Q5_K", "attn_output": "Q3_K", "ffn_up": "Q2_K"}
     for name, (_, values) in list(tensors.items()):
         module = name.split(".")[-2]
         if module in kinds:
             tensors[name] = (kinds[module], values)
     lifted = lift(write(tmp_path / "m.gguf", metadata, tensors))
-    assert any("2 Q6_K to int8" in note and "Q5_K" not in note for note in lifted.notes)
+    assert any("2 IQ4_NL to int5" in note and "Q5_K" not in note for note in lifted.notes)
 
     def encodings(options: CompileOptions) -> Counter[str]:
         ops = run_lifted(lifted, options).graph.ops
         return Counter(str(op.encoding) for op in ops if isinstance(op, (PackGroups, Quantize)))
 
-    # q, k merged; gate (Q4_K) and up (Q2_K) differ; down, v, o; embedding and head.
-    assert encodings(CompileOptions(quantization="int4")) == {"q4g32a": 6, "q5g32a": 2, "q8g64": 2, "t4g64": 4}
+    # q, k merged; gate (Q4_K) and up (Q2_K) differ; down, o (Q3_K), v; embedding and head.
+    kept = {"q4g32a": 6, "q5g32a": 2, "q2g16a": 2, "q4g16": 2}
+    assert encodings(CompileOptions(quantization="int4")) == {**kept, "t5g64": 2}
     # What a user asks for by name is done, and a finer scheme is no coarser.
     chosen = (("*v_proj*", "int4"),)
-    assert encodings(CompileOptions(quantization="int4", overrides=chosen))["q8g64"] == 0
-    assert encodings(CompileOptions(quantization="int8")) == {"q4g32a": 6, "q5g32a": 2, "q8g64": 6}
+    assert encodings(CompileOptions(quantization="int4", overrides=chosen))["t5g64"] == 0
+    assert encodings(CompileOptions(quantization="int8")) == {**kept, "q8g64": 2}
 
 
 @pytest.mark.parametrize(

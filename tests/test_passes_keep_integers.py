@@ -17,7 +17,7 @@ from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles
 from llmc.compiler.ir.llm import Embed, Linear, Quantize
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, precise
-from llmc.compiler.passes.keep_integers import KeepIntegers, _rounding_of
+from llmc.compiler.passes.keep_integers import KeepIntegers, _hidden, _rounding_of
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.probe import reading
 
@@ -52,7 +52,11 @@ CASES: dict[str, Case] = {
     "blocks of 192": Case(-8, 7, (ROWS, 1), "q4g64", block=192),
     "blocks of 32": Case(-8, 7, (ROWS, 6), "q4g32", block=32),
     "blocks of 96": Case(-128, 127, (ROWS, 2), "q8g32", block=96),
-    "blocks of 16": Case(-8, 7, (ROWS, 12), "blocks of 16 inputs: rounded anew, q8g32", block=16),
+    "blocks of 16": Case(-8, 7, (ROWS, 12), "q4g16", block=16),
+    "blocks of 48, 3 bits": Case(-4, 3, (ROWS, 4), "q4g16", block=48),
+    "6 bits in blocks of 16": Case(-32, 31, (ROWS, 12), "q6g16", block=16),
+    "2 bits in blocks of 16": Case(0, 3, (ROWS, 12), "q2g16z", "u8", block=16, zeros=(ROWS, 12)),
+    "blocks of 24": Case(-8, 7, (ROWS, 8), "blocks of 24 inputs: rounded anew, q8g32", block=24),
     "blocks that end early": Case(-8, 7, (ROWS, 2), "q4g64", block=128),
     "one scale a row": Case(-8, 7, (ROWS, 1), "q4g64"),
     "one scale": Case(-8, 7, (), "q4g64"),
@@ -206,6 +210,26 @@ def test_a_weight_that_is_computed_or_holds_no_integers_stays() -> None:
         inputs = (x, given) if isinstance(value, ScaleIntegers) else (x,)
         graph, report = Graph("g", inputs, (("y", Linear(x, value)),)), Report()
         assert KeepIntegers().run(graph, report) is graph and report.refusals == []
+
+
+def test_integers_behind_another_op_are_told_and_mean_what_they_did() -> None:
+    """A part of the rows, or an order that is not that of the inputs of a linear op, is no weight of integers."""
+    case = CASES["4 bits in blocks of 64"]
+    made, order = weight(case, False), e.constant(np.arange(INPUTS, dtype=np.int32)[::-1].copy(), "i32")
+    ids = Input("ids", Tensor((T,), "i32"))
+    hidden: list[tuple[str, Value]] = [
+        ("t.slice", s.Slice(made, 0, 1, 3)),
+        ("t.gather", s.Gather(made, order, 1)),
+        ("t.gather", s.Gather(s.Slice(made, 0, 1, 3), order, 1)),
+    ]
+    for name, value in hidden:
+        for graph in (graph_of(value), Graph("g", (ids,), (("y", Embed(value, ids)),))):
+            report = Report()
+            with reading(loader(case, False)):
+                assert KeepIntegers().run(graph, report) is graph
+            ((_, why),) = report.refusals
+            assert f"they lie behind {name}" in why, why
+    assert not _hidden(Param("w", Tensor((2, 2), "f32")))
 
 
 @pytest.mark.parametrize(("largest", "holds"), [(2.0**-10.5, True), (2.0**-11.5, False)])

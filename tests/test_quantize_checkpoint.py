@@ -115,6 +115,19 @@ def test_llmc_reads_what_it_has_written(original: Path, form: str, tmp_path: Pat
         np.testing.assert_array_equal(found.load(f"{layer}.weight"), values(after, layer, form, 4))
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
+def test_one_scale_a_row(llama: Path, form: str, tmp_path: Path) -> None:
+    quantized(llama, tmp_path / "out", form=form, bits=8, group_size=0)
+    found, before, after = lift(tmp_path / "out"), tensors(llama), tensors(tmp_path / "out")
+    layers = [name.rpartition(".")[0] for name in after if name.endswith(("weight_packed", "qweight"))]
+    for layer in layers:
+        exact = encode(parse_encoding("q8g64r"), before[f"{layer}.weight"]).decode()
+        np.testing.assert_array_equal(values(after, layer, form, 8), exact)
+        np.testing.assert_array_equal(found.load(f"{layer}.weight"), exact)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "'group_size': -1" in str(settings) if form == "gptq" else "'strategy': 'channel'" in str(settings)
+
+
 def test_other_files_stay_and_settings_are_added(llama: Path, tmp_path: Path) -> None:
     quantized(llama, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -202,7 +202,7 @@ def test_a_model_is_what_its_tensors_stand_for(family: str, name: str, encoding:
     assert sum(kept.hits[what] for what in kept.hits if what == f"kept as {encoding}") == (14 if encoding else 0)
     assert not kept.refusals
     if case.form != "pack-quantized":
-        assert any("rounds activations" in note for note in lifted.notes)
+        assert any("made for activations" in note for note in lifted.notes)
     if not encoding:
         assert any("14 weights of the checkpoint are floats of 8 bits" in note for note in lifted.notes)
 
@@ -231,7 +231,7 @@ def test_what_has_no_effect_is_told() -> None:
     file = Tensors({f"m.{part}": array for part, array in tensors.items()} | {"a.k_scale": np.ones(1, np.float32)})
     source, notes = compressed_tensors.read(Settings(case.settings(), "config.json"), file)
     assert list(source.names) == ["m.weight"]
-    assert any("by scales fixed in the checkpoint" in note for note in notes)
+    assert any("a scale that is fixed in the checkpoint" in note for note in notes)
     assert any("kv_cache_scheme" in note for note in notes)
 
 

@@ -143,6 +143,14 @@ def test_every_result_is_near_the_exact_one(which: int, shape: tuple[int, int, i
 
 @needs_tiles
 @pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
+@pytest.mark.parametrize("weights", [(4, 16, True, True), (6, 16, True), (8, 16, False)])
+def test_groups_of_16_share_tiles_in_pairs(which: int, weights: tuple) -> None:
+    Case(33, 129, 160, *weights).check(which)
+    Case(70, 31, 50, *weights).check(which)
+
+
+@needs_tiles
+@pytest.mark.parametrize("which", [0, 1], ids=["few", "many"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_minimums_that_count_steps(which: int, bits: int) -> None:
     Case(33, 129, 65, bits, 32, False, in_steps=True).check(which)
@@ -261,6 +269,10 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     few = QuantizedProblem(n=64, k=64, bits=4, group=64, symmetric=True)
     assert ring.refuse(few, MACHINE) == "a ring of 2 groups has no room for 2 ahead and one that is multiplied"
     assert replace(ring, ring=4).refuse(few, MACHINE) == ""
+    assert "groups of 16 do not fill" in replace(ring, ring=4).refuse(replace(few, group=16), MACHINE)
+    assert "80 inputs in groups of 16 are no whole" in TileLinear(4, 32, 512, 0).refuse(
+        replace(SMALL, k=80, group=16), MACHINE
+    )
 
 
 def test_every_way_to_write_a_kernel_becomes_code() -> None:
@@ -271,6 +283,7 @@ def test_every_way_to_write_a_kernel_becomes_code() -> None:
         (TileLinear, ManyRowsProblem(n=96, k=129, bits=32, packed=True)),
         (TileLinear, ManyRowsProblem(n=96, k=129, bits=4, group=64, table=True)),
         (TileLinear, ManyRowsProblem(n=96, k=129, bits=6, group=32, table=True)),
+        (TileLinear, ManyRowsProblem(n=96, k=160, bits=6, group=16)),
         (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=96, symmetric=False)),
         (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=4, group=64, symmetric=True, table=True)),
         (QuantizedTileRows, QuantizedProblem(n=64, k=192, bits=6, group=64, symmetric=True, table=True)),

@@ -120,7 +120,8 @@ class _Rows:
         self.kind, self.levels, self.curvature = kind, kind.levels, curvature
         self.w = np.ascontiguousarray(w.T)
         inputs, rows = self.w.shape
-        self.groups = [slice(at, min(at + kind.group, inputs)) for at in range(0, inputs, kind.group)]
+        self.group = kind.scaled(inputs)
+        self.groups = [slice(at, min(at + self.group, inputs)) for at in range(0, inputs, self.group)]
         self.scales = np.empty((len(self.groups), rows), np.float32)
         self.minimums = np.zeros_like(self.scales)
         importance = np.einsum("ii->i", curvature.moments)
@@ -137,7 +138,7 @@ class _Rows:
 
     def _round(self, at: int, wanted: Floats) -> Floats:
         """Take the integers nearest to what input `at` should weigh; returns what they stand for."""
-        group = at // self.kind.group
+        group = at // self.group
         scale, minimum = self.scales[group], self.minimums[group]
         q = np.divide(wanted - minimum, scale, out=np.zeros_like(wanted), where=scale != 0)
         self.levels.find(q)

@@ -4,6 +4,7 @@
 `q4g64a` (asymmetric): w = scale * q + minimum with q in [0, 15]; `q4g64z`: w = scale * (q + minimum), for integers with
 zero points that another tool chose: f16 holds these where it does not hold their products with scales; `t4g64`:
 w = scale * level(q) with q in [-8, 7] and the levels of a table, see `levels.py`. So for the other numbers of bits.
+`q8g64r`, `t4g64r`: one scale for all inputs of a row (an output channel); groups of 64 are those of the activations.
 Scales are rounded to f16 before the integers are chosen, so that the integers fit the scales in use. A last group that
 the input dimension does not fill is rounded as the shorter group that it is.
 """
@@ -29,7 +30,8 @@ from llmc.errors import CompileError, IRError
 
 BLOCK = 1 << 17  # weights rounded at a time: the temporaries of a block stay in the second-level cache
 EVEN_BITS = (2, 3, 4, 5, 6, 8)
-_NAME = re.compile(r"([qt])(\d+)g(\d+)([az]?)\Z")
+HALF = 16  # inputs that 3 or 5 bits of each fill half a vector of a tile with
+_NAME = re.compile(r"([qt])(\d+)g(\d+)([azr]?)\Z")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class GroupQuantized(Encoding):
 
     Parts of an `Encoded` of shape [..., K], with G = ceil(K / group): q i8 (asymmetric: u8) [..., K], scales f16
     [..., G] and, asymmetric, minimums f16 [..., G]. table: integers stand for the levels of a table. in_steps: minimums
-    count steps of the scale.
+    count steps of the scale. per_row: all groups of a row share one scale, G = 1; what kernels round activations in is
+    the group still.
     """
 
     bits: int
@@ -46,6 +49,7 @@ class GroupQuantized(Encoding):
     symmetric: bool = True
     table: bool = False
     in_steps: bool = False
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         known = TABLE_BITS if self.table else EVEN_BITS
@@ -56,12 +60,14 @@ class GroupQuantized(Encoding):
             raise IRError("no encoding with a table of levels and minimums")
         if self.in_steps and self.symmetric:
             raise IRError("no encoding without minimums has them in steps")
+        if self.per_row and not self.symmetric:
+            raise IRError("no encoding with one scale a row and minimums")
         if self.group < 8 or self.group % 8:
-            raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (32, 64 or 128)")
+            raise IRError(f"no encoding with groups of {self.group}: a positive multiple of 8 (16, 32, 64 or 128)")
 
     @property
     def name(self) -> str:
-        minimums = "" if self.symmetric else "z" if self.in_steps else "a"
+        minimums = ("r" if self.per_row else "") if self.symmetric else "z" if self.in_steps else "a"
         return f"{'t' if self.table else 'q'}{self.bits}g{self.group}{minimums}"
 
     @property
@@ -71,8 +77,21 @@ class GroupQuantized(Encoding):
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales included, where groups are full."""
-        return self.bits + (16 if self.symmetric else 32) / self.group
+        """Stored bits a weight, scales included, where groups are full and rows long."""
+        return self.bits if self.per_row else self.bits + (16 if self.symmetric else 32) / self.group
+
+    def scaled(self, inputs: int) -> int:
+        """How many of so many inputs share a scale."""
+        return max(1, inputs) if self.per_row else self.group
+
+    def scales(self, inputs: int) -> int:
+        """Scales of a row of so many inputs."""
+        return min(1, inputs) if self.per_row else -(-inputs // self.group)
+
+
+def fits(bits: int, group: int) -> bool:
+    """Whether integers of so many bits in groups of so many inputs share no vector of a tile with the next group."""
+    return group != HALF or bits not in (3, 5)
 
 
 @register_encoding
@@ -80,7 +99,8 @@ def _parse(name: str) -> Encoding | None:
     found = _NAME.match(name)
     if found is None:
         return None
-    encoding = GroupQuantized(int(found[2]), int(found[3]), not found[4], found[1] == "t", found[4] == "z")
+    symmetric, table, in_steps, per_row = found[4] in ("", "r"), found[1] == "t", found[4] == "z", found[4] == "r"
+    encoding = GroupQuantized(int(found[2]), int(found[3]), symmetric, table, in_steps, per_row)
     return encoding if encoding.name == name else None
 
 
@@ -113,7 +133,7 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
         raise CompileError(f"cannot round a {w.dtype} array of shape {list(w.shape)} to {encoding}: needs float rows")
     inputs = w.shape[-1]
     rows = w.reshape(-1, inputs) if w.size else w.reshape(math.prod(w.shape[:-1]), inputs)
-    groups = -(-inputs // kind.group)
+    groups = kind.scales(inputs) if inputs else 0
     parts = empty_parts(kind, len(rows), inputs)
     step = max(1, BLOCK // max(1, inputs))
 
@@ -133,7 +153,7 @@ def encode(encoding: Encoding, w: Array, *, search: bool = True, threads: int | 
 
 def empty_parts(kind: GroupQuantized, rows: int, inputs: int) -> dict[str, Array]:
     """Room for the parts of an encoded [rows, inputs]."""
-    groups = -(-inputs // kind.group)
+    groups = kind.scales(inputs)
     parts: dict[str, Array] = {
         "q": np.empty((rows, inputs), np.int8 if kind.symmetric else np.uint8),
         "scales": np.empty((rows, groups), np.float16),
@@ -159,10 +179,11 @@ def _round_rows(kind: GroupQuantized, rows: Array, search: bool) -> Rounding:
     """Integers [N, K], scales and minimums [N, G] of some rows [N, K]: full groups at once, then the short last one."""
     w = widen(rows)
     count, inputs = w.shape
-    full = inputs - inputs % kind.group
+    group = kind.scaled(inputs)
+    full = inputs - inputs % group
     pieces = []
     if full:
-        pieces.append(round_groups(kind, np.ascontiguousarray(w[:, :full]).reshape(-1, kind.group), search))
+        pieces.append(round_groups(kind, np.ascontiguousarray(w[:, :full]).reshape(-1, group), search))
     if full < inputs:
         pieces.append(round_groups(kind, np.ascontiguousarray(w[:, full:]), search))
     q = np.concatenate([piece.q.reshape(count, -1) for piece in pieces], axis=1)
@@ -198,8 +219,9 @@ def decode(encoded: Encoded) -> Array:
     minimums = None if kind.symmetric else encoded.parts["minimums"].reshape(len(q), -1).astype(wide)
     if minimums is not None and kind.in_steps:
         minimums *= scales
-    for index, start in enumerate(range(0, inputs, kind.group)):
-        part = slice(start, start + kind.group)
+    group = kind.scaled(inputs)
+    for index, start in enumerate(range(0, inputs, group)):
+        part = slice(start, start + group)
         np.multiply(q[:, part], scales[:, index, None], out=values[:, part])
         if minimums is not None:
             values[:, part] += minimums[:, index, None]
@@ -209,9 +231,8 @@ def decode(encoded: Encoded) -> Array:
 def stored_bytes(encoding: Encoding, shape: Sequence[int]) -> int:
     """Bytes of packed integers, scales and minimums for a logical shape [..., K]; the last group counts in full."""
     kind = grouped(encoding)
-    groups = -(-shape[-1] // kind.group)
-    per_row = groups * (kind.group * kind.bits // 8 + (2 if kind.symmetric else 4))
-    return math.prod(shape[:-1]) * per_row
+    data = -(-shape[-1] // kind.group) * kind.group * kind.bits // 8
+    return math.prod(shape[:-1]) * (data + kind.scales(shape[-1]) * (2 if kind.symmetric else 4))
 
 
 def storage_bytes(kind: Tensor) -> int:

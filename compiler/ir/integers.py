@@ -104,7 +104,8 @@ def repeat_blocks(values: Value, axis: int, block: int, size: int | Dim) -> Valu
 
 
 class PackGroups(Op, name="llm.pack_groups"):
-    """An encoded weight of given integers: q [..., K], scales and minimums [..., ceil(K / group)], rounded to f16.
+    """An encoded weight of given integers: q [..., K], scales and minimums [..., ceil(K / group)], rounded to f16;
+    of an encoding with one scale a row [..., 1].
 
     `encoding` is one of groups of integers: q in its range (u8 where it has minimums, else i8; 8-bit integers may be
     -128). The logical dtype is f32.
@@ -125,7 +126,7 @@ class PackGroups(Op, name="llm.pack_groups"):
         expected = "i8" if kind.symmetric else "u8"
         require(self.q.dtype == expected, f"integers are {self.q.dtype}, {kind} has {expected}")
         size = self.q.shape[-1]
-        shape = (*self.q.shape[:-1], (size + (kind.group - 1)) // kind.group)
+        shape = (*self.q.shape[:-1], 1 if kind.per_row else (size + (kind.group - 1)) // kind.group)
         for value in (self.scales, self.minimums):
             if value is not None:
                 require(value.shape == shape, f"a scale or minimum of {list(value.shape)}, groups are {list(shape)}")

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from llmc.compiler.encodings.grouped import EVEN_BITS
+from llmc.compiler.encodings.grouped import EVEN_BITS, fits
 from llmc.compiler.ir.elementwise import Add, Cast, Constant, Mul, Neg, Sub, constant
 from llmc.compiler.ir.evaluate import evaluate_values
-from llmc.compiler.ir.graph import Graph, rewrite
+from llmc.compiler.ir.graph import Graph, rewrite, topological
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers, UnpackNibbles, repeat_blocks
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
 from llmc.compiler.ir.op import Op, Value
@@ -26,6 +26,7 @@ ROUNDING = 2.0**-11  # relative error of a number that f16 holds well
 # Scales that are small beside the largest of their weight may lose more: 2^-14 of that one.
 SMALL = 2.0**-14
 STEP = 2.0**-3  # of a group's step, that its minimum may be moved by
+CUTS = (32, 16)  # groups that blocks are cut into
 FINE = "q8g32"  # its steps are an eighth of 4-bit ones, or less
 
 
@@ -34,10 +35,10 @@ class KeepIntegers(Pass, name="keep-integers"):
     """A weight that is llm.scale_integers -> llm.pack_groups of the same integers.
 
     group: inputs that share a scale where the source's blocks are multiples of it, or rows have one scale; blocks of
-    other multiples of 32 are cut into groups of 32, and weights in smaller blocks are rounded anew, finely. Scales and
-    minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group: -zero,
-    in steps of the scale, or -zero * scale where zero points are wider floats. What does not fit stays as the floats
-    that it stands for, to be rounded like any weight.
+    other multiples of 32 and 16 are cut into groups of as many, and weights in others are rounded anew, finely. Scales
+    and minimums are stored as f16. Integers whose zero point is not the middle of their range get a minimum a group:
+    -zero, in steps of the scale, or -zero * scale where zero points are wider floats. What does not fit stays as the
+    floats that it stands for, to be rounded like any weight.
     """
 
     exact: ClassVar[bool] = False
@@ -52,6 +53,9 @@ class KeepIntegers(Pass, name="keep-integers"):
             turned = isinstance(base, Transpose) and base.permutation == (1, 0)
             source = uncast(base.x) if isinstance(base, Transpose) and turned else base
             if weight not in graph.constants or not isinstance(source, ScaleIntegers):
+                if weight in graph.constants and base not in kept and (hidden := _hidden(base)):
+                    kept[base] = hidden
+                    report.refuse(describe(op, weight), hidden)
                 return None
             if base not in kept:
                 try:
@@ -90,8 +94,8 @@ class KeepIntegers(Pass, name="keep-integers"):
             q, axis = Transpose(q, (1, 0)), 1 - axis
         rows, inputs = (static(dim) for dim in q.shape)
         block = source.block if source.block and axis == 1 else 0
-        group = self.group if block % self.group == 0 else 32
-        if block % group:
+        group = next((size for size in (self.group, *CUTS) if block % size == 0), 0)
+        if not group:
             floats: Value = Transpose(source, (1, 0)) if turned else source
             return Quantize(floats if floats.dtype == "f32" else Cast(floats, "f32"), FINE)
 
@@ -117,7 +121,7 @@ class KeepIntegers(Pass, name="keep-integers"):
         lost = _rounding_of(source.scales)
         if lost:
             return lost
-        bits = _fewest_bits(source.q)
+        bits = next(bits for bits in EVEN_BITS if bits >= _fewest_bits(source.q) and fits(bits, group))
         middle = {"i8": 0, "u8": 1 << (bits - 1)}[q.dtype]
         halves = Cast(scales, "f16")
         if _is_everywhere(source.zeros, middle):
@@ -136,6 +140,17 @@ class KeepIntegers(Pass, name="keep-integers"):
         if lost:
             return lost
         return PackGroups(q, halves, minimums, f"q{bits}g{group}a")
+
+
+def _hidden(weight: Value) -> str:
+    """Why a weight that is computed from integers, such as a part of them or them in another order, keeps none; empty
+    where there are none in it."""
+    if isinstance(weight, (PackGroups, Quantize)) or not any(
+        isinstance(value, ScaleIntegers) for value in topological([weight])
+    ):
+        return ""
+    kind = weight.name if isinstance(weight, Op) else type(weight).__name__
+    return f"its integers are not kept: they lie behind {kind}, so that what they stand for is rounded like any weight"
 
 
 def _in_steps(source: ScaleIntegers) -> bool:

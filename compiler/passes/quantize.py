@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmc.compiler.encodings.grouped import fits
 from llmc.compiler.ir.elementwise import Cast
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.llm import (
@@ -86,6 +87,7 @@ class _Run:
         self.tables: dict[Value, Scheme] = {}
         self.scheme = self._scheme(options.scheme)
         few = [name for name, bits in INTEGER_SCHEMES.items() if bits < INTEGER_SCHEMES[_FINER]]
+        few = [name for name in few if fits(INTEGER_SCHEMES[name], options.group_size)]
         is_few = any(options.scheme in (name, self._scheme(name).encoding) for name in few)
         finer = self._scheme(_FINER) if is_few else self.scheme
         self.head = finer if options.head == "auto" else self._scheme(options.head)
@@ -160,7 +162,9 @@ class _Run:
         text = self.least.of(param_names(weight)) if self.least.items else ""
         if not text or not scheme.encoding or bits_of(text) <= bits_of(scheme.encoding):
             return scheme
-        return self._scheme(text)
+        size = self.options.group_size
+        bits = next(bits for bits in sorted(INTEGER_SCHEMES.values()) if bits >= bits_of(text) and fits(bits, size))
+        return self._scheme(f"int{bits}")
 
     def _refused(self, op: Op, weight: Value, note: bool = False) -> bool:
         """Whether a weight cannot be rounded; `note` puts the reason into the report."""

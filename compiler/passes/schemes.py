@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from llmc.compiler.encodings import GroupQuantized
-from llmc.compiler.encodings.grouped import grouped
+from llmc.compiler.encodings.grouped import fits, grouped
 from llmc.compiler.encodings.levels import TABLE_BITS
 from llmc.compiler.ir.graph import Graph, topological
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear
@@ -18,7 +18,8 @@ from llmc.errors import CompileError, IRError
 
 FLOAT_SCHEMES = {"none": "f32", "bf16": "bf16", "f16": "f16"}
 INTEGER_SCHEMES = {f"int{bits}": bits for bits in (2, 3, 4, 5, 6, 8)}
-_ENCODING = re.compile(r"[qt]\d+g\d+a?\Z")
+_ENCODING = re.compile(r"[qt]\d+g\d+[ar]?\Z")
+_CHANNEL_GROUP = 64  # of activations, in front of weights that have one scale a row
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,21 @@ def scheme_of(text: str, group_size: int, symmetric: bool) -> Scheme:
 
     CompileError for another text.
 
-    Below 8 bits integers have tables of levels, and those of up to 4 bits that are not symmetric even steps above a
-    minimum. The others are symmetric whatever `symmetric` says: their error is far below that of int8 activations.
+    group_size 0: one scale a row. Below 8 bits integers have tables of levels, and those of up to 4 bits that are not
+    symmetric even steps above a minimum. The others are symmetric whatever `symmetric` says: their error is far below
+    that of int8 activations.
     """
     if text in FLOAT_SCHEMES:
         return Scheme(dtype=FLOAT_SCHEMES[text])
     try:
         if text in INTEGER_SCHEMES:
             bits = INTEGER_SCHEMES[text]
-            symmetric = symmetric or bits > 4
-            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric, symmetric and bits in TABLE_BITS).name)
+            symmetric, per_row = symmetric or bits > 4, group_size == 0
+            group_size = group_size or _CHANNEL_GROUP
+            if not fits(bits, group_size):
+                raise CompileError(f"scheme {text!r}: no layout of {bits} bits in groups of {group_size}, but of 32")
+            table = symmetric and bits in TABLE_BITS
+            return Scheme(encoding=GroupQuantized(bits, group_size, symmetric, table, per_row=per_row).name)
         if _ENCODING.match(text):
             return Scheme(encoding=parse_encoding(text).name)
     except IRError as error:

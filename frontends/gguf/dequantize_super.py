@@ -23,22 +23,35 @@ def _grouped(q: Array, scales: Floats, minimums: Floats | None = None) -> Floats
     return values.reshape(len(q), K)
 
 
+def small_scales_and_minimums(blocks: Bytes) -> tuple[Floats, Floats]:
+    """Of Q2_K: f32 [n, 16] each; a weight is scale * q - minimum."""
+    packed = blocks[:, :16]
+    return half(blocks, 80) * (packed & 15).astype(np.float32), half(blocks, 82) * (packed >> 4).astype(np.float32)
+
+
 @dequantizes("Q2_K")
 def _q2_k(blocks: Bytes) -> Floats:
-    packed = blocks[:, :16]
-    scales = half(blocks, 80) * (packed & 15).astype(np.float32)
-    minimums = half(blocks, 82) * (packed >> 4).astype(np.float32)
-    return _grouped(fields(blocks[:, 16:80], (0, 2, 4, 6), 2, 32), scales, minimums)
+    return _grouped(fields(blocks[:, 16:80], (0, 2, 4, 6), 2, 32), *small_scales_and_minimums(blocks))
+
+
+def scales_of_q3_k(blocks: Bytes) -> Floats:
+    """f32 [n, 16]."""
+    low = fields(blocks[:, 96:104], (0, 4), 4, 8)
+    high = fields(blocks[:, 104:108], (0, 2, 4, 6), 2, 4)
+    found: Floats = half(blocks, 108) * ((low | high << 4).astype(np.float32) - np.float32(32))
+    return found
+
+
+def three_bits_of_k(blocks: Bytes) -> Array:
+    """Integers of Q3_K, i8 around 0."""
+    third = fields(blocks[:, :32], tuple(range(8)), 1, 32)  # a bit that is 1 takes nothing away
+    found: Array = fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32).astype(np.int8) - ((third ^ 1) << 2).astype(np.int8)
+    return found
 
 
 @dequantizes("Q3_K")
 def _q3_k(blocks: Bytes) -> Floats:
-    low = fields(blocks[:, 96:104], (0, 4), 4, 8)
-    high = fields(blocks[:, 104:108], (0, 2, 4, 6), 2, 4)
-    scales = half(blocks, 108) * ((low | high << 4).astype(np.float32) - np.float32(32))
-    third = fields(blocks[:, :32], tuple(range(8)), 1, 32)  # a bit that is 1 takes nothing away
-    q = fields(blocks[:, 32:96], (0, 2, 4, 6), 2, 32).astype(np.int8) - ((third ^ 1) << 2).astype(np.int8)
-    return _grouped(q, scales)
+    return _grouped(three_bits_of_k(blocks), scales_of_q3_k(blocks))
 
 
 def six_bit_pairs(packed: Bytes) -> tuple[Bytes, Bytes]:
@@ -73,12 +86,23 @@ def _q5_k(blocks: Bytes) -> Floats:
     return _grouped(five_bits_of_k(blocks), *scales_and_minimums(blocks))
 
 
-@dequantizes("Q6_K")
-def _q6_k(blocks: Bytes) -> Floats:
+def scales_of_q6_k(blocks: Bytes) -> Floats:
+    """f32 [n, 16]."""
+    found: Floats = half(blocks, 208) * words(blocks, 192, 208, "<i1").astype(np.float32)
+    return found
+
+
+def six_bits_of_k(blocks: Bytes) -> Array:
+    """Integers of Q6_K, i8 around 0."""
     low = fields(blocks[:, :128], (0, 4), 4, 64)
     high = fields(blocks[:, 128:192], (0, 2, 4, 6), 2, 32)
-    scales = half(blocks, 208) * words(blocks, 192, 208, "<i1").astype(np.float32)
-    return _grouped((low | high << 4).astype(np.int8) - np.int8(32), scales)
+    found: Array = (low | high << 4).astype(np.int8) - np.int8(32)
+    return found
+
+
+@dequantizes("Q6_K")
+def _q6_k(blocks: Bytes) -> Floats:
+    return _grouped(six_bits_of_k(blocks), scales_of_q6_k(blocks))
 
 
 @dequantizes("Q8_K")

@@ -134,8 +134,8 @@ class GgufWeights:
         shape = self.shape(name)
         if kinds or weight.values is not None or kind.name not in stored.KINDS or len(shape) != 2:
             return None
-        known, blocks = stored.KINDS[kind.name], (shape[0], shape[1] // stored.BLOCK)
-        rounded = kind.block > stored.BLOCK
+        known = stored.KINDS[kind.name]
+        blocks, rounded = (shape[0], shape[1] // known.group), kind.block > known.group
 
         def part(of: Callable[[TensorType, Bytes], Array], shape: tuple[int, ...], dtype: str) -> Part:
             def load() -> Array:
@@ -148,7 +148,7 @@ class GgufWeights:
             q=part(stored.integers, shape, "i8" if known.zero == 0 else "u8"),
             scales=part(stored.scales, blocks, "f32" if rounded else "f16"),
             zeros=part(stored.zeros, blocks, "f32") if known.zero is None else known.zero or None,
-            block=stored.BLOCK,
+            block=known.group,
             bits=known.bits,
             what=f"{known.bits} bits ({kind.name}{', scales rounded to f16' if rounded else ''})",
         )

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmc.errors import CompileError
+
 if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
 
@@ -49,12 +51,20 @@ Quantization = Annotated[
                       help="How linear weights are stored; default: int4, and where `llmc compile` gets an encoder, "
                            "the fewest bits that keep the mean cosine of its vectors with the original's above 0.99."),
 ]  # fmt: skip
+
+
+def group_size(text: str | int) -> int:
+    """A group size as the command line has it; 0: `channel`."""
+    try:
+        return 0 if str(text) == "channel" else int(text) or -1
+    except ValueError:
+        raise CompileError(f"--group-size is a number or channel, not {text!r:.40}") from None
+
+
 GroupSize = Annotated[
-    int,
-    typer.Option(
-        "--group-size", metavar="32|64|128|256", help="Weights that share a scale.", rich_help_panel=_COMPILING
-    ),
-]
+    int, typer.Option("--group-size", metavar="16|32|64|128|256|channel", parser=group_size,
+                      help="Weights that share a scale.", rich_help_panel=_COMPILING),
+]  # fmt: skip
 Symmetric = Annotated[
     bool, typer.Option("--symmetric/--asymmetric", rich_help_panel=_COMPILING,
                        help="int4 and less as levels of a table, or in even steps above a minimum in each group."),

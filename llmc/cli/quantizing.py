@@ -23,7 +23,10 @@ def quantize(
         str, typer.Option("--form", metavar="compressed-tensors|gptq", help="What other tools read it as.")
     ] = "compressed-tensors",
     group_size: Annotated[
-        int, typer.Option("--group-size", metavar="32|64|128|256", help="Weights that share a scale.")
+        int,
+        typer.Option(
+            "--group-size", metavar="16|32|64|128|256|channel", parser=o.group_size, help="Weights that share a scale."
+        ),
     ] = 128,
     calibrate: o.Calibrate = None,
     fast: Annotated[bool, typer.Option("--fast", help="Sooner, less accurately: --calibrate none.")] = False,

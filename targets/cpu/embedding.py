@@ -58,8 +58,8 @@ class RowLayout:
     lie plane after plane (`PLANES`). Of 6-bit ones (32 added), group / 2 bytes hold the low four bits in the same way,
     and byte j of the group / 4 behind them the high two bits of the inputs j, j + group / 4, j + group / 2 and
     j + 3 * group / 4, lowest first.
-    scales, minimums f16 [n, groups]. The last group is padded with zero weights. levels: what integers stand for, if
-    not for themselves. in_steps: minimums count steps of the scale.
+    scales, minimums f16 [n, groups] (per_row: [n, 1]). The last group is padded with zero weights. levels: what
+    integers stand for, if not for themselves. in_steps: minimums count steps of the scale.
     """
 
     bits: int
@@ -67,6 +67,7 @@ class RowLayout:
     symmetric: bool = True
     levels: TableLevels | None = None
     in_steps: bool = False
+    per_row: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in ROW_BITS or self.group < 4 or self.group % 4:
@@ -96,7 +97,7 @@ class RowLayout:
         groups = self.groups(k)
         found: Arrays = {
             "data": ((n, groups, self.group_bytes), np.dtype(np.uint8)),
-            "scales": ((n, groups), np.dtype(np.float16)),
+            "scales": ((n, 1 if self.per_row else groups), np.dtype(np.float16)),
         }
         return found if self.symmetric else found | {"minimums": found["scales"]}
 
@@ -123,8 +124,9 @@ class RowLayout:
         for name, values in {"scales": scales, "minimums": minimums}.items():
             if values is None:
                 continue
-            if values.shape != (n, groups):
-                raise ValueError(f"{name} are {values.shape}, the table needs {(n, groups)}")
+            shape = (n, 1 if self.per_row else groups)
+            if values.shape != shape:
+                raise ValueError(f"{name} are {values.shape}, the table needs {shape}")
             packed[name] = np.ascontiguousarray(values, np.float16)
         return packed
 
@@ -181,6 +183,7 @@ class QuantizedProblem(Problem):
     features: int
     scale: float
     in_steps: bool = False
+    per_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def embedding(
         return EmbeddingTiles, TilesProblem(layout.dtype, tile_rows, features, float(scale))
     return EmbeddingQuantized, QuantizedProblem(
         layout.bits, layout.group, layout.symmetric, layout.levels is not None, layout.offset, tile_rows, features,
-        float(scale), layout.in_steps,
+        float(scale), layout.in_steps, layout.per_row,
     )  # fmt: skip
 
 
@@ -289,6 +292,7 @@ def _quantized(
     features: int,
     scale: float,
     in_steps: bool,
+    per_row: bool,
 ) -> PrimFunc:
 
     groups = -(-features // group)
@@ -299,11 +303,11 @@ def _quantized(
     def unit(a: SimpleNamespace, token: Expr) -> None:
         row, target = integer(load(a.ids, token)), pin(token * features)
         tile, lane = (pin(divide(row, tile_rows)), pin(remainder(row, tile_rows))) if tile_rows else (row, index(0))
-        first_scale = pin(tile * (groups * stride) + lane)
+        first_scale = pin(tile * ((1 if per_row else groups) * stride) + lane)
         first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
-            factor = let(as_f32(load(a.scales, first_scale + g * stride)) * scale)
+            factor = let(as_f32(load(a.scales, first_scale if per_row else first_scale + g * stride)) * scale)
             minimum = None if symmetric else as_f32(load(a.minimums, first_scale + g * stride))
             if minimum is not None:
                 minimum = let(minimum * (factor if in_steps else scale))

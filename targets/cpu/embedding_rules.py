@@ -25,10 +25,11 @@ def table_layout(table: Value, context: Context) -> Layout | str:
         return weight_tiles(context.machine).floats(table.dtype) if shared else table.dtype
     bits, group = int(getattr(encoding, "bits", 0)), int(getattr(encoding, "group", 0))
     symmetric, of_table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
-    in_steps = bool(getattr(encoding, "in_steps", False))
+    in_steps, per_row = bool(getattr(encoding, "in_steps", False)), bool(getattr(encoding, "per_row", False))
     if shared:
-        return weight_tiles(context.machine).quantized(bits, group, symmetric, of_table, in_steps=in_steps)
-    return RowLayout(bits, group, symmetric, table_levels(bits) if of_table else None, in_steps)
+        tiles = weight_tiles(context.machine)
+        return tiles.quantized(bits, group, symmetric, of_table, in_steps=in_steps, per_row=per_row)
+    return RowLayout(bits, group, symmetric, table_levels(bits) if of_table else None, in_steps, per_row)
 
 
 def _is_shared(table: Value, context: Context) -> bool:

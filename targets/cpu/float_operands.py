@@ -83,8 +83,9 @@ class DequantizedWeights:
         tile, row = at.tile, at.number * isa.lanes
 
         def per_group(name: str) -> Expr:
-            buffer = b.view(handles[name], [b.MANY, groups, layout.tile_rows], "float16")
-            return b.let(as_f32(load(buffer, (tile, part, row), isa.lanes)))
+            buffer = b.view(handles[name], [b.MANY, layout.scale_groups(self.k), layout.tile_rows], "float16")
+            place = b.index(0) if layout.per_row else part
+            return b.let(as_f32(load(buffer, (tile, place, row), isa.lanes)))
 
         scale, minimum = per_group("scales"), None if layout.symmetric else per_group("minimums")
         if minimum is not None and layout.in_steps:

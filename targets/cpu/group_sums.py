@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from llmc.targets.cpu.vector_isa import VectorIsa
 
-UNROLL = (4, 8)  # quads that may be unrolled, of 8 in the smallest group: whole bundles
+UNROLL = (4, 8)  # quads that may be unrolled, of which the smallest group has four: whole bundles
 # What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `PairSums`.
 CENTRE = 8
 

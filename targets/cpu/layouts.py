@@ -52,15 +52,16 @@ class WeightTiles:
 
     @functools.cache  # noqa: B019  (an architecture has one of these, and a model few layouts)
     def quantized(
-        self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False, in_steps: bool = False
-    ) -> QuantizedLayout:
+        self, bits: int, group: int, symmetric: bool, table: bool = False, gated: bool = False, in_steps: bool = False,
+        per_row: bool = False,
+    ) -> QuantizedLayout:  # fmt: skip
         """The layout of weights of 2 to 6 or 8 bits. table: integers stand for levels of a table. in_steps: minimums
-        count steps of the scale. ValueError where there is none."""
+        count steps of the scale. per_row: groups of a row share one scale. ValueError where there is none."""
         levels, zero = table_levels(bits) if table else None, 0
         if levels is not None and not self.signed_bytes:
             zero = 128 if min(levels.bytes) == -128 else -min(levels.bytes)
         offset = self.offset(bits, symmetric)
-        return QuantizedLayout(bits, group, symmetric, self.rows, offset, gated, levels, zero, in_steps)
+        return QuantizedLayout(bits, group, symmetric, self.rows, offset, gated, levels, zero, in_steps, per_row)
 
     def floats(self, dtype: str, gated: bool = False) -> FloatLayout:
         """The layout of weights of `dtype` "f32", "f16" or "bf16". ValueError for another."""
@@ -131,7 +132,7 @@ class QuantizedLayout(_Tiled):
     those of another, and a vector holds successive quads, the first in the lowest bits of its bytes. So of 4-bit
     weights, a vector holds quads 2v and 2v + 1; of 6-bit ones, three vectors hold quads 4v to 4v + 3: the low four bits
     of the first two and of the other two, and the high two bits of all four.
-    scales, minimums f16 [tiles, groups, tile_rows].
+    scales, minimums f16 [tiles, groups, tile_rows]; per_row: scales [tiles, 1, tile_rows], which all groups share.
 
     levels: what integers stand for, where they are not multiplied themselves but the bytes of a table. zero: what is
     added to those bytes before they are multiplied. in_steps: minimums count steps of the scale.
@@ -146,14 +147,23 @@ class QuantizedLayout(_Tiled):
     levels: TableLevels | None = None
     zero: int = 0
     in_steps: bool = False
+    per_row: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in PLANES or self.group % 32:
-            raise ValueError(f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32")
+        known = self.group > 0 and (self.group % 32 == 0 or self.group == 16) and self.bits in PLANES
+        if not known or self.group % (4 * self.bundle_quads):
+            raise ValueError(
+                f"no layout for {self.bits}-bit weights in groups of {self.group}: multiples of 32, or 16 where they "
+                "have 2, 4, 6 or 8 bits"
+            )
 
     def groups(self, k: int) -> int:
         """Groups of k inputs."""
         return -(-k // self.group)
+
+    def scale_groups(self, k: int) -> int:
+        """Scales of a row of k inputs."""
+        return 1 if self.per_row else self.groups(k)
 
     @property
     def packed(self) -> bool:
@@ -219,22 +229,22 @@ class QuantizedLayout(_Tiled):
         tiles, groups = self.tiles(n), self.groups(k)
         found: Arrays = {
             "data": ((tiles, groups, self.vectors, self.tile_rows * 4), np.dtype(np.uint8)),
-            "scales": ((tiles, groups, self.tile_rows), np.dtype(np.float16)),
+            "scales": ((tiles, self.scale_groups(k), self.tile_rows), np.dtype(np.float16)),
         }
         return found if self.symmetric else found | {"minimums": found["scales"]}
 
     def pack(self, q: np.ndarray, scales: np.ndarray, minimums: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Logical parts to bytes.
 
-        q: i8 (symmetric) or u8 [n, k]; scales, minimums: f16 [n, ceil(k / group)]. ValueError where they do not fit.
+        q: i8 (symmetric) or u8 [n, k]; scales, minimums: f16 [n, `scale_groups(k)`]. ValueError where they do not fit.
         """
         n, k = q.shape
         if (minimums is None) != self.symmetric:
             raise ValueError("minimums go with asymmetric weights, and only with them")
         per_group = {"scales": scales} if minimums is None else {"scales": scales, "minimums": minimums}
         for name, values in per_group.items():
-            if values.shape != (n, self.groups(k)):
-                raise ValueError(f"{name} are {values.shape}, the weight needs {(n, self.groups(k))}")
+            if values.shape != (n, self.scale_groups(k)):
+                raise ValueError(f"{name} are {values.shape}, the weight needs {(n, self.scale_groups(k))}")
         rows = self._in_tiles(q)
         shape, dtype = self.arrays(n, k)["data"]
         data = np.empty(shape, dtype)

@@ -37,18 +37,21 @@ class LinearProblem(Problem):
 @dataclass(frozen=True, kw_only=True)
 class QuantizedProblem(LinearProblem):
     """Weights of 2 to 6 or 8 bits in groups along the inputs. table: they stand for levels of a table. in_steps: their
-    minimums count steps of the scale."""
+    minimums count steps of the scale. per_row: the groups of a row share one scale."""
 
     bits: int
     group: int
     symmetric: bool
     table: bool = False
     in_steps: bool = False
+    per_row: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout:
         """How the weight lies on this machine."""
         tiles = weight_tiles(machine)
-        return tiles.quantized(self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps)
+        return tiles.quantized(
+            self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps, self.per_row
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +79,16 @@ class ManyRowsProblem(LinearProblem):
     symmetric: bool = True
     table: bool = False
     in_steps: bool = False
+    per_row: bool = False
     packed: bool = False
 
     def layout(self, machine: Machine) -> QuantizedLayout | FloatLayout:
         """How the weight lies on this machine."""
         tiles = weight_tiles(machine)
         if self.bits < 16:
-            return tiles.quantized(self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps)
+            return tiles.quantized(
+            self.bits, self.group, self.symmetric, self.table, self.gated, self.in_steps, self.per_row
+        )  # fmt: skip
         return tiles.floats("f32" if self.bits == 32 else "bf16", self.gated)
 
 

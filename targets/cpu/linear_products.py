@@ -30,7 +30,7 @@ class Operands:
 
     def __post_init__(self) -> None:
         layout, groups, tile_rows = self.layout, self.layout.groups(self.k), self.layout.tile_rows
-        per_group = [b.MANY, groups, tile_rows]
+        per_group = [b.MANY, layout.scale_groups(self.k), tile_rows]
         self.xq = b.view(self.handles["xq"], [b.MANY, groups, layout.group], "int8")
         self.xscales = b.view(self.handles["xscales"], [b.MANY, groups], "float32")
         self.xsums = b.view(self.handles["xsums"], [b.MANY, groups], "int32")
@@ -95,9 +95,13 @@ class Operands:
         four = load(self.xq, (row, group, quad * 4), 4)
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
+    def scale_of(self, group: Expr) -> Expr:
+        """Which of a row's scales is a group's."""
+        return b.index(0) if self.layout.per_row else group
+
     def per_group(self, name: str, at: TileSlice, group: Expr) -> Expr:
         """The "scales" or "minimums" of a group, f32."""
-        first = at.number * self.isa.lanes
+        first, group = at.number * self.isa.lanes, self.scale_of(group)
         return as_f32(load(getattr(self, name), (at.tile, group, first), self.isa.lanes))
 
     def minimum(self, at: TileSlice, group: Expr) -> Expr:

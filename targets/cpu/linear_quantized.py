@@ -37,8 +37,15 @@ FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 
 def _refuse_unroll(unroll: int, problem: QuantizedProblem, machine: Machine) -> str:
-    quads = problem.layout(machine).bundle_quads
+    quads, whole = problem.layout(machine).bundle_quads, problem.group // 4
+    if whole % unroll:
+        return f"a group of {whole} quads is no whole number of {unroll} unrolled ones"
     return "" if unroll % quads == 0 else f"{unroll} unrolled quads are no whole number of bundles of {quads}"
+
+
+def _unroll(problem: QuantizedProblem) -> int:
+    """Quads that are unrolled unless asked for otherwise: a group of 16 has no more than four."""
+    return min(8, problem.group // 4)
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
         chains, together = 2 if most * tiles < 8 else 1, cls._together(problem, high)
-        return cls(most, tiles, tiles, high, unroll=8, chains=chains, ahead=3072, least=32 << 10, together=together)
+        unroll = _unroll(problem)
+        return cls(most, tiles, tiles, high, unroll, chains=chains, ahead=3072, least=32 << 10, together=together)
 
     @classmethod
     def _together(cls, problem: QuantizedProblem, high: int) -> int:
@@ -99,7 +107,8 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         chains = 2 if rows * slices < 8 else 1
         ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
         together = cls._together(problem, high)
-        return cls(rows, tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10, together=together)
+        unroll = _unroll(problem)
+        return cls(rows, tiles, slices, high, unroll, chains=chains, ahead=ahead, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)
@@ -253,7 +262,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
         isa = isa_for(machine)
         tiles = panel_tiles(problem, machine, isa.quantized_blocks)
-        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=8)
+        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=_unroll(problem))
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)

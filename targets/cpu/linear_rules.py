@@ -169,7 +169,8 @@ def _encoding(op: AnyLinear) -> dict[str, Any]:
     encoding = op.w.tensor.encoding
     symmetric, table = bool(getattr(encoding, "symmetric", True)), bool(getattr(encoding, "table", False))
     group, in_steps = getattr(encoding, "group", 0), bool(getattr(encoding, "in_steps", False))
-    return {"bits": weight_bits(op), "group": group, "symmetric": symmetric, "table": table, "in_steps": in_steps}
+    found = {"bits": weight_bits(op), "group": group, "symmetric": symmetric, "table": table, "in_steps": in_steps}
+    return found | {"per_row": bool(getattr(encoding, "per_row", False))}
 
 
 def _integer_plan(op: AnyLinear, on_unit: bool, context: Context) -> LinearPlan:

@@ -29,9 +29,10 @@ class Amx:
     machine: Machine
 
     def activations(self, features: int, bits: int, group: int | None) -> Bf16Tiles | None:
-        if bits not in (4, 6, 8, 16, 32) or (group or INPUTS) % INPUTS or not tile_plan.usable(self.machine):
+        section = tile_plan.section_of(features, group or 0)
+        if bits not in (4, 6, 8, 16, 32) or not section or not tile_plan.usable(self.machine):
             return None
-        return tile_plan.activations(features, bits, group or INPUTS)
+        return tile_plan.activations(features, bits, section)
 
     def result(self, features: int, bits: int) -> Bf16Tiles | None:
         return tile_plan.activations(features, bits) if features % INPUTS == 0 else None

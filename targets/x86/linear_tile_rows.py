@@ -164,7 +164,8 @@ class _Unit:
     def _scale(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
         """totals += what the sums in a place of the ring stand for."""
         ops, isa = self.ops, self.ops.isa
-        scales = [b.let(as_f32(load(ops.scales, (tile, group, 0), isa.lanes)) * self.shape.factor)
+        place = ops.scale_of(group)
+        scales = [b.let(as_f32(load(ops.scales, (tile, place, 0), isa.lanes)) * self.shape.factor)
                   for tile in self.tile]  # fmt: skip
         minimums = None if ops.layout.symmetric else [b.let(self._minimum(tile, group)) for tile in self.tile]
 
@@ -224,6 +225,8 @@ class QuantizedTileRows(CpuTemplate[QuantizedProblem], name="quantized_linear_ti
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         if not amx.has_tiles(machine, "int8") or isa_for(machine).lanes != amx.ROWS:
             return f"{machine.name} has no tile registers for bytes, as wide as its vectors"
+        if problem.group % 32:
+            return f"groups of {problem.group} do not fill the tiles that multiply bytes"
         if self.ring <= self.unpack_ahead:  # what is unpacked would overwrite what is multiplied
             return f"a ring of {self.ring} groups has no room for {self.unpack_ahead} ahead and one that is multiplied"
         return super().refuse(problem, machine)

@@ -56,14 +56,21 @@ def cost(bits: int) -> float:
     return SPLIT_COST if bits == 32 else COST
 
 
+def section_of(features: int, group: int) -> int:
+    """Inputs of whole groups (0: none) that fill tiles; 0 where groups of a weight of so many inputs do not."""
+    if group * 2 == INPUTS and -(-features // group) % 2 == 0:
+        return INPUTS
+    return (group or INPUTS) if group % INPUTS == 0 else 0
+
+
 def activations(features: int, bits: int, group: int = INPUTS) -> Bf16Tiles:
-    """The form of activations in front of weights of so many bits: as many bf16 as a weight becomes, whole groups."""
+    """The form of activations in front of weights of so many bits: as many bf16 as a weight becomes, whole sections."""
     return Bf16Tiles(features, -(-features // group) * group, 3 if bits == 32 else 1)
 
 
 def form_of(problem: ManyRowsProblem) -> Bf16Tiles:
     """How its kernels read activations."""
-    return activations(problem.k, problem.bits, problem.group or INPUTS)
+    return activations(problem.k, problem.bits, section_of(problem.k, problem.group) or INPUTS)
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ class TileLinear(CpuTemplate[ManyRowsProblem], name="tile_linear"):
     def refuse(self, problem: ManyRowsProblem, machine: Machine) -> str:
         if not usable(machine):
             return f"{machine.name} has no tile registers for bf16, as wide as its vectors"
-        if (problem.group or INPUTS) % INPUTS:
-            return f"groups of {problem.group} are no whole number of {INPUTS} inputs"
+        if not section_of(problem.k, problem.group):
+            return f"{problem.k} inputs in groups of {problem.group} are no whole number of {INPUTS}"
         if problem.packed and problem.epilogue.features % INPUTS:
             return f"{problem.epilogue.features} features do not fill tiles of {INPUTS}"
         if self.tiles % _panel_multiple(problem):
@@ -109,7 +116,7 @@ class TileLinear(CpuTemplate[ManyRowsProblem], name="tile_linear"):
             source = Quantized(isa, layout, problem.k)
         else:
             source = Single(isa, problem.k) if problem.bits == 32 else Float(isa, problem.k)
-        depth = _even_depth(form.inputs, problem.group or INPUTS, self.depth // form.parts)
+        depth = _even_depth(form.inputs, section_of(problem.k, problem.group), self.depth // form.parts)
         return TileWork(
             isa=isa,
             epilogue=problem.epilogue,

@@ -56,14 +56,16 @@ def chunks(source: Source) -> int:
 
 
 class Quantized:
-    """Weights of 2 to 6 or 8 bits: one section is a group."""
+    """Weights of 2 to 6 or 8 bits: one section is a group, or two where these have 16 inputs."""
 
     parts = 1
 
     def __init__(self, isa: X86Isa, layout: QuantizedLayout, k: int) -> None:
         self.isa, self.layout, self.groups = isa, layout, layout.groups(k)
-        self.section, self.sections = layout.group, self.groups
-        self.section_bytes = layout.vectors * isa.vector_bytes
+        self.scales = layout.scale_groups(k)
+        self.each = max(1, INPUTS // layout.group)  # groups of a section
+        self.section, self.sections = layout.group * self.each, self.groups // self.each
+        self.section_bytes = layout.vectors * self.each * isa.vector_bytes
 
     def pointers(self) -> list[tuple[str, str]]:
         minimums = [] if self.layout.symmetric else [("minimums", "float16")]
@@ -74,11 +76,14 @@ class Quantized:
         from tvm import tirx
 
         isa, layout = self.isa, self.layout
-        data = b.view(handles["data"], [b.MANY, self.groups, layout.vectors, isa.vector_bytes], "uint8")
+        data = b.view(handles["data"], [b.MANY, self.sections, layout.vectors * self.each, isa.vector_bytes], "uint8")
+        group = section
+        if self.each > 1:
+            group = b.let(section * self.each + chunk // (layout.group // (2 * CHUNK)))
 
         def per_group(name: str) -> Expr:
-            buffer = b.view(handles[name], [b.MANY, self.groups, isa.lanes], "float16")
-            return b.let(as_f32(load(buffer, (tile, section, 0), isa.lanes)))
+            buffer = b.view(handles[name], [b.MANY, self.scales, isa.lanes], "float16")
+            return b.let(as_f32(load(buffer, (tile, b.index(0) if layout.per_row else group, 0), isa.lanes)))
 
         scale = per_group("scales")
         scale = scale if layout.unit == 1 or layout.bits == 4 else b.let(scale * layout.unit)

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.gptq import check_settings, same_choice
 from llmc.frontends.hf.stored.packing import Change, Module, modules_with, unpack
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
@@ -24,7 +25,8 @@ _PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # where in a word each of its eigh
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of an AWQ checkpoint."""
-    version = settings.choice("version" if "version" in settings else "format", (*_AS_GEMM, "gemv"), "gemm")
+    version = same_choice(settings, ("version", "format", "checkpoint_format"), (*_AS_GEMM, "gemv"), "gemm")
+    notes = _check(settings)
     name = "w_bit" if "w_bit" in settings else "bits"
     if settings.integer(name, BITS, 1, 64) != BITS:
         raise settings.wrong(name, f"{BITS}: no other is read")
@@ -35,7 +37,18 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
     stored = _gemv if version == "gemv" else _gemm
     integers = {f"{module.name}.weight": stored(module, size) for module in modules}
     parts = [f"{module.name}.{part}" for module in modules for part in ("qweight", "qzeros", "scales")]
-    return StoredWeights(file, integers, {}, [*parts, *_scaled_activations(file, set(parts))]), ()
+    return StoredWeights(file, integers, {}, [*parts, *_scaled_activations(file, set(parts))]), tuple(notes)
+
+
+def _check(settings: Settings) -> list[str]:
+    """FrontendError for what changes more than how weights are stored; notes on what has no effect here."""
+    for name in ("zero_point", "sym"):
+        settings.flag(name, True)  # every layer has zero points, symmetric or not
+    settings.expect("desc_act", False, why="AWQ's layers have no order of inputs")
+    if settings.text("backend").lower() in ("llm-awq", "gemv_fast"):
+        raise settings.wrong("backend", "'autoawq': the layout of llm-awq is not read")
+    settings.ignore("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "scale_search_chunked_activations")
+    return check_settings(settings)
 
 
 def _scaled_activations(file: WeightSource, parts: set[str]) -> list[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.activations import activations_note
 from llmc.frontends.hf.stored.packing import Module, modules_with
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
@@ -29,7 +30,16 @@ _MOST_STATE = 1 << 16  # bytes of a weight's JSON
 
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
-    """The weights of a checkpoint of bitsandbytes."""
+    """The weights of a checkpoint of bitsandbytes. Tensors say which of its kinds each layer has, and all of that."""
+    settings.ignore(
+        "_load_in_8bit", "_load_in_4bit", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload",
+        "llm_int8_has_fp16_weight", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage",
+    )  # fmt: skip
+    if settings.flag("load_in_8bit", False) and settings.flag("load_in_4bit", False):
+        raise settings.wrong("load_in_4bit", "false, as load_in_8bit is true")
+    settings.flag("load_in_4bit", False)
+    settings.choice("bnb_4bit_quant_type", _KINDS, "fp4")
+    threshold = settings.get("llm_int8_threshold")
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     parts: list[str] = []
@@ -46,13 +56,16 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
             f"{settings.where} says bitsandbytes, but the checkpoint holds no weight that it has rounded: rounded on "
             "loading, it is compiled as it is after taking the setting away"
         )
-    notes: tuple[str, ...] = ()
+    notes = []
     if floats:
-        notes = (
+        notes.append(
             f"{len(floats)} weights of the checkpoint are in bitsandbytes' 4 bits, which no encoding of llmc holds: -q "
-            "rounds what they stand for",
+            "rounds what they stand for"
         )
-    return StoredWeights(file, integers, floats, parts), notes
+    if integers:
+        apart = f", columns with numbers above {threshold!r:.20} kept in 16 bits" if threshold else ""
+        notes.append(activations_note(f"in int8, each token by its largest{apart}"))
+    return StoredWeights(file, integers, floats, parts), tuple(notes)
 
 
 def _bytes(module: Module) -> StoredIntegers:

@@ -14,28 +14,32 @@ import numpy as np
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.activations import activations_note
 from llmc.frontends.hf.stored.packing import PACKED_BITS, Module, blocks_of, modules_with, unpack
 from llmc.frontends.hf.stored.scaled_floats import FLOATS_OF_8, scaled_floats
-from llmc.frontends.hf.stored.settings import Settings
+from llmc.frontends.hf.stored.settings import ADVICE, Settings
 from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import Part, StoredIntegers, StoredWeights
 
 _READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 # What layers have beside their weight, none of which is a weight of the model.
 _PARTS = ("weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx")
-_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+_ACTIVATIONS = (*_OF_ACTIVATIONS, "k_scale", "v_scale", "q_scale")
 _SCALES = ("f32", "f16", "bf16")
 
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a checkpoint of compressed-tensors, and what a user should know of them."""
     _check(settings)
+    symmetric = _symmetry(settings)
     bits, sizes = _bits_and_sizes(settings)
     blocks = _blocks_of_floats(settings)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     modules = modules_with(file, "weight_scale")
     for module in modules:
+        _check_zero_points(module, symmetric, settings)
         name = f"{module.name}.weight"
         if module.has("weight_packed"):
             integers[name] = _packed(module, bits, sizes)
@@ -51,7 +55,8 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         raise FrontendError(
             f"{settings.where} says compressed-tensors, but no layer of the checkpoint has a weight_scale"
         )
-    notes = _notes(settings, file, len(floats))
+    left_out = sum(name.rpartition(".")[2] in _OF_ACTIVATIONS for name in file.names)
+    notes = _notes(settings, file, len(floats), left_out)
     made = {*integers, *floats}
     parts = [f"{m.name}.{part}" for m in modules for part in (*_PARTS, "weight") if m.has(part)]
     parts += [name for name in file.names if name.rpartition(".")[2] in _ACTIVATIONS and name not in made]
@@ -63,15 +68,56 @@ def _check(settings: Settings) -> None:
     formats = [settings, *(group for _, group in _groups(settings))]
     for described in formats:
         described.choice("format", _READ, "dense")
+    settings.ignore(
+        "ignore", "quantization_status", "global_compression_ratio", "version", "run_compressed", "dequantize",
+        "use_optimized_inference", "kv_cache_scheme",
+    )  # fmt: skip
+    for _, group in _groups(settings):
+        group.ignore("targets")  # tensors show which layers are quantized
+        for part in ("weights", "input_activations", "output_activations"):
+            _check_args(group.inner(part), part == "weights")
+    settings.refuse("moe_sparsity_config", "takes experts away")
     sparsity = settings.inner("sparsity_config")
-    if sparsity is not None and sparsity.text("format", "dense") != "dense":
-        raise sparsity.wrong("format", "'dense': sparse weights are not read")
+    if sparsity is not None:
+        sparsity.ignore("targets", "ignore", "global_sparsity", "sparsity_structure", "registry_requires_subclass")
+        sparsity.expect("format", "dense", why="sparse weights are not read")
     transforms = settings.inner("transform_config")
-    if transforms is not None and transforms.values.get("config_groups"):
+    if transforms is not None and transforms.get("config_groups"):
         raise FrontendError(
-            f"{settings.where}: transform_config turns activations while the model runs, which is not read: compile "
-            "the original that it was made from"
+            f"{settings.where}: transform_config turns activations while the model runs, which is not read: {ADVICE}"
         )
+
+
+def _check_args(args: Settings | None, of_weights: bool) -> None:
+    """What is not read off the tensors of weights, nor told of activations."""
+    if args is None:
+        return
+    args.ignore("observer", "observer_kwargs", "scale_dtype", "zp_dtype", "actorder", "block_structure", "group_size")
+    args.choice("type", ("int", "float"), "int")
+    args.flag("symmetric", True)
+    args.integer("num_bits", 8, 1, 64)
+    strategies = ("tensor", "channel", "group", "block")
+    args.choice("strategy", strategies if of_weights else (*strategies, "token", "tensor_group", "attn_head"), "tensor")
+    if of_weights:
+        args.expect("dynamic", False, why="weights have scales in the file")
+    elif args.get("dynamic") not in (None, True, False, "local"):
+        raise args.wrong("dynamic", "true, false or 'local'")
+
+
+def _symmetry(settings: Settings) -> set[bool]:
+    """What the groups of layers say: whether zero points are the middle of their range."""
+    weights = (group.inner("weights") for _, group in _groups(settings))
+    return {each.flag("symmetric", True) for each in weights if each is not None}
+
+
+def _check_zero_points(module: Module, symmetric: set[bool], settings: Settings) -> None:
+    """FrontendError where a layer's tensors are not as all groups of layers say."""
+    stored = module.has("weight_zero_point")
+    if symmetric == {False} and not stored:
+        raise module.wrong(f"it has no weight_zero_point, but {settings.where} says symmetric: false")
+    raw = stored and module.dtype("weight_zero_point") != "i32"
+    if symmetric == {True} and raw and module.load("weight_zero_point").astype(np.float32).any():
+        raise module.wrong(f"it has zero points that are not 0, but {settings.where} says symmetric: true")
 
 
 def _groups(settings: Settings) -> list[tuple[str, Settings]]:
@@ -79,8 +125,15 @@ def _groups(settings: Settings) -> list[tuple[str, Settings]]:
     found = settings.inner("config_groups")
     if found is None:
         return []
-    # A preset's name may stand in the place of its settings, with the layers that it is for.
-    return [(name, Settings(v, f"{found.where}: {name}")) for name, v in found.values.items() if isinstance(v, dict)]
+    groups = []
+    for name, group in found.values.items():
+        # A preset's name may stand in the place of its settings, with the layers that it is for.
+        inner = None if isinstance(group, list) else found.inner(name)
+        if isinstance(group, list):
+            found.ignore(name)
+        if inner is not None:
+            groups.append((name, inner))
+    return groups
 
 
 def _bits_and_sizes(settings: Settings) -> tuple[set[int], set[int]]:
@@ -243,22 +296,33 @@ def _listed(numbers: set[int]) -> str:
     return " or ".join(str(number) for number in sorted(numbers)) or "any"
 
 
-def _notes(settings: Settings, file: WeightSource, floats: int) -> tuple[str, ...]:
+def _notes(settings: Settings, file: WeightSource, floats: int, left_out: int) -> tuple[str, ...]:
     """What of the checkpoint has no effect here."""
     notes = []
     if floats:
         notes.append(f"{floats} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for")
-    kinds = {
-        (activations.text("type", "int"), activations.values.get("dynamic") is True)
+    made_for = {
+        _made_for(activations, part.startswith("output"))
         for _, group in _groups(settings)
-        if (activations := group.inner("input_activations")) is not None
+        for part in ("input_activations", "output_activations")
+        if (activations := group.inner(part)) is not None
     }
-    for kind, dynamic in sorted(kinds):
-        fixed = "for each token" if dynamic else "by scales fixed in the checkpoint"
-        notes.append(
-            f"the checkpoint rounds activations to {kind}s of few bits {fixed}: llmc rounds them as --activations "
-            "says, by row and group, and does not use the checkpoint's scales"
-        )
+    notes += [activations_note(each, left_out) for each in sorted(made_for)]
+    presets = settings.inner("config_groups")
+    for name, group in {} if presets is None else presets.values.items():
+        if isinstance(group, list):
+            notes.append(activations_note(f"as the preset {name!r:.40} says"))
     if "kv_cache_scheme" in settings or any(name.endswith((".k_scale", ".v_scale")) for name in file.names):
         notes.append("the checkpoint's precision of the KV cache (kv_cache_scheme) is not used")
     return tuple(notes)
+
+
+def _made_for(args: Settings, outputs: bool) -> str:
+    """How activations were to be rounded."""
+    kind = "floats" if args.choice("type", ("int", "float"), "int") == "float" else "integers"
+    strategy = args.text("strategy").lower()
+    some = f"every {args.get('group_size')!r:.20} inputs of a token"
+    each = {"group": some, "tensor_group": some, "token": "each token"}.get(strategy, "all")
+    found = "found while the model runs" if args.get("dynamic") else "fixed in the checkpoint"
+    what = " (of outputs)" if outputs else ""
+    return f"in {kind} of {args.integer('num_bits', 8, 1, 64)} bits{what}, {each} by a scale that is {found}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.activations import activations_note
 from llmc.frontends.hf.stored.packing import PACKED_BITS, Module, blocks_of, modules_with, unpack
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
@@ -25,6 +26,19 @@ MISTAKEN = "version 1 as older versions of GPTQModel wrote 3 bits"
 # versions of GPTQModel that had the words of 3 bits in the wrong order.
 _ONES = {2: (0x55555555,), 4: (0x11111111,), 8: (0x01010101,)}
 _WRONG_ONES = (0x24924924, 0x92492492, 0x49249249)
+# How GPTQModel, AutoGPTQ, optimum and AutoRound found the integers, which layers they did, and which code runs them.
+PROCESS = (
+    "true_sequential", "damp_percent", "damp_auto_increment", "act_group_aware", "static_groups", "mse", "hessian",
+    "gptaq", "foem", "fallback", "meta", "dataset", "tokenizer", "batch_size", "pad_token_id", "cache_block_outputs",
+    "block_name_to_quantize", "module_name_preceding_first_block", "modules_in_block_to_quantize", "lm_head",
+    "model_seqlen", "max_input_length", "model_name_or_path", "model_file_base_name", "quantizer", "provider",
+    "use_exllama", "disable_exllama", "exllama_config", "use_cuda_fp16", "pack_impl", "device",
+    "modules_to_not_convert", "dataset_split", "n_samples", "autoround_version", "iters", "lr", "minmax_lr",
+    "nsamples", "seqlen", "low_gpu_mem_usage", "amp", "scale_dtype", "enable_minmax_tuning", "enable_quanted_input",
+    "enable_norm_bias_tuning", "gradient_accumulate_steps", "quant_block_list", "to_quant_block_names", "train_bs",
+    "not_use_best_mse", "backend", "nblocks", "low_cpu_mem_usage", "enable_torch_compile", "enable_alg_ext",
+    "supported_types", "dynamic_max_gap", "use_quant_input", "lr_scheduler", "sampler", "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,16 +58,15 @@ class _Layer:
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a GPTQ checkpoint, and what a user should know of them."""
-    label = "format" if "checkpoint_format" not in settings and "format" in settings else "checkpoint_format"
-    form = settings.choice(label, FORMATS, "gptq")
-    if settings.text("pack_dtype", "int32") != "int32":
-        raise settings.wrong("pack_dtype", "'int32'")
+    form = same_choice(settings, ("checkpoint_format", "format"), FORMATS, "gptq")
     settings.integer("bits", 4, 2, 8)
+    settings.integer("group_size", -1, -1, 1 << 24)
+    notes = check_settings(settings)
     modules = modules_with(file, "qweight")
     if not modules:
         raise FrontendError(f"{settings.where} says gptq, but the checkpoint has no layer with a qweight")
     layers = [_layer(module, settings) for module in modules]
-    notes: list[str] = []
+    notes += _order_notes(layers, settings)
     version = _version(layers, settings, SECOND if form == "gptq_v2" else FIRST, notes)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
@@ -70,6 +83,52 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         )
     parts = [f"{m.name}.{part}" for m in modules for part in ("qweight", "qzeros", "scales", "g_idx") if m.has(part)]
     return StoredWeights(file, integers, floats, parts), tuple(notes)
+
+
+def same_choice(settings: Settings, names: tuple[str, ...], known: tuple[str, ...], default: str) -> str:
+    """A setting that has several names; FrontendError where they say different things."""
+    found = {name: settings.choice(name, known, default) for name in names if name in settings}
+    for name, value in found.items():
+        if value != next(iter(found.values())):
+            raise settings.wrong(name, f"{next(iter(found.values()))!r}, as {next(iter(found))} says")
+    return next(iter(found.values()), default)
+
+
+def check_settings(settings: Settings) -> list[str]:
+    """What files of GPTQModel's have in common. FrontendError for what changes more than how weights are stored; notes
+    on what has no effect here."""
+    settings.expect("pack_dtype", "int32")
+    settings.expect("is_marlin_format", False, why="Marlin's layout is not read")
+    settings.expect("data_type", "int")
+    settings.expect("act_bits", 16, 32, why="rounded activations of AutoRound are not read")
+    settings.expect("act_data_type", "float", "float16", "bfloat16")
+    settings.ignore("act_group_size", "act_sym", "act_dynamic", "super_bits", "super_group_size")
+    settings.refuse("rotation", "turns activations while the model runs")
+    _check_layer_settings(settings)
+    for rules in ("dynamic", "extra_config"):
+        for _, rule in settings.each(rules):
+            rule.ignore("bits", "group_size", "sym", "desc_act")  # as the layer's tensors show
+            rule.expect("data_type", "int")
+            rule.expect("act_bits", 16, 32, why="rounded activations of AutoRound are not read")
+            _check_layer_settings(rule)
+    made_for = settings.get("activation")
+    return [activations_note(f"rounded as GPTQModel's `activation` says, {made_for!r:.80}")] if made_for else []
+
+
+def _check_layer_settings(settings: Settings) -> None:
+    settings.ignore(*PROCESS)
+    settings.refuse("adapter", "adds a low-rank product to a layer's output")
+
+
+def _order_notes(layers: list[_Layer], settings: Settings) -> list[str]:
+    """Whether inputs have an order of their own is read off g_idx, which programs do not all do."""
+    ordered = sum(layer.order is not None for layer in layers)
+    asked = settings.flag("desc_act", False)
+    if asked and any(layer.groups > 1 and not layer.module.has("g_idx") for layer in layers):
+        raise settings.wrong("desc_act", "false: some layers have no g_idx, which would be the order of their inputs")
+    if ordered and not asked and "dynamic" not in settings:
+        return [f"{ordered} weights have inputs in an order of their own (g_idx) though desc_act is false: it is kept"]
+    return []
 
 
 def _layer(module: Module, settings: Settings) -> _Layer:

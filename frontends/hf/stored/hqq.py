@@ -32,6 +32,7 @@ _QUANTIZED = ("scale_q", "zero_q", "zero_scale", "meta_scale", "meta_zero")
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a checkpoint of HQQ."""
+    _check(settings)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     parts: list[str] = []
@@ -46,6 +47,24 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
     if floats:
         notes = (f"{len(floats)} weights have groups across rows (HQQ's axis 0): -q rounds what they stand for",)
     return StoredWeights(file, integers, floats, parts), notes
+
+
+def _check(settings: Settings) -> None:
+    """FrontendError for what changes more than how weights are stored. Each layer has its own settings as tensors."""
+    settings.ignore("skip_modules", "offload_meta")
+    groups = [settings]
+    whole = settings.inner("quant_config")
+    if whole is not None:
+        one = {"weight_quant_params", "scale_quant_params", "zero_quant_params"} & set(whole.values)
+        groups += [whole] if one else [rule for _, rule in settings.each("quant_config")]
+    groups += [rule for _, rule in settings.each("dynamic_config")]
+    for group in groups:
+        group.ignore("nbits", "group_size", "axis", "view_as_float", "offload_meta")
+        for part in ("scale_quant_params", "zero_quant_params", "quant_scale", "quant_zero"):
+            group.refuse(part, "quantizes the scales or zero points themselves")
+        weights = group.inner("weight_quant_params")
+        if weights is not None:
+            weights.ignore("nbits", "group_size", "axis", "view_as_float", "channel_wise", "optimize", "round_zero")
 
 
 def _number(module: Module, part: str, default: int | None = None) -> int:

@@ -22,6 +22,7 @@ _NAN = 255  # an exponent that stands for no number
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a checkpoint with experts in MXFP4."""
+    settings.ignore("modules_to_not_convert", "dequantize")
     names = frozenset(file.names)
     floats: dict[str, Part] = {}
     parts: list[str] = []

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from llmc.compiler.ir.types import Array
 from llmc.errors import FrontendError
+from llmc.frontends.hf.stored.activations import activations_note
 from llmc.frontends.hf.stored.packing import Module, modules_with
 from llmc.frontends.hf.stored.scaled_floats import scaled_floats
 from llmc.frontends.hf.stored.settings import Settings
@@ -24,6 +25,10 @@ _INTEGERS, _FLOATS = ("Int8Tensor", "IntxUnpackedToInt8Tensor"), ("Float8Tensor"
 
 def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[str, ...]]:
     """The weights of a checkpoint of torchao's tensors."""
+    settings.ignore(
+        "modules_to_not_convert", "include_input_output_embeddings", "include_embedding", "untie_embedding_weights",
+        "quant_type_kwargs",
+    )  # fmt: skip
     metadata = getattr(file, "metadata", {})
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
@@ -44,10 +49,22 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
             f"{settings.where} says torchao, but the checkpoint has no tensor {_QDATA}: torch's own files of quantized "
             "tensors are not read; save the model as safetensors, or compile the original that it was made from"
         )
-    notes: tuple[str, ...] = ()
-    if floats:
-        notes = (f"{len(floats)} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for",)
-    return StoredWeights(file, integers, floats, parts), notes
+    notes = [f"{len(floats)} weights of the checkpoint are floats of 8 bits: -q rounds what they stand for"] * bool(
+        floats
+    )
+    kinds = sorted(kind for kind in _kinds(settings.get("quant_type")) if "Activation" in kind)
+    notes += [activations_note(f"rounded as torchao's {kind:.80} says") for kind in kinds]
+    return StoredWeights(file, integers, floats, parts), tuple(notes)
+
+
+def _kinds(described: object) -> set[str]:
+    """The names of torchao's classes in its settings, which say how the tensors were made and how activations are
+    rounded. What the tensors are they say themselves, in the file's metadata."""
+    if isinstance(described, Mapping):
+        own = described.get("_type", "")
+        inner = set[str]().union(*(_kinds(value) for value in described.values()))
+        return inner | ({own} if isinstance(own, str) else set())
+    return {described} if isinstance(described, str) else set()
 
 
 def _kind(module: Module, described: object) -> str:

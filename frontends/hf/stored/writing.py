@@ -45,7 +45,8 @@ _KEPT = "heads, and layers whose weight no linear op of the graph reads as it is
 
 
 class Form(ABC):
-    """A form of quantized layers. bits: that it has room for."""
+    """A form of quantized layers. bits: that it has room for. Of its methods, group: inputs that share a scale; 0: all
+    of a row."""
 
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
@@ -56,7 +57,7 @@ class Form(ABC):
 
     @abstractmethod
     def tensors(self, q: Array, scales: Array, bits: int, group: int) -> dict[str, Array]:
-        """A layer's tensors, by what follows its name. q: i8 [outputs, inputs]; scales: f16 [outputs, groups]."""
+        """A layer's tensors, by what follows its name. q: i8 [outputs, inputs]; scales: f16 [outputs, groups or 1]."""
 
     @abstractmethod
     def settings(self, bits: int, group: int, left_out: list[str]) -> dict[str, object]:
@@ -70,7 +71,7 @@ class CompressedTensors(Form):
     bits = (4, 8)
 
     def refuse(self, outputs: int, inputs: int, bits: int, group: int) -> str:
-        return "" if inputs % group == 0 else f"groups of {group} do not divide its {inputs} inputs"
+        return "" if not group or inputs % group == 0 else f"groups of {group} do not divide its {inputs} inputs"
 
     def tensors(self, q: Array, scales: Array, bits: int, group: int) -> dict[str, Array]:
         return {
@@ -81,8 +82,8 @@ class CompressedTensors(Form):
 
     def settings(self, bits: int, group: int, left_out: list[str]) -> dict[str, object]:
         weights = {
-            "num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
-            "dynamic": False,
+            "num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel",
+            "group_size": group or None, "dynamic": False,
         }  # fmt: skip
         return {
             "quant_method": self.name,
@@ -100,7 +101,7 @@ class Gptq(Form):
     bits = (2, 4, 8)
 
     def refuse(self, outputs: int, inputs: int, bits: int, group: int) -> str:
-        if inputs % group:
+        if group and inputs % group:
             return f"groups of {group} do not divide its {inputs} inputs"
         words = 32 // bits
         short = [what for what, size in (("inputs", inputs), ("outputs", outputs)) if size % words]
@@ -108,6 +109,7 @@ class Gptq(Form):
 
     def tensors(self, q: Array, scales: Array, bits: int, group: int) -> dict[str, Array]:
         outputs, inputs = q.shape
+        group = group or inputs
         zeros = np.full((inputs // group, outputs), (1 << bits - 1) - 1, np.uint8)
         return {
             "qweight": np.ascontiguousarray(pack(_above_zero(q, bits), bits).T),
@@ -118,7 +120,7 @@ class Gptq(Form):
 
     def settings(self, bits: int, group: int, left_out: list[str]) -> dict[str, object]:
         found: dict[str, object] = {
-            "quant_method": self.name, "bits": bits, "group_size": group, "desc_act": False, "sym": True,
+            "quant_method": self.name, "bits": bits, "group_size": group or -1, "desc_act": False, "sym": True,
             "checkpoint_format": self.name, "lm_head": False,
         }  # fmt: skip
         # The head is never quantized, which readers know; what else is not has to be named.
