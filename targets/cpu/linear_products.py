@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.group_sums import Weights
+from llmc.targets.cpu.group_sums import Sums, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import VectorIsa
-from llmc.targets.cpu.vectors import as_f32, cast, load, pieces, prefetch, splat, store
+from llmc.targets.cpu.vectors import as_f32, cast, load, permute, pieces, prefetch, splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -95,6 +95,13 @@ class Operands:
         four = load(self.xq, (row, group, quad * 4), 4)
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
+    def two_rows(self, rows: tuple[Expr, Expr], group: Expr, quad: Expr) -> Expr:
+        """Two quads of each of two rows."""
+        from tvm import tirx
+
+        eights = [tirx.reinterpret("int32x2", load(self.xq, (row, group, quad * 4), 8)) for row in rows]
+        return tirx.reinterpret("int8x16", permute(eights, range(4)))
+
     def per_group(self, name: str, at: TileSlice, group: Expr) -> Expr:
         """The "scales" or "minimums" of a group, f32."""
         first = at.number * self.isa.lanes
@@ -116,13 +123,15 @@ class Operands:
 
 
 class KnownRows:
-    """What depends on row and group only, computed once for all weights: on the stack, by row and group."""
+    """What depends on row and group only, computed once for all weights: on the stack, by row and group.
 
-    def __init__(self, ops: Operands, rows: int, groups: int) -> None:
+    sums: the strategy of all that is multiplied; None: as `VectorIsa.sums` says."""
+
+    def __init__(self, ops: Operands, rows: int, groups: int, sums: Sums | None = None) -> None:
         self.ops = ops
         layout = ops.layout
         self.pairs = ops.isa.pair_sums(layout.group)
-        self.sums = ops.isa.sums(layout.byte_bits, layout.group)
+        self.sums = sums or ops.isa.sums(layout.byte_bits, layout.group)
         self.centre = self.sums.centre
         taken = self.centre or ops.isa.dot_centre(layout.byte_bits)  # from the bytes that are multiplied
         self.offset = taken - layout.byte_offset
@@ -226,16 +235,34 @@ class GroupSums:
 
     def operands(self, weights: Sequence[Weights], first: Expr, quads: int) -> Iterator[tuple[int, int, Expr, Expr]]:
         """(step, slot, stored weights, activations) of every product of `quads` quads from `first` on."""
+        spread: list[Expr] = []  # vectors of several quads, of each row
         for step in range(quads):
             quad = first + step
             b.keep_order()
-            # Shared by tiles; one tile multiplies straight from memory.
-            shared = [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if len(weights) > 1 else None
+            shared = self._shared(spread, quad, step, len(weights))
             for t, weight in enumerate(weights):
                 w = b.let(weight(quad, step))
                 for m in range(len(self.rows)):
                     a = self._activations(m, quad) if shared is None else shared[m]
                     yield step, t * len(self.rows) + m, w, a
+
+    def _shared(self, spread: list[Expr], quad: Expr, step: int, tiles: int) -> list[Expr] | None:
+        """A quad of each row, shared by tiles; None where one tile multiplies straight from memory."""
+        from tvm import tirx
+
+        several = self.isa.spread_quads
+        if several == 1:
+            return [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if tiles > 1 else None
+        if step % several == 0:
+            spread[:] = [
+                b.let(tirx.reinterpret(self.isa.i32, load(self.ops.xq, (row, self.group, quad * 4), 4 * several)))
+                for row in self.rows
+            ]
+        return [tirx.reinterpret(self.isa.i8, permute([each], [step % several] * several)) for each in spread]
+
+    def two_rows(self, first: int, second: int, quad: Expr) -> Expr:
+        """Two quads of activations of one row, and then of another."""
+        return self.ops.two_rows((self.rows[first], self.rows[second]), self.group, quad)
 
     def _activations(self, m: int, quad: Expr) -> Expr:
         return self.ops.activations(self.rows[m], self.group, quad)
