@@ -16,6 +16,7 @@ from llmc.targets.cpu.c_compiler import compiler_command
 from llmc.targets.cpu.driver import generate_step
 from llmc.targets.cpu.kernel_cache import compile_kernels, keep_object, take_objects
 from llmc.targets.cpu.limits import limit_kernels
+from llmc.targets.cpu.system_needs import least_glibc
 from llmc.targets.kernel import Kernel
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
@@ -80,7 +81,7 @@ def build_library(
     linking = link_options([*INTERFACE, *(item.symbol for item in kernels)], folder)
     _run(program.machine, "-o", str(output), f"@{listing}", *linking)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
-    return Library(output, calls, source, costs, facts)
+    return Library(output, calls, source, costs, facts, least_glibc(output))
 
 
 def c_sources() -> Path:
