@@ -407,11 +407,22 @@ def check_whole(path: Path, parts: Parts, options: CompileOptions, checker: Chec
     """Compares an artifact at `path`, not yet in its place, with its graph; CompileError where they differ. What this
     machine cannot run is said in `checker.not_run`. weights: the file that has them, if there is one."""
     from llmc.targets.check_artifact import check_artifact, refusal
+    from llmc.targets.emulated import Emulated, check_emulated, why_not
 
     checker.lowered(parts.program.graph)
     checker.not_run = "its weights were left out" if options.weights == "none" else refusal(path)
     if not checker.not_run:
         check_artifact(path, weights, parts, checker)
+    elif options.weights != "none":
+        emulated = Emulated.open(path, weights=weights)
+        reason = why_not(emulated.manifest)
+        if reason:
+            checker.not_run += f" Nor under an emulator: {reason}"
+        elif "token_types" in {value.name for value in parts.program.graph.inputs}:
+            checker.not_run += " Nor under an emulator: token types other than 0 are given from Python only"
+        else:
+            checker.not_run = ""
+            check_emulated(emulated, parts, checker)
 
 
 def check_layer(lifted: Lifted, options: CompileOptions) -> str:
