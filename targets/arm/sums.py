@@ -125,6 +125,13 @@ class SquareSums(Sums):
                 found.append(tirx.reinterpret(isa.i8, permute(pair, order)))
         return found
 
+    @staticmethod
+    def _two_rows(first: Expr, second: Expr, start: int) -> Expr:
+        """Two quads of each of two rows, from quad `start` of four on."""
+        from tvm import tirx
+
+        return tirx.reinterpret("int8x16", permute([first, second], [start, start + 1, 4 + start, 5 + start]))
+
     def emit(self, products: Products, weights: Sequence[Weights], unroll: int, chains: int) -> b.Registers:
         isa, rows, bits = products.isa, len(products.rows), products.bits
         pairs = -(-rows // 2)
@@ -135,7 +142,9 @@ class SquareSums(Sums):
             for step in range(0, unroll, 2):
                 quad = several * unroll + step
                 b.keep_order()
-                a = [b.let(products.two_rows(2 * p, min(2 * p + 1, rows - 1), quad)) for p in range(pairs)]
+                if step % 4 == 0:
+                    four = [b.let(products.several(m, quad, 4)) for m in range(rows)]
+                a = [b.let(self._two_rows(four[2 * p], four[min(2 * p + 1, rows - 1)], step % 4)) for p in range(pairs)]
                 for t, weight in enumerate(weights):
                     for side in (0, 1):
                         w = b.let(weight(quad + side, step + side))

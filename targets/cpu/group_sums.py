@@ -44,8 +44,8 @@ class Products(Protocol):
     @property
     def rows(self) -> Sequence[Expr]: ...
 
-    def two_rows(self, first: int, second: int, quad: Expr) -> Expr:
-        """Two quads of activations of one row, and then of another, as signed bytes; the rows by their numbers."""
+    def several(self, m: int, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of row number m, i32, as many lanes."""
 
     def start(self, slot: int) -> Expr:
         """What i32 sums start from."""

@@ -13,7 +13,7 @@ from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import VectorIsa
-from llmc.targets.cpu.vectors import as_f32, cast, load, permute, pieces, prefetch, splat, store
+from llmc.targets.cpu.vectors import as_f32, cast, load, permute, pieces, prefetch, splat, store, typed
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -95,12 +95,11 @@ class Operands:
         four = load(self.xq, (row, group, quad * 4), 4)
         return self.isa.splat_quad(tirx.reinterpret("int32", four))
 
-    def two_rows(self, rows: tuple[Expr, Expr], group: Expr, quad: Expr) -> Expr:
-        """Two quads of each of two rows."""
+    def quads(self, row: Expr, group: Expr, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of a row, i32, as many lanes."""
         from tvm import tirx
 
-        eights = [tirx.reinterpret("int32x2", load(self.xq, (row, group, quad * 4), 8)) for row in rows]
-        return tirx.reinterpret("int8x16", permute(eights, range(4)))
+        return tirx.reinterpret(typed("int32", count), load(self.xq, (row, group, quad * 4), 4 * count))
 
     def per_group(self, name: str, at: TileSlice, group: Expr) -> Expr:
         """The "scales" or "minimums" of a group, f32."""
@@ -254,15 +253,12 @@ class GroupSums:
         if several == 1:
             return [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if tiles > 1 else None
         if step % several == 0:
-            spread[:] = [
-                b.let(tirx.reinterpret(self.isa.i32, load(self.ops.xq, (row, self.group, quad * 4), 4 * several)))
-                for row in self.rows
-            ]
+            spread[:] = [b.let(self.several(m, quad, several)) for m in range(len(self.rows))]
         return [tirx.reinterpret(self.isa.i8, permute([each], [step % several] * several)) for each in spread]
 
-    def two_rows(self, first: int, second: int, quad: Expr) -> Expr:
-        """Two quads of activations of one row, and then of another."""
-        return self.ops.two_rows((self.rows[first], self.rows[second]), self.group, quad)
+    def several(self, m: int, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of row number m, i32, as many lanes."""
+        return self.ops.quads(self.rows[m], self.group, quad, count)
 
     def _activations(self, m: int, quad: Expr) -> Expr:
         return self.ops.activations(self.rows[m], self.group, quad)

@@ -38,7 +38,14 @@ FEW_TILES = 64  # a weight with fewer is not streamed in pairs of tiles
 
 def _refuse_unroll(unroll: int, problem: QuantizedProblem, machine: Machine) -> str:
     quads = problem.layout(machine).bundle_quads
+    if problem.group // 4 % unroll:
+        return f"a group of {problem.group} is no whole number of {unroll} unrolled quads"
     return "" if unroll % quads == 0 else f"{unroll} unrolled quads are no whole number of bundles of {quads}"
+
+
+def _unroll(isa: VectorIsa, problem: QuantizedProblem) -> int:
+    """Quads of a group that are unrolled by default."""
+    return isa.unrolled_quads if problem.group // 4 % isa.unrolled_quads == 0 else 8
 
 
 def _panel_sums(isa: VectorIsa, layout: QuantizedLayout) -> Sums:
@@ -70,7 +77,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     tiles: int = knob(1, 2)
     slices: int = knob(1, 2, 4)
     row_block: int = knob(1, 4, 8, 16)
-    unroll: int = knob(*UNROLL)
+    unroll: int = knob(*UNROLL, 16)
     chains: int = knob(1, 2)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
@@ -112,7 +119,8 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         chains = 2 if rows * slices < 8 else 1
         ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
         together = cls._together(problem, high)
-        return cls(rows, tiles, slices, high, unroll=8, chains=chains, ahead=ahead, least=32 << 10, together=together)
+        unroll = _unroll(isa, problem)
+        return cls(rows, tiles, slices, high, unroll=unroll, chains=chains, ahead=ahead, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)
@@ -262,13 +270,13 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     panel: int = knob(8 << 10, 16 << 10, 32 << 10)
-    unroll: int = knob(*UNROLL)
+    unroll: int = knob(*UNROLL, 16)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
         isa = isa_for(machine)
         tiles = panel_tiles(problem, machine, isa.quantized_blocks)
-        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=8)
+        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=_unroll(isa, problem))
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = _panel_sums(isa_for(machine), problem.layout(machine))

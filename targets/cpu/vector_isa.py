@@ -71,7 +71,8 @@ class VectorIsa(ABC):
     lanes: 32-bit lanes of a register. registers: how many there are. bf16_dots: None where no instruction multiplies
     pairs of bf16. quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats.
     register_class: what inline assembly calls a vector register. cache_line: bytes. few_slices: of a tile that has more
-    than one, how many a few rows are multiplied by at once, where registers hold the sums twice.
+    than one, how many a few rows are multiplied by at once, where registers hold the sums twice. unrolled_quads: of a
+    group of integers, by default.
     """
 
     name: str
@@ -83,6 +84,7 @@ class VectorIsa(ABC):
     register_class: str
     cache_line: int = CACHE_LINE
     few_slices: int = 2
+    unrolled_quads: int = 8
 
     # Types
 
