@@ -9,8 +9,7 @@ from llmc.targets.arm import detect
 MACHINES = {
     "neon": detect.machine("aarch64"),
     "dotprod": detect.machine("aarch64+dotprod"),
-    "i8mm": detect.machine("aarch64+i8mm"),
-    "bf16": detect.machine("aarch64+bf16"),
+    "i8mm": detect.machine("aarch64+bf16"),  # which has both
 }
 
 

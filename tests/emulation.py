@@ -6,6 +6,7 @@ set, as in CI: there a machine without them is a failure.
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -33,11 +34,11 @@ def is_foreign(machine: Machine) -> bool:
 
 
 @cache
-def missing(architecture_of: Machine) -> str:
+def missing(machine: Machine) -> str:
     """What is not installed that emulating a machine needs; empty where all is there."""
     try:
-        compiler_command(architecture_of)
-        emulator_command(architecture_of.architecture)
+        compiler_command(machine)
+        emulator_command(machine.architecture)
     except CompileError as error:
         return str(error)
     return ""
@@ -55,14 +56,13 @@ def require(machine: Machine) -> None:
 class _Process:
     """One emulated process, which calls kernels on arrays in a file that both map."""
 
-    def __init__(self, machine: Machine, model: str) -> None:
+    def __init__(self, program: Path, command: list[str]) -> None:
         folder = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
         self.file = tempfile.NamedTemporaryFile(dir=folder)  # noqa: SIM115  (it lives as long as the process)
         self.file.truncate(ROOM_BYTES)
         self.memory: np.memmap = np.memmap(self.file.name, np.uint8, "r+")
-        command = emulator_command(machine.architecture, model)
         self.process = subprocess.Popen(
-            [*command, str(_program(machine)), self.file.name],
+            [*command, str(program), self.file.name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
         )  # fmt: skip
 
@@ -74,23 +74,29 @@ class _Process:
         assert answer == "done", f"{symbol}: {answer or 'the emulated process ended'} ({self.process.poll()})"
 
 
-@cache
-def _program(machine: Machine) -> Path:
-    """The program that calls, compiled for the architecture."""
-    folder = Path(tempfile.mkdtemp(prefix="llmc-emulated-"))
-    binary = folder / "emulated_kernels"
-    subprocess.run([*compiler_command(machine), "-O1", "-o", str(binary), str(PROGRAM), "-ldl"], check=True)
-    return binary
+    def end(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+        self.file.close()
 
 
 @cache
-def _process(machine: Machine, model: str) -> _Process:
-    return _Process(machine, model)
+def _process(architecture: str, compiler: tuple[str, ...], model: str) -> _Process:
+    """One for all kernels of an architecture; the program that calls them is compiled for it."""
+    folder = tempfile.TemporaryDirectory(prefix="llmc-emulated-")
+    binary = Path(folder.name) / "emulated_kernels"
+    subprocess.run([*compiler, "-O1", "-o", str(binary), str(PROGRAM), "-ldl"], check=True)
+    found = _Process(binary, emulator_command(architecture, model))
+    atexit.register(folder.cleanup)
+    atexit.register(found.end)
+    return found
 
 
 def call(machine: Machine, library: Path, symbol: str, args: Sequence[np.ndarray | int], model: str = "max") -> None:
     """Call a kernel; arrays are changed in place. model: the CPU that is emulated."""
-    process = _process(machine, model)
+    process = _process(machine.architecture, tuple(compiler_command(machine)), model)
     places: list[tuple[np.ndarray, int]] = []
     words, size = [], 0
     for arg in args:
