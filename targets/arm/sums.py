@@ -90,7 +90,7 @@ class HalfSums(Sums):
                     half[slot] = isa.in_place(half[slot] + product) if step % held else product
                     if step % held == held - 1:
                         found = self.widened(half[slot])
-                        sums[slot] = found if is_once else sums[slot] + found
+                        sums[slot] = found if is_once else isa.in_place(sums[slot] + found)
         total = b.Registers(count, I32)
         for slot in range(count):
             total[slot] = products.start(slot) + self.joined(wide[0][slot], wide[1][slot])
