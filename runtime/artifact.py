@@ -227,6 +227,6 @@ def _parse_seal(path: Path, text: bytes, end: int) -> dict[str, Part]:
     for part in parts:
         if part.name == WEIGHTS and part.offset % mmap.PAGESIZE:
             raise ArtifactError(
-                f"{path} has weights that do not start on a page, which has {mmap.PAGESIZE} bytes here. Compile it again"
+                f"{path} has weights that do not start on a page, of {mmap.PAGESIZE} bytes here. Compile it again"
             )
     return {part.name: part for part in parts}

@@ -1,11 +1,12 @@
 """Artifacts for another architecture, run under an emulator through their C interface, and compared.
 
-A small C program (`emulated.c`) is compiled for the architecture and told what to feed; it gives back logits, rows of an
-encoder, or tokens. What comes out is exact, how long it takes says nothing.
+A small C program (`emulated.c`) is compiled for the architecture and told what to feed; it gives back logits, rows of
+an encoder, or tokens. What comes out is exact, how long it takes says nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ DECODED = 3  # tokens at a sequence's end that go in one by one
 
 @dataclass(frozen=True)
 class Emulated:
-    """An artifact and what runs it. model: the CPU that is emulated, as qemu names it. weights: their file, if apart."""
+    """An artifact and what runs it. model: the CPU that is emulated, by qemu's name. weights: their file, if apart."""
 
     path: Path
     manifest: Manifest
@@ -124,7 +125,7 @@ def pieces_of(ids: Ids, rng: np.random.Generator) -> list[Ids]:
     """A sequence cut at two random places, and its last tokens one by one."""
     end = max(1, len(ids) - DECODED)
     cuts = sorted({0, *(int(cut) for cut in rng.integers(0, end + 1, 2)), end, *range(end, len(ids) + 1)})
-    return [ids[first:last] for first, last in zip(cuts, cuts[1:], strict=False)]
+    return [ids[first:last] for first, last in itertools.pairwise(cuts)]
 
 
 def check_emulated(emulated: Emulated, parts: Parts, checker: Checker) -> None:

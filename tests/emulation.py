@@ -73,7 +73,6 @@ class _Process:
         answer = self.process.stdout.readline().strip()
         assert answer == "done", f"{symbol}: {answer or 'the emulated process ended'} ({self.process.poll()})"
 
-
     def end(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()

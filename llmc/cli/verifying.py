@@ -157,7 +157,7 @@ def _encoders(subject: Runtime | Emulated, other: Runtime, texts: Sequence[NDArr
     )
 
 
-def _encoded(runtime: Runtime, texts: Sequence[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+def _encoded(runtime: Runtime, texts: Sequence[NDArray[np.int32]]) -> list[NDArray[np.generic]]:
     """The output of the artifact's encoder, text by text, as `encode` of llmc.h gives it."""
     import numpy as np
 

@@ -106,4 +106,16 @@ def isa_for(machine: Machine) -> ArmIsa:
         name, blocks = "dotprod", Blocking(4, 4, 96)
     else:
         name, blocks = "neon", Blocking(2, 4, 64)
-    return ArmIsa(name, LANES, 32, bf16, blocks, Blocking(4, 4, 96), "w", few_slices=4, unrolled_quads=16, dotprod=dotprod, i8mm=i8mm)
+    return ArmIsa(
+        name,
+        LANES,
+        32,
+        bf16,
+        blocks,
+        Blocking(4, 4, 96),
+        "w",
+        few_slices=4,
+        unrolled_quads=16,
+        dotprod=dotprod,
+        i8mm=i8mm,
+    )

@@ -120,7 +120,9 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
         together = cls._together(problem, high)
         unroll = _unroll(isa, problem)
-        return cls(rows, tiles, slices, high, unroll=unroll, chains=chains, ahead=ahead, least=32 << 10, together=together)
+        return cls(
+            rows, tiles, slices, high, unroll=unroll, chains=chains, ahead=ahead, least=32 << 10, together=together
+        )
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)

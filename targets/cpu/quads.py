@@ -30,4 +30,3 @@ def quad_bytes(isa: VectorIsa, layout: QuantizedLayout, vector: Callable[[int], 
         codes = field if codes is None else codes | field
     assert codes is not None
     return codes if layout.table is None else isa.look_up_bytes(layout.table, b.let(codes))
-

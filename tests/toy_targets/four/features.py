@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 TRIPLE = "x86_64-linux-gnu"
 COMPILER_OPTIONS = ()
 
