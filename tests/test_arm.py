@@ -19,6 +19,7 @@ from test_templates import check
 from tiny_models import make_tiny
 
 import llmc
+from llmc.cli import run
 from llmc.cli.verifying import compare
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime import cpu
@@ -204,6 +205,32 @@ def test_python_says_that_it_is_for_another_machine(compiler: tuple[str, ...], t
         pytest.skip("this computer is one")
     with pytest.raises(ArtifactError, match=r"is for aarch64, and this machine is x86_64. Run: llmc compile"):
         Runtime.load(fake(tmp_path / "model.so", compiler))
+
+
+def test_verify_compares_across_architectures(
+    compiler: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there, here = fake(tmp_path / "there.so", compiler, "neon"), fake_artifact.write(tmp_path / "here.so")
+    if cpu.architecture() == "aarch64":
+        pytest.skip("this computer is one")
+    found = compare(there, here, "cortex-a72", None, 2, 0)
+    assert (found.emulated, found.divergence, found.same, found.greedy) == ("cortex-a72", 0, found.rows, found.written)
+    assert run(["verify", str(there), "--against", str(here)]) == 0
+    assert "on an emulated max," in capfd.readouterr().out
+    assert run(["verify", str(here), "--against", str(here), "--emulate", "max"]) == 1
+    assert "compare it without --emulate" in capfd.readouterr().err
+
+
+def test_verify_tells_what_differs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    here, step = (
+        fake_artifact.write(tmp_path / "here.so"),
+        fake_artifact.STEP.replace("(uint64_t)v + ", "(uint64_t)v + 1 + "),
+    )
+    assert step != fake_artifact.STEP
+    other = fake_artifact.write(tmp_path / "other.so", source=step)
+    assert run(["verify", str(here), "--against", str(here)]) == 0
+    assert run(["verify", str(other), "--against", str(here), "--json"]) == 1
+    assert '"good": false' in capfd.readouterr().out
 
 
 @pytest.mark.slow
