@@ -41,7 +41,7 @@ MANIFEST = ".llmc.manifest"
 TOKENIZER = ".llmc.tokenizer"
 WEIGHTS = ".llmc.weights"
 SEAL = ".llmc.seal"
-PAGE = 4096
+PAGE = 65536  # the largest page of memory that systems have; weights are mapped, and start on one
 
 HASH_CHUNK = 4 << 20
 HASH_LANES = 1024

@@ -134,6 +134,8 @@ def build_manifest(
 def complete_manifest(manifest: dict[str, Any], library: Library, weights_hash: str) -> None:
     """Adds what is known once the library is linked and the weights are written; weights_hash: empty for none."""
     manifest["step"] |= {"calls": library.calls, "costs": library.costs, "limits": library.limits}
+    if library.glibc:
+        manifest["target"]["glibc"] = library.glibc
     if weights_hash:
         manifest["weights"]["hash"] = weights_hash
 

@@ -430,11 +430,14 @@ def check_whole(path: Path, parts: Parts, options: CompileOptions, checker: Chec
     """Compares an artifact at `path`, not yet in its place, with its graph; CompileError where they differ. What this
     machine cannot run is said in `checker.not_run`. weights: the file that has them, if there is one."""
     from llmc.targets.check_artifact import check_artifact, refusal
+    from llmc.targets.emulated import check_emulated
 
     checker.lowered(parts.program.graph)
     checker.not_run = "its weights were left out" if options.weights == "none" else refusal(path)
     if not checker.not_run:
         check_artifact(path, weights, parts, checker)
+    elif options.weights != "none":
+        check_emulated(path, weights, parts, checker)
 
 
 def check_layer(lifted: Lifted, options: CompileOptions) -> str:

@@ -31,7 +31,7 @@ MANIFEST = ".llmc.manifest"
 TOKENIZER = ".llmc.tokenizer"
 WEIGHTS = ".llmc.weights"
 HASH_CHUNK = 4 << 20
-PAGE = 4096
+PAGE = 65536  # the largest page of memory that systems have; weights are mapped, and start on one
 
 _TRAILER = struct.Struct("<32sQ8s")  # SHA-256 of the seal, its length, the magic
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -147,6 +147,9 @@ class Artifact:
         machine = struct.unpack_from("<H", self.mapping, 18)[0]
         if machine != _ELF_MACHINE.get(here, machine):
             raise ArtifactError(f"{self.path} holds code for another kind of machine (ELF {machine}). Run: {rebuild}")
+        glibc = cpu.glibc()
+        if glibc and _version(target.glibc) > _version(glibc):
+            raise ArtifactError(f"{self.path} needs glibc {target.glibc}, and this system has {glibc}. Run: {rebuild}")
         missing = sorted(target.features - cpu.features())
         if missing:
             raise ArtifactError(
@@ -158,6 +161,10 @@ class Artifact:
         """The command that makes this artifact for this machine."""
         source = self.manifest.model.source or "MODEL"
         return f"llmc compile {shlex.quote(source)} --target native -o {shlex.quote(str(self.path))}"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def damaged(path: Path, name: str) -> ArtifactError:
@@ -218,6 +225,8 @@ def _parse_seal(path: Path, text: bytes, end: int) -> dict[str, Part]:
     if position != end or len(set(names)) != len(names) or LIBRARY not in names or "section table" not in names:
         raise ArtifactError(f"{path} has a seal whose parts do not cover the file. Compile it again")
     for part in parts:
-        if part.name == WEIGHTS and part.offset % PAGE:
-            raise ArtifactError(f"{path} has weights that do not start on a page. Compile it again")
+        if part.name == WEIGHTS and part.offset % mmap.PAGESIZE:
+            raise ArtifactError(
+                f"{path} has weights that do not start on a page, of {mmap.PAGESIZE} bytes here. Compile it again"
+            )
     return {part.name: part for part in parts}

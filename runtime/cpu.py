@@ -47,6 +47,15 @@ _ARM_SPELLING = {
 }
 
 
+# Bits of AT_HWCAP and AT_HWCAP2 (Linux: arch/arm64/include/uapi/asm/hwcap.h), by the kernel's names of the flags.
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_ARM_HWCAP = {
+    0: "fp", 1: "asimd", 3: "aes", 6: "sha2", 7: "crc32", 8: "atomics", 10: "asimdhp", 12: "asimdrdm", 17: "sha3",
+    20: "asimddp", 22: "sve", 23: "asimdfhm", 29: "sb",
+}  # fmt: skip
+_ARM_HWCAP2 = {1: "sve2", 13: "i8mm", 14: "bf16", 23: "sme"}
+
+
 def llvm_features(flags: set[str], architecture: str) -> frozenset[str]:
     """LLVM's names of the features behind the kernel's CPU flags ("avx512_vnni" is "avx512vnni", ...)."""
     spelling = _ARM_SPELLING if architecture == "aarch64" else _X86_SPELLING
@@ -66,23 +75,45 @@ def architecture() -> str:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """This machine's features. Only the first CPU's entry is read: Linux shows the same ISA on all of them.
+    """This machine's features, which are the same on all of its CPUs: Linux tells processes what all have.
 
     Raises `RuntimeStateError` where Linux cannot be asked.
     """
-    wanted = "Features" if architecture() == "aarch64" else "flags"
+    if architecture() == "aarch64":
+        return llvm_features(_arm_flags(), "aarch64")
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 key, _, value = line.partition(":")
-                if key.strip() == wanted:
-                    found = llvm_features(set(value.split()), architecture())
+                if key.strip() == "flags":
+                    found = llvm_features(set(value.split()), "x86_64")
                     return found if _tiles_allowed(found) else found - _TILE_FEATURES
     except OSError as error:
         raise RuntimeStateError(
             f"what this CPU has is not known: /proc/cpuinfo cannot be read ({error.strerror})"
         ) from error
     return frozenset()
+
+
+def _arm_flags() -> set[str]:
+    """What the kernel told this process when it began: also right under an emulator, which shows the host's files."""
+    try:
+        ask = ctypes.CDLL(None).getauxval
+    except (OSError, AttributeError) as error:
+        raise RuntimeStateError("what this CPU has is not known: the system's library has no getauxval") from error
+    ask.argtypes, ask.restype = [ctypes.c_ulong], ctypes.c_ulong
+    first, second = ask(_AT_HWCAP), ask(_AT_HWCAP2)
+    found = {name for bit, name in _ARM_HWCAP.items() if first >> bit & 1}
+    return found | {name for bit, name in _ARM_HWCAP2.items() if second >> bit & 1}
+
+
+def glibc() -> str:
+    """The version of the system's library, "2.36"; empty where that is another one, or not known."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (AttributeError, ValueError, OSError):
+        return ""
+    return version if name == "glibc" else ""
 
 
 _TILE_FEATURES = frozenset(_X86_SPELLING[flag] for flag in _X86_SPELLING if flag.startswith("amx_"))

@@ -6,7 +6,8 @@ plan, provenance) are kept as they are.
 
     {"schema": 1, "abi": 6, "llmc_version": "0.1.0", "task": "generate" | "encode" | "run",
      "model": {"name", "source", "parameters", "bits_per_weight"},
-     "target": {"name", "arch": "x86_64", "features": ["avx2", ...], "device": "host", also if missing},
+     "target": {"name", "arch": "x86_64", "features": ["avx2", ...], "device": "host", also if missing,
+                "glibc": "2.17", if known},
      "step": {"max_step", "page", "tile", "max_splits", "part", "arena_bytes", "vocab_size",
               "state": "paged" | "none" | "ragged" | "run", "regimes": [greatest length of each but the last],
               "row_kinds": true where prompts and decoding are computed differently,
@@ -77,12 +78,14 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What the code needs. features: in LLVM's spelling. device: the kind that runs steps (`runtime/devices.py`)."""
+    """What the code needs. features: in LLVM's spelling. device: the kind that runs steps (`runtime/devices.py`).
+    glibc: the least version of the system's library, "2.17"; empty: none is known."""
 
     name: str
     arch: str
     features: frozenset[str]
     device: str = "host"
+    glibc: str = ""
 
 
 @dataclass(frozen=True)
@@ -336,7 +339,15 @@ def _target(reader: Reader) -> TargetFacts:
         reader.string("arch"),
         frozenset(reader.strings("features")),
         reader.string("device", default="host"),
+        _glibc(reader),
     )
+
+
+def _glibc(reader: Reader) -> str:
+    text = reader.string("glibc", default="")
+    if text and not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4}){1,3}", text):
+        raise refuse("target.glibc", "a version like 2.17", text)
+    return text
 
 
 def _symbol(reader: Reader) -> NamedSize:

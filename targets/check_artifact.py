@@ -70,7 +70,7 @@ def check_artifact(path: Path, weights: Path | None, parts: Parts, checker: Chec
     ops = steps = 0
     graph = parts.program.graph
     reference = checker.evaluate(graph, exact=False)
-    allowed = _allowed(graph, reference, checker)
+    allowed = allowed_differences(graph, reference, checker)
     for threads in THREADS:
         pages = 0 if checker.scenario is None else sum(len(pages) for pages in checker.scenario.pages) + 4
         runtime = _loaded(path, weights, threads, pages)
@@ -191,7 +191,7 @@ def _continued(runtime: Runtime, checker: Checker) -> Array:
     return out
 
 
-def _allowed(graph: Graph, reference: dict[str, Array], checker: Checker) -> dict[str, float]:
+def allowed_differences(graph: Graph, reference: dict[str, Array], checker: Checker) -> dict[str, float]:
     """How far each output of a whole artifact may be from its graph's, relative to the largest value.
 
     Kernels round activations where the graph says so, from operands that differ in the last digits: after some layers

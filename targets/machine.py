@@ -39,6 +39,18 @@ class Machine:
         return attributes
 
     @property
+    def triple(self) -> str:
+        """LLVM's name of the architecture and the system, "x86_64-linux-gnu": its folder knows it."""
+        found: str = importlib.import_module(f"llmc.targets.{self.arch}.features").TRIPLE
+        return found
+
+    @property
+    def compiler_options(self) -> tuple[str, ...]:
+        """What the C compiler is told for any machine of the architecture."""
+        found: tuple[str, ...] = importlib.import_module(f"llmc.targets.{self.arch}.features").COMPILER_OPTIONS
+        return found
+
+    @property
     def architecture(self) -> str:
         """What the system calls the processors of this kind: "x86_64", "aarch64", ..."""
         name: str = importlib.import_module(f"llmc.targets.{self.arch}.target").architecture()

@@ -49,6 +49,7 @@ class Library:
     """The loadable part of an artifact: its path, what each profile slot measures, and the driver's source.
 
     costs, limits: what calls cost, and the functions that measure the machine's limits, as the manifest has them.
+    glibc: what the system that loads it has at least, "2.17"; empty: it asks for none.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Library:
     source: str
     costs: list[dict[str, object]]
     limits: list[dict[str, object]]
+    glibc: str = ""
 
 
 class Target(Protocol):

@@ -127,37 +127,41 @@ def reference_logits(ids: list[int]) -> np.ndarray:
     return out
 
 
-def _command() -> list[str]:
-    return ["gcc", "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread", f"-I{c_sources()}"]
+def _command(compiler: tuple[str, ...] = ("gcc",)) -> list[str]:
+    return [*compiler, "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread", f"-I{c_sources()}"]
 
 
 @cache
-def runtime_objects() -> tuple[str, ...]:
-    """The runtime's own C code, compiled once a test process."""
+def runtime_objects(compiler: tuple[str, ...] = ("gcc",)) -> tuple[str, ...]:
+    """The runtime's own C code, compiled once a test process. compiler: that of another architecture, if asked."""
     folder = Path(tempfile.mkdtemp(prefix="llmc-fake-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     sources = sorted(c_sources().glob("*.c"))
-    subprocess.run([*_command(), "-c", *map(str, sources)], cwd=folder, check=True)
+    for each in [sources] if compiler == ("gcc",) else [[source] for source in sources]:  # zig makes one at a time
+        subprocess.run([*_command(compiler), "-c", *map(str, each)], cwd=folder, check=True)
     return tuple(str(folder / f"{path.stem}.o") for path in sources)
 
 
-def compile_library(source: str, folder: Path, facts: Mapping[str, object] | None = None) -> Path:
+def compile_library(
+    source: str, folder: Path, facts: Mapping[str, object] | None = None, compiler: tuple[str, ...] = ("gcc",)
+) -> Path:
     """Compiles a step with the runtime's C code, as the compiler does. facts: the manifest, if not the fake model's."""
     step = folder / "step.c"
     step.write_text(f'{source}\n#include "facts.h"\n{facts_source(manifest() if facts is None else facts)}\n')
     library = folder / "library.so"
     linking = link_options([*INTERFACE, "llmc_limit_*"], folder)
-    subprocess.run([*_command(), str(step), *runtime_objects(), "-o", str(library), *linking], check=True)
+    command = [*_command(compiler), str(step), *runtime_objects(compiler), "-o", str(library), *linking]
+    subprocess.run(command, check=True)
     return library
 
 
 @cache
-def library(source: str = STEP, facts: str = "") -> Path:
+def library(source: str = STEP, facts: str = "", compiler: tuple[str, ...] = ("gcc",)) -> Path:
     """The fake step, compiled once a test process. facts: JSON of the manifest's entries that the code has too."""
     folder = Path(tempfile.mkdtemp(prefix="llmc-fake-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return compile_library(
-        source % {"vocab": VOCAB, "max_step": MAX_STEP}, folder, json.loads(facts) if facts else None
+        source % {"vocab": VOCAB, "max_step": MAX_STEP}, folder, json.loads(facts) if facts else None, compiler
     )
 
 
@@ -240,13 +244,14 @@ def write(
     source: str = STEP,
     tokenizer: bytes | None = None,
     tokenizer_facts: object = _DEFAULT,
+    compiler: tuple[str, ...] = ("gcc",),
     **changes: object,
 ) -> Path:
     """Writes the fake artifact. tokenizer: bytes of the section; tokenizer_facts, changes: entries of the manifest,
     which the code has too, where it has such facts."""
     if tokenizer_facts is not _DEFAULT:
         changes["tokenizer"] = tokenizer_facts
-    code = library(source, _coded_facts(manifest(**changes)))
+    code = library(source, _coded_facts(manifest(**changes)), compiler)
     with ArtifactWriter(path, code) as writer:
         writer.begin_weights()
         writer.append(weights())

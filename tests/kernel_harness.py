@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import emulation
 import numpy as np
 
 from llmc.runtime import cpu
@@ -35,7 +36,11 @@ def default_kernel(template: type[Template], problem: Problem, machine: Machine)
 
 
 def skip_unless_runnable(machine: Machine) -> None:
-    """Code of a machine that this computer is not would end the process: the test is skipped."""
+    """Code of a machine that this computer is not would end the process: the test is skipped. That of another
+    architecture is emulated."""
+    if emulation.is_foreign(machine):
+        emulation.require(machine)
+        return
     missing = machine.features - cpu.features()
     if missing:
         import pytest
@@ -50,6 +55,11 @@ class Compiled:
         skip_unless_runnable(machine)  # before the code is compiled, which takes longer than to run it
         (obj,) = compile_kernels([kernel], machine, CACHE)
         shared = obj.with_suffix(".so")
+        self.machine, self.library, self.symbol = machine, shared, kernel.symbol
+        if emulation.is_foreign(machine):
+            if not shared.exists():
+                emulation.link(machine, [obj], shared)
+            return
         if not shared.exists():
             temporary = tempfile.mktemp(dir=CACHE, suffix=".so")
             subprocess.run(["gcc", "-shared", "-o", temporary, str(obj), "-lm"], check=True)
@@ -59,6 +69,9 @@ class Compiled:
 
     def __call__(self, *args: np.ndarray | int) -> None:
         """Run over args; the last two are begin and end of the work-unit range."""
+        if emulation.is_foreign(self.machine):
+            emulation.call(self.machine, self.library, self.symbol, args)
+            return
         values = []
         for arg in args:
             if isinstance(arg, np.ndarray):

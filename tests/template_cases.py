@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import emulation
 import numpy as np
 from attention_batches import LENGTHS, NEW, make_batch
 from attention_batches import Case as AttentionCase
@@ -66,9 +67,20 @@ def functions(kernels: Iterable[Kernel], machine: Machine) -> dict[str, Function
         path = Path(folder) / "kernels.o"
         path.write_bytes(object_code(wanted.values(), machine))
         shared = path.with_suffix(".so")
+        if emulation.is_foreign(machine):
+            shared = CACHE / f"{Path(folder).name}.so"
+            emulation.link(machine, [path], shared)
+            return {symbol: _emulated(machine, shared, symbol) for symbol in wanted}
         subprocess.run(["gcc", "-shared", "-o", str(shared), str(path), "-lm"], check=True)
         library = ctypes.CDLL(str(shared))
     return {symbol: _function(library, symbol) for symbol in wanted}
+
+
+def _emulated(machine: Machine, library: Path, symbol: str) -> Function:
+    def call(*args: np.ndarray | int) -> None:
+        emulation.call(machine, library, symbol, args)
+
+    return call
 
 
 def _function(library: ctypes.CDLL, symbol: str) -> Function:

@@ -27,6 +27,7 @@ COMMANDS = (
     "bench",
     "eval",
     "inspect",
+    "verify",
     "explain",
     "ir",
     "estimate",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from attention_batches import LENGTHS, NEW, Batch, Case, make_batch, tiles_of
 from kernel_harness import Compiled, aligned, default_kernel
-from x86_machines import each_machine
+from x86_machines import machines_of
 
 from llmc.compiler.ir.attention import MOST_PARTS, PART
 from llmc.runtime import cpu
@@ -22,7 +22,7 @@ from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.machine import Machine
 from llmc.targets.x86 import detect
 
-MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
+MACHINES = machines_of("avx2", "avx512vnni")
 SAPPHIRE = detect.machine("sapphirerapids")
 TILES = pytest.param(
     SAPPHIRE,

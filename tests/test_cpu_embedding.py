@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_harness import Compiled, aligned, default_kernel
-from x86_machines import each_machine
+from x86_machines import machines_of
 
 from llmc.compiler.encodings import GroupQuantized
 from llmc.compiler.encodings.grouped import grouped
@@ -19,7 +19,7 @@ from llmc.targets.cpu.layouts import FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import weight_tiles
 from llmc.targets.machine import Machine
 
-MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512", "avx512vnni")]
+MACHINES = machines_of("avx2", "avx512", "avx512vnni")
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 ROWS, SCALE = 37, 2.0  # a power of two scales without rounding: results are exact
 IDS = aligned(np.array([36, 0, 15, 16, 7, 8, 36, 1], np.int32))

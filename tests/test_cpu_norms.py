@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned, default_kernel
-from x86_machines import each_machine
+from x86_machines import machines_of
 
 from llmc.targets.cpu.forms import Bf16Pairs, integer_groups
 from llmc.targets.cpu.norms import Norm, NormProblem
@@ -20,7 +20,7 @@ from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
 from llmc.targets.template import Chooser
 
-MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
+MACHINES = machines_of("avx2", "avx512vnni")
 EPS = 1e-5
 ROWS = 7
 

@@ -8,12 +8,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned, default_kernel
-from x86_machines import each_machine
+from x86_machines import machines_of
 
 from llmc.targets.cpu.rope_append import RopeAppend, rope_problem
 from llmc.targets.machine import Machine
 
-MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
+MACHINES = machines_of("avx2", "avx512vnni")
 PAGE, PAGES, TOKENS = 32, 4, 33
 
 

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernel_harness import Compiled, aligned
-from x86_machines import each_machine
+from x86_machines import machines_of
 
 from llmc.targets.cpu.vector_isa import isa_for
 from llmc.targets.cpu.vectors import add, as_f32, for_pieces, load, maximum, range_kernel, reduce, store
@@ -23,7 +23,7 @@ from llmc.targets.machine import Machine
 if TYPE_CHECKING:
     from tvm.tirx import Expr, PrimFunc
 
-MACHINES = [param for param in each_machine() if param.id in ("avx2", "avx512vnni")]
+MACHINES = machines_of("avx2", "avx512vnni")
 
 
 def move(machine: Machine, *, dtype: str, count: int, masked: bool) -> PrimFunc:

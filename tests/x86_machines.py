@@ -1,10 +1,13 @@
-"""Machines built by hand, for kernel tests: one for each instruction set, and whether this computer runs it."""
+"""Machines built by hand, for kernel tests: one for each instruction set, and whether this computer runs it.
+
+Tests of all machines have those of ARM among them, which are emulated: slow ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from arm_machines import each_emulated
 
 from llmc.runtime import cpu
 from llmc.targets.machine import Machine
@@ -33,7 +36,13 @@ def runnable(name: str) -> bool:
 def each_machine() -> list[object]:
     """pytest parameters: every machine, skipped where this computer lacks its features."""
     missing = pytest.mark.skip(reason="this computer lacks the instruction set")
-    return [pytest.param(m, id=name, marks=[] if runnable(name) else missing) for name, m in MACHINES.items()]
+    own = [pytest.param(m, id=name, marks=[] if runnable(name) else missing) for name, m in MACHINES.items()]
+    return [*own, *each_emulated()]
+
+
+def machines_of(*names: str) -> list[object]:
+    """Those of `each_machine` with these names, and plain NEON: what multiplies no bytes is the same on all of ARM."""
+    return [param for param in each_machine() if param.id in (*names, "neon")]
 
 
 def each_machine_and_tiles() -> list[object]:

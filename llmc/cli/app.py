@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmc.cli import compiling, encoding, measuring, quantizing, reporting, writing
+from llmc.cli import compiling, encoding, measuring, quantizing, reporting, verifying, writing
 from llmc.cli.options import example
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ for group in (
     encoding.COMMANDS,
     measuring.COMMANDS,
     reporting.COMMANDS,
+    verifying.COMMANDS,
 ):
     for function, examples in group:
         app.command(epilog=example(*examples))(function)

@@ -16,7 +16,7 @@
 #include "memory.h"
 #include "model.h"
 
-enum { PAGE_BYTES = 4096, BUFFER_BYTES = 1 << 14, MOST_NAME_BYTES = 1 << 20, MOST_READ = 1 << 30 };
+enum { ALIGNMENT = 64, BUFFER_BYTES = 1 << 14, MOST_NAME_BYTES = 1 << 20, MOST_READ = 1 << 30 };
 
 typedef struct Image {
     const char *path;
@@ -148,7 +148,7 @@ static int own_weights(const Image *image, const char *base, bool elsewhere, boo
         return llmc_fail(LLMC_ERROR_FILE, "%s was compiled without weights: name their file in LlmcOptions.weights",
                          image->path);
     }
-    if (section.sh_size != (uint64_t)llmc_facts.weights_bytes || section.sh_offset % PAGE_BYTES ||
+    if (section.sh_size != (uint64_t)llmc_facts.weights_bytes || section.sh_offset % (uint64_t)sysconf(_SC_PAGESIZE) ||
         !is_inside(image, section.sh_offset, section.sh_size)) {
         return llmc_fail(LLMC_ERROR_FILE, "%s is damaged: its weights are not those of its code", image->path);
     }
@@ -170,7 +170,7 @@ static int external_weights(const char *path, bool copy, LlmcWeights *weights) {
 }
 
 int llmc_open_weights(const char *path, const char *external, bool copy, LlmcWeights *weights, const void **place) {
-    static const _Alignas(PAGE_BYTES) char nothing[1];
+    static const _Alignas(ALIGNMENT) char nothing[1];
     const bool elsewhere = external != NULL || llmc_facts.weights_bytes == 0;
     Dl_info about;
     Image image;

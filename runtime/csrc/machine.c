@@ -5,11 +5,34 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "model.h"
 
+#if defined(__aarch64__)
+/* Bits that the kernel gives a process when it begins (arch/arm64/include/uapi/asm/hwcap.h), by its own names of them. */
+static const struct Bit {
+    const char *flag;
+    unsigned long kind;
+    int place;
+} bits[] = {{"asimd", AT_HWCAP, 1},    {"asimdhp", AT_HWCAP, 10}, {"asimddp", AT_HWCAP, 20}, {"fp", AT_HWCAP, 0},
+            {"atomics", AT_HWCAP, 8}, {"i8mm", AT_HWCAP2, 13},   {"bf16", AT_HWCAP2, 14}};
+
+/* The first feature of the facts that the CPU lacks; NULL: it has all, or `unknown` is set. */
+static const char *missing_feature(bool *unknown) {
+    *unknown = false;
+    for (int64_t i = 0; i < llmc_facts.feature_count; i++) {
+        bool has = false;
+        for (size_t j = 0; j < sizeof bits / sizeof *bits; j++) {
+            if (strcmp(bits[j].flag, llmc_facts.features[i].flag) == 0) has = getauxval(bits[j].kind) >> bits[j].place & 1;
+        }
+        if (!has) return llmc_facts.features[i].name;
+    }
+    return NULL;
+}
+#else
 /* Whether a word of `length` bytes is a flag, underscores aside: avx512_vnni, avx512vnni. */
 static bool is_flag(const char *word, size_t length, const char *flag) {
     const char *end = word + length;
@@ -48,6 +71,19 @@ static char *cpu_flags(void) {
     return found;
 }
 
+/* The first feature of the facts that the CPU lacks; NULL: it has all, or `unknown` is set. */
+static const char *missing_feature(bool *unknown) {
+    char *flags = llmc_facts.feature_count > 0 ? cpu_flags() : NULL;
+    const char *found = NULL;
+    *unknown = llmc_facts.feature_count > 0 && flags == NULL;
+    for (int64_t i = 0; flags != NULL && found == NULL && i < llmc_facts.feature_count; i++) {
+        if (!has_flag(flags, llmc_facts.features[i].flag)) found = llmc_facts.features[i].name;
+    }
+    free(flags);
+    return found;
+}
+#endif
+
 /* Asks Linux to let this process use tile registers; the answer holds for all of its threads. */
 static bool tiles_allowed(void) {
 #if defined(__x86_64__)
@@ -59,19 +95,12 @@ static bool tiles_allowed(void) {
 }
 
 int llmc_check_machine(void) {
-    if (llmc_facts.feature_count > 0) {
-        char *flags = cpu_flags();
-        if (flags == NULL) {
-            return llmc_fail(LLMC_ERROR_MACHINE, "what this CPU has is not known: /proc/cpuinfo cannot be read");
-        }
-        for (int64_t i = 0; i < llmc_facts.feature_count; i++) {
-            if (has_flag(flags, llmc_facts.features[i].flag)) continue;
-            free(flags);
-            return llmc_fail(LLMC_ERROR_MACHINE,
-                             "the artifact needs %s, which this CPU does not have: compile the model for this machine",
-                             llmc_facts.features[i].name);
-        }
-        free(flags);
+    bool unknown;
+    const char *missing = missing_feature(&unknown);
+    if (unknown) return llmc_fail(LLMC_ERROR_MACHINE, "what this CPU has is not known: /proc/cpuinfo cannot be read");
+    if (missing != NULL) {
+        return llmc_fail(LLMC_ERROR_MACHINE,
+                         "the artifact needs %s, which this CPU does not have: compile the model for this machine", missing);
     }
     if (llmc_facts.tile_registers && !tiles_allowed()) {
         return llmc_fail(LLMC_ERROR_MACHINE, "the artifact needs AMX tile registers, and Linux does not give them to "

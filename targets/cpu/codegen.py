@@ -23,8 +23,8 @@ def llvm_target(machine: Machine) -> tvm.target.Target:
     """TVM's target for a CPU machine."""
     import tvm
 
-    facts = {"kind": "llvm", "mcpu": machine.mcpu, "mattr": machine.attributes(), "opt-level": 3}
-    return tvm.target.Target(facts)
+    facts = {"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.mcpu, "mattr": machine.attributes()}
+    return tvm.target.Target(facts | {"opt-level": 3})
 
 
 def build_module(kernel: Kernel, machine: Machine) -> tvm.runtime.Module:

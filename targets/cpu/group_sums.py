@@ -44,6 +44,9 @@ class Products(Protocol):
     @property
     def rows(self) -> Sequence[Expr]: ...
 
+    def several(self, m: int, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of row number m, i32, as many lanes."""
+
     def start(self, slot: int) -> Expr:
         """What i32 sums start from."""
 
@@ -67,10 +70,11 @@ class NarrowDots(Protocol):
 
 class Sums(ABC):
     """One strategy. registers: how many vectors a running sum takes. centre: what i16 sums of a whole group take from
-    each stored weight, 0 where there are none."""
+    each stored weight, 0 where there are none. together: how many quads of a slice are `arranged` together."""
 
     registers = 1
     centre = 0
+    together = 1
 
     @abstractmethod
     def dtype(self, isa: VectorIsa) -> str:
@@ -79,6 +83,11 @@ class Sums(ABC):
     @abstractmethod
     def add(self, isa: VectorIsa, total: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:
         """total + the products of a quad."""
+
+    def arranged(self, isa: VectorIsa, quads: Sequence[Expr]) -> list[Expr]:
+        """Successive quads of a slice, a multiple of `together`, as `emit` wants them: as many vectors (i8). Where some
+        are arranged together, weights are a panel that was made so."""
+        return list(quads)
 
     def refuse(self, unroll: int, chains: int) -> str:
         """Why so many quads cannot be unrolled into so many chains; empty where they can."""

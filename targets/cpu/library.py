@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -13,9 +12,11 @@ from pathlib import Path
 from llmc.compiler.progress import Progress
 from llmc.errors import CompileError
 from llmc.targets.call_facts import call_costs
+from llmc.targets.cpu.c_compiler import compiler_command
 from llmc.targets.cpu.driver import generate_step
 from llmc.targets.cpu.kernel_cache import compile_kernels, keep_object, take_objects
 from llmc.targets.cpu.limits import limit_kernels
+from llmc.targets.cpu.system_needs import least_glibc
 from llmc.targets.kernel import Kernel
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
@@ -44,19 +45,6 @@ def kernels_of(program: Program) -> list[Kernel]:
         for call in lowered.calls:
             found.setdefault(call.kernel.symbol, call.kernel)
     return list(found.values())
-
-
-def compiler_command(machine: Machine) -> list[str]:
-    """The C compiler that links for this machine: $CC, or the system's."""
-    named = os.environ.get("CC", "").split()
-    if named:
-        if not shutil.which(named[0]):
-            raise CompileError(f"there is no C compiler {named[0]}, which the environment variable CC names: unset it")
-        return named
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise CompileError("no C compiler found: install gcc or clang, or name one in the environment variable CC")
 
 
 def device() -> str:
@@ -93,7 +81,7 @@ def build_library(
     linking = link_options([*INTERFACE, *(item.symbol for item in kernels)], folder)
     _run(program.machine, "-o", str(output), f"@{listing}", *linking)
     costs, facts = call_costs(program), [asdict(item.facts) for item in limits]
-    return Library(output, calls, source, costs, facts)
+    return Library(output, calls, source, costs, facts, least_glibc(output))
 
 
 def c_sources() -> Path:

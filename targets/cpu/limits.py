@@ -55,7 +55,8 @@ def measure(machine: Machine, threads: int, cache: Path | None = None) -> Limits
 
     cache: the kernel cache; by default kernels are compiled anew, which takes a second. Raises CompileError.
     """
-    from llmc.targets.cpu.library import compiler_command, link_options
+    from llmc.targets.cpu.c_compiler import compiler_command
+    from llmc.targets.cpu.library import link_options
 
     missing = machine.features - cpu.features()  # which also asks the system for registers that it gives on request
     if missing:

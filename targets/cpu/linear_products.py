@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
-from llmc.targets.cpu.group_sums import Weights
+from llmc.targets.cpu.group_sums import Sums, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.quads import quad_bytes
 from llmc.targets.cpu.tile_slices import TileSlice
 from llmc.targets.cpu.vector_isa import VectorIsa
-from llmc.targets.cpu.vectors import as_f32, cast, load, pieces, prefetch, splat, store
+from llmc.targets.cpu.vectors import as_f32, cast, load, permute, pieces, prefetch, splat, store, typed
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -99,6 +99,12 @@ class Operands:
         """Which of a row's scales is a group's."""
         return b.index(0) if self.layout.per_row else group
 
+    def quads(self, row: Expr, group: Expr, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of a row, i32, as many lanes."""
+        from tvm import tirx
+
+        return tirx.reinterpret(typed("int32", count), load(self.xq, (row, group, quad * 4), 4 * count))
+
     def per_group(self, name: str, at: TileSlice, group: Expr) -> Expr:
         """The "scales" or "minimums" of a group, f32."""
         first, group = at.number * self.isa.lanes, self.scale_of(group)
@@ -120,13 +126,15 @@ class Operands:
 
 
 class KnownRows:
-    """What depends on row and group only, computed once for all weights: on the stack, by row and group."""
+    """What depends on row and group only, computed once for all weights: on the stack, by row and group.
 
-    def __init__(self, ops: Operands, rows: int, groups: int) -> None:
+    sums: the strategy of all that is multiplied; None: as `VectorIsa.sums` says."""
+
+    def __init__(self, ops: Operands, rows: int, groups: int, sums: Sums | None = None) -> None:
         self.ops = ops
         layout = ops.layout
         self.pairs = ops.isa.pair_sums(layout.group)
-        self.sums = ops.isa.sums(layout.byte_bits, layout.group)
+        self.sums = sums or ops.isa.sums(layout.byte_bits, layout.group)
         self.centre = self.sums.centre
         taken = self.centre or ops.isa.dot_centre(layout.byte_bits)  # from the bytes that are multiplied
         self.offset = taken - layout.byte_offset
@@ -230,16 +238,31 @@ class GroupSums:
 
     def operands(self, weights: Sequence[Weights], first: Expr, quads: int) -> Iterator[tuple[int, int, Expr, Expr]]:
         """(step, slot, stored weights, activations) of every product of `quads` quads from `first` on."""
+        spread: list[Expr] = []  # vectors of several quads, of each row
         for step in range(quads):
             quad = first + step
             b.keep_order()
-            # Shared by tiles; one tile multiplies straight from memory.
-            shared = [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if len(weights) > 1 else None
+            shared = self._shared(spread, quad, step, len(weights))
             for t, weight in enumerate(weights):
                 w = b.let(weight(quad, step))
                 for m in range(len(self.rows)):
                     a = self._activations(m, quad) if shared is None else shared[m]
                     yield step, t * len(self.rows) + m, w, a
+
+    def _shared(self, spread: list[Expr], quad: Expr, step: int, tiles: int) -> list[Expr] | None:
+        """A quad of each row, shared by tiles; None where one tile multiplies straight from memory."""
+        from tvm import tirx
+
+        several = self.isa.spread_quads
+        if several == 1:
+            return [b.let(self._activations(m, quad)) for m in range(len(self.rows))] if tiles > 1 else None
+        if step % several == 0:
+            spread[:] = [b.let(self.several(m, quad, several)) for m in range(len(self.rows))]
+        return [tirx.reinterpret(self.isa.i8, permute([each], [step % several] * several)) for each in spread]
+
+    def several(self, m: int, quad: Expr, count: int) -> Expr:
+        """`count` quads of activations of row number m, i32, as many lanes."""
+        return self.ops.quads(self.rows[m], self.group, quad, count)
 
     def _activations(self, m: int, quad: Expr) -> Expr:
         return self.ops.activations(self.rows[m], self.group, quad)

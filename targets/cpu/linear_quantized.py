@@ -13,13 +13,14 @@ xsums are the sums of xq over each group, or two sums in one number (`VectorIsa.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
-from llmc.targets.cpu.group_sums import UNROLL, Weights
+from llmc.targets.cpu.group_sums import UNROLL, Sums, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_blocks import Block, each_block
 from llmc.targets.cpu.linear_problem import QuantizedProblem, panel_tiles, refuse_blocks
@@ -43,9 +44,19 @@ def _refuse_unroll(unroll: int, problem: QuantizedProblem, machine: Machine) -> 
     return "" if unroll % quads == 0 else f"{unroll} unrolled quads are no whole number of bundles of {quads}"
 
 
-def _unroll(problem: QuantizedProblem) -> int:
-    """Quads that are unrolled unless asked for otherwise: a group of 16 has no more than four."""
-    return min(8, problem.group // 4)
+def _unroll(isa: VectorIsa, problem: QuantizedProblem) -> int:
+    """Quads that are unrolled unless asked for otherwise: whole ones of a group, which has four at least."""
+    return math.gcd(isa.unrolled_quads, problem.group // 4)
+
+
+def _panel_sums(isa: VectorIsa, layout: QuantizedLayout) -> Sums:
+    """Of `QuantizedBlocks`."""
+    return isa.panel_sums(layout.byte_bits, layout.group)
+
+
+def _has_panel(isa: VectorIsa, layout: QuantizedLayout) -> bool:
+    """Whether weights are not multiplied as they lie."""
+    return layout.packed or _panel_sums(isa, layout).together > 1
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,9 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
     version: ClassVar[int] = 2
     rows: int = knob(1, 2, 4, 8)
     tiles: int = knob(1, 2)
-    slices: int = knob(1, 2)
+    slices: int = knob(1, 2, 4)
     row_block: int = knob(1, 4, 8, 16)
-    unroll: int = knob(*UNROLL)
+    unroll: int = knob(*UNROLL, 16)
     chains: int = knob(1, 2)
     ahead: int = knob(1536, 3072, 6144)
     least: int = knob(16 << 10, 32 << 10, 64 << 10, code=False)
@@ -87,7 +98,7 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
             most = min(most, isa.registers // 4)
         tiles = 2 if pairs else 1
         chains, together = 2 if most * tiles < 8 else 1, cls._together(problem, high)
-        unroll = _unroll(problem)
+        unroll = _unroll(isa, problem)
         return cls(most, tiles, tiles, high, unroll, chains=chains, ahead=3072, least=32 << 10, together=together)
 
     @classmethod
@@ -104,10 +115,13 @@ class QuantizedRows(CpuTemplate[QuantizedProblem], name="quantized_linear_rows")
         One row of 8-bit weights was measured to read a fifth to a third more of memory with 1.5 KiB than with 6 KiB."""
         shared = most == 8 and isa.dot_centre(layout.byte_bits) != 0
         rows, slices = (8, 1) if shared else (min(most, 4), 2)
+        sums = rows * isa.few_slices * isa.sums(layout.byte_bits, problem.group).registers
+        if not shared and 2 * sums <= isa.registers:
+            slices = isa.few_slices
         chains = 2 if rows * slices < 8 else 1
         ahead, tiles = 1536 if rows == 1 and problem.bits == 8 else 6144, problem.epilogue.tiles
         together = cls._together(problem, high)
-        unroll = _unroll(problem)
+        unroll = _unroll(isa, problem)
         return cls(rows, tiles, slices, high, unroll, chains=chains, ahead=ahead, least=32 << 10, together=together)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
@@ -195,8 +209,10 @@ class _StreamedRows:
         # The last unit may be short: it repeats the last tile and stores it once.
         tile = [b.let(tirx.Min(first_tile + t, b.index(all_tiles - 1))) if t else first_tile for t in range(tiles)]
         row = b.clamped_rows(base + first, rows, tokens)
-        # Beside the integer sums of two slices they would spill those: 4 rows of 4 bits took a tenth longer.
-        totals = (in_memory if each > 1 else b.Registers)(tiles * each * rows, isa.f32)
+        # Beside the integer sums of two slices they would spill those: 4 rows of 4 bits took a tenth longer with 16
+        # registers.
+        few = self.knobs.slices < tiles * each or isa.registers < 32
+        totals = (in_memory if each > 1 and few else b.Registers)(tiles * each * rows, isa.f32)
         for slot in range(tiles * each * rows):
             totals[slot] = splat(0.0, isa.lanes)
         for start, batch in batches(tile, each, self.knobs.slices):
@@ -256,16 +272,16 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     panel: int = knob(8 << 10, 16 << 10, 32 << 10)
-    unroll: int = knob(*UNROLL)
+    unroll: int = knob(*UNROLL, 16)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
         isa = isa_for(machine)
         tiles = panel_tiles(problem, machine, isa.quantized_blocks)
-        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=_unroll(problem))
+        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=_unroll(isa, problem))
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
-        sums = isa_for(machine).sums(problem.layout(machine).byte_bits, problem.group)
+        sums = _panel_sums(isa_for(machine), problem.layout(machine))
         return (
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, 1)
@@ -281,7 +297,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         isa, layout = isa_for(machine), problem.layout(machine)
         groups, count = self.groups(layout, problem.k), self.tiles * slices_of(isa, layout)
         known = known_bytes(isa, layout, self.row_block, groups)
-        panel = isa.vector_bytes * count * groups * (problem.group // 4) * layout.packed
+        panel = isa.vector_bytes * count * groups * (problem.group // 4) * _has_panel(isa, layout)
         totals, sums = isa.vector_bytes * self.row_block * count, sums_bytes(isa, self.rows, count, 1)
         return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
 
@@ -320,10 +336,11 @@ class _PanelBlocks:
     def body(self, handles: Mapping[str, Expr], sizes: Mapping[str, Expr]) -> None:
         ops = Operands(self.isa, self.layout, self.problem.k, handles)
         step, count = self.step, self.knobs.tiles * slices_of(self.isa, self.layout)
-        panel = b.scratch([count, step * self.quads], self.isa.i8) if self.layout.packed else None
+        has_panel = _has_panel(self.isa, self.layout)
+        panel = b.scratch([count, step * self.quads], self.isa.i8) if has_panel else None
         if panel is not None:
             b.order_scratch(panel)
-        known = KnownRows(ops, self.knobs.row_block, step)
+        known = KnownRows(ops, self.knobs.row_block, step, _panel_sums(self.isa, self.layout))
         walk = each_block(
             self.isa,
             self.problem.epilogue,
@@ -371,13 +388,15 @@ class _Panel:
                     self._multiply_group(start, batch, block, row, first + g, g)
 
     def _unpack(self, panel: Buffer, first: Expr, count: int) -> None:
-        code = self.code
-        each = code.layout.bundle_quads
+        code, sums = self.code, self.known.sums
+        each = max(code.layout.bundle_quads, sums.together)
         with b.loop(count) as g, b.loop(code.quads // each) as bundle:
             for s, at in enumerate(tile_slices(self.unit.tile, self.unit.each)):
-                for place in range(each):
-                    quad = bundle * each + place
-                    store(panel, (s, g * code.quads + quad), self.ops.stored(at, first + g, quad, place))
+                for start in range(0, each, sums.together):
+                    places = range(start, start + sums.together)
+                    quads = [self.ops.stored(at, first + g, bundle * each + place, place) for place in places]
+                    for place, found in zip(places, sums.arranged(code.isa, quads), strict=True):
+                        store(panel, (s, g * code.quads + (bundle * each + place)), found)
 
     def _fetch_results(self, row: Sequence[Expr]) -> None:
         """The lines that the last groups' sums will go to, a little before they do."""

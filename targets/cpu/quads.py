@@ -20,7 +20,8 @@ def quad_bytes(isa: VectorIsa, layout: QuantizedLayout, vector: Callable[[int], 
         return vector(0)
     codes = None
     for number, bit, width, below in layout.fields(place):
-        moved = _moved(isa, vector(number), bit - below)
+        packed = vector(number)
+        moved = packed if bit == below else isa.shift_bytes(packed, bit - below)
         # Bits of other quads are above those of the highest plane only: a table does not look at them.
         kept = ((1 << width) - 1) << below
         if below + width == layout.bits:
@@ -29,13 +30,3 @@ def quad_bytes(isa: VectorIsa, layout: QuantizedLayout, vector: Callable[[int], 
         codes = field if codes is None else codes | field
     assert codes is not None
     return codes if layout.table is None else isa.look_up_bytes(layout.table, b.let(codes))
-
-
-def _moved(isa: VectorIsa, packed: Expr, right: int) -> Expr:
-    """The bits of each byte `right` places down, or up where that is negative, beside bits of the next byte."""
-    from tvm import tirx
-
-    if right == 0:
-        return packed
-    words = tirx.reinterpret(f"uint16x{isa.lanes * 2}", packed)
-    return tirx.reinterpret(isa.u8, words >> right if right > 0 else words << -right)

@@ -71,7 +71,9 @@ class VectorIsa(ABC):
 
     lanes: 32-bit lanes of a register. registers: how many there are. bf16_dots: None where no instruction multiplies
     pairs of bf16. quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats.
-    register_class: what inline assembly calls a vector register. cache_line: bytes.
+    register_class: what inline assembly calls a vector register. cache_line: bytes. few_slices: of a tile that has more
+    than one, how many a few rows are multiplied by at once, where registers hold the sums twice. unrolled_quads: of a
+    group of integers, by default.
     """
 
     name: str
@@ -82,6 +84,8 @@ class VectorIsa(ABC):
     float_blocks: Blocking
     register_class: str
     cache_line: int = CACHE_LINE
+    few_slices: int = 2
+    unrolled_quads: int = 8
 
     # Types
 
@@ -148,6 +152,20 @@ class VectorIsa(ABC):
 
         return tirx.reinterpret(self.i8, tirx.Broadcast(quad, self.lanes))
 
+    @property
+    def spread_quads(self) -> int:
+        """How many quads of activations are loaded at once, and then repeated out of that vector: 1, or as many as its
+        lanes where instructions take a lane of a vector for all."""
+        return 1
+
+    def shift_bytes(self, packed: Expr, right: int) -> Expr:
+        """The bits of each byte (u8) `right` places down, or up where that is negative; those that come in are zeros
+        or bits of the next byte."""
+        from tvm import tirx
+
+        words = tirx.reinterpret(f"uint16x{self.lanes * 2}", packed)
+        return tirx.reinterpret(self.u8, words >> right if right > 0 else words << -right)
+
     def look_up_bytes(self, table: Sequence[int], codes: Expr) -> Expr:
         """table[code] of each byte (u8), of a power of two up to 64 of bytes; of a code only as many bits as count.
 
@@ -177,6 +195,10 @@ class VectorIsa(ABC):
     @abstractmethod
     def sums(self, bits: int, group: int) -> Sums:
         """How the products of one group of stored weights are summed."""
+
+    def panel_sums(self, bits: int, group: int) -> Sums:
+        """The same, where weights were unpacked for many rows."""
+        return self.sums(bits, group)
 
     @abstractmethod
     def dot(self, acc: Expr, weights: Expr, activations: Expr, bits: int) -> Expr:

@@ -7,6 +7,11 @@ brings and the features do not say is turned off. What cannot be told apart from
 
 from __future__ import annotations
 
+TRIPLE = "x86_64-linux-gnu"
+
+# Of the C compiler: none beyond its own.
+COMPILER_OPTIONS = ()
+
 # Everything that LLVM's CPUs from Haswell to Zen 5 and Sapphire Rapids bring beyond `LEVEL_2`.
 EXTENSIONS = (
     "adx", "aes", "amx-bf16", "amx-int8", "amx-tile", "avx", "avx2", "avx512bf16", "avx512bitalg", "avx512bw",
