@@ -164,8 +164,8 @@ class _Unit:
     def _scale(self, group: Expr, place: Expr, prefetch: Callable[[int, int, int], None] | None) -> None:
         """totals += what the sums in a place of the ring stand for."""
         ops, isa = self.ops, self.ops.isa
-        place = ops.scale_of(group)
-        scales = [b.let(as_f32(load(ops.scales, (tile, place, 0), isa.lanes)) * self.shape.factor)
+        own = ops.scale_of(group)
+        scales = [b.let(as_f32(load(ops.scales, (tile, own, 0), isa.lanes)) * self.shape.factor)
                   for tile in self.tile]  # fmt: skip
         minimums = None if ops.layout.symmetric else [b.let(self._minimum(tile, group)) for tile in self.tile]
 
