@@ -546,7 +546,7 @@ def test_integers_of_torchao(shape: tuple[int, ...], zeros: bool) -> None:
     np.testing.assert_array_equal(found, (q.astype(np.float32) - sum(wide[1:])) * wide[0])
 
 
-@pytest.mark.parametrize("shape", [(5,), (9,), (1, 1, 7), (3, 1), (7, 2), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(5,), (9,), (1, 1, 7), (7, 1, 1), (3, 1), (7, 2), (2, 2, 2)])
 def test_scales_of_torchao_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FrontendError, match=r"its _weight_scale of .* does not fit its _weight_qdata of \[7, 33\]"):
         torchao_source(np.ones((7, 33), np.int8), '{"_type": "Int8Tensor"}', scale=np.ones(shape, np.float32))
