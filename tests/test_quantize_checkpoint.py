@@ -21,8 +21,10 @@ from llmc.compiler.encodings import encode
 from llmc.compiler.ir.types import parse_encoding
 from llmc.errors import LlmcError
 from llmc.frontends import lift
-from llmc.frontends.hf.stored import writing
+from llmc.frontends.hf.stored import open_stored, writing
 from llmc.frontends.hf.stored.packing import PACKED_BITS, pack, unpack
+from llmc.frontends.hf.stored.settings import Settings
+from llmc.frontends.weight_sources import ArrayWeights
 
 GROUP = 32
 
@@ -254,3 +256,121 @@ def test_the_command(llama: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["layers"] == 14 and found["kept"][0][0] == "lm_head" and found["form"] == "compressed-tensors"
+
+
+# The parts of it, without a model
+
+
+@pytest.mark.parametrize(
+    ("form", "sizes", "why"),
+    [
+        ("compressed-tensors", (7, 64, 4, 32), ""),
+        ("compressed-tensors", (7, 33, 4, 0), ""),
+        ("compressed-tensors", (7, 65, 4, 32), "groups of 32 do not divide its 65 inputs"),
+        ("gptq", (8, 96, 4, 32), ""),
+        ("gptq", (8, 40, 4, 0), ""),
+        ("gptq", (8, 40, 4, 32), "groups of 32 do not divide its 40 inputs"),
+        ("gptq", (16, 64, 2, 32), ""),
+        ("gptq", (8, 64, 2, 32), "its outputs fill no whole words of 16 integers"),
+        ("gptq", (7, 33, 8, 0), "its inputs and outputs fill no whole words of 4 integers"),
+    ],
+)
+def test_which_layers_have_a_form(form: str, sizes: tuple[int, int, int, int], why: str) -> None:
+    assert writing.FORMS[form].refuse(*sizes) == why
+
+
+@pytest.mark.parametrize("form", writing.FORMS)
+@pytest.mark.parametrize(("rows", "inputs", "bits", "group"), [(8, 8, 4, 8), (16, 96, 4, 32), (8, 64, 8, 0)])
+def test_a_layer_is_read_as_it_was_rounded(form: str, rows: int, inputs: int, bits: int, group: int) -> None:
+    rng, most = np.random.default_rng([rows, inputs]), 1 << bits - 1
+    q = rng.integers(-most, most, (rows, inputs)).astype(np.int8)
+    scales = rng.random((rows, inputs // group if group else 1)).astype(np.float16)
+    parts = writing.FORMS[form].tensors(q, scales, bits, group)
+    settings = writing.FORMS[form].settings(bits, group, ["lm_head"])
+    file = ArrayWeights({f"m.{part}": array for part, array in parts.items()})
+    source, notes = open_stored(Settings(settings, "config.json"), file)
+    wide = np.repeat(scales.astype(np.float32), group or inputs, axis=1)
+    np.testing.assert_array_equal(source.load("m.weight"), q.astype(np.float32) * wide)
+    assert notes == ()
+
+
+class Plain:
+    """The tensors that weights of a model are, by their names."""
+
+    def __init__(self, **tensors: str) -> None:
+        self.tensors = tensors
+
+    def tensor_of(self, name: str) -> str | None:
+        return self.tensors.get(name.replace(".", "_"))
+
+
+def test_only_linear_layers_of_their_own_are_written_as_integers(tmp_path: Path) -> None:
+    """Not a table, nor a layer that is made of several tensors; matrices that nobody knows are named, but no others."""
+    rng, source = np.random.default_rng(0), tmp_path / "in"
+    shapes = {"a.weight": (32, 64), "b1.weight": (16, 64), "embed.weight": (32, 64), "conv.weight": (3, 4, 5),
+              "router.weight": (4, 8), "norm.weight": (64,)}  # fmt: skip
+    before = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    plain = Plain(a_weight="a.weight", embed_weight="embed.weight", norm_weight="norm.weight")
+    original = writing.Original(
+        source, ("a", "b"), frozenset({"embed"}), "", plain, ArrayWeights(before)  # type: ignore[arg-type]
+    )  # fmt: skip
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "x", "transformers_weights": "y"}')
+    rounded = [(name, encode(parse_encoding("q4g32"), before["a.weight"])) for name in ("a", "b", "embed", "norm")]
+    given = [(f"{name}.weight", encoded) for name, encoded in rounded]
+    written = writing.write_checkpoint(original, tmp_path / "out", writing.FORMS["gptq"], 4, GROUP, given)
+    after, exact = tensors(tmp_path / "out"), rounded[0][1].decode()
+    np.testing.assert_array_equal(values(after, "a", "gptq", 4), exact)
+    assert {name for name in after if not name.startswith("a.")} == shapes.keys() - {"a.weight"}
+    assert all((after[name] == before[name]).all() for name in shapes if name != "a.weight")
+    assert written.layers == 1 and [layer for layer, _ in written.kept] == ["b", "b1", "router"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.keys() == {"model_type", "quantization_config"} and len(config["quantization_config"]["dynamic"]) == 3
+
+
+@pytest.mark.parametrize(("limit", "files"), [(None, 1), (24, 1), (23, 2), (16, 2), (15, 3), (1, 3)])
+def test_files_hold_as_much_as_they_may(
+    limit: int | None, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tensors of 8 bytes: each file takes what fits, and only several have an index."""
+    if limit is not None:
+        monkeypatch.setattr(writing, "_SHARD_BYTES", limit)
+    arrays = {f"t{i}": np.full(2, i, np.float32) for i in range(3)}
+    assert writing._write_shards(arrays.items(), tmp_path) == 24
+    found = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    numbered = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    assert found == (["model.safetensors"] if files == 1 else numbered)
+    assert {name: array.tolist() for name, array in tensors(tmp_path).items()} == {
+        name: array.tolist() for name, array in arrays.items()
+    }
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (files > 1) and len(list(tmp_path.iterdir())) == files + (files > 1)
+    if files > 1:
+        described = json.loads(index.read_text())
+        assert described["metadata"] == {"total_size": 24} and list(described["weight_map"]) == list(arrays)
+        for name, file in described["weight_map"].items():
+            with safe_open(tmp_path / file, "np") as shard:
+                assert name in shard.keys()  # noqa: SIM118 (no mapping)
+
+
+def test_what_a_directory_has_beside_its_weights_is_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    for folder in (source / "1_Pooling", source / "notes", source / "x.json", target):
+        folder.mkdir(parents=True)
+    kept = ["tokenizer.json", "chat_template.jinja", "vocab.txt", "spiece.model", "README.md", "1_Pooling/config.json"]
+    left = [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "run.py",
+        "notes/a",
+    ]
+    for name in (*kept, *left):
+        (source / name).write_text(name)
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]  # the last has no files
+    (source / "modules.json").write_text(json.dumps(modules))
+    writing._copy_others(source, target)
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    assert found == {*kept, "modules.json"}
+    assert all((target / name).read_text() == name for name in kept)

@@ -175,3 +175,35 @@ def test_what_is_not_read_is_refused(change: dict[str, Array | None], settings: 
 def test_scaled_activations_of_one_are_left_out() -> None:
     tensors = {**gemm(*layer(64, 32, 32)), "act.scales": np.ones(3, np.float16)}
     assert opened(tensors, group_size=32).shape == (32, 64)
+
+
+@pytest.mark.parametrize("version", LAYOUTS)
+@pytest.mark.parametrize("name", ["group_size", "q_group_size"])
+@pytest.mark.parametrize("size", [None, -1, 0, 128])
+def test_groups_that_hold_all_inputs(version: str, name: str, size: int | None) -> None:
+    """Also where no setting says how many they are, which is 128 then."""
+    q, scales, zeros = layer(128, 8, 128)
+    file = ArrayWeights({f"m.{part}": array for part, array in LAYOUTS[version](q, scales, zeros).items()})
+    source, notes = awq.read(Settings({"version": version, name: size}, "config.json"), file)
+    np.testing.assert_array_equal(source.load("m.weight"), values_of(q, scales, zeros, np.zeros(128, int)))
+    stored = source.integers("m.weight")
+    assert stored is not None and stored.block == 0 and not notes  # which is said as one scale for each output
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "why"),
+    [
+        ({}, {"bits": 0}, "bits is 0, expected a whole number, 1 to 64"),
+        ({}, {"bits": 65}, "bits is 65, expected a whole number, 1 to 64"),
+        ({}, {"group_size": -2}, "group_size is -2, expected a whole number, -1 to 16777216"),
+        ({}, {"group_size": (1 << 24) + 1}, "group_size is 16777217, expected a whole number"),
+        ({"qzeros": np.zeros((16, 1), np.int32)}, {}, "its zero points or scales are of less than its 9 groups"),
+        ({"scales": np.ones((16, 8), np.float16)}, {}, "its zero points or scales are of less than its 9 groups"),
+    ],
+)
+def test_sizes_of_gemv_that_do_not_fit_are_refused(
+    change: dict[str, Array], settings: dict[str, object], why: str
+) -> None:
+    tensors = {**gemv(*layer(72, 16, 8)), **change}
+    with pytest.raises(FrontendError, match=why):
+        opened(tensors, **{"bits": 4, "group_size": 8, "version": "gemv", **settings})

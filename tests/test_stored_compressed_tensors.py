@@ -304,3 +304,116 @@ def test_groups_that_no_setting_explains_are_refused() -> None:
     settings = Settings({"format": "int-quantized", "config_groups": groups}, "config.json")
     with pytest.raises(FrontendError, match="2 groups of 192 inputs"):
         compressed_tensors.read(settings, ArrayWeights(tensors))
+
+
+# What the settings of several groups of layers say of one small layer
+
+
+def described(*weights: dict[str, object] | None, form: str = "int-quantized") -> Settings:
+    """Settings whose groups of layers have these weights; None: a group that says nothing of weights."""
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": each} for i, each in enumerate(weights)}
+    return Settings({"format": form, "config_groups": groups}, "config.json")
+
+
+def read_one(settings: Settings, **parts: Array) -> Array:
+    file = Tensors({f"a.{part}": array for part, array in parts.items()})
+    return compressed_tensors.read(settings, file)[0].load("a.weight")
+
+
+FLOAT: dict[str, object] = {"type": "float", "num_bits": 8}
+
+
+def test_weights_beside_quantized_ones_stay() -> None:
+    tensors = {"a.weight": np.ones((4, 8), np.int8), "a.weight_scale": np.ones((4, 1), np.float32),
+               "a.input_scale": np.ones(1, np.float32), "b.weight": np.ones(3, np.float32)}  # fmt: skip
+    source, _ = compressed_tensors.read(described({}), Tensors(tensors))
+    assert sorted(source.names) == ["a.weight", "b.weight"]
+
+
+def test_bits_are_8_where_no_setting_says_them() -> None:
+    q = np.random.default_rng(0).integers(0, 256, (7, 33))
+    parts = {"weight_packed": packed_words(q, 8), "weight_shape": np.array([7, 33]),
+             "weight_scale": np.full((7, 1), 0.5, np.float32)}  # fmt: skip
+    want = (q - 128).astype(np.float32) / 2
+    for weights in ({}, {"num_bits": 8}, {"num_bits": 64}):
+        settings = described({}, weights, form="pack-quantized")
+        np.testing.assert_array_equal(read_one(settings, **parts), want)
+    with pytest.raises(FrontendError, match="its 9 words a row do not hold 33 integers of 64 bits"):
+        read_one(described({"num_bits": 64}, form="pack-quantized"), **parts)
+
+
+@pytest.mark.parametrize("scale", [(7,), (7, 1), (1, 1), (1,), ()])
+def test_one_scale_or_one_a_row(scale: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    q, scales = rng.integers(-128, 128, (7, 33)).astype(np.int8), np.asarray(rng.random(scale, np.float32))
+    want = q.astype(np.float32) * (scales[:, None] if scale == (7,) else scales)
+    for size in (None, -1, 0, 1 << 24):
+        settings = described({"num_bits": 8, "group_size": size})
+        np.testing.assert_array_equal(read_one(settings, weight=q, weight_scale=scales), want)
+
+
+@pytest.mark.parametrize(("sizes", "groups"), [((1,), 33), ((1, 16), 3), ((11, 64), 3), ((32,), 2)])
+def test_the_size_of_groups_that_fits(sizes: tuple[int, ...], groups: int) -> None:
+    """Of those that groups of layers have; integers and floats, also a group for each input."""
+    rng = np.random.default_rng(groups)
+    q, scales = rng.integers(-128, 128, (7, 33)).astype(np.int8), rng.random((7, groups), np.float32)
+    size = next(size for size in sizes if -(-33 // size) == groups)
+    wide = np.repeat(scales, size, axis=1)[:, :33]
+    settings = described(None, *({"num_bits": 8, "group_size": each} for each in sizes))
+    np.testing.assert_array_equal(read_one(settings, weight=q, weight_scale=scales), q.astype(np.float32) * wide)
+    small = f8(weight(7, 33))
+    settings = described(None, *({**FLOAT, "group_size": each} for each in sizes), form="float-quantized")
+    found = read_one(settings, weight=small, weight_scale=scales)
+    np.testing.assert_array_equal(found, small.astype(np.float32) * wide)
+
+
+@pytest.mark.parametrize("block", [[2, 16], "2x16", [1, 16], "1x16"])
+def test_the_blocks_of_floats_that_fit(block: object) -> None:
+    rows = 2 if "2" in str(block) else 1
+    small, scales = f8(weight(7, 33)), np.random.default_rng(rows).random((-(-7 // rows), 3), np.float32)
+    wide = np.repeat(np.repeat(scales, rows, axis=0), 16, axis=1)[:7, :33]
+    others: list[dict[str, object]] = [{**FLOAT, "block_structure": each} for each in (block, [4, 32], "128x128")]
+    found = read_one(described(None, *others, form="float-quantized"), weight=small, weight_scale=scales)
+    np.testing.assert_array_equal(found, small.astype(np.float32) * wide)
+
+
+@pytest.mark.parametrize(
+    "block", [[0, 16], [16, 0], [True, 16], [1.0, 16], [-1, 16], [1 << 24, 1], [16], "16", "ax16", "x", "1x999999999"]
+)
+def test_blocks_of_other_kinds_are_refused(block: object) -> None:
+    settings = described({**FLOAT, "block_structure": block}, form="float-quantized")
+    with pytest.raises(FrontendError, match=r"block_structure is .*, expected two positive whole numbers"):
+        read_one(settings, weight=f8(weight(7, 33)), weight_scale=np.ones((7, 1), np.float32))
+
+
+ROW: dict[str, object] = {"num_bits": 8}
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts", "why"),
+    [
+        ([{**FLOAT, "block_structure": [2, 16]}, {**FLOAT, "block_structure": [2, 15]}],
+         {"weight": f8(weight(7, 33)), "weight_scale": np.ones((4, 3), np.float32)},
+         r"does not fit .* in one of the blocks that the settings say: \[\(2, 15\), \(2, 16\)\]"),
+        ([FLOAT], {"weight": f8(weight(1, 33))[0], "weight_scale": np.ones(2, np.float32)}, "its weight has 1 axes"),
+        ([FLOAT], {"weight": f8(weight(7, 33)), "weight_scale": np.ones(7, np.int32)}, "its weight_scale is i32"),
+        ([ROW], {"weight": np.ones((7, 33), np.int8), "weight_scale": np.ones((7, 0), np.float32)},
+         "it has 0 groups of 33 inputs"),
+        ([{**ROW, "group_size": -2}], {"weight": np.ones((7, 33), np.int8), "weight_scale": np.ones(7, np.float32)},
+         "group_size is -2, expected a whole number, -1 to 16777216"),
+        ([{**ROW, "group_size": (1 << 24) + 1}],
+         {"weight": np.ones((7, 33), np.int8), "weight_scale": np.ones(7, np.float32)}, "group_size is 16777217"),
+        ([{**ROW, "group_size": 16}, {**ROW, "group_size": 15}],
+         {"weight": np.ones((7, 33), np.int8), "weight_scale": np.ones((7, 3), np.float32)},
+         "it has 3 groups of 33 inputs, the settings say groups of 15 or 16"),
+        # Groups of 33, the last of one input, are as many as groups of 32.
+        ([{**ROW, "group_size": 32}],
+         {"weight": np.ones((7, 100), np.int8), "weight_scale": np.ones((7, 4), np.float32),
+          "weight_g_idx": (np.arange(100) // 33).astype(np.int32)}, "groups of different sizes, the settings say 32"),
+    ],
+)  # fmt: skip
+def test_what_several_groups_of_layers_do_not_explain_is_refused(
+    weights: list[dict[str, object]], parts: dict[str, Array], why: str
+) -> None:
+    with pytest.raises(FrontendError, match=why):
+        read_one(described(*weights, form="float-quantized" if "type" in weights[0] else "int-quantized"), **parts)

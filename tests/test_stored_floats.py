@@ -24,6 +24,7 @@ from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.stored import open_stored
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.lifted import WeightSource
+from llmc.frontends.stored_integers import StoredWeights
 
 
 def normal(*shape: int) -> Array:
@@ -106,6 +107,33 @@ def test_fp8_that_is_not_read_is_refused(
     given = {"quant_method": "fp8", "weight_block_size": [32, 32], **settings}
     with pytest.raises(FrontendError, match=why):
         source_of({k: v for k, v in tensors.items() if v is not None}, **given)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 1), (1, 33), (1,), (), (7, 33)])
+def test_scales_of_rows_or_columns(shape: tuple[int, ...]) -> None:
+    w, scales = f8(normal(7, 33)), np.random.default_rng(0).random(shape, np.float32) + 1
+    source = source_of({"m.weight": w, "m.weight_scale": np.asarray(scales)}, quant_method="fbgemm_fp8")
+    whole = scales[:, None] if shape == (7,) else scales
+    np.testing.assert_array_equal(source.load("m.weight"), w.astype(np.float32) * whole)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"), [((3, 8, 16), (2, 1, 1)), ((3, 8, 16), (2, 8, 16)), ((8, 16), (2, 1, 1)), ((8, 16), (4, 4, 2))]
+)
+def test_scales_of_other_experts_are_refused(weight: tuple[int, ...], scale: tuple[int, ...]) -> None:
+    tensors = {"m.weight": f8(normal(*weight)), "m.weight_scale_inv": np.ones(scale, np.float32)}
+    with pytest.raises(FrontendError, match=r"its weight_scale_inv of .* does not fit its weight of"):
+        source_of(tensors, quant_method="fp8", weight_block_size=[4, 4])
+
+
+def test_sizes_of_blocks_have_limits() -> None:
+    tensors = {"m.weight": f8(normal(4, 4)), "m.weight_scale_inv": np.full((1, 1), 2, np.float32)}
+    most = (1 << 24) - 1
+    source = source_of(tensors, quant_method="fp8", weight_block_size=[most, 1])
+    np.testing.assert_array_equal(source.load("m.weight"), tensors["m.weight"].astype(np.float32) * 2)
+    for sizes in ([most + 1, 1], [1, most + 1], [True, 1], [1.0, 1], [1, -1], "1x1"):
+        with pytest.raises(FrontendError, match="expected two positive whole numbers"):
+            source_of(tensors, quant_method="fp8", weight_block_size=sizes)
 
 
 # MXFP4
@@ -285,6 +313,62 @@ def test_tables_that_do_not_fit_are_refused(change: dict[str, Array | None], why
         source_of({f"m.{k}": v for k, v in tensors.items() if v is not None}, quant_method="bitsandbytes")
 
 
+def test_bytes_of_bitsandbytes_are_parts_of_127() -> None:
+    tensors, values = write_bytes("", normal(7, 33))
+    found = source_of({f"m.{k}": v for k, v in tensors.items()}, quant_method="bitsandbytes").load("m.weight")
+    np.testing.assert_array_equal(found, values)
+    exact = tensors["weight"] * tensors["SCB"].astype(np.float64)[:, None] / 127
+    np.testing.assert_allclose(found, exact, rtol=3e-7, atol=0)  # two roundings of f32
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def state_with(**changes: object) -> dict[str, Array]:
+    """JSON of 257 numbers in blocks of one. None: left out."""
+    values = {"shape": [257], "blocksize": 1, **changes}
+    text = json.dumps({name: value for name, value in values.items() if value is not None})
+    return {STATE: np.frombuffer(text.encode(), np.uint8)}
+
+
+def nested_blocks() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {
+        "weight": rng.integers(0, 256, (129, 1)).astype(np.uint8), "weight.quant_map": NF4,
+        "weight.absmax": rng.integers(0, 256, 257).astype(np.uint8),
+        "weight.nested_absmax": np.array([2, 3], np.float32),
+        "weight.nested_quant_map": np.arange(256, dtype=np.float32),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("offset", [None, 0.5, 2])
+def test_scales_of_scales_of_bitsandbytes(offset: float | None) -> None:
+    """256 share one and nothing is added, unless the JSON says so."""
+    tensors = {**nested_blocks(), **state_with(nested_offset=offset)}
+    found = source_of({f"m.{k}": v for k, v in tensors.items()}, quant_method="bitsandbytes").load("m.weight")
+    halved = np.stack([tensors["weight"] >> 4, tensors["weight"] & 15], -1).reshape(-1)[:257]
+    wide = np.where(np.arange(257) < 256, 2, 3).astype(np.float32)
+    np.testing.assert_array_equal(found, NF4[halved] * (tensors["weight.absmax"] * wide + np.float32(offset or 0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (state_with(nested_offset=True), "nested_offset is True, expected a number"),
+        (state_with(nested_offset="1"), "nested_offset is '1', expected a number"),
+        (state_with(nested_offset=float("inf")), "nested_offset is inf, expected a number"),
+        (state_with(nested_blocksize=0), "nested_blocksize is 0, expected a whole number, 1 to 16777216"),
+        (state_with(nested_blocksize=257), r"its weight.nested_absmax is f32 \[2\], expected f32 \[1\]"),
+        (state_with(blocksize=(1 << 24) + 1), "blocksize is 16777217, expected a whole number, 1 to 16777216"),
+        ({STATE: np.zeros(70_000, np.uint8)}, "has 70000 bytes"),
+    ],
+)
+def test_states_of_bitsandbytes_that_are_not_read_are_refused(change: dict[str, Array], why: str) -> None:
+    tensors = {**nested_blocks(), **state_with(), **change}
+    with pytest.raises(FrontendError, match=why):
+        source_of({f"m.{k}": v for k, v in tensors.items()}, quant_method="bitsandbytes")
+
+
 # HQQ
 
 
@@ -353,6 +437,12 @@ def test_a_model_of_hqq(axis: int, tmp_path: Path) -> None:
         ({"group_size": np.array(48)}, "are no whole groups of 48"),
         ({"shape": np.array([1, 2, 3])}, "its setting shape is no tensor of two numbers"),
         ({"shape": np.array([-4, 4])}, "no whole groups"),
+        ({"shape": np.array([0, 64])}, r"\[0, 64\] of 4 bits are no whole groups of 32"),
+        ({"shape": np.array([3, 32])}, r"\[3, 32\] of 4 bits are no whole groups of 32"),
+        ({"shape": np.array([2, 31]), "group_size": np.array(31)}, "of 4 bits are no whole groups of 31"),
+        ({"group_size": np.array(0)}, "no whole groups of 0"),
+        ({"nbits": None}, "its setting nbits is no tensor of one whole number"),
+        ({"group_size": np.array([32, 32])}, "its setting group_size is no tensor of one whole number"),
         ({"scale": np.ones((3, 1), np.float16)}, r"its scale is f16 \[3, 1\]"),
         ({"scale_q": np.ones(3)}, "its scales are quantized themselves"),
         ({"view_as_float": np.array(1)}, "stored as floats"),
@@ -363,6 +453,25 @@ def test_hqq_that_is_not_read_is_refused(change: dict[str, Array | None], why: s
     tensors = {**hqq(normal(32, 64), 4, 32)[0], **change}
     with pytest.raises(FrontendError, match=why):
         source_of({f"m.{k}": v for k, v in tensors.items() if v is not None}, quant_method="hqq")
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "group", "axis"),
+    [((1, 64), 4, 32, 1), ((4, 33), 8, 33, 1), ((2, 7), 8, 1, 1), ((32, 64), 2, 32, 0)],
+)
+def test_what_a_layer_of_hqq_may_leave_out(shape: tuple[int, int], bits: int, group: int, axis: int) -> None:
+    """Its axis, which is 1 then, and whether integers are stored as floats, which they are not."""
+    tensors, values = hqq(normal(*shape), bits, group, axis)
+    del tensors["view_as_float"]
+    if axis == 1:
+        del tensors["axis"]
+    file = Tensors({f"m.{k}": v for k, v in tensors.items()})
+    source, notes = open_stored(Settings({"quant_method": "hqq"}, "config.json"), file)
+    np.testing.assert_array_equal(source.load("m.weight"), values)
+    assert isinstance(source, StoredWeights)
+    stored = source.integers("m.weight")
+    assert (stored is None) == (axis == 0) == any("have groups across rows (HQQ's axis 0)" in note for note in notes)
+    assert stored is None or stored.block == (0 if shape[1] == group else group)
 
 
 # torchao
@@ -413,6 +522,40 @@ def test_kinds_of_torchao_that_are_not_read_are_refused(tmp_path: Path) -> None:
         lift(pair.directory)
     with pytest.raises(FrontendError, match="torch's own files of quantized tensors are not read"):
         source_of({"m.weight": normal(3, 3)}, quant_method="torchao")
+
+
+class WithMetadata(Tensors):
+    metadata: Mapping[str, str]
+
+
+def torchao_source(q: Array, described: str, **parts: Array) -> WeightSource:
+    file = WithMetadata({"m._weight_qdata": q, **{f"m._weight_{name}": array for name, array in parts.items()}})
+    file.metadata = {"m.weight": described}
+    return open_stored(Settings({"quant_method": "torchao"}, "config.json"), file)[0]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (7, 1), (1, 3), (7, 3)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_integers_of_torchao(shape: tuple[int, ...], zeros: bool) -> None:
+    rng = np.random.default_rng(list(shape))
+    q, scale = rng.integers(-128, 128, (7, 33)).astype(np.int8), np.asarray(rng.random(shape, np.float32))
+    points = {"zero_point": np.asarray(rng.integers(-9, 9, shape), np.int8)} if zeros else {}
+    found = torchao_source(q, '{"_type": "Int8Tensor"}', scale=scale, **points).load("m.weight")
+    wide = [each.reshape(-1, 1) if shape == (7,) else np.atleast_2d(each) for each in (scale, *points.values())]
+    wide = [np.repeat(each, 33 // each.shape[1], axis=1) for each in wide]
+    np.testing.assert_array_equal(found, (q.astype(np.float32) - sum(wide[1:])) * wide[0])
+
+
+@pytest.mark.parametrize("shape", [(5,), (9,), (1, 1, 7), (7, 1, 1), (3, 1), (7, 2), (2, 2, 2)])
+def test_scales_of_torchao_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(FrontendError, match=r"its _weight_scale of .* does not fit its _weight_qdata of \[7, 33\]"):
+        torchao_source(np.ones((7, 33), np.int8), '{"_type": "Int8Tensor"}', scale=np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("described", ["{", "[" * 100_000, "[]", '{"_type": 1}', "{}"])
+def test_metadata_of_torchao_that_say_no_kind_are_refused(described: str) -> None:
+    with pytest.raises(FrontendError, match="layer m: the file's metadata say that it is"):
+        torchao_source(np.ones((7, 33), np.int8), described, scale=np.ones(1, np.float32))
 
 
 # Others

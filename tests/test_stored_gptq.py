@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +32,7 @@ from llmc.compiler.pipeline import integer_notes, run_lifted
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.stored import gptq
-from llmc.frontends.hf.stored.packing import unpack
+from llmc.frontends.hf.stored.packing import pack, unpack
 from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.hf.weights import SafetensorsFile
 from llmc.frontends.weight_sources import ArrayWeights
@@ -338,6 +339,128 @@ def test_tensors_that_do_not_fit_are_refused(case: str) -> None:
 def test_settings_that_are_not_read_are_refused(settings: dict[str, object], why: str) -> None:
     with pytest.raises(FrontendError, match=why):
         opened(layer(4, 64, False, True)[0], **settings)
+
+
+# What the settings and the numbers of one small layer decide, by plain formulas
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1,), (33,), (129,), (2, 7), (2, 3, 31), (1, 2, 400)])
+def test_packed_integers_lie_bit_behind_bit_in_any_number_of_axes(bits: int, shape: tuple[int, ...]) -> None:
+    q = np.random.default_rng([bits, *shape]).integers(0, 1 << bits, shape).astype(np.uint8)
+    words = pack(q, bits)
+    np.testing.assert_array_equal(words, packed_words(q, bits))
+    np.testing.assert_array_equal(unpack(words, bits, shape[-1]), q)
+    with pytest.raises(ValueError, match=f"^{words.shape[-1]} words do not hold 9999 integers"):
+        unpack(words, bits, 9999)
+
+
+def small(
+    zeros: object, bits: int = 4, inputs: int = 64, outputs: int = 32, groups: int = 1, minus: object = 0,
+    ordered: bool = True,
+) -> tuple[dict[str, Array], Callable[[object], Array]]:  # fmt: skip
+    """A layer whose stored words of zero points hold `zeros` less `minus`, and its values with other zero points."""
+    rng = np.random.default_rng([bits, inputs, outputs, groups])
+    q, size = rng.integers(0, 1 << bits, (outputs, inputs)), -(-inputs // groups)
+    scales = (rng.random((groups, outputs)) / 64 + 0.01).astype(np.float16)
+    words = packed_words(np.broadcast_to(np.asarray(zeros), (groups, outputs)), bits).view(np.uint32)
+    less = np.resize(np.asarray(minus, np.uint32), words.shape)
+    group_of = np.arange(inputs) // size
+    tensors = {
+        "qweight": np.ascontiguousarray(packed_words(q, bits).T), "qzeros": (words - less).view(np.int32),
+        "scales": scales, **({"g_idx": group_of.astype(np.int32)} if ordered else {}),
+    }  # fmt: skip
+
+    def values(points: object) -> Array:
+        return values_of(q, scales.T, np.broadcast_to(np.asarray(points), (outputs, groups)), group_of)
+
+    return tensors, values
+
+
+def opened_with_notes(tensors: Mapping[str, Array], **settings: object) -> tuple[Array, tuple[str, ...]]:
+    file = ArrayWeights({f"m.{part}": array for part, array in tensors.items()})
+    source, notes = gptq.read(Settings({"quant_method": "gptq", **settings}, "config.json"), file)
+    return source.load("m.weight"), notes
+
+
+MIXED = np.arange(32) % 3 + 5  # zero points that differ, none of them at an end
+FIRST, SECOND = {"checkpoint_format": "gptq"}, {"checkpoint_format": "gptq_v2"}
+# bits, what is stored, settings, the zero points that this stands for, the notes
+POINTS: dict[str, tuple[int, object, dict[str, object], object, list[str]]] = {
+    "the middle, less one": (4, 7, {}, 8, []),
+    "the middle of 2 bits": (2, 1, {**FIRST, "sym": True}, 2, []),
+    "the middle of 8 bits": (8, 128, {**SECOND, "sym": True}, 128, []),
+    "the middle, of the second": (4, 8, SECOND, 8, []),
+    "labelled the second": (4, 7, SECOND, 8, [r"labelled GPTQ version 2.*those of version 1 .zero points minus"]),
+    "labelled the first": (4, 8, FIRST, 8, [r"labelled GPTQ version 1.*those of version 2 \(zero points as"]),
+    "above the middle": (4, 9, FIRST, 10, ["zero points differ .* symmetric: read as GPTQ version 1"]),
+    "4 in the middle's place": (4, 4, SECOND, 4, ["zero points differ .* symmetric: read as GPTQ version 2"]),
+    "differing": (4, MIXED, {}, MIXED + 1, ["zero points differ though .* symmetric: read as GPTQ version 1"]),
+    "asymmetric": (4, MIXED, {"sym": False}, MIXED + 1, ["read as those of GPTQ version 1"]),
+    "asymmetric, the second": (4, MIXED, {**SECOND, "sym": False}, MIXED, ["read as those of GPTQ version 2"]),
+    "asymmetric, in the middle": (4, 7, {**SECOND, "sym": False}, 7, ["read as those of GPTQ version 2"]),
+    "the greatest": (2, 3, {"sym": False}, None, ["read as those", "the greatest number that their bits hold"]),
+    "the greatest, the second": (4, 15, {**SECOND, "sym": False}, 15, ["read as those of GPTQ version 2"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", POINTS)
+def test_zero_points_by_their_numbers_and_their_label(case: str) -> None:
+    bits, stored, settings, points, expected = POINTS[case]
+    tensors, values = small(stored, bits)
+    found, notes = opened_with_notes(tensors, bits=bits, **settings)
+    if points is not None:
+        np.testing.assert_array_equal(found, values(np.asarray(points)[:, None] if np.ndim(points) else points))  # type: ignore[index]
+    assert len(notes) == len(expected), notes
+    for note, words in zip(notes, expected, strict=True):
+        assert re.search(words, note), note
+
+
+def test_three_bits_as_older_versions_wrote_them() -> None:
+    """They took other numbers off the three words, which 32 zero points in the middle show."""
+    tensors, values = small(4, 3, minus=(0x24924924, 0x92492492, 0x49249249))
+    found, notes = opened_with_notes(tensors, bits=3)
+    np.testing.assert_array_equal(found, values(4))
+    assert len(notes) == 1 and "those of version 1 as older versions of GPTQModel wrote 3 bits" in notes[0]
+
+
+@pytest.mark.parametrize("size", [None, -1, 0, 64, 100, 1 << 24])
+def test_groups_that_hold_all_inputs(size: int | None) -> None:
+    tensors, values = small(7, ordered=False)
+    file = ArrayWeights({f"m.{part}": array for part, array in tensors.items()})
+    source, _ = gptq.read(Settings({"bits": 4, "group_size": size}, "config.json"), file)
+    np.testing.assert_array_equal(source.load("m.weight"), values(8))
+    stored = source.integers("m.weight")
+    assert stored is not None and stored.block == 0  # which is said as one scale for each output
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 248, 1), (8, 8, 8), (96, 40, 3)])
+def test_sizes_of_a_layer(inputs: int, outputs: int, groups: int) -> None:
+    """Words of zero points are counted exactly, and a group may be one input."""
+    tensors, values = small(7, 4, inputs, outputs, groups)
+    for part in ((), ("g_idx",)):
+        given = {name: array for name, array in tensors.items() if name not in part}
+        found = opened(given, bits=4, group_size=inputs // groups)
+        np.testing.assert_array_equal(found, values(8))
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "why"),
+    [
+        ({}, {"bits": 8}, "its integers have 4 bits, but config.json says 8"),
+        ({}, {"bits": 2}, "its integers have 4 bits, but config.json says 2"),
+        ({}, {"group_size": (1 << 24) + 1}, "group_size is 16777217, expected a whole number, -1 to 16777216"),
+        ({}, {"group_size": -2}, "group_size is -2, expected"),
+        ({"g_idx": None}, {"group_size": 32}, "it has 1 groups, but config.json says groups of 32 of 64 inputs"),
+        ({"qweight": np.zeros((8, 0), np.int32)}, {}, r"its qweight is \[8, 0\], with nothing in it"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    change: dict[str, Array | None], settings: dict[str, object], why: str
+) -> None:
+    tensors = {**small(7)[0], **change}
+    with pytest.raises(FrontendError, match=why):
+        opened({name: array for name, array in tensors.items() if array is not None}, **{"bits": 4, **settings})
 
 
 def test_the_tiny_model_is_no_quantized_one() -> None:

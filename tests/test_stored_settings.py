@@ -214,3 +214,25 @@ def test_act_order_needs_its_order() -> None:
     assert math.isfinite(float(read(settings, tensors)[0].sum()))
     with pytest.raises(FrontendError, match="desc_act is True, expected false: some layers have no g_idx"):
         read({**settings, "desc_act": True}, tensors)
+
+
+def test_settings_of_other_kinds_are_refused() -> None:
+    values = {"n": True, "x": "4", "half": 0.5, "whole": 2.0, "null": None, "a": {"b": {"c": 1}, "d": None}, "list": []}
+    settings = Settings(values, "config.json")
+    for name in ("n", "x", "half", "a", "list"):
+        with pytest.raises(FrontendError, match=rf"config\.json: {name} is .*, expected a whole number, 0 to 8"):
+            settings.integer(name, 0, 0, 8)
+    assert settings.integer("whole", 0, 2, 2) == 2 and settings.integer("null", 3, 0, 8) == 3
+    with pytest.raises(FrontendError, match="null is None, expected a whole number"):
+        settings.integer("null", None, 0, 8)
+
+
+def test_objects_of_an_object_are_given_by_their_names() -> None:
+    """But no null, and none of what is left out."""
+    settings = Settings({"a": {"b": {"c": 1}, "d": None, "e": {}}, "list": []}, "config.json")
+    assert [(name, dict(inner.values)) for name, inner in settings.each("a")] == [("b", {"c": 1}), ("e", {})]
+    assert list(settings.each("nothing")) == []
+    with pytest.raises(FrontendError, match=r"config\.json: list is .*, expected a JSON object"):
+        list(settings.each("list"))
+    with pytest.raises(FrontendError, match=r"config\.json: a: b: 'c' is not known"):
+        settings.require_known()

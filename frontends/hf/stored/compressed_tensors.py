@@ -34,7 +34,7 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
     _check(settings)
     symmetric = _symmetry(settings)
     bits, sizes = _bits_and_sizes(settings)
-    blocks = _blocks_of_floats(settings)
+    blocks = _blocks_of_floats(settings, sizes)
     integers: dict[str, StoredIntegers] = {}
     floats: dict[str, Part] = {}
     modules = modules_with(file, "weight_scale")
@@ -147,16 +147,13 @@ def _bits_and_sizes(settings: Settings) -> tuple[set[int], set[int]]:
     return bits, {size for size in sizes if size > 0}
 
 
-def _blocks_of_floats(settings: Settings) -> list[tuple[int, int]]:
-    """Rows and columns of the blocks that the settings know."""
-    found = set[tuple[int, int]]()
+def _blocks_of_floats(settings: Settings, sizes: set[int]) -> list[tuple[int, int]]:
+    """Rows and columns of the blocks that the settings know. sizes: columns of groups, which are of one row."""
+    found = {(1, size) for size in sizes}
     for _, group in _groups(settings):
         weights = group.inner("weights")
         if weights is None:
             continue
-        size = weights.integer("group_size", -1, -1, 1 << 24)
-        if size > 0:
-            found.add((1, size))
         block = weights.values.get("block_structure")
         if isinstance(block, str):  # as its older versions wrote it: 128x128
             block = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in block.split("x")]
@@ -186,7 +183,7 @@ def _floats(module: Module, blocks: list[tuple[int, int]]) -> Part:
     if len(made) != 1:
         raise module.wrong(
             f"its weight_scale of {list(module.shape('weight_scale'))} does not fit its weight of "
-            f"{list(module.shape('weight'))} in one of the blocks that the settings say: {blocks or 'none'}"
+            f"{list(module.shape('weight'))} in one of the blocks that the settings say: {blocks}"
         )
     return made[0]
 

@@ -43,7 +43,7 @@ def _grid(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...] | 
     if math.prod(scale) == 1:
         return (1, 1)
     grid = (*scale, *(1,) * (len(weight) - len(scale)))  # what is left out are last axes of one
-    return grid if len(grid) == len(weight) and grid[:-2] == weight[:-2] and 0 not in grid else None
+    return grid if len(grid) == len(weight) and grid[:-2] == weight[:-2] else None
 
 
 def _size(grid: tuple[int, ...], matrix: tuple[int, int], block: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -51,13 +51,13 @@ def _size(grid: tuple[int, ...], matrix: tuple[int, int], block: tuple[int, int]
     found = []
     for axis, (count, whole) in enumerate(zip(grid, matrix, strict=True)):
         if count == 1:
-            found.append(max(1, whole))
+            found.append(whole)
         elif count == whole:
             found.append(1)
         elif block is not None:
             found.append(block[axis])
         else:
             return None  # where the blocks end is not known
-        if -(-whole // max(1, found[-1])) != count and whole:
+        if -(-whole // found[-1]) != count:
             return None
     return found[0], found[1]

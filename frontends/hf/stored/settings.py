@@ -99,15 +99,6 @@ class Settings:
             raise self.wrong(name, " or ".join(repr(other) for other in known))
         return value
 
-    def texts(self, name: str) -> list[str]:
-        """A list of texts; empty where it is left out."""
-        value = self.get(name)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.wrong(name, "a list of texts")
-        return value
-
     def inner(self, name: str) -> Settings | None:
         """Settings inside of these; None where they are left out."""
         value = self.get(name)

@@ -8,6 +8,7 @@ each row and `block_size` inputs. Kinds that are laid out for a GPU's kernels ar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 from llmc.compiler.ir.types import Array
@@ -87,7 +88,7 @@ def _integers(module: Module) -> StoredIntegers:
     shape = module.shape(_SCALE)
     wide = shape if len(shape) == 2 else (outputs, 1) if shape == (outputs,) else (1, 1)
     groups = wide[1]
-    if wide[0] not in (1, outputs) or groups < 1 or inputs % groups:
+    if math.prod(wide) != math.prod(shape) or wide[0] not in (1, outputs) or inputs % groups:
         raise module.wrong(f"its {_SCALE} of {list(shape)} does not fit its {_QDATA} of [{outputs}, {inputs}]")
     scales = Part((wide[0], groups), module.dtype(_SCALE), module.later(_SCALE, lambda s: s.reshape(wide)))
     zeros: Part | None = None
