@@ -90,7 +90,9 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         _choice("quantization (-q)", self.quantization, (*SCHEMES, AUTO))
-        _choice("--group-size", self.group_size, GROUP_SIZES)
+        if str(self.group_size) == "channel":
+            object.__setattr__(self, "group_size", CHANNEL)
+        _choice("--group-size", self.group_size, GROUP_SIZES, "channel")
         _choice("--activations", self.activations, (None, *ACTIVATIONS))
         _choice("--embedding", self.embedding, (None, *SCHEMES))
         _choice("--head", self.head, (None, *SCHEMES))
@@ -107,7 +109,7 @@ class CompileOptions:
         given = (self.quantization, self.embedding, self.head, *(scheme for _, scheme in self.overrides))
         if self.group_size % 32 and (odd := {"int3", "int5"} & set(given)):
             raise CompileError(
-                f"{min(odd)} needs --group-size 32 or more: 3 and 5 bits of {self.group_size} fill no bytes"
+                f"{min(odd)} needs --group-size 32 or more: {self.group_size} weights of 3 or 5 bits fill half a vector"
             )
         if not isinstance(self.lora, tuple) or not all(isinstance(each, str) and each for each in self.lora):
             raise CompileError(f"--lora needs directories of adapters, not {self.lora!r:.60}")
@@ -235,9 +237,9 @@ def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
     return tuple(pairs)
 
 
-def _choice(what: str, value: object, choices: tuple[object, ...]) -> None:
+def _choice(what: str, value: object, choices: tuple[object, ...], name_of_zero: str = "0") -> None:
     if value not in choices:
-        allowed = ", ".join("channel" if choice is CHANNEL else str(choice) for choice in choices if choice is not None)
+        allowed = ", ".join(str(choice) if choice != 0 else name_of_zero for choice in choices if choice is not None)
         raise CompileError(f"{what} is one of {allowed}, not {value!r}")
 
 

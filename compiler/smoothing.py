@@ -24,6 +24,8 @@ from llmc.compiler.ir.structural import Concat, Slice, Transpose
 from llmc.compiler.ir.types import Array
 
 LARGEST = 8.0  # times the median of a norm's weights: three of the seven bits of most numbers of a group are lost then
+_WIDE = {"f32", "bf16"}  # exponents of these have room for any power of two that is moved
+_STORED = {*_WIDE, "f16"}
 MOST = 12  # powers of two that a channel is moved by
 
 
@@ -117,6 +119,8 @@ class _Norm:
             return None
         if isinstance(op, RMSNorm) and op.offset:
             return None
+        if not {op.dtype, op.x.dtype} <= _WIDE:
+            return None
         outputs = {value for _, value in graph.outputs}
         linears = _readers(op, users, outputs)
         if not linears:
@@ -166,7 +170,7 @@ def _readers(value: Value, users: Mapping[Value, tuple[Op, ...]], outputs: set[V
     if value in outputs:
         return []
     for user in users.get(value, ()):
-        if isinstance(user, Cast) and user.to in ("f32", "bf16"):
+        if isinstance(user, Cast) and user.to in _WIDE:
             inner = _readers(user, users, outputs)
             if not inner:
                 return []
@@ -183,7 +187,7 @@ def _places(value: Value, axis: int, seen: set[Value]) -> Iterator[tuple[str, in
     seen.add(value)
     if isinstance(value, Param) and len(value.shape) == 2:
         yield value.name, axis
-    elif isinstance(value, Cast) and value.x.dtype in ("f32", "bf16", "f16"):
+    elif isinstance(value, Cast) and value.x.dtype in _STORED and value.dtype in _WIDE:
         yield from _places(value.x, axis, seen)
     elif isinstance(value, Transpose) and tuple(value.permutation) == (1, 0):
         yield from _places(value.x, 1 - axis, seen)
@@ -202,7 +206,7 @@ def _places_of_vectors(op: RMSNorm | LayerNorm, seen: set[Value]) -> Iterator[st
         if value is None:
             continue
         seen.add(value)
-        while isinstance(value, Cast) and value.x.dtype in ("f32", "bf16", "f16"):
+        while isinstance(value, Cast) and value.x.dtype in _STORED and value.dtype in _WIDE:
             value = value.x
             seen.add(value)
         yield value.name if isinstance(value, Param) else ""

@@ -28,6 +28,7 @@ from llmc.targets.emulator import emulator_command
 from llmc.targets.target import all_targets
 
 Ids = Sequence[int] | NDArray[np.int32]
+_SECONDS = 3600  # that a program may take
 DECODED = 3  # tokens at a sequence's end that go in one by one
 
 
@@ -43,7 +44,7 @@ class Emulated:
 
     @classmethod
     def open(cls, path: Path, model: str = "max", weights: Path | None = None, threads: int = 2) -> Emulated:
-        """An artifact whose every byte that is loaded was checked. LlmcError where it is none."""
+        """An artifact whose code and tables were checked; its weights are not. LlmcError where it is none."""
         artifact = Artifact.open(path)
         try:
             artifact.check_library()
@@ -83,7 +84,11 @@ class Emulated:
             _compile_program(architecture, program)
             command = [*emulator_command(architecture, self.model), str(program), str(self.path.resolve())]
             command += [str(self.threads), *([] if self.weights is None else [str(self.weights.resolve())])]
-            done = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False)
+            text = "\n".join(lines).encode()
+            try:
+                done = subprocess.run(command, input=text, capture_output=True, check=False, timeout=_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise CompileError(f"{self.path} did not end within {_SECONDS} s on an emulated {self.model}") from None
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             reason = said[-1] if said else f"signal {-done.returncode}"
@@ -114,6 +119,8 @@ def why_not(manifest: Manifest) -> str:
         return f"an emulator is used for other architectures than {architecture} only"
     if manifest.task == "run":
         return "an artifact of arrays is not run through llmc.h, which is for texts"
+    if manifest.task == "encode" and manifest.encoder is None:
+        return "what this encoder's outputs mean is not known, so that llmc.h does not give them"
     try:
         emulator_command(architecture)
     except CompileError as error:

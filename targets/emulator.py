@@ -13,6 +13,8 @@ def emulator_command(architecture: str, model: str = "max") -> list[str]:
 
     CompileError where there is no emulator, or no system library of that architecture to load programs with.
     """
+    if not architecture.replace("_", "").isalnum():  # a file says it, and it becomes a command and a path
+        raise CompileError(f"there is no emulator for {architecture!r:.40}")
     names = (f"qemu-{architecture}", f"qemu-{architecture}-static")
     emulator = next(filter(None, map(shutil.which, names)), None)
     root = system_root(architecture)

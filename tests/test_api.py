@@ -157,6 +157,10 @@ def test_options_out_of_range_are_named(options: dict[str, object], said: str) -
         make_options(**options)  # type: ignore[arg-type]
 
 
+def test_one_scale_a_row_has_the_command_lines_name() -> None:
+    assert make_options(group_size="channel").group_size == make_options(group_size=0).group_size == 0
+
+
 def test_options_as_python_gives_them_are_those_of_the_command_line() -> None:
     options = make_options("float32", overrides={"*.a": "int8", "b.c": "f16"}, max_context=64, weights="file")
     assert options.quantization == "none"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import emulation
@@ -20,7 +21,7 @@ from tiny_models import make_tiny
 
 import llmc
 from llmc.cli import run
-from llmc.cli.verifying import compare
+from llmc.cli.verifying import Verdict, compare
 from llmc.errors import ArtifactError, CompileError
 from llmc.runtime import cpu
 from llmc.runtime.runtime import Runtime
@@ -233,6 +234,14 @@ def test_verify_tells_what_differs(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert '"good": false' in capfd.readouterr().out
 
 
+def test_what_is_good_is_near_in_its_worst_row_and_writes_the_same() -> None:
+    assert Verdict("max", 18, 0.01, 1e-4, 18, 24, 24).is_good
+    assert Verdict("max", 18, 0.01, 1e-4, 18, 3, 24, gap=0.01).is_good  # two tokens that are as likely
+    assert not Verdict("max", 18, 0.01, 1e-4, 18, 0, 24, gap=0.5).is_good
+    assert not Verdict("max", 18, 0.05, 1e-4, 18, 24, 24).is_good
+    assert not Verdict("max", 18, float("nan"), 0.0, 0).is_good
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["aarch64", "cortex-a76", "graviton3"])
 @pytest.mark.parametrize("dtype", ["int4", "int8", "bf16", "f32"])
@@ -260,14 +269,29 @@ def test_without_a_cross_compiler_it_is_said_how_to_get_one(monkeypatch: pytest.
     monkeypatch.setattr(cpu, "architecture", lambda: "riscv64")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(c_compiler.shutil, "which", lambda _name: None)
-    monkeypatch.setattr(c_compiler.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(c_compiler, "_zig", lambda: None)
     with pytest.raises(CompileError, match=r"links for cortex-a76, which is aarch64: pip install 'llmc\[cross\]'"):
         c_compiler.compiler_command(machine)
     monkeypatch.setattr(c_compiler.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert c_compiler.compiler_command(NEON)[0] == "aarch64-linux-gnu-gcc"
-    monkeypatch.setattr(c_compiler.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(c_compiler, "_zig", lambda: Path("/packages/ziglang/zig"))
     command = c_compiler.compiler_command(NEON)
-    assert command[2:6] == ["ziglang", "cc", "-target", "aarch64-linux-gnu.2.17"]
+    assert command[:4] == ["/packages/ziglang/zig", "cc", "-target", "aarch64-linux-gnu.2.17"]
+
+
+def test_zig_is_the_installed_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A model's folder may have files of that name too."""
+    for place in ("installed", "model"):
+        package = tmp_path / place / "ziglang"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "zig").touch()
+    monkeypatch.chdir(tmp_path / "model")
+    for first in ("", str(tmp_path / "model")):
+        monkeypatch.setattr(sys, "path", [first, str(tmp_path / "installed")])
+        assert c_compiler._zig() == tmp_path / "installed" / "ziglang" / "zig"
+        monkeypatch.setattr(sys, "path", [first])
+        assert c_compiler._zig() is None
 
 
 @pytest.mark.parametrize("makes", [True, False])

@@ -92,6 +92,8 @@ def refused() -> dict[str, Graph]:
         "the norm's weight is computed": graph_of(Linear(RMSNorm(X, e.Neg(g), 1e-5), p)),
         "the norm is the residual too": graph_of(Linear(one, param("w", K, K), None, one)),
         "another norm has weights of that name": graph_of(Linear(norm(), p), e.Neg(norm())),
+        "the weight becomes halves": graph_of(Linear(norm(), e.Cast(p, "f16"))),
+        "the norm's weight becomes halves": graph_of(Linear(RMSNorm(X, e.Cast(e.Cast(g, "f16"), "f32"), 1e-5), p)),
         "another layer reads the weight": graph_of(Linear(norm(), p), Linear(X, p)),
     }
 

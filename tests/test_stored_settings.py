@@ -160,6 +160,7 @@ REFUSED: list[tuple[str, tuple[str, ...], object, str]] = [
     ("bytes", ("config_groups", "group_0", "weights", "dynamic"), True, "weights have scales in the file"),
     ("bytes", ("config_groups", "group_0", "weights", "strategy"), "tensor_group", "strategy is 'tensor_group'"),
     ("bytes", ("config_groups", "group_0", "weights", "symmetric"), False, "it has no weight_zero_point, but"),
+    ("4 bits, asymmetric", ("config_groups", "group_0", "weights", "symmetric"), True, "zero points that are not 0"),
 ]  # fmt: skip
 
 

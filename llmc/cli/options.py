@@ -56,7 +56,11 @@ Quantization = Annotated[
 def group_size(text: str | int) -> int:
     """A group size as the command line has it; 0: `channel`."""
     try:
-        return 0 if str(text) == "channel" else int(text) or -1
+        if str(text) == "channel":
+            return 0
+        if int(text):
+            return int(text)
+        raise ValueError
     except ValueError:
         raise CompileError(f"--group-size is a number or channel, not {text!r:.40}") from None
 

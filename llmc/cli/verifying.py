@@ -22,27 +22,34 @@ if TYPE_CHECKING:
 
 LENGTHS = (5, 33, 90)  # tokens of the texts that are compared, or the context
 GREEDY = 24  # tokens that are written
-# Two machines round activations of 8 bits to the other side of a half now and then: 1e-4 nats is usual.
-MOST_DIVERGENCE = 1e-3
-MOST_ANGLE = 1e-4  # 1 - cosine of two vectors of an encoder
+# Of a row's spread, or of a vector's length. Two machines round activations of 8 bits to the other side of a half now
+# and then: a hundredth is usual.
+MOST_ERROR = 0.03
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """rows: predictions, or vectors, that were compared. divergence: the mean KL divergence of predictions in nats, or
-    the largest 1 - cosine of vectors. same: rows with the same likeliest token. greedy: tokens that are the same from
-    the first on, of `written`."""
+    """What was compared.
+
+    rows: predictions, or vectors. error: of the worst row, the root of the mean square difference by the spread of what
+    is expected; of the worst vector, the length of the difference by its own. divergence: the mean KL divergence of
+    predictions in nats, or the largest 1 - cosine of vectors. same: rows with the same likeliest token. greedy: tokens
+    that are the same from the first on, of `written`. gap: by how much of its spread the other artifact likes its own
+    token more, where they differ first.
+    """
 
     emulated: str | None
     rows: int
+    error: float
     divergence: float
     same: int
-    greedy: int
-    written: int
+    greedy: int = 0
+    written: int = 0
+    gap: float = 0.0
 
     @property
     def is_good(self) -> bool:
-        return self.divergence <= (MOST_DIVERGENCE if self.written else MOST_ANGLE)
+        return self.error <= MOST_ERROR and self.gap <= MOST_ERROR
 
 
 def verify(
@@ -92,6 +99,10 @@ def compare(
     is_foreign = manifest.target.arch != cpu.architecture()
     if not is_foreign and emulate is not None:
         raise LlmcError(f"{path} is for {manifest.target.arch}, as this computer is: compare it without --emulate")
+    if is_foreign and weights is not None:
+        raise LlmcError(
+            "artifacts for two architectures read different weights: compile both with their weights inside"
+        )
     reason = why_not(manifest) if is_foreign else ""
     if reason:
         raise LlmcError(f"{path} cannot be run here: {reason}")
@@ -126,14 +137,21 @@ def _decoders(subject: Runtime | Emulated, other: Runtime, texts: Sequence[NDArr
     found = subject.logits(pieces) if isinstance(subject, Emulated) else _logits(subject, pieces)
     tokens = subject.greedy(prompt, written) if isinstance(subject, Emulated) else _greedy(subject, prompt, written)
     expected, theirs = _logits(other, pieces), _greedy(other, prompt, written)
-    if not np.isfinite(found).all():
-        raise LlmcError("its logits are not finite numbers")
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        raise LlmcError("logits are not finite numbers")
     same_tokens = next((i for i, pair in enumerate(zip(tokens, theirs, strict=True)) if pair[0] != pair[1]), written)
+    gap = 0.0
+    if same_tokens < written:
+        with other.sequence() as kept:
+            liked = np.array(kept.append([*map(int, prompt), *theirs[:same_tokens]]), np.float64)
+        gap = float((liked[theirs[same_tokens]] - liked[tokens[same_tokens]]) / max(liked.std(), 1e-30))
+    spread = np.maximum(expected.std(axis=-1, dtype=np.float64), 1e-30)
+    error = float((np.sqrt(np.mean((found.astype(np.float64) - expected) ** 2, axis=-1)) / spread).max())
     chances, own = _log_softmax(expected), _log_softmax(found)
     divergence = float((np.exp(chances) * (chances - own)).sum(-1).mean())
     same = int((expected.argmax(-1) == found.argmax(-1)).sum())
     model = subject.model if isinstance(subject, Emulated) else None
-    return Verdict(model if emulated else None, len(found), divergence, same, same_tokens, written)
+    return Verdict(model if emulated else None, len(found), error, divergence, same, same_tokens, written, gap)
 
 
 def _encoders(subject: Runtime | Emulated, other: Runtime, texts: Sequence[NDArray[np.int32]]) -> Verdict:
@@ -152,9 +170,9 @@ def _encoders(subject: Runtime | Emulated, other: Runtime, texts: Sequence[NDArr
     lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(expected, axis=-1)
     angles = 1 - (found * expected).sum(-1) / np.maximum(lengths, 1e-30)
     same = int((found.argmax(-1) == expected.argmax(-1)).sum())
-    return Verdict(
-        subject.model if isinstance(subject, Emulated) else None, len(found), float(angles.max()), same, 0, 0
-    )
+    errors = np.linalg.norm(found - expected, axis=-1) / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)
+    model = subject.model if isinstance(subject, Emulated) else None
+    return Verdict(model, len(found), float(errors.max()), float(angles.max()), same)
 
 
 def _encoded(runtime: Runtime, texts: Sequence[NDArray[np.int32]]) -> list[NDArray[np.generic]]:
@@ -207,13 +225,14 @@ def _print(path: Path, against: Path, found: Verdict) -> None:
     where = f", on an emulated {found.emulated}," if found.emulated else ""
     if found.written:
         print(
-            f"{path}{where} beside {against}: KL {found.divergence:.2e} nats on average, the same likeliest token in "
-            f"{found.same} of {found.rows} rows, the same {found.greedy} of {found.written} tokens written"
+            f"{path}{where} beside {against}: KL {found.divergence:.2e} nats on average, {found.error:.1%} of the "
+            f"spread of logits in the worst row, the same likeliest token in {found.same} of {found.rows} rows, the "
+            f"same {found.greedy} of {found.written} tokens written"
         )
     else:
         print(
-            f"{path}{where} beside {against}: {found.rows} vectors, 1 - cosine at most {found.divergence:.1e}, the "
-            f"largest number at the same place in {found.same}"
+            f"{path}{where} beside {against}: {found.rows} vectors, {found.error:.1%} of the length of the worst, 1 - "
+            f"cosine at most {found.divergence:.1e}, the largest number at the same place in {found.same}"
         )
     print("good: they differ by roundings" if found.is_good else "different: by more than roundings are")
 

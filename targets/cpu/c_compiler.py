@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.machinery
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from llmc.errors import CompileError
 from llmc.runtime import cpu
@@ -43,8 +44,9 @@ def _cross_compiler(machine: Machine) -> list[str]:
     Docs: https://ziglang.org/learn/overview, "Zig is also a C compiler".
     """
     architecture = machine.architecture
-    if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "cc", "-target", f"{architecture}-linux-gnu.{LEAST_GLIBC}"]
+    zig = _zig()
+    if zig is not None:
+        return [str(zig), "cc", "-target", f"{architecture}-linux-gnu.{LEAST_GLIBC}"]
     gcc = f"{architecture}-linux-gnu-gcc"
     if shutil.which(gcc):
         return [gcc]
@@ -53,6 +55,14 @@ def _cross_compiler(machine: Machine) -> list[str]:
         f"nothing here links for {machine.name}, which is {architecture}: pip install 'llmc[cross]', or install "
         f"{gcc} (Debian, Ubuntu: apt install {package})"
     )
+
+
+def _zig() -> Path | None:
+    """The program in the package `ziglang`. `python -m ziglang` would run what the current folder has of that name."""
+    folders = [folder for folder in sys.path if folder and Path(folder) != Path.cwd()]
+    spec = importlib.machinery.PathFinder.find_spec("ziglang", folders)
+    found = Path(spec.origin).with_name("zig") if spec is not None and spec.origin else None
+    return found if found is not None and found.is_file() else None
 
 
 @functools.cache

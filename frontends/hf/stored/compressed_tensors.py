@@ -42,7 +42,8 @@ def read(settings: Settings, file: WeightSource) -> tuple[StoredWeights, tuple[s
         _check_zero_points(module, symmetric, settings)
         name = f"{module.name}.weight"
         if module.has("weight_packed"):
-            integers[name] = _packed(module, bits, sizes)
+            found = integers[name] = _packed(module, bits, sizes)
+            _check_packed_zero_points(module, found, symmetric, settings)
         elif not module.has("weight"):
             raise module.wrong("it has a weight_scale, but neither weight_packed nor weight")
         elif module.dtype("weight") == "i8":
@@ -117,6 +118,12 @@ def _check_zero_points(module: Module, symmetric: set[bool], settings: Settings)
         raise module.wrong(f"it has no weight_zero_point, but {settings.where} says symmetric: false")
     raw = stored and module.dtype("weight_zero_point") != "i32"
     if symmetric == {True} and raw and module.load("weight_zero_point").astype(np.float32).any():
+        raise module.wrong(f"it has zero points that are not 0, but {settings.where} says symmetric: true")
+
+
+def _check_packed_zero_points(module: Module, found: StoredIntegers, symmetric: set[bool], settings: Settings) -> None:
+    """The same of zero points that are packed: 0 is the middle of the integers."""
+    if symmetric == {True} and isinstance(found.zeros, Part) and (found.zeros.load() != 1 << found.bits - 1).any():
         raise module.wrong(f"it has zero points that are not 0, but {settings.where} says symmetric: true")
 
 
