@@ -51,7 +51,14 @@ class Model:
         return [int(token) for token in out[0, len(ids) :]]
 
 
-@pytest.fixture(scope="module", params=PROMISED)
+# The others are among the slow tests: test_passes_attention_models.py has how they are recognised, and what that means.
+QUICK = ("llama", "gemma2", "phi3", "gpt2", "falcon_alibi", "gptj", "bloom")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in PROMISED],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp("end_to_end"))
 

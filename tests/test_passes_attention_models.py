@@ -28,7 +28,7 @@ NO_ROTATION = ("gpt2", "gpt_neo", "opt", "falcon_alibi", "bloom", "mpt")
 FROM_A_TABLE = ("gptj", "codegen")
 LAYERS = 2
 # The others are among the slow tests: test_end_to_end.py has their logits, through the artifact.
-QUICK = ("llama", "gemma2", "bloom", "gptj")
+QUICK = ("qwen2", "qwen3", "mistral", "gpt_neox", "opt", "olmo2", "falcon")
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,10 @@ def test_a_new_folder_is_found(four: None) -> None:
 @pytest.mark.parametrize(
     ("scheme", "rounding"),
     [
-        ("f32", "f32"), ("bf16", "bf16"), ("q4g32", "int8"), ("q4g32a", "int8"), ("q8g32", "int8"), ("q8g32", "f32"),
-        ("t4g32", "int8"), ("t4g32", "f32"),  # 64 entries, a comparison each, take minutes to compile
+        ("f32", "f32"), ("q4g32a", "int8"), ("q8g32", "int8"),
+        # Tables of 64 entries, a comparison each, take minutes to compile. ARM has as many lanes: test_arm.py.
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in (("bf16", "bf16"), ("q4g32", "int8"), ("q8g32", "f32"), ("t4g32", "int8"), ("t4g32", "f32"))),
     ],
 )  # fmt: skip
 def test_templates_run_on_it(four: None, scheme: str, rounding: str) -> None:
