@@ -367,6 +367,12 @@ def test_the_size_of_groups_that_fits(sizes: tuple[int, ...], groups: int) -> No
     np.testing.assert_array_equal(found, small.astype(np.float32) * wide)
 
 
+def test_groups_of_floats_are_of_one_row() -> None:
+    settings = described({**FLOAT, "group_size": 16}, form="float-quantized")
+    with pytest.raises(FrontendError, match=r"its weight_scale of \[4, 3\] does not fit"):
+        read_one(settings, weight=f8(weight(7, 33)), weight_scale=np.ones((4, 3), np.float32))
+
+
 @pytest.mark.parametrize("block", [[2, 16], "2x16", [1, 16], "1x16"])
 def test_the_blocks_of_floats_that_fit(block: object) -> None:
     rows = 2 if "2" in str(block) else 1
