@@ -38,8 +38,8 @@ class CompileOptions:
     target: a machine's name (`native`, `x86-64-v4`, ...), resolved by `llmc.targets`.
     quantization: the scheme of linear weights; "none" stores and computes f32. "auto": int4, but for an encoder the
     fewest bits by which its vectors stay near to the original's (`encoder_choice.py`).
-    group_size: weights that share one scale, along the input dimension; 0: all of an output channel (`--group-size
-    channel`). symmetric: no per-group minimum.
+    group_size: weights that share one scale, along the input dimension; 0, also given as "channel": all of an output
+    channel. symmetric: no per-group minimum.
     activations: the lowest precision that inputs of matmuls may be rounded to; None: int8 for integer
     weights, bf16 for bf16, else f32.
     embedding, head: schemes of the token embedding and of the output head; None: the same as `quantization`, but where
