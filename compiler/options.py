@@ -238,7 +238,7 @@ def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
 
 
 def _choice(what: str, value: object, choices: tuple[object, ...], name_of_zero: str = "0") -> None:
-    if value not in choices:
+    if value not in choices or isinstance(value, bool):  # False is 0
         allowed = ", ".join(str(choice) if choice != 0 else name_of_zero for choice in choices if choice is not None)
         raise CompileError(f"{what} is one of {allowed}, not {value!r}")
 

@@ -21,7 +21,7 @@ from llmc.compiler.ir.dims import symbols_of
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
-from llmc.compiler.ir.types import FLOATS, KV
+from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
 from llmc.compiler.options import AUTO, INTEGERS, CompileOptions
 from llmc.compiler.passes.causality import attends_causally
@@ -31,7 +31,7 @@ from llmc.compiler.passes.quantize import QuantizeWeights
 from llmc.compiler.passes.schemes import finer_than
 from llmc.compiler.progress import Progress, Silent
 from llmc.compiler.scratch import scratch_folder
-from llmc.compiler.smoothing import ScaledWeights, is_uneven, smoothed
+from llmc.compiler.smoothing import ScaledWeights, has_uneven_factors, smoothed
 from llmc.compiler.step_sizes import ENCODE, GENERATE, RUN, greatest, step_limit
 from llmc.compiler.tables import check_tables
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
@@ -187,8 +187,7 @@ def evened(lifted: Lifted, options: CompileOptions, progress: Progress) -> Lifte
     rounds = options.quantization in INTEGERS and options.activation_dtype == "int8"
     if not rounds or not options.has_weights or lifted.task == RUN:
         return lifted
-    vectors = [param.name for param in lifted.graph.params if param.dtype in FLOATS and len(param.shape) == 1]
-    if not any(is_uneven(lifted.load(name)) for name in vectors):
+    if not has_uneven_factors(lifted.graph, lifted.load):
         return lifted
     with reading(lifted.weights.load):
         graph, _ = run_passes(lifted.graph, parse_pipeline(RECOGNISE))
@@ -196,8 +195,8 @@ def evened(lifted: Lifted, options: CompileOptions, progress: Progress) -> Lifte
     if not found:
         return lifted
     progress.note(
-        f"{norms} norms with a few large weights give powers of two of these to the layers behind them, so that the "
-        "others' activations keep more of their 8 bits: the model's own numbers stay what they are"
+        f"{norms} norm{'s' * (norms != 1)} with a few large weights: powers of two of these go to the layers behind, "
+        "so that the others' activations keep more of their 8 bits. The model's own numbers stay what they are"
     )
     return replace(lifted, weights=ScaledWeights(lifted.weights, found))
 

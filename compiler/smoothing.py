@@ -4,8 +4,9 @@ Activations are rounded to int8 by the largest of a group. Where a norm multipli
 others, the others keep few of their 8 bits. SmoothQuant (Xiao et al. 2023, equation 4) divides each channel of the
 activations by s = sqrt(max|x| / max|w|) and multiplies the weights of that input by it. In front of a norm's weights
 all channels have a mean square of one over all tokens, more or less, so that |weight of the norm| stands for max|x|,
-and no text is needed. s is rounded to a power of two: norm and weights are multiplied exactly, and the model computes
-the very same numbers.
+and no text is needed. s is rounded to a power of two, so that norm and weights are multiplied exactly and the model
+computes the very same numbers. Of a factor that all channels share nothing depends: it is chosen so that matrices are
+only multiplied up, as small numbers in f16 have no bits to lose.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from typing import Protocol
 
 import numpy as np
 
-from llmc.compiler.ir.elementwise import Cast
+from llmc.compiler.ir.elementwise import Add, Cast
+from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import GatedLinear, LayerNorm, Linear, RMSNorm
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.structural import Concat, Slice, Transpose
-from llmc.compiler.ir.types import Array
+from llmc.compiler.ir.types import FLOATS, Array
 
 LARGEST = 8.0  # times the median of a norm's weights: three of the seven bits of most numbers of a group are lost then
 _WIDE = {"f32", "bf16"}  # exponents of these have room for any power of two that is moved
 _STORED = {*_WIDE, "f16"}
 MOST = 12  # powers of two that a channel is moved by
+_AT_ONCE = 1 << 22  # numbers: temporaries take several times their room
 
 
 class Source(Protocol):
@@ -48,6 +51,17 @@ def is_uneven(vector: Array) -> bool:
     return bool(np.isfinite(size).all() and size.max(initial=0.0) >= LARGEST * max(float(np.median(size)), 1e-30))
 
 
+def has_uneven_factors(graph: Graph, load: LoadParam) -> bool:
+    """Whether any vector of a graph in which nothing was recognised yet may be an uneven norm's weights. What is only
+    added, as biases are, is none."""
+    users = graph.users
+    return any(
+        is_uneven(load(param.name))
+        for param in graph.params
+        if param.dtype in FLOATS and len(param.shape) == 1 and not all(isinstance(op, Add) for op in users[param])
+    )
+
+
 @dataclass(frozen=True)
 class Scaled:
     """A param is multiplied by 2^powers along an axis."""
@@ -56,16 +70,36 @@ class Scaled:
     powers: Array
 
     def __call__(self, array: Array) -> Array:
-        shape = [1] * array.ndim
-        shape[self.axis] = -1
-        with np.errstate(over="ignore", under="ignore"):
-            return np.asarray(np.ldexp(array.astype(np.float32), self.powers.reshape(shape)).astype(array.dtype))
+        made = np.empty(array.shape, array.dtype)
+        for part in _parts(array, self.axis):
+            made[part] = self._multiplied(array[part], self.powers)
+        return made
 
     def is_exact(self, array: Array) -> bool:
         """Whether nothing of the array is lost."""
-        made = self(array)
-        back = Scaled(self.axis, -self.powers)(made)
-        return bool(np.isfinite(made.astype(np.float32)).all() and (back == array).all())
+        for part in _parts(array, self.axis):
+            made = self._multiplied(array[part], self.powers)
+            back = self._multiplied(made, -self.powers)
+            if not (np.isfinite(made.astype(np.float32)).all() and (back == array[part]).all()):
+                return False
+        return True
+
+    def _multiplied(self, array: Array, powers: Array) -> Array:
+        shape = [1] * array.ndim
+        shape[self.axis] = -1
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray(np.ldexp(array.astype(np.float32), powers.reshape(shape)).astype(array.dtype))
+
+
+def _parts(array: Array, axis: int) -> Iterator[tuple[slice, ...]]:
+    """Parts of a vector or matrix, each with all of an axis."""
+    if array.ndim == 1:
+        yield (slice(None),)
+        return
+    step = max(1, _AT_ONCE // max(1, array.shape[axis]))
+    for start in range(0, array.shape[1 - axis], step):
+        part = slice(start, start + step)
+        yield (slice(None), part) if axis == 0 else (part, slice(None))
 
 
 class ScaledWeights:
@@ -149,15 +183,16 @@ class _Norm:
             return {}
         columns = np.zeros_like(size)
         for name, axis in self.weights.items():
-            array = np.abs(source.load(name).astype(np.float32))
-            columns = np.maximum(columns, array.max(axis=1 - axis, initial=0.0))
+            array = source.load(name)
+            for part in _parts(array, axis):
+                largest = np.abs(array[part].astype(np.float32)).max(axis=1 - axis, initial=0.0)
+                columns = np.maximum(columns, largest)
         known = (size > 0) & (columns > 0) & np.isfinite(columns)
         if not known.any():
             return {}
-        wanted = np.zeros_like(size)
-        wanted[known] = np.log2(size[known] / columns[known]) / 2
-        wanted[known] -= wanted[known].mean()
-        powers = np.clip(np.rint(wanted), -MOST, MOST).astype(np.int32)
+        wanted = np.log2(size[known] / columns[known]) / 2
+        powers = np.zeros(size.shape, np.int32)
+        powers[known] = np.clip(np.rint(wanted - wanted.min()), 0, MOST)
         found = {name: Scaled(0, -powers) for name in self.vectors}
         found |= {name: Scaled(axis, powers) for name, axis in self.weights.items()}
         return found if all(scaled.is_exact(source.load(name)) for name, scaled in found.items()) else {}

@@ -31,7 +31,6 @@ MANIFEST = ".llmc.manifest"
 TOKENIZER = ".llmc.tokenizer"
 WEIGHTS = ".llmc.weights"
 HASH_CHUNK = 4 << 20
-PAGE = 65536  # the largest page of memory that systems have; weights are mapped, and start on one
 
 _TRAILER = struct.Struct("<32sQ8s")  # SHA-256 of the seal, its length, the magic
 _GZIP_MAGIC = b"\x1f\x8b"

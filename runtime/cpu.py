@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import platform
+import sys
 from pathlib import Path
 
 from llmc.runtime import control_groups, topology
@@ -68,8 +69,11 @@ def _spell(flag: str) -> str:
 
 
 def architecture() -> str:
-    """ "x86_64", "aarch64", ..."""
+    """ "x86_64", "aarch64", ... of this program: one of 32 bits runs on most of these machines, but loads none of their
+    code."""
     machine = platform.machine().lower()
+    if sys.maxsize < 1 << 32:
+        return f"{machine} with a Python of 32 bits"
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 

@@ -144,6 +144,7 @@ def test_save_keeps_the_artifact_all_or_nothing(compiler: Compiler, model: Path,
     [
         ({"dtype": "int7"}, "int4"),
         ({"group_size": 33}, "group-size"),
+        ({"group_size": False}, "group-size"),
         ({"groups": 32}, "groups"),
         ({"overrides": {"*": "int7"}}, "int4"),
         ({"max_context": 3}, "max-context"),

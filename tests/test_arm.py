@@ -294,6 +294,26 @@ def test_zig_is_the_installed_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert c_compiler._zig() is None
 
 
+@pytest.mark.parametrize(
+    "made", ["aarch64-linux-musl", "aarch64-none-elf", "aarch64-unknown-linux-android24", "", "x86_64-linux-gnu"]
+)
+def test_a_compiler_for_another_system_is_none(made: str, tmp_path: Path) -> None:
+    own = tmp_path / "cc"
+    for text, expected in ((made, False), ("aarch64-none-linux-gnu", True)):
+        own.write_text(f"#!/bin/sh\necho {text}\n")
+        own.chmod(0o755)
+        c_compiler._makes.cache_clear()
+        assert c_compiler._makes((str(own),), "aarch64") == expected
+
+
+def test_a_python_of_32_bits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Raspberry Pi whose system has 32 bits and whose kernel has 64."""
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
+    assert cpu.architecture() == "aarch64"
+    monkeypatch.setattr(cpu.sys, "maxsize", 2**31 - 1)
+    assert cpu.architecture() == "aarch64 with a Python of 32 bits"
+
+
 @pytest.mark.parametrize("makes", [True, False])
 def test_cc_is_taken_where_it_makes_such_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, makes: bool) -> None:
     own = tmp_path / f"cc-{makes}"

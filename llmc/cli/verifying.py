@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
     from llmc.targets.emulated import Emulated, Ids
 
-LENGTHS = (5, 33, 90)  # tokens of the texts that are compared, or the context
+LENGTHS = (5, 33, 200)  # tokens of the texts that are compared, or the context; kernels take up to 192 rows at once
 GREEDY = 24  # tokens that are written
 # Of a row's spread, or of a vector's length. Two machines round activations of 8 bits to the other side of a half now
 # and then: a hundredth is usual.

@@ -59,7 +59,7 @@ def _cross_compiler(machine: Machine) -> list[str]:
 
 def _zig() -> Path | None:
     """The program in the package `ziglang`. `python -m ziglang` would run what the current folder has of that name."""
-    folders = [folder for folder in sys.path if folder and Path(folder) != Path.cwd()]
+    folders = [folder for folder in sys.path if folder and Path(folder).resolve() != Path.cwd()]
     spec = importlib.machinery.PathFinder.find_spec("ziglang", folders)
     found = Path(spec.origin).with_name("zig") if spec is not None and spec.origin else None
     return found if found is not None and found.is_file() else None
@@ -67,9 +67,11 @@ def _zig() -> Path | None:
 
 @functools.cache
 def _makes(command: tuple[str, ...], architecture: str) -> bool:
-    """Whether a compiler says that it makes code for this architecture."""
+    """Whether a compiler says that it makes code for this architecture, under Linux with glibc."""
     try:
         shown = subprocess.run([*command, "-dumpmachine"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return shown.returncode == 0 and shown.stdout.strip().startswith(f"{architecture}-")
+    made = shown.stdout.strip()
+    is_linux = "linux" in made and not any(other in made for other in ("musl", "android", "elf"))
+    return shown.returncode == 0 and made.startswith(f"{architecture}-") and is_linux

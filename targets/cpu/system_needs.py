@@ -45,5 +45,7 @@ def _names(data: bytes, start: int, names: int) -> list[str]:
 
 
 def _glibc(name: str) -> tuple[int, ...]:
+    if name == "GLIBC_ABI_DT_RELR":  # of relocations that are packed
+        return (2, 36)
     matched = re.fullmatch(r"GLIBC_([0-9]+(\.[0-9]+)+)", name)
     return tuple(map(int, matched.group(1).split("."))) if matched else ()
