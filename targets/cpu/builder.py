@@ -89,10 +89,16 @@ def either(condition: Expr, yes: Callable[[], None], no: Callable[[], None]) -> 
 
 
 def let(value: Expr) -> Expr:
-    """A variable with this value, for the rest of the scope."""
+    """A variable with this value, for the rest of the scope.
+
+    A computed index goes by way of memory that LLVM makes a register of. TVM writes whole numbers out again wherever
+    their name stands, so that long expressions of an index stand in thousands of places: two seconds for one kernel.
+    """
+    from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
-    return I.bind(value)
+    computed = not isinstance(value, tirx.Var | tirx.IntImm)
+    return Scalar("int64", value).get() if computed and str(value.ty.dtype) == "int64" else I.bind(value)
 
 
 def index(value: int | Expr) -> Expr:
@@ -126,7 +132,8 @@ def keep_order() -> None:
 
 
 def order_scratch(buffer: Buffer) -> None:
-    """From here on `keep_order` holds for this stack memory too, of which LLVM otherwise knows every access."""
+    """From here on `keep_order` holds for this memory too: LLVM otherwise knows every access to the stack and to a
+    kernel's pointers."""
     from tvm import tirx
     from tvm.script.ir_builder import tirx as I
 
@@ -177,4 +184,6 @@ class Scalar:
 
     def get(self) -> Expr:
         """A variable with what it is now, for the rest of the scope."""
-        return let(self.value)
+        from tvm.script.ir_builder import tirx as I
+
+        return I.bind(self.value)

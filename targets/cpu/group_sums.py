@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmc.targets.cpu.vector_isa import VectorIsa
 
 UNROLL = (4, 8)  # quads that may be unrolled, of which the smallest group has four: whole bundles
+# Quads of a group between whose products other work is emitted; what is left of a larger group follows in a loop.
+BESIDE = 16
 # What is taken from weights of 0..15 so that i16 accumulators hold more of them, see `PairSums`.
 CENTRE = 8
 
@@ -70,11 +72,13 @@ class NarrowDots(Protocol):
 
 class Sums(ABC):
     """One strategy. registers: how many vectors a running sum takes. centre: what i16 sums of a whole group take from
-    each stored weight, 0 where there are none. together: how many quads of a slice are `arranged` together."""
+    each stored weight, 0 where there are none. together: how many quads of a slice are `arranged` together. beside:
+    whether other work can stand between the products (`WideSums.emit_beside`)."""
 
     registers = 1
     centre = 0
     together = 1
+    beside = False
 
     @abstractmethod
     def dtype(self, isa: VectorIsa) -> str:
@@ -103,6 +107,8 @@ class Sums(ABC):
 class WideSums(Sums):
     """Dots go straight to i32."""
 
+    beside = True
+
     def dtype(self, isa: VectorIsa) -> str:
         return isa.i32
 
@@ -125,6 +131,43 @@ class WideSums(Sums):
             for more in sums[1:]:
                 sums[0][slot] = sums[0][slot] + more[slot]
         return sums[0]
+
+    def emit_beside(
+        self,
+        products: Products,
+        weights: Sequence[Weights],
+        sums: b.Registers,
+        unroll: int,
+        others: Sequence[Callable[[], None]],
+    ) -> None:
+        """Emit the sums of a group into `sums`, by slot, and the pieces of other work between its products.
+
+        A multiplication waits for nothing then: what the other work waits for has passed meanwhile.
+        """
+        lead = min(products.quads, BESIDE)
+        for slot in range(len(weights) * len(products.rows)):
+            sums[slot] = products.start(slot)
+        self._add(products, weights, sums, b.index(0), lead, others)
+        if products.quads > lead:
+            with b.loop((products.quads - lead) // unroll) as several:
+                self._add(products, weights, sums, lead + several * unroll, unroll, ())
+
+    def _add(
+        self,
+        products: Products,
+        weights: Sequence[Weights],
+        sums: b.Registers,
+        first: Expr,
+        quads: int,
+        others: Sequence[Callable[[], None]],
+    ) -> None:
+        """The products of `quads` quads; after each, its share of the other work."""
+        isa, last = products.isa, len(weights) * len(products.rows) - 1
+        for step, slot, w, a in products.operands(weights, first, quads):
+            sums[slot] = isa.in_place(isa.dot(sums[slot], w, a, products.bits))
+            if slot == last:
+                for piece in others[step * len(others) // quads : (step + 1) * len(others) // quads]:
+                    piece()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.linear_epilogue import Epilogue
+from llmc.targets.cpu.tile_slices import TileSlice, tile_slices
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vectors import splat, store
 
@@ -21,8 +22,8 @@ class Block:
     """One unit of work while its body is emitted.
 
     tile: the panel's weight tiles; a short last panel repeats the last tile. each: slices of a tile. first_row, blocks:
-    the unit's rows, in `blocks` register blocks. totals: f32 vectors [row_block, slices], zero at first, written out
-    when the body ends.
+    the unit's rows, in `blocks` register blocks. totals: f32 vectors [row_block + spare, slices], zero at first,
+    written out when the body ends.
     """
 
     tile: list[Expr]
@@ -31,6 +32,11 @@ class Block:
     first_row: Expr
     blocks: Expr
     totals: Buffer
+
+    @property
+    def tile_slices(self) -> list[TileSlice]:
+        """The panel's slices, in the order of the totals."""
+        return tile_slices(self.tile, self.each)
 
 
 @contextmanager
@@ -45,10 +51,12 @@ def each_block(
     rows: int,
     tiles: int,
     row_block: int,
+    spare: int = 0,
 ) -> Iterator[Block]:
     """Run the body for every unit of [begin, end): `row_block` of the T rows by `tiles` of the weight's tiles.
 
-    rows: rows that are multiplied at once. Consecutive units share the panel. ValueError where sizes do not fit.
+    rows: rows that are multiplied at once. Consecutive units share the panel. spare: rows that totals have behind those
+    of the block, for what nobody reads. ValueError where sizes do not fit.
     """
     from tvm import tirx
 
@@ -56,7 +64,7 @@ def each_block(
         raise ValueError(f"{row_block} rows in blocks of {rows}, or {tiles} tiles in parts of {epilogue.tiles}")
     tokens = sizes["T"]
     each = tile_rows // isa.lanes
-    totals = b.scratch([row_block, tiles * each], isa.f32)
+    totals = b.scratch([row_block + spare, tiles * each], isa.f32)
     row_blocks = b.let((tokens + (row_block - 1)) // row_block)
     with b.loop(sizes["end"] - sizes["begin"]) as i:
         unit = b.let(sizes["begin"] + i)

@@ -117,12 +117,18 @@ class Operands:
 
     def accumulate(self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], at: TileSlice, group: Expr) -> Expr:
         """total (f32) + what a group's integer sums stand for; row: the row's scale and shift, see `KnownRows`."""
+        minimum = None if self.layout.symmetric else self.minimum(at, group)
+        return self.scaled(total, sums, row, self.per_group("scales", at, group), minimum)
+
+    def scaled(
+        self, total: Expr, sums: Expr, row: tuple[Expr, Expr | None], scales: Expr, minimum: Expr | None
+    ) -> Expr:
+        """The same, of the weights' scales and minimums."""
         isa, (scale, shift) = self.isa, row
-        scale = self.per_group("scales", at, group) * scale
-        total = isa.fma(sums.astype(isa.f32), scale, total)
-        if shift is None:
+        total = isa.fma(sums.astype(isa.f32), scales * scale, total)
+        if shift is None or minimum is None:
             return total
-        return isa.fma(self.minimum(at, group), splat(shift, isa.lanes), total)
+        return isa.fma(minimum, splat(shift, isa.lanes), total)
 
 
 class KnownRows:

@@ -23,9 +23,10 @@ from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.group_sums import UNROLL, Sums, Weights
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_blocks import Block, each_block
+from llmc.targets.cpu.linear_overlap import Half, LatePlace, Place
 from llmc.targets.cpu.linear_problem import QuantizedProblem, panel_tiles, refuse_blocks
 from llmc.targets.cpu.linear_products import GroupSums, KnownRows, Operands, known_bytes, sums_bytes
-from llmc.targets.cpu.tile_slices import TileSlice, batches, in_memory, slices_of, tile_slices
+from llmc.targets.cpu.tile_slices import TileSlice, batches, in_memory, slices_of
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
 from llmc.targets.cpu.vectors import prefetch, splat, store
 from llmc.targets.machine import Machine
@@ -264,21 +265,25 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     rows x slices integer sums are in registers; the f32 sums of the block, and the unpacked part of the panel, are on
     the stack, in the first two caches. panel: bytes that are unpacked at a time, about: with the sums they fit a
     first-level cache of 32 KiB. Loads per multiply: 1/rows + 1/slices; the limit is the multipliers.
+
+    overlap: parts of a block's slices. With 2, the sums of one half become results while the other half is multiplied:
+    see `linear_overlap`.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     rows: int = knob(2, 3, 4, 6, 8)
     tiles: int = knob(1, 2, 4)
     slices: int = knob(2, 4)
     row_block: int = knob(32, 64, 96, 192)
     panel: int = knob(8 << 10, 16 << 10, 32 << 10)
     unroll: int = knob(*UNROLL, 16)
+    overlap: int = knob(1, 2)
 
     @classmethod
     def default(cls, problem: QuantizedProblem, machine: Machine, rows: Rows = ANY_ROWS) -> QuantizedBlocks:
-        isa = isa_for(machine)
+        isa, unroll = isa_for(machine), _unroll(isa_for(machine), problem)
         tiles = panel_tiles(problem, machine, isa.quantized_blocks)
-        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=_unroll(isa, problem))
+        return cls(**vars(isa.quantized_blocks), tiles=tiles, panel=16 << 10, unroll=unroll, overlap=isa.overlap)
 
     def refuse(self, problem: QuantizedProblem, machine: Machine) -> str:
         sums = _panel_sums(isa_for(machine), problem.layout(machine))
@@ -286,8 +291,22 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
             refuse_blocks(problem, machine, self.rows, self.tiles, self.slices, self.row_block)
             or sums.refuse(self.unroll, 1)
             or _refuse_unroll(self.unroll, problem, machine)
+            or self._refuse_overlap(sums, problem, machine)
             or super().refuse(problem, machine)
         )
+
+    def _refuse_overlap(self, sums: Sums, problem: QuantizedProblem, machine: Machine) -> str:
+        if self.overlap == 1:
+            return ""
+        if not sums.beside:
+            return "sums that are widened by and by leave no place for other work"
+        have = self.tiles * slices_of(isa_for(machine), problem.layout(machine))
+        return "" if have == self.slices else f"halves of {self.slices} slices are not all of a panel's {have}"
+
+    @property
+    def spare(self) -> int:
+        """Rows of sums for what nobody reads."""
+        return self.rows if self.overlap > 1 else 0
 
     def groups(self, layout: QuantizedLayout, k: int) -> int:
         """Groups that are unpacked at a time."""
@@ -298,7 +317,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         groups, count = self.groups(layout, problem.k), self.tiles * slices_of(isa, layout)
         known = known_bytes(isa, layout, self.row_block, groups)
         panel = isa.vector_bytes * count * groups * (problem.group // 4) * _has_panel(isa, layout)
-        totals, sums = isa.vector_bytes * self.row_block * count, sums_bytes(isa, self.rows, count, 1)
+        totals, sums = isa.vector_bytes * (self.row_block + self.spare) * count, sums_bytes(isa, self.rows, count, 1)
         return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:
@@ -351,6 +370,7 @@ class _PanelBlocks:
             rows=self.knobs.rows,
             tiles=self.knobs.tiles,
             row_block=self.knobs.row_block,
+            spare=self.knobs.spare,
         )
         with walk as block:
             panels = _Panel(self, ops, known, block, panel, sizes["T"])
@@ -377,21 +397,56 @@ class _Panel:
         if self.panel is not None:
             self._unpack(self.panel, first, count)
         self.known.fill(self.unit.first_row, self.unit.blocks * rows, self.tokens, first, count)
+        if code.knobs.overlap > 1:
+            self._multiply_halves(first, count)
+            return
         with b.loop(self.unit.blocks) as block:
-            row = b.clamped_rows(self.unit.first_row + block * rows, rows, self.tokens)
-            with b.when(first + count >= code.groups):
-                self._fetch_results(row)
+            row = self._rows(block, first, count)
             for start, batch in batches(self.unit.tile, self.unit.each, code.knobs.slices):
                 with b.loop(count) as g:
                     if start == 0:
                         self._fetch_next(block, row, first + g)
                     self._multiply_group(start, batch, block, row, first + g, g)
 
+    def _rows(self, block: Expr, first: Expr, count: int) -> list[Expr]:
+        """The rows of a block; where these groups are the last, their results' lines are asked for."""
+        rows = self.code.knobs.rows
+        row = b.clamped_rows(self.unit.first_row + block * rows, rows, self.tokens)
+        with b.when(first + count >= self.code.groups):
+            self._fetch_results(row)
+        return row
+
+    def _multiply_halves(self, first: Expr, count: int) -> None:
+        """The same with `overlap`: see `linear_overlap`."""
+        rows, unroll, slices = self.code.knobs.rows, self.code.knobs.unroll, self.unit.tile_slices
+        middle = len(slices) // 2
+        early, later = (
+            Half(self.ops, self.known, self.unit.totals, rows, place, slices[place : place + middle])
+            for place in (0, middle)
+        )
+        late = LatePlace(self.code.knobs.row_block)
+        # The second half loads the rows' quads again: LLVM would keep all of a group's, on the stack.
+        b.order_scratch(self.ops.xq)
+        with b.loop(self.unit.blocks) as block:
+            row = self._rows(block, first, count)
+            with b.loop(count) as g:
+                group, here = first + g, Place(block * rows, block * rows, g)
+                self._fetch_next(block, row, group)
+                sums = GroupSums(self.ops, self.known, row, block * rows, group, g)
+                early.multiply(sums, self._weights(early, group, g), unroll, later.results(late.get(), first))
+                late.set(here)
+                later.multiply(sums, self._weights(later, group, g), unroll, early.results(here, first))
+        for piece in later.results(late.get(), first):
+            piece()
+
+    def _weights(self, half: Half, group: Expr, position: Expr) -> list[Weights]:
+        return [self._weight(half.first + s, at, group, position) for s, at in enumerate(half.slices)]
+
     def _unpack(self, panel: Buffer, first: Expr, count: int) -> None:
         code, sums = self.code, self.known.sums
         each = max(code.layout.bundle_quads, sums.together)
         with b.loop(count) as g, b.loop(code.quads // each) as bundle:
-            for s, at in enumerate(tile_slices(self.unit.tile, self.unit.each)):
+            for s, at in enumerate(self.unit.tile_slices):
                 for start in range(0, each, sums.together):
                     places = range(start, start + sums.together)
                     quads = [self.ops.stored(at, first + g, bundle * each + place, place) for place in places]

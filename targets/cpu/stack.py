@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # not call each other, so that one frame is all that a step adds.
 MOST_STACK_BYTES = 512 << 10
 
-ARRAY_ALIGNMENT = 64  # bytes
+ARRAY_ALIGNMENT = 64  # bytes; single numbers lie anywhere
 
 
 def stack_bytes(function: PrimFunc) -> int:
@@ -28,9 +28,10 @@ def stack_bytes(function: PrimFunc) -> int:
             continue
         from tvm import DataType
 
-        kind = DataType(buffer.dtype)
-        nbytes = math.prod(int(size) for size in buffer.shape) * -(-kind.bits * kind.lanes // 8)
-        total += -(-nbytes // ARRAY_ALIGNMENT) * ARRAY_ALIGNMENT
+        kind, size = DataType(buffer.dtype), math.prod(int(size) for size in buffer.shape)
+        nbytes = size * -(-kind.bits * kind.lanes // 8)
+        alignment = nbytes if size * kind.lanes == 1 else ARRAY_ALIGNMENT
+        total += -(-nbytes // alignment) * alignment
     return total
 
 

@@ -73,7 +73,7 @@ class VectorIsa(ABC):
     pairs of bf16. quantized_blocks, float_blocks: blocks of the prefill kernels of integers and of floats.
     register_class: what inline assembly calls a vector register. cache_line: bytes. few_slices: of a tile that has more
     than one, how many a few rows are multiplied by at once, where registers hold the sums twice. unrolled_quads: of a
-    group of integers, by default.
+    group of integers, by default. overlap: of `QuantizedBlocks`, by default.
     """
 
     name: str
@@ -86,6 +86,7 @@ class VectorIsa(ABC):
     cache_line: int = CACHE_LINE
     few_slices: int = 2
     unrolled_quads: int = 8
+    overlap: int = 1
 
     # Types
 
@@ -206,7 +207,7 @@ class VectorIsa(ABC):
         count from `dot_centre` on."""
 
     def in_place(self, sums: Expr) -> Expr:
-        """`sums` (i16 or i32), computed here and in this order. Needs `in_place_helper`.
+        """`sums` (i16, i32 or f32), computed here and in this order. Needs `in_place_helper`.
 
         LLVM otherwise adds successive products to each other first, or does one row after the other, and spills.
         """
@@ -227,7 +228,8 @@ class VectorIsa(ABC):
             }}
             """
 
-        return of(self.i16, f"<{self.lanes * 2} x i16>") + of(self.i32, f"<{self.lanes} x i32>")
+        kinds = ((self.i16, 2, "i16"), (self.i32, 1, "i32"), (self.f32, 1, "float"))
+        return "".join(of(dtype, f"<{self.lanes * times} x {kind}>") for dtype, times, kind in kinds)
 
 
 @functools.cache
