@@ -52,7 +52,6 @@ from llmc.targets.template import ANY_ROWS, Rows, knob
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr, PrimFunc
 
-INDICES = 10 << 10  # bytes of stack for the places of tiles, parts, pages and rows, which are many
 ROW_MULTIPLE = 16  # rows of a chunk are a multiple of it, and of every register block's
 
 
@@ -110,7 +109,7 @@ def vector_stack(problem: AttentionProblem, isa: VectorIsa, chunk: int, block: i
     if group <= accumulators and group <= chunk:
         sizes += _page_sizes(problem, lanes, group, convert=False)
     sizes += _page_sizes(problem, lanes, block, convert=problem.cache_dtype != "float32")
-    return arrays(*(4 * size for size in sizes)) + INDICES
+    return arrays(*(4 * size for size in sizes))
 
 
 def _page_sizes(problem: AttentionProblem, lanes: int, rows: int, convert: bool) -> list[int]:
