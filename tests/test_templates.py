@@ -34,7 +34,7 @@ from llmc.targets.x86.tile_plan import TileLinear
 TARGETS = ("x86-64-v3", "znver4", "sapphirerapids")
 RUNNABLE = [name for name in ("avx2", "avx512vnni") if runnable(name)]
 SOME = 3
-SLACK = 24 << 10  # of what is stated as taken of the stack: indices are counted as more than there are
+SLACK = 20 << 10  # of what is stated as taken of the stack: indices are counted as more than there are
 CASES = [*cases(), *linear_cases()]
 
 
