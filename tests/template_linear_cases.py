@@ -63,7 +63,7 @@ def _weights(problem: QuantizedProblem) -> tuple[list[np.ndarray], np.ndarray]:
     return [stored, scales, minimums], exact
 
 
-def _integers(template: type[Template[Any]], **facts: Any) -> Case:
+def integers(template: type[Template[Any]], **facts: Any) -> Case:
     problem = QuantizedProblem(**facts)
     parts, exact = _weights(problem)
     arrays = IntegerGroups(problem.k, problem.group).encode(_normal(ROWS, problem.k))
@@ -133,7 +133,7 @@ def linear_cases() -> list[Case]:
     table = {"n": 33, "k": 129, "bits": 4, "group": 64, "symmetric": True, "table": True}
     six = {"n": 17, "k": 70, "bits": 6, "group": 32, "symmetric": True, "table": True}
     kinds = (four, eight, table, six)
-    found = [_integers(template, **facts) for template in (QuantizedRows, QuantizedBlocks) for facts in kinds]
+    found = [integers(template, **facts) for template in (QuantizedRows, QuantizedBlocks) for facts in kinds]
     for facts in (four, eight, six):
         found += [_dequantized(template, **facts) for template in (DequantizedRows, DequantizedBlocks)]
     for dtype in ("f32", "f16"):
