@@ -30,7 +30,16 @@ from typing import Any
 import mutation_record
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("compiler/ir", "compiler/passes", "frontends", "frontends/hf", "frontends/onnx")
+FOLDERS = (
+    "compiler/ir",
+    "compiler/passes",
+    "frontends",
+    "frontends/gguf",
+    "frontends/gguf/architectures",
+    "frontends/hf",
+    "frontends/hf/stored",
+    "frontends/onnx",
+)
 # Operators that mostly change nothing: `X | None` in annotations, which are not evaluated; `is` for `==` and the like;
 # a decorator less, which is a cache less or an import that fails.
 SKIPPED = re.compile(r"_BitOr_|RemoveDecorator|_(?!IsNot_)\w+_Is$|_(?!Is_)\w+_IsNot$|_(Is|IsNot)_(?!Is)")
