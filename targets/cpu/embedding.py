@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from llmc.compiler.encodings.levels import TableLevels, table_levels
-from llmc.targets.cpu.builder import index, let, loop, scratch
+from llmc.targets.cpu.builder import Registers, index, let, loop, scratch
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.layouts import PLANES, Arrays, FloatLayout, QuantizedLayout
 from llmc.targets.cpu.vector_isa import isa_for
@@ -356,11 +356,12 @@ def _level(levels: TableLevels, stored: Expr) -> Expr:
     """The levels of stored integers from 0 on (u8), f32: exact, one comparison a level, as tokens are few."""
     from tvm import tirx
 
-    lanes, found = lanes_of(stored), splat(float(levels.values[0]), lanes_of(stored))
-    stored = let(stored)
+    # One statement a level: TVM's passes look again at all that is within a choice for each that it is within.
+    lanes, found = lanes_of(stored), Registers(1, typed("float32", lanes_of(stored)))
+    found[0], stored = splat(float(levels.values[0]), lanes), let(stored)
     for number, value in enumerate(levels.values[1:], 1):
-        found = tirx.Select(stored >= splat(number, lanes, "uint8"), splat(float(value), lanes), found)
-    return let(found)
+        found[0] = tirx.Select(stored >= splat(number, lanes, "uint8"), splat(float(value), lanes), found[0])
+    return found[0]
 
 
 def _row_group(
