@@ -18,7 +18,7 @@ from llmc.targets.cpu.builder import either, let, loop, scratch, when
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.matrix_unit import matrix_unit
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for
-from llmc.targets.cpu.vectors import for_pieces, load, permute, pin, range_kernel, splat, store
+from llmc.targets.cpu.vectors import for_pieces, load, permute, range_kernel, splat, store
 from llmc.targets.kernel import Kernel
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Chooser, Problem, Rows, knob
@@ -124,12 +124,12 @@ def _combine(isa: VectorIsa, value_dim: int) -> PrimFunc:
     def unit(a: SimpleNamespace, u: Expr) -> None:
         from tvm import tirx
 
-        base = pin(u * a.S * 2)
+        base = let(u * a.S * 2)
         peak, total = scratch(1, "float32"), scratch(1, "float32")
         store(peak, 0, load(a.state, base))
         store(total, 0, load(a.state, base + 1))
         with loop(a.S - 1) as s:
-            at = pin(base + 2 + s * 2)
+            at = let(base + 2 + s * 2)
             denominator = let(load(a.state, at + 1))
 
             def join(at: Expr = at, denominator: Expr = denominator) -> None:
@@ -151,7 +151,7 @@ def _combine(isa: VectorIsa, value_dim: int) -> PrimFunc:
             row = u * value_dim + offset
             store(sum_, 0, load(a.out, row, width))
             with loop(a.S - 1) as s:
-                at = pin(base + 2 + s * 2)
+                at = let(base + 2 + s * 2)
                 with when(load(a.state, at) >= tirx.const(0.0, "float32")):
                     part = load(a.partial, (u * (a.S - 1) + s) * value_dim + offset, width)
                     older, newer = (splat(load(a.state, at + i), width) for i in range(2))

@@ -20,7 +20,7 @@ from llmc.compiler.ir.encoded import PAGE
 from llmc.targets.cpu.builder import either, index, let, loop, when
 from llmc.targets.cpu.vector_isa import VectorIsa
 from llmc.targets.cpu.vector_math import exp
-from llmc.targets.cpu.vectors import add, divide, for_pieces, load, maximum, pin, reduce, remainder, splat, store
+from llmc.targets.cpu.vectors import add, divide, for_pieces, load, maximum, reduce, remainder, splat, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Buffer, Expr
@@ -34,9 +34,9 @@ def part_pages(pages: Expr) -> Expr:
     from tvm.script import tirx as T
 
     least = PART // PAGE
-    times = pin(divide(pages + (least * MOST_PARTS - 1), least * MOST_PARTS))  # of the shortest parts' context
+    times = let(divide(pages + (least * MOST_PARTS - 1), least * MOST_PARTS))  # of the shortest parts' context
     zeros = T.call_llvm_pure_intrin("int64", "llvm.ctlz", times - 1, tirx.const(False, "bool"))
-    return pin(index(least) << (index(64) - zeros))
+    return let(index(least) << (index(64) - zeros))
 
 
 def locate_parts(first_page: Expr, last_page: Expr, split: Expr, splits: Expr) -> dict[str, Expr]:
@@ -48,18 +48,18 @@ def locate_parts(first_page: Expr, last_page: Expr, split: Expr, splits: Expr) -
     from tvm import tirx
 
     size = part_pages(last_page + 1)
-    begin, last_part = pin(divide(first_page, size)), pin(divide(last_page, size))
-    count = pin(last_part + 1 - begin)
+    begin, last_part = let(divide(first_page, size)), let(divide(last_page, size))
+    count = let(last_part + 1 - begin)
     shared = splits >= count
-    first_part = pin(begin + tirx.Select(shared, split, tirx.Select(split == 0, index(0), count)))
-    end = pin(tirx.Min(last_part + 1, first_part + tirx.Select(shared, index(1), count)))
+    first_part = let(begin + tirx.Select(shared, split, tirx.Select(split == 0, index(0), count)))
+    end = let(tirx.Min(last_part + 1, first_part + tirx.Select(shared, index(1), count)))
     return {
         "size": size,
         "last_part": last_part,
         "first_part": first_part,
-        "parts": pin(tirx.Max(end - first_part, index(0))),
-        "first": pin(tirx.Min(tirx.Max(first_page, first_part * size), last_page)),
-        "stop": pin(tirx.Min(last_page + 1, end * size)),
+        "parts": let(tirx.Max(end - first_part, index(0))),
+        "first": let(tirx.Min(tirx.Max(first_page, first_part * size), last_page)),
+        "stop": let(tirx.Min(last_page + 1, end * size)),
     }
 
 
@@ -110,7 +110,7 @@ class Parts:
                 self.start_statistics(t, r, splat(MASKED, 1), 0.0)
 
             def with_sink(r: Expr = r) -> None:
-                head = pin(t.kv_head * self.group + remainder(first + r, self.group))
+                head = let(t.kv_head * self.group + remainder(first + r, self.group))
                 sink = load(a.sinks, head) * self.score_unit
                 self.start_statistics(t, r, sink, 1.0 / self.lanes)
 
@@ -141,7 +141,7 @@ class Parts:
 
         def whole(r: Expr) -> None:
             factor = let(tirx.const(1.0, "float32") / load(t.sum, r))
-            row = pin(self.row_of(t, first, r) * self.value_dim)
+            row = let(self.row_of(t, first, r) * self.value_dim)
 
             def scaled(offset: Expr | int, width: int) -> None:
                 store(a.out, row + offset, load(a.out, row + offset, width) * factor)
@@ -191,7 +191,7 @@ class Parts:
     def keep(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, count: Expr) -> None:
         """The first part: its sums of values go to `out`, to be merged there."""
         with loop(count) as r:
-            row = pin(self.row_of(t, first, r) * self.value_dim)
+            row = let(self.row_of(t, first, r) * self.value_dim)
             store(t.top, r, self.peak_of(t, r))
             store(t.sum, r, reduce(load(t.total, r * self.lanes, self.lanes), add))
 
@@ -207,7 +207,7 @@ class Parts:
             store(t.newer, r, self.peak_of(t, r))
             store(t.older, r, reduce(load(t.total, r * lanes, lanes), add))
         with loop(divide(count + (lanes - 1), lanes)) as number:  # lanes past `count` hold anything and are not used
-            i = pin(number * lanes)
+            i = let(number * lanes)
             total = let(load(t.older, i, lanes))
             top, older, newer = merge_weights(self.isa, load(t.top, i, lanes), load(t.newer, i, lanes))
             store(t.sum, i, fused(load(t.sum, i, lanes), older, total * newer))
@@ -215,7 +215,7 @@ class Parts:
             store(t.older, i, older)
             store(t.newer, i, newer)
         with loop(count) as r:
-            self.join_row(a, t, r, pin(self.row_of(t, first, r) * self.value_dim))
+            self.join_row(a, t, r, let(self.row_of(t, first, r) * self.value_dim))
 
     def join_row(self, a: SimpleNamespace, t: SimpleNamespace, r: Expr, row: Expr) -> None:
         """Merge row r's sums of values with those at element `row` of `out`."""
@@ -233,11 +233,11 @@ class Parts:
 
     def row_of(self, t: SimpleNamespace, first: Expr, r: Expr) -> Expr:
         """The row of the result, token by token and head by head, that is row `first + r` of the unit."""
-        row = pin(first + r)
-        return pin(
+        row = let(first + r)
+        return let(
             (t.token + divide(row, self.group)) * self.heads + t.kv_head * self.group + remainder(row, self.group)
         )
 
     def state_of(self, a: SimpleNamespace, t: SimpleNamespace, first: Expr, r: Expr) -> Expr:
         """Where the statistics of a row lie in `state`."""
-        return pin((self.row_of(t, first, r) * a.S + t.split) * 2)
+        return let((self.row_of(t, first, r) * a.S + t.split) * 2)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from llmc.targets.cpu.builder import index
+from llmc.targets.cpu.builder import index, let
 from llmc.targets.cpu.rope_append import Rotation
-from llmc.targets.cpu.vectors import pin
 from llmc.targets.kernel import Param
 
 if TYPE_CHECKING:
@@ -50,11 +49,11 @@ class QueryRows:
         self, a: SimpleNamespace, lanes: int, head_dim: int, token: Expr, head: Expr, turned: Buffer
     ) -> tuple[Buffer, Expr]:
         """(buffer, first element) of a token's query: `turned` [head_dim], filled with it, or where it lies."""
-        start = pin(token * self.stride + head * head_dim + self.offset)
+        start = let(token * self.stride + head * head_dim + self.offset)
         if not self.changed:
             return a.query, start
         style = Rotation(lanes, head_dim, self.pairs, self.interleaved, self.norm_eps, self.norm_offset)
         weight = a.query_weight if self.norm_eps is not None else None
-        turn = (a.angles, pin(token * (2 * self.pairs))) if self.pairs else None
+        turn = (a.angles, let(token * (2 * self.pairs))) if self.pairs else None
         style.head(a.query, start, weight, turn, turned, index(0))
         return turned, index(0)

@@ -37,7 +37,6 @@ from llmc.targets.cpu.vectors import (
     load,
     maximum,
     pieces,
-    pin,
     prefetch,
     range_kernel,
     reduce,
@@ -168,19 +167,19 @@ class TileBody(Parts):
 
     def locate(self, a: SimpleNamespace, u: Expr) -> SimpleNamespace:
         """What unit u is: its head, split, rows, their positions, and its range of the sequence's pages."""
-        split = pin(remainder(u, a.S))
-        outer = pin(divide(u, a.S))
-        kv_head = pin(remainder(outer, self.kv_heads))
-        tile = pin(divide(outer, self.kv_heads) * 4)
+        split = let(remainder(u, a.S))
+        outer = let(divide(u, a.S))
+        kv_head = let(remainder(outer, self.kv_heads))
+        tile = let(divide(outer, self.kv_heads) * 4)
         sequence, token = integer(load(a.tiles, tile)), integer(load(a.tiles, tile + 1))
         count, position = integer(load(a.tiles, tile + 2)), integer(load(a.tiles, tile + 3))
         length = None
         if not self.causal:
-            length = pin(integer(load(a.starts, sequence + 1)) - integer(load(a.starts, sequence)))
-        last_page = pin(divide(self.last_seen(length, position + count - 1), PAGE))
+            length = let(integer(load(a.starts, sequence + 1)) - integer(load(a.starts, sequence)))
+        last_page = let(divide(self.last_seen(length, position + count - 1), PAGE))
         first_page: Expr = index(0)
         if self.window:
-            first_page = pin(self.first_page(position))
+            first_page = let(self.first_page(position))
         return SimpleNamespace(
             unit=u,
             length=length,
@@ -189,11 +188,11 @@ class TileBody(Parts):
             split=split,
             token=token,
             count=count,
-            rows=pin(count * self.group),
+            rows=let(count * self.group),
             position=position,
-            bottom=(bottom := pin(position + count)),
+            bottom=(bottom := let(position + count)),
             end=bottom if length is None else length,
-            table=pin(sequence * a.M),
+            table=let(sequence * a.M),
             **locate_parts(first_page, last_page, split, a.S),
         )
 
@@ -225,7 +224,7 @@ class TileBody(Parts):
         t = self.allocate(place)
 
         def decode() -> None:
-            after = self.locate(a, pin(tirx.Min(t.unit + 1, a.end - 1)))
+            after = self.locate(a, let(tirx.Min(t.unit + 1, a.end - 1)))
             self.rows_chunk(a, t, index(0), index(self.group), self.group, convert=False, after=after)
 
         def prefill() -> None:
@@ -245,12 +244,12 @@ class TileBody(Parts):
         """body(first row, number of rows) for every chunk of the unit's rows: as few and as even as can be."""
         from tvm import tirx
 
-        number = pin(divide(t.rows + (self.chunk - 1), self.chunk))
+        number = let(divide(t.rows + (self.chunk - 1), self.chunk))
         block = ROW_MULTIPLE
-        size = pin(divide(divide(t.rows + (number - 1), number) + (block - 1), block) * block)
+        size = let(divide(divide(t.rows + (number - 1), number) + (block - 1), block) * block)
         with loop(divide(t.rows + (size - 1), size)) as place:
-            first = pin(place * size)
-            body(first, pin(tirx.Min(t.rows - first, size)))
+            first = let(place * size)
+            body(first, let(tirx.Min(t.rows - first, size)))
 
     def rows_chunk(
         self,
@@ -268,15 +267,15 @@ class TileBody(Parts):
         """
         from tvm import tirx
 
-        blocks = pin(divide(count + (block - 1), block))
+        blocks = let(divide(count + (block - 1), block))
         self.start_rows(a, t, first, count, blocks * block)
         keys_local = aligned_scratch(self.head_dim * PAGE if convert else 1, self.lanes)
         values_local = aligned_scratch(PAGE * self.value_dim if convert else 1, self.lanes)
 
         def one_page(page: Expr, stop: Expr) -> None:
             page_id = integer(load(a.block_table, t.table + page))
-            keys = pin((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
-            values = pin((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
+            keys = let((page_id * self.kv_heads + t.kv_head) * (self.head_dim * PAGE))
+            values = let((page_id * self.kv_heads + t.kv_head) * (PAGE * self.value_dim))
             key_buffer, value_buffer = a.keys, a.values
             following: tuple[Expr, Expr] | None = None
             if convert:
@@ -286,7 +285,7 @@ class TileBody(Parts):
             else:
                 following = self.following(a, t, page, stop, after)
             with loop(blocks) as b:
-                row = pin(b * block)
+                row = let(b * block)
                 last = self.last_seen(
                     t.length, self.position(t, tirx.Min(first + row + (block - 1), first + count - 1))
                 )
@@ -295,11 +294,11 @@ class TileBody(Parts):
 
         stop = self.last_page_of(t, first, count)
         with loop(t.parts) as number:
-            part = pin(t.first_part + number)
-            self.start_part(a, t, first, count, pin(blocks * block), part)
+            part = let(t.first_part + number)
+            self.start_part(a, t, first, count, let(blocks * block), part)
             low, high = self.pages_of_rows(t, part, first, stop)
             with loop(tirx.Max(high - low, index(0))) as place:
-                one_page(pin(low + place), stop)
+                one_page(let(low + place), stop)
             self.finish_part(a, t, first, count, number)
         self.finish_rows(a, t, first, count)
 
@@ -317,27 +316,27 @@ class TileBody(Parts):
             more = page + 1 < stop
             place = tirx.Select(more, t.table + page + 1, after.table + after.first)
             head = tirx.Select(more, t.kv_head, after.kv_head)
-        next_head = pin(integer(load(a.block_table, pin(place))) * self.kv_heads + head)
+        next_head = let(integer(load(a.block_table, let(place))) * self.kv_heads + head)
         return next_head * (self.head_dim * PAGE), next_head * (PAGE * self.value_dim)
 
     def last_page_of(self, t: SimpleNamespace, first: Expr, count: Expr) -> Expr:
         """Behind the unit's last page that some row of [first, first + count) sees."""
         from tvm import tirx
 
-        return pin(tirx.Min(t.stop, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
+        return let(tirx.Min(t.stop, divide(self.last_seen(t.length, self.position(t, first + count - 1)), PAGE) + 1))
 
     def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
         """The pages [low, high) of a part, before `stop`, that rows from `first` on may see; low may pass high."""
         from tvm import tirx
 
-        low, high = pin(part * t.size), pin(tirx.Min(stop, (part + 1) * t.size))
+        low, high = let(part * t.size), let(tirx.Min(stop, (part + 1) * t.size))
         if self.window:
-            low = pin(tirx.Max(low, self.first_page(self.position(t, first))))
+            low = let(tirx.Max(low, self.first_page(self.position(t, first))))
         return low, high
 
     def position(self, t: SimpleNamespace, row: Expr) -> Expr:
         """The position of a row of the unit."""
-        return pin(t.position + divide(row, self.group))
+        return let(t.position + divide(row, self.group))
 
     def last_seen(self, length: Expr | None, position: Expr) -> Expr:
         """The last key that a row at `position` of a sequence of `length` keys sees."""
@@ -366,11 +365,11 @@ class TileBody(Parts):
                     store(t.middle, r, cast(index(self.span - 1), "int32"))
 
             def fill(r: Expr = r) -> None:
-                row = pin(first + r)
-                item = pin(remainder(row, self.group))
-                token = pin(divide(row, self.group))
-                head = pin(t.kv_head * self.group + item)
-                place = pin(t.token + token)
+                row = let(first + r)
+                item = let(remainder(row, self.group))
+                token = let(divide(row, self.group))
+                head = let(t.kv_head * self.group + item)
+                place = let(t.token + token)
                 self.start_query(t, r, self.query_rows.read(a, self.lanes, self.head_dim, place, head, t.turned))
                 store(t.where, r, cast(t.position + token, "int32"))
                 if self.alibi:
@@ -472,7 +471,7 @@ class TileBody(Parts):
 
         keep_in_memory(t.acc)
         # Slots of the last page that hold no token of this sequence yet may hold anything, NaN included: skip them.
-        visible = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
+        visible = let(tirx.Min(t.end - page * PAGE, index(PAGE)))
         multiply(
             self.isa,
             self.accumulators,

@@ -29,7 +29,6 @@ from llmc.targets.cpu.vectors import (
     lanes_of,
     load,
     pieces,
-    pin,
     range_kernel,
     remainder,
     splat,
@@ -250,7 +249,7 @@ def embedding(
 
 def _rows(lanes: int, dtype: str, features: int, scale: float) -> PrimFunc:
     def unit(a: SimpleNamespace, token: Expr) -> None:
-        source, target = pin(integer(load(a.ids, token)) * features), pin(token * features)
+        source, target = let(integer(load(a.ids, token)) * features), let(token * features)
         for_pieces(
             features,
             lanes,
@@ -267,7 +266,7 @@ def _tiles(dtype: str, tile_rows: int, features: int, scale: float) -> PrimFunc:
         row = integer(load(a.ids, token))
         depth = -(-features // inputs)
         tile = divide(row, tile_rows) * (depth * tile_rows) + remainder(row, tile_rows)
-        source, target = pin(tile * inputs), pin(token * features)
+        source, target = let(tile * inputs), let(token * features)
 
         def element(i: Expr | int, width: int) -> None:
             value = as_f32(load(a.table, source + i * (tile_rows * inputs), width))
@@ -301,10 +300,10 @@ def _quantized(
     stride = tile_rows or 1  # elements from one group's scale to the next
 
     def unit(a: SimpleNamespace, token: Expr) -> None:
-        row, target = integer(load(a.ids, token)), pin(token * features)
-        tile, lane = (pin(divide(row, tile_rows)), pin(remainder(row, tile_rows))) if tile_rows else (row, index(0))
-        first_scale = pin(tile * ((1 if per_row else groups) * stride) + lane)
-        first_byte = pin(tile * (groups * group_bytes * stride) + lane * 4)
+        row, target = integer(load(a.ids, token)), let(token * features)
+        tile, lane = (let(divide(row, tile_rows)), let(remainder(row, tile_rows))) if tile_rows else (row, index(0))
+        first_scale = let(tile * ((1 if per_row else groups) * stride) + lane)
+        first_byte = let(tile * (groups * group_bytes * stride) + lane * 4)
 
         def emit(g: Expr | int, out: Buffer, at: Expr) -> None:
             factor = let(as_f32(load(a.scales, first_scale if per_row else first_scale + g * stride)) * scale)
@@ -317,7 +316,7 @@ def _quantized(
                 value = value * factor
                 store(out, at + i, value if minimum is None else value + minimum)
 
-            base = pin(first_byte + g * (group_bytes * stride))
+            base = let(first_byte + g * (group_bytes * stride))
             if tile_rows:
                 _lane_group(a.data, base, tile_rows, group, bits, write)
             else:

@@ -20,7 +20,7 @@ from llmc.targets.cpu.plain import RULES, used_symbols
 from llmc.targets.cpu.plain_functions import intrinsic
 from llmc.targets.cpu.sizes import dim_expression, dim_param
 from llmc.targets.cpu.vector_isa import VectorIsa, isa_for, missing_vectors
-from llmc.targets.cpu.vectors import add, aligned_scratch, divide, load, pin, range_kernel, reduce, splat, store
+from llmc.targets.cpu.vectors import add, aligned_scratch, divide, load, range_kernel, reduce, splat, store
 from llmc.targets.kernel import Call, Param
 from llmc.targets.lowering import Context, Lowered
 from llmc.targets.machine import Machine
@@ -97,9 +97,9 @@ def _activation(problem: ActivationProblem, isa: VectorIsa, block: int) -> PrimF
     from tvm import tirx
 
     def unit(a: SimpleNamespace, u: Expr) -> None:
-        start = pin(u * block)
-        count = pin(tirx.Min(dim_expression(problem.size, vars(a)) - start, index(block)))
-        whole = pin(divide(count, isa.lanes))
+        start = let(u * block)
+        count = let(tirx.Min(dim_expression(problem.size, vars(a)) - start, index(block)))
+        whole = let(divide(count, isa.lanes))
 
         def value(x: Expr) -> Expr:
             return _keep_nan(isa, x, vector_math.activation(isa, problem.kind, x))
@@ -156,7 +156,7 @@ def _softmax(problem: SoftmaxProblem, isa: VectorIsa) -> PrimFunc:
 
     def unit(a: SimpleNamespace, u: Expr) -> None:
         columns = dim_expression(problem.size, vars(a))
-        base, whole = pin(u * columns), pin(divide(columns, lanes))
+        base, whole = let(u * columns), let(divide(columns, lanes))
         behind = base + whole * lanes
         tail = _Tail(isa, columns - whole * lanes, float("-inf"))
         tail.read(a.x, behind)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+from llmc.targets.cpu.builder import let
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
 from llmc.targets.cpu.row_norm import RowNorm
 from llmc.targets.cpu.vector_isa import isa_for
-from llmc.targets.cpu.vectors import for_pieces, load, pin, range_kernel, remainder, store
+from llmc.targets.cpu.vectors import for_pieces, load, range_kernel, remainder, store
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
 
@@ -80,13 +81,13 @@ def _norm(problem: NormProblem, lanes: int, chains: int) -> PrimFunc:
     norm = RowNorm(problem.kind, features, problem.eps, problem.weight_offset)
 
     def row(a: SimpleNamespace, u: Expr) -> None:
-        base = pin(u * features)
+        base = let(u * features)
         source = a.x
         if problem.residual:
             source = a.total
             _add_rows(a, base, features, lanes)
         row_norm = norm.statistics(lambda offset, width: load(source, base + offset, width), lanes, chains)
-        parameters = pin(remainder(u, problem.groups) * features) if problem.groups > 1 else 0
+        parameters = let(remainder(u, problem.groups) * features) if problem.groups > 1 else 0
 
         def normalise(offset: Expr | int, width: int) -> None:
             weight = load(a.weight, parameters + offset, width) if problem.weight else None

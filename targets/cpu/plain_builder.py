@@ -18,7 +18,7 @@ from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays, few
 from llmc.targets.cpu.plain_functions import convert, widened
 from llmc.targets.cpu.sizes import dim_expression
-from llmc.targets.cpu.vectors import divide, pin, remainder, store
+from llmc.targets.cpu.vectors import divide, remainder, store
 from llmc.targets.kernel import Param
 from llmc.targets.machine import Machine
 from llmc.targets.template import ANY_ROWS, Problem, Rows, knob
@@ -244,8 +244,8 @@ def unravel(unit: Expr, extents: Sequence[Expr]) -> list[Expr]:
     """A row-major place as one index an axis."""
     index: list[Expr] = []
     for extent in reversed(extents[1:]):
-        index.append(pin(remainder(unit, extent)))
-        unit = pin(divide(unit, extent))
+        index.append(b.let(remainder(unit, extent)))
+        unit = b.let(divide(unit, extent))
     return [unit, *reversed(index)] if extents else []
 
 
@@ -269,7 +269,7 @@ def elements(*kinds: type[Op]) -> Callable[[Element], Element]:
                     at = begin + step
                     store(k.out, at, k.narrow(function(k, [at][: len(k.shape)])))
                     return
-                row = pin(begin + step)
+                row = b.let(begin + step)
                 outer = unravel(row, k.extents[:-1])
                 with b.loop(k.extents[-1]) as column:
                     store(k.out, row * k.extents[-1] + column, k.narrow(function(k, [*outer, column])))
@@ -298,7 +298,7 @@ def lines(*kinds: type[Op]) -> Callable[[Line], Line]:
     def decorate(function: Line) -> Line:
         def emit(k: Plain, begin: Expr, end: Expr) -> None:
             with b.loop(end - begin) as step:
-                outer, inner = unravel(pin(begin + step), [k.extents[0], k.extents[2]])
+                outer, inner = unravel(b.let(begin + step), [k.extents[0], k.extents[2]])
                 function(k, lambda place: [outer, place, inner])
 
         def units(merged: MergedOp, template: PlainTemplate) -> int | Dim:
@@ -333,9 +333,9 @@ def strips(work: Callable[[MergedOp], int | Dim]) -> Callable[[Strip], Form]:
             columns, strip_columns = k.extents[-1], columns_of(k.template)
             count = divide(columns + (strip_columns - 1), strip_columns)
             with b.loop(end - begin) as step:
-                *outer, strip = unravel(pin(begin + step), [*k.extents[:-1], count])
-                start = pin(strip * strip_columns)
-                width = pin(tirx.Min(columns - start, b.index(strip_columns)))
+                *outer, strip = unravel(b.let(begin + step), [*k.extents[:-1], count])
+                start = b.let(strip * strip_columns)
+                width = b.let(tirx.Min(columns - start, b.index(strip_columns)))
 
                 def each(body: Callable[[Expr], None]) -> None:
                     with b.loop(width) as place:

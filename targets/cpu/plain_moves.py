@@ -11,7 +11,6 @@ from llmc.compiler.ir.op import Op
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.plain_builder import Form, Index, Plain, PlainRanges, elements, register
 from llmc.targets.cpu.plain_functions import ACTIVATIONS, ELEMENTWISE, let, maximum, minimum, plus, times
-from llmc.targets.cpu.vectors import pin
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -89,7 +88,7 @@ def _gather_elements(k: Plain, index: Index) -> Expr:
 def _concat(k: Plain, begin: Expr, end: Expr) -> None:
     """Operands [outer, size_i], copied one after another."""
     with b.loop(end - begin) as step:
-        row = pin(begin + step)
+        row = b.let(begin + step)
         start: Expr = b.index(0)
         for operand in range(len(k.operands)):
             size = k.extent(operand, 1)
@@ -119,7 +118,7 @@ def _scatter(k: Plain, begin: Expr, end: Expr) -> None:
     with b.loop(end - begin) as step, b.loop(inner) as column:
         k.store([begin + step, column], k.load(0, [begin + step, column]))
     with b.loop(k.extent(1, 0)) as count:
-        row = pin(k.load(1, [count]).astype("int64"))
+        row = b.let(k.load(1, [count]).astype("int64"))
         with b.when(tirx.And(row >= begin, row < end)), b.loop(inner) as column:
             k.store([row, column], combine(let(k.stored([row, column])), let(k.load(2, [count, column]))))
 

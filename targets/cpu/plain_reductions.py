@@ -42,7 +42,7 @@ from llmc.targets.cpu.plain_functions import (
     plus,
     times,
 )
-from llmc.targets.cpu.vectors import divide, pin, store
+from llmc.targets.cpu.vectors import divide, store
 
 if TYPE_CHECKING:
     from tvm.tirx import Expr
@@ -74,7 +74,7 @@ def _finish(k: Plain, total: Expr) -> Expr:
     for axis in k.integers("axes"):
         count = count * k.extent(0, axis)
     dtype = dtype_of(total) if is_float(total) else "float64"
-    return total.astype(dtype) / pin(count).astype(dtype)  # TVM refuses to divide by a constant 0
+    return total.astype(dtype) / b.let(count).astype(dtype)  # TVM refuses to divide by a constant 0
 
 
 def _outer_index(k: Plain, kept: Sequence[Expr], reduced: Sequence[Expr]) -> list[Expr]:

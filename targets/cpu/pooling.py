@@ -25,7 +25,6 @@ from llmc.targets.cpu.vectors import (
     load,
     maximum,
     pieces,
-    pin,
     range_kernel,
     remainder,
     splat,
@@ -83,8 +82,8 @@ def _pool(problem: PoolProblem, isa: VectorIsa, vectors: int, run: int) -> PrimF
     def unit(a: SimpleNamespace, u: Expr) -> None:
         from tvm import tirx
 
-        sequence = pin(divide(u, blocks))
-        column = pin(remainder(u, blocks) * width)
+        sequence = let(divide(u, blocks))
+        column = let(remainder(u, blocks) * width)
         first, end = (integer(load(a.starts, sequence + i)) for i in range(2))
         factor = let(tirx.const(1.0, "float32") / (end - first).astype("float32")) if problem.kind == "mean" else None
 
@@ -98,10 +97,10 @@ def _pool(problem: PoolProblem, isa: VectorIsa, vectors: int, run: int) -> PrimF
                     store(sum_, 0, value if fresh else combine(load(sum_, 0, lanes), value))
 
             with loop(divide(end - first + (run - 1), run)) as number:
-                begin = pin(first + number * run)
+                begin = let(first + number * run)
                 row(begin, parts, True)
                 with loop(tirx.Min(end - begin, index(run)) - 1) as step:
-                    row(pin(begin + 1 + step), parts, False)
+                    row(let(begin + 1 + step), parts, False)
                 for (_, lanes), total, part in zip(cut, totals, parts, strict=True):
                     value = load(part, 0, lanes)
                     seen = tirx.Select(splat(number == 0, lanes), value, combine(load(total, 0, lanes), value))

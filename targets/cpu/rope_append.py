@@ -23,7 +23,6 @@ from llmc.targets.cpu.vectors import (
     integer,
     load,
     permute,
-    pin,
     range_kernel,
     remainder,
     splat,
@@ -154,30 +153,30 @@ def _rope_append(p: RopeProblem, lanes: int) -> PrimFunc:
     pointers += [("keys", p.cache_dtype), ("values", p.cache_dtype)] * bool(p.kv_heads)
 
     def unit(a: SimpleNamespace, u: Expr) -> None:
-        token = pin(divide(u, p.kv_heads)) if p.kv_heads else u
-        head = pin(remainder(u, p.kv_heads)) if p.kv_heads else index(0)
+        token = let(divide(u, p.kv_heads)) if p.kv_heads else u
+        head = let(remainder(u, p.kv_heads)) if p.kv_heads else index(0)
         turn: tuple[Buffer, Expr] | None = None
         if p.pairs:
-            turn = (a.angles, pin(token * (2 * p.pairs)))
+            turn = (a.angles, let(token * (2 * p.pairs)))
         if p.heads:
             with when(head == 0), loop(p.heads) as query:
-                source = pin(token * p.query_rows[0] + (query * p.query_rows[2] + p.query_rows[1]))
-                target = pin((token * p.heads + query) * p.head_dim)
+                source = let(token * p.query_rows[0] + (query * p.query_rows[2] + p.query_rows[1]))
+                target = let((token * p.heads + query) * p.head_dim)
                 weight = a.q_weight if p.norm_eps is not None else None
                 style.head(a.q, source, weight, turn, a.out, target)
         if p.kv_heads:
             slot = integer(load(a.slots, token))
-            page, offset = pin(divide(slot, PAGE)), pin(remainder(slot, PAGE))
+            page, offset = let(divide(slot, PAGE)), let(remainder(slot, PAGE))
             # Rounded here, so that the scattered stores below move finished elements.
             turned = scratch(p.head_dim, p.cache_dtype)
-            source = pin(token * p.key_rows[0] + (head * p.key_rows[2] + p.key_rows[1]))
+            source = let(token * p.key_rows[0] + (head * p.key_rows[2] + p.key_rows[1]))
             weight = a.k_weight if p.norm_eps is not None else None
             style.head(a.k, source, weight, turn, turned, 0)
-            column = pin((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
+            column = let((page * p.kv_heads + head) * (p.head_dim * PAGE) + offset)
             with loop(p.head_dim) as channel:
                 store(a.keys, column + channel * PAGE, load(turned, channel))
-            values = pin(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
-            slot_row = pin(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
+            values = let(token * p.value_rows[0] + (head * p.value_rows[2] + p.value_rows[1]))
+            slot_row = let(((page * p.kv_heads + head) * PAGE + offset) * p.value_dim)
             copy(style.lanes, a.v, values, a.values, slot_row, p.value_dim)
 
     return range_kernel(pointers, [], unit)

@@ -41,7 +41,7 @@ def range_kernel(
         buffers = {name: view(handles[name], [MANY], dtype) for name, dtype in pointers}
         arguments = SimpleNamespace(**buffers, **numbers)
         with loop(arguments.end - arguments.begin) as step:
-            unit(arguments, pin(arguments.begin + step))
+            unit(arguments, let(arguments.begin + step))
 
     return plain_function(pointers, sizes, body, helpers)
 
@@ -212,20 +212,7 @@ def maximum(left: Expr, right: Expr) -> Expr:
 
 def integer(value: Expr) -> Expr:
     """An index read from memory (i32), as int64 for address arithmetic."""
-    return pin(value.astype("int64"))
-
-
-def pin(value: Expr) -> Expr:
-    """A variable for an int64 index that TVM must not substitute into its uses.
-
-    TVM inlines integer `let`s everywhere; a chain of divisions then grows exponentially and takes minutes to simplify.
-    A load is never inlined, and LLVM turns the one-element array back into a register.
-    """
-    from tvm.script.ir_builder import tirx as I
-
-    slot = scratch(1, "int64")
-    I.buffer_store(slot, value, [index(0)])
-    return let(load(slot, 0))
+    return let(value.astype("int64"))
 
 
 def divide(value: Expr, divisor: Expr | int) -> Expr:

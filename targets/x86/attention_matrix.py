@@ -35,7 +35,6 @@ from llmc.targets.cpu.vectors import (
     load,
     maximum,
     permute,
-    pin,
     prefetch,
     reduce,
     remainder,
@@ -283,7 +282,7 @@ class TallBody(TileBody):
         return min(tile * COLUMNS, self.value_dim - COLUMNS)
 
     def start_query(self, t: SimpleNamespace, r: Expr, source: tuple[Buffer, Expr] | None) -> None:
-        start = pin(divide(r, ROWS) * (self.depth_tiles * WORDS) + (r - divide(r, ROWS) * ROWS) * self.lanes)
+        start = let(divide(r, ROWS) * (self.depth_tiles * WORDS) + (r - divide(r, ROWS) * ROWS) * self.lanes)
         for j in range(self.depth_tiles):
             halves = []
             for offset in (j * DEPTH, j * DEPTH + self.lanes):
@@ -310,11 +309,11 @@ class TallBody(TileBody):
         from tvm import tirx
 
         page_id = integer(load(a.block_table, t.table + page))
-        head = pin(page_id * self.kv_heads + t.kv_head)
-        keys, values = pin(head * (self.head_dim * PAGE)), pin(head * (PAGE * self.value_dim))
+        head = let(page_id * self.kv_heads + t.kv_head)
+        keys, values = let(head * (self.head_dim * PAGE)), let(head * (PAGE * self.value_dim))
         next_id = integer(load(a.block_table, t.table + tirx.Min(page + self.step_pages, last)))
-        next_head = pin(next_id * self.kv_heads + t.kv_head)
-        next_keys, next_values = pin(next_head * (self.head_dim * PAGE)), pin(next_head * (PAGE * self.value_dim))
+        next_head = let(next_id * self.kv_heads + t.kv_head)
+        next_keys, next_values = let(next_head * (self.head_dim * PAGE)), let(next_head * (PAGE * self.value_dim))
         self.convert_keys(a, t, place, keys, next_keys)
         self.convert_values(a, t, page, place, values, next_values)
 
@@ -353,16 +352,16 @@ class TallBody(TileBody):
                 at = (place * self.value_tiles + j) * WORDS + pair * lanes
                 store(t.values, at, isa.pack_pairs(even, odd))
 
-        held = pin(tirx.Min(t.end - page * PAGE, index(PAGE)))
-        both = pin(tirx.Max(held - HALF, index(0)))
-        some = pin(tirx.Min(held, index(HALF)))
+        held = let(tirx.Min(t.end - page * PAGE, index(PAGE)))
+        both = let(tirx.Max(held - HALF, index(0)))
+        some = let(tirx.Min(held, index(HALF)))
         with loop(both) as pair:
             prefetch(a.values, following + pair * (2 * self.value_dim), 2 * self.value_dim)
             pair_of(pair, 2)
         with loop(some - both) as number:
-            pair_of(pin(both + number), 1)
+            pair_of(let(both + number), 1)
         with loop(HALF - some) as number:
-            pair_of(pin(some + number), 0)
+            pair_of(let(some + number), 0)
 
     # The work
 
@@ -370,38 +369,38 @@ class TallBody(TileBody):
         """`count` rows from row `first` of the unit on, over those of this split's pages that they see."""
         from tvm import tirx
 
-        blocks = pin(divide(count + (ROWS - 1), ROWS))
+        blocks = let(divide(count + (ROWS - 1), ROWS))
         self.start_rows(a, t, first, count, blocks * ROWS)
         stop = self.last_page_of(t, first, count)
 
         def step(page: Expr, high: Expr) -> None:
-            pages = pin(tirx.Min(high - page, index(self.step_pages)))
+            pages = let(tirx.Min(high - page, index(self.step_pages)))
             with loop(pages) as place:
-                self.convert(a, t, pin(page + place), place, pin(stop - 1))
+                self.convert(a, t, let(page + place), place, let(stop - 1))
             with loop(blocks) as block:
-                row = pin(block * ROWS)
+                row = let(block * ROWS)
                 top = self.position(t, first + row)
                 bottom = self.position(t, tirx.Min(first + row + (ROWS - 1), first + count - 1))
                 begin: Expr = index(0)
                 if self.window:
-                    begin = pin(tirx.Max(self.first_page(top) - page, index(0)))
-                end = pin(tirx.Min(divide(self.last_seen(t.length, bottom), PAGE) + 1 - page, pages))
+                    begin = let(tirx.Max(self.first_page(top) - page, index(0)))
+                end = let(tirx.Min(divide(self.last_seen(t.length, bottom), PAGE) + 1 - page, pages))
                 with when(begin < end):
                     self.rows_block(t, row, page, begin, end, top)
 
         with loop(t.parts) as number:
-            part = pin(t.first_part + number)
-            self.start_part(a, t, first, count, pin(blocks * ROWS), part)
+            part = let(t.first_part + number)
+            self.start_part(a, t, first, count, let(blocks * ROWS), part)
             low, high = self.pages_of_rows(t, part, first, stop)
             with loop(divide(tirx.Max(high - low, index(0)) + (self.step_pages - 1), self.step_pages)) as place:
-                step(pin(low + place * self.step_pages), high)
+                step(let(low + place * self.step_pages), high)
             self.finish_part(a, t, first, count, number)
         self.finish_rows(a, t, first, count)
 
     def pages_of_rows(self, t: SimpleNamespace, part: Expr, first: Expr, stop: Expr) -> tuple[Expr, Expr]:
         """From the first page of a step on: steps lie at the same pages for all rows, which round by step."""
         low, high = super().pages_of_rows(t, part, first, stop)
-        return pin(low - remainder(low, self.step_pages)), high
+        return let(low - remainder(low, self.step_pages)), high
 
     def rows_block(self, t: SimpleNamespace, row: Expr, page: Expr, begin: Expr, end: Expr, top: Expr) -> None:
         """16 rows from `row` on, whose first is at position `top`, over places [begin, end) of a step from `page`."""
@@ -411,13 +410,13 @@ class TallBody(TileBody):
 
     def multiply_keys(self, t: SimpleNamespace, row: Expr, begin: Expr, end: Expr) -> None:
         """scores[16, keys of the step] = queries times keys: tiles 0 and 1, a page at a time."""
-        start = pin(row * (self.depth_tiles * self.lanes))
+        start = let(row * (self.depth_tiles * self.lanes))
         resident = self.depth_tiles <= 2
         if resident:
             for j in range(self.depth_tiles):
                 amx.load(6 + j, t.query, start + j * WORDS)
         with loop(end - begin) as number:
-            place = pin(begin + number)
+            place = let(begin + number)
             amx.zero(0)
             amx.zero(1)
             for j in range(self.depth_tiles):
@@ -439,7 +438,7 @@ class TallBody(TileBody):
             for j in tiles:
                 amx.load(j - group, t.acc, row * self.sums_width + j * COLUMNS, stride)
             with loop(end - begin) as number:
-                place = pin(begin + number)
+                place = let(begin + number)
                 amx.load(4, t.weights, place * WORDS)
                 for j in tiles:
                     right = 5 + j % 3
@@ -486,7 +485,7 @@ class TallBody(TileBody):
             total = scratch(lanes, "float32")
             store(total, 0, load(t.total, (row + r) * lanes, lanes))
             with loop(end - begin) as number:
-                place = pin(begin + number)
+                place = let(begin + number)
                 start = r * (self.step_pages * PAGE) + place * PAGE
                 low, high = (let(load(t.scores, start + half * lanes, lanes) + shift) for half in range(2))
                 pairs = let(power_pairs(self.isa, low, high, table))
@@ -504,7 +503,7 @@ class TallBody(TileBody):
                 store(half, 0, splat(MASKED, lanes))
             where = load(t.where, row + r) - (page * PAGE).astype("int32") if edit else None
             with loop(end - begin) as number:
-                place = pin(begin + number)
+                place = let(begin + number)
                 for half in range(2):
                     at = r * (self.step_pages * PAGE) + place * PAGE + half * lanes
                     value = let(load(t.scores, at, lanes))
