@@ -5,7 +5,7 @@ A module reads and writes values by name: `token_embeddings` f32[1, S, features]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from llmc.compiler.ir.llm import LayerNorm
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Concat, Iota, Matmul, Max, Mean, Reshape, Slice, Sum, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.config import read_json
 from llmc.frontends.hf.weights import is_finite, open_checkpoint
 from llmc.frontends.lifted import WeightSource
@@ -193,6 +193,19 @@ def _linear(x: Value, w: Value) -> Value:
     return Matmul(x, Transpose(w, (1, 0)))
 
 
+def embedding_of(modules: Sequence[Module], tokens: Value, context: Context) -> Value:
+    """What modules make, one after another, of token embeddings [1, S, features]: one embedding [1, features]."""
+    values = {TOKEN_EMBEDDINGS: tokens}
+    for module in modules:
+        if module.reads not in values:
+            raise FrontendError(f"{module.directory}: it works on {module.reads}, which no module before it makes")
+        try:
+            values[module.writes] = module.apply(values[module.reads], context)
+        except IRError as error:
+            raise FrontendError(f"{module.directory} does not fit what stands before it: {error}") from error
+    return values[SENTENCE]
+
+
 def read_module(kind: str, name: str, directory: Path) -> Module:
     """The module of class `kind` in a directory, named by its path in the model; FrontendError if there is no such."""
     reader = _READERS.get(kind)
@@ -206,13 +219,15 @@ def read_module(kind: str, name: str, directory: Path) -> Module:
     return reader(name, directory, settings)
 
 
-def _features(settings: Mapping[str, object], directory: Path, default: str = SENTENCE) -> tuple[str, str]:
-    reads = settings.get("module_input_name") or default
+def _features(settings: Mapping[str, object], directory: Path) -> tuple[str, str]:
+    """What a module reads, which it also writes: only pooling makes one vector of all tokens."""
+    reads = settings.get("module_input_name") or SENTENCE
     writes = settings.get("module_output_name") or reads
-    for feature in (reads, writes):
-        if feature not in (TOKEN_EMBEDDINGS, SENTENCE):
-            raise FrontendError(f"{directory}: a module works on {feature!r:.60}, which is not supported")
-    return str(reads), str(writes)
+    if reads not in (TOKEN_EMBEDDINGS, SENTENCE):
+        raise FrontendError(f"{directory}: a module works on {reads!r:.60}, which is not supported")
+    if writes != reads:
+        raise FrontendError(f"{directory}: a module writes {writes!r:.60} of {reads}, which is not supported")
+    return str(reads), str(reads)
 
 
 def _number(settings: Mapping[str, object], name: str, directory: Path) -> int:
@@ -230,7 +245,7 @@ def _read_pooling(name: str, directory: Path, settings: Mapping[str, object]) ->
     unknown = [mode for mode in listed if mode not in MODES]
     if unknown or not listed:
         raise FrontendError(f"{directory / 'config.json'}: pooling mode {unknown!r:.60} is none of {', '.join(MODES)}")
-    include = settings.get("include_prompt", True) is not False
+    include = bool(settings.get("include_prompt", True))
     return Pooling(name, directory, TOKEN_EMBEDDINGS, SENTENCE, {}, tuple(listed), include)
 
 
@@ -246,7 +261,7 @@ def _read_dense(name: str, directory: Path, settings: Mapping[str, object]) -> M
     shapes: dict[str, tuple[int, ...]] = {f"{name}.linear.weight": (outputs, inputs)}
     if settings.get("bias", True):
         shapes[f"{name}.linear.bias"] = (outputs,)
-    residual = settings.get("use_residual") is True
+    residual = bool(settings.get("use_residual"))
     if residual and inputs != outputs:
         shapes[f"{name}.residual.weight"] = (outputs, inputs)
     return Dense(name, directory, *_features(settings, directory), shapes, activation, residual)

@@ -74,7 +74,8 @@ class Sentence:
     @property
     def normalized(self) -> bool:
         """Whether embeddings have length 1."""
-        return bool(self.modules) and isinstance(self.modules[-1], Normalize)
+        makers = [module for module in self.modules if module.writes == SENTENCE]  # others change tokens alone
+        return bool(makers) and isinstance(makers[-1], Normalize)
 
 
 def read_sentence(directory: Path) -> Sentence | None:
