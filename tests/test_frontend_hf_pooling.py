@@ -115,7 +115,7 @@ def test_dense_layers_are_the_librarys(name: str, x: torch.Tensor, tmp_path: Pat
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("outputs", [WIDTH, 4])
+@pytest.mark.parametrize("outputs", [WIDTH, 4, 8])
 @pytest.mark.parametrize("residual", [True, False])
 def test_biases_and_residuals_are_the_librarys(bias: bool, outputs: int, residual: bool, tmp_path: Path) -> None:
     module = library.Dense(WIDTH, outputs, bias=bias, use_residual=residual)
@@ -169,7 +169,7 @@ def test_normalization_of_old_has_no_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [1, WIDTH - 1, WIDTH, WIDTH + 1])
 def test_features_are_cut_at_the_end(most: int, tmp_path: Path) -> None:
-    module = Truncate("", tmp_path, SENTENCE, SENTENCE, {}, most)
+    module = Truncate("", tmp_path, SENTENCE, SENTENCE, most=most)
     np.testing.assert_array_equal(computed(module, TEXT), TEXT.numpy()[:, :most])
 
 

@@ -298,7 +298,8 @@ def test_a_directory_says_what_makes_scores_of_logits(kind: str, scores: str, tm
     named = f"torch.nn.modules.activation.{kind}"
     found = read(scorer(tmp_path, model_type="CrossEncoder", activation_fn=named, truncate_dim=7))
     assert (found.task, found.modules, found.activation) == ("sequence-classification", (), kind)
-    others: dict[str, object] = {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}
+    of_old = {"sbert_ce_default_activation_function": "torch.nn.Tanh"}
+    others: dict[str, object] = {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}, **of_old}
     for width in (1, 3):
         assert activation_of_scores(others, width, "config.json", found) == scores
 

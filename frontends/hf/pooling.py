@@ -16,7 +16,7 @@ from llmc.compiler.ir.structural import Concat, Iota, Matmul, Max, Mean, Reshape
 from llmc.compiler.ir.types import FLOATS, Array, Tensor
 from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.config import read_json
-from llmc.frontends.hf.weights import is_finite, open_checkpoint
+from llmc.frontends.hf.weights import is_finite, open_checkpoint, shortened
 from llmc.frontends.lifted import WeightSource
 
 TOKEN_EMBEDDINGS, SENTENCE = "token_embeddings", "sentence_embedding"
@@ -41,10 +41,10 @@ class Context:
     weights: WeightSource
 
     def param(self, name: str) -> Value:
-        """A weight as f32."""
+        """A weight, of floats as `Module.weights` sees to, as f32."""
         dtype = self.weights.dtype(name)
         param = Param(name, Tensor(self.weights.shape(name), dtype))
-        return Cast(param, "f32") if dtype in FLOATS and dtype != "f32" else param
+        return Cast(param, "f32") if dtype != "f32" else param
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Module:
             if source.dtype(name) not in FLOATS:
                 raise FrontendError(f"{self.directory}: weight {name} holds {source.dtype(name)}, not floats")
         if others := sorted(set(have) - set(self.shapes)):
-            raise FrontendError(f"{self.directory}: its config has no place for the weights {', '.join(others)[:200]}")
+            raise FrontendError(f"{self.directory}: its config has no place for the weights {shortened(others)}")
         return source
 
 
@@ -138,12 +138,12 @@ class Pooling(Module):
         return pooled[0] if len(pooled) == 1 else Concat(pooled, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense(Module):
     """activation(x @ w.T + bias), plus x, or plus a projection of x."""
 
-    activation: str = "Tanh"
-    residual: bool = False
+    activation: str
+    residual: bool
 
     def apply(self, x: Value, context: Context) -> Value:
         y = _linear(x, context.param(f"{self.name}.linear.weight"))
@@ -173,11 +173,11 @@ class Normalize(Module):
         return Div(x, Maximum(length, constant(1e-12, "f32")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Truncate(Module):
     """The first features alone, which the library does last of all and without another normalization."""
 
-    most: int = _MOST_FEATURES
+    most: int
 
     def apply(self, x: Value, context: Context) -> Value:
         return self.of(x)
@@ -186,7 +186,7 @@ class Truncate(Module):
         """The first features of [1, features]."""
         width = x.shape[x.rank - 1]
         assert isinstance(width, int)
-        return Slice(x, x.rank - 1, 0, self.most) if self.most < width else x
+        return Slice(x, x.rank - 1, 0, min(self.most, width))
 
 
 def _linear(x: Value, w: Value) -> Value:
@@ -264,7 +264,7 @@ def _read_dense(name: str, directory: Path, settings: Mapping[str, object]) -> M
     residual = bool(settings.get("use_residual"))
     if residual and inputs != outputs:
         shapes[f"{name}.residual.weight"] = (outputs, inputs)
-    return Dense(name, directory, *_features(settings, directory), shapes, activation, residual)
+    return Dense(name, directory, *_features(settings, directory), shapes, activation=activation, residual=residual)
 
 
 def _read_layer_norm(name: str, directory: Path, settings: Mapping[str, object]) -> Module:

@@ -183,7 +183,7 @@ def _truncate(most: object, where: Path) -> Truncate:
     """The module for the library's `truncate_dim`, a setting of the whole model."""
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
         raise FrontendError(f"{where}: truncate_dim is {most!r:.40}, which is no number of features")
-    return Truncate("", where, SENTENCE, SENTENCE, {}, most)
+    return Truncate("", where, SENTENCE, SENTENCE, most=most)
 
 
 def _activation(settings: dict[str, object], where: Path) -> str | None:
