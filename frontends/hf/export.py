@@ -126,7 +126,7 @@ def export(model: torch.nn.Module, call: Call, longest: int) -> Exported:
     try:
         return _export(model, call, longest)
     except torch._dynamo.exc.UserError as error:
-        if longest < 4 or f"!= {longest}" not in str(error):
+        if f"!= {longest}" not in str(error):
             raise
         return _export(model, call, longest - 1)
 
@@ -180,11 +180,12 @@ def first_position(model: torch.nn.Module, takes_types: bool) -> tuple[int, int 
     c, c + 1, ... (0, None) for a model that does nothing of that kind. takes_types: whether its forward takes
     token_type_ids.
     """
+    counted: list[tuple[int, int | None]] = []
     for ids in torch.tensor([[[11, 7, 13, 5, 17]], [[12, 8, 14, 6, 18]]]):  # the padding's id is in one of them at most
         with quietly(), torch.no_grad(), _Lookups() as lookups, contextlib.suppress(Exception):
             model(input_ids=ids, **({"token_type_ids": torch.zeros_like(ids)} if takes_types else {}))
         for rows, indices in lookups.found:
             first = int(indices.reshape(-1)[0]) if indices.shape == ids.shape else 0
             if first > 0 and torch.equal(indices, torch.arange(first, first + ids.shape[1])[None]):
-                return first, rows - first
-    return 0, None
+                counted.append((first, rows - first))
+    return max(counted, default=(0, None))  # a row that begins with padding is counted from that
