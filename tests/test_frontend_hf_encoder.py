@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,9 +161,11 @@ def test_token_types_are_given_where_tokenizer_and_model_have_several(
 
 @pytest.mark.parametrize("looks_back", [False, True])
 def test_a_model_of_decoder_layers_looks_for_no_padding(looks_back: bool, tmp_path: Path) -> None:
-    config: Any = transformers.BertConfig(pad_token_id=4)
+    """Nor does the decoder that is a part of it."""
+    part = SimpleNamespace(pad_token_id=5)
+    config: Any = SimpleNamespace(pad_token_id=4, get_text_config=lambda decoder: part if decoder else config)
     plan_encoder(kind(SEQUENCES, looks_back), config, tmp_path)
-    assert config.pad_token_id == (None if looks_back else 4)
+    assert (config.pad_token_id, part.pad_token_id) == ((None, None) if looks_back else (4, 5))
 
 
 NOTE = "no tokenizer: the artifact takes token ids only"
