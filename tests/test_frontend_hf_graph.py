@@ -42,7 +42,7 @@ class Model(torch.nn.Module):
         self.register_buffer("small", torch.randn(4, generator=generator).double(), persistent=False)
         self.register_buffer("integers", torch.tensor([1, -2, 3, 1 << 30]), persistent=False)
         self.register_buffer("most", torch.randn(MOST // 4, 4, generator=generator), persistent=False)
-        self.register_buffer("large", torch.randn(MOST // 4 + 1, 4, generator=generator).double(), persistent=False)
+        self.register_buffer("large", torch.randn(MOST + 1, 1, generator=generator).double(), persistent=False)
         self.fixed = torch.tensor(2.5)
 
     def forward(

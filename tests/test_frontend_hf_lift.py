@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from llmc.compiler.ir.op import Input, Param
 from llmc.compiler.ir.types import Tensor, dtype_of
 from llmc.errors import FrontendError
 from llmc.frontends.hf import lift as lifting
-from llmc.frontends.hf.classes import CAUSAL, ModelClass
+from llmc.frontends.hf.classes import BASE, CAUSAL, SEQUENCES, ModelClass
 from llmc.frontends.hf.lift import Opened, check_options, lift, lift_opened
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, LayerNormalize, Pooling
 from llmc.frontends.hf.trace import Traced
@@ -70,6 +71,39 @@ def test_a_directorys_files_are_read_first(opened: list[tuple[Any, ...]]) -> Non
     assert (first.kind.task, first.plan, first.name, first.notes) == (GENERATE, None, "llama", ())
     assert "model.norm.weight" in first.weights.names and second.weights is None
     assert first.text().facts["eos_token"] == "</s>"
+
+
+LIBRARY = "sentence_transformers.models."
+
+
+@pytest.mark.parametrize(
+    ("task", "modules", "head"), [("feature-extraction", 1, BASE), ("sequence-classification", 0, SEQUENCES)]
+)
+def test_a_sentence_model_is_without_a_head_unless_it_scores(
+    task: str, modules: int, head: str, opened: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "vocab_size": 9}
+    entries = [("Transformer", ""), ("Pooling", "1_Pooling")][: 1 + modules]
+    (tmp_path / "1_Pooling").mkdir()
+    for name, content in (
+        ("config.json", config), ("sentence_bert_config.json", {"transformer_task": task}),
+        ("1_Pooling/config.json", {}),
+        ("modules.json", [{"type": LIBRARY + kind, "path": path} for kind, path in entries]),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(content))
+    lift(tmp_path, weights="random")
+    ((made, _, _),) = opened
+    assert (made.kind.task, made.kind.head, len(made.plan.modules)) == (ENCODE, head, modules)
+
+
+def test_random_weights_are_those_of_the_model_that_was_quantized(
+    opened: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "vocab_size": 9, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lift(tmp_path, weights="random")
+    ((made, _, _),) = opened
+    assert made.weights is None and made.notes == ()
 
 
 def test_adapters_are_merged_into_weights_that_there_are(opened: list[tuple[Any, ...]], tmp_path: Path) -> None:
@@ -143,6 +177,9 @@ class Building:
         self.traced: list[tuple[Any, ...]] = []
         self.graph = Graph("model", (X,), (("logits", W), ("other", B)))
         self.stored: list[Any] = []
+        monkeypatch.setattr(
+            transformers.GPT2Config, "get_text_config", lambda config, decoder=False: config if decoder else None
+        )
         monkeypatch.setattr(lifting, "trace", self.trace)
         monkeypatch.setattr(lifting, "translate", self.translate)
         monkeypatch.setattr(lifting, "ModelWeights", self.weights)

@@ -133,6 +133,7 @@ class Attempts:
         return MetaModel(self.models[-1], {})
 
     def export(self, *given: object) -> tuple[Exported, int]:
+        self.given = given
         if self.built[-1] in self.fails:
             raise self.fails[self.built[-1]]
         return Exported(SimpleNamespace(), 64, (), ("logits",)), 7  # type: ignore[arg-type]
@@ -149,6 +150,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
 def test_a_captured_attention_needs_no_other(attempts: Attempts) -> None:
     traced = attempts.trace()
     assert attempts.built == [capture.IMPLEMENTATION]
+    assert attempts.given == (DECODER, traced.meta, 64, False, None)
     assert (traced.meta.model, traced.room, traced.notes) == (attempts.models[0], 7, ())
 
 
