@@ -166,7 +166,6 @@ NUMBERS: dict[str, Callable[[object], torch.Tensor]] = {
     "truths and numbers": lambda device: torch.tensor([True, 2, False, 3, 4], device=device),
     "a matrix": lambda device: torch.tensor([[1], [2]], device=device),
     "of a dtype": lambda device: torch.tensor([1, 0, 2, 0, 3], device=device, dtype=torch.bool),
-    "named": lambda device: torch.tensor(data=[1, 2], device=device),
     "a float of integers": lambda device: torch.as_tensor([1, 2, 3, 4, 5], device=device, dtype=torch.float32),
     "nothing": lambda device: torch.tensor([], device=device).sum(),
     "a list for an index": lambda device: torch.arange(9, device=device)[[4, -1, 0, 2, 2]],

@@ -70,8 +70,7 @@ class _TracedNumbers(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if function in (torch.tensor, torch.as_tensor):
-            data = args[0] if args else kwargs["data"]
-            return _traced(data, kwargs) if _is_numbers(data) else function(*args, **kwargs)
+            return _traced(args[0], kwargs) if _is_numbers(args[0]) else function(*args, **kwargs)
         if function is torch.Tensor.__getitem__:
             return function(args[0], _without_lists(args[1], args[0].device))
         return function(*args, **kwargs)
