@@ -5,19 +5,21 @@ Nothing is exported, so that a case takes a millisecond.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import sympy
 import torch
 from test_frontend_hf_aten import N, X, Y, floats
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from llmc.compiler.ir.elementwise import Cast, Constant
+from llmc.compiler.ir.elementwise import Cast, Constant, Mul, Pow
 from llmc.compiler.ir.evaluate import evaluate
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.structural import Reshape
+from llmc.compiler.ir.op import Input, Param, Value
+from llmc.compiler.ir.structural import Gather, Reshape
 from llmc.compiler.ir.types import Tensor
 from llmc.errors import FrontendError
 from llmc.frontends.hf import graph  # noqa: F401  (registers the handlers)
@@ -101,7 +103,8 @@ CASES: dict[str, Case] = {
     "remainder": (A.remainder.Tensor, X, Y),
     "floor_divide": (A.floor_divide.default, N - 3, N + 1),
     **{f"{name} {i}": (getattr(A, name).Tensor, *pair) for name in ("eq", "ne", "lt", "le", "gt", "ge")
-       for i, pair in enumerate([(X, Y), (X, X), (N, 1.5), (X, N), (BRAIN, X), (HALF, torch.tensor(0.1)), (T, ~T)])
+       for i, pair in enumerate([(X, Y), (X, X), (N, 1.5), (X, N), (BRAIN, X), (HALF, torch.tensor(0.1)), (T, ~T),
+                                (torch.full((2,), 0.1).half(), torch.tensor(0.1))])
        if not isinstance(pair[1], float)},
     **{f"{name} number": (getattr(A, name).Scalar, N, 1.5) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "eq truth": (A.eq.Scalar, T, 2),
@@ -197,6 +200,10 @@ CASES: dict[str, Case] = {
         A.scaled_dot_product_attention.default, floats(1, 6, 4, 8), Q, Q, floats(4, 4), {"enable_gqa": True},
     ),
     "attention of few": (A.scaled_dot_product_attention.default, Q[:, :, :3], Q, Q, None, 0.0, True),
+    "attention of two": (
+        A.scaled_dot_product_attention.default, floats(1, 6, 2, 8), Q, Q, floats(2, 4), {"enable_gqa": True},
+    ),
+    "attention of three and few": (A.scaled_dot_product_attention.default, Q[0][:, :3], Q[0], Q[0], None, 0.0, True),
     "attention of three": (A.scaled_dot_product_attention.default, Q[0], Q[0], Q[0]),
     # Moved, picked and made.
     "to": (A.to.dtype, X, torch.int32), "to half": (A._to_copy.default, X, {"dtype": torch.bfloat16}),
@@ -249,7 +256,8 @@ CASES: dict[str, Case] = {
     "arange step": (A.arange.start_step, 2, 11, 3),
     "arange back": (A.arange.start_step, 3, -4, -2), "arange floats": (A.arange.start_step, 0.5, 3.0, 0.5),
     "arange from nothing": (A.arange.start_step, 0, 6, 2), "arange of floats": (A.arange.default, 5.0),
-    "arange below": (A.arange.start, -2, 3), "arange as floats": (A.arange.start, 0, 4, {"dtype": torch.float32}),
+    "arange below": (A.arange.start, -2, 3), "arange just below": (A.arange.start, -1, 3),
+    "arange as floats": (A.arange.start, 0, 4, {"dtype": torch.float32}),
     "zeros": (A.zeros.default, [2, 3]), "ones": (A.ones.default, [2, 3]), "ones_like": (A.ones_like.default, N),
     "zeros_like": (A.zeros_like.default, T), "new_ones": (A.new_ones.default, X, [3]),
     "new_zeros": (A.new_zeros.default, X, [3]),
@@ -268,6 +276,22 @@ CASES: dict[str, Case] = {
 def test_an_op_means_what_torch_says(case: str) -> None:
     with np.errstate(all="ignore"):
         check(*CASES[case])
+
+
+def test_small_powers_are_products() -> None:
+    for power in (2, 3):
+        assert isinstance(meaning(A.pow.Tensor_Scalar, X, power), Mul)
+    assert isinstance(meaning(A.pow.Tensor_Scalar, X, 4), Pow)
+
+
+def test_rows_of_a_table_are_picked_before_they_are_cast() -> None:
+    """The table would be cast whole."""
+    module, given, _, _ = node_of(A.embedding.default, floats(5, 4), N)
+    table, ids = given
+    stored = Param("table", Tensor((5, 4), "bf16"))
+    made = Translation({}).run(module, {table: Cast(stored, "f32"), ids: given[ids]})
+    assert isinstance(made, Cast) and isinstance(made.x, Gather)
+    assert (made.x.x, made.x.indices, made.x.axis) == (stored, given[ids], 0)
 
 
 def test_padding_that_is_cut_keeps_no_padding_of_nothing() -> None:
@@ -344,6 +368,19 @@ def test_complex_numbers_are_pairs(case: str) -> None:
     np.testing.assert_allclose(np.asarray(found), torch.view_as_real(function(Z, TURN)).numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_complex_numbers_of_another_precision_are_the_same_pairs() -> None:
+    module, given, data, complex_ = node_of(A.view_as_complex.default, Z)
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    with module.graph.inserting_before(output):
+        wide = module.graph.call_function(A.to.dtype, (output.args[0], torch.complex64))
+        pairs = module.graph.call_function(A.view_as_real.default, (wide,))
+    wide.meta["val"], pairs.meta["val"] = complex_, Z
+    output.args = (pairs,)
+    value = Translation({}).run(module, given)
+    found = evaluate(Graph("op", tuple(given.values()), (("y", value),)), data, lambda name: np.zeros(0))["y"]
+    np.testing.assert_array_equal(np.asarray(found), Z.numpy())
+
+
 def test_other_ops_on_complex_numbers_are_refused() -> None:
     module = make_fx(lambda z: torch.view_as_real(torch.view_as_complex(z).exp()), tracing_mode="fake")(Z)
     (hole,) = (node for node in module.graph.nodes if node.op == "placeholder")
@@ -404,6 +441,20 @@ def test_what_is_needed_is_asked_for_alone() -> None:
     assert str(caught.value) == f"the model uses operations that are not supported yet: {said}"
     output.args = (output.args[0][0],)
     Translation({}).run(module, given)
+
+
+def test_a_size_is_read_off_the_trace_whatever_computed_it() -> None:
+    made = torch.fx.Graph()
+    x = made.placeholder("x")
+    size = made.call_function(A.sym_size.int, (made.call_function(A.i0.default, (x,)), 0))
+    size.meta["val"] = torch.SymInt(SimpleNamespace(expr=sympy.Integer(3)))
+    product = made.call_function(A.mul.Tensor, (x, size))
+    product.meta["val"] = X
+    made.output(product)
+    given = Input("x", Tensor((3, 7, 5), "f32"))
+    value = Translation({}).run(torch.fx.GraphModule(torch.nn.Module(), made), {x: given})
+    found = evaluate(Graph("op", (given,), (("y", value),)), {"x": X.numpy()}, lambda name: np.zeros(0))["y"]
+    np.testing.assert_array_equal(np.asarray(found), X.numpy() * 3)
 
 
 @pytest.mark.parametrize(

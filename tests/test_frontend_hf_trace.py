@@ -220,7 +220,7 @@ def own_work(graph: torch.fx.Graph, x: torch.fx.Node) -> torch.fx.Node:
     return graph.call_function(operator.add, (x, graph.call_function(torch.ops.aten.neg.default, (mask,))))
 
 
-@pytest.mark.parametrize("windows", [(), (None,), (0, 5), (None, 0, 3)])
+@pytest.mark.parametrize("windows", [(), (None,), (0, 5), (None, 0, 3), (1, 2)])
 def test_every_layer_is_captured(windows: tuple[int | None, ...]) -> None:
     made = program(*map(attention, windows))
     assert _why_not_captured(made, len(windows)) == ""
