@@ -203,6 +203,9 @@ CASES: dict[str, Case] = {
     "attention of two": (
         A.scaled_dot_product_attention.default, floats(1, 6, 2, 8), Q, Q, floats(2, 4), {"enable_gqa": True},
     ),
+    "attention of four": (
+        A.scaled_dot_product_attention.default, floats(1, 4, 2, 8), Q, Q, floats(2, 4), {"enable_gqa": True},
+    ),
     "attention of three and few": (A.scaled_dot_product_attention.default, Q[0][:, :3], Q[0], Q[0], None, 0.0, True),
     "attention of three": (A.scaled_dot_product_attention.default, Q[0], Q[0], Q[0]),
     # Moved, picked and made.
@@ -341,6 +344,19 @@ def test_elements_beyond_an_axis_are_named() -> None:
         evaluate(made, data, lambda name: np.zeros(0))
 
 
+def test_an_element_before_the_first_is_the_last_of_its_own_row() -> None:
+    def function(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x[rows, torch.arange(5) - 1]
+
+    module = make_fx(function, tracing_mode="fake")(X[0], N[0, 0])
+    holes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = Input("x", Tensor((7, 5), "f32")), Input("rows", Tensor((5,), "i64"))
+    value = Translation({}).run(module, dict(zip(holes, inputs, strict=True)))
+    data = {"x": X[0].numpy(), "rows": N[0, 0].numpy()}
+    found = evaluate(Graph("op", inputs, (("y", value),)), data, lambda name: np.zeros(0))["y"]
+    np.testing.assert_array_equal(np.asarray(found), function(X[0], N[0, 0]).numpy())
+
+
 # Complex numbers.
 
 Z, TURN = floats(3, 4, 2), floats(3, 4, seed=8)
@@ -429,7 +445,7 @@ def test_what_is_needed_is_asked_for_alone() -> None:
     """Ops without a translation may stand where the output does not look; those that are missing are all named."""
 
     def function(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return x + 1, torch.i0(x) + torch.i0(x + 2) + torch.atanh(x)
+        return x + 1, torch.i0(x) + torch.i0(x + 2) + torch.atanh(x) + torch.trunc(x)
 
     module = make_fx(function, tracing_mode="fake")(X)
     (hole,) = (node for node in module.graph.nodes if node.op == "placeholder")
@@ -437,7 +453,7 @@ def test_what_is_needed_is_asked_for_alone() -> None:
     given = {hole: Input("x", Tensor((3, 7, 5), "f32"))}
     with pytest.raises(FrontendError) as caught:
         Translation({}).run(module, given)
-    said = "i0.default (2x, first at i0), atanh.default (1x, first at atanh)"
+    said = "i0.default (2x, first at i0), atanh.default (1x, first at atanh), trunc.default (1x, first at trunc)"
     assert str(caught.value) == f"the model uses operations that are not supported yet: {said}"
     output.args = (output.args[0][0],)
     Translation({}).run(module, given)
