@@ -21,6 +21,7 @@ from llmc.frontends.hf import graph  # noqa: F401  (registers the handlers)
 from llmc.frontends.hf.aten import Translation
 from llmc.frontends.hf.capture import IMPLEMENTATION, Refused, meaning_of
 from llmc.frontends.hf.export import quietly
+from llmc.frontends.hf.trace import _why_not_captured
 
 TOKENS = 12
 Q, K, V, SINKS = floats(1, 6, TOKENS, 8), floats(1, 2, TOKENS, 8, seed=1), floats(1, 2, TOKENS, 8, seed=2), floats(6)
@@ -43,10 +44,13 @@ class Layer(torch.nn.Module):
         return AttentionInterface()[IMPLEMENTATION](self, q, k, v, mask, **options)[0]
 
 
-def captured(layer: Layer) -> np.ndarray:
-    tensors = (Q, K, V, SINKS)
+def exported(layer: Layer) -> torch.export.ExportedProgram:
     with quietly():
-        program = torch.export.export(layer, tensors, strict=False)
+        return torch.export.export(layer, (Q, K, V, SINKS), strict=False)
+
+
+def captured(layer: Layer) -> np.ndarray:
+    tensors, program = (Q, K, V, SINKS), exported(layer)
     holes = [node for node in program.graph.nodes if node.op == "placeholder"]
     inputs = tuple(Input(f"x{i}", Tensor(tuple(x.shape), "f32")) for i, x in enumerate(tensors))
     (value,) = Translation({}).run(program.graph_module, dict(zip(holes, inputs, strict=True)))
@@ -126,6 +130,18 @@ def test_a_captured_mask_has_the_shape_of_transformers_masks() -> None:
     assert mask.shape == (1, 1, 3, 5) and mask.dtype == torch.bool
 
 
+def test_a_layer_with_a_mask_that_has_no_meaning_is_not_captured() -> None:
+    def chunks(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query // 4 == key // 4
+
+    def itself(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return query == key
+
+    for known in (window_of_3, itself):
+        assert _why_not_captured(exported(Layer({}, known)), 1) == ""
+    assert "none of those that are known" in _why_not_captured(exported(Layer({}, chunks)), 1)
+
+
 # What a mask means.
 
 
@@ -134,6 +150,10 @@ def test_a_window_beyond_every_context_is_none() -> None:
     for window in (furthest - 1, furthest, furthest + 1, furthest + 5):
         meaning = meaning_of(lambda b, h, q, k, w=window: causal(b, h, q, k) & (k > q - w))
         assert meaning == (True, window if window <= furthest else 0)
+
+
+def test_positions_that_there_are_not_do_not_matter() -> None:
+    assert meaning_of(lambda b, h, q, k: causal(b, h, q, k) & (k >= 0)) == (True, 0)
 
 
 def differs_at(query: int, key: int, window: int) -> Callable[..., torch.Tensor]:
@@ -151,7 +171,7 @@ def test_a_mask_that_differs_at_one_place_is_another(window: int) -> None:
     """Models change masks near powers of two and near a window's multiples (chunks): each such place is looked at."""
     corners = [0, 2, *(1 << i for i in range(3, 24)), *(window * i for i in (1, 2, 3))]
     for corner in corners:
-        for query, key in ((corner + 1, corner), (corner - 1, corner - 2)):
+        for query, key in ((corner + 1, corner), (corner - 3, corner - 4), (corner + 19, corner + 18)):
             if key < 0:
                 continue
             with pytest.raises(Refused):

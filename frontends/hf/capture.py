@@ -8,6 +8,7 @@ not captured: the caller exports the model's own attention instead.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
@@ -127,14 +128,9 @@ def meaning_of(mask_function: Callable[..., Any]) -> tuple[bool, int]:
 
     with _disable_current_modes():
         try:
-            low, high = 0, _FURTHEST  # key 0 is seen from `low`, and not from `high`
             first = torch.zeros(1, dtype=torch.long)
-            if bool(seen(torch.tensor([high]), first).all()):
-                low = high
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if bool(seen(torch.tensor([middle]), first).all()) else (low, middle)
-            window = 0 if low == _FURTHEST else high
+            window = bisect_left(range(_FURTHEST + 1), True, key=lambda query: not seen(torch.tensor([query]), first))
+            window = 0 if window > _FURTHEST else window
             centres = [0, *(1 << i for i in range(3, 24)), *(window * i for i in (1, 2, 3))]
             points = torch.tensor(sorted({c + d for c in centres for d in range(-4, 20) if c + d >= 0}))
             found = seen(points, points)
@@ -152,10 +148,7 @@ def _captured_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "meta",
     **_: object,
 ) -> torch.Tensor:

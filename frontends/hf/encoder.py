@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.ir.op import Input
-from llmc.errors import FrontendError, IRError
+from llmc.errors import FrontendError
 from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
 from llmc.frontends.hf.generation import NOTHING
-from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling
+from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling, embedding_of
 from llmc.frontends.hf.sentence import SCORE, Sentence, activation_of_scores
 from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
 from llmc.frontends.lifted import Text, WeightSource
@@ -96,17 +96,8 @@ class EncoderPlan:
         """The graph's outputs from the model's own."""
         if not self.modules:
             return outputs
-        features = {TOKEN_EMBEDDINGS: outputs[HIDDEN]}
-        context = Context(positions, weights)
-        for module in self.modules:
-            if module.reads not in features:
-                raise FrontendError(f"{module.directory}: it works on {module.reads}, which no module before it makes")
-            try:
-                features[module.writes] = module.apply(features[module.reads], context)
-            except IRError as error:
-                raise FrontendError(f"{module.directory} does not fit what stands before it: {error}") from error
         own = {} if self.sentence is not None else outputs
-        return {**own, EMBEDDING: features[SENTENCE]}
+        return {**own, EMBEDDING: embedding_of(self.modules, outputs[HIDDEN], Context(positions, weights))}
 
     def facts(self, config: PreTrainedConfig, outputs: Outputs, context: int) -> dict[str, object] | None:
         """The manifest's `encoder`, for texts of up to `context` tokens; None for heads without a known use."""

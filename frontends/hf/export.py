@@ -69,7 +69,7 @@ class _TracedNumbers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if function in (torch.tensor, torch.as_tensor) and args:
+        if function in (torch.tensor, torch.as_tensor):
             return _traced(args[0], kwargs) if _is_numbers(args[0]) else function(*args, **kwargs)
         if function is torch.Tensor.__getitem__:
             return function(args[0], _without_lists(args[1], args[0].device))
@@ -126,7 +126,7 @@ def export(model: torch.nn.Module, call: Call, longest: int) -> Exported:
     try:
         return _export(model, call, longest)
     except torch._dynamo.exc.UserError as error:
-        if longest < 4 or f"!= {longest}" not in str(error):
+        if f"!= {longest}" not in str(error):
             raise
         return _export(model, call, longest - 1)
 
@@ -145,7 +145,7 @@ def _export(model: torch.nn.Module, call: Call, longest: int) -> Exported:
     # Stack traces take a third of the time, and are not used.
     untraced = mock.patch.object(torch.fx.config, "do_not_emit_stack_traces", True)
     # A trace that fails would be printed whole; `refusal` says where it failed.
-    unprinted = mock.patch.object(torch.export._trace, "print", lambda *given, **options: None, create=True)
+    unprinted = mock.patch.object(torch.export._trace, "print", lambda *given, **options: None)
     names: list[str] = []
     with quietly(), torch.no_grad(), one_sequence, untraced, unprinted, _TracedNumbers():
         program = torch.export.export(
@@ -180,11 +180,12 @@ def first_position(model: torch.nn.Module, takes_types: bool) -> tuple[int, int 
     c, c + 1, ... (0, None) for a model that does nothing of that kind. takes_types: whether its forward takes
     token_type_ids.
     """
+    counted: list[tuple[int, int | None]] = []
     for ids in torch.tensor([[[11, 7, 13, 5, 17]], [[12, 8, 14, 6, 18]]]):  # the padding's id is in one of them at most
         with quietly(), torch.no_grad(), _Lookups() as lookups, contextlib.suppress(Exception):
             model(input_ids=ids, **({"token_type_ids": torch.zeros_like(ids)} if takes_types else {}))
         for rows, indices in lookups.found:
-            first = int(indices.reshape(-1)[0]) if indices.shape == ids.shape else 0
-            if first > 0 and torch.equal(indices, torch.arange(first, first + ids.shape[1])[None]):
-                return first, rows - first
-    return 0, None
+            first = int(indices.flatten()[0]) if indices.numel() else 0
+            if first > 0 and torch.equal(indices - first, torch.arange(ids.shape[1])[None]):
+                counted.append((first, rows - first))
+    return max(counted, default=(0, None))  # a row that begins with padding is counted from that

@@ -5,7 +5,7 @@ A module reads and writes values by name: `token_embeddings` f32[1, S, features]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from llmc.compiler.ir.llm import LayerNorm
 from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.structural import Concat, Iota, Matmul, Max, Mean, Reshape, Slice, Sum, Transpose
 from llmc.compiler.ir.types import FLOATS, Array, Tensor
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.config import read_json
-from llmc.frontends.hf.weights import is_finite, open_checkpoint
+from llmc.frontends.hf.weights import is_finite, open_checkpoint, shortened
 from llmc.frontends.lifted import WeightSource
 
 TOKEN_EMBEDDINGS, SENTENCE = "token_embeddings", "sentence_embedding"
@@ -41,10 +41,10 @@ class Context:
     weights: WeightSource
 
     def param(self, name: str) -> Value:
-        """A weight as f32."""
+        """A weight, of floats as `Module.weights` sees to, as f32."""
         dtype = self.weights.dtype(name)
         param = Param(name, Tensor(self.weights.shape(name), dtype))
-        return Cast(param, "f32") if dtype in FLOATS and dtype != "f32" else param
+        return Cast(param, "f32") if dtype != "f32" else param
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Module:
             if source.dtype(name) not in FLOATS:
                 raise FrontendError(f"{self.directory}: weight {name} holds {source.dtype(name)}, not floats")
         if others := sorted(set(have) - set(self.shapes)):
-            raise FrontendError(f"{self.directory}: its config has no place for the weights {', '.join(others)[:200]}")
+            raise FrontendError(f"{self.directory}: its config has no place for the weights {shortened(others)}")
         return source
 
 
@@ -138,12 +138,12 @@ class Pooling(Module):
         return pooled[0] if len(pooled) == 1 else Concat(pooled, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dense(Module):
     """activation(x @ w.T + bias), plus x, or plus a projection of x."""
 
-    activation: str = "Tanh"
-    residual: bool = False
+    activation: str
+    residual: bool
 
     def apply(self, x: Value, context: Context) -> Value:
         y = _linear(x, context.param(f"{self.name}.linear.weight"))
@@ -173,11 +173,11 @@ class Normalize(Module):
         return Div(x, Maximum(length, constant(1e-12, "f32")))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Truncate(Module):
     """The first features alone, which the library does last of all and without another normalization."""
 
-    most: int = _MOST_FEATURES
+    most: int
 
     def apply(self, x: Value, context: Context) -> Value:
         return self.of(x)
@@ -186,11 +186,24 @@ class Truncate(Module):
         """The first features of [1, features]."""
         width = x.shape[x.rank - 1]
         assert isinstance(width, int)
-        return Slice(x, x.rank - 1, 0, self.most) if self.most < width else x
+        return Slice(x, x.rank - 1, 0, min(self.most, width))
 
 
 def _linear(x: Value, w: Value) -> Value:
     return Matmul(x, Transpose(w, (1, 0)))
+
+
+def embedding_of(modules: Sequence[Module], tokens: Value, context: Context) -> Value:
+    """What modules make, one after another, of token embeddings [1, S, features]: one embedding [1, features]."""
+    values = {TOKEN_EMBEDDINGS: tokens}
+    for module in modules:
+        if module.reads not in values:
+            raise FrontendError(f"{module.directory}: it works on {module.reads}, which no module before it makes")
+        try:
+            values[module.writes] = module.apply(values[module.reads], context)
+        except IRError as error:
+            raise FrontendError(f"{module.directory} does not fit what stands before it: {error}") from error
+    return values[SENTENCE]
 
 
 def read_module(kind: str, name: str, directory: Path) -> Module:
@@ -206,13 +219,15 @@ def read_module(kind: str, name: str, directory: Path) -> Module:
     return reader(name, directory, settings)
 
 
-def _features(settings: Mapping[str, object], directory: Path, default: str = SENTENCE) -> tuple[str, str]:
-    reads = settings.get("module_input_name") or default
+def _features(settings: Mapping[str, object], directory: Path) -> tuple[str, str]:
+    """What a module reads, which it also writes: only pooling makes one vector of all tokens."""
+    reads = settings.get("module_input_name") or SENTENCE
     writes = settings.get("module_output_name") or reads
-    for feature in (reads, writes):
-        if feature not in (TOKEN_EMBEDDINGS, SENTENCE):
-            raise FrontendError(f"{directory}: a module works on {feature!r:.60}, which is not supported")
-    return str(reads), str(writes)
+    if reads not in (TOKEN_EMBEDDINGS, SENTENCE):
+        raise FrontendError(f"{directory}: a module works on {reads!r:.60}, which is not supported")
+    if writes != reads:
+        raise FrontendError(f"{directory}: a module writes {writes!r:.60} of {reads}, which is not supported")
+    return str(reads), str(reads)
 
 
 def _number(settings: Mapping[str, object], name: str, directory: Path) -> int:
@@ -230,7 +245,7 @@ def _read_pooling(name: str, directory: Path, settings: Mapping[str, object]) ->
     unknown = [mode for mode in listed if mode not in MODES]
     if unknown or not listed:
         raise FrontendError(f"{directory / 'config.json'}: pooling mode {unknown!r:.60} is none of {', '.join(MODES)}")
-    include = settings.get("include_prompt", True) is not False
+    include = bool(settings.get("include_prompt", True))
     return Pooling(name, directory, TOKEN_EMBEDDINGS, SENTENCE, {}, tuple(listed), include)
 
 
@@ -246,10 +261,10 @@ def _read_dense(name: str, directory: Path, settings: Mapping[str, object]) -> M
     shapes: dict[str, tuple[int, ...]] = {f"{name}.linear.weight": (outputs, inputs)}
     if settings.get("bias", True):
         shapes[f"{name}.linear.bias"] = (outputs,)
-    residual = settings.get("use_residual") is True
+    residual = bool(settings.get("use_residual"))
     if residual and inputs != outputs:
         shapes[f"{name}.residual.weight"] = (outputs, inputs)
-    return Dense(name, directory, *_features(settings, directory), shapes, activation, residual)
+    return Dense(name, directory, *_features(settings, directory), shapes, activation=activation, residual=residual)
 
 
 def _read_layer_norm(name: str, directory: Path, settings: Mapping[str, object]) -> Module:

@@ -74,7 +74,8 @@ class Sentence:
     @property
     def normalized(self) -> bool:
         """Whether embeddings have length 1."""
-        return bool(self.modules) and isinstance(self.modules[-1], Normalize)
+        makers = [module for module in self.modules if module.writes == SENTENCE]  # others change tokens alone
+        return bool(makers) and isinstance(makers[-1], Normalize)
 
 
 def read_sentence(directory: Path) -> Sentence | None:
@@ -109,7 +110,7 @@ def read_sentence(directory: Path) -> Sentence | None:
         raise FrontendError(f"{transformer}: transformer_task {task!r:.60} is not supported with these modules")
     if task == EMBED and not any(isinstance(module, Pooling) for module in modules):
         raise FrontendError(f"{path}: no Pooling module makes one embedding of a text's tokens, which is not supported")
-    prompts, default, notes = _prompts(settings, modules, directory)
+    prompts, default, notes = _prompts(settings, modules, task, directory)
     if task == EMBED and settings.get("truncate_dim") is not None:
         modules = (*modules, _truncate(settings["truncate_dim"], directory))
     return Sentence(
@@ -182,7 +183,7 @@ def _truncate(most: object, where: Path) -> Truncate:
     """The module for the library's `truncate_dim`, a setting of the whole model."""
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
         raise FrontendError(f"{where}: truncate_dim is {most!r:.40}, which is no number of features")
-    return Truncate("", where, SENTENCE, SENTENCE, {}, most)
+    return Truncate("", where, SENTENCE, SENTENCE, most=most)
 
 
 def _activation(settings: dict[str, object], where: Path) -> str | None:
@@ -230,7 +231,7 @@ def _max_tokens(settings: dict[str, object], where: Path) -> int | None:
 
 
 def _prompts(
-    settings: dict[str, object], modules: tuple[Module, ...], where: Path
+    settings: dict[str, object], modules: tuple[Module, ...], task: object, where: Path
 ) -> tuple[dict[str, str], str | None, tuple[str, ...]]:
     """Prompts by name, the default one's name, and notes."""
     found, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
@@ -239,11 +240,12 @@ def _prompts(
     prompts = {str(name): str(text or "") for name, text in found.items()}
     if not (default is None or (isinstance(default, str) and default in prompts)):
         raise FrontendError(f"{where}: the default prompt {default!r:.60} is none of its prompts")
-    if all(module.include_prompt for module in modules if isinstance(module, Pooling)) or not any(prompts.values()):
+    left_out = not all(module.include_prompt for module in modules if isinstance(module, Pooling))
+    if not any(prompts.values()) or not (task == SCORE or left_out):
         return prompts, default, ()
+    what, why = "leaves it out of pooling (include_prompt)", "pooling would have to skip their tokens"
+    if task == SCORE:
+        what, why = "scores it with that, as the first of a pair", "scores are of texts as they are given"
     if default is not None and prompts[default]:
-        raise FrontendError(
-            f"{where}: it puts a prompt before every text and leaves it out of pooling (include_prompt), "
-            "which is not supported"
-        )
-    return {}, None, ("its prompts are left out: pooling would have to skip their tokens, which is not supported",)
+        raise FrontendError(f"{where}: it puts a prompt before every text and {what}, which is not supported")
+    return {}, None, (f"its prompts are left out: {why}",)

@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmc.compiler.ir.graph import Graph
-from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import Shape
-from llmc.errors import FrontendError, IRError
 from llmc.frontends.hf.encoder import read_encoder_text
-from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Pooling, Truncate
+from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling, Truncate, embedding_of
 from llmc.frontends.hf.sentence import Sentence, read_sentence
 from llmc.frontends.lifted import Text, WeightSource
 from llmc.frontends.onnx.text import Companions
@@ -94,28 +92,19 @@ def _truncated(graph: Graph, output: str, sentence: Sentence) -> Graph:
     return graph.replace_outputs([(name, made if name == output else value) for name, value in graph.outputs])
 
 
-def _with_modules(weights: WeightSource, modules: tuple[object, ...]) -> WeightSource:
+def _with_modules(weights: WeightSource, modules: tuple[Module, ...]) -> WeightSource:
     """The model's weights, and those that modules have files of their own for."""
     for module in modules:
-        own = module.weights()  # type: ignore[attr-defined]
+        own = module.weights()
         if own is not None:
             weights = LayeredWeights(own, weights)
     return weights
 
 
-def _pooled(graph: Graph, features: str, modules: tuple[object, ...], context: Context, keep: bool) -> Graph:
+def _pooled(graph: Graph, features: str, modules: tuple[Module, ...], context: Context, keep: bool) -> Graph:
     """The graph with an output `embedding`. keep: beside its own outputs."""
-    values: dict[str, Value] = {TOKEN_EMBEDDINGS: graph.output(features)}
-    for module in modules:
-        reads, writes, where = module.reads, module.writes, module.directory  # type: ignore[attr-defined]
-        if reads not in values:
-            raise FrontendError(f"{where}: it works on {reads}, which no module before it makes")
-        try:
-            values[writes] = module.apply(values[reads], context)  # type: ignore[attr-defined]
-        except IRError as error:
-            raise FrontendError(f"{where} does not fit what stands before it: {error}") from error
     own = graph.outputs if keep else ()
-    return graph.replace_outputs([*own, (EMBEDDING, values[SENTENCE])])
+    return graph.replace_outputs([*own, (EMBEDDING, embedding_of(modules, graph.output(features), context))])
 
 
 def _named(graph: Graph, classes: tuple[str, ...]) -> Graph:
