@@ -1,4 +1,4 @@
-"""What each architecture makes of the settings and tensors of a file: settings of transformers' model, and its weights."""
+"""What each architecture makes of a file: the settings of transformers' model, and its weights."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_files import write
+from gguf_files import described
 
 from llmc.errors import FrontendError
-from llmc.frontends.gguf.description import Description, Plan, architectures
-from llmc.frontends.gguf.reader import GgufFile
-from llmc.frontends.gguf.settings import Settings
-from llmc.frontends.gguf.weights import GgufWeights, Tensors
+from llmc.frontends.gguf.description import Plan, architectures
+from llmc.frontends.gguf.weights import GgufWeights
 
-# Four heads of eight channels, and as many key heads where a test says nothing else.
-SIZES: dict[str, object] = {
-    "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 128,
-    "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5,
-}  # fmt: skip
 EXPERTS = {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 16}
 LATENT = {
     **EXPERTS, "expert_group_count": 2, "rope.dimension_count": 4, "attention.key_length": 12,
@@ -30,15 +23,6 @@ POSITIONS = {"position_embd.weight": (64, 32)}
 BERT = {**POSITIONS, "token_types.weight": (2, 32)}
 WINDOW = {"attention.sliding_window": 16, "block_count": 8}
 FAR, NEAR = "full_attention", "sliding_attention"
-
-
-def described(folder: Path, name: str, settings: Mapping[str, object], tensors: Mapping[str, object]) -> Description:
-    """A file of small sizes with other settings (None: without it) and tensors, by shape or values."""
-    metadata = {f"{name}.{key}": value for key, value in {**SIZES, **settings}.items() if value is not None}
-    stored = {"token_embd.weight": (40, 32), **tensors}
-    arrays = {key: ("F32", np.zeros(each) if isinstance(each, tuple) else each) for key, each in stored.items()}
-    file = GgufFile(write(folder / "m.gguf", metadata, arrays))  # type: ignore[arg-type]
-    return Description(file.path, name, Settings(file.path, file.metadata, name), Tensors([file]))
 
 
 def planned(
@@ -264,8 +248,8 @@ def numbered(rows: int, inputs: int = 32) -> np.ndarray:
     return np.repeat(np.arange(rows, dtype=np.float32)[:, None], inputs, axis=1)
 
 
-@pytest.mark.parametrize(("name", "layer"), [("chatglm", "model.layers"), ("phi2", "model.layers")])
-def test_queries_keys_and_values_of_one_tensor_are_three_weights(tmp_path: Path, name: str, layer: str) -> None:
+@pytest.mark.parametrize("name", ["chatglm", "phi2"])
+def test_queries_keys_and_values_of_one_tensor_are_three_weights(tmp_path: Path, name: str) -> None:
     tensors = {
         f"blk.{at}.attn_qkv.{suffix}": values + 100 * at
         for at in range(2)
@@ -275,7 +259,7 @@ def test_queries_keys_and_values_of_one_tensor_are_three_weights(tmp_path: Path,
     for at in range(2):
         for part, begin, end in (("q", 0, 32), ("k", 32, 48), ("v", 48, 64)):
             expected = 100 * at + np.arange(begin, end)
-            module = f"{layer}.{at}.self_attn.{part}_proj"
+            module = f"model.layers.{at}.self_attn.{part}_proj"
             assert found[f"{module}.weight"][:, 0].tolist() == found[f"{module}.bias"].tolist() == expected.tolist()
 
 
@@ -402,8 +386,8 @@ def test_rotated_pairs_become_halves_of_a_head(tmp_path: Path, name: str) -> Non
         assert rows.tolist() == [8 * head + at for head in range(heads) for at in (0, 2, 4, 6, 1, 3, 5, 7)]
 
 
-@pytest.mark.parametrize(("name", "layer"), [("falcon", "transformer.h.0.")])
-def test_a_layer_has_one_norm_or_two(tmp_path: Path, name: str, layer: str) -> None:
+def test_a_layer_of_falcon_has_one_norm_or_two(tmp_path: Path) -> None:
+    name, layer = "falcon", "transformer.h.0."
     one, two = {"blk.0.attn_norm.weight": np.full(32, 1.0)}, {"blk.0.attn_norm_2.weight": np.full(32, 2.0)}
     found = loaded(tmp_path, name, {}, one)
     assert found[f"{layer}input_layernorm.weight"].tolist() == [1.0] * 32

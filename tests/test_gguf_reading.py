@@ -15,7 +15,7 @@ from llmc.errors import FrontendError, LlmcError
 from llmc.frontends import lift
 from llmc.frontends.gguf.architectures import dense
 from llmc.frontends.gguf.description import Description
-from llmc.frontends.gguf.reader import GgufFile
+from llmc.frontends.gguf.reader import GgufFile, is_gguf
 from llmc.frontends.gguf.settings import Settings
 from llmc.frontends.gguf.source import gguf_source, model_name, open_files
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
@@ -82,6 +82,8 @@ def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big endian"),
         (head(1), "version 1"),
         (head(4), "version 4"),
+        (head(0), "version 0"),
+        (head()[:23], "has 23 bytes"),
         (head(tensors=1 << 60), "tensors; at most"),
         (head(keys=1 << 60), "keys; at most"),
         (head(keys=1), "ends within"),
@@ -95,6 +97,8 @@ def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
         (head(keys=1) + text("general.alignment") + typed(24), "power of two"),
         (head(keys=1) + text("general.alignment") + typed(0), "power of two"),
         (head(keys=1) + text("general.alignment") + typed(True), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(32.0), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(-32), "power of two"),
     ],
 )
 def test_headers_are_refused(tmp_path: Path, data: bytes, said: str) -> None:
@@ -114,6 +118,8 @@ def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
         ([table("a", (1,) * 5, 0, 0)], "5 dimensions"),
         ([table("a", (0, 4), 0, 0)], "dimensions"),
         ([table("a", (1 << 40, 1 << 40), 0, 0)], "dimensions"),
+        ([table("a", (1 << 24, 1 << 24), 0, 0)], "has the dimensions"),
+        ([table("a", (1 << 24, (1 << 24) - 1), 0, 0)], "outside the file"),
         ([table("a", (33,), 2, 0)], "rows of 33"),
         ([table("a", (4,), 0, 4)], "no multiple"),
         ([table("a", (4,), 0, 1 << 62)], "outside the file"),
@@ -125,6 +131,98 @@ def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
 def test_tables_are_refused(tmp_path: Path, entries: list[bytes], said: str) -> None:
     body = head(tensors=len(entries)) + b"".join(entries)
     assert said in refused(tmp_path, body + bytes(-len(body) % 32 + 128))
+
+
+def read(tmp_path: Path, data: bytes) -> GgufFile:
+    (tmp_path / "m.gguf").write_bytes(data)
+    return GgufFile(tmp_path / "m.gguf")
+
+
+def test_the_smallest_file(tmp_path: Path) -> None:
+    file = read(tmp_path, head())
+    assert (file.metadata, file.tensors) == ({}, {})
+
+
+@pytest.mark.parametrize(("what", "most"), [("tensors", 1 << 17), ("keys", 1 << 14)])
+def test_counts_have_a_limit(tmp_path: Path, what: str, most: int) -> None:
+    """What is within it is read until the file ends."""
+    assert "truncated" in refused(tmp_path, head(**{what: most}))
+    assert f"claims to have {most + 1} {what}; at most {most}" in refused(tmp_path, head(**{what: most + 1}))
+
+
+def test_names_have_a_limit(tmp_path: Path) -> None:
+    key, name = "k" * ((1 << 16) - 1), "n" * (1 << 10)
+    assert list(read(tmp_path, head(keys=1) + text(key) + typed(1)).metadata) == [key]
+    assert "claims a length of 65536" in refused(tmp_path, head(keys=1) + text(key + "k") + typed(1))
+    data = bytes(128)
+    assert list(read(tmp_path, head(tensors=1) + table(name, (1,) * 4, 0, 0) + data).tensors) == [name]
+    assert "claims a length of 1025" in refused(tmp_path, head(tensors=1) + table(name + "n", (1,), 0, 0) + data)
+
+
+def test_alignment_has_a_limit(tmp_path: Path) -> None:
+    most = 1 << 20
+    start = head(tensors=1, keys=1) + text("general.alignment")
+    data = start + typed(most) + table("a", (1,), 0, 0)
+    (tmp_path / "m.gguf").write_bytes(data + bytes(most - len(data)) + struct.pack("<f", 7.5))
+    assert GgufFile(tmp_path / "m.gguf").blocks("a").view(np.float32).tolist() == [[7.5]]
+    assert "power of two up to 1048576" in refused(tmp_path, start + typed(2 * most))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 6, 7, STRING, 10, 11, 12])
+def test_an_array_may_fill_the_file_and_not_claim_more(tmp_path: Path, kind: int) -> None:
+    size = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1}.get(kind, 8)
+    for count in (0, 1, 9):
+        start = head(keys=1) + text("k") + struct.pack("<II", ARRAY, kind)
+        whole = start + struct.pack("<Q", count) + bytes(count * size)
+        found = read(tmp_path, whole).metadata["k"]
+        assert isinstance(found, list) and len(found) == count and not any(found)
+        more = start + struct.pack("<Q", count + 1) + bytes(count * size)
+        assert f"claims to have {count + 1} items" in refused(tmp_path, more)
+
+
+def test_the_arrays_of_a_file_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.frontends.gguf.reader._MOST_ITEMS", 10)
+    arrays = {"a": [1] * 4, "b": ["x"] * 6}
+    assert read(tmp_path, header(arrays, {})).metadata == arrays
+    assert "'c' claims to have 1 items" in refused(tmp_path, header({**arrays, "c": [True]}, {}))
+
+
+def test_the_limit_of_items_is_above_all_vocabularies(tmp_path: Path) -> None:
+    """2^23 items: read as that many, and not one more."""
+    for more in (0, 1):
+        path = tmp_path / f"{more}.gguf"
+        path.write_bytes(head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, (1 << 23) + more))
+        with path.open("r+b") as file:
+            file.truncate((1 << 23) + 1000)
+        if not more:
+            assert len(GgufFile(path).metadata["k"]) == 1 << 23  # type: ignore[arg-type]
+            continue
+        with pytest.raises(FrontendError, match="claims to have 8388609 items"):
+            GgufFile(path)
+
+
+def test_a_header_has_a_limit_whatever_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.frontends.gguf.reader._MOST_HEADER_BYTES", 100)
+    value = head(keys=1) + text("k") + struct.pack("<I", STRING)
+    fits = text("x" * (100 - len(value) - 8))
+    assert len(str(read(tmp_path, value + fits + bytes(1000)).metadata["k"])) == 100 - len(value) - 8
+    longer = text("x" * (101 - len(value) - 8))
+    assert "claims a length" in refused(tmp_path, value + longer + bytes(1000))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "missing", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(FrontendError, match=f"cannot be read: {said}"):
+            GgufFile(path)
+        assert not is_gguf(path)
+
+
+def test_pages_that_were_read_are_given_back_and_read_again(tmp_path: Path) -> None:
+    """Tensors of several pages, at places that are no multiple of a page."""
+    arrays = {name: values(7, 1000 + number) for number, name in enumerate("abc")}
+    file = GgufFile(write(tmp_path / "m.gguf", METADATA, {name: ("F32", array) for name, array in arrays.items()}))
+    for name in "abcabccba":
+        np.testing.assert_array_equal(file.blocks(name).view(np.float32), arrays[name])
 
 
 def test_43_bytes(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Description:
 
     def in_layers(self, module: str) -> bool:
         """Whether some layer has this tensor, such as `attn_q.bias`."""
-        return any(f"blk.{layer}.{module}" in self.tensors for layer in range(min(self.layers, 1 << 10)))
+        return any(f"blk.{layer}.{module}" in self.tensors for layer in range(self.layers))
 
     def decoder(self, **more: object) -> Config:
         """The settings that most decoders have, by the names that most transformers configs have for them.
@@ -293,7 +293,7 @@ class Description:
 
         for ours, theirs in outside.items():
             add(ours, theirs, "")
-        for layer in range(min(self.layers, 1 << 10)):
+        for layer in range(self.layers):
             for ours, theirs in inside.items():
                 add(f"{layers}.{layer}.{ours}", theirs, f"blk.{layer}.")
         return found
@@ -301,8 +301,8 @@ class Description:
     def left_over(self, weights: Mapping[str, Weight]) -> list[str]:
         """Tensors that nothing has used."""
         used = {tensor for weight in weights.values() for tensor in weight.tensors} | self.read
-        drafts = tuple(f"blk.{self.layers + draft}." for draft in range(min(max(self.drafts, 0), 16)))
-        return [name for name in self.tensors.names if name not in used and not name.startswith(drafts or ("\0",))]
+        drafts = tuple(f"blk.{self.layers + draft}." for draft in range(self.drafts))
+        return [name for name in self.tensors.names if name not in used and not name.startswith(drafts)]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ _NAMED = re.compile(r"[A-Za-z0-9][\w. -]{0,80}")
 _HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "training.", "GGUF.")
 # SentencePiece vocabularies whose scores are no order of merges.
 _BY_ORDER = ("gemma", "gemma2", "gemma3", "gemma-embedding", "gemma3n")
+_MOST_LAYERS, _MOST_DRAFTS = 1 << 10, 16
 _UNREAD = "they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
 
 
@@ -83,8 +84,10 @@ def _plan(model: Description) -> Plan:
     if model.name not in known:
         names = ", ".join(sorted(known))
         raise FrontendError(f"{model.path}: architecture {model.name!r:.60} is not supported; those that are: {names}")
-    if not 1 <= model.layers <= 1 << 10:
-        raise model.settings.error("block_count", f"is {model.layers}")
+    if not 0 <= model.drafts <= _MOST_DRAFTS:
+        raise model.settings.error("nextn_predict_layers", f"is {model.drafts}, outside 0..{_MOST_DRAFTS}")
+    if not 1 <= model.layers <= _MOST_LAYERS:
+        raise model.settings.error("block_count", f"is {model.layers + model.drafts}")
     try:
         return known[model.name](model)
     except ZeroDivisionError:
@@ -104,7 +107,7 @@ def _check_all_used(model: Description, plan: Plan) -> None:
 
 
 def _drafts(model: Description) -> tuple[str, ...]:
-    return (f"{model.drafts} layers that draft tokens are left out",) if model.drafts > 0 else ()
+    return (f"{model.drafts} layers that draft tokens are left out",) if model.drafts else ()
 
 
 def _foreign_keys(model: Description) -> tuple[str, ...]:
