@@ -180,6 +180,18 @@ def test_a_part_of_a_head_may_be_rotated(tmp_path: Path, name: str) -> None:
     assert name != "gptneox" or config["rotary_pct"] == 0.5
 
 
+def test_how_tokens_become_one_vector_may_be_said(tmp_path: Path) -> None:
+    for said, expected in ((None, 0), (0, 0), (2, 2)):
+        settings = {"attention.causal": False, "pooling_type": said}
+        assert planned(tmp_path, "bert", settings, BERT).pooling == expected
+
+
+def test_gpt_oss_does_not_round_what_yarn_keeps(tmp_path: Path) -> None:
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+    rope = planned(tmp_path, "gpt-oss", {**EXPERTS, **WINDOW, **yarn}).config["rope_parameters"]
+    assert isinstance(rope, dict) and rope["truncate"] is False
+
+
 REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("qwen3moe", {**EXPERTS, "expert_gating_func": 2}, {}, "expert_gating_func is 2"),
     ("qwen3moe", {**EXPERTS, "expert_weights_norm": False}, {}, "expert_weights_norm is False"),
@@ -187,6 +199,7 @@ REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("qwen3moe", {**EXPERTS, "expert_group_count": 2}, {}, "expert_group_count is 2"),
     ("qwen3moe", {**EXPERTS, "expert_group_used_count": 2}, {}, "expert_group_used_count is 2"),
     ("qwen2moe", {**EXPERTS, "expert_weights_norm": True}, {}, "expert_weights_norm is True"),
+    ("qwen2moe", {**EXPERTS, "feed_forward_length": None}, {}, "feed_forward_length is missing"),
     ("olmoe", {**EXPERTS, "attention.layer_norm_rms_epsilon": 1e-6}, {}, "layer_norm_rms_epsilon is"),
     ("olmo", {"attention.layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is"),
     ("olmo2", {**WINDOW, "rope.freq_base_swa": 20000.0}, {}, "freq_base_swa is 20000"),
@@ -213,6 +226,7 @@ REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("bert", {"attention.causal": True}, BERT, "causal is True"),
     ("deepseek2", {**LATENT, "expert_gating_func": 3}, {}, "expert_gating_func is 3"),
     ("deepseek2", {**LATENT, "expert_gating_func": 0}, {}, "expert_gating_func is 0"),
+    ("deepseek2", {**LATENT, "expert_weights_norm": 1}, {}, "expert_weights_norm must be true or false"),
     ("deepseek2", {**LATENT, "expert_weights_norm": True}, {}, "expert_weights_norm is True"),
     ("deepseek2", {**LATENT, "attention.head_count_kv": 2}, {}, "head_count_kv is 2"),
     ("deepseek2", {**LATENT, "expert_group_count": None}, {}, "expert_group_count is missing"),

@@ -35,7 +35,6 @@ _LATENT = {
 def _experts(model: Description) -> Config:
     settings = model.settings
     groups = settings.integer("expert_group_count")  # of files that do not say it, it cannot be known
-    settings.expect("expert_weights_norm", (True, False))
     return {
         "n_routed_experts": settings.integer("expert_count"),
         "num_experts_per_tok": settings.integer("expert_used_count"),
