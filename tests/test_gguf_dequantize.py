@@ -131,7 +131,10 @@ def test_kept_integers_are_the_same_numbers(name: str) -> None:
     q, scales = stored.integers(kind, data), stored.scales(kind, data)
     assert scales.shape == (65, data.shape[1] // kind.size * kind.block // known.group)
     steps = np.repeat(scales.astype(np.float16).astype(np.float32), known.group, axis=1)
-    assert q.dtype == (np.int8 if known.zero == 0 else np.uint8) and q.max() < 1 << known.bits
+    assert (
+        q.dtype == (np.int8 if known.zero == 0 else np.uint8) and int(q.max()) - int(q.min()) == (1 << known.bits) - 1
+    )
+    assert scales.dtype == (np.float32 if name.endswith("_K") else np.float16)  # K's are products
     if known.zero is None:
         points = stored.zeros(kind, data)
         assert np.isfinite(points).all()
@@ -154,3 +157,11 @@ def test_weights_that_are_not_kept_get_no_fewer_bits() -> None:
             assert bits[str(least[name])] >= min(kind.bits, 8.25)
         else:
             assert least[name] is None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind) in KINDS.items() if kind.dtype is None])
+def test_no_coarser_scheme_has_as_many_bits(name: str) -> None:
+    least, bits = int(str(stored.least_scheme(name, kept=False)).removeprefix("int")), KINDS[name][1].bits
+    assert least >= min(bits, 8)
+    assert all(bits > coarser for coarser in (4, 5, 6) if coarser < least)
+    assert stored.least_scheme(name, kept=True) is None

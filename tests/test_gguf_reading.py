@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import struct
 import time
@@ -18,7 +19,7 @@ from llmc.frontends.gguf.description import Description
 from llmc.frontends.gguf.reader import GgufFile, is_gguf
 from llmc.frontends.gguf.settings import Settings
 from llmc.frontends.gguf.source import gguf_source, model_name, open_files
-from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
+from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, UNREAD_TYPES
 from llmc.frontends.gguf.weights import Tensors
 from llmc.frontends.hf.config import config_of
 
@@ -78,10 +79,10 @@ def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
     ("data", "said"),
     [
         (b"GGUF", "has 4 bytes"),
-        (b"GGML" + head()[4:], "no GGUF file"),
+        (b"GGML" + head()[4:], "begins with b'GGML', not b'GGUF': it is no GGUF file"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big endian"),
-        (head(1), "version 1"),
-        (head(4), "version 4"),
+        (head(1), "version 1, which is not supported"),
+        (head(4), "version 4, which is unknown"),
         (head(0), "version 0"),
         (head()[:23], "has 23 bytes"),
         (head(tensors=1 << 60), "tensors; at most"),
@@ -120,7 +121,7 @@ def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
         ([table("a", (1 << 40, 1 << 40), 0, 0)], "dimensions"),
         ([table("a", (1 << 24, 1 << 24), 0, 0)], "has the dimensions"),
         ([table("a", (1 << 24, (1 << 24) - 1), 0, 0)], "outside the file"),
-        ([table("a", (33,), 2, 0)], "rows of 33"),
+        ([table("a", (33, 4), 2, 0)], "rows of 33 weights, and Q4_0 has blocks of 32"),
         ([table("a", (4,), 0, 4)], "no multiple"),
         ([table("a", (4,), 0, 1 << 62)], "outside the file"),
         ([table("a", (1 << 20,), 0, 0)], "outside the file"),
@@ -223,6 +224,27 @@ def test_pages_that_were_read_are_given_back_and_read_again(tmp_path: Path) -> N
     file = GgufFile(write(tmp_path / "m.gguf", METADATA, {name: ("F32", array) for name, array in arrays.items()}))
     for name in "abcabccba":
         np.testing.assert_array_equal(file.blocks(name).view(np.float32), arrays[name])
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found = 0
+    mapping = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mapping = line.endswith(str(path))
+        elif mapping and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def test_only_the_last_tensor_s_pages_stay(tmp_path: Path) -> None:
+    """A whole model passes through, one tensor at a time."""
+    size = 8 << 20  # large beside what a system reads ahead
+    file = GgufFile(write(tmp_path / "m.gguf", {}, {name: ("F32", np.ones((2, size // 8))) for name in "abc"}))
+    for name in "abc":
+        assert file.blocks(name).sum() > 0
+        assert size <= resident(tmp_path / "m.gguf") < 1.5 * size
 
 
 def test_43_bytes(tmp_path: Path) -> None:
@@ -370,10 +392,43 @@ def test_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, object
     assert "\n" not in str(error.value)
 
 
+# Bytes of the fields of a block, in the order of ggml-common.h: `ggml_half d` and the like.
+FIELDS: dict[int, dict[str, tuple[int, ...]]] = {
+    32: {
+        "Q4_0": (2, 16), "Q4_1": (2, 2, 16), "Q5_0": (2, 4, 16), "Q5_1": (2, 2, 4, 16), "Q8_0": (2, 32),
+        "IQ4_NL": (2, 16), "MXFP4": (1, 16),
+    },
+    256: {
+        "Q2_K": (16, 64, 2, 2), "Q3_K": (32, 64, 12, 2), "Q4_K": (2, 2, 12, 128), "Q5_K": (2, 2, 12, 32, 128),
+        "Q6_K": (128, 64, 16, 2), "Q8_K": (4, 256, 32), "IQ2_XXS": (2, 64), "IQ2_XS": (2, 64, 8),
+        "IQ3_XXS": (2, 64, 32), "IQ1_S": (2, 32, 16), "IQ3_S": (2, 64, 8, 32, 4), "IQ2_S": (2, 64, 8, 8),
+        "IQ4_XS": (2, 2, 4, 128), "IQ1_M": (32, 16, 8), "TQ1_0": (48, 4, 2), "TQ2_0": (64, 2),
+    },
+    1: {
+        "F32": (4,), "F16": (2,), "I8": (1,), "I16": (2,), "I32": (4,), "I64": (8,), "F64": (8,), "BF16": (2,),
+    },
+}  # fmt: skip
+# The names of `enum ggml_type`; those with a dash are not read.
+ENUM = re.findall(
+    r"\S+",
+    "F32 F16 Q4_0 Q4_1 -Q4_2 -Q4_3 Q5_0 Q5_1 Q8_0 -Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
+    "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 -Q4_0 -Q4_0 -Q4_0 TQ1_0 TQ2_0 -IQ4_NL -IQ4_NL -IQ4_NL "
+    "MXFP4 -NVFP4 -Q1_0",
+)
+
+
 def test_types_have_the_sizes_that_their_fields_add_up_to() -> None:
-    for name, (number, block, size) in TYPES.items():
+    expected = {name: (block, sum(sizes)) for block, names in FIELDS.items() for name, sizes in names.items()}
+    assert len(expected) == len(TENSOR_TYPES)
+    for number, name in enumerate(ENUM):
+        if name.startswith("-"):
+            assert number not in TENSOR_TYPES and UNREAD_TYPES[number].startswith(name[1:])
+            continue
         kind = TENSOR_TYPES[number]
-        assert (kind.name, kind.block, kind.size) == (name, block, size)
+        assert (kind.name, (kind.block, kind.size)) == (name, expected[name])
+        assert kind.bits == 8 * kind.size / kind.block
+    for name, (number, block, size) in TYPES.items():
+        assert (ENUM[number], expected[name]) == (name, (block, size))  # what tests write
 
 
 @pytest.mark.parametrize("change", [{}, {"rope.scaling.factor": 4.0}])
