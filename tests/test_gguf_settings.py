@@ -140,10 +140,11 @@ def test_scaling_is_linear_or_none(model: Description) -> None:
         assert scaling(model, kind, None, rope__scale_linear=4.0) == {"rope_type": "linear", "factor": 4.0}
     assert scaling(model, "none", 4.0) == PLAIN
     assert scaling(model, "linear", 2.0, rope__scale_linear=4.0, rope__scaling__finetuned=True)["factor"] == 2.0
-    for kind, said in (("linear", "factor is -2, below 0"), ("magic", "type is 'magic', which is not supported")):
-        with pytest.raises(FrontendError, match=said):
-            scaling(model, kind, -2.0 if kind == "linear" else 2.0)
-    with pytest.raises(FrontendError, match=r"attn_factor is 1.5 with scaling 'linear'"):
+    with pytest.raises(FrontendError, match=r"factor is -0\.5, below 0"):
+        scaling(model, "linear", -0.5)
+    with pytest.raises(FrontendError, match="type is 'magic', which is not supported"):
+        scaling(model, "magic", 2.0)
+    with pytest.raises(FrontendError, match=r"attn_factor is 1\.5, which is not supported"):
         scaling(model, "linear", 2.0, rope__scaling__attn_factor=1.5)
     with pytest.raises(FrontendError, match=r"factor is 2 with longrope"):
         scaling(model, "longrope", 2.0)
@@ -177,6 +178,8 @@ def test_yarn_of_latent_keys(model: Description) -> None:
     more = {"rope__scaling__yarn_log_multiplier": float(np.float32(0.0707)), "rope__dimension_count": 4}
     found = scaling(model, "yarn", 40.0, latent=True, **YARN, **more)
     assert (found["mscale"], found["mscale_all_dim"]) == (0.707, 0.707) and "attention_factor" not in found
+    more["rope__scaling__yarn_log_multiplier"] = float(np.float32(0.0123456))
+    assert scaling(model, "yarn", 40.0, latent=True, **YARN, **more)["mscale"] == 0.123456
     with pytest.raises(FrontendError, match="yarn_log_multiplier is missing"):
         scaling(model, "yarn", 40.0, latent=True, **YARN)
 
@@ -186,7 +189,7 @@ def test_a_table_of_factors(tmp_path: Path) -> None:
         return described(tmp_path, "llama", {}, {"rope_freqs.weight": np.array(values)})
 
     model = with_table([1.0, 2.0, 3.0, 4.0])
-    for kind, factor in ((None, None), ("none", 4.0), ("linear", 1.0)):
+    for kind, factor in ((None, None), ("none", 4.0), ("linear", 1.0), ("linear", 0.0)):
         found = scaling(model, kind, factor)
         assert found["short_factor"] == found["long_factor"] == [1.0, 2.0, 3.0, 4.0]
         assert (found["rope_type"], found["attention_factor"]) == ("longrope", 1.0)
@@ -222,12 +225,13 @@ def test_tables_for_short_and_long_texts(tmp_path: Path) -> None:
 
 def test_a_part_of_a_head_is_what_transformers_cuts_off(model: Description) -> None:
     for head in (4, 80, 88, 100, 128):
-        for rotary in range(1, head + 1):
+        for rotary in range(2, head + 1, 2):
             sizes = {"attention__key_length": head, "attention__value_length": head, "rope__dimension_count": rotary}
             factor = rope(model, partial=True, **sizes)["partial_rotary_factor"]
             assert isinstance(factor, float) and int(head * factor) == rotary and abs(factor - rotary / head) < 1e-9
-    with pytest.raises(FrontendError, match="dimension_count is 4 of 8 channels"):
-        rope(model, rope__dimension_count=4)
+    for count, partial in ((4, False), (16, False), (16, True), (0, True), (-2, True), (3, True)):
+        with pytest.raises(FrontendError, match=f"dimension_count is {count} of 8 channels"):
+            rope(model, rope__dimension_count=count, partial=partial)
     rope(model, rope__dimension_count=4, latent=True)
 
 
@@ -260,8 +264,9 @@ def test_what_most_decoders_have(model: Description) -> None:
     odd = told(model, attention__value_length=16, attention__head_count_kv=0)
     config = odd.decoder(head_dim=4, num_key_value_heads=3)
     assert (config["head_dim"], config["num_key_value_heads"]) == (4, 3)
-    with pytest.raises(FrontendError, match="embedding_length is 16, but the embedding has 32"):
-        told(model, embedding_length=16).decoder()
+    for wrong in (16, 64):
+        with pytest.raises(FrontendError, match=f"embedding_length is {wrong}, but the embedding has 32"):
+            told(model, embedding_length=wrong).decoder()
     for key, value in (("attention__causal", False), ("pooling_type", 1)):
         with pytest.raises(FrontendError, match=f"{key.replace('__', '.')} is {value}"):
             told(model, **{key: value}).decoder()
@@ -300,12 +305,12 @@ def test_layers_with_windows(model: Description) -> None:
 
 
 def test_layers_that_draft_tokens_are_no_layers(tmp_path: Path) -> None:
-    tensors = {f"blk.{layer}.{name}.weight": (32,) for layer in (1, 2, 3, 10) for name in ("attn_norm", "nextn.x")}
-    model = described(tmp_path, "llama", {"block_count": 4, "nextn_predict_layers": 2}, tensors)
-    assert (model.layers, model.drafts) == (2, 2) and told(model, nextn_predict_layers=None).layers == 4
-    left = [f"blk.{layer}.{name}.weight" for layer in (1, 10) for name in ("attn_norm", "nextn.x")]
+    tensors = {f"blk.{layer}.{name}.weight": (32,) for layer in (2, 3, 4, 10) for name in ("attn_norm", "nextn.x")}
+    model = described(tmp_path, "llama", {"block_count": 5, "nextn_predict_layers": 2}, tensors)
+    assert (model.layers, model.drafts) == (3, 2) and told(model, nextn_predict_layers=None).layers == 5
+    left = [f"blk.{layer}.{name}.weight" for layer in (2, 10) for name in ("attn_norm", "nextn.x")]
     assert model.left_over({}) == ["token_embd.weight", *left]
-    used: Mapping[str, Weight] = {"x": Weight(("blk.1.attn_norm.weight", "token_embd.weight"))}
+    used: Mapping[str, Weight] = {"x": Weight(("blk.2.attn_norm.weight", "token_embd.weight"))}
     assert model.left_over(used) == left[1:]
     assert len(told(model, nextn_predict_layers=0).left_over({})) == 9
 
