@@ -302,7 +302,7 @@ def write_model(architecture: str, path: Path, kind: str = "F32", **config: obje
 
 
 # Four heads of eight channels, and as many key heads where a test says nothing else.
-SIZES: dict[str, object] = {
+SMALL: dict[str, object] = {
     "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 128,
     "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5,
 }  # fmt: skip
@@ -310,7 +310,7 @@ SIZES: dict[str, object] = {
 
 def described(folder: Path, name: str, settings: Mapping[str, object], tensors: Mapping[str, object]) -> Description:
     """A file of small sizes with other settings (None: without it) and tensors, by shape or values."""
-    metadata = {f"{name}.{key}": value for key, value in {**SIZES, **settings}.items() if value is not None}
+    metadata = {f"{name}.{key}": value for key, value in {**SMALL, **settings}.items() if value is not None}
     stored = {"token_embd.weight": (40, 32), **tensors}
     arrays = {key: ("F32", np.zeros(each) if isinstance(each, tuple) else each) for key, each in stored.items()}
     file = GgufFile(write(folder / "m.gguf", metadata, arrays))  # type: ignore[arg-type]
