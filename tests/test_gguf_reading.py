@@ -18,7 +18,6 @@ from llmc.frontends.gguf.architectures import dense
 from llmc.frontends.gguf.description import Description
 from llmc.frontends.gguf.reader import GgufFile, is_gguf
 from llmc.frontends.gguf.settings import Settings
-from llmc.frontends.gguf.source import gguf_source, model_name, open_files
 from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, UNREAD_TYPES
 from llmc.frontends.gguf.weights import Tensors
 from llmc.frontends.hf.config import config_of
@@ -320,57 +319,6 @@ def test_many_mutated_headers(tmp_path: Path) -> None:
     read, wrong = read_mutants(tmp_path, range(10_000))
     assert read > 300 and wrong > 3000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
-
-
-def split(folder: Path, parts: int = 3) -> list[Path]:
-    paths = []
-    for number in range(parts):
-        metadata: dict[str, object] = {"split.no": number, "split.count": parts, "split.tensors.count": parts}
-        metadata |= METADATA if number == 0 else {}
-        path = folder / f"m-{number + 1:05}-of-{parts:05}.gguf"
-        paths.append(write(path, metadata, {f"t{number}": ("F32", values(4))}))
-    return paths
-
-
-def test_parts_of_a_split_model(tmp_path: Path) -> None:
-    paths = split(tmp_path)
-    for path in paths:  # any of them may be given
-        assert [list(file.tensors) for file in open_files(path)] == [["t0"], ["t1"], ["t2"]]
-    assert gguf_source(tmp_path) == paths[0] and model_name(paths[1]) == "m"
-    paths[1].unlink()
-    with pytest.raises(FrontendError, match=r"m-00002-of-00003.gguf is missing"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 2, "split.count": 3}, {"t1": ("F32", values(4))})
-    with pytest.raises(FrontendError, match="is not part 2 of 3"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 1, "split.count": 3}, {})
-    with pytest.raises(FrontendError, match="have 2 tensors, and should have 3"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 1, "split.count": 3, "a.int": 8}, {"t1": ("F32", values(4))})
-    with pytest.raises(FrontendError, match="otherwise than"):
-        open_files(paths[0])
-    other = write(tmp_path / "renamed.gguf", {"split.no": 0, "split.count": 3}, {})
-    with pytest.raises(FrontendError, match="its name must say"):
-        open_files(other)
-
-
-def test_where_a_model_is(tmp_path: Path) -> None:
-    blob = write(tmp_path / "sha256-0123", METADATA, {})
-    assert gguf_source(blob) == blob  # as ollama stores it, known by its first bytes
-    (tmp_path / "other").write_bytes(b"nothing of the kind")
-    assert gguf_source(tmp_path / "other") is None
-    assert gguf_source(tmp_path / "missing.gguf") is None
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    assert gguf_source(folder) is None
-    one = write(folder / "one-Q4_K_M.gguf", METADATA, {})
-    write(folder / "mmproj-one.gguf", METADATA, {})
-    assert gguf_source(folder) == one
-    write(folder / "one-Q8_0.gguf", METADATA, {})
-    with pytest.raises(FrontendError, match=r"several GGUF models: .*one-Q4_K_M.gguf, one-Q8_0.gguf"):
-        gguf_source(folder)
-    (folder / "model.safetensors").write_bytes(b"")
-    assert gguf_source(folder) is None
 
 
 @pytest.mark.parametrize(

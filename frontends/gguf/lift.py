@@ -25,7 +25,7 @@ _HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "train
 # SentencePiece vocabularies whose scores are no order of merges.
 _BY_ORDER = ("gemma", "gemma2", "gemma3", "gemma-embedding", "gemma3n")
 _MOST_LAYERS, _MOST_DRAFTS = 1 << 10, 16
-_UNREAD = "they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
+_UNREAD = ": they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
 
 
 def lift(path: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
@@ -98,12 +98,15 @@ def _check_all_used(model: Description, plan: Plan) -> None:
     """Whatever the file says about what the model computes has to have an effect, or be refused."""
     unread = model.settings.unread()
     if unread:
-        listed = ", ".join(unread[:6]) + (f" and {len(unread) - 6} more" if len(unread) > 6 else "")
-        raise FrontendError(f"{model.path}: settings that {model.name} is not known to have: {listed}: {_UNREAD}")
+        raise FrontendError(f"{model.path}: settings that {model.name} is not known to have: {_some(unread)}{_UNREAD}")
     rest = model.left_over(plan.weights)
     if rest:
-        listed = ", ".join(rest[:6]) + (f" and {len(rest) - 6} more" if len(rest) > 6 else "")
-        raise FrontendError(f"{model.path}: tensors that {model.name} is not known to have: {listed:.300}: {_UNREAD}")
+        raise FrontendError(f"{model.path}: tensors that {model.name} is not known to have: {_some(rest)}{_UNREAD}")
+
+
+def _some(names: list[str]) -> str:
+    """The first of many names, and how many there are more."""
+    return ", ".join(f"{name:.80}" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _drafts(model: Description) -> tuple[str, ...]:
