@@ -308,10 +308,22 @@ SMALL: dict[str, object] = {
 }  # fmt: skip
 
 
-def described(folder: Path, name: str, settings: Mapping[str, object], tensors: Mapping[str, object]) -> Description:
-    """A file of small sizes with other settings (None: without it) and tensors, by shape or values."""
-    metadata = {f"{name}.{key}": value for key, value in {**SMALL, **settings}.items() if value is not None}
-    stored = {"token_embd.weight": (40, 32), **tensors}
-    arrays = {key: ("F32", np.zeros(each) if isinstance(each, tuple) else each) for key, each in stored.items()}
-    file = GgufFile(write(folder / "m.gguf", metadata, arrays))  # type: ignore[arg-type]
+def described(
+    folder: Path,
+    name: str,
+    settings: Mapping[str, object],
+    tensors: Mapping[str, object],
+    more: Mapping[str, object] | None = None,
+) -> Description:
+    """A file of small sizes with other settings (None: without it) and tensors: their shape, or F32 values, or their
+    type and values. more: of the metadata, by whole keys."""
+    metadata: dict[str, object] = {"general.architecture": name}
+    metadata |= {f"{name}.{key}": value for key, value in {**SMALL, **settings}.items() if value is not None}
+    stored: dict[str, tuple[str, Array]] = {}
+    for key, given in {"token_embd.weight": (40, 32), **tensors}.items():
+        if isinstance(given, tuple) and isinstance(given[0], str):
+            stored[key] = given
+        else:
+            stored[key] = ("F32", np.zeros(given) if isinstance(given, tuple) else np.asarray(given))
+    file = GgufFile(write(folder / "m.gguf", metadata | dict(more or {}), stored))
     return Description(file.path, name, Settings(file.path, file.metadata, name), Tensors([file]))

@@ -24,7 +24,7 @@ _NAMED = re.compile(r"[A-Za-z0-9][\w. -]{0,80}")
 _HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "training.", "GGUF.")
 # SentencePiece vocabularies whose scores are no order of merges.
 _BY_ORDER = ("gemma", "gemma2", "gemma3", "gemma-embedding", "gemma3n")
-_MOST_LAYERS, _MOST_DRAFTS = 1 << 10, 16
+_MOST_LAYERS, _MOST_DRAFTS = 512, 16
 _UNREAD = ": they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
 
 
