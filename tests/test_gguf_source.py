@@ -141,7 +141,7 @@ def test_where_a_model_is(tmp_path: Path) -> None:
     write(folder / "mmproj-one.gguf", METADATA, {})
     assert gguf_source(folder) == one
     write(folder / "one-Q8_0.gguf", METADATA, {})
-    with pytest.raises(FrontendError, match=r"several GGUF models: .*one-Q4_K_M.gguf, one-Q8_0.gguf"):
+    with pytest.raises(FrontendError, match=r"several GGUF models: .*one-Q4_K_M.gguf, one-Q8_0.gguf$"):
         gguf_source(folder)
     (folder / "model.safetensors").write_bytes(b"")
     assert gguf_source(folder) is None
