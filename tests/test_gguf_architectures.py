@@ -159,6 +159,7 @@ SETTINGS: list[tuple[str, dict[str, object], dict[str, object], dict[str, object
     ("deepseek2", {**LATENT, "expert_shared_count": 3, "attention.key_length_mla": 10}, {}, {
         "n_shared_experts": 3, "qk_nope_head_dim": 6,
     }),
+    ("deepseek2", {**LATENT, "rope.dimension_count": 2}, {}, {"qk_rope_head_dim": 2, "qk_nope_head_dim": 10}),
     ("glm4moe", {**EXPERTS, **HALF, "expert_group_count": 1, "expert_gating_func": 2}, {}, {"n_group": 1}),
 ]  # fmt: skip
 
@@ -203,6 +204,7 @@ REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("olmoe", {**EXPERTS, "attention.layer_norm_rms_epsilon": 1e-6}, {}, "layer_norm_rms_epsilon is"),
     ("olmo", {"attention.layer_norm_epsilon": 1e-6}, {}, "layer_norm_epsilon is"),
     ("olmo2", {**WINDOW, "rope.freq_base_swa": 20000.0}, {}, "freq_base_swa is 20000"),
+    ("olmo2", {**WINDOW, "rope.scaling.factor": 4.0}, {}, "makes 'linear' beside windows"),
     ("gpt-oss", {**EXPERTS, **WINDOW, "expert_gating_func": 2}, {}, "expert_gating_func is 2"),
     ("stablelm", {"use_parallel_residual": False}, {}, "use_parallel_residual is False"),
     ("gpt2", {}, {}, r"table of positions, \[0\]"),
@@ -228,6 +230,9 @@ REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("deepseek2", {**LATENT, "expert_gating_func": 0}, {}, "expert_gating_func is 0"),
     ("deepseek2", {**LATENT, "expert_weights_norm": 1}, {}, "expert_weights_norm must be true or false"),
     ("deepseek2", {**LATENT, "expert_weights_norm": True}, {}, "expert_weights_norm is True"),
+    ("deepseek2", {**LATENT, "rope.dimension_count": 0}, {}, "is 0 of 12 channels"),
+    ("deepseek2", {**LATENT, "rope.dimension_count": 12}, {}, "is 12 of 12 channels"),
+    ("deepseek2", {**LATENT, "rope.dimension_count": 5}, {}, "is 5 of 12 channels"),
     ("deepseek2", {**LATENT, "attention.head_count_kv": 2}, {}, "head_count_kv is 2"),
     ("deepseek2", {**LATENT, "expert_group_count": None}, {}, "expert_group_count is missing"),
     ("glm4moe", {**EXPERTS, **HALF, "expert_group_count": 1, "expert_gating_func": 1}, {}, "expert_gating_func is 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import ml_dtypes
 import numpy as np
@@ -82,8 +83,21 @@ def test_plain_numbers() -> None:
         stored_as = values.astype(dtype)
         found = dequantize(KINDS[name][1], np.frombuffer(stored_as.tobytes(), np.uint8)[None])
         assert found.dtype == stored_as.dtype and found.astype(np.float64).tolist() == values.tolist()
-    odd = np.frombuffer(b"\0" + np.float32(7).tobytes(), np.uint8)[None, 1:]  # at an odd address
-    assert dequantize(KINDS["F32"][1], odd).tolist() == [[7.0]]
+        whole = np.frombuffer(stored_as.tobytes(), np.uint8)[None]
+        assert np.shares_memory(dequantize(KINDS[name][1], whole), whole)
+    for at in range(1, 4):  # at an odd address
+        odd = np.frombuffer(bytes(at) + np.float32(7).tobytes(), np.uint8)[None, at:]
+        found = dequantize(KINDS["F32"][1], odd)
+        assert found.tolist() == [[7.0]] and found.flags.aligned
+
+
+def test_exponents_of_mxfp4() -> None:
+    """2^(e - 127) times E2M1 floats, of which the first is a half: down to numbers that f32 has as subnormal ones."""
+    data = np.array([[exponent, *[0x21] * 16] for exponent in range(255)], np.uint8)
+    found = dequantize(KINDS["MXFP4"][1], data)
+    halves = np.array([math.ldexp(0.5, exponent - 127) for exponent in range(255)], np.float32)
+    np.testing.assert_array_equal(found[:, 0], halves)
+    np.testing.assert_array_equal(found[:, 16], 2 * halves)
 
 
 def test_one_block_by_hand() -> None:
@@ -113,7 +127,7 @@ def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
 )  # fmt: skip
 def test_grids(name: str, shape: tuple[int, int], levels: int) -> None:
     points = grid(name)
-    assert points.shape == shape
+    assert points.shape == shape and not points.flags.writeable  # all tensors of a model share it
     assert len(np.unique(points, axis=0)) == len(points) and len(np.unique(points)) == levels
 
 

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gguf_files import blocks_of, described
+from gguf_files import blocks_of, described, write
 from transformers.models.bert import modeling_bert  # noqa: F401  what takes long is done when tests are collected
 from transformers.models.llama import modeling_llama  # noqa: F401
 
-from llmc.errors import FrontendError
+from llmc.errors import FrontendError, LlmcError
+from llmc.frontends import lift
 from llmc.frontends.gguf.lift import open_model
 from llmc.frontends.gguf.pooled import plan_pooled
 from llmc.frontends.hf.classes import ModelClass
@@ -100,6 +101,33 @@ def test_what_is_no_model_of_text_is_refused(
 ) -> None:
     with pytest.raises(FrontendError, match=said):
         opened(tmp_path, settings, {}, more, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"general.architecture": None}, "no general.architecture"),
+        ({"general.architecture": "made-up"}, r"'made-up' is not supported; those that are: .*llama"),
+        ({"general.type": "adapter"}, "an adapter"),
+        ({"general.type": "mmproj"}, "vision"),
+        ({}, "llama.block_count is missing"),
+        ({"llama.block_count": 0}, "block_count is 0"),
+        ({"llama.block_count": "many"}, "must be an integer"),
+    ],
+)
+def test_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    metadata = {key: value for key, value in {"general.architecture": "llama", **change}.items() if value is not None}
+    with pytest.raises(LlmcError, match=said) as error:
+        lift(write(tmp_path / "m.gguf", metadata, {}))
+    assert "\n" not in str(error.value)
+
+
+def test_layers_with_windows_rotate_as_the_file_says(tmp_path: Path) -> None:
+    """Where settings are by kind of layer, each kind gets the file's."""
+    settings = {"rope.freq_base": 12345.0, "attention.sliding_window": 32, "attention.layer_norm_epsilon": None}
+    config = opened(tmp_path, settings, {}, name="olmo2").config
+    assert {kind["rope_theta"] for kind in config.rope_parameters.values()} == {12345.0}
+    assert set(config.rope_parameters) == {"full_attention", "sliding_attention"}
 
 
 def test_models_may_have_many_layers(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ class Description:
         their own beside them, whose scaling has a factor for attention of its own."""
         settings = self.settings
         found: Config = {"rope_type": "default", "rope_theta": settings.number("rope.freq_base", base)}
-        if not 1 <= self.rotary <= self.head_dim or self.rotary % 2:
+        if not latent and (not 1 <= self.rotary <= self.head_dim or self.rotary % 2):
             raise settings.error("rope.dimension_count", f"is {self.rotary} of {self.head_dim} channels of a head")
         if partial:
             part = self.rotary / self.head_dim
