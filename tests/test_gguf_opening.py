@@ -130,6 +130,20 @@ def test_layers_with_windows_rotate_as_the_file_says(tmp_path: Path) -> None:
     assert set(config.rope_parameters) == {"full_attention", "sliding_attention"}
 
 
+def test_a_model_in_parts_is_what_its_first_one_says(tmp_path: Path) -> None:
+    settings = {"split.count": 2, "split.no": 0, "general.sampling.temp": 0.5}
+    whole = described(tmp_path, "llama", {"attention.layer_norm_epsilon": None}, {}, settings)
+    first = whole.path.rename(tmp_path / "m-00001-of-00002.gguf")
+    write(
+        tmp_path / "m-00002-of-00002.gguf",
+        {"split.count": 2, "split.no": 1},
+        {"output.weight": ("F16", np.ones((40, 32)))},
+    )
+    model = open_model(first)
+    assert model.weights is not None and set(model.weights.names) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert model.text().generation["temperature"] == 0.5
+
+
 def test_models_may_have_many_layers(tmp_path: Path) -> None:
     assert opened(tmp_path, {"block_count": 512}, {}).config.num_hidden_layers == 512
     config = opened(tmp_path, {"block_count": 17, "nextn_predict_layers": 16}, {}).config

@@ -90,23 +90,24 @@ def test_pieces_in_their_own_order() -> None:
 
 
 def test_scores_that_are_all_the_same_say_nothing() -> None:
-    def known(count: int, *scores: float) -> bool:
+    def known(count: int, *scores: float, ordered: bool = False) -> bool:
         """Of so many pieces, which are a, b and letters twice; scores of the last ones."""
         letters = [chr(0x4E00 + number) for number in range(count - 2)]
         tokens = ["<unk>", "<s>", "</s>", "a", "b", *(2 * letter for letter in letters)]
         all_scores = [0.0, 0.0, 0.0, -5.0, -6.0, *[-1.0] * (count - 2)]
         all_scores[len(tokens) - len(scores) :] = scores
-        text = read("llama", tokens, SPECIAL, scores=all_scores)
+        text = read("llama", tokens, SPECIAL, scores=all_scores, ordered=ordered)
         assert text.facts is not None or "all of its tokens have the same score" in text.notes[-1]
         return text.facts is not None
 
     assert not known(513) and known(512) and known(513, -2.0) and known(513, -2.0, -3.0)
+    assert known(513, ordered=True)
 
 
 def test_pieces_with_merges_of_the_file() -> None:
     """Gemma 4's, without a space before a text."""
     text = read("gemma4", PIECES, SPECIAL, merges=["b c", "a b", "\u2581 a"])
-    assert ids(text, "abc") == [4, 8] and ids(text, " a") == [9]
+    assert ids(text, "abc") == [4, 8] and ids(text, " a") == [9] and ids(text, "z") == [0]
     assert tokenizer(text).decode([9, 7]) == " aab"
 
 
@@ -133,6 +134,9 @@ def test_which_tokens_have_a_meaning() -> None:
 def test_lists_of_a_vocabulary() -> None:
     found = Vocabulary.of(Settings(Path("m"), {"t.model": "x", "t.tokens": ["a", "", "b", ""]}, "t"))
     assert list(found.tokens) == ["a", "[EMPTY_1]", "b", "[EMPTY_3]"] and list(found.kinds) == [NORMAL] * 4
+    for wrong in (None, "ab", ["a", 1]):
+        with pytest.raises(FrontendError, match=r"t\.tokens must be a list of strings"):
+            Vocabulary.of(Settings(Path("m"), {"t.model": "x", "t.tokens": wrong}, "t"))  # type: ignore[dict-item]
     for kind in ("none", "no_vocab"):
         with pytest.raises(NoTokenizer):
             Vocabulary.of(Settings(Path("m"), {"t.model": kind, "t.tokens": ["a"]}, "t"))
@@ -234,6 +238,8 @@ def test_unigrams() -> None:
     assert ids(text, "a  b ") == [5, 3, 3, 6, 3]
     shorter = read("t5", tokens, [CONTROL, CONTROL, UNKNOWN], remove_extra_whitespaces=True, **more)
     assert ids(shorter, "  a  b ") == [5, 3, 6]
+    shorter = read("t5", tokens, None, remove_extra_whitespaces=True, add_space_prefix=False, **more)
+    assert ids(shorter, "  a  b ") == [4, 3, 6]
     alone = read("t5", tokens, [CONTROL, CONTROL, UNKNOWN], add_space_prefix=False, **more)
     assert ids(alone, "a b") == [4, 3, 6] and tokenizer(alone).decode([4, 3, 6]) == "a b"
     assert tokenizer(text).decode([5, 6]) == "ab"
@@ -274,6 +280,7 @@ def test_word_pieces() -> None:
         assert (text.facts["add_bos"], text.facts["clean_up_spaces"]) == (False, True)
     assert ids(word_pieces(*[NORMAL] * 8, CONTROL), "a<x>") == [1, 4, 8, 2]
     assert tokenizer(word_pieces(*[NORMAL] * 9, CONTROL)).token_to_id("[y]") == 9
+    assert tokenizer(read("bert", ["[UNK]", "[", "]"], unknown=0, cls=0, separator=0)).token_to_id("##[") == 1
     assert ids(text, "a" * 100) == [1, 4, *[5] * 99, 2] and ids(text, "a" * 101) == [1, 3, 2]
     assert ids(word_pieces(**{"normalizer.lowercase": False}), "aA") == [1, 3, 2]
     pair = tokenizer(text).encode("a", "c")
@@ -316,6 +323,12 @@ def test_what_the_library_cannot_build_is_told_in_one_line(monkeypatch: pytest.M
         with pytest.raises(type(passed)) as same:
             failing(passed)
         assert same.value is passed
+
+
+def test_keys_that_are_not_obeyed_are_named() -> None:
+    more = {"magic": 1, "wand": 2, "fim_pre_token_id": 3, "add_sep_token": True, "scores": [1.0], "hf_json": "{}"}
+    expected = "settings of the tokenizer that are not obeyed: tokenizer.ggml.magic, tokenizer.ggml.wand"
+    assert byte_level("gpt-2", **more).notes == (expected,) and byte_level("gpt-2").notes == ()
 
 
 def test_a_way_of_cutting_is_named_or_missing() -> None:

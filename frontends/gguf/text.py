@@ -74,9 +74,9 @@ def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> None:
         if known.get(token) != number:
             continue
         if number in around or words.kinds[number] in (CONTROL, UNKNOWN):
-            specials.append(AddedToken(token, normalized=False, special=True))
+            specials.append(AddedToken(token, normalized=False))
         elif words.kinds[number] == USER:
-            others.append(AddedToken(token, normalized=False, special=False))
+            others.append(AddedToken(token, normalized=False))
     tokenizer.add_special_tokens(specials)
     tokenizer.add_tokens(others)
 
@@ -172,8 +172,7 @@ def _generation(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: i
     given: dict[str, object] = {}
     for theirs, ours in _SAMPLING.items():
         if settings.has(theirs):
-            value = settings.number(theirs)
-            given[ours] = int(value) if ours == "top_k" else value
+            given[ours] = settings.integer(theirs) if theirs == "top_k" else settings.number(theirs)
     suppressed = Settings(path, metadata, "tokenizer.ggml").integers("suppress_tokens")
     if suppressed:
         given["suppress_tokens"] = suppressed
