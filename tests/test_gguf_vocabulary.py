@@ -77,7 +77,7 @@ def test_what_is_in_no_piece() -> None:
         text = read("llama", [*PIECES, "<0x0A>"], kinds, scores=[*SCORES, 0.0])
         assert ids(text, "a\n")[-1] == 10
     text = read("llama", [*PIECES, "<0x0B>"], [*SPECIAL, *[1] * 7, BYTE], scores=[*SCORES, 0.0])
-    assert ids(text, "a\x0b")[-1] == 10
+    assert ids(text, "a\x0b")[-1] == 10 and 10 not in ids(text, "<0x0B>")  # which is no byte in a text
 
 
 def test_pieces_in_their_own_order() -> None:
@@ -134,6 +134,8 @@ def test_which_tokens_have_a_meaning() -> None:
 def test_lists_of_a_vocabulary() -> None:
     found = Vocabulary.of(Settings(Path("m"), {"t.model": "x", "t.tokens": ["a", "", "b", ""]}, "t"))
     assert list(found.tokens) == ["a", "[EMPTY_1]", "b", "[EMPTY_3]"] and list(found.kinds) == [NORMAL] * 4
+    with pytest.raises(FrontendError, match="has a token twice"):
+        Vocabulary.of(Settings(Path("m"), {"t.model": "x", "t.tokens": ["a", "b", "a"]}, "t"))
     for wrong in (None, "ab", ["a", 1]):
         with pytest.raises(FrontendError, match=r"t\.tokens must be a list of strings"):
             Vocabulary.of(Settings(Path("m"), {"t.model": "x", "t.tokens": wrong}, "t"))  # type: ignore[dict-item]
@@ -229,6 +231,11 @@ def test_a_vocabulary_may_be_larger_than_a_model() -> None:
 # --- unigrams and word pieces -------------------------------------------------------------------------------------
 
 
+def test_the_end_of_a_turn_is_no_end_where_no_template_has_it() -> None:
+    text = byte_level("gpt-2", "<|im_end|>", token_type=[NORMAL] * 94 + [CONTROL])
+    assert text.facts is not None and text.facts["stop_ids"] == []
+
+
 def test_unigrams() -> None:
     tokens = ["<pad>", "</s>", "<unk>", "\u2581", "a", "\u2581a", "b", "ab"]
     scores = [0.0, 0.0, 0.0, -3.0, -3.0, -2.0, -3.0, -10.0]
@@ -292,8 +299,9 @@ def test_the_tokens_around_word_pieces() -> None:
     assert ids(word_pieces(cls=-1, bos=8, separator=-1, eos=9), "a") == [8, 4, 9]
     tokens = [f"[{number}]" for number in range(103)] + ["\u2581a"]
     assert ids(read("bert", tokens), "a") == [101, 103, 102]
-    with pytest.raises(FrontendError, match="separator_token_id is missing"):
-        read("bert", tokens[:102])
+    for count in (50, 102):
+        with pytest.raises(FrontendError, match="separator_token_id is missing"):
+            read("bert", tokens[:count], unknown=0)
     with pytest.raises(FrontendError, match="separator_token_id is missing"):
         read("bert", tokens[:101], separator=1)
 

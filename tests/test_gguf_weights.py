@@ -149,7 +149,15 @@ def test_shapes_are_those_of_the_results() -> None:
                 assert change.shape(shape) == change(array).shape
     keys, heads = KeyValueHeads(), np.arange(24.0).reshape(2, 4, 3)
     assert keys.shape((2, 4, 3), (2, 5, 4)) == keys(heads, np.zeros((2, 5, 4))).shape == (16, 4)
-    for wrong in (((2, 4), (2, 5, 4)), ((2, 4, 3), (5, 4)), ((2, 4, 3), (3, 5, 4)), ((2, 4, 3), (2, 5, 3))):
+    for wrong in (
+        ((2, 4), (2, 5, 4)),
+        ((2, 4, 3), (5, 4)),
+        ((2, 4, 3), (3, 5, 4)),
+        ((2, 4, 3), (2, 5, 3)),
+        ((2, 4, 3), (2, 5, 5)),
+        ((2, 4, 3, 1), (2, 5, 4)),
+        ((2, 4, 3), (2, 5, 4, 1)),
+    ):
         assert keys.shape(*wrong) == ()
 
 
