@@ -139,6 +139,9 @@ def read(tmp_path: Path, data: bytes) -> GgufFile:
 def test_the_smallest_file(tmp_path: Path) -> None:
     file = read(tmp_path, head())
     assert (file.metadata, file.tensors) == ({}, {})
+    for data, known in ((head(), True), (b"GGUF", True), (b"GGU", False), (b"GGUG" + head()[4:], False), (b"", False)):
+        (tmp_path / "m").write_bytes(data)
+        assert is_gguf(tmp_path / "m") is known
 
 
 @pytest.mark.parametrize(("what", "most"), [("tensors", 1 << 17), ("keys", 1 << 14)])
@@ -163,6 +166,8 @@ def test_alignment_has_a_limit(tmp_path: Path) -> None:
     data = start + typed(most) + table("a", (1,), 0, 0)
     (tmp_path / "m.gguf").write_bytes(data + bytes(most - len(data)) + struct.pack("<f", 7.5))
     assert GgufFile(tmp_path / "m.gguf").blocks("a").view(np.float32).tolist() == [[7.5]]
+    least = head(tensors=1, keys=1) + text("general.alignment") + typed(1) + table("abc", (1,), 0, 0)
+    assert read(tmp_path, least + struct.pack("<f", 7.5)).blocks("abc").view(np.float32).tolist() == [[7.5]]
     assert "power of two up to 1048576" in refused(tmp_path, start + typed(2 * most))
 
 
@@ -185,18 +190,29 @@ def test_the_arrays_of_a_file_have_a_limit_together(tmp_path: Path, monkeypatch:
     assert "'c' claims to have 1 items" in refused(tmp_path, header({**arrays, "c": [True]}, {}))
 
 
+def sparse(path: Path, data: bytes, size: int) -> Path:
+    """A file of so many bytes, zeros behind the data, which take no room."""
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return path
+
+
 def test_the_limit_of_items_is_above_all_vocabularies(tmp_path: Path) -> None:
-    """2^23 items: read as that many, and not one more."""
-    for more in (0, 1):
-        path = tmp_path / f"{more}.gguf"
-        path.write_bytes(head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, (1 << 23) + more))
-        with path.open("r+b") as file:
-            file.truncate((1 << 23) + 1000)
-        if not more:
-            assert len(GgufFile(path).metadata["k"]) == 1 << 23  # type: ignore[arg-type]
-            continue
-        with pytest.raises(FrontendError, match="claims to have 8388609 items"):
-            GgufFile(path)
+    data = head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, 1 << 23)
+    found = GgufFile(sparse(tmp_path / "m.gguf", data, (1 << 23) + 1000)).metadata["k"]
+    assert isinstance(found, list) and len(found) == 1 << 23
+
+
+def test_no_more_is_read_than_any_model_has(tmp_path: Path) -> None:
+    """2^23 items, and a header of 512 MiB."""
+    data = head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, (1 << 23) + 1)
+    with pytest.raises(FrontendError, match="claims to have 8388609 items"):
+        GgufFile(sparse(tmp_path / "m.gguf", data, (1 << 23) + 1000))
+    data = head(keys=1) + text("k") + struct.pack("<I", STRING)
+    data += struct.pack("<Q", (512 << 20) - len(data) - 8 + 1)
+    with pytest.raises(FrontendError, match="claims a length"):
+        GgufFile(sparse(tmp_path / "m.gguf", data, 513 << 20))
 
 
 def test_a_header_has_a_limit_whatever_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

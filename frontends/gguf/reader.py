@@ -88,7 +88,7 @@ class GgufFile:
         """Give back the pages of the tensor before: a whole model passes through, one tensor at a time."""
         if self._loaded is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        begin = self._loaded.begin - self._loaded.begin % mmap.PAGESIZE
+        begin = self._loaded.begin // mmap.PAGESIZE * mmap.PAGESIZE
         self._bytes.madvise(mmap.MADV_DONTNEED, begin, self._loaded.end - begin)
 
 
