@@ -134,6 +134,7 @@ def test_how_a_stored_weight_is_written_in_a_graph() -> None:
     doubles = weight(scales=part(np.ones((3, 2), np.float64)))
     for other in (halves, doubles):
         assert [op.dtype for op in kept(other)[0].ops if isinstance(op, Cast)] == ["f32"]
+        assert [op.scales.dtype for op in kept(other)[0].ops if isinstance(op, ScaleIntegers)] == ["f32"]
     for dtype in ("f16", "bf16", "f64"):
         assert [op.dtype for op in kept(weight(), dtype)[0].ops if isinstance(op, Cast)] == [dtype]
     graph, _ = kept(weight(), turned=True)
