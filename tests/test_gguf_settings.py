@@ -11,6 +11,7 @@ import pytest
 from gguf_files import described
 
 from llmc.errors import FrontendError
+from llmc.frontends.gguf import description
 from llmc.frontends.gguf.description import Description
 from llmc.frontends.gguf.rows import Joined, Plus
 from llmc.frontends.gguf.settings import Settings, shortest
@@ -142,10 +143,12 @@ def test_scaling_is_linear_or_none(model: Description) -> None:
     assert scaling(model, "linear", 2.0, rope__scale_linear=4.0, rope__scaling__finetuned=True)["factor"] == 2.0
     with pytest.raises(FrontendError, match=r"factor is -0\.5, below 0"):
         scaling(model, "linear", -0.5)
-    with pytest.raises(FrontendError, match="type is 'magic', which is not supported"):
-        scaling(model, "magic", 2.0)
-    with pytest.raises(FrontendError, match=r"attn_factor is 1\.5, which is not supported"):
-        scaling(model, "linear", 2.0, rope__scaling__attn_factor=1.5)
+    for kind in ("dynamic", "magic", "zoom"):
+        with pytest.raises(FrontendError, match=f"type is '{kind}', which is not supported"):
+            scaling(model, kind, 2.0)
+    for factor in (0.5, 1.5):
+        with pytest.raises(FrontendError, match=rf"attn_factor is {factor}, which is not supported"):
+            scaling(model, "linear", 2.0, rope__scaling__attn_factor=factor)
     with pytest.raises(FrontendError, match=r"factor is 2 with longrope"):
         scaling(model, "longrope", 2.0)
 
@@ -166,7 +169,7 @@ def test_yarn(model: Description) -> None:
     found = scaling(model, "yarn", 4.0, **YARN, **betas, rope__scaling__yarn_log_multiplier=0.0)
     assert (found["beta_fast"], found["beta_slow"]) == (24.0, 2.0)
     wrong = {"yarn_ext_factor": 0.5, "yarn_attn_factor": 2.0, "yarn_log_multiplier": 0.1, "attn_factor": 1.5}
-    for name, value in wrong.items():
+    for name, value in (*wrong.items(), ("attn_factor", 0.5)):
         with pytest.raises(FrontendError, match=rf"{name} is {value}"):
             scaling(model, "yarn", 4.0, **YARN, **{f"rope__scaling__{name}": value})
     with pytest.raises(FrontendError, match="original_context_length is missing"):
@@ -193,8 +196,9 @@ def test_a_table_of_factors(tmp_path: Path) -> None:
         found = scaling(model, kind, factor)
         assert found["short_factor"] == found["long_factor"] == [1.0, 2.0, 3.0, 4.0]
         assert (found["rope_type"], found["attention_factor"]) == ("longrope", 1.0)
-    with pytest.raises(FrontendError, match="linear beside a table of factors"):
-        scaling(model, "linear", 2.0)
+    for factor in (0.5, 2.0):
+        with pytest.raises(FrontendError, match="linear beside a table of factors"):
+            scaling(model, "linear", factor)
     read = told(model)
     read.rope()
     assert read.read == {"rope_freqs.weight"} and read.left_over({}) == ["token_embd.weight"]
@@ -233,6 +237,24 @@ def test_a_part_of_a_head_is_what_transformers_cuts_off(model: Description) -> N
         with pytest.raises(FrontendError, match=f"dimension_count is {count} of 8 channels"):
             rope(model, rope__dimension_count=count, partial=partial)
     rope(model, rope__dimension_count=4, latent=True)
+
+
+def test_architectures_are_found_by_their_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, description.Architecture] = {}
+    monkeypatch.setattr(description, "_ARCHITECTURES", known)
+
+    @description.architecture("one", "other")
+    def made_up(model: Description) -> description.Plan:
+        raise NotImplementedError
+
+    assert known == {"one": made_up, "other": made_up}
+    with pytest.raises(AssertionError):
+        description.architecture("one")(made_up)
+    asked: list[str] = []
+    monkeypatch.setattr(description.importlib, "import_module", asked.append)
+    assert description.architectures() is known
+    files = Path(description.__file__).parent.glob("architectures/[a-z]*.py")
+    assert {name.rpartition(".")[2] for name in asked} == {file.stem for file in files}
 
 
 def test_sizes_of_heads(model: Description) -> None:
