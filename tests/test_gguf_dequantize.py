@@ -127,6 +127,7 @@ def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
      ("IQ3_XXS", (256, 4), 8), ("IQ3_S", (512, 4), 8)],
 )  # fmt: skip
 def test_grids(name: str, shape: tuple[int, int], levels: int) -> None:
+    grid.cache_clear()
     points = grid(name)
     assert points.shape == shape and not points.flags.writeable  # all tensors of a model share it
     assert len(np.unique(points, axis=0)) == len(points) and len(np.unique(points)) == levels
