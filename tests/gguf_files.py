@@ -14,6 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc.frontends.gguf.description import Description
+from llmc.frontends.gguf.reader import GgufFile
+from llmc.frontends.gguf.settings import Settings
+from llmc.frontends.gguf.weights import Tensors
+
 Array = np.ndarray
 U32, I32, F32, BOOL, STRING, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 # number, weights of a block, bytes of a block
@@ -294,3 +299,31 @@ def model_parts(
 def write_model(architecture: str, path: Path, kind: str = "F32", **config: object) -> Path:
     """A tiny model as a file at `path`, and as transformers has it in a directory beside it of the same stem."""
     return write(path, *model_parts(architecture, path.with_suffix(""), kind, **config))
+
+
+# Four heads of eight channels, and as many key heads where a test says nothing else.
+SMALL: dict[str, object] = {
+    "block_count": 2, "context_length": 64, "embedding_length": 32, "feed_forward_length": 128,
+    "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5, "attention.layer_norm_epsilon": 1e-5,
+}  # fmt: skip
+
+
+def described(
+    folder: Path,
+    name: str,
+    settings: Mapping[str, object],
+    tensors: Mapping[str, object],
+    more: Mapping[str, object] | None = None,
+) -> Description:
+    """A file of small sizes with other settings (None: without it) and tensors: their shape, or F32 values, or their
+    type and values. more: of the metadata, by whole keys."""
+    metadata: dict[str, object] = {"general.architecture": name}
+    metadata |= {f"{name}.{key}": value for key, value in {**SMALL, **settings}.items() if value is not None}
+    stored: dict[str, tuple[str, Array]] = {}
+    for key, given in {"token_embd.weight": (40, 32), **tensors}.items():
+        if isinstance(given, tuple) and isinstance(given[0], str):
+            stored[key] = given
+        else:
+            stored[key] = ("F32", np.zeros(given) if isinstance(given, tuple) else np.asarray(given))
+    file = GgufFile(write(folder / "m.gguf", metadata | dict(more or {}), stored))
+    return Description(file.path, name, Settings(file.path, file.metadata, name), Tensors([file]))

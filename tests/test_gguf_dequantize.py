@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import ml_dtypes
 import numpy as np
@@ -82,8 +83,21 @@ def test_plain_numbers() -> None:
         stored_as = values.astype(dtype)
         found = dequantize(KINDS[name][1], np.frombuffer(stored_as.tobytes(), np.uint8)[None])
         assert found.dtype == stored_as.dtype and found.astype(np.float64).tolist() == values.tolist()
-    odd = np.frombuffer(b"\0" + np.float32(7).tobytes(), np.uint8)[None, 1:]  # at an odd address
-    assert dequantize(KINDS["F32"][1], odd).tolist() == [[7.0]]
+        whole = np.frombuffer(stored_as.tobytes(), np.uint8)[None]
+        assert np.shares_memory(dequantize(KINDS[name][1], whole), whole)
+    for at in range(1, 4):  # at an odd address
+        odd = np.frombuffer(bytes(at) + np.float32(7).tobytes(), np.uint8)[None, at:]
+        found = dequantize(KINDS["F32"][1], odd)
+        assert found.tolist() == [[7.0]] and found.flags.aligned
+
+
+def test_exponents_of_mxfp4() -> None:
+    """2^(e - 127) times E2M1 floats, of which the first is a half: down to numbers that f32 has as subnormal ones."""
+    data = np.array([[exponent, *[0x21] * 16] for exponent in range(255)], np.uint8)
+    found = dequantize(KINDS["MXFP4"][1], data)
+    halves = np.array([math.ldexp(0.5, exponent - 127) for exponent in range(255)], np.float32)
+    np.testing.assert_array_equal(found[:, 0], halves)
+    np.testing.assert_array_equal(found[:, 16], 2 * halves)
 
 
 def test_one_block_by_hand() -> None:
@@ -102,8 +116,9 @@ def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
     kind = KINDS["Q5_K"][1]
     data = blocks(kind, 33, 2)
     whole = dequantize(kind, data)
-    monkeypatch.setattr("llmc.frontends.gguf.dequantize._AT_ONCE", 1000)
-    np.testing.assert_array_equal(dequantize(kind, data).view(np.uint32), whole.view(np.uint32))
+    for at_once in (1000, 1):
+        monkeypatch.setattr("llmc.frontends.gguf.dequantize._AT_ONCE", at_once)
+        np.testing.assert_array_equal(dequantize(kind, data).view(np.uint32), whole.view(np.uint32))
 
 
 @pytest.mark.parametrize(
@@ -112,8 +127,9 @@ def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> No
      ("IQ3_XXS", (256, 4), 8), ("IQ3_S", (512, 4), 8)],
 )  # fmt: skip
 def test_grids(name: str, shape: tuple[int, int], levels: int) -> None:
+    grid.cache_clear()
     points = grid(name)
-    assert points.shape == shape
+    assert points.shape == shape and not points.flags.writeable  # all tensors of a model share it
     assert len(np.unique(points, axis=0)) == len(points) and len(np.unique(points)) == levels
 
 
@@ -131,7 +147,10 @@ def test_kept_integers_are_the_same_numbers(name: str) -> None:
     q, scales = stored.integers(kind, data), stored.scales(kind, data)
     assert scales.shape == (65, data.shape[1] // kind.size * kind.block // known.group)
     steps = np.repeat(scales.astype(np.float16).astype(np.float32), known.group, axis=1)
-    assert q.dtype == (np.int8 if known.zero == 0 else np.uint8) and q.max() < 1 << known.bits
+    assert (
+        q.dtype == (np.int8 if known.zero == 0 else np.uint8) and int(q.max()) - int(q.min()) == (1 << known.bits) - 1
+    )
+    assert scales.dtype == (np.float32 if name.endswith("_K") else np.float16)  # K's are products
     if known.zero is None:
         points = stored.zeros(kind, data)
         assert np.isfinite(points).all()
@@ -154,3 +173,11 @@ def test_weights_that_are_not_kept_get_no_fewer_bits() -> None:
             assert bits[str(least[name])] >= min(kind.bits, 8.25)
         else:
             assert least[name] is None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, kind) in KINDS.items() if kind.dtype is None])
+def test_no_coarser_scheme_has_as_many_bits(name: str) -> None:
+    least, bits = int(str(stored.least_scheme(name, kept=False)).removeprefix("int")), KINDS[name][1].bits
+    assert least >= min(bits, 8)
+    assert all(bits > coarser for coarser in (4, 5, 6) if coarser < least)
+    assert stored.least_scheme(name, kept=True) is None

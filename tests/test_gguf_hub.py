@@ -9,6 +9,7 @@ import pytest
 from gguf_files import write
 
 from llmc.errors import FrontendError
+from llmc.frontends.gguf.hub import listed
 from llmc.frontends.gguf.source import gguf_source
 from llmc.frontends.hf.source import resolve
 
@@ -62,6 +63,14 @@ def test_what_is_not_there_is_refused_with_what_is(hub: Path) -> None:
     with pytest.raises(FrontendError, match="cannot be asked") as error:
         gguf_source("org/other:Q4_0")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("count", [1, 12, 13, 15])
+def test_some_of_many_files_are_named(count: int) -> None:
+    files = [f"m{number}.gguf" for number in range(count)]
+    expected = "give one of " + ", ".join(f"o/m:m{number}.gguf" for number in range(min(count, 12)))
+    assert listed("o/m", files) == expected + (f" (and {count - 12} more)" if count > 12 else "")
+    assert "no GGUF model" in listed("o/m", [])
 
 
 def test_a_repository_of_gguf_files_only(hub: Path) -> None:

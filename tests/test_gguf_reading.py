@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import struct
 import time
@@ -11,16 +12,9 @@ import numpy as np
 import pytest
 from gguf_files import ARRAY, F32, STRING, TYPES, header, text, typed, write
 
-from llmc.errors import FrontendError, LlmcError
-from llmc.frontends import lift
-from llmc.frontends.gguf.architectures import dense
-from llmc.frontends.gguf.description import Description
-from llmc.frontends.gguf.reader import GgufFile
-from llmc.frontends.gguf.settings import Settings
-from llmc.frontends.gguf.source import gguf_source, model_name, open_files
-from llmc.frontends.gguf.tensor_types import TENSOR_TYPES
-from llmc.frontends.gguf.weights import Tensors
-from llmc.frontends.hf.config import config_of
+from llmc.errors import FrontendError
+from llmc.frontends.gguf.reader import GgufFile, is_gguf
+from llmc.frontends.gguf.tensor_types import TENSOR_TYPES, UNREAD_TYPES
 
 METADATA = {
     "general.architecture": "llama", "a.int": 7, "a.negative": -3, "a.float": 0.25, "a.flag": True, "a.text": "naïve",
@@ -39,6 +33,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     for name, (_, array) in tensors.items():
         assert file.tensors[name].shape == array.shape
         np.testing.assert_array_equal(file.blocks(name).view(np.float32), array.reshape(-1, array.shape[-1]))
+    rounded = np.arange(2 * 3 * 36, dtype=np.uint8).reshape(2, 3, 36)
+    file = GgufFile(write(tmp_path / "m.gguf", METADATA, {"q": ("Q4_0", rounded), "a": tensors["a"]}))
+    assert file.tensors["q"].shape == (2, 3, 64)
+    np.testing.assert_array_equal(file.blocks("q"), rounded.reshape(6, 36))
 
 
 def test_every_kind_of_number(tmp_path: Path) -> None:
@@ -78,10 +76,12 @@ def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
     ("data", "said"),
     [
         (b"GGUF", "has 4 bytes"),
-        (b"GGML" + head()[4:], "no GGUF file"),
+        (b"GGML" + head()[4:], "begins with b'GGML', not b'GGUF': it is no GGUF file"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big endian"),
-        (head(1), "version 1"),
-        (head(4), "version 4"),
+        (head(1), "version 1, which is not supported"),
+        (head(4), "version 4, which is unknown"),
+        (head(0), "version 0"),
+        (head()[:23], "has 23 bytes"),
         (head(tensors=1 << 60), "tensors; at most"),
         (head(keys=1 << 60), "keys; at most"),
         (head(keys=1), "ends within"),
@@ -95,6 +95,8 @@ def head(version: int = 3, tensors: int = 0, keys: int = 0) -> bytes:
         (head(keys=1) + text("general.alignment") + typed(24), "power of two"),
         (head(keys=1) + text("general.alignment") + typed(0), "power of two"),
         (head(keys=1) + text("general.alignment") + typed(True), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(32.0), "power of two"),
+        (head(keys=1) + text("general.alignment") + typed(-32), "power of two"),
     ],
 )
 def test_headers_are_refused(tmp_path: Path, data: bytes, said: str) -> None:
@@ -114,7 +116,9 @@ def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
         ([table("a", (1,) * 5, 0, 0)], "5 dimensions"),
         ([table("a", (0, 4), 0, 0)], "dimensions"),
         ([table("a", (1 << 40, 1 << 40), 0, 0)], "dimensions"),
-        ([table("a", (33,), 2, 0)], "rows of 33"),
+        ([table("a", (1 << 24, 1 << 24), 0, 0)], "has the dimensions"),
+        ([table("a", (1 << 24, (1 << 24) - 1), 0, 0)], "outside the file"),
+        ([table("a", (33, 4), 2, 0)], "rows of 33 weights, and Q4_0 has blocks of 32"),
         ([table("a", (4,), 0, 4)], "no multiple"),
         ([table("a", (4,), 0, 1 << 62)], "outside the file"),
         ([table("a", (1 << 20,), 0, 0)], "outside the file"),
@@ -125,6 +129,135 @@ def table(name: str, dims: tuple[int, ...], kind: int, offset: int) -> bytes:
 def test_tables_are_refused(tmp_path: Path, entries: list[bytes], said: str) -> None:
     body = head(tensors=len(entries)) + b"".join(entries)
     assert said in refused(tmp_path, body + bytes(-len(body) % 32 + 128))
+
+
+def read(tmp_path: Path, data: bytes) -> GgufFile:
+    (tmp_path / "m.gguf").write_bytes(data)
+    return GgufFile(tmp_path / "m.gguf")
+
+
+def test_the_smallest_file(tmp_path: Path) -> None:
+    file = read(tmp_path, head())
+    assert (file.metadata, file.tensors) == ({}, {})
+    for data, known in ((head(), True), (b"GGUF", True), (b"GGU", False), (b"GGUG" + head()[4:], False), (b"", False)):
+        (tmp_path / "m").write_bytes(data)
+        assert is_gguf(tmp_path / "m") is known
+
+
+@pytest.mark.parametrize(("what", "most"), [("tensors", 1 << 17), ("keys", 1 << 14)])
+def test_counts_have_a_limit(tmp_path: Path, what: str, most: int) -> None:
+    """What is within it is read until the file ends."""
+    assert "truncated" in refused(tmp_path, head(**{what: most}))
+    assert f"claims to have {most + 1} {what}; at most {most}" in refused(tmp_path, head(**{what: most + 1}))
+
+
+def test_names_have_a_limit(tmp_path: Path) -> None:
+    key, name = "k" * ((1 << 16) - 1), "n" * (1 << 10)
+    assert list(read(tmp_path, head(keys=1) + text(key) + typed(1)).metadata) == [key]
+    assert "claims a length of 65536" in refused(tmp_path, head(keys=1) + text(key + "k") + typed(1))
+    data = bytes(128)
+    assert list(read(tmp_path, head(tensors=1) + table(name, (1,) * 4, 0, 0) + data).tensors) == [name]
+    assert "claims a length of 1025" in refused(tmp_path, head(tensors=1) + table(name + "n", (1,), 0, 0) + data)
+
+
+def test_alignment_has_a_limit(tmp_path: Path) -> None:
+    most = 1 << 20
+    start = head(tensors=1, keys=1) + text("general.alignment")
+    data = start + typed(most) + table("a", (1,), 0, 0)
+    (tmp_path / "m.gguf").write_bytes(data + bytes(most - len(data)) + struct.pack("<f", 7.5))
+    assert GgufFile(tmp_path / "m.gguf").blocks("a").view(np.float32).tolist() == [[7.5]]
+    least = head(tensors=1, keys=1) + text("general.alignment") + typed(1) + table("abc", (1,), 0, 0)
+    assert read(tmp_path, least + struct.pack("<f", 7.5)).blocks("abc").view(np.float32).tolist() == [[7.5]]
+    assert "power of two up to 1048576" in refused(tmp_path, start + typed(2 * most))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, 4, 5, 6, 7, STRING, 10, 11, 12])
+def test_an_array_may_fill_the_file_and_not_claim_more(tmp_path: Path, kind: int) -> None:
+    size = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1}.get(kind, 8)
+    for count in (0, 1, 9):
+        start = head(keys=1) + text("k") + struct.pack("<II", ARRAY, kind)
+        whole = start + struct.pack("<Q", count) + bytes(count * size)
+        found = read(tmp_path, whole).metadata["k"]
+        assert isinstance(found, list) and len(found) == count and not any(found)
+        more = start + struct.pack("<Q", count + 1) + bytes(count * size)
+        assert f"claims to have {count + 1} items" in refused(tmp_path, more)
+
+
+def test_the_arrays_of_a_file_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.frontends.gguf.reader._MOST_ITEMS", 10)
+    arrays = {"a": [1] * 4, "b": ["x"] * 6}
+    assert read(tmp_path, header(arrays, {})).metadata == arrays
+    assert "'c' claims to have 1 items" in refused(tmp_path, header({**arrays, "c": [True]}, {}))
+
+
+def sparse(path: Path, data: bytes, size: int) -> Path:
+    """A file of so many bytes, zeros behind the data, which take no room."""
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(size)
+    return path
+
+
+def test_the_limit_of_items_is_above_all_vocabularies(tmp_path: Path) -> None:
+    data = head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, 1 << 23)
+    found = GgufFile(sparse(tmp_path / "m.gguf", data, (1 << 23) + 1000)).metadata["k"]
+    assert isinstance(found, list) and len(found) == 1 << 23
+
+
+def test_no_more_is_read_than_any_model_has(tmp_path: Path) -> None:
+    """2^23 items, and a header of 512 MiB."""
+    data = head(keys=1) + text("k") + struct.pack("<IIQ", ARRAY, 0, (1 << 23) + 1)
+    with pytest.raises(FrontendError, match="claims to have 8388609 items"):
+        GgufFile(sparse(tmp_path / "m.gguf", data, (1 << 23) + 1000))
+    data = head(keys=1) + text("k") + struct.pack("<I", STRING)
+    data += struct.pack("<Q", (512 << 20) - len(data) - 8 + 1)
+    with pytest.raises(FrontendError, match="claims a length"):
+        GgufFile(sparse(tmp_path / "m.gguf", data, 513 << 20))
+
+
+def test_a_header_has_a_limit_whatever_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmc.frontends.gguf.reader._MOST_HEADER_BYTES", 100)
+    value = head(keys=1) + text("k") + struct.pack("<I", STRING)
+    fits = text("x" * (100 - len(value) - 8))
+    assert len(str(read(tmp_path, value + fits + bytes(1000)).metadata["k"])) == 100 - len(value) - 8
+    longer = text("x" * (101 - len(value) - 8))
+    assert "claims a length" in refused(tmp_path, value + longer + bytes(1000))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path, said in ((tmp_path / "missing", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(FrontendError, match=f"cannot be read: {said}"):
+            GgufFile(path)
+        assert not is_gguf(path)
+
+
+def test_pages_that_were_read_are_given_back_and_read_again(tmp_path: Path) -> None:
+    """Tensors of several pages, at places that are no multiple of a page."""
+    arrays = {name: values(7, 1000 + number) for number, name in enumerate("abc")}
+    file = GgufFile(write(tmp_path / "m.gguf", METADATA, {name: ("F32", array) for name, array in arrays.items()}))
+    for name in "abcabccba":
+        np.testing.assert_array_equal(file.blocks(name).view(np.float32), arrays[name])
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found = 0
+    mapping = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mapping = line.endswith(str(path))
+        elif mapping and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def test_only_the_last_tensor_s_pages_stay(tmp_path: Path) -> None:
+    """A whole model passes through, one tensor at a time."""
+    size = 8 << 20  # large beside what a system reads ahead
+    file = GgufFile(write(tmp_path / "m.gguf", {}, {name: ("F32", np.ones((2, size // 8))) for name in "abc"}))
+    for name in "abc":
+        assert file.blocks(name).sum() > 0
+        assert size <= resident(tmp_path / "m.gguf") < 1.5 * size
 
 
 def test_43_bytes(tmp_path: Path) -> None:
@@ -202,99 +335,40 @@ def test_many_mutated_headers(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10
 
 
-def split(folder: Path, parts: int = 3) -> list[Path]:
-    paths = []
-    for number in range(parts):
-        metadata: dict[str, object] = {"split.no": number, "split.count": parts, "split.tensors.count": parts}
-        metadata |= METADATA if number == 0 else {}
-        path = folder / f"m-{number + 1:05}-of-{parts:05}.gguf"
-        paths.append(write(path, metadata, {f"t{number}": ("F32", values(4))}))
-    return paths
-
-
-def test_parts_of_a_split_model(tmp_path: Path) -> None:
-    paths = split(tmp_path)
-    for path in paths:  # any of them may be given
-        assert [list(file.tensors) for file in open_files(path)] == [["t0"], ["t1"], ["t2"]]
-    assert gguf_source(tmp_path) == paths[0] and model_name(paths[1]) == "m"
-    paths[1].unlink()
-    with pytest.raises(FrontendError, match=r"m-00002-of-00003.gguf is missing"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 2, "split.count": 3}, {"t1": ("F32", values(4))})
-    with pytest.raises(FrontendError, match="is not part 2 of 3"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 1, "split.count": 3}, {})
-    with pytest.raises(FrontendError, match="have 2 tensors, and should have 3"):
-        open_files(paths[0])
-    write(paths[1], {"split.no": 1, "split.count": 3, "a.int": 8}, {"t1": ("F32", values(4))})
-    with pytest.raises(FrontendError, match="otherwise than"):
-        open_files(paths[0])
-    other = write(tmp_path / "renamed.gguf", {"split.no": 0, "split.count": 3}, {})
-    with pytest.raises(FrontendError, match="its name must say"):
-        open_files(other)
-
-
-def test_where_a_model_is(tmp_path: Path) -> None:
-    blob = write(tmp_path / "sha256-0123", METADATA, {})
-    assert gguf_source(blob) == blob  # as ollama stores it, known by its first bytes
-    (tmp_path / "other").write_bytes(b"nothing of the kind")
-    assert gguf_source(tmp_path / "other") is None
-    assert gguf_source(tmp_path / "missing.gguf") is None
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    assert gguf_source(folder) is None
-    one = write(folder / "one-Q4_K_M.gguf", METADATA, {})
-    write(folder / "mmproj-one.gguf", METADATA, {})
-    assert gguf_source(folder) == one
-    write(folder / "one-Q8_0.gguf", METADATA, {})
-    with pytest.raises(FrontendError, match=r"several GGUF models: .*one-Q4_K_M.gguf, one-Q8_0.gguf"):
-        gguf_source(folder)
-    (folder / "model.safetensors").write_bytes(b"")
-    assert gguf_source(folder) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"general.architecture": None}, "no general.architecture"),
-        ({"general.architecture": "made-up"}, r"'made-up' is not supported; those that are: .*llama"),
-        ({"general.type": "adapter"}, "an adapter"),
-        ({"general.type": "mmproj"}, "vision"),
-        ({}, "llama.block_count is missing"),
-        ({"llama.block_count": 0}, "block_count is 0"),
-        ({"llama.block_count": "many"}, "must be an integer"),
-    ],
+# Bytes of the fields of a block, in the order of ggml-common.h: `ggml_half d` and the like.
+FIELDS: dict[int, dict[str, tuple[int, ...]]] = {
+    32: {
+        "Q4_0": (2, 16), "Q4_1": (2, 2, 16), "Q5_0": (2, 4, 16), "Q5_1": (2, 2, 4, 16), "Q8_0": (2, 32),
+        "IQ4_NL": (2, 16), "MXFP4": (1, 16),
+    },
+    256: {
+        "Q2_K": (16, 64, 2, 2), "Q3_K": (32, 64, 12, 2), "Q4_K": (2, 2, 12, 128), "Q5_K": (2, 2, 12, 32, 128),
+        "Q6_K": (128, 64, 16, 2), "Q8_K": (4, 256, 32), "IQ2_XXS": (2, 64), "IQ2_XS": (2, 64, 8),
+        "IQ3_XXS": (2, 64, 32), "IQ1_S": (2, 32, 16), "IQ3_S": (2, 64, 8, 32, 4), "IQ2_S": (2, 64, 8, 8),
+        "IQ4_XS": (2, 2, 4, 128), "IQ1_M": (32, 16, 8), "TQ1_0": (48, 4, 2), "TQ2_0": (64, 2),
+    },
+    1: {
+        "F32": (4,), "F16": (2,), "I8": (1,), "I16": (2,), "I32": (4,), "I64": (8,), "F64": (8,), "BF16": (2,),
+    },
+}  # fmt: skip
+# The names of `enum ggml_type`; those with a dash are not read.
+ENUM = re.findall(
+    r"\S+",
+    "F32 F16 Q4_0 Q4_1 -Q4_2 -Q4_3 Q5_0 Q5_1 Q8_0 -Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S "
+    "IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 -Q4_0 -Q4_0 -Q4_0 TQ1_0 TQ2_0 -IQ4_NL -IQ4_NL -IQ4_NL "
+    "MXFP4 -NVFP4 -Q1_0",
 )
-def test_models_are_refused_in_one_line(tmp_path: Path, change: dict[str, object], said: str) -> None:
-    metadata = {key: value for key, value in {**METADATA, **change}.items() if value is not None}
-    with pytest.raises(LlmcError, match=said) as error:
-        lift(write(tmp_path / "m.gguf", metadata, {}))
-    assert "\n" not in str(error.value)
 
 
 def test_types_have_the_sizes_that_their_fields_add_up_to() -> None:
-    for name, (number, block, size) in TYPES.items():
+    expected = {name: (block, sum(sizes)) for block, names in FIELDS.items() for name, sizes in names.items()}
+    assert len(expected) == len(TENSOR_TYPES)
+    for number, name in enumerate(ENUM):
+        if name.startswith("-"):
+            assert number not in TENSOR_TYPES and UNREAD_TYPES[number].startswith(name[1:])
+            continue
         kind = TENSOR_TYPES[number]
-        assert (kind.name, kind.block, kind.size) == (name, block, size)
-
-
-@pytest.mark.parametrize("change", [{}, {"rope.scaling.factor": 4.0}])
-def test_layers_with_windows_rotate_as_the_file_says(change: dict[str, object], tmp_path: Path) -> None:
-    """Where settings are by kind of layer, each kind gets the file's; scaled ones are refused."""
-    settings = {
-        "block_count": 4, "embedding_length": 64, "attention.head_count": 4, "feed_forward_length": 128,
-        "context_length": 256, "attention.layer_norm_rms_epsilon": 1e-6, "rope.freq_base": 12345.0,
-        "attention.sliding_window": 32,
-    }  # fmt: skip
-    metadata = {f"olmo2.{name}": value for name, value in (settings | change).items()}
-    tensors = {"token_embd.weight": ("F32", np.zeros((8, 64), np.float32))}
-    write(tmp_path / "m.gguf", {"general.architecture": "olmo2", **metadata}, tensors)
-    file = GgufFile(tmp_path / "m.gguf")
-    model = Description(file.path, "olmo2", Settings(file.path, file.metadata, "olmo2"), Tensors([file]))
-    if change:
-        with pytest.raises(FrontendError, match="beside windows"):
-            dense._olmo2(model)
-        return
-    config = config_of(dense._olmo2(model).config, file.path)
-    assert {kind["rope_theta"] for kind in config.rope_parameters.values()} == {12345.0}
-    assert set(config.rope_parameters) == {"full_attention", "sliding_attention"}
+        assert (kind.name, (kind.block, kind.size)) == (name, expected[name])
+        assert kind.bits == 8 * kind.size / kind.block
+    for name, (number, block, size) in TYPES.items():
+        assert (ENUM[number], expected[name]) == (name, (block, size))  # what tests write

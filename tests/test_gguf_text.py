@@ -235,6 +235,17 @@ def test_sampling_settings(tmp_path: Path) -> None:
     text = text_of(tmp_path, metadata | sampling)
     assert text.generation == {"temperature": 0.75, "top_k": 20}
     assert any("mirostat" in note for note in text.notes)
+    given = {"temp": 0.5, "top_k": 7, "top_p": 0.875, "min_p": 0.125, "penalty_repeat": 1.25}
+    text = text_of(tmp_path, metadata | {f"general.sampling.{name}": value for name, value in given.items()})
+    assert text.generation == {
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.875,
+        "min_p": 0.125,
+        "repetition_penalty": 1.25,
+    }
+    with pytest.raises(FrontendError, match=r"sampling\.top_k must be an integer, and is 20\.5"):
+        text_of(tmp_path, metadata | {"general.sampling.top_k": 20.5})
     text = text_of(tmp_path, metadata | {"tokenizer.ggml.suppress_tokens": [3, 4], "tokenizer.ggml.magic": True})
     assert text.generation["suppress_tokens"] == [3, 4]
     assert any("tokenizer.ggml.magic" in note for note in text.notes)

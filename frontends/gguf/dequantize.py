@@ -37,9 +37,9 @@ def dequantize(kind: TensorType, rows: Bytes) -> Array:
     """The values of rows u8 [n, bytes of a row]: [n, weights of a row], f32, or as they are stored."""
     if kind.dtype is not None:
         dtype = NUMPY_DTYPES[kind.dtype]
-        # A file may have its data at any byte.
-        aligned = rows.ctypes.data % dtype.itemsize == 0 and rows.flags.c_contiguous
-        return (rows if aligned else rows.copy()).view(dtype)
+        if rows.ctypes.data % dtype.itemsize:  # a file may have its data at any byte
+            rows = rows.copy()
+        return rows.view(dtype)
     inputs = rows.shape[1] // kind.size * kind.block
     out = np.empty((len(rows), inputs), np.float32)
     step = max(1, _AT_ONCE // inputs)

@@ -18,7 +18,7 @@ _FP4_LEVELS = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
 
 
 def _nibbles(blocks: Bytes, at: int) -> Bytes:
-    return fields(blocks[:, at : at + 16], (0, 4), 4, 16)
+    return fields(blocks[:, at:], (0, 4), 4, 16)
 
 
 def five_bits(blocks: Bytes, at: int) -> Bytes:

@@ -120,7 +120,7 @@ class Description:
 
     def in_layers(self, module: str) -> bool:
         """Whether some layer has this tensor, such as `attn_q.bias`."""
-        return any(f"blk.{layer}.{module}" in self.tensors for layer in range(min(self.layers, 1 << 10)))
+        return any(f"blk.{layer}.{module}" in self.tensors for layer in range(self.layers))
 
     def decoder(self, **more: object) -> Config:
         """The settings that most decoders have, by the names that most transformers configs have for them.
@@ -190,6 +190,8 @@ class Description:
         their own beside them, whose scaling has a factor for attention of its own."""
         settings = self.settings
         found: Config = {"rope_type": "default", "rope_theta": settings.number("rope.freq_base", base)}
+        if not latent and (not 1 <= self.rotary <= self.head_dim or self.rotary % 2):
+            raise settings.error("rope.dimension_count", f"is {self.rotary} of {self.head_dim} channels of a head")
         if partial:
             part = self.rotary / self.head_dim
             # transformers multiplies again, and cuts off: 88 * (30 / 88) is 29.999...
@@ -203,15 +205,16 @@ class Description:
         """What changes rotary frequencies, and how far attention is turned up for that."""
         settings = self.settings
         settings.ignore("rope.scaling.finetuned")
-        factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0))  # its name in 2023
-        kind = settings.text("rope.scaling.type", "none" if factor in (0.0, 1.0) else "linear")  # as llama.cpp has it
-        if kind == "longrope" and factor not in (0.0, 1.0):
+        # rope.scale_linear is its name in 2023. As in llama.cpp, 0 is no factor, and one without a type is linear.
+        factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0)) or 1.0
+        kind = settings.text("rope.scaling.type", "linear")
+        if kind == "longrope" and factor != 1.0:
             raise settings.error("rope.scaling.factor", f"is {factor:g} with longrope, which is not supported")
         original = settings.integer("rope.scaling.original_context_length", 0)
         attention = settings.number("rope.scaling.attn_factor", 1.0)
         if factor < 0:
             raise settings.error("rope.scaling.factor", f"is {factor:g}, below 0")
-        if kind == "yarn" and factor not in (0.0, 1.0):
+        if kind == "yarn" and factor != 1.0:
             return self._yarn(factor, original, attention, latent)
         if "rope_freqs.weight" in self.tensors and kind in ("none", "linear"):
             factors = self._factors("rope_freqs.weight")
@@ -222,8 +225,8 @@ class Description:
             long, short = self._factors("rope_factors_long.weight"), self._factors("rope_factors_short.weight")
             return _longrope(short, long, original or settings.integer("context_length"), attention)
         if attention != 1.0:
-            raise settings.error("rope.scaling.attn_factor", f"is {attention:g} with scaling {kind!r:.40}")
-        if kind in ("none", "longrope") or factor in (0.0, 1.0):
+            raise settings.error("rope.scaling.attn_factor", f"is {attention:g}, which is not supported")
+        if kind in ("none", "longrope") or factor == 1.0:
             return {}
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor}
@@ -293,7 +296,7 @@ class Description:
 
         for ours, theirs in outside.items():
             add(ours, theirs, "")
-        for layer in range(min(self.layers, 1 << 10)):
+        for layer in range(self.layers):
             for ours, theirs in inside.items():
                 add(f"{layers}.{layer}.{ours}", theirs, f"blk.{layer}.")
         return found
@@ -301,8 +304,8 @@ class Description:
     def left_over(self, weights: Mapping[str, Weight]) -> list[str]:
         """Tensors that nothing has used."""
         used = {tensor for weight in weights.values() for tensor in weight.tensors} | self.read
-        drafts = tuple(f"blk.{self.layers + draft}." for draft in range(min(max(self.drafts, 0), 16)))
-        return [name for name in self.tensors.names if name not in used and not name.startswith(drafts or ("\0",))]
+        drafts = tuple(f"blk.{self.layers + draft}." for draft in range(self.drafts))
+        return [name for name in self.tensors.names if name not in used and not name.startswith(drafts)]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ _NAMED = re.compile(r"[A-Za-z0-9][\w. -]{0,80}")
 _HARMLESS = ("general.", "tokenizer.", "split.", "quantize.", "imatrix.", "training.", "GGUF.")
 # SentencePiece vocabularies whose scores are no order of merges.
 _BY_ORDER = ("gemma", "gemma2", "gemma3", "gemma-embedding", "gemma3n")
-_UNREAD = "they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
+_MOST_LAYERS, _MOST_DRAFTS = 512, 16
+_UNREAD = ": they may change what the model computes, so it is refused; is the file newer than this version of llmc?"
 
 
 def lift(path: str | Path, *, max_context: int | None = None, weights: str = "checkpoint", seed: int = 0) -> Lifted:
@@ -83,8 +84,10 @@ def _plan(model: Description) -> Plan:
     if model.name not in known:
         names = ", ".join(sorted(known))
         raise FrontendError(f"{model.path}: architecture {model.name!r:.60} is not supported; those that are: {names}")
-    if not 1 <= model.layers <= 1 << 10:
-        raise model.settings.error("block_count", f"is {model.layers}")
+    if not 0 <= model.drafts <= _MOST_DRAFTS:
+        raise model.settings.error("nextn_predict_layers", f"is {model.drafts}, outside 0..{_MOST_DRAFTS}")
+    if not 1 <= model.layers <= _MOST_LAYERS:
+        raise model.settings.error("block_count", f"is {model.layers + model.drafts}")
     try:
         return known[model.name](model)
     except ZeroDivisionError:
@@ -95,16 +98,19 @@ def _check_all_used(model: Description, plan: Plan) -> None:
     """Whatever the file says about what the model computes has to have an effect, or be refused."""
     unread = model.settings.unread()
     if unread:
-        listed = ", ".join(unread[:6]) + (f" and {len(unread) - 6} more" if len(unread) > 6 else "")
-        raise FrontendError(f"{model.path}: settings that {model.name} is not known to have: {listed}: {_UNREAD}")
+        raise FrontendError(f"{model.path}: settings that {model.name} is not known to have: {_some(unread)}{_UNREAD}")
     rest = model.left_over(plan.weights)
     if rest:
-        listed = ", ".join(rest[:6]) + (f" and {len(rest) - 6} more" if len(rest) > 6 else "")
-        raise FrontendError(f"{model.path}: tensors that {model.name} is not known to have: {listed:.300}: {_UNREAD}")
+        raise FrontendError(f"{model.path}: tensors that {model.name} is not known to have: {_some(rest)}{_UNREAD}")
+
+
+def _some(names: list[str]) -> str:
+    """The first of many names, and how many there are more."""
+    return ", ".join(f"{name:.80}" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _drafts(model: Description) -> tuple[str, ...]:
-    return (f"{model.drafts} layers that draft tokens are left out",) if model.drafts > 0 else ()
+    return (f"{model.drafts} layers that draft tokens are left out",) if model.drafts else ()
 
 
 def _foreign_keys(model: Description) -> tuple[str, ...]:

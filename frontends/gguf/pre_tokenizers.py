@@ -44,6 +44,11 @@ class PreTokenizer:
     bos: bool = False
 
 
+def pre_tokenizer(name: str) -> PreTokenizer | None:
+    """What a name in `tokenizer.ggml.pre` stands for; None where it is not known."""
+    return PRE_TOKENIZERS.get(name)
+
+
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),

@@ -88,7 +88,7 @@ class GgufFile:
         """Give back the pages of the tensor before: a whole model passes through, one tensor at a time."""
         if self._loaded is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        begin = self._loaded.begin - self._loaded.begin % mmap.PAGESIZE
+        begin = self._loaded.begin // mmap.PAGESIZE * mmap.PAGESIZE
         self._bytes.madvise(mmap.MADV_DONTNEED, begin, self._loaded.end - begin)
 
 
@@ -98,11 +98,10 @@ class _Header:
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self._path, self._data, self._size = path, data, size
         self._end = min(size, _MOST_HEADER_BYTES)
-        self._at = 0
+        self._at = len(MAGIC)
         self._items = _MOST_ITEMS
         if bytes(data[:4]) != MAGIC:
             raise self._error(f"it begins with {bytes(data[:4])!r}, not {MAGIC!r}: it is no GGUF file")
-        self._at = 4
         self.version = self._version()
         tensors, keys = self._count("tensors", _MOST_TENSORS), self._count("keys", _MOST_KEYS)
         self.metadata = self._metadata(keys)
@@ -171,7 +170,7 @@ class _Header:
         if kind not in _SCALARS:
             raise self._error(f"{what} has the unknown type {kind}")
         dtype = _SCALARS[kind]
-        number: Scalar = np.frombuffer(self._take(dtype.itemsize, what), dtype)[0].item()
+        number: Scalar = np.frombuffer(self._take(dtype.itemsize, what), dtype).item()
         return bool(number) if kind == _BOOL else number
 
     def _array(self, what: str) -> MetadataValue:
@@ -190,8 +189,8 @@ class _Header:
 
     def _alignment(self) -> int:
         found = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        is_power = isinstance(found, int) and not isinstance(found, bool) and found > 0 and found & (found - 1) == 0
-        if not is_power or not isinstance(found, int) or found > _MOST_ALIGNMENT:
+        is_size = isinstance(found, int) and not isinstance(found, bool) and 0 < found <= _MOST_ALIGNMENT
+        if not is_size or not isinstance(found, int) or found & (found - 1):
             raise self._error(f"general.alignment must be a power of two up to {_MOST_ALIGNMENT}, and is {found!r:.40}")
         return found
 
@@ -225,7 +224,7 @@ class _Header:
             if offset % alignment:
                 raise self._error(f"{what} begins at byte {offset} of the data, which is no multiple of {alignment}")
             size = math.prod(shape) // kind.block * kind.size
-            if offset > self._size or start + offset + size > self._size:
+            if start + offset + size > self._size:
                 raise self._error(f"{what} lies outside the file: it is truncated or damaged")
             found[name] = StoredTensor(name, kind, shape, start + offset, start + offset + size)
         reached = start

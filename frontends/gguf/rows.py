@@ -140,7 +140,7 @@ class Turned:
 
     def shape(self, *shapes: tuple[int, ...]) -> tuple[int, ...]:
         (shape,) = shapes
-        return (*shape[:-2], *shape[:-3:-1]) if len(shape) > 1 else shape
+        return (*shape[:-2], *shape[:-3:-1])
 
     def __call__(self, *parts: Array) -> Array:
         (values,) = parts

@@ -55,15 +55,6 @@ class Settings:
             return [int(item) for item in value]
         raise self.error(name, f"must be a list of integers, and is {value!r:.40}")
 
-    def per_layer(self, name: str, layers: int) -> list[int]:
-        """A whole number for each layer, from one for all or from a list."""
-        if not isinstance(self.get(name), list):
-            return [self.integer(name)] * layers
-        found = self.integers(name)
-        if found is None or len(found) < layers:
-            raise self.error(name, f"must have {layers} numbers, and has {len(found or ())}")
-        return found[:layers]
-
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number. f32 values come as the shortest decimal that means them, which is what was written."""
         value = self.get(name)

@@ -51,10 +51,9 @@ def is_other_part(name: str) -> bool:
 def part_names(name: str) -> list[str]:
     """The names of all parts of the model whose first one has this name."""
     part = _PART.fullmatch(name)
-    count = 1 if part is None else int(part[3])
-    if part is None or not 1 <= count <= _MOST_PARTS:
+    if part is None or not 1 <= int(part[3]) <= _MOST_PARTS:
         return [name]
-    return [f"{part[1]}-{number:05}-of-{part[3]}.gguf" for number in range(1, count + 1)]
+    return [f"{part[1]}-{number:05}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
 
 
 def model_name(path: Path) -> str:
@@ -66,7 +65,7 @@ def model_name(path: Path) -> str:
 def open_files(path: Path) -> list[GgufFile]:
     """The file, or all parts of the model that it is a part of, in their order."""
     first = GgufFile(path)
-    count = first.metadata.get("split.count", 0)
+    count = first.metadata.get("split.count")
     part = _PART.fullmatch(path.name)
     if not isinstance(count, int) or count < 2:
         return [first]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmc.errors import FrontendError
-from llmc.frontends.gguf.pre_tokenizers import PRE_TOKENIZERS
+from llmc.frontends.gguf.pre_tokenizers import pre_tokenizer
 from llmc.frontends.gguf.reader import MetadataValue
 from llmc.frontends.gguf.settings import Settings
 from llmc.frontends.gguf.vocabulary import CONTROL, UNKNOWN, USER, NoTokenizer, Vocabulary, build
@@ -66,19 +66,19 @@ def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> None:
     """Tokens that stand for themselves wherever they occur in a text."""
     from tokenizers import AddedToken
 
-    known = tokenizer.get_vocab(with_added_tokens=False)
-    added = []
-    for number, token in enumerate(words.tokens):
-        kind = words.kinds[number]
-        if kind in (CONTROL, UNKNOWN, USER) and known.get(token) == number:
-            added.append(AddedToken(token, normalized=False, special=kind != USER))
+    known = tokenizer.get_vocab()
     # A file may name an ordinary token as padding: only what begins or ends a text is special whatever its kind.
-    for token in (words.tokens[words.marked[name]] for name in ("bos", "eos", "eot", "eom") if name in words.marked):
-        if token in known and all(one.content != token for one in added):
-            added.append(AddedToken(token, normalized=False, special=True))
-    specials = [one for one in added if one.special]
+    around = {words.marked[name] for name in ("bos", "eos", "eot", "eom") if name in words.marked}
+    specials, others = [], []
+    for number, token in enumerate(words.tokens):
+        if known.get(token) != number:
+            continue
+        if number in around or words.kinds[number] in (CONTROL, UNKNOWN):
+            specials.append(AddedToken(token, normalized=False))
+        elif words.kinds[number] == USER:
+            others.append(AddedToken(token, normalized=False))
     tokenizer.add_special_tokens(specials)
-    tokenizer.add_tokens([one for one in added if not one.special])
+    tokenizer.add_tokens(others)
 
 
 def _unread(settings: Settings) -> list[str]:
@@ -93,13 +93,12 @@ def _surround(tokenizer: Tokenizer, words: Vocabulary) -> bool:
     from tokenizers import processors
 
     settings, marked = words.settings, words.marked
-    pre = PRE_TOKENIZERS.get(settings.text("pre")) if words.kind == "gpt2" else None
+    pre = pre_tokenizer(settings.text("pre")) if words.kind == "gpt2" else None
     if words.kind == "bert":
         return _surround_bert(tokenizer, words)
     first = settings.flag("add_bos_token", words.kind == "llama" or (pre is not None and pre.bos))
     last = settings.flag("add_eos_token", words.kind == "t5")
-    settings.flag("add_sep_token", False)
-    bos = marked.get("bos", 1 if words.kind == "llama" and len(words.tokens) > 1 else None) if first else None
+    bos = marked.get("bos") if first else None
     eos = marked.get("eos") if last else None
     around = {words.tokens[number]: number for number in (bos, eos) if number is not None}
     for token in around:
@@ -173,8 +172,7 @@ def _generation(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: i
     given: dict[str, object] = {}
     for theirs, ours in _SAMPLING.items():
         if settings.has(theirs):
-            value = settings.number(theirs)
-            given[ours] = int(value) if ours == "top_k" else value
+            given[ours] = settings.integer(theirs) if theirs == "top_k" else settings.number(theirs)
     suppressed = Settings(path, metadata, "tokenizer.ggml").integers("suppress_tokens")
     if suppressed:
         given["suppress_tokens"] = suppressed

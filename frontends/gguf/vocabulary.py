@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmc.errors import FrontendError
-from llmc.frontends.gguf.pre_tokenizers import PRE_TOKENIZERS
+from llmc.frontends.gguf.pre_tokenizers import pre_tokenizer
 from llmc.frontends.gguf.settings import Settings
 
 if TYPE_CHECKING:
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 SPACE = "\u2581"  # what SentencePiece writes for a space
+# The tokens with a meaning where a file does not say which they are, as in llama.cpp, by the kind of vocabulary.
+_DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2}, "bert": {"unknown": 100}}
 _MARKED = ("bos", "eos", "unknown", "separator", "padding", "mask", "cls", "eot", "eom")
 
 
@@ -52,6 +53,8 @@ class Vocabulary:
             number = settings.integer(f"{name}_token_id", -1)
             if name == "separator" and number == -1:  # its key before 2025
                 number = settings.integer("seperator_token_id", -1)
+            if not 0 <= number < len(texts):
+                number = _DEFAULTS.get(kind, {}).get(name, -1)
             if 0 <= number < len(texts):
                 marked[name] = number
         return cls(settings, kind, texts, kinds or [NORMAL] * len(texts), marked)
@@ -62,6 +65,12 @@ class Vocabulary:
         if not isinstance(found, list) or len(found) < len(self.tokens):
             raise self.settings.error("scores", f"must have a number for each of {len(self.tokens)} tokens")
         return [float(score) for score in found]
+
+    def unknown(self) -> int:
+        """The token that stands for what is in none of them."""
+        if "unknown" not in self.marked:
+            raise self.settings.error("unknown_token_id", "is missing")
+        return self.marked["unknown"]
 
     def merges(self) -> list[tuple[str, str]]:
         """Pairs of tokens, the earliest first; those that make no token are left out."""
@@ -102,13 +111,11 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     name = vocabulary.settings.text("pre")
-    if name not in PRE_TOKENIZERS:
+    pre = pre_tokenizer(name)
+    if pre is None:
         said = f"{name!r:.40} is not known" if name and name != "default" else "does not say how text is cut into words"
         raise NoTokenizer(f"tokenizer.ggml.pre {said}: gguf_new_metadata.py --pre-tokenizer NAME writes the right one")
-    pre = PRE_TOKENIZERS[name]
-    model = models.BPE(
-        vocab=_numbered(vocabulary.tokens), merges=vocabulary.merges(), fuse_unk=False, ignore_merges=pre.whole
-    )
+    model = models.BPE(vocab=_numbered(vocabulary.tokens), merges=vocabulary.merges(), ignore_merges=pre.whole)
     tokenizer = Tokenizer(model)
     cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in pre.cuts]
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -125,7 +132,7 @@ def _sentence_piece(vocabulary: Vocabulary, spaces_by_order: bool) -> Tokenizer:
     scores = vocabulary.scores()
     if spaces_by_order:
         # Tokens of spaces alone are stored with real ones; their scores do not say when they are merged.
-        tokens = [SPACE * len(token) if token and not token.strip(" ") else token for token in tokens]
+        tokens = [SPACE * len(token) if not token.strip(" ") else token for token in tokens]
         scores = [-float(number) for number in range(len(tokens))]
     pieces = [n for n, kind in enumerate(vocabulary.kinds[: len(tokens)]) if kind in (NORMAL, USER, 0)]
     if len({scores[number] for number in pieces if len(tokens[number]) > 1}) < 2 and len(pieces) > 512:
@@ -160,9 +167,7 @@ def _pieces(vocabulary: Vocabulary, tokens: list[str], merges: list[tuple[str, s
 def _unigram(vocabulary: Vocabulary) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    unknown = vocabulary.marked.get("unknown", 2)
-    if not 0 <= unknown < len(vocabulary.tokens):
-        raise FrontendError(f"{vocabulary.settings.path}: its unknown token {unknown} is not in its vocabulary")
+    unknown = vocabulary.unknown()
     pairs = list(zip(vocabulary.tokens, vocabulary.scores(), strict=False))
     tokenizer = Tokenizer(models.Unigram(pairs, unk_id=unknown, byte_fallback=BYTE in vocabulary.kinds))
     steps: list[normalizers.Normalizer] = []
@@ -185,10 +190,10 @@ def _word_piece(vocabulary: Vocabulary) -> Tokenizer:
     """BERT's. Files have a leading mark at the beginning of words; the library has "##" in front of what is none."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    unknown = vocabulary.tokens[vocabulary.marked.get("unknown", 100 if len(vocabulary.tokens) > 100 else 0)]
+    unknown = vocabulary.tokens[vocabulary.unknown()]
     words: dict[str, int] = {}
     for number, token in enumerate(vocabulary.tokens):
-        whole = vocabulary.kinds[number] != NORMAL or (token.startswith("[") and token.endswith("]"))
+        whole = vocabulary.kinds[number] not in (NORMAL, 0) or (token.startswith("[") and token.endswith("]"))
         text = token if whole else token[1:] if token.startswith(SPACE) else f"##{token}"
         words.setdefault(text, number)
     tokenizer = Tokenizer(models.WordPiece(vocab=words, unk_token=unknown, max_input_chars_per_word=100))

@@ -116,10 +116,10 @@ class GgufWeights:
         weight = self._weights[name]
         dtype = NUMPY_DTYPES[self.dtype(name)]
         parts = [self._tensors.load(tensor).astype(dtype, copy=False) for tensor in weight.tensors]
+        if weight.rows is None and weight.values is not None:
+            return np.ascontiguousarray(weight.values(*parts))
         if weight.rows is None:
-            made = parts[0]
-            if weight.values is not None:
-                return np.ascontiguousarray(weight.values(*parts))
+            (made,) = parts
         elif _is_vector(weight, parts[0].shape):  # rows of one number
             made = self._arranged(name, weight, [part[..., None] for part in parts])[..., 0]
         else:

@@ -35,7 +35,6 @@ _LATENT = {
 def _experts(model: Description) -> Config:
     settings = model.settings
     groups = settings.integer("expert_group_count")  # of files that do not say it, it cannot be known
-    settings.expect("expert_weights_norm", (True, False))
     return {
         "n_routed_experts": settings.integer("expert_count"),
         "num_experts_per_tok": settings.integer("expert_used_count"),
@@ -72,6 +71,8 @@ def _deepseek(model: Description) -> Plan:
     rotary = settings.integer("rope.dimension_count")
     whole = settings.integer("attention.key_length_mla", settings.integer("attention.key_length"))
     value = settings.integer("attention.value_length_mla", settings.integer("attention.value_length"))
+    if not 0 < rotary < whole or rotary % 2:
+        raise settings.error("rope.dimension_count", f"is {rotary} of {whole} channels of a head")
     settings.expect("attention.head_count_kv", (1, model.heads))
     more = _experts(model) | {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",

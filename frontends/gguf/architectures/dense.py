@@ -260,7 +260,7 @@ def _stablelm(model: Description) -> Plan:
         qk_layernorm=norms,
     )
     weights = model.weights(OUTSIDE, LLAMA)
-    for layer in range(model.layers if norms else 0):  # one norm a head, each a module of its own
+    for layer in range(model.layers) if norms else ():  # one norm a head, each a module of its own
         for ours, theirs, heads in (("q", "attn_q_norm", model.heads), ("k", "attn_k_norm", model.kv_heads)):
             stored = f"blk.{layer}.{theirs}.weight"
             if stored not in model.tensors or model.tensors[stored].shape[:1] != (heads,):

@@ -182,6 +182,8 @@ def _mpt(model: Description) -> Plan:
     slope = settings.number("attention.max_alibi_bias", 0.0)
     if slope <= 0:
         raise settings.error("attention.max_alibi_bias", f"is {slope:g}: without ALiBi it is not supported")
+    if slope % 1:
+        raise settings.error("attention.max_alibi_bias", f"is {slope:g}, no whole number")
     outside = {
         "transformer.wte": "token_embd",
         "transformer.norm_f": "output_norm",

@@ -37,7 +37,7 @@ def routed(model: Description, *, normed: bool) -> Config:
     settings.expect("expert_weights_scale", (0.0, 1.0))
     settings.expect("expert_group_count", (0, 1))
     settings.expect("expert_group_used_count", (0, 1))
-    wide = settings.integer("feed_forward_length", 0)
+    wide = settings.integer("feed_forward_length")
     return {
         "num_experts": settings.integer("expert_count"),
         "num_experts_per_tok": settings.integer("expert_used_count"),
@@ -55,7 +55,7 @@ def _qwen2_moe(model: Description) -> Plan:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "shared_expert_intermediate_size": model.settings.integer(
-            "expert_shared_feed_forward_length", model.settings.integer("feed_forward_length", 0)
+            "expert_shared_feed_forward_length", model.settings.integer("feed_forward_length")
         ),
     }
     values = {"ffn_gate_inp_shexp": Shaped((1, model.hidden))}
