@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf import config
@@ -52,6 +53,8 @@ def test_only_what_a_model_may_lack_is_zero() -> None:
     for name in ("num_encoder_layers", "num_experts"):
         assert refusal({**LLAMA, name: 0}) == "" and refusal({**LLAMA, name: -1})
     assert refusal({**LLAMA, "rms_norm_eps": 0}) == "" and refusal({**LLAMA, "rms_norm_eps": -1e-9})
+    for name in ("rope_theta", "factor"):
+        assert refusal({**LLAMA, name: 0.5}) == "" and refusal({**LLAMA, name: 0}) and refusal({**LLAMA, name: -0.5})
 
 
 def test_the_largest_models_that_there_are_stay_below_the_limits() -> None:
@@ -69,13 +72,16 @@ def test_a_size_is_an_integer(value: object) -> None:
     assert "some/config.json: hidden_size must be an integer, not " in refusal({**LLAMA, "hidden_size": value})
 
 
-def nested(depth: int, inner: object) -> object:
-    return inner if depth == 0 else [nested(depth - 1, inner)] if depth % 2 else {"x": nested(depth - 1, inner)}
+def nested(depth: int) -> object:
+    return 1 if depth == 0 else [nested(depth - 1)] if depth % 2 else {"x": nested(depth - 1)}
 
 
-def test_settings_are_no_deeper_and_no_longer_than_a_model_needs() -> None:
-    assert refusal({**LLAMA, "deep": nested(23, 1)}) == ""
-    assert "x is nested more than 24 deep" in refusal({**LLAMA, "deep": nested(24, 1)})
+def test_settings_are_no_deeper_than_a_model_needs() -> None:
+    assert refusal({**LLAMA, "deep": nested(23)}) == ""
+    assert "x is nested more than 24 deep" in refusal({**LLAMA, "deep": nested(24)})
+
+
+def test_settings_are_no_longer_than_a_model_needs() -> None:
     assert refusal({**LLAMA, "long": [0] * (1 << 16)}) == ""
     assert "long has 65537 entries" in refusal({**LLAMA, "long": [0] * ((1 << 16) + 1)})
 
@@ -183,6 +189,19 @@ def test_what_transformers_made_of_the_sizes_is_looked_at_again(name: str) -> No
     for value in (0, -1, True, 2.0, "2"):
         with pytest.raises(FrontendError, match=f"some/config.json: {name} must be a positive integer, not {value!r}"):
             config._checked(made(value), PATH)
+
+
+def test_transformers_reads_local_files_and_runs_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, object]] = []
+
+    def read(directory: Path, **options: object) -> object:
+        asked.append({"directory": directory, **options})
+        return SimpleNamespace(get_text_config=lambda decoder: None)
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", read)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "auto_map": {"AutoConfig": "evil.Config"}}))
+    config.load_config(tmp_path)
+    assert asked == [{"directory": tmp_path, "trust_remote_code": False, "local_files_only": True}]
 
 
 def test_what_transformers_refuses_is_said_in_one_line(tmp_path: Path) -> None:
