@@ -147,8 +147,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_metadata_are_texts_by_name(tmp_path: Path) -> None:
-    header = {"__metadata__": {"format": "pt", "n": 3}, "x": entry("U8", [1], 0, 1)}
-    assert SafetensorsFile(write(tmp_path / "a", header, b"1")).metadata == {"format": "pt"}
+    header = {"__metadata__": {"format": "pt", "n": 3}, "x": entry("U8", [1], 0, 1), "A": entry("U8", [1], 1, 2)}
+    file = SafetensorsFile(write(tmp_path / "a", header, b"12"))
+    assert file.metadata == {"format": "pt"} and list(file.names) == ["x", "A"]
     assert SafetensorsFile(write(tmp_path / "b", {"__metadata__": ["format"]})).metadata == {}
     assert SafetensorsFile(write(tmp_path / "c", {})).metadata == {}
 
@@ -174,7 +175,9 @@ def test_places_are_as_they_are_described_up_to_the_last_byte(tmp_path: Path) ->
     assert said(entry("F32", [1] * 8, 0, 4)) == ""
     assert "has shape" in said(entry("F32", [1] * 9, 0, 4))
     assert "needs 4611686018427387903" in said(entry("U8", [(1 << 62) - 1], 0, 8))
-    assert "has shape" in said(entry("U8", [1 << 62], 0, 8)) and "has shape" in said(entry("U8", [-1], 0, 8))
+    for size in (1 << 62, 1 << 63, -1):
+        assert "has shape" in said(entry("U8", [size], 0, 8))
+    assert "takes 5 bytes, but U8 [3] needs 3" in said(entry("U8", [3], 3, 8))
     assert "has data_offsets" in said({"dtype": "U8", "shape": [1], "data_offsets": [0, 1, 2]})
     assert "has data_offsets" in said({"dtype": "U8", "shape": [1]})
     assert "has dtype None, which is not supported" in said({"shape": [1], "data_offsets": [0, 1]})
@@ -221,12 +224,12 @@ def index(path: Path, *files: object) -> Path:
 def test_an_index_names_files_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors.index.json"
     save_file({"x0": torch.ones(1)}, tmp_path / "s.safetensors")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "zone").mkdir()
     assert list(open_checkpoint(index(path, "s.safetensors").parent).names) == ["x0"]
-    for file in ("", ".", "..", "../s.safetensors", "folder/s.safetensors", str(tmp_path / "s.safetensors")):
+    for file in ("", ".", "..", "../s.safetensors", "zone/s.safetensors", str(tmp_path / "s.safetensors")):
         with pytest.raises(FrontendError, match="names a file outside its directory"):
             open_checkpoint(index(path, file).parent)
-    for file in ("lost.safetensors", "folder"):
+    for file in ("lost.safetensors", "zone"):
         with pytest.raises(FrontendError, match=f"lists '{file}', which is missing"):
             open_checkpoint(index(path, file).parent)
     for text in ("{}", '{"weight_map": ["s.safetensors"]}', '{"weight_map": {"x0": 3, "x1": "s.safetensors"}}'):
@@ -292,6 +295,34 @@ def test_a_torch_file_holds_tensors_by_name(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(FrontendError, match="is damaged, or holds more than plain tensors"):
             open_checkpoint(tmp_path)
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return exec, ("raise SystemExit('code ran')",)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_torch_file_of_either_form_runs_no_code(is_new: bool, tmp_path: Path) -> None:
+    torch.save({"x": Exploit()}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
+    with pytest.raises(FrontendError, match="objects in it could run code, so it is not read"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_torch_file_is_mapped_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a model of any size is not read at once."""
+    asked: list[dict[str, object]] = []
+    load = torch.load
+
+    def watched(path: Path, **options: object) -> object:
+        asked.append(options)
+        return load(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "load", watched)
+    for is_new in (True, False):
+        torch.save({"x": torch.ones(2)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
+        assert open_checkpoint(tmp_path).load("x").tolist() == [1, 1]
+    assert [options.get("mmap") for options in asked] == [True, True, None]
 
 
 @given(st.lists(st.text("abc", min_size=1), unique=True), st.integers(1, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ SCALES: list[tuple[dict[str, object], str, float]] = [
     ({}, "x", 3),
     ({"lora_alpha": None}, "x", 4),
     ({"lora_alpha": -3}, "x", -1.5),
+    ({"lora_alpha": 999_999_999}, "x", 499_999_999.5),
     ({"use_rslora": True}, "x", 6 / 2**0.5),
     ({"r": None, "rank_pattern": {"x": 2}}, "x", 3),
     ({"alpha_pattern": {"x": 1}}, "x", 0.5),
@@ -110,6 +112,12 @@ def test_the_scale_is_that_of_the_first_pattern_that_fits(
     settings: dict[str, object], module: str, scale: float, tmp_path: Path
 ) -> None:
     assert adapter(tmp_path / "a", pair(module), **settings).changes[module].scale == pytest.approx(scale, rel=1e-12)
+
+
+def test_the_least_rank_is_1(tmp_path: Path) -> None:
+    found = adapter(tmp_path / "a", pair(rank=1), r=1)
+    assert found.changes["x"].scale == 6
+    assert "lora" not in repr(found) and "array" not in repr(found) and str(tmp_path) in repr(found)
 
 
 def test_an_adapter_that_says_no_rank_has_one_of_8(tmp_path: Path) -> None:
@@ -222,7 +230,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     assert said(pair()) == "" and said(pair("model.x")) == ""
     assert said(pair("y")) == f"{where}, which has no y"
     assert said(pair(), "y") == f"{where}, which has no x"  # a weight, but no module of that name
-    assert said({"q.weight": weight, **pair("y")}) == f"{where}, which has no q.weight, y"
+    others = {"q.weight": weight, "r.weight": weight, "x.weight": weight, **pair("p"), **pair("y"), **pair()}
+    assert said(others) == f"{where}, which has no p, q.weight, r.weight, y"
     assert said(pair(outputs=4)) == f"{where}: x.weight is f32 [3, 5], it is made for [4, 5]"
     assert said(pair(inputs=4)) == f"{where}: x.weight is f32 [3, 5], it is made for [3, 4]"
     assert said(table_pair(rows=5, features=3)) == f"{where}: x.weight is f32 [3, 5], it is made for [5, 3]"
@@ -342,3 +351,21 @@ def test_what_an_adapter_finds_in_a_model() -> None:
         f"{layer}.attn.c_attn", f"{layer}.attn.c_proj", f"{layer}.mlp.c_fc", f"{layer}.mlp.c_proj",
     }  # fmt: skip
     assert (Modules.of(bert).table, Modules.of(bert).head) == ("", "")
+
+
+@pytest.mark.parametrize(("text", "shared"), [({"tie_word_embeddings": True}, True), ({}, False)])
+def test_whether_a_table_is_shared_is_a_setting_of_the_text_model(text: dict[str, bool], shared: bool) -> None:
+    class Parts(torch.nn.Module):
+        config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**text if decoder else {}))
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.get_submodule("table")
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.get_submodule("head")
+
+    model = Parts()
+    model.add_module("table", torch.nn.Identity())
+    model.add_module("head", torch.nn.Identity())
+    found = Modules.of(model)  # type: ignore[arg-type]
+    assert (found.table, found.head) == (("table", "head") if shared else ("", ""))
