@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
+from transformers import AutoConfig
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf import config
@@ -198,7 +198,7 @@ def test_transformers_reads_local_files_and_runs_no_code(monkeypatch: pytest.Mon
         asked.append({"directory": directory, **options})
         return SimpleNamespace(get_text_config=lambda decoder: None)
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", read)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "auto_map": {"AutoConfig": "evil.Config"}}))
     config.load_config(tmp_path)
     assert asked == [{"directory": tmp_path, "trust_remote_code": False, "local_files_only": True}]

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import tokenizers
-import transformers
 from tokenizers import AddedToken, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf import tokenizer as hf
@@ -72,6 +71,7 @@ def test_a_token_that_the_model_does_not_have_neither_begins_nor_ends_a_text(tmp
     assert (facts["bos_id"], facts["bos_token"], facts["stop_ids"]) == (6, "<a>", [6, 0])
     facts = facts_of(tmp_path, built, 7, [6], bos_token="<b>", eos_token="<unk>")
     assert (facts["bos_id"], facts["bos_token"], facts["stop_ids"]) == (None, "<b>", [6, 0])
+    assert facts_of(tmp_path, built, 6, bos_token="<b>")["bos_id"] is None
     facts = facts_of(tmp_path, built, 8, bos_token="<unk>", eos_token="</s>")
     assert (facts["bos_id"], facts["eos_token"], facts["stop_ids"]) == (0, "</s>", [2])
     facts = facts_of(tmp_path, built, 8, bos_token=None, eos_token=None)
@@ -98,7 +98,8 @@ def test_special_tokens_are_by_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "bos", "puts"), [("<s>", "<s>", True), ("</s>", "<s>", False), ("", "<s>", False), ("", "<unk>", False)]
+    ("first", "bos", "puts"),
+    [("<s>", "<s>", True), ("</s>", "<s>", False), ("<unk>", "<s>", False), ("", "<s>", False), ("", "<unk>", False)],
 )
 def test_texts_begin_with_a_token_where_all_of_them_do(first: str, bos: str, puts: bool, tmp_path: Path) -> None:
     """A first token that is one of the text's own, as an unknown one, is none."""
@@ -219,7 +220,7 @@ def test_transformers_reads_local_files_and_runs_no_code(tmp_path: Path, monkeyp
         asked.append(("plain", options))
         return "plain"
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", auto)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", auto)
     monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", plain)
     with pytest.raises(ValueError, match="a class of its own"):  # without tokenizer.json
         hf._load(tmp_path)
