@@ -55,6 +55,10 @@ CHOSEN: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, str, str, 
     "a name of no model": (lambda: bert("BertConfig"), ("encode", "base", "BertModel", False)),
     "a private name": (lambda: bert("__version__"), ("encode", "base", "BertModel", False)),
     "a model of another type": (lambda: bert("RobertaForMaskedLM"), ("encode", "base", "BertModel", False)),
+    "a type of both kinds that never says which it is": (
+        lambda: tf.XLMConfig(architectures=["XLMWithLMHeadModel"]),
+        ("encode", "other", "XLMWithLMHeadModel", False),
+    ),
     "a decoder of both kinds": (
         lambda: bert("BertLMHeadModel", is_decoder=True),
         ("generate", "causal", "", True),
@@ -150,6 +154,31 @@ def test_a_class_that_calls_its_text_otherwise_is_refused(monkeypatch: pytest.Mo
     monkeypatch.setattr(NoText, "main_input_name", "input_ids")
     with pytest.raises(FrontendError, match="m: NoText takes input_ids, not text alone"):
         choose_class(bert("NoText"), "m")
+
+
+class Mixed(tf.BertModel):
+    """A class whose text goes by the usual name, beside other things."""
+
+    config_class = tf.BertConfig
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor, input_features: torch.Tensor) -> None: ...
+
+
+def test_a_class_that_takes_more_than_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first of its arguments that is none, or by its main one."""
+    monkeypatch.setattr("transformers.Mixed", Mixed, raising=False)
+    with pytest.raises(FrontendError, match="m: Mixed takes pixel_values, not text alone"):
+        choose_class(bert("Mixed"), "m")
+    monkeypatch.setattr(tf.BertForMaskedLM, "main_input_name", "words")
+    with pytest.raises(FrontendError, match="m: BertForMaskedLM takes words, not text alone"):
+        choose_class(bert("BertForMaskedLM"), "m")
+
+
+def test_a_decoder_is_built_without_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_config", lambda config, **options: asked.append(options))
+    choose_class(llama(), "m").build(llama(), "eager")
+    assert asked == [{"attn_implementation": "eager", "dtype": torch.float32, "trust_remote_code": False}]
 
 
 @pytest.mark.parametrize("config", [bert("BertForMaskedLM", dtype="bfloat16"), llama("LlamaForCausalLM")])
