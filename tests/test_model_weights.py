@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from transformers import conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
@@ -157,6 +159,34 @@ def test_tied_weights_of_which_nothing_is_there_are_missing() -> None:
     assert f"missing: {HEAD}, {TABLE}" in refusal("tied llama", without(whole("tied llama"), HEAD, TABLE))
 
 
+def test_a_head_of_its_own_is_looked_at_like_any_weight() -> None:
+    arrays = whole("tied llama")
+    found = read("tied llama", arrays | {HEAD: np.full((9, 8), np.nan, np.float32)})
+    with pytest.raises(FrontendError, match=f"weight {HEAD} holds NaN or infinity"):
+        found.load(HEAD)
+
+
+def test_weights_are_tied_by_what_the_model_says_too() -> None:
+    """Where its parameters are not one, as after they were given other values."""
+    with torch.device("meta"):
+        apart = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True))
+        apart.lm_head.weight = torch.nn.Parameter(torch.zeros(9, 8))
+    found = ModelWeights(apart, ArrayWeights(without(whole("llama"), HEAD)))
+    assert found.load(HEAD) is whole("llama")[TABLE]
+
+
+def test_each_of_several_ties_is_looked_at() -> None:
+    """Also where of another one nothing is there."""
+    with torch.device("meta"):
+        masked = tf.BertForMaskedLM(tf.BertConfig(**SIZES))
+    arrays = {name: np.ones(tuple(value.shape), np.float32) for name, value in masked.state_dict().items()}
+    stem, table = "cls.predictions", "bert.embeddings.word_embeddings.weight"
+    lost = (table, f"{stem}.decoder.weight", f"{stem}.decoder.bias")
+    found = ModelWeights(masked, ArrayWeights(without(arrays, *lost)), partly=True)
+    assert sorted(found.missing) == sorted(lost[:2])
+    assert found.tensor_of(lost[2]) == f"{stem}.bias"
+
+
 def equal(one: np.ndarray, other: np.ndarray) -> bool:
     source = SimpleNamespace(_checkpoint=ArrayWeights({"a": one, "b": other}))
     assert ModelWeights._equal(source, "a", "a")  # type: ignore[arg-type]
@@ -185,6 +215,7 @@ REST: dict[str, tuple[str, tuple[int, ...], str]] = {
     "a mask": ("model.layers.0.self_attn.bias", (1, 1, 4, 4), ""),
     "a mask's number": ("model.layers.0.self_attn.masked_bias", (), ""),
     "a bias": ("model.norm.bias", (8,), "unexpected"),
+    "of a module that has parts": ("model.layers.0.self_attn.sinks", (2,), "unexpected"),
     "a bias of two axes": ("model.norm.bias", (2, 8), "unexpected"),
     "a bias of three axes": ("model.norm.bias", (2, 2, 8), "unexpected"),
     "a bias of no axes": ("model.norm.bias", (), "unexpected"),
@@ -213,6 +244,27 @@ def test_a_tensor_more_says_nothing_or_is_told(case: str) -> None:
         assert read("llama", arrays).notes == expected
     else:
         assert f"{said}: {name}" in refusal("llama", arrays).replace(" of an adapter, ", " of an adapter: ")
+
+
+def test_a_mask_of_two_axes_is_one_by_its_numbers() -> None:
+    name = "model.layers.0.self_attn.bias"
+    for mask in (np.tri(4), np.tri(4, dtype=np.bool_), np.tri(4).astype(np.float16)):
+        assert read("llama", whole("llama") | {name: mask}).notes == []
+    for other in (np.tri(4) * 2, np.tri(4).T, np.tri(4, k=-1), np.zeros((4, 4))):
+        assert f"unexpected: {name}" in refusal("llama", whole("llama") | {name: other})
+    assert "unexpected: model.norm.kernel" in refusal("llama", whole("llama") | {"model.norm.kernel": np.tri(4)})
+
+
+def test_what_a_model_says_that_it_ignores_is_ignored() -> None:
+    """Of GPT-2, `attn.bias`, whatever it is."""
+    arrays = whole("gpt2") | {HEAD: whole("gpt2")["transformer.wte.weight"]}
+    assert read("gpt2", arrays | {"transformer.h.0.attn.bias": np.ones(3)}).notes == []
+
+
+def test_of_the_tensors_of_an_adapter_two_are_named() -> None:
+    more = {f"{MODULE}.lora_{part}.weight": np.ones((2, 8), np.float32) for part in "ABC"}
+    said = refusal("llama", whole("llama") | more)
+    assert f"tensors of an adapter, {MODULE}.lora_A.weight, {MODULE}.lora_B.weight and 1 more: merge" in said
 
 
 def test_a_list_that_this_model_has_empty_is_no_part_of_a_layer() -> None:
@@ -313,3 +365,75 @@ def test_tensors_that_make_no_weight_are_named() -> None:
     bad = read("mixtral", arrays | {first: np.full((6, 8), np.nan, np.float32)})
     with pytest.raises(FrontendError, match=f"weight {GATES} holds NaN or infinity"):
         bad.load(GATES)
+
+
+def with_rules(monkeypatch: pytest.MonkeyPatch, *rules: object) -> None:
+    """In place of the rules that transformers has for a model."""
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: list(rules))
+
+
+def test_a_rule_holds_where_it_leads_to_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a tensor is what its own name says."""
+    output = QUERY.replace("q_proj", "o_proj")
+    with_rules(monkeypatch, WeightRenaming("q_proj", "o_proj"), WeightRenaming("model.norm", "model.gone"))
+    found = read("llama", without(whole("llama"), output), partly=True)
+    assert (found.tensor_of(output), found.missing, found.tensor_of(NORM)) == (QUERY, [QUERY], NORM)
+
+
+GATE, UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+
+
+class Halves(Chunk):
+    """Splits a tensor, and counts how often. named: it gives whole names, and in lists."""
+
+    def __init__(self, named: bool = False, error: str = "") -> None:
+        super().__init__(dim=0)
+        self.calls: list[int] = []
+        self.named, self.error = named, error
+
+    def __deepcopy__(self, memo: object) -> Halves:
+        return self
+
+    def convert(self, *given: Any, **more: Any) -> dict[str, Any]:
+        self.calls.append(1)
+        if self.error:
+            raise ValueError(self.error)
+        made = super().convert(*given, **more)
+        return {name: [value] for name, value in zip((GATE, UP), made.values(), strict=True)} if self.named else made
+
+
+FUSED = {
+    **without(whole("llama"), GATE, UP),
+    "model.layers.0.mlp.both.weight": np.concatenate([whole("llama")[GATE], whole("llama")[UP]]),
+}
+TARGETS = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_one_tensor_may_be_several_weights(named: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is split when one of them is read, once for those that follow."""
+    halves = Halves(named)
+    with_rules(monkeypatch, WeightConverter("mlp.both.weight", TARGETS, operations=[halves]))
+    found = read("llama", FUSED)
+    assert set(found.names) == set(whole("llama")) and halves.calls == []
+    for name in (GATE, UP, GATE):
+        np.testing.assert_array_equal(found.load(name), whole("llama")[name])
+    assert halves.calls == [1]
+
+
+def test_what_is_made_of_a_tensor_is_seen_where_no_name_says_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    halves = Halves()
+    rule = WeightConverter("mlp.both.weight", [TARGETS[0], "mlp.gone.weight"], operations=[halves])
+    with_rules(monkeypatch, rule)
+    found = read("llama", FUSED, partly=True)
+    assert found.missing == [UP] and halves.calls == [1]
+    assert set(found.names) == {*whole("llama"), "model.layers.0.mlp.gone.weight"} - {UP}
+
+
+def test_what_goes_wrong_in_a_rule_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_rules(monkeypatch, WeightConverter("mlp.both.weight", TARGETS, operations=[Halves(error="a\n b" + "c" * 300)]))
+    with pytest.raises(FrontendError) as caught:
+        read("llama", FUSED).load(GATE)
+    said = str(caught.value)
+    assert said.startswith(f"weight {GATE} cannot be made from model.layers.0.mlp.both.weight: ")
+    assert "\n" not in said and len(said.partition("both.weight: ")[2]) == 200

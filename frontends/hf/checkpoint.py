@@ -279,8 +279,11 @@ class ModelWeights:
         weight = f"{name.removesuffix('.bias')}.weight"
         if name.endswith(".bias") and stored_integers(self._checkpoint, weight) is not None:
             return not self._checkpoint.load(name).any()  # some tools store one for every layer that they quantize
-        # Stored causal masks, of four axes, unlike any bias.
-        return name.endswith(".bias") and len(self._checkpoint.shape(name)) == 4
+        shape = self._checkpoint.shape(name)
+        if not name.endswith(".bias") or len(shape) not in (2, 4):
+            return False
+        # Stored causal masks, of four axes, unlike any bias, or of two.
+        return len(shape) == 4 or np.array_equal(self._checkpoint.load(name), np.tri(*shape, dtype=np.bool_))
 
 
 def _is_list(model: PreTrainedModel, name: str) -> bool:
