@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import transformers as tf
 
 from llmc.errors import FrontendError
 from llmc.frontends.hf.classes import ModelClass, choose_class
-from llmc.frontends.hf.model import MetaModel, build
+from llmc.frontends.hf.model import MetaModel, _choose_experts, build
 
 SIZES = {"vocab_size": 9, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 PAIRS, TRAINED, LIMIT = 8, 16, 32  # of heads of 16 channels; the lengths before and after scaling
@@ -19,6 +20,7 @@ SCALINGS: dict[str, dict[str, object]] = {
     "default": {},
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
+    "dynamic of another length": {"factor": 2.0, "original_max_position_embeddings": TRAINED},
     "yarn": {"factor": 2.0, "original_max_position_embeddings": TRAINED},
     "llama3": {
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": TRAINED,
@@ -35,11 +37,15 @@ def llama(rope: dict[str, object] | None = None, **more: object) -> Any:
     return tf.LlamaConfig(**SIZES, max_position_embeddings=LIMIT, rope_parameters=rope, **more)
 
 
-def gemma(full: dict[str, object]) -> Any:
+def scaling(kind: str) -> dict[str, object]:
+    return {"rope_type": kind.partition(" ")[0], **SCALINGS[kind]}
+
+
+def gemma(full: str, sliding: str = "default") -> Any:
     """A model with frequencies for each kind of layer."""
     rope = {
-        "full_attention": {"rope_type": "default", "rope_theta": 100.0, **full},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "full_attention": {"rope_theta": 100.0, **scaling(full)},
+        "sliding_attention": {"rope_theta": 50.0, **scaling(sliding)},
     }
     return tf.Gemma3TextConfig(
         **SIZES | {"num_hidden_layers": 2}, head_dim=16, max_position_embeddings=LIMIT, rope_parameters=rope,
@@ -68,7 +74,7 @@ def angles(module: Any, length: int, *more: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("context", [TRAINED, LIMIT, 80])
 def test_frequencies_are_those_of_transformers_at_every_length(kind: str, context: int) -> None:
     """Of a fresh module: transformers keeps the frequencies of the longest sequence so far. Shorter ones may follow."""
-    config = llama({"rope_type": kind, **SCALINGS[kind]})
+    config = llama(scaling(kind))
     meta = made(config, context)
     ours = computed(meta)
     for length in (80, 64, 33, 32, 31, 17, 16, 15, 3, 1, 17):
@@ -76,14 +82,20 @@ def test_frequencies_are_those_of_transformers_at_every_length(kind: str, contex
             theirs = type(ours)(config)
             for got, want in zip(angles(ours, length), angles(theirs, length), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert meta.stretches is (kind == "dynamic" and context == 80)
+    assert meta.stretches is ("dynamic" in kind and context == 80)
+    assert not any("inv_freq" in name for name in meta.model.state_dict())
+    assert [path for path, module in meta.model.named_modules() if hasattr(module, "rope_type")] == ["model.rotary_emb"]
     long = {name for name in meta.buffers if "long_inv_freq" in name}
     assert long == ({"model.rotary_emb.long_inv_freq"} if kind == "longrope" and context > TRAINED else set())
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "longrope"])
-def test_layers_of_each_kind_have_frequencies_of_their_own(kind: str) -> None:
-    config = gemma({"rope_type": kind, **SCALINGS[kind]})
+@pytest.mark.parametrize(
+    ("full", "sliding"),
+    [("default", "default"), ("linear", "default"), ("dynamic", "default"), ("default", "dynamic"),
+     ("longrope", "default"), ("linear", "longrope"), ("dynamic", "longrope")],
+)  # fmt: skip
+def test_layers_of_each_kind_have_frequencies_of_their_own(full: str, sliding: str) -> None:
+    config = gemma(full, sliding)
     meta = made(config, 80)
     ours = computed(meta)
     for length in (80, 33, 17, 16, 3):
@@ -91,7 +103,7 @@ def test_layers_of_each_kind_have_frequencies_of_their_own(kind: str) -> None:
             theirs = type(ours)(config)
             for got, want in zip(angles(ours, length, layer), angles(theirs, length, layer), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert meta.stretches is (kind == "dynamic")
+    assert meta.stretches is ("dynamic" in (full, sliding))
 
 
 def test_a_law_of_lengths_leaves_the_module_as_it_was() -> None:
@@ -139,6 +151,18 @@ def test_a_model_says_what_its_forward_takes() -> None:
 def test_experts_are_products_over_gathered_weights() -> None:
     config = tf.MixtralConfig(**SIZES, num_local_experts=2)
     assert made(config).model.config._experts_implementation == "batched_mm"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, AttributeError])
+def test_a_model_may_have_its_own_way_with_experts(error: type[Exception]) -> None:
+    asked: list[str] = []
+
+    def refuse(way: str) -> None:
+        asked.append(way)
+        raise error(way)
+
+    _choose_experts(SimpleNamespace(set_experts_implementation=refuse))  # type: ignore[arg-type]
+    assert asked == ["batched_mm"]
 
 
 def test_frequencies_that_are_no_numbers_are_refused() -> None:
