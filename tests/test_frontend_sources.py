@@ -11,7 +11,9 @@ import tokenizers
 
 from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
-from llmc.frontends import lift, onnx_file
+from llmc.frontends import lift, onnx, onnx_file
+from llmc.frontends.gguf import lift as gguf_lift
+from llmc.frontends.hf import lift as hf_lift
 from llmc.frontends.lifted import Lifted, Text
 from llmc.frontends.weight_sources import ArrayWeights
 
@@ -63,11 +65,8 @@ GIVEN: dict[str, tuple[str, str, dict[str, object]]] = {
 def test_a_source_is_read_by_the_frontend_of_its_kind(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, type_name, more = GIVEN[source]
     read: list[tuple[str, object, dict[str, object]]] = []
-    for frontend in ("onnx", "gguf.lift", "hf.lift"):
-        monkeypatch.setattr(
-            f"llmc.frontends.{frontend}.lift",
-            lambda path, name=frontend, **options: read.append((name.partition(".")[0], path, options)),
-        )
+    for name, frontend in (("onnx", onnx), ("gguf", gguf_lift), ("hf", hf_lift)):
+        monkeypatch.setattr(frontend, "lift", lambda path, name=name, **options: read.append((name, path, options)))
     monkeypatch.setattr(
         "llmc.frontends.gguf.source.gguf_source", lambda name: Path(name) if str(name).endswith(".gguf") else None
     )

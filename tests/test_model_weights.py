@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from transformers import conversion_mapping
+from transformers import (
+    BertForMaskedLM,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    LlamaModel,
+    MixtralForCausalLM,
+    conversion_mapping,
+)
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from llmc.errors import FrontendError
@@ -33,10 +40,10 @@ def model(kind: str) -> Any:
             config = tf.GPT2Config(
                 vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=4, bos_token_id=0, eos_token_id=0
             )
-            return tf.GPT2LMHeadModel(config)
+            return GPT2LMHeadModel(config)
         if kind == "mixtral":
-            return tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=2))
-        return tf.LlamaForCausalLM(
+            return MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=2))
+        return LlamaForCausalLM(
             tf.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=kind == "tied llama")
         )
 
@@ -169,7 +176,7 @@ def test_a_head_of_its_own_is_looked_at_like_any_weight() -> None:
 def test_weights_are_tied_by_what_the_model_says_too() -> None:
     """Where its parameters are not one, as after they were given other values."""
     with torch.device("meta"):
-        apart = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True))
+        apart = LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True))
         apart.lm_head.weight = torch.nn.Parameter(torch.zeros(9, 8))
     found = ModelWeights(apart, ArrayWeights(without(whole("llama"), HEAD)))
     assert found.load(HEAD) is whole("llama")[TABLE]
@@ -178,7 +185,7 @@ def test_weights_are_tied_by_what_the_model_says_too() -> None:
 def test_each_of_several_ties_is_looked_at() -> None:
     """Also where of another one nothing is there."""
     with torch.device("meta"):
-        masked = tf.BertForMaskedLM(tf.BertConfig(**SIZES))
+        masked = BertForMaskedLM(tf.BertConfig(**SIZES))
     arrays = {name: np.ones(tuple(value.shape), np.float32) for name, value in masked.state_dict().items()}
     stem, table = "cls.predictions", "bert.embeddings.word_embeddings.weight"
     lost = (table, f"{stem}.decoder.weight", f"{stem}.decoder.bias")
@@ -270,7 +277,7 @@ def test_of_the_tensors_of_an_adapter_two_are_named() -> None:
 def test_a_list_that_this_model_has_empty_is_no_part_of_a_layer() -> None:
     """A layer more of a model that has none, against a part of a linear layer, which has no parts either."""
     with torch.device("meta"):
-        empty = tf.LlamaModel(tf.LlamaConfig(**SIZES | {"num_hidden_layers": 0}, num_key_value_heads=1))
+        empty = LlamaModel(tf.LlamaConfig(**SIZES | {"num_hidden_layers": 0}, num_key_value_heads=1))
     arrays = {name: np.ones(tuple(value.shape), np.float32) for name, value in empty.state_dict().items()}
     found = ModelWeights(empty, ArrayWeights(arrays | {"layers.0.mlp.up_proj.weight": np.ones(3, np.float32)}))
     assert found.notes == ["tensors of parts that this model does not have are left out: layers.0.mlp.up_proj.weight"]
