@@ -54,9 +54,8 @@ def generation_of(settings: Mapping[str, object], source: str, vocabulary: int) 
     given = {name: value for name, value in settings.items() if value is not None}
     defaults, notes = _defaults(given, source)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = defaults.get(name, [])
-        if any(token >= vocabulary for token in (forced if isinstance(forced, list) else [forced])):
-            del defaults[name]
+        if any(token >= vocabulary for token in token_ids(defaults.get(name))):
+            forced = defaults.pop(name)
             notes.append(f"{source}: {name} {forced!r:.40} is not in the vocabulary of {vocabulary}: ignored")
     ends, wrong = _ends(given, source)
     return Generation(defaults, ends, (*notes, *wrong, *_unsupported(given, source)))
