@@ -264,12 +264,12 @@ class ModelWeights:
         """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix, or a
         part of one that has no parts in the model (of a linear layer, say)."""
         modules = {name: any(True for _ in module.children()) for name, module in self._model.named_modules()}
-        module, first = tensor.rpartition(".")[0], True
-        while module:
+        module = tensor
+        for above in range(tensor.count(".")):
+            module = module.rpartition(".")[0]
             for name in (module, f"{self._model.base_model_prefix}.{module}"):
-                if name in modules and (first or not (modules[name] or _is_list(self._model, name))):
+                if name in modules and not (above and (modules[name] or _is_list(self._model, name))):
                     return True
-            module, first = module.rpartition(".")[0], False
         return False
 
     def _harmless(self, name: str, patterns: list[str]) -> bool:
