@@ -57,7 +57,8 @@ def _reached(graph: Graph, start: Op, through: tuple[type[Op], ...]) -> set[Op]:
     """`start`, what is made of it by ops of these kinds alone, and the ops that use those."""
     found, stack = {start}, [start]
     while stack:
-        for user in graph.users.get(stack.pop(), ()):
+        value = stack.pop()
+        for user in graph.users.get(value, ()):
             if user not in found:
                 found.add(user)
                 stack.extend([user] if isinstance(user, through) else [])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -196,7 +195,7 @@ class ModelWeights:
         present = {*self._plain, *self._converted}
         missing = [name for name in self._expected if name not in present]
         missing = [name for name in missing if not _matches(name, self._model._keys_to_ignore_on_load_missing)]
-        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), STORED_CONSTANTS.pattern, r"\.bias$"]
+        ignored = [*(self._model._keys_to_ignore_on_load_unexpected or ()), STORED_CONSTANTS.pattern]
         left_over = [name for name in unexpected if not self._harmless(name, ignored)]
         # A tensor of a module that this model does not have (a vision tower, a draft head) changes nothing here; one
         # of a module that it has would change what that module computes, so the config must be wrong.
@@ -252,37 +251,39 @@ class ModelWeights:
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two tensors of the checkpoint hold the same numbers."""
-        shape = self._checkpoint.shape(one)
-        if one == other or shape != self._checkpoint.shape(other):
+        if one == other or self._checkpoint.shape(one) != self._checkpoint.shape(other):
             return one == other
-        a, b = self._checkpoint.load(one), self._checkpoint.load(other)
-        rows = max(1, (1 << 20) // max(1, math.prod(shape[1:])))  # a block at a time: tables may have gigabytes
+        a, b = (self._checkpoint.load(name).reshape(-1) for name in (one, other))
+        block = 1 << 20  # at a time: tables may have gigabytes
         return all(
-            np.array_equal(a[start : start + rows].astype(np.float32), b[start : start + rows].astype(np.float32))
-            for start in range(0, shape[0] if shape else 1, rows)
+            np.array_equal(a[start : start + block].astype(np.float32), b[start : start + block].astype(np.float32))
+            for start in range(0, len(a), block)
         )
 
     def _has_module(self, tensor: str) -> bool:
         """Whether the module that a tensor's name belongs to is one of the model's, with or without its prefix, or a
         part of one that has no parts in the model (of a linear layer, say)."""
         modules = {name: any(True for _ in module.children()) for name, module in self._model.named_modules()}
-        module, first = tensor.rpartition(".")[0], True
-        while module:
+        module = tensor
+        for above in range(tensor.count(".")):
+            module = module.rpartition(".")[0]
             for name in (module, f"{self._model.base_model_prefix}.{module}"):
-                if name in modules and (first or not (modules[name] or _is_list(self._model, name))):
+                if name in modules and not (above and (modules[name] or _is_list(self._model, name))):
                     return True
-            module, first = module.rpartition(".")[0], False
         return False
 
     def _harmless(self, name: str, patterns: list[str]) -> bool:
         """Left-over tensors that say nothing: constants that older versions stored."""
-        if _matches(name, patterns[:-1]):
+        if _matches(name, patterns):
             return True
         weight = f"{name.removesuffix('.bias')}.weight"
         if name.endswith(".bias") and stored_integers(self._checkpoint, weight) is not None:
             return not self._checkpoint.load(name).any()  # some tools store one for every layer that they quantize
-        # Stored causal masks, of four axes, unlike any bias.
-        return _matches(name, patterns[-1:]) and len(self._checkpoint.shape(name)) != 1
+        shape = self._checkpoint.shape(name)
+        if not name.endswith(".bias") or len(shape) not in (2, 4):
+            return False
+        # Stored causal masks, of four axes, unlike any bias, or of two.
+        return len(shape) == 4 or np.array_equal(self._checkpoint.load(name), np.tri(*shape, dtype=np.bool_))
 
 
 def _is_list(model: PreTrainedModel, name: str) -> bool:

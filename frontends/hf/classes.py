@@ -54,7 +54,7 @@ def choose_class(config: PreTrainedConfig, where: object, base_only: bool = Fals
     from transformers.models.auto import modeling_auto as auto
 
     kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
+    if config.is_encoder_decoder:
         raise FrontendError(
             f"{where}: model type {kind!r} has an encoder and a decoder, which is not supported yet: "
             "llmc compiles decoders and encoders by themselves"
@@ -97,7 +97,7 @@ def _is_native(name: str, config: PreTrainedConfig) -> bool:
     """Whether transformers has a model class of that name for this kind of config."""
     import transformers
 
-    found = getattr(transformers, name, None) if name.isidentifier() and not name.startswith("_") else None
+    found = getattr(transformers, name, None)
     return (
         isinstance(found, type)
         and issubclass(found, transformers.PreTrainedModel)
@@ -111,9 +111,9 @@ def _encoder_class(name: str | None, config: PreTrainedConfig, where: object) ->
 
     with quiet():
         native = name is not None and _is_native(name, config)
-    if not native or name is None:
+    if not native:
         raise FrontendError(f"{where}: model type {config.model_type!r} has no model class that takes text")
-    found: type[PreTrainedModel] = getattr(transformers, name)
+    found: type[PreTrainedModel] = getattr(transformers, str(name))
     parameters = inspect.signature(found.forward).parameters
     others = [kind for kind in ("pixel_values", "input_values", "input_features") if kind in parameters]
     if found.main_input_name != "input_ids" or "input_ids" not in parameters or others:

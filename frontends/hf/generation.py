@@ -17,7 +17,7 @@ _MOST_BYTES = 16 << 20
 # Where a config keeps the settings of its text model, as transformers looks for them.
 _PARTS = ("decoder", "generator", "text_config")
 _TOP_K = 50  # transformers' own, where a text is sampled
-_LARGEST = 3.4028234663852886e38  # of f32: manifests hold no infinities
+_LARGEST = float.fromhex("0x1.fffffep127")  # of f32: manifests hold no infinities
 
 Value = Callable[[object], object]
 
@@ -54,9 +54,9 @@ def generation_of(settings: Mapping[str, object], source: str, vocabulary: int) 
     given = {name: value for name, value in settings.items() if value is not None}
     defaults, notes = _defaults(given, source)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
-        forced = defaults.get(name, [])
-        if max(forced if isinstance(forced, list) else [forced], default=0) >= vocabulary:
-            notes.append(f"{source}: {name} {defaults.pop(name)} is not in the vocabulary of {vocabulary}: ignored")
+        if any(token >= vocabulary for token in token_ids(defaults.get(name))):
+            forced = defaults.pop(name)
+            notes.append(f"{source}: {name} {forced!r:.40} is not in the vocabulary of {vocabulary}: ignored")
     ends, wrong = _ends(given, source)
     return Generation(defaults, ends, (*notes, *wrong, *_unsupported(given, source)))
 
@@ -77,11 +77,11 @@ def _of_model_config(config: Mapping[str, object]) -> dict[str, object]:
     """Settings of generation in a config.json: those of its text model where the whole has none."""
     part = next((config[name] for name in _PARTS if isinstance(config.get(name), dict) and config[name]), {})
     assert isinstance(part, dict)
-    known = {*_EFFECT, *_NOTED, "do_sample", "eos_token_id"}
+    known = {*_EFFECT, *_NOTED, *ELSEWHERE}
     found = {
         name: config[name] if config.get(name) is not None else part.get(name)
-        for name in known
-        if name in config or name in part
+        for name in {**config, **part}  # in the files' order, so that artifacts are equal
+        if name in known
     }
     if config.get("force_bos_token_to_be_generated") and config.get("bos_token_id") is not None:
         found["forced_bos_token_id"] = config["bos_token_id"]
@@ -100,13 +100,17 @@ def _defaults(given: Mapping[str, object], source: str) -> tuple[dict[str, objec
             found[name] = read(value)
         except (TypeError, ValueError, OverflowError):
             notes.append(f"{source}: {name} must be {wanted}, and is {value!r:.40}: ignored")
-    if given.get("do_sample", False) not in (True, False):
+    if given.get("do_sample") not in (True, False, None):
         notes.append(f"{source}: do_sample must be true or false, and is {given['do_sample']!r:.40}: ignored")
-    if given.get("do_sample") in (True, 1):
+    if _samples(given):
         found = {"temperature": 1.0, "top_k": _TOP_K} | found
     else:
         found["temperature"] = 0.0
     return found, notes
+
+
+def _samples(given: Mapping[str, object]) -> bool:
+    return given.get("do_sample") == 1  # as transformers takes it: true, or the number
 
 
 def _unsupported(given: Mapping[str, object], source: str) -> list[str]:
@@ -210,14 +214,21 @@ def token_ids(value: object) -> list[int]:
 
 
 def _items(value: object) -> list[object]:
-    return [item for part in value for item in _items(part)] if isinstance(value, (list, tuple)) else [value]
+    found, left = [], [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (list, tuple)):
+            left.extend(reversed(item))
+        else:
+            found.append(item)
+    return found
 
 
 def _token(value: object) -> int | None:
     """The id that a number is; a whole number may be written as 2.0, which transformers takes too."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        return None
-    return int(value) if value == int(value) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 _PENALTY = ("above 0", _number(0, 1e6, low_open=True))
@@ -274,8 +285,7 @@ def _truthy(name: str) -> _HasEffect:
 
 def _contrastive(given: Mapping[str, object]) -> bool:
     top_k = given.get("top_k", _TOP_K)
-    samples = given.get("do_sample") in (True, 1)
-    return _more_than("penalty_alpha", 0)(given) and not samples and isinstance(top_k, int) and top_k > 1
+    return _more_than("penalty_alpha", 0)(given) and not _samples(given) and isinstance(top_k, int) and top_k > 1
 
 
 def _guided(given: Mapping[str, object]) -> bool:

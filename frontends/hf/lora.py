@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmc.compiler.ir.types import FLOATS, NUMPY_DTYPES, Array
+from llmc.compiler.ir.types import FLOATS, Array, dtype_of
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
 from llmc.frontends.hf.stored.settings import Settings
@@ -285,8 +285,7 @@ class AdaptedWeights:
 
     def dtype(self, name: str) -> str:
         if name in self._whole:
-            array = self._whole[name]
-            return next(ours for ours, dtype in NUMPY_DTYPES.items() if dtype == array.dtype)
+            return dtype_of(self._whole[name].dtype)
         return self._base.dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -32,7 +32,7 @@ class MetaModel:
 
     model: PreTrainedModel
     buffers: dict[str, NDArray[np.generic]]
-    stretches: bool = False
+    stretches: bool
 
     def takes(self, argument: str) -> bool:
         """Whether the model's forward has an argument of that name, such as `position_ids`."""

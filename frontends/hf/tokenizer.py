@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,11 @@ def text_of(
     vocabulary = vocabulary_of(config)
     stop_ids = generation.end_ids
     backend = tokenizer.backend_tokenizer
-    highest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
-    if highest >= vocabulary:
+    beyond = [number for number in backend.get_vocab(with_added_tokens=True).values() if number >= vocabulary]
+    if beyond:
         notes = (
             *notes,
-            f"the tokenizer has ids up to {highest}, and the model a vocabulary of {vocabulary}: "
+            f"the tokenizer has ids up to {max(beyond)}, and the model a vocabulary of {vocabulary}: "
             "text that needs the others will be refused",
         )
     bos = tokenizer.bos_token_id
@@ -125,14 +126,14 @@ def text_of(
     facts: dict[str, object] = {
         "chat_template": templates.pop("default", None),
         "chat_templates": templates,
-        "bos_id": bos if bos is not None and 0 <= bos < vocabulary else None,
+        "bos_id": bos if bos is not None and bos < vocabulary else None,
         "bos_token": tokenizer.bos_token or "",
         "eos_token": tokenizer.eos_token or "",
         "special_tokens": {
             name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
         },
         "add_bos": bos is not None and _puts_first(backend, bos),
-        "stop_ids": list(dict.fromkeys(token for token in stop_ids if 0 <= token < vocabulary)),
+        "stop_ids": list(dict.fromkeys(token for token in stop_ids if token < vocabulary)),
         "clean_up_spaces": _cleans_up(tokenizer),
         "split_special_tokens": bool(tokenizer.split_special_tokens),
         "truncation_side": tokenizer.truncation_side,
@@ -161,7 +162,7 @@ def _written(backend: Any) -> str:
 def _puts_first(backend: Any, token: int) -> bool:
     """Whether texts get this token in front of their own: one of a text's own may be the same (unk that is bos too)."""
     encoded = [backend.encode(text) for text in _PROBES]
-    return all(one.ids[:1] == [token] and one.special_tokens_mask[0] == 1 for one in encoded)
+    return all(one.ids[:1] == [token] and one.special_tokens_mask[0] for one in encoded)
 
 
 def _cleans_up(tokenizer: Any) -> bool:
@@ -225,6 +226,7 @@ def _require_libraries(directory: Path) -> None:
     )
     if path is None:
         return
+    _check_size(path, _MOST_TOKENIZER_BYTES)
     with path.open("rb") as file:
         is_tiktoken = _TIKTOKEN_LINE.match(file.read(512)) is not None
     kind = "a tiktoken vocabulary" if is_tiktoken else "a SentencePiece model"
@@ -237,7 +239,7 @@ def _require_libraries(directory: Path) -> None:
             f"{path} is {kind}, and reading it needs {' and '.join(missing)}: pip install {' '.join(missing)}, or put "
             "the model's tokenizer.json beside it"
         )
-    if not is_tiktoken and path.stat().st_size <= _MOST_TOKENIZER_BYTES:
+    if not is_tiktoken:
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -261,8 +263,8 @@ def _load(directory: Path) -> tuple[Any, tuple[str, ...]]:
     from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
     path = directory / "tokenizer.json"
-    if path.exists() and path.stat().st_size > _MOST_TOKENIZER_BYTES:
-        raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TOKENIZER_BYTES} are read")
+    if path.exists():
+        _check_size(path, _MOST_TOKENIZER_BYTES)
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True), ()
@@ -295,20 +297,26 @@ def _chat_templates(directory: Path) -> dict[str, str]:
     template = _optional_json(directory / "tokenizer_config.json").get("chat_template")
     if template is None:
         template = _optional_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    named: Iterable[tuple[object, object]] = [("default", template)]
     if isinstance(template, dict):
-        return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
-    return {"default": template} if isinstance(template, str) else {}
+        named = template.items()
+    elif isinstance(template, list):
+        named = [(item.get("name"), item.get("template")) for item in template if isinstance(item, dict)]
+    return {name: text for name, text in named if isinstance(name, str) and isinstance(text, str)}
 
 
 def _template_file(path: Path) -> str:
-    if path.stat().st_size > _MOST_TEMPLATE_BYTES:
-        raise FrontendError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_TEMPLATE_BYTES} are read")
+    _check_size(path, _MOST_TEMPLATE_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise FrontendError(f"{path} cannot be read: {error}") from error
+
+
+def _check_size(path: Path, most: int) -> None:
+    size = path.stat().st_size
+    if size > most:
+        raise FrontendError(f"{path} has {size} bytes; at most {most} are read")
 
 
 def _optional_json(path: Path) -> dict[str, object]:
