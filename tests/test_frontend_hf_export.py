@@ -41,7 +41,7 @@ class Model(torch.nn.Module):
 
 
 def graph_of(model: torch.nn.Module, exported: Exported, longest: int = 8) -> Graph:
-    graph, _ = translate(Traced(MetaModel(model, {}), exported, None, ()), ArrayWeights({}), longest)  # type: ignore[arg-type]
+    graph, _ = translate(Traced(MetaModel(model, {}, False), exported, None, ()), ArrayWeights({}), longest)  # type: ignore[arg-type]
     return graph
 
 

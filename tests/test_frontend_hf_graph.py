@@ -74,7 +74,7 @@ def parts() -> tuple[Model, MetaModel, ArrayWeights]:
     buffers = {name: value.numpy() for name, value in model.named_buffers() if name not in STORED}
     meta = copy.deepcopy(model).to("meta")
     meta.tied.weight, meta.fixed = meta.table, model.fixed
-    return model, MetaModel(meta, buffers), ArrayWeights(arrays)  # type: ignore[arg-type]
+    return model, MetaModel(meta, buffers, False), ArrayWeights(arrays)  # type: ignore[arg-type]
 
 
 def test_a_models_tensors_have_their_values_wherever_they_come_from() -> None:
@@ -107,7 +107,7 @@ def test_weights_stay_the_sources_where_no_buffer_is_large() -> None:
 
     source = ArrayWeights({})
     call = Call({"input_ids": "ids", "token_type_ids": "token_types"})
-    traced = Traced(MetaModel(Small(), {}), export(Small(), call, 8), None, ())  # type: ignore[arg-type]
+    traced = Traced(MetaModel(Small(), {}, False), export(Small(), call, 8), None, ())  # type: ignore[arg-type]
     graph, weights = translate(traced, source, 8)
     assert weights is source
     assert [value.name for value in graph.inputs] == ["ids", "positions", "token_types"]
@@ -143,7 +143,7 @@ def test_a_model_that_writes_to_its_buffers_returns_what_it_returns() -> None:
 
     buffers = {name: np.array([4], np.int64) for name in ("seen", "last")}
     exported = _without_mutations(export(Writing().to("meta"), Call({"input_ids": "ids"}), 8))
-    graph, weights = translate(Traced(MetaModel(Writing(), buffers), exported, None, ()), ArrayWeights({}), 8)  # type: ignore[arg-type]
+    graph, weights = translate(Traced(MetaModel(Writing(), buffers, False), exported, None, ()), ArrayWeights({}), 8)  # type: ignore[arg-type]
     found = evaluate(graph, DATA, weights.load)
     assert list(found) == ["y", "z"]
     np.testing.assert_array_equal(np.asarray(found["y"]), IDS + 5)

@@ -34,7 +34,7 @@ X, W, B = Input("x", Tensor((2,), "f32")), Param("w", Tensor((2,), "f32")), Para
 @pytest.mark.parametrize(
     ("context", "weights", "message"),
     [
-        (1, "random", "max context is 1: at least 2 tokens are needed"),
+        (2, "random", "max context is 2: at least 3 tokens are needed"),
         (-3, "checkpoint", "max context is -3"),
         (None, "none", "weights must be 'checkpoint' or 'random', not 'none'"),
     ],
@@ -47,7 +47,7 @@ def test_options_that_make_no_sense_are_refused(context: int | None, weights: st
 
 
 def test_the_least_that_may_be_asked_for() -> None:
-    check_options(2, "random")
+    check_options(3, "random")
     check_options(None, "checkpoint")
 
 

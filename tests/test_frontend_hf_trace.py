@@ -70,7 +70,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Call, int]]:
 def called(
     calls: list[tuple[Call, int]], kind: ModelClass, model: torch.nn.Module, *, types: bool = False, context: int = 64
 ) -> tuple[Call, int, int | None]:
-    _, room = tracing._export(kind, MetaModel(model, {}), context, types, ("a", "b"))  # type: ignore[arg-type]
+    _, room = tracing._export(kind, MetaModel(model, {}, False), context, types, ("a", "b"))  # type: ignore[arg-type]
     return (*calls[-1], room)
 
 
@@ -106,9 +106,9 @@ def test_an_encoders_table_of_positions_limits_its_texts(calls: list[tuple[Call,
 def test_a_model_without_the_results_is_refused(kind: ModelClass, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "export", lambda model, call, longest: Exported(None, longest, (), ()))  # type: ignore[arg-type]
     with pytest.raises(FrontendError, match=f"Toy returns no {wanted}$"):
-        tracing._export(kind, MetaModel(Toy(), {}), 64, False, ("a", "b"))  # type: ignore[arg-type]
+        tracing._export(kind, MetaModel(Toy(), {}, False), 64, False, ("a", "b"))  # type: ignore[arg-type]
     with pytest.raises(FrontendError, match=r"Toy returns no tensor$"):
-        tracing._export(ENCODER, MetaModel(Toy(), {}), 64, False, None)  # type: ignore[arg-type]
+        tracing._export(ENCODER, MetaModel(Toy(), {}, False), 64, False, None)  # type: ignore[arg-type]
 
 
 # Which attention is traced.
@@ -130,7 +130,7 @@ class Attempts:
     def build(self, kind: ModelClass, config: object, implementation: str, context: int) -> MetaModel:
         self.built.append(implementation)
         self.models.append(Toy())
-        return MetaModel(self.models[-1], {})
+        return MetaModel(self.models[-1], {}, False)
 
     def export(self, *given: object) -> tuple[Exported, int]:
         self.given = given

@@ -138,7 +138,7 @@ TOLD: list[tuple[dict[str, object], bool]] = [
     ({"penalty_alpha": 0.6, "top_k": 1}, False),
     ({"penalty_alpha": 0}, False),
     ({"penalty_alpha": 0.6, "do_sample": True}, False),
-    ({"penalty_alpha": 0.6, "do_sample": 1}, False),
+    ({"penalty_alpha": 0.6, "do_sample": 1}, True),
     ({"guidance_scale": 1}, False),
     ({"guidance_scale": 0.5}, True),
     ({"guidance_scale": 1.5}, True),

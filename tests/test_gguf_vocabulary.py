@@ -157,7 +157,7 @@ def test_merges_are_of_tokens_that_make_one() -> None:
 
 @pytest.mark.parametrize(("kind", "more"), [("bert", {}), ("t5", {"scores": [0.0] * 2})])
 def test_what_is_unknown_has_to_have_a_token(kind: str, more: dict[str, object]) -> None:
-    with pytest.raises(FrontendError, match="unknown_token_id is missing"):
+    with pytest.raises(FrontendError, match="unknown_token_id names no token"):
         read(kind, ["a", "b"], **more)
 
 

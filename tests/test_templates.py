@@ -34,7 +34,7 @@ from llmc.targets.x86.tile_plan import TileLinear
 TARGETS = ("x86-64-v3", "znver4", "sapphirerapids")
 RUNNABLE = [name for name in ("avx2", "avx512vnni") if runnable(name)]
 SOME = 3
-SLACK = 20 << 10  # of what is stated as taken of the stack: indices are counted as more than there are
+SLACK = 24 << 10  # of what is stated as taken of the stack: indices are counted as more than there are
 CASES = [*cases(), *linear_cases()]
 
 
@@ -175,7 +175,7 @@ def test_a_rule_is_told_why_no_kernel_can_be() -> None:
     context = Context(MACHINES["avx2"], Graph("g", (), ()))
     wide = AttentionProblem(16, 1, 2048, 2048, 0.1)
     assert context.choose(AttentionTile, wide) == (
-        f"needs 1630 KiB of stack, and threads are sure of {MOST_STACK_BYTES >> 10}"
+        f"needs 1620 KiB of stack, and threads are sure of {MOST_STACK_BYTES >> 10}"
     )
     assert count(AttentionTile, wide, MACHINES["avx2"]) == 0
 

@@ -191,7 +191,8 @@ class Description:
         settings = self.settings
         found: Config = {"rope_type": "default", "rope_theta": settings.number("rope.freq_base", base)}
         if not latent and (not 1 <= self.rotary <= self.head_dim or self.rotary % 2):
-            raise settings.error("rope.dimension_count", f"is {self.rotary} of {self.head_dim} channels of a head")
+            most = f"an even number of up to {self.head_dim} channels of a head"
+            raise settings.error("rope.dimension_count", f"is {self.rotary}, not {most}")
         if partial:
             part = self.rotary / self.head_dim
             # transformers multiplies again, and cuts off: 88 * (30 / 88) is 29.999...

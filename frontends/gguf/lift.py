@@ -87,7 +87,8 @@ def _plan(model: Description) -> Plan:
     if not 0 <= model.drafts <= _MOST_DRAFTS:
         raise model.settings.error("nextn_predict_layers", f"is {model.drafts}, outside 0..{_MOST_DRAFTS}")
     if not 1 <= model.layers <= _MOST_LAYERS:
-        raise model.settings.error("block_count", f"is {model.layers + model.drafts}")
+        outside = f"outside {1 + model.drafts}..{_MOST_LAYERS + model.drafts}"
+        raise model.settings.error("block_count", f"is {model.layers + model.drafts}, {outside}")
     try:
         return known[model.name](model)
     except ZeroDivisionError:

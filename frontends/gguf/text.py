@@ -172,7 +172,7 @@ def _generation(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: i
     given: dict[str, object] = {}
     for theirs, ours in _SAMPLING.items():
         if settings.has(theirs):
-            given[ours] = settings.integer(theirs) if theirs == "top_k" else settings.number(theirs)
+            given[ours] = settings.get(theirs) if theirs == "top_k" else settings.number(theirs)
     suppressed = Settings(path, metadata, "tokenizer.ggml").integers("suppress_tokens")
     if suppressed:
         given["suppress_tokens"] = suppressed

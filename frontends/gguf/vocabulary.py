@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # kinds of tokens
 SPACE = "\u2581"  # what SentencePiece writes for a space
-# The tokens with a meaning where a file does not say which they are, as in llama.cpp, by the kind of vocabulary.
+# The tokens with a meaning where a file does not say which they are, as in llama.cpp, by the kind of vocabulary. Its 11
+# for byte-level ones is Falcon's, and an ordinary token of any other.
 _DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2}, "bert": {"unknown": 100}}
 _MARKED = ("bos", "eos", "unknown", "separator", "padding", "mask", "cls", "eot", "eom")
 
@@ -69,7 +70,7 @@ class Vocabulary:
     def unknown(self) -> int:
         """The token that stands for what is in none of them."""
         if "unknown" not in self.marked:
-            raise self.settings.error("unknown_token_id", "is missing")
+            raise self.settings.error("unknown_token_id", "names no token")
         return self.marked["unknown"]
 
     def merges(self) -> list[tuple[str, str]]:

@@ -110,7 +110,7 @@ def _defaults(given: Mapping[str, object], source: str) -> tuple[dict[str, objec
 
 
 def _samples(given: Mapping[str, object]) -> bool:
-    return given.get("do_sample") == 1  # as transformers takes it: true, or the number
+    return given.get("do_sample") == 1  # true, or the number
 
 
 def _unsupported(given: Mapping[str, object], source: str) -> list[str]:
@@ -285,7 +285,12 @@ def _truthy(name: str) -> _HasEffect:
 
 def _contrastive(given: Mapping[str, object]) -> bool:
     top_k = given.get("top_k", _TOP_K)
-    return _more_than("penalty_alpha", 0)(given) and not _samples(given) and isinstance(top_k, int) and top_k > 1
+    return (
+        _more_than("penalty_alpha", 0)(given)
+        and given.get("do_sample") is not True
+        and isinstance(top_k, int)
+        and top_k > 1
+    )
 
 
 def _guided(given: Mapping[str, object]) -> bool:

@@ -112,8 +112,8 @@ def _adapted(
 
 def check_options(max_context: int | None, weights: str) -> None:
     """FrontendError for options of `lift` that make no sense."""
-    if max_context is not None and max_context < 2:
-        raise FrontendError(f"max context is {max_context}: at least 2 tokens are needed")
+    if max_context is not None and max_context < 3:
+        raise FrontendError(f"max context is {max_context}: at least 3 tokens are needed")
     if weights not in ("checkpoint", "random"):
         raise FrontendError(f"weights must be 'checkpoint' or 'random', not {weights!r}")
 

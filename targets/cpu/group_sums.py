@@ -72,13 +72,11 @@ class NarrowDots(Protocol):
 
 class Sums(ABC):
     """One strategy. registers: how many vectors a running sum takes. centre: what i16 sums of a whole group take from
-    each stored weight, 0 where there are none. together: how many quads of a slice are `arranged` together. beside:
-    whether other work can stand between the products (`WideSums.emit_beside`)."""
+    each stored weight, 0 where there are none. together: how many quads of a slice are `arranged` together."""
 
     registers = 1
     centre = 0
     together = 1
-    beside = False
 
     @abstractmethod
     def dtype(self, isa: VectorIsa) -> str:
@@ -105,9 +103,7 @@ class Sums(ABC):
 
 @dataclass(frozen=True)
 class WideSums(Sums):
-    """Dots go straight to i32."""
-
-    beside = True
+    """Dots go straight to i32, so that other work can stand between them."""
 
     def dtype(self, isa: VectorIsa) -> str:
         return isa.i32

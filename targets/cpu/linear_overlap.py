@@ -2,8 +2,8 @@
 
 The sums of a group are scaled and added to f32 totals: a conversion, two multiplications, a load and a store for each
 vector of sums, all of which wait for the group's last products. A core looks a hundred instructions ahead or two, and
-that is less than a group: multipliers idled a sixth of the time of 512 rows, groups of 64 (docs/adr/0037). Here every
-product of one half has a piece of the other half's scaling beside it, of sums that were ready long ago.
+that is less than a group: multipliers idled a tenth of the time of 512 rows, groups of 64 (docs/adr/0037). Here the
+scaling of one half is spread in pieces over the products of the other half's first quads: its sums were ready before.
 """
 
 from __future__ import annotations

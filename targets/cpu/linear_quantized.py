@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llmc.targets.cpu import builder as b
 from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
-from llmc.targets.cpu.group_sums import UNROLL, Sums, Weights
+from llmc.targets.cpu.group_sums import UNROLL, Sums, Weights, WideSums
 from llmc.targets.cpu.layouts import QuantizedLayout
 from llmc.targets.cpu.linear_blocks import Block, each_block
 from llmc.targets.cpu.linear_overlap import Half, LatePlace, Place
@@ -298,7 +298,7 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
     def _refuse_overlap(self, sums: Sums, problem: QuantizedProblem, machine: Machine) -> str:
         if self.overlap == 1:
             return ""
-        if not sums.beside:
+        if not isinstance(sums, WideSums):
             return "sums that are widened by and by leave no place for other work"
         have = self.tiles * slices_of(isa_for(machine), problem.layout(machine))
         return "" if have == self.slices else f"halves of {self.slices} slices are not all of a panel's {have}"
@@ -317,7 +317,9 @@ class QuantizedBlocks(CpuTemplate[QuantizedProblem], name="quantized_linear_bloc
         groups, count = self.groups(layout, problem.k), self.tiles * slices_of(isa, layout)
         known = known_bytes(isa, layout, self.row_block, groups)
         panel = isa.vector_bytes * count * groups * (problem.group // 4) * _has_panel(isa, layout)
-        totals, sums = isa.vector_bytes * (self.row_block + self.spare) * count, sums_bytes(isa, self.rows, count, 1)
+        totals = isa.vector_bytes * (self.row_block + self.spare) * count
+        wide = isinstance(_panel_sums(isa, layout), WideSums)
+        sums = [isa.vector_bytes] * (self.rows * count) if wide else sums_bytes(isa, self.rows, count, 1)
         return arrays(panel, *known, totals, *sums, *sums)  # of as many groups as usual, and of those that are left
 
     def build(self, problem: QuantizedProblem, machine: Machine) -> PrimFunc:

@@ -74,7 +74,8 @@ def _finish(k: Plain, total: Expr) -> Expr:
     for axis in k.integers("axes"):
         count = count * k.extent(0, axis)
     dtype = dtype_of(total) if is_float(total) else "float64"
-    return total.astype(dtype) / b.let(count).astype(dtype)  # TVM refuses to divide by a constant 0
+    hidden = b.Scalar("int64", count).get()  # TVM refuses to divide by a constant 0
+    return total.astype(dtype) / hidden.astype(dtype)
 
 
 def _outer_index(k: Plain, kept: Sequence[Expr], reduced: Sequence[Expr]) -> list[Expr]:

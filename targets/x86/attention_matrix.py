@@ -25,7 +25,7 @@ from llmc.targets.cpu.attention_parts import MASKED, fused
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_tile import TileBody, default_block, refuse_registers, vector_stack
 from llmc.targets.cpu.builder import either, index, let, loop, scratch, when
-from llmc.targets.cpu.cpu_template import CpuTemplate, arrays
+from llmc.targets.cpu.cpu_template import SCALARS, CpuTemplate, arrays
 from llmc.targets.cpu.vector_math import exp
 from llmc.targets.cpu.vectors import (
     aligned_scratch,
@@ -93,7 +93,8 @@ class AttentionMatrix(CpuTemplate[AttentionProblem], name="attention_matrix"):
         rows = value_tiles * COLUMNS, lanes, 1, 1, 1  # sums, totals, places, slopes, middles
         sizes = [WORDS * tiles for tiles in words] + [chunk * width for width in rows] + [chunk + lanes] * 5
         sizes += [ROWS * step * PAGE, ROWS * lanes, *[lanes] * 8, problem.head_dim]
-        return arrays(*(4 * size for size in sizes)) + vector_stack(problem, isa, self.few, self.few, self.accumulators)
+        few = vector_stack(problem, isa, self.few, self.few, self.accumulators)
+        return arrays(*(4 * size for size in sizes)) - SCALARS + few  # single numbers are in both
 
     def _chunk(self, problem: AttentionProblem) -> int:
         return chunk_rows(problem.head_dim, problem.value_dim, self.room << 10)

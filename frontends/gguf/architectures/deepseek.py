@@ -72,7 +72,7 @@ def _deepseek(model: Description) -> Plan:
     whole = settings.integer("attention.key_length_mla", settings.integer("attention.key_length"))
     value = settings.integer("attention.value_length_mla", settings.integer("attention.value_length"))
     if not 0 < rotary < whole or rotary % 2:
-        raise settings.error("rope.dimension_count", f"is {rotary} of {whole} channels of a head")
+        raise settings.error("rope.dimension_count", f"is {rotary}, no even number below {whole} channels")
     settings.expect("attention.head_count_kv", (1, model.heads))
     more = _experts(model) | {
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
