@@ -16,7 +16,7 @@ _PARTS = ("value", "a", "b", "args", "indices", "condition", "true_value", "fals
 def beyond_arrays(function: PrimFunc) -> list[str]:
     """Accesses to arrays on the stack whose indices are not proved to lie within: from the bounds of loops, the values
     of lets, what is ever stored in a variable, and the conditions around. function: before lowering, where each array
-    has its shape."""
+    has its shape. A variable is taken to be set before it is read."""
     first = _Walk([])
     first.statement(function.body)
     second = _Walk(first.stored)
@@ -49,6 +49,11 @@ class _Walk:
         kind = type(statement).__name__
         if kind == "AllocBuffer":
             self.arrays.append(statement.buffer)
+        elif kind == "DeclBuffer":
+            # A view of an array has a shape of its own, of no more than is there.
+            seen = getattr(statement.data, "args", ())
+            if seen and any(seen[0].same_as(array) for array in self.arrays):
+                self.arrays.append(statement.buffer)
         elif kind == "Bind":
             self.accesses(statement.value)
             if statement.value.ty.dtype in ("int32", "int64"):

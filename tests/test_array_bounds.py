@@ -10,7 +10,10 @@ from small_encoder import small_encoder
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import run_pipeline
 from llmc.targets import lower, machine_named
+from llmc.targets.cpu import builder as b
+from llmc.targets.cpu import linear_overlap
 from llmc.targets.cpu.linear_problem import QuantizedProblem
+from llmc.targets.cpu.linear_quantized import QuantizedBlocks
 from llmc.targets.x86.linear_tile_rows import QuantizedTileRows
 
 TARGETS = ("x86-64-v3", "znver4", "sapphirerapids", "aarch64", "aarch64+i8mm")
@@ -43,3 +46,19 @@ def test_a_ring_of_groups_is_one(bits: int, symmetric: bool, per_row: bool) -> N
     chosen = QuantizedTileRows.default(problem, machine)
     assert not chosen.refuse(problem, machine)
     assert beyond_arrays(chosen.build(problem, machine)) == []
+
+
+@pytest.mark.parametrize("wrong", ["row", "total", "position"])
+def test_a_place_beyond_an_array_or_a_view_of_one_is_found(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of halves of a block keep in variables where they belong."""
+    machine = machine_named("icelake-server")
+    problem = QuantizedProblem(n=64, k=300, bits=4, group=64, symmetric=False)
+    chosen = QuantizedBlocks.default(problem, machine)
+    assert chosen.overlap == 2 and beyond_arrays(chosen.build(problem, machine)) == []
+
+    def far(place: linear_overlap.LatePlace, spare: int) -> None:
+        for name in ("row", "total", "position"):
+            setattr(place, name, b.Scalar("int64", 1000 if name == wrong else 0))
+
+    monkeypatch.setattr(linear_overlap.LatePlace, "__init__", far)
+    assert beyond_arrays(chosen.build(problem, machine)) != []
