@@ -13,13 +13,14 @@ NO_BOUND = 1 << 62
 _PARTS = ("value", "a", "b", "args", "indices", "condition", "true_value", "false_value", "base", "vectors")
 
 
-def beyond_arrays(function: PrimFunc) -> list[str]:
+def beyond_arrays(function: PrimFunc, views: bool = False) -> list[str]:
     """Accesses to arrays on the stack whose indices are not proved to lie within: from the bounds of loops, the values
     of lets, what is ever stored in a variable, and the conditions around. function: before lowering, where each array
-    has its shape. A variable is taken to be set before it is read."""
-    first = _Walk([])
+    has its shape. A variable is taken to be set before it is read. views: accesses by another shape
+    too, which is not proved of all kernels yet."""
+    first = _Walk([], views)
     first.statement(function.body)
-    second = _Walk(first.stored)
+    second = _Walk(first.stored, views)
     second.statement(function.body)
     return second.wrong
 
@@ -37,7 +38,8 @@ class _Walk:
     """variables: the least and the most that is ever stored in a variable (an array of one index); of those that are
     not there only the statement before tells something."""
 
-    def __init__(self, variables: list[_Stored]) -> None:
+    def __init__(self, variables: list[_Stored], views: bool) -> None:
+        self.views = views
         self.analyzer = sym.Analyzer()
         self.variables = variables
         self.stored: list[_Stored] = []
@@ -49,7 +51,7 @@ class _Walk:
         kind = type(statement).__name__
         if kind == "AllocBuffer":
             self.arrays.append(statement.buffer)
-        elif kind == "DeclBuffer":
+        elif kind == "DeclBuffer" and self.views:
             # A view of an array has a shape of its own, of no more than is there.
             seen = getattr(statement.data, "args", ())
             if seen and any(seen[0].same_as(array) for array in self.arrays):

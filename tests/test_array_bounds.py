@@ -54,11 +54,11 @@ def test_a_place_beyond_an_array_or_a_view_of_one_is_found(wrong: str, monkeypat
     machine = machine_named("icelake-server")
     problem = QuantizedProblem(n=64, k=300, bits=4, group=64, symmetric=False)
     chosen = QuantizedBlocks.default(problem, machine)
-    assert chosen.overlap == 2 and beyond_arrays(chosen.build(problem, machine)) == []
+    assert chosen.overlap == 2 and beyond_arrays(chosen.build(problem, machine), views=True) == []
 
     def far(place: linear_overlap.LatePlace, spare: int) -> None:
         for name in ("row", "total", "position"):
             setattr(place, name, b.Scalar("int64", 1000 if name == wrong else 0))
 
     monkeypatch.setattr(linear_overlap.LatePlace, "__init__", far)
-    assert beyond_arrays(chosen.build(problem, machine)) != []
+    assert beyond_arrays(chosen.build(problem, machine), views=True) != []
