@@ -107,8 +107,7 @@ def test_rounded_embeddings_point_the_same_way(family: str) -> None:
     wanted = expected(sentence(family, "mean", "N"), texts)
     found = embedder(family, "mean", "N", "int8").embed(texts)
     cosines = (found * wanted).sum(axis=1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
-    # The tokenizer is trained in each run, never quite alike; roundings average out least in texts of a word or two.
-    assert np.median(cosines) > 0.9995 and cosines.min() > 0.998
+    assert cosines.min() > COSINE
 
 
 def logits_of(directory: Path, head: str, texts: list[tuple[str, ...]], longest: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ The same family, head, seed and options always give the same bytes.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from tiny_models import randomize
@@ -102,18 +103,21 @@ def write_encoder_tokenizer(directory: Path, kind: str = "bert", longest: int = 
         trainer = trainers.UnigramTrainer(unk_token="<unk>", **options)
         around, name = processors.RobertaProcessing(("</s>", 2), ("<s>", 0)), "PreTrainedTokenizerFast"
     else:
-        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=special[1] if special is bert else "<unk>"))
+        unknown = special[1] if special is bert else "<unk>"
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(_word_pieces(special), unk_token=unknown))
+        tokenizer.add_special_tokens(special)
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         tokenizer.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(**options)
+        trainer = None
         around = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )  # fmt: skip
         if special is style:
             around = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
         name = "PreTrainedTokenizerFast"
-    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    if trainer is not None:
+        tokenizer.train_from_iterator([_TEXT] * 4, trainer)
     tokenizer.post_processor = around
     tokenizer.save(str(directory / "tokenizer.json"))
     names = ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token")
@@ -126,6 +130,20 @@ def write_encoder_tokenizer(directory: Path, kind: str = "bert", longest: int = 
         settings |= {"cls_token": "<s>", "sep_token": "</s>"}
     settings |= {"tokenizer_class": name, "model_max_length": longest}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _word_pieces(special: list[str]) -> dict[str, int]:
+    """A WordPiece vocabulary of the text's letters, words and last two letters. The library's trainer breaks ties by
+    chance, so that models would get other ids in each run."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]", _TEXT.lower())))
+    letters = sorted({letter for word in words for letter in word})
+    endings = sorted({f"##{word[-2:]}" for word in words if len(word) > 3})
+    return {
+        piece: number
+        for number, piece in enumerate(
+            dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *endings, *words])
+        )
+    }
 
 
 def make_sentence(
