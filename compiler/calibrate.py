@@ -194,14 +194,15 @@ def most_bits(graph: Graph, parameters: int, budget: float | None) -> float:
 def keep(rounded: Iterable[tuple[Quantize, Sequence[Rounded]]], folder: Path) -> dict[Quantize, list[Rounded]]:
     """What weights became, in files of a folder, as all of it may not fit the memory."""
     kept: dict[Quantize, list[Rounded]] = {}
-    for weight, found in rounded:
+    for number, (weight, found) in enumerate(rounded):
+        kept[weight] = []
         for each in found:
             parts = {}
             for name, part in each.encoded.parts.items():
-                path = folder / f"{len(kept)}.{each.encoded.encoding}.{name}.npy"
+                path = folder / f"{number}.{each.encoded.encoding}.{name}.npy"
                 np.save(path, part)
                 parts[name] = np.load(path, mmap_mode="r")
-            kept.setdefault(weight, []).append(replace(each, encoded=replace(each.encoded, parts=parts)))
+            kept[weight].append(replace(each, encoded=replace(each.encoded, parts=parts)))
     return kept
 
 

@@ -143,6 +143,23 @@ def test_rows_are_put_together_as_weights_are_merged_now() -> None:
             assemblies([missing], kept)
 
 
+def test_what_is_kept_in_files_stays_what_it_was(tmp_path: Path) -> None:
+    """Of a weight, its finer encodings too: also where the next weight, such as a head, begins with one of these."""
+    values = np.random.default_rng(0).standard_normal((7, 96)).astype(np.float32)
+    first, second = merged(param("o", 7)), merged(param("head", 7), encoding="t6g32")
+    found = [
+        (first, rounded(first, values, {"t4g32": [0.5] * 7, "t5g32": [0.1] * 7, "t6g32": [0.0] * 7})),
+        (second, rounded(second, 2 * values[::-1], {"t6g32": [0.5] * 7, "q8g32": [0.0] * 7})),
+    ]
+    kept = calibration.keep(found, tmp_path)
+    assert list(kept) == [first, second]
+    for weight, choices in found:
+        assert [each.encoded.encoding for each in kept[weight]] == [each.encoded.encoding for each in choices]
+        for stored, choice in zip(kept[weight], choices, strict=True):
+            for name, part in choice.encoded.parts.items():
+                np.testing.assert_array_equal(stored.encoded.parts[name], part)
+
+
 def test_matrices_are_known_by_what_they_are_made_of() -> None:
     one, same, other = (matrices(merged(param(name, 5)))[0].key for name in ("a", "a", "b"))
     assert one == same != other
