@@ -7,6 +7,7 @@ is rounded as soon as all of its readers' inputs are known.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -250,8 +251,9 @@ class RoundedWeights:
 
     def add(self, weight: Quantize, encoded: Encoded) -> None:
         """Keep what a weight became."""
-        name = name_of(weight)
-        name = f"{name} ({weight.encoding})" if name in self.files else name
+        made_of = name_of(weight)
+        names = itertools.chain([made_of], (f"{made_of} ({number})" for number in itertools.count(2)))
+        name = next(each for each in names if each not in self.files)  # several weights may be made of one param
         params: dict[str, Param] = {}
         for part, array in encoded.parts.items():
             whole = name if part == "q" else f"{name} ({part})"

@@ -160,6 +160,19 @@ def test_what_is_kept_in_files_stays_what_it_was(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(stored.encoded.parts[name], part)
 
 
+def test_weights_of_one_param_are_each_their_own(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((9, 96)).astype(np.float32)
+    weights = [merged(Slice(param("a", 9), 0, start, start + 3)) for start in (0, 3, 6)]
+    store = calibration.RoundedWeights(tmp_path, lambda name: values)
+    for number, weight in enumerate(weights):
+        store.add(weight, encode(parse_encoding("t4g32"), values[3 * number : 3 * number + 3]))
+    for number, weight in enumerate(weights):
+        packed = store.packed[weight]
+        assert isinstance(packed.q, Param)
+        expected = encode(parse_encoding("t4g32"), values[3 * number : 3 * number + 3])
+        np.testing.assert_array_equal(store.load(packed.q.name), expected.parts["q"])
+
+
 def test_matrices_are_known_by_what_they_are_made_of() -> None:
     one, same, other = (matrices(merged(param(name, 5)))[0].key for name in ("a", "a", "b"))
     assert one == same != other
