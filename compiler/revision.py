@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from llmc.compiler.pipeline import Compiled
     from llmc.frontends.lifted import Lifted
 
+
+LOST = 0.5  # of the mean square of a matrix's outputs: its error is told beyond it
 
 Draw: TypeAlias = Callable[[NDArray[np.float32], NDArray[np.float64]], Ids]
 
@@ -78,7 +80,22 @@ def revised(
         progress.note(f"the artifact does not tell its accuracy: {error}")
         manifest.pop("accuracy", None)
         return None
+    note_what_is_lost(manifest["accuracy"], progress)
     return manifest
+
+
+def note_what_is_lost(measured: Any, progress: Progress) -> None:
+    """Says which matrices hardly compute what they did. measured: the manifest's `accuracy`."""
+    lost = [each for each in measured["tensors"] if (each["output_error"] or 0.0) > LOST]
+    if lost:
+        lost.sort(key=lambda each: -each["output_error"])
+        shown = ", ".join(f"{each['name']} ({each['encoding']}, {each['output_error']:.0%})" for each in lost[:3])
+        rest = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        first = lost[0]["name"].split(" + ")[0]
+        progress.note(
+            "rounding leaves little of what these matrices compute (error, against the mean square of their outputs): "
+            f"{shown}{rest}. Give them more bits, as with --override '{first}=int8'"
+        )
 
 
 def measured_accuracy(

@@ -30,6 +30,7 @@ from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.own_text import Ids
 from llmc.compiler.progress import Silent
+from llmc.compiler.revision import note_what_is_lost
 from llmc.errors import CompileError, IRError
 from llmc.frontends.lifted import Lifted
 from llmc.runtime.accuracy import Accuracy
@@ -347,6 +348,29 @@ def test_the_manifest_on_the_way_is_the_one_that_is_returned(tiny: dict[str, Pat
     assert json.loads(json.dumps(manifest)) == opened.manifest.raw
     with Runtime.load(tmp_path / "model.so", verify=True) as runtime:  # every byte of the file that was revised
         assert runtime.manifest.accuracy == told(tmp_path / "model.so")
+
+
+def test_matrices_of_which_little_is_left_are_named() -> None:
+    said: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    def measured(*errors: float | None) -> dict[str, object]:
+        return {
+            "tensors": [
+                {"name": f"layer.{i} + other", "encoding": "t2g64", "output_error": error}
+                for i, error in enumerate(errors)
+            ]
+        }
+
+    note_what_is_lost(measured(0.5, None, 0.1), Notes())
+    assert not said
+    note_what_is_lost(measured(0.51, 0.1, 1.26, 0.6, 0.7), Notes())
+    assert len(said) == 1
+    assert "layer.2 + other (t2g64, 126%), layer.4 + other (t2g64, 70%), layer.3" in said[0]
+    assert "and 1 more" in said[0] and "'layer.2=int8'" in said[0]
 
 
 # An encoder that nobody gave a precision
