@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from llmc.compiler.allocation import Matrix, matrices, merged
 from llmc.compiler.calibrate import text_threads
+from llmc.compiler.divergence import cosines_of, divergence_of, log_softmax, output_of
 from llmc.compiler.encodings.grouped import GroupQuantized, stored_bytes
-from llmc.compiler.ir.encoded import Encoded, Pages
+from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize
@@ -206,15 +207,10 @@ def outputs_of(
 ) -> list[Array]:
     """An output of a graph for each text, as rows. wide: with caches in f32."""
     wanted = graph.output(output)
-    for value, data in computed(graph, [wanted], _inputs(graph, texts, wide), load, {}, pool):
+    for value, data in computed(graph, [wanted], prompt_runs(graph, texts, wide=wide), load, {}, pool):
         if value is wanted:
             return _by_text(wanted, data, texts)
     raise CompileError(f"output {output!r} is not computed from tokens")
-
-
-def output_of(lifted: Lifted, graph: Graph) -> str:
-    """The output that an encoder is for."""
-    return str((lifted.encoder or {}).get("output") or graph.outputs[0][0])
 
 
 def _original(
@@ -227,23 +223,13 @@ def _original(
     found: list[Array] = []
     inputs: dict[Value, Floats] = {}
     progress.start("running the original", len(wanted), "layers")
-    for value, data in computed(graph, [output, *wanted], _inputs(graph, texts, True), subject.load, {}, pool):
+    for value, data in computed(graph, [output, *wanted], prompt_runs(graph, texts, wide=True), subject.load, {}, pool):
         if value is output:
             found = _by_text(output, data, texts)
         if value in wanted:
             inputs[value] = _spread([np.asarray(each) for each in data])
             progress.advance()
     return found, inputs
-
-
-def _inputs(graph: Graph, texts: Sequence[Ids], wide: bool = False) -> list[dict[str, Data]]:
-    """The inputs of steps that read the texts. wide: caches in f32."""
-    runs = prompt_runs(graph, texts)
-    for inputs in runs if wide else ():
-        for name, data in inputs.items():
-            if isinstance(data, Pages):
-                inputs[name] = Pages(data.keys.astype(np.float32), data.values.astype(np.float32))
-    return runs
 
 
 def _by_text(output: Value, data: Sequence[Data], texts: Sequence[Ids]) -> list[Array]:
@@ -356,32 +342,6 @@ def longest(lifted: Lifted, final: Graph, originals: Mapping[Value, Quantize]) -
 
 def _name(weight: Quantize, matrix: Matrix) -> str:
     return " + ".join(matrix.names) or name_of(weight)
-
-
-def log_softmax(logits: Array) -> Floats:
-    """Log-probabilities of each row, f32 [rows, vocabulary]; sums in f64."""
-    shifted = logits.astype(np.float32) - logits.max(axis=-1, keepdims=True)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total), np.float32)
-
-
-def divergence_of(expected: Floats, found: Floats) -> float:
-    """The Kullback-Leibler divergence of rows of log-probabilities from those expected, in nats, summed over rows."""
-    with np.errstate(invalid="ignore"):
-        gaps = np.exp(expected) * (expected - found)
-    # What is ruled out has no part in the sum.
-    return float(np.where(np.isneginf(expected), 0, gaps).sum(dtype=np.float64))
-
-
-def cosines_of(a: Array, b: Array) -> Floats:
-    """The cosine of each row of a [rows, ...] with that of b, whose rows have as many numbers; 1 where both are 0."""
-    first = a.reshape(len(a), -1).astype(np.float64)
-    second = b.reshape(first.shape).astype(np.float64)
-    lengths = np.sqrt(np.square(first).sum(axis=-1) * np.square(second).sum(axis=-1))
-    dots = (first * second).sum(axis=-1)
-    same = (first == second).all(axis=-1)
-    cosines = np.where(same, 1.0, np.divide(dots, lengths, out=np.zeros_like(dots), where=lengths > 0))
-    return np.asarray(np.clip(cosines, -1, 1), np.float32)
 
 
 def rounded_figure(value: float) -> float:

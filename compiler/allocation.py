@@ -1,8 +1,9 @@
-"""Where more bits are worth most: of all matrices of a model, the few whose rounding disturbs their layers most.
+"""Which bits are worth most: each weight of a model gets more or fewer of them than was asked for, by what it costs.
 
-What a layer's outputs lose is counted against the outputs themselves, and the sum over all layers stands for what the
-model loses. In the example model this orders matrices nearly as the divergence of the whole model does when each of
-them alone is rounded (one of 57 has a sixth of all of it), and it costs nothing: rounding knows it already.
+What the model loses by one weight alone is measured with the weight rounded as it was asked for (`sensitivity.py`), and
+goes with the square of what the layer's outputs are off by, which rounding knows for all other numbers of bits. The sum
+over all weights stands for what the model loses. Where that was not measured, what outputs are off by counts alike in
+all layers, and no weight gets fewer bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,19 +25,20 @@ from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.structural import Concat
 from llmc.compiler.passes.rewriting import uncast
 from llmc.compiler.passes.schemes import Overrides, param_names
+from llmc.errors import CompileError
 
 MORE = 0.1  # bits a weight, over all weights, that are spent where nobody says how many
-STEPS = 2  # numbers of bits beyond its own that a weight is tried with
+STEPS, FEWER = 2, 1  # numbers of bits above and below its own that a weight is tried with
 PARTS = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)
 _NAME = re.compile(r"[\w.-]+")  # of params that an override can name
 
-Kept = Mapping[Quantize, Sequence[Rounded]]  # from few bits to many
+Kept = Mapping[Quantize, Sequence[Rounded]]  # first as it was asked for, then otherwise
+Losses = Mapping[Quantize, float]  # of the model, by each weight alone as it was asked for
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store a matrix. bits: in all. noise: the mean square by which the outputs of its layer change, as a
-    part of their own."""
+    """One way to store a weight. bits: in all. noise: what the model loses by it."""
 
     bits: int
     noise: float
@@ -51,21 +53,35 @@ class Matrix:
     rows: slice
 
 
-@dataclass(frozen=True)
-class Unit:
-    """Matrices of a weight that have one encoding in common. names: of their params; none where no override can tell
-    them from others."""
-
-    weight: Quantize
-    names: frozenset[str]
-    rows: tuple[slice, ...]
-
-
-def finer(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
-    """What a matrix that needs more bits than an encoding has may be rounded to instead, from few bits to many; none
-    where it is good enough."""
+def others(kind: GroupQuantized) -> tuple[GroupQuantized, ...]:
+    """What a weight may be rounded to instead of an encoding, from few bits to many: one number of bits fewer, where
+    there are levels of a table, and two that are more. None where it is good enough."""
     more = [bits for bits in (*TABLE_BITS, 8) if bits > kind.bits and fits(bits, kind.group)][:STEPS]
-    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS, per_row=kind.per_row) for bits in more)
+    fewer = [bits for bits in TABLE_BITS if bits < kind.bits and fits(bits, kind.group)][-FEWER:]
+    found = (*(fewer if more and kind.table else ()), *more)
+    return tuple(GroupQuantized(bits, kind.group, table=bits in TABLE_BITS, per_row=kind.per_row) for bits in found)
+
+
+def usable(weights: Iterable[Quantize], overrides: Overrides) -> list[Quantize]:
+    """Those of the weights that may get other bits: the user has asked for nothing of their own, and each of their
+    params can be named, and is in no other weight. What passes have merged stays in one encoding."""
+    weights = list(weights)
+    taken = Counter(name for weight in weights for name in _names(weight))
+    return [
+        weight for weight in weights
+        if (names := _names(weight))
+        and all(_NAME.fullmatch(name) and taken[name] == 1 and not overrides.of([name]) for name in names)
+    ]  # fmt: skip
+
+
+def saved(weights: Iterable[Quantize], overrides: Overrides) -> int:
+    """Bits that these weights could do without."""
+    bits = 0
+    for weight in usable(weights, overrides):
+        own = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
+        sizes = [_bits(kind, weight.shape) for kind in (own, *others(own))]
+        bits += sizes[0] - min(sizes)
+    return bits
 
 
 def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:
@@ -91,25 +107,35 @@ def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:
     return taken
 
 
-def spent_on(kept: Kept, together: Collection[Quantize], most: float, overrides: Overrides) -> dict[str, str]:
-    """Schemes, by names of params, that `most` bits more go to. together: weights whose matrices stay in one encoding.
-    overrides: what the user has asked for, which stays."""
-    units = list(_units(kept, together, overrides))
-    taken = spend([[_choice(unit, each) for each in kept[unit.weight][: None if unit.names else 1]] for unit in units],
-                  most)  # fmt: skip
+def spent_on(kept: Kept, most: float, overrides: Overrides, losses: Losses | None) -> dict[str, str]:
+    """Schemes, by names of params, of weights that get other bits than they were asked for: `most` more in all.
+    overrides: what the user has asked for, which stays. losses: None where they were not measured. CompileError where
+    weights take more bits in any case."""
+    free = usable(kept, overrides)
+    choices = [_choices(kept[weight], None if losses is None else losses[weight]) for weight in free]
+    left = most
+    for weight, each in zip(free, choices, strict=True):
+        own = next(choice for choice, rounded in each if rounded is kept[weight][0])
+        left += own.bits - each[0][0].bits
+    if left < 0:
+        raise CompileError(
+            "--bits-per-weight: the weights of this model cannot be rounded to so few bits; give more, or less to some "
+            "(--embedding int4, --head int4)"
+        )
+    taken = spend([[choice for choice, _ in each] for each in choices], left)
     return {
-        name: f"int{grouped(kept[unit.weight][number].encoded.encoding).bits}"
-        for unit, number in zip(units, taken, strict=True)
-        if number
-        for name in sorted(unit.names)
+        name: f"int{grouped(each[number][1].encoded.encoding).bits}"
+        for weight, each, number in zip(free, choices, taken, strict=True)
+        if each[number][1] is not kept[weight][0]
+        for name in sorted(_names(weight))
     }
 
 
 def budgets(kept: Kept, least: float) -> list[float]:
     """Bits to spend that are tried in turn where it has to be found how many do: the least, and parts of what all
     matrices take in their finest encoding."""
-    sizes = [[8 * stored_bytes(each.encoded.encoding, each.encoded.shape) for each in found] for found in kept.values()]
-    most = float(sum(size[-1] - size[0] for size in sizes))
+    sizes = [[_bits(grouped(each.encoded.encoding), each.encoded.shape) for each in found] for found in kept.values()]
+    most = float(sum(max(size) - size[0] for size in sizes))
     return [least, *(part * most for part in PARTS if part * most > least)]
 
 
@@ -166,22 +192,24 @@ def _made_of(value: Value) -> Hashable:
     return value.name, tuple(value.attributes().items()), tuple(map(_made_of, value.operands))
 
 
-def _units(kept: Kept, together: Collection[Quantize], overrides: Overrides) -> Iterator[Unit]:
-    users = Counter(name for weight in kept for matrix in matrices(weight) for name in matrix.names)
-    for weight in kept:
-        parts = matrices(weight)
-        apart = weight not in together and all(users[name] == 1 for part in parts for name in part.names)
-        for group in [[part] for part in parts] if apart else [parts]:
-            names = frozenset(name for part in group for name in part.names)
-            here = Counter(name for part in group for name in part.names)
-            usable = names and all(
-                _NAME.fullmatch(name) and users[name] == here[name] and not overrides.of([name]) for name in names
-            )
-            yield Unit(weight, names if usable else frozenset(), tuple(part.rows for part in group))
+def _names(weight: Quantize) -> frozenset[str]:
+    """The params that a weight is made of."""
+    return frozenset(name for matrix in matrices(weight) for name in matrix.names)
 
 
-def _choice(unit: Unit, found: Rounded) -> Choice:
-    encoding, inputs = found.encoded.encoding, found.encoded.shape[-1]
-    bits = sum(8 * stored_bytes(encoding, (rows.stop - rows.start, inputs)) for rows in unit.rows)
-    errors, powers = (sum(float(each[rows].sum()) for rows in unit.rows) for each in (found.errors, found.powers))
-    return Choice(bits, errors / powers if powers > 0 else 0.0)
+def _choices(found: Sequence[Rounded], loss: float | None) -> list[tuple[Choice, Rounded]]:
+    """What a weight may become, from few bits to many. loss: the model's, by the first of them."""
+    parts = [float(each.errors.sum()) / (float(each.powers.sum()) or 1.0) for each in found]
+    unit = 1.0 if loss is None else loss / parts[0] if parts[0] > 0 else 0.0
+    choices = [
+        (Choice(_bits(grouped(each.encoded.encoding), each.encoded.shape), unit * part), each)
+        for each, part in zip(found, parts, strict=True)
+    ]
+    fewest = choices[0][0].bits if loss is None else 0
+    return sorted((each for each in choices if each[0].bits >= fewest), key=lambda each: each[0].bits)
+
+
+def _bits(kind: GroupQuantized, shape: Sequence[object]) -> int:
+    rows, inputs = shape
+    assert isinstance(rows, int) and isinstance(inputs, int)
+    return 8 * stored_bytes(kind, (rows, inputs))

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from llmc.compiler.allocation import MORE, Assembly, assemblies, budgets, finer, spent_on
+from llmc.compiler.allocation import MORE, Assembly, Losses, assemblies, budgets, others, saved, spent_on
+from llmc.compiler.divergence import output_of
 from llmc.compiler.encodings.feedback import DAMPING, SWEEPS, Curvature, Rounded, encode_with_feedback
 from llmc.compiler.encodings.grouped import encode, grouped
 from llmc.compiler.estimate import stored_bits
@@ -30,7 +31,7 @@ from llmc.compiler.ir.encoded import Encoded
 from llmc.compiler.ir.evaluate import Data, LoadParam, evaluate_values
 from llmc.compiler.ir.graph import Graph, rewrite, substitute_values
 from llmc.compiler.ir.integers import PackGroups
-from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, static
+from llmc.compiler.ir.llm import Embed, GatedLinear, Linear, Quantize, QuantizeActivations, static
 from llmc.compiler.ir.op import Op, Param, Value
 from llmc.compiler.ir.types import Array, Tensor, dtype_of
 from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, random_texts, texts_of_file
@@ -39,6 +40,7 @@ from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
 from llmc.compiler.rounded_parts import RoundedParts, remove_left, rounded_parts
 from llmc.compiler.scenario import computed, prompt_runs
+from llmc.compiler.sensitivity import TOKENS, divergence_from, relative_error, rounding_losses
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError, LlmcError
 
@@ -91,7 +93,8 @@ def calibrate_model(
     progress.start("looking for rounded weights")
     # A weights' file fits every artifact of the model, also those that were compiled without weights.
     apart = options.weights_file is not None
-    most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight)
+    overrides = Overrides(options.overrides)
+    most = 0.0 if apart else most_bits(graph, lifted.parameters, options.bits_per_weight, saved(weights, overrides))
     encodings = [weight.encoding for weight in weights]
     searched = model.near is not None
     key = key_of(
@@ -103,14 +106,14 @@ def calibrate_model(
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
         remove_left(cache.folder, key)
         return found, store
-    gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
     with rounded_parts(cache.folder, key, folder, weights) as parts:
         with text_threads() as pool:
-            for weight, became in rounded(model, options, texts, more, progress, pool, most > 0, parts):
+            for weight, became in rounded(model, options, texts, more, progress, pool, not apart, parts):
                 parts.keep(weight, became)
-        kept = parts.in_order()
+            kept = parts.in_order()
+            losses = None if apart else losses_of(model, kept, parts.texts() or [*texts, *more], progress, pool)
         for budget in [most] if apart or not searched else budgets(kept, most):
-            schemes = spent_on(kept, gated, budget, Overrides(options.overrides))
+            schemes = {} if apart else spent_on(kept, budget, overrides, losses)
             other, chosen = _with_schemes(model, schemes, kept)
             found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
             if model.near is None or model.near(found, store.load):
@@ -133,7 +136,7 @@ def rounded(
     more: Sequence[Ids],
     progress: Progress,
     pool: Executor,
-    finer: bool = False,
+    otherwise: bool = False,
     parts: RoundedParts | None = None,
 ) -> Iterator[tuple[Quantize, list[Rounded]]]:
     """What `calibrate` finds on the model's own texts and on more of them. texts: what its own begin as. parts: what a
@@ -141,7 +144,7 @@ def rounded(
     floats, layers = in_floats(model.graph)
     load, decodes = model.lifted.weights.load, model.lifted.task == "generate"
     drawn = parts.texts() if decodes and parts is not None else []
-    done = _done(parts, [*(drawn or texts), *more], finer, bool(drawn), progress)
+    done = _done(parts, [*(drawn or texts), *more], otherwise, bool(drawn), progress)
     left = {layer: weight for layer, weight in layers.items() if weight not in done}
     tell_cost(left, texts, more, decodes and not drawn, progress)
     if decodes and not drawn:
@@ -150,19 +153,19 @@ def rounded(
         )
         if parts is not None:
             parts.keep_texts(drawn)
-            done = parts.find([*drawn, *more], finer)
+            done = parts.find([*drawn, *more], otherwise)
     damping = DAMPING if decodes or more else ENCODER_DAMPING
     yield from done.items()
-    yield from calibrate(model.graph, load, [*(drawn or texts), *more], damping, progress, pool, finer, done)
+    yield from calibrate(model.graph, load, [*(drawn or texts), *more], damping, progress, pool, otherwise, done)
 
 
 def _done(
-    parts: RoundedParts | None, texts: Sequence[Ids], finer: bool, drawn: bool, progress: Progress
+    parts: RoundedParts | None, texts: Sequence[Ids], otherwise: bool, drawn: bool, progress: Progress
 ) -> dict[Quantize, list[Rounded]]:
     """The weights that were rounded by these texts before, which is said."""
     if parts is None:
         return {}
-    done = parts.find(texts, finer)
+    done = parts.find(texts, otherwise)
     if done or drawn:
         progress.note(
             f"goes on where a compile of the same was ended: {len(done)} of {len(parts.weights)} weights are rounded"
@@ -185,9 +188,10 @@ def _with_schemes(
 
 def _note(schemes: Schemes, progress: Progress) -> None:
     if schemes:
-        names = ", ".join([f"{name} ({scheme})" for name, scheme in schemes.items()][:4])
-        rest = f" and {len(schemes) - 4} more" if len(schemes) > 4 else ""
-        progress.note(f"more bits go to the {len(schemes)} matrices that need them most: {names}{rest}")
+        counts = ", ".join(f"{scheme} to {count}" for scheme, count in sorted(Counter(schemes.values()).items()))
+        progress.note(
+            f"bits go where they are worth most: of the matrices, {counts} (llmc inspect --accuracy lists all)"
+        )
 
 
 def _written(model: Model, texts: Sequence[Ids], progress: Progress) -> list[Ids]:
@@ -206,18 +210,46 @@ def rounded_weights(graph: Graph) -> list[Quantize]:
     return list(dict.fromkeys(in_floats(graph)[1].values()))
 
 
-def most_bits(graph: Graph, parameters: int, budget: float | None) -> float:
-    """Bits that may be spent on weights beyond those that the graph has already. budget: bits a parameter in all, None
-    for `allocation.MORE` more. CompileError where that is less than the graph has."""
+def most_bits(graph: Graph, parameters: int, budget: float | None, saved: float) -> float:
+    """Bits that may be spent on weights beyond those that the graph has already; negative for fewer. budget: bits a
+    parameter in all, None for `allocation.MORE` more. saved: bits that the weights could do without. CompileError where
+    that is too little."""
     if budget is None:
         return MORE * parameters
-    have = stored_bits(graph) / max(1, parameters)
-    if budget < have:
+    have, least = (bits / max(1, parameters) for bits in (stored_bits(graph), stored_bits(graph) - saved))
+    if budget < least:
         raise CompileError(
-            f"--bits-per-weight {budget:g}: the schemes asked for take {have:.3f} already. Give less to some "
-            "(--embedding int4, --head int4), or more bits"
+            f"--bits-per-weight {budget:g}: what is asked for takes {least:.3f} at least. Give less to some "
+            "(--embedding int4, --head int4), ask for a smaller scheme (-q int3), or give more bits"
         )
     return (budget - have) * parameters
+
+
+def losses_of(
+    model: Model,
+    kept: Mapping[Quantize, Sequence[Rounded]],
+    texts: Sequence[Ids],
+    progress: Progress,
+    pool: Executor,
+) -> Losses | None:
+    """What the model loses by each of these weights alone, rounded to the first that it may become; None where outputs
+    are not finite. texts: of which the beginning is read. Activations are not rounded meanwhile: where a weight changes
+    them a little, some are rounded otherwise, which hides what the weight itself does."""
+    exact = rewrite(model.graph, lambda op: op.x if isinstance(op, QuantizeActivations) else None)
+    floats, layers = in_floats(exact)
+    readers: dict[Op, Quantize] = dict(layers.items())
+    tables = {weight.w: weight for weight in kept}
+    for op in floats.ops:
+        if isinstance(op, Embed) and op.table in tables:
+            readers[op] = tables[op.table]
+    decodes = model.lifted.task == "generate"
+    output = "logits" if decodes else output_of(model.lifted, floats)
+    inputs = prompt_runs(floats, [text[:TOKENS] for text in texts], TOKENS, wide=True)[0]
+    found = rounding_losses(
+        floats, readers, output, inputs, model.lifted.weights.load, lambda weight: kept[weight][0].encoded.decode(),
+        divergence_from(model.vocabulary) if decodes else relative_error, progress, pool,
+    )  # fmt: skip
+    return found if all(map(math.isfinite, found.values())) else None
 
 
 def tell_cost(
@@ -227,9 +259,11 @@ def tell_cost(
     shapes = {weight: tuple(static(dim) for dim in weight.shape) for weight in layers.values()}
     tokens = sum(map(len, texts)) * (ROUNDS * decodes + 1) + sum(map(len, more))
     products = tokens * sum(math.prod(shapes[weight]) for weight in layers.values())
-    # Products with the moments of all inputs: for each of two encodings the outputs, feedback and two errors, and for
-    # each sweep of the first a fit, an error and slopes.
-    products += sum(n * k * k * (7 + 3 * SWEEPS) + k**3 for n, k in shapes.values())
+    # Products with the moments of all inputs: for each of four encodings the outputs, feedback and two errors, and for
+    # each sweep of two of them a fit, an error and slopes.
+    products += sum(n * k * k * (14 + 6 * SWEEPS) + k**3 for n, k in shapes.values())
+    # With each weight rounded alone, a text runs through half of the model on average.
+    products += TOKENS * sum(n * k for n, k in shapes.values()) * len(shapes) // 2
     a = np.ones((512, 1024), np.float32)
     b = np.ones((1024, 1024), np.float32)
     seconds = math.inf
@@ -311,7 +345,7 @@ def calibrate(
     done: Collection[Quantize] = (),
 ) -> Iterator[tuple[Quantize, list[Rounded]]]:
     """Each weight of the graph's linear layers, but for those that are done, and what its layers' inputs make of it in
-    its encoding; with `more`, in finer ones besides."""
+    its encoding; with `more`, in others besides."""
     floats, layers = in_floats(graph)
     waiting = Counter(weight for weight in layers.values() if weight not in done)
     readers: dict[Value, list[Layer]] = {}
@@ -372,6 +406,9 @@ def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam
             return [Rounded(encode(kind, values), none, none)]
         curvature = Curvature.of(moments, damping)
         found = [encode_with_feedback(kind, values, curvature)]
-        return found + [encode_with_feedback(each, values, curvature, 0) for each in finer(kind) if more]
+        return found + [
+            encode_with_feedback(each, values, curvature, SWEEPS if each.bits < kind.bits else 0)
+            for each in (others(kind) if more else ())
+        ]
     except CompileError as error:  # an encoding that refuses numbers does not know whose they are
         raise CompileError(f"{name_of(weight)}: {error}") from error

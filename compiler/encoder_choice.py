@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmc.compiler.accuracy import ENCODER_LENGTH, ENCODER_TEXTS, SEED, cosines_of, output_of, outputs_of
+from llmc.compiler.accuracy import ENCODER_LENGTH, ENCODER_TEXTS, SEED, outputs_of
 from llmc.compiler.calibrate import text_threads
+from llmc.compiler.divergence import cosines_of, output_of
 from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.types import Array

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.compiler.allocation import finer
+from llmc.compiler.allocation import others
 from llmc.compiler.encodings.feedback import Rounded
 from llmc.compiler.encodings.grouped import GroupQuantized, empty_parts, grouped
 from llmc.compiler.ir.encoded import Encoded
@@ -46,9 +46,12 @@ class RoundedParts:
     weights: Sequence[Quantize]
     digest: str = ""  # of the texts that weights are rounded by
     _kept: dict[Quantize, list[Rounded]] = field(default_factory=dict)
+    _texts: list[Ids] = field(default_factory=list)
 
     def texts(self) -> list[Ids]:
         """Texts that were drawn before, if there are any."""
+        if self._texts:
+            return self._texts
         found = self._arrays(_TEXTS, "")
         if found.keys() != {"ids", "ends"}:
             return []
@@ -56,10 +59,11 @@ class RoundedParts:
 
     def keep_texts(self, texts: Sequence[Ids]) -> None:
         """Keep drawn texts."""
+        self._texts = list(texts)
         self._write(_TEXTS, "", {"ids": np.concatenate(texts), "ends": np.cumsum([len(text) for text in texts])})
 
     def find(self, texts: Sequence[Ids], more: bool) -> dict[Quantize, list[Rounded]]:
-        """Weights that were rounded by these texts before, and what they became. more: in finer encodings besides."""
+        """Weights that were rounded by these texts before, and what they became. more: in other encodings besides."""
         digest = hashlib.sha256()
         for text in texts:
             digest.update(f"{text.dtype} {text.shape}\0".encode() + text.tobytes())
@@ -96,7 +100,7 @@ class RoundedParts:
         """What a weight was rounded to; nothing where that is not there, damaged, or does not fit."""
         arrays = self._arrays(str(number), self.digest)
         own = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
-        kinds: list[GroupQuantized] = [own, *(finer(own) if more else ())]
+        kinds: list[GroupQuantized] = [own, *(others(own) if more else ())]
         rows, inputs = weight.shape
         assert isinstance(rows, int) and isinstance(inputs, int)
         found = []

@@ -234,22 +234,23 @@ def token_axis(value: Value) -> int | None:
     return None
 
 
-def prompt_runs(graph: Graph, texts: Sequence[Array], tokens: int = 512) -> list[dict[str, Data]]:
-    """The inputs of steps that read whole sequences, one each, or where a graph takes several about so many tokens."""
+def prompt_runs(graph: Graph, texts: Sequence[Array], tokens: int = 512, wide: bool = False) -> list[dict[str, Data]]:
+    """The inputs of steps that read whole sequences, one each, or where a graph takes several about so many tokens.
+    wide: with caches in f32."""
     if not any(value.name == "starts" for value in graph.inputs):
-        return [prompt_inputs(graph, ids) for ids in texts]
+        return [prompt_inputs(graph, ids, wide=wide) for ids in texts]
     runs, waiting = [], list[Array]()
     for index, ids in enumerate(texts, 1):
         waiting.append(ids)
         if index == len(texts) or sum(map(len, waiting)) >= tokens:
-            runs.append(prompt_inputs(graph, *waiting))
+            runs.append(prompt_inputs(graph, *waiting, wide=wide))
             waiting = []
     return runs
 
 
-def prompt_inputs(graph: Graph, *texts: Array) -> dict[str, Data]:
+def prompt_inputs(graph: Graph, *texts: Array, wide: bool = False) -> dict[str, Data]:
     """The inputs of a step that reads whole sequences and gives all of their rows, in order: one, or several where the
-    graph takes them. Caches are empty, and tokens of the first type."""
+    graph takes them. Caches are empty (wide: in f32), and tokens of the first type."""
     spans = tuple(Span(index, 0, len(ids)) for index, ids in enumerate(texts))
     ends = np.cumsum([0, *(-(-len(ids) // PAGE) for ids in texts)]).tolist()
     pages = tuple(tuple(range(begin, end)) for begin, end in itertools.pairwise(ends))
@@ -259,7 +260,10 @@ def prompt_inputs(graph: Graph, *texts: Array) -> dict[str, Data]:
     inputs: dict[str, Data] = {}
     for value in graph.inputs:
         if isinstance(value.type, KV):
-            inputs[value.name] = Pages.empty(value.type, ends[-1])
+            pages = Pages.empty(value.type, ends[-1])
+            inputs[value.name] = (
+                Pages(*(each.astype(np.float32) for each in (pages.keys, pages.values))) if wide else pages
+            )
             continue
         data = arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
         inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
