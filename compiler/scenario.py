@@ -260,9 +260,9 @@ def prompt_inputs(graph: Graph, *texts: Array, wide: bool = False) -> dict[str, 
     inputs: dict[str, Data] = {}
     for value in graph.inputs:
         if isinstance(value.type, KV):
-            pages = Pages.empty(value.type, ends[-1])
+            empty = Pages.empty(value.type, ends[-1])
             inputs[value.name] = (
-                Pages(*(each.astype(np.float32) for each in (pages.keys, pages.values))) if wide else pages
+                Pages(*(each.astype(np.float32) for each in (empty.keys, empty.values))) if wide else empty
             )
             continue
         data = arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
