@@ -79,6 +79,10 @@ CHOSEN: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, str, str, 
         lambda: tf.T5Config(architectures=["T5EncoderModel"], is_encoder_decoder=False),
         ("encode", "base", "T5EncoderModel", False),
     ),
+    "the encoder of a pair, with the config of both": (
+        lambda: tf.MT5Config(architectures=["MT5EncoderModel"]),
+        ("encode", "base", "MT5EncoderModel", False),
+    ),
 }
 
 
@@ -102,6 +106,7 @@ def test_the_class_that_a_config_is_for(case: str) -> None:
             lambda: tf.FunnelConfig(architectures=["FunnelBaseModel"]),
             ("encode", "base", "FunnelBaseModel", False),
         ),
+        (lambda: tf.T5Config(architectures=["T5Model"]), ("encode", "base", "T5EncoderModel", False)),
     ],
 )
 def test_the_class_without_a_head(
