@@ -70,6 +70,10 @@ CHOSEN: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, str, str, 
         lambda: llama("LlamaForSequenceClassification"),
         ("encode", "sequences", "LlamaForSequenceClassification", True),
     ),
+    "a decoder that finds answers": (
+        lambda: llama("LlamaForQuestionAnswering"),
+        ("encode", "other", "LlamaForQuestionAnswering", True),
+    ),
     "a decoder's layers": (lambda: llama("LlamaModel"), ("encode", "base", "LlamaModel", True)),
     "the second class of a type": (
         lambda: tf.FunnelConfig(architectures=["FunnelBaseModel"]),

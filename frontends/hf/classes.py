@@ -71,6 +71,7 @@ def choose_class(config: PreTrainedConfig, where: object, base_only: bool = Fals
         BASE: [*base, *_names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, kind)],
         SEQUENCES: _names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, kind),
         TOKENS: _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, kind),
+        OTHER: _names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, kind),
     }
     found = [BASE] if base_only else [head for head in heads if _named(config) in heads[head]]
     if found:

@@ -15,7 +15,7 @@ from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import ModelClass, choose_class
-from llmc.frontends.hf.config import load_config, quiet, read_json
+from llmc.frontends.hf.config import load_config, own_code, quiet, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
 from llmc.frontends.hf.graph import translate, without_outputs_of
 from llmc.frontends.hf.lora import AdaptedWeights, Adapter, Modules
@@ -70,7 +70,8 @@ def lift(
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
-    quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
+    written = read_json(base_dir / "config.json")
+    quantization = quantization_of(base_dir, written)
     config = load_config(base_dir)
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     # The checkpoint's headers are checked before the slower export.
@@ -90,7 +91,7 @@ def lift(
         _name(source, model_dir),
         lambda: read_text(base_dir, config),
         plan,
-        (*adapters_below(base_dir), *told),
+        (*own_code(written), *adapters_below(base_dir), *told),
     )
     return lift_opened(opened, max_context, seed)
 
