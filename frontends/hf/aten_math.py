@@ -434,6 +434,12 @@ def _attention(
     scale: float, causal: bool, window: int, softcap: float,
 ) -> Value:  # fmt: skip
     if mask is not None:
+        if mask.causal and not mask.window and not causal:
+            raise FrontendError(
+                f"{node.name}: the model's mask hides tokens ahead, and its layers say that they see them (is_causal): "
+                "transformers' own kinds of attention differ there, so it is refused. In config.json, say is_causal: "
+                "false if they are to be seen; if not, take out what says so (use_bidirectional_attention)"
+            )
         # transformers' plain attention knows windows from its masks alone.
         causal, window = mask.causal, mask.window
     elif not causal and window:
