@@ -96,6 +96,10 @@ def test_the_module_is_blamed_that_asked_what_does_not_hold_for_all_lengths() ->
     model = torch.nn.Sequential(Asks(always), Asks(always, never), Asks(never))
     assert described(model, VIOLATED) == f"1 (Asks){said} supported yet"
     assert described(Tries(Asks(fails=True)), VIOLATED).startswith(f"the model (Tries){said}")
+    for most, told in ((704, "; with --max-context 704 it is one way"), (2, "")):
+        text = f"Constraints violated (S)! Suggested fixes:\n  S = Dim('S', max={most})\n"
+        error = UserError(UserErrorType.CONSTRAINT_VIOLATION, text)
+        assert described(model, error) == f"1 (Asks){said} supported yet{told}"
 
 
 def test_a_module_is_named_where_none_can_be_blamed() -> None:
