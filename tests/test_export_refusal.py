@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import sympy
 import torch
@@ -166,3 +168,12 @@ def test_a_condition_is_looked_at_for_small_lengths_and_for_some_of_the_others()
 def test_a_message_is_one_line_of_bounded_length() -> None:
     assert one_line(ValueError("a\n  b " + "c" * 200)) == "ValueError: a b " + "c" * 156
     assert one_line(ValueError()) == "ValueError"
+
+
+def test_a_copy_of_a_part_is_followed_by_its_kind() -> None:
+    """The exporter runs copies of some models, hooks and all."""
+    where, model = Whereabouts(), torch.nn.Sequential(Asks(S > 1))
+    with where.watching(model):
+        copy.copy(model)(torch.zeros(1))
+        assert where.describe(VIOLATED).startswith("0 (Asks) works with")
+    assert described(model, VIOLATED).startswith("0 (Asks) works with")

@@ -61,7 +61,8 @@ class Whereabouts:
             self._stack.clear()
 
     def _enter(self, module: torch.nn.Module, given: object) -> None:
-        self._stack.append(self._names[module])
+        # Parts that the model makes anew when it is called have no name in it.
+        self._stack.append(self._names.get(module, type(module).__name__))
 
     def _leave(self, module: torch.nn.Module, given: object, made: object) -> None:
         self._stack.pop()
