@@ -321,3 +321,19 @@ def test_distances_in_buckets_are_deberta_s(parts: list[str], tmp_path: Path) ->
         inputs = inputs_of(lifted, size)
         found = evaluate(lifted.graph, inputs, lifted.load)["last_hidden_state"]
         np.testing.assert_allclose(found, outputs_of(model, inputs)["last_hidden_state"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "first"), [("roberta", 2), ("bert", 0)])
+def test_where_a_decoder_of_an_encoder_s_kind_begins_to_count_is_told(family: str, first: int, tmp_path: Path) -> None:
+    """transformers' generate gives it positions from 0, whatever it does by itself."""
+    path = make_encoder(family, tmp_path / "m", "CausalLM", is_decoder=True)
+    lifted, model = lift(path), transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    told = [note for note in lifted.notes if "positions begin at 0" in note]
+    assert told == ([f"positions begin at 0, as in transformers' generate: the model by itself counts from {first}"]
+                    if first else [])  # fmt: skip
+    ids = np.arange(5, 12, dtype=np.int32)[None]
+    positions = np.arange(7, dtype=np.int32)[None]
+    found = evaluate(lifted.graph, {"ids": ids, "positions": positions}, lifted.load)["logits"]
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids).long(), position_ids=torch.from_numpy(positions).long()).logits
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
