@@ -184,7 +184,8 @@ def _base_settings(transformer: Path) -> dict[str, object]:
         output = text.get("method_output_name") if isinstance(text, dict) and text.get("method") == "forward" else None
         if output not in ("last_hidden_state", "logits"):
             raise FrontendError(f"{where} takes texts in a way that is not supported: {text!r:.100}")
-        if "message" in ways:  # then the library makes a message of every text, also where it could take it plainly
+        # The library then makes a message of every text, also where it could take it plainly.
+        if isinstance(ways, dict) and "message" in ways:
             raise FrontendError(
                 f"{where} puts every text into the tokenizer's chat template (modality_config has 'message'), which is "
                 "not supported: save it with a modality_config of 'text' alone if it was trained on plain texts"
