@@ -227,7 +227,15 @@ class Encoder:
         if len(ids) > self.max_tokens:
             raise ContextError(f"text {index} has {len(ids)} token ids; {self.path} takes {self.max_tokens} at most")
         types = None if encoded is None else self._types(index, encoded)
-        return Tokens(ids.astype(np.int32, copy=False), types)
+        count = self._counted(ids)
+        return Tokens(ids[:count].astype(np.int32, copy=False), None if types is None else types[:count])
+
+    def _counted(self, ids: NDArray[np.integer]) -> int:
+        """How many of a text's tokens the model reads: without padding at the end, and one at least."""
+        if self.facts is None or self.facts.padding is None:
+            return len(ids)
+        kept = np.flatnonzero(ids != self.facts.padding)
+        return int(kept[-1]) + 1 if len(kept) else 1
 
     def _types(self, index: int, encoded: Encoded) -> NDArray[np.int32] | None:
         """Token types, int32 [n]; None: all 0. Whatever the output: also that of a head without a use of its own."""

@@ -176,6 +176,7 @@ class EncoderFacts:
     kind: "embedding" (`output` is one vector a text), "classification" (one number a label and text) or "tokens" (one
     row a token). multi_label: labels do not exclude each other. plain_scores: a text's numbers are no probabilities.
     max_tokens: longer texts are cut. prompts: texts that go in front, by name. normalized: embeddings have length 1.
+    padding: tokens with this id at a text's end are taken away; None: none are.
     """
 
     kind: str
@@ -187,6 +188,7 @@ class EncoderFacts:
     default_prompt: str | None
     normalized: bool
     plain_scores: bool = False
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -397,6 +399,7 @@ def _encoder(reader: Reader, outputs: tuple[ArrayFacts, ...], most_tokens: int) 
         default_prompt=None if reader.value.get("default_prompt") is None else reader.string("default_prompt"),
         normalized=reader.boolean("normalized", False),
         plain_scores=reader.boolean("plain_scores", False),
+        padding=reader.optional_integer("padding", 0, MOST),
     )
     if facts.default_prompt is not None and facts.default_prompt not in facts.prompts:
         raise refuse("encoder.default_prompt", "the name of a prompt", facts.default_prompt)

@@ -137,6 +137,16 @@ def test_classes(tmp_path: Path, model: Runtime) -> None:
         one.classify("a", activation="relu")  # type: ignore[arg-type]
 
 
+def test_padding_at_the_end_of_a_text_is_taken_away(tmp_path: Path) -> None:
+    plain, padded = classifier(tmp_path / "plain.so"), classifier(tmp_path / "padded.so", padding=2)
+    for ids, kept in (([3, 2, 4, 2, 2], 3), ([3, 4], 2), ([2, 2], 1)):
+        assert padded.classify(ids) == plain.classify(ids[:kept])
+        assert plain.classify(ids[:kept]) != plain.classify(ids) or kept == len(ids)
+    pair = padded.classify(("a b", "dog"), activation="none")  # tokens 1 3 4 2 6 2, with types
+    assert isinstance(pair, dict)
+    assert list(pair["scores"].values()) == reference([1, 3, 4, 2, 6], [0, 0, 0, 0, 1])[0].tolist()  # type: ignore[attr-defined]
+
+
 def test_pairs_have_types_of_their_own(tmp_path: Path) -> None:
     pairs = [("a b", "dog"), ("cat", "b c a")]
     ids = [[1, 3, 4, 2, 6, 2], [1, 7, 2, 4, 5, 3, 2]]

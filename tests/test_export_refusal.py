@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import sympy
 import torch
@@ -96,6 +98,10 @@ def test_the_module_is_blamed_that_asked_what_does_not_hold_for_all_lengths() ->
     model = torch.nn.Sequential(Asks(always), Asks(always, never), Asks(never))
     assert described(model, VIOLATED) == f"1 (Asks){said} supported yet"
     assert described(Tries(Asks(fails=True)), VIOLATED).startswith(f"the model (Tries){said}")
+    for most, told in ((704, "; with --max-context 704 it is one way"), (2, "")):
+        text = f"Constraints violated (S)! Suggested fixes:\n  S = Dim('S', max={most})\n"
+        error = UserError(UserErrorType.CONSTRAINT_VIOLATION, text)
+        assert described(model, error) == f"1 (Asks){said} supported yet{told}"
 
 
 def test_a_module_is_named_where_none_can_be_blamed() -> None:
@@ -162,3 +168,12 @@ def test_a_condition_is_looked_at_for_small_lengths_and_for_some_of_the_others()
 def test_a_message_is_one_line_of_bounded_length() -> None:
     assert one_line(ValueError("a\n  b " + "c" * 200)) == "ValueError: a b " + "c" * 156
     assert one_line(ValueError()) == "ValueError"
+
+
+def test_a_copy_of_a_part_is_followed_by_its_kind() -> None:
+    """The exporter runs copies of some models, hooks and all."""
+    where, model = Whereabouts(), torch.nn.Sequential(Asks(S > 1))
+    with where.watching(model):
+        copy.copy(model)(torch.zeros(1))
+        assert where.describe(VIOLATED).startswith("0 (Asks) works with")
+    assert described(model, VIOLATED).startswith("0 (Asks) works with")

@@ -12,6 +12,7 @@ import transformers
 from hf_models import lifted_tiny, tiny
 
 from llmc.errors import FrontendError
+from llmc.frontends.hf.config import own_code
 from llmc.frontends.hf.lift import lift
 
 SECONDS = 60  # of this process: far beyond what a refusal takes, far below what a hostile value could cost
@@ -110,7 +111,14 @@ def test_a_remote_class_beside_a_native_type_never_runs(tmp_path: Path) -> None:
     """`auto_map` on a type that transformers knows: its own class is used, the file is never read."""
     directory = with_config(tmp_path, auto_map={"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"})
     (directory / "evil.py").write_text("raise SystemExit('code ran')\n")
-    assert lift(directory).architecture == "llama"
+    lifted = lift(directory)
+    assert lifted.architecture == "llama"
+    assert any("the model's own code (evil.Model) never runs" in note for note in lifted.notes)
+
+
+@pytest.mark.parametrize("named", [None, {}, [], {"AutoConfig": "evil.Config"}])
+def test_code_of_a_config_alone_is_no_model(named: object) -> None:
+    assert own_code({"model_type": "llama", "auto_map": named}) == ()
 
 
 def test_sizes_that_the_weights_do_not_have_cost_nothing(tmp_path: Path) -> None:

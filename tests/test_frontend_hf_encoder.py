@@ -168,6 +168,30 @@ def test_a_model_of_decoder_layers_looks_for_no_padding(looks_back: bool, tmp_pa
     assert (config.pad_token_id, part.pad_token_id) == ((None, None) if looks_back else (4, 5))
 
 
+@pytest.mark.parametrize(
+    ("known", "head", "padding", "found"),
+    [
+        (transformers.LlamaForSequenceClassification, SEQUENCES, 5, 5),
+        (transformers.LlamaForSequenceClassification, SEQUENCES, None, None),
+        (transformers.LlamaForSequenceClassification, SEQUENCES, 320, None),
+        (transformers.LlamaForTokenClassification, OTHER, 5, None),
+        (transformers.XLNetForSequenceClassification, SEQUENCES, 5, None),  # which takes the last token, whatever it is
+    ],
+)
+def test_padding_at_the_end_of_a_text_is_no_part_of_it(
+    known: type, head: str, padding: int | None, found: int | None, tmp_path: Path
+) -> None:
+    config: Any = transformers.LlamaConfig(vocab_size=320, pad_token_id=padding, num_labels=2)
+    plan = plan_encoder(ModelClass(ENCODE, head, known, True), config, tmp_path)
+    assert plan.padding == found
+    facts = plan.facts(config, {"logits": None}, 99) or {}  # type: ignore[dict-item]
+    assert facts.get("padding") == found
+    assert plan_encoder(ModelClass(ENCODE, head, known, False), config, tmp_path).padding is None
+    config.pad_token_id, config.is_causal = padding, False
+    notes = plan_encoder(ModelClass(ENCODE, head, known, True), config, tmp_path).text.text.notes
+    assert any("although tokens would see it" in note for note in notes) == (found is not None)
+
+
 NOTE = "no tokenizer: the artifact takes token ids only"
 
 

@@ -302,3 +302,38 @@ def change(path: Path, **settings: object) -> None:
     """Write settings into a JSON file; None removes one."""
     data = {**json.loads(path.read_text()), **settings}
     path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+@pytest.mark.parametrize("parts", [["c2p"], ["p2c", "c2p"]])
+def test_distances_in_buckets_are_deberta_s(parts: list[str], tmp_path: Path) -> None:
+    """DeBERTa 3: far distances share a bucket, by a logarithm that is rounded up."""
+    settings = {"position_buckets": 16, "relative_attention": True, "share_att_key": True, "pos_att_type": parts}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.DebertaV2Config(
+        vocab_size=VOCAB, max_position_embeddings=64, type_vocab_size=0, position_biased_input=False,
+        norm_rel_ebd="layer_norm", **shape, **settings,
+    )  # fmt: skip
+    model = transformers.DebertaV2Model(config).eval()
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    lifted = lift(tmp_path)
+    for size in (1, 9, 33, 64):
+        inputs = inputs_of(lifted, size)
+        found = evaluate(lifted.graph, inputs, lifted.load)["last_hidden_state"]
+        np.testing.assert_allclose(found, outputs_of(model, inputs)["last_hidden_state"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "first"), [("roberta", 2), ("bert", 0)])
+def test_where_a_decoder_of_an_encoder_s_kind_begins_to_count_is_told(family: str, first: int, tmp_path: Path) -> None:
+    """transformers' generate gives it positions from 0, whatever it does by itself."""
+    path = make_encoder(family, tmp_path / "m", "CausalLM", is_decoder=True)
+    lifted, model = lift(path), transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    told = [note for note in lifted.notes if "positions begin at 0" in note]
+    assert told == ([f"positions begin at 0, as in transformers' generate: the model by itself counts from {first}"]
+                    if first else [])  # fmt: skip
+    ids = np.arange(5, 12, dtype=np.int32)[None]
+    positions = np.arange(7, dtype=np.int32)[None]
+    found = evaluate(lifted.graph, {"ids": ids, "positions": positions}, lifted.load)["logits"]
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids).long(), position_ids=torch.from_numpy(positions).long()).logits
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)

@@ -263,6 +263,23 @@ def test_a_model_that_counts_from_behind_the_padding(types: bool) -> None:
         assert first_position(model, types) == (padding + 1, 50 - padding - 1), padding
 
 
+class Changing(Counting):
+    """Becomes another model when it is called with a short text, as BigBird does."""
+
+    def forward(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None) -> torch.Tensor:
+        words, self.kind = self.words, "short"
+        self.words = torch.nn.Embedding(99, 4, device="meta")
+        assert words is not self.words
+        return super().forward(input_ids, token_type_ids)
+
+
+def test_a_model_that_changes_itself_is_as_before() -> None:
+    model = Changing(1).to("meta")
+    model.kind, words = "long", model.words
+    assert first_position(model, False) == (2, 48)
+    assert model.kind == "long" and model.words is words and dict(model.named_modules())["words"] is words
+
+
 class Plain(Counting):
     """Counts from 0, as most do."""
 

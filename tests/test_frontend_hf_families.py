@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hf_models import lifted_logits, lifted_tiny, load_reference, random_ids, reference_logits, tiny
-from tiny_models import FAMILIES, PROMISED
+from tiny_models import FAMILIES, PROMISED, make_tiny
 
 from llmc.compiler.ir.llm import Attention
 from llmc.compiler.ir.verify import verify
+from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 
 # Two f32 evaluations of logits of size about 3, whose products are summed in different orders.
@@ -83,3 +86,21 @@ def test_a_tied_head_is_the_embedding() -> None:
 def test_the_graph_says_only_sizes_up_to_the_context() -> None:
     (symbol,) = lift(tiny("llama"), max_context=77).graph.symbols
     assert (symbol.name, symbol.low, symbol.high) == ("S", 2, 77)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_bidirectional_attention": True}, {"use_bidirectional_attention": True, "is_causal": False}],
+)
+def test_a_causal_mask_that_the_layers_deny_is_refused(settings: dict[str, bool], tmp_path: Path) -> None:
+    """transformers' default attention drops such a mask, its plain one obeys it."""
+    directory = make_tiny("gemma", tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | settings))
+    if settings.get("is_causal", True):
+        with pytest.raises(FrontendError, match=r"the model's mask hides tokens ahead.* say is_causal: false"):
+            lift(directory)
+        return
+    lifted, ids = lift(directory), random_ids(320, 9)
+    difference = np.abs(lifted_logits(lifted, ids) - reference_logits(load_reference(directory), ids)).max()
+    assert difference < TOLERANCE

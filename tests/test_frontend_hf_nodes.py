@@ -5,6 +5,7 @@ Nothing is exported, so that a case takes a millisecond.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,8 +118,13 @@ CASES: dict[str, Case] = {
     "bitwise_not": (A.bitwise_not.default, T),
     **{name: (getattr(A, name).default, BITS) for name in (
         "exp", "tanh", "sigmoid", "erf", "sin", "cos", "floor", "round", "neg", "abs", "relu", "silu", "square",
-        "expm1",
+        "expm1", "ceil", "sign",
     )},
+    "ceil integers": (A.ceil.default, N - 3),
+    "sign integers": (A.sign.default, N - 3),
+    "sign of no number": (A.sign.default, torch.tensor([math.nan, -math.inf, -0.0, 0.0, math.inf])),
+    "leaky_relu": (A.leaky_relu.default, BITS),
+    "leaky_relu steep": (A.leaky_relu.default, BITS.half(), 0.3),
     **{name: (getattr(A, name).default, BITS + 4) for name in ("log", "sqrt", "rsqrt", "reciprocal", "log1p")},
     "integers to floats": (A.exp.default, N),
     "gelu": (A.gelu.default, BITS),

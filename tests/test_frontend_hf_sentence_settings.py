@@ -198,6 +198,11 @@ def test_arguments_without_effect_are_allowed_and_others_refused(name: str, tmp_
             {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}},
             "takes texts in a way that is not supported: {'method': 'forward'",
         ),
+        (
+            {"modality_config": {name: {"method": "forward", "method_output_name": "last_hidden_state"}
+                                 for name in ("text", "message")}},
+            "puts every text into the tokenizer's chat template",
+        ),
         ({"transformer_task": "text-generation"}, "transformer_task 'text-generation' is not supported with these mod"),
         ({"transformer_task": "sequence-classification"}, "transformer_task 'sequence-classification' is not supp"),
     ],
@@ -217,6 +222,12 @@ def test_settings_that_change_the_model_are_refused(settings: dict[str, object],
 )  # fmt: skip
 def test_settings_that_say_what_is_usual_are_allowed(settings: dict[str, object], tmp_path: Path) -> None:
     assert read(written(tmp_path, settings)).task == "feature-extraction"
+
+
+@pytest.mark.parametrize("name", ["query_length", "document_length", "query_expansion"])
+def test_lengths_of_queries_and_documents_are_named(name: str, tmp_path: Path) -> None:
+    assert any(name in note for note in read(written(tmp_path, {name: 32})).notes)
+    assert read(written(tmp_path, {name: None})).notes == ()
 
 
 # Cutting, prompts and scores.

@@ -237,6 +237,7 @@ REFUSED: list[tuple[str, dict[str, object], dict[str, object], str]] = [
     ("deepseek2", {**LATENT, "expert_group_count": None}, {}, "expert_group_count is missing"),
     ("glm4moe", {**EXPERTS, **HALF, "expert_group_count": 1, "expert_gating_func": 1}, {}, "expert_gating_func is 1"),
     ("granitemoe", {**EXPERTS, "expert_weights_norm": False}, {}, "expert_weights_norm is False"),
+    ("granite", {"rope.scaling.finetuned": False}, {}, "it means that there are no rotary embeddings"),
     ("arcee", HALF, {}, "4 of 8 channels"),
 ]  # fmt: skip
 

@@ -218,14 +218,58 @@ def test_special_tokens_and_templates(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a</s>b")) == "ab"
 
 
-def test_the_end_of_a_turn_is_found_in_the_template(tmp_path: Path) -> None:
+def with_tokens(metadata: dict[str, object], *tokens: str, kind: int = 3) -> dict[str, object]:
+    """The metadata of a vocabulary with tokens more at its end."""
+    names, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    assert isinstance(names, list) and isinstance(kinds, list)
+    more = {"tokens": [*names, *tokens], "token_type": [*kinds, *[kind] * len(tokens)]}
+    return metadata | {f"tokenizer.ggml.{key}": value for key, value in more.items()}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        (("<|im_end|>", "<|end|>"), ("<|im_end|>", "<|end|>")),
+        (("<|end|>", "<|call|>"), ("<|end|>", "<|call|>")),
+        # gpt-oss: <|end|> ends its thoughts, and the answer comes behind it
+        (("<|end|>", "<|return|>", "<|call|>"), ("<|return|>", "<|call|>")),
+        (("<|calls|>", "<|flush|>", "<|end|>"), ("<|calls|>", "<|flush|>")),
+        (("<|tool_response>", "<turn|>"), ("<|tool_response>", "<turn|>")),
+        (("<|file_sep|>", "<|other|>"), ("<|file_sep|>",)),
+    ],
+)
+def test_tokens_that_end_a_text_are_known_by_how_they_read(
+    tokens: tuple[str, ...], ends: tuple[str, ...], tmp_path: Path
+) -> None:
     metadata, _ = byte_level(tmp_path, "gpt-2")
-    tokens = [*metadata["tokenizer.ggml.tokens"], "<|im_end|>", "<|end|>"]  # type: ignore[misc]
-    kinds = [*metadata["tokenizer.ggml.token_type"], 3, 3]  # type: ignore[misc]
-    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
-    assert text_of(tmp_path, metadata).facts["stop_ids"] == [1]  # type: ignore[index]
-    metadata |= {"tokenizer.chat_template": "{{ m }}<|im_end|>"}
-    assert text_of(tmp_path, metadata).facts["stop_ids"] == [1, len(tokens) - 2]  # type: ignore[index]
+    known = [*metadata["tokenizer.ggml.tokens"], *tokens]  # type: ignore[misc]
+    wanted = {known.index(token) for token in ends} | ({1} if "<|tool_response>" not in tokens else set())
+    for kind in (3, 4):
+        facts = text_of(tmp_path, with_tokens(metadata, *tokens, kind=kind)).facts
+        assert facts is not None and set(facts["stop_ids"]) == wanted  # type: ignore[call-overload]
+    facts = text_of(tmp_path, with_tokens(metadata, *tokens, kind=1)).facts
+    assert facts is not None and facts["stop_ids"] == [1]
+    named = {"tokenizer.ggml.fim_sep_token_id": len(known) - 1}
+    facts = text_of(tmp_path, with_tokens(metadata, *tokens, kind=1) | named).facts
+    assert facts is not None and facts["stop_ids"] == [1, len(known) - 1]
+
+
+def test_tokens_of_some_models_take_the_spaces_beside_them(tmp_path: Path) -> None:
+    metadata = with_tokens(byte_level(tmp_path, "gpt-2")[0], "<|user|>", "<|endoftext|>", "[MASK]", "<mask>")
+
+    def cut(text: str, **more: object) -> list[str]:
+        """The tokens of a text."""
+        named = {key.replace("__", "."): value for key, value in more.items()}
+        ids = tokenizer_of(text_of(tmp_path, metadata | named)).encode(text, add_special=False)
+        return [str(metadata["tokenizer.ggml.tokens"][number]) for number in ids]  # type: ignore[index]
+
+    assert cut("<|user|>\na") == ["<|user|>", "Ċ", "a"]
+    for name in ("Phi-3-mini", "phi3"):
+        assert cut("<|user|> \na", general__name=name) == ["<|user|>", "a"]
+        assert cut("<|endoftext|>\na", general__name=name) == ["<|endoftext|>", "Ċ", "a"]
+    assert cut("a [MASK]", general__name="modern-bert")[-2:] == ["a", "[MASK]"]
+    assert cut("a <mask>", general__architecture="jina-bert-v3")[-2:] == ["a", "<mask>"]
+    assert cut("a <mask>", tokenizer__ggml__pre="jina-v2-de")[-2:] == ["a", "<mask>"]
 
 
 def test_sampling_settings(tmp_path: Path) -> None:

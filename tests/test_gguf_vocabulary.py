@@ -231,9 +231,9 @@ def test_a_vocabulary_may_be_larger_than_a_model() -> None:
 # --- unigrams and word pieces -------------------------------------------------------------------------------------
 
 
-def test_the_end_of_a_turn_is_no_end_where_no_template_has_it() -> None:
+def test_the_end_of_a_turn_is_an_end_where_no_template_has_it() -> None:
     text = byte_level("gpt-2", "<|im_end|>", token_type=[NORMAL] * 94 + [CONTROL])
-    assert text.facts is not None and text.facts["stop_ids"] == []
+    assert text.facts is not None and text.facts["stop_ids"] == [94]
 
 
 def test_unigrams() -> None:

@@ -70,6 +70,10 @@ CHOSEN: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, str, str, 
         lambda: llama("LlamaForSequenceClassification"),
         ("encode", "sequences", "LlamaForSequenceClassification", True),
     ),
+    "a decoder that finds answers": (
+        lambda: llama("LlamaForQuestionAnswering"),
+        ("encode", "other", "LlamaForQuestionAnswering", True),
+    ),
     "a decoder's layers": (lambda: llama("LlamaModel"), ("encode", "base", "LlamaModel", True)),
     "the second class of a type": (
         lambda: tf.FunnelConfig(architectures=["FunnelBaseModel"]),
@@ -78,6 +82,10 @@ CHOSEN: dict[str, tuple[Callable[[], tf.PreTrainedConfig], tuple[str, str, str, 
     "the encoder of a pair": (
         lambda: tf.T5Config(architectures=["T5EncoderModel"], is_encoder_decoder=False),
         ("encode", "base", "T5EncoderModel", False),
+    ),
+    "the encoder of a pair, with the config of both": (
+        lambda: tf.MT5Config(architectures=["MT5EncoderModel"]),
+        ("encode", "base", "MT5EncoderModel", False),
     ),
 }
 
@@ -102,6 +110,7 @@ def test_the_class_that_a_config_is_for(case: str) -> None:
             lambda: tf.FunnelConfig(architectures=["FunnelBaseModel"]),
             ("encode", "base", "FunnelBaseModel", False),
         ),
+        (lambda: tf.T5Config(architectures=["T5Model"]), ("encode", "base", "T5EncoderModel", False)),
     ],
 )
 def test_the_class_without_a_head(

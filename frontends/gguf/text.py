@@ -10,7 +10,7 @@ from llmc.errors import FrontendError
 from llmc.frontends.gguf.pre_tokenizers import pre_tokenizer
 from llmc.frontends.gguf.reader import MetadataValue
 from llmc.frontends.gguf.settings import Settings
-from llmc.frontends.gguf.vocabulary import CONTROL, UNKNOWN, USER, NoTokenizer, Vocabulary, build
+from llmc.frontends.gguf.vocabulary import CONTROL, ENDS, UNKNOWN, USER, NoTokenizer, Vocabulary, build
 from llmc.frontends.hf.generation import Generation, generation_of
 from llmc.frontends.lifted import Text
 
@@ -28,8 +28,15 @@ _NO_EFFECT = (
     "pre", "scores", "merges", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap",
     "token_type_count", "suppress_tokens", "hf_json", "add_sep_token", "add_bos_token", "add_eos_token",
 )  # fmt: skip
-_END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>", "<|return|>",
-        "<EOT>", "[EOT]", "<|eom_id|>", "<|END_OF_TURN_TOKEN|>", "<turn|>", "<end_of_utterance>")  # fmt: skip
+_MASK_TAKES_SPACES = ("nomic-bert-moe", "jina-bert-v3")  # architectures
+# What llama.cpp ends a text at wherever a vocabulary has it: ends of turns, and what stands between files of code.
+_END = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+        "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+        "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<|END_OF_TURN_TOKEN|>",
+        "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]", "<|fim_repo|>", "<|repo_name|>", "<fim-repo>",
+        "<REPO>", "<reponame>", "<|file_sep|>")  # fmt: skip
+# Of these, what is none in a vocabulary that has the others: there it ends a part of an answer, or nothing.
+_NO_END = {"<|end|>": (("<|return|>", "<|call|>"), ("<|calls|>", "<|flush|>")), "</s>": (("<|tool_response>",),)}
 
 
 def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int, spaces_by_order: bool) -> Text:
@@ -40,7 +47,7 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
     try:
         words = Vocabulary.of(settings)
         tokenizer = build(words, spaces_by_order)
-        _add_tokens(tokenizer, words)
+        _add_tokens(tokenizer, words, metadata)
         adds_bos = _surround(tokenizer, words)
     except NoTokenizer as error:
         note = f"no tokenizer: {error}: the artifact takes token ids only"
@@ -62,23 +69,40 @@ def read_text(path: Path, metadata: Mapping[str, MetadataValue], vocabulary: int
     return Text({"tokenizer.json": tokenizer.to_str().encode()}, facts, generation.defaults, tuple(notes))
 
 
-def _add_tokens(tokenizer: Tokenizer, words: Vocabulary) -> None:
+def _add_tokens(tokenizer: Tokenizer, words: Vocabulary, metadata: Mapping[str, MetadataValue]) -> None:
     """Tokens that stand for themselves wherever they occur in a text."""
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
     # A file may name an ordinary token as padding: only what begins or ends a text is special whatever its kind.
-    around = {words.marked[name] for name in ("bos", "eos", "eot", "eom") if name in words.marked}
+    around = {words.marked[name] for name in ("bos", *ENDS) if name in words.marked}
+    before, behind = _swallowing(words, metadata)
     specials, others = [], []
     for number, token in enumerate(words.tokens):
         if known.get(token) != number:
             continue
+        added = AddedToken(token, normalized=False, lstrip=token in before, rstrip=token in behind)
         if number in around or words.kinds[number] in (CONTROL, UNKNOWN):
-            specials.append(AddedToken(token, normalized=False))
+            specials.append(added)
         elif words.kinds[number] == USER:
-            others.append(AddedToken(token, normalized=False))
+            others.append(added)
     tokenizer.add_special_tokens(specials)
     tokenizer.add_tokens(others)
+
+
+def _swallowing(words: Vocabulary, metadata: Mapping[str, MetadataValue]) -> tuple[set[str], set[str]]:
+    """Tokens that take spaces before them, and behind them, as their own. Files do not say which do: as in llama.cpp,
+    the model's name does, its architecture and the name of its pre-tokenizer."""
+    name, architecture = (str(metadata.get(f"general.{key}", "")) for key in ("name", "architecture"))
+    pre = str(metadata.get("tokenizer.ggml.pre", ""))
+    if any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")) or architecture in _MASK_TAKES_SPACES:
+        return {"<mask>"}, set()
+    if any(part in name.lower() for part in ("phi-3", "phi3")):
+        added = (
+            token for token, kind in zip(words.tokens, words.kinds, strict=False) if kind in (CONTROL, USER, UNKNOWN)
+        )
+        return set(), {*added, "</s>"} - {"<unk>", "<s>", "<|endoftext|>"}
+    return ({"[MASK]"} if "modern-bert" in name.lower() else set()), set()
 
 
 def _unread(settings: Settings) -> list[str]:
@@ -133,14 +157,6 @@ def _facts(
     """The manifest's `tokenizer`."""
     marked = words.marked
     templates = _templates(metadata)
-    ends = [marked[name] for name in ("eos", "eot", "eom") if name in marked]
-    # Files without a key for the end of a turn: its token is in the template that writes turns.
-    written = "".join(templates.values())
-    ends += [
-        number
-        for number, token in enumerate(words.tokens)
-        if token in _END and words.kinds[number] in (CONTROL, USER) and token in written
-    ]
     bos = marked.get("bos")
     default = templates.pop("default", None)
     return {
@@ -151,11 +167,21 @@ def _facts(
         "eos_token": words.tokens[marked["eos"]] if "eos" in marked else "",
         "special_tokens": {_NAMES[name]: words.tokens[number] for name, number in marked.items() if name in _NAMES},
         "add_bos": adds_bos,
-        "stop_ids": list(dict.fromkeys(token for token in ends if token < vocabulary)),
+        "stop_ids": [token for token in _ends(words) if token < vocabulary],
         "clean_up_spaces": words.kind == "bert",
         "split_special_tokens": False,
         "truncation_side": "right",
     }
+
+
+def _ends(words: Vocabulary) -> list[int]:
+    """The tokens that end a text: those that keys name, and those that are known by how they read."""
+    found = [words.marked[name] for name in ENDS if name in words.marked]
+    texts = {token: number for number, token in enumerate(words.tokens) if words.kinds[number] in (CONTROL, USER)}
+    known = [token for token in _END if token in texts]
+    no_ends = [token for token, beside in _NO_END.items() if any(set(others) <= set(texts) for others in beside)]
+    found += [texts[token] for token in known]
+    return list(dict.fromkeys(number for number in found if words.tokens[number] not in no_ends))
 
 
 def _templates(metadata: Mapping[str, MetadataValue]) -> dict[str, str]:

@@ -17,7 +17,8 @@ SPACE = "\u2581"  # what SentencePiece writes for a space
 # The tokens with a meaning where a file does not say which they are, as in llama.cpp, by the kind of vocabulary. Its 11
 # for byte-level ones is Falcon's, and an ordinary token of any other.
 _DEFAULTS = {"llama": {"bos": 1, "eos": 2, "unknown": 0}, "t5": {"eos": 1, "unknown": 2}, "bert": {"unknown": 100}}
-_MARKED = ("bos", "eos", "unknown", "separator", "padding", "mask", "cls", "eot", "eom")
+ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # those that end a text
+_MARKED = ("bos", "unknown", "separator", "padding", "mask", "cls", *ENDS)
 
 
 class NoTokenizer(Exception):

@@ -126,7 +126,23 @@ for _name, _one in (
 handles("silu")(_unary(lambda x: e.Activation(x, "silu")))
 handles("square")(_unary(lambda x: e.Mul(x, x)))
 handles("expm1")(_unary(lambda x: e.Sub(e.Exp(x), e.constant(1.0, x.dtype))))
+handles("ceil")(_unary(lambda x: e.Neg(e.Floor(e.Neg(x))) if x.dtype in FLOATS else x))
 handles("log1p")(_unary(lambda x: e.Log(e.Add(x, e.constant(1.0, x.dtype)))))
+
+
+@handles("sign", "sgn")
+def _sign(t: Translation, node: Node, x: Value) -> Value:
+    x = cast(x, t.dtype(node))
+    zero, one = (e.Cast(e.constant(number), x.dtype) for number in (0, 1))
+    # 0 where it is neither above nor below, which torch has for what is no number, too.
+    return e.Where(e.Greater(x, zero), one, e.Where(e.Less(x, zero), e.Sub(zero, one), zero))
+
+
+@handles("leaky_relu")
+def _leaky_relu(t: Translation, node: Node, x: Value, negative_slope: float = 0.01) -> Value:
+    wide = cast(x, "f32")  # as torch does: a half is rounded once, at the end
+    slope, zero = e.constant(float(negative_slope)), e.constant(0.0)
+    return cast(e.Where(e.Greater(wide, zero), wide, e.Mul(wide, slope)), x.dtype)
 
 
 @handles("gelu")
@@ -434,6 +450,12 @@ def _attention(
     scale: float, causal: bool, window: int, softcap: float,
 ) -> Value:  # fmt: skip
     if mask is not None:
+        if mask.causal and not mask.window and not causal:
+            raise FrontendError(
+                f"{node.name}: the model's mask hides tokens ahead, and its layers say that they see them (is_causal): "
+                "transformers' own kinds of attention differ there, so it is refused. In config.json, say is_causal: "
+                "false if they are to be seen; if not, take out what says so (use_bidirectional_attention)"
+            )
         # transformers' plain attention knows windows from its masks alone.
         causal, window = mask.causal, mask.window
     elif not causal and window:

@@ -54,6 +54,10 @@ def choose_class(config: PreTrainedConfig, where: object, base_only: bool = Fals
     from transformers.models.auto import modeling_auto as auto
 
     kind = config.model_type
+    alone = _names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, kind)
+    if config.is_encoder_decoder and alone and (base_only or _named(config) in alone):
+        # An encoder that was saved alone, with the config of the whole; sentence-transformers takes no other part.
+        return ModelClass(ENCODE, BASE, _encoder_class(alone[0], config, where), False)
     if config.is_encoder_decoder:
         raise FrontendError(
             f"{where}: model type {kind!r} has an encoder and a decoder, which is not supported yet: "
@@ -67,6 +71,7 @@ def choose_class(config: PreTrainedConfig, where: object, base_only: bool = Fals
         BASE: [*base, *_names(auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, kind)],
         SEQUENCES: _names(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, kind),
         TOKENS: _names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, kind),
+        OTHER: _names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, kind),
     }
     found = [BASE] if base_only else [head for head in heads if _named(config) in heads[head]]
     if found:

@@ -125,6 +125,18 @@ def check_config(data: Mapping[str, object], path: Path) -> None:
         raise FrontendError(f"{path}: model type {model_type!r} {what}")
 
 
+def own_code(data: Mapping[str, object]) -> tuple[str, ...]:
+    """A note on code of a model of a type that transformers knows: it may compute something else, and does not run."""
+    named = data.get("auto_map")
+    models = {name: code for name, code in named.items() if "Config" not in name} if isinstance(named, dict) else {}
+    if not models:
+        return ()
+    return (
+        f"the model's own code ({', '.join(str(code) for code in models.values()):.80}) never runs: it is taken for "
+        f"transformers' own {data.get('model_type')!s:.60}, and what that code does otherwise is lost",
+    )
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No log lines from transformers: what matters becomes an error or a note of ours."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmc.frontends.hf.classes import BASE, SEQUENCES, TOKENS, ModelClass
 from llmc.frontends.hf.generation import NOTHING
 from llmc.frontends.hf.pooling import SENTENCE, TOKEN_EMBEDDINGS, Context, Module, Pooling, embedding_of
 from llmc.frontends.hf.sentence import SCORE, Sentence, activation_of_scores
-from llmc.frontends.hf.tokenizer import open_tokenizer, text_of
+from llmc.frontends.hf.tokenizer import open_tokenizer, text_of, vocabulary_of
 from llmc.frontends.lifted import Text, WeightSource
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _write_small(backend: Any) -> None:
 class EncoderPlan:
     """How an encoder is lifted. token_types: give it some. outputs: to keep of the model's own; None for all.
 
-    modules: behind the base model, up to one embedding a text.
+    modules: behind the base model, up to one embedding a text. padding: a token that does not count at a text's end.
     """
 
     kind: ModelClass
@@ -91,6 +92,7 @@ class EncoderPlan:
     modules: tuple[Module, ...]
     sentence: Sentence | None
     notes: tuple[str, ...]
+    padding: int | None = None
 
     def finish(self, outputs: Outputs, positions: Input, weights: WeightSource) -> Outputs:
         """The graph's outputs from the model's own."""
@@ -108,6 +110,8 @@ class EncoderPlan:
             use = {"kind": kind, "output": LOGITS, "labels": _labels(config), **_scores(kind, config, self.sentence)}
         else:
             return None
+        if self.padding is not None:
+            use |= {"padding": self.padding}
         sentence = self.sentence
         longest = sentence.max_tokens if sentence is not None and sentence.max_tokens else self.text.longest
         return {
@@ -128,20 +132,36 @@ def plan_encoder(
     types = text.types and known > 1
     text = text.with_types(known if types else 0)
     config.output_hidden_states = config.output_attentions = False
+    padding = _padding(kind, config)
+    if padding is not None and not getattr(config, "is_causal", True):
+        text = replace(text, text=replace(text.text, notes=(*text.text.notes, _SEEN_PADDING)))
     if kind.looks_back:
-        # Nothing is padded: the last token is the last of the text, without a search for padding.
+        # Nothing is padded: the last token is the last of the text, without a search for padding. Where a text ends
+        # with that token, the runtime takes it away.
         config.pad_token_id = config.get_text_config(decoder=True).pad_token_id = None
     notes: tuple[str, ...] = text.text.notes if sentence is None else (*text.text.notes, *sentence.notes)
     if sentence is not None and sentence.task == SCORE:
         if kind.head != SEQUENCES:
             raise FrontendError(f"{directory}: a cross encoder needs a model class that classifies sequences")
-        return EncoderPlan(kind, text, types, None, (), sentence, notes)
+        return EncoderPlan(kind, text, types, None, (), sentence, notes, padding)
     if sentence is not None:
         return EncoderPlan(kind, text, types, (HIDDEN,), sentence.modules, sentence, notes)
     if kind.head != BASE:
-        return EncoderPlan(kind, text, types, None, (), None, notes)
+        return EncoderPlan(kind, text, types, None, (), None, notes, padding)
     notes = (*notes, "embedding is the mean over tokens: the model does not say how one is made")
     return EncoderPlan(kind, text, types, None, (Pooling("", directory, TOKEN_EMBEDDINGS, SENTENCE),), None, notes)
+
+
+_SEEN_PADDING = "texts that end with the token of padding are scored as without it, although tokens would see it"
+
+
+def _padding(kind: ModelClass, config: PreTrainedConfig) -> int | None:
+    """The token that a class of decoder layers looks for at the end of a text, to score the one before it; None where
+    it looks for none."""
+    padding = config.get_text_config(decoder=True).pad_token_id if kind.looks_back and kind.head == SEQUENCES else None
+    if padding is None or kind.known is None or "pad_token_id" not in inspect.getsource(kind.known.forward):
+        return None
+    return int(padding) if 0 <= padding < vocabulary_of(config) else None
 
 
 NO_SCORES = {"multi_label": False, "plain_scores": False}

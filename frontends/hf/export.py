@@ -180,6 +180,29 @@ def first_position(model: torch.nn.Module, takes_types: bool) -> tuple[int, int 
     c, c + 1, ... (0, None) for a model that does nothing of that kind. takes_types: whether its forward takes
     token_type_ids.
     """
+    with _restored(model):
+        return _first_position(model, takes_types)
+
+
+@contextlib.contextmanager
+def _restored(model: torch.nn.Module) -> Iterator[None]:
+    """What a model changes about itself when it is called, as some do for short texts, is as before afterwards."""
+    kept = ("_modules", "_buffers", "_parameters")
+    states = [
+        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in kept}) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, state, parts in states:
+            vars(module).clear()
+            vars(module).update(state)
+            for name, part in parts.items():
+                vars(module)[name].clear()
+                vars(module)[name].update(part)
+
+
+def _first_position(model: torch.nn.Module, takes_types: bool) -> tuple[int, int | None]:
     counted: list[tuple[int, int | None]] = []
     for ids in torch.tensor([[[11, 7, 13, 5, 17]], [[12, 8, 14, 6, 18]]]):  # the padding's id is in one of them at most
         with quietly(), torch.no_grad(), _Lookups() as lookups, contextlib.suppress(Exception):

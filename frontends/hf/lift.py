@@ -15,17 +15,19 @@ from llmc.compiler.ir.graph import Graph
 from llmc.errors import FrontendError
 from llmc.frontends.hf.checkpoint import ModelWeights
 from llmc.frontends.hf.classes import ModelClass, choose_class
-from llmc.frontends.hf.config import load_config, quiet, read_json
+from llmc.frontends.hf.config import load_config, own_code, quiet, read_json
 from llmc.frontends.hf.encoder import EncoderPlan, plan_encoder
+from llmc.frontends.hf.export import first_position
 from llmc.frontends.hf.graph import translate, without_outputs_of
 from llmc.frontends.hf.lora import AdaptedWeights, Adapter, Modules
+from llmc.frontends.hf.model import MetaModel
 from llmc.frontends.hf.sentence import EMBED, read_sentence
 from llmc.frontends.hf.source import adapters_below, resolve
 from llmc.frontends.hf.stored import open_stored, quantization_of
 from llmc.frontends.hf.tokenizer import read_text
 from llmc.frontends.hf.trace import trace
 from llmc.frontends.hf.weights import RandomWeights, open_checkpoint
-from llmc.frontends.lifted import ENCODE, Lifted, Text, WeightSource
+from llmc.frontends.lifted import ENCODE, GENERATE, Lifted, Text, WeightSource
 from llmc.frontends.stored_integers import keep_stored, stored_notes
 from llmc.frontends.weight_sources import LayeredWeights
 
@@ -70,7 +72,8 @@ def lift(
     model_dir = resolve(source)
     sentence = read_sentence(model_dir)
     base_dir = model_dir if sentence is None else sentence.transformer
-    quantization = quantization_of(base_dir, read_json(base_dir / "config.json"))
+    written = read_json(base_dir / "config.json")
+    quantization = quantization_of(base_dir, written)
     config = load_config(base_dir)
     kind = choose_class(config, base_dir / "config.json", sentence is not None and sentence.task == EMBED)
     # The checkpoint's headers are checked before the slower export.
@@ -90,7 +93,7 @@ def lift(
         _name(source, model_dir),
         lambda: read_text(base_dir, config),
         plan,
-        (*adapters_below(base_dir), *told),
+        (*own_code(written), *adapters_below(base_dir), *told),
     )
     return lift_opened(opened, max_context, seed)
 
@@ -136,7 +139,12 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
     else:
         traced = trace(kind, config, context, plan.token_types, plan.outputs, untied)
     model = traced.meta.model
-    notes = [*opened.notes, *traced.notes, *(note for own in stored for note in own.notes)]
+    notes = [
+        *opened.notes,
+        *_other_positions(traced.meta, kind),
+        *traced.notes,
+        *(note for own in stored for note in own.notes),
+    ]
     missing = [name for own in stored for name in own.missing]
     values = _weights(model, plan, stored[0] if stored else None, dtype, seed)
     if traced.room is not None:
@@ -173,6 +181,16 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
         encoder=None if plan is None else plan.facts(config, dict(graph.outputs), context),
         least=opened.least,
     )
+
+
+def _other_positions(meta: MetaModel, kind: ModelClass) -> tuple[str, ...]:
+    """A note on a decoder that counts positions from behind its padding's id, unless it is told them: as RoBERTa's."""
+    if kind.task != GENERATE or not getattr(meta.model.config, "is_decoder", False):
+        return ()
+    first, _ = first_position(meta.model, meta.takes("token_type_ids"))
+    if not first or not meta.takes("position_ids"):
+        return ()
+    return (f"positions begin at 0, as in transformers' generate: the model by itself counts from {first}",)
 
 
 def _weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,6 +15,7 @@ from torch._dynamo.exc import UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 _UNSUPPORTED = "which is not supported yet"
+_MOST = re.compile(r"Dim\('S', max=(\d+)\)")  # how the exporter says for how many tokens at most all conditions hold
 _LOOKED_AT = 4096  # numbers of tokens for which a condition is looked at: those of recurrences and chunks fail early
 
 
@@ -59,7 +61,8 @@ class Whereabouts:
             self._stack.clear()
 
     def _enter(self, module: torch.nn.Module, given: object) -> None:
-        self._stack.append(self._names[module])
+        # Parts that the model makes anew when it is called have no name in it.
+        self._stack.append(self._names.get(module, type(module).__name__))
 
     def _leave(self, module: torch.nn.Module, given: object, made: object) -> None:
         self._stack.pop()
@@ -70,7 +73,9 @@ class Whereabouts:
             blamed = next((c.module for c in self._conditions if not _always_holds(c.holds)), "")
             if blamed:
                 kind = "recurrent and chunked layers do"
-                return f"{blamed} computes differently for different numbers of tokens ({kind}), {_UNSUPPORTED}"
+                what = f"{blamed} computes differently for different numbers of tokens ({kind}), {_UNSUPPORTED}"
+                most = _MOST.search(str(error))
+                return f"{what}; with --max-context {most[1]} it is one way" if most and int(most[1]) > 2 else what
             where = self._conditions[-1].module if self._conditions else "its code"
             return f"{where} works with the number of tokens in a way that torch.export does not follow, {_UNSUPPORTED}"
         where = self._raised_in(error.__traceback__)

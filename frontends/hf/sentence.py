@@ -122,8 +122,16 @@ def read_sentence(directory: Path) -> Sentence | None:
         prompts=prompts,
         default_prompt=default,
         activation=_activation(settings, directory),
-        notes=notes,
+        notes=(*notes, *_lengths_of_tasks(base)),
     )
+
+
+def _lengths_of_tasks(base: Mapping[str, object]) -> tuple[str, ...]:
+    """A note on settings of the Transformer module for texts that are said to be queries or documents."""
+    given = [name for name in ("query_length", "document_length", "query_expansion") if base.get(name) is not None]
+    if not given:
+        return ()
+    return (f"{', '.join(given)}: not obeyed, as texts are not told to be queries or documents (encode_query does)",)
 
 
 def _entries(path: Path) -> list[tuple[str, str]]:
@@ -176,6 +184,12 @@ def _base_settings(transformer: Path) -> dict[str, object]:
         output = text.get("method_output_name") if isinstance(text, dict) and text.get("method") == "forward" else None
         if output not in ("last_hidden_state", "logits"):
             raise FrontendError(f"{where} takes texts in a way that is not supported: {text!r:.100}")
+        # The library then makes a message of every text, also where it could take it plainly.
+        if isinstance(ways, dict) and "message" in ways:
+            raise FrontendError(
+                f"{where} puts every text into the tokenizer's chat template (modality_config has 'message'), which is "
+                "not supported: save it with a modality_config of 'text' alone if it was trained on plain texts"
+            )
     return settings
 
 

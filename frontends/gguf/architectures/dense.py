@@ -17,6 +17,8 @@ _BEHIND = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_
 
 def _granite_factors(model: Description) -> Config:
     settings = model.settings
+    # llama.cpp has this key for something else here: whether there are rotary embeddings at all.
+    settings.expect("rope.scaling.finetuned", (True,), "it means that there are no rotary embeddings")
     return {
         "rope_parameters": model.rope(),
         "hidden_act": "silu",
