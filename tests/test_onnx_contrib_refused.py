@@ -91,6 +91,12 @@ REFUSED = {
         Case("SimplifiedLayerNormalization", [normal(3, 7), normal(7)], {"axis": 0}, domain=""),
         "axis=0 of rank 2: only the last axis",
     ),
+    "rows without elements": (
+        Case("SkipSimplifiedLayerNormalization", [normal(3, 0), normal(3, 0), normal(0)]), "rows without elements",
+    ),
+    "layers without elements": (
+        Case("SkipLayerNormalization", [normal(3, 0), normal(3, 0), normal(0)]), "rows without elements have no mean",
+    ),
     "segments without a table": (
         Case("EmbedLayerNormalization", [choice(1, 7, high=9), choice(1, 7, high=2), normal(9, 5), normal(9, 5), None,
                                          normal(5), normal(5)]),
