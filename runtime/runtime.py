@@ -349,7 +349,7 @@ class Runtime:
         sequence, ids, rows = request
         if not isinstance(rows, str) or rows not in ROWS:
             raise RuntimeStateError(f"the rows of a request must be one of {', '.join(ROWS)}, not {rows!r:.40}")
-        return sequence, self.check_ids(ids), rows  # type: ignore[return-value]
+        return sequence, self.check_ids(ids), rows
 
     def check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
         """Token ids as int32 [tokens]; RuntimeStateError for what are none of the vocabulary."""
