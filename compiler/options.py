@@ -233,6 +233,8 @@ def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
         name, equals, size = text.rpartition("=")
         if not equals or not size.strip().isdecimal():
             raise CompileError(f"{option} is NAME=N, such as batch=8, not {text!r}")
+        if name.strip() in dict(pairs):
+            raise CompileError(f"{option} {name.strip()} is given twice")
         pairs.append((name.strip(), int(size)))
     return tuple(pairs)
 

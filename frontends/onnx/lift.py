@@ -67,7 +67,9 @@ def lift(
     model = OnnxModel(Path(path))
     text, why_not = text_inputs(model.inputs)
     if text is None:
-        return _run_graph(model, FreeSizes.of(model.inputs, dims or {}, max_dims or {}), why_not)
+        lifted = _run_graph(model, FreeSizes.of(model.inputs, dims or {}, max_dims or {}), why_not)
+        unread = () if tokenizer is None else ("--tokenizer has no effect: this graph does not take texts",)
+        return replace(lifted, notes=(*lifted.notes, *unread))
     for name in sorted({**(max_dims or {}), **(dims or {})}):
         raise FrontendError(f"{name!r:.60} is no size of a text model: --max-context bounds it")
     return _Text(model, text, Companions(model.path, tokenizer)).lifted(max_context, weights, seed)
