@@ -228,7 +228,7 @@ def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
 
 def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
     """`NAME=N` texts, as the command line gives them, to pairs. option: what they were given with."""
-    pairs = []
+    pairs: list[tuple[str, int]] = []
     for text in texts:
         name, equals, size = text.rpartition("=")
         if not equals or not size.strip().isdecimal():
