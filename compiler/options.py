@@ -228,11 +228,13 @@ def parse_overrides(texts: list[str]) -> tuple[tuple[str, str], ...]:
 
 def parse_dims(texts: list[str], option: str) -> tuple[tuple[str, int], ...]:
     """`NAME=N` texts, as the command line gives them, to pairs. option: what they were given with."""
-    pairs = []
+    pairs: list[tuple[str, int]] = []
     for text in texts:
         name, equals, size = text.rpartition("=")
         if not equals or not size.strip().isdecimal():
             raise CompileError(f"{option} is NAME=N, such as batch=8, not {text!r}")
+        if name.strip() in dict(pairs):
+            raise CompileError(f"{option} {name.strip()} is given twice")
         pairs.append((name.strip(), int(size)))
     return tuple(pairs)
 

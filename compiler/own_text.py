@@ -118,7 +118,10 @@ def _lines(path: Path) -> list[str]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if path.suffix != ".jsonl":
             return lines
-        return [json.loads(line)["text"] for line in lines]
+        texts = [json.loads(line)["text"] for line in lines]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+        return texts
     except OSError as error:
         raise CompileError(f"--calibrate {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

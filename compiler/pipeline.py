@@ -34,6 +34,7 @@ from llmc.compiler.scratch import scratch_folder
 from llmc.compiler.smoothing import ScaledWeights, has_uneven_factors, smoothed
 from llmc.compiler.step_sizes import ENCODE, GENERATE, RUN, greatest, step_limit
 from llmc.compiler.tables import check_tables
+from llmc.compiler.unused import unused
 from llmc.compiler.weights import Placed, Stored, packed_arrays, place
 from llmc.compiler.weights_file import WeightsFile
 from llmc.errors import CompileError, IRError
@@ -269,7 +270,9 @@ def compile_model(
     if lifted.task != RUN:
         check_tables(compiled.graph, lifted.max_context, vocabulary_of(lifted), lifted.weights.load)
     lost = losses(compiled.graph, compiled.reports, lifted.task, options.quantization)
-    for note in (*lifted.notes, *integer_notes(compiled.reports), *lost):
+    step = step_limit(compiled.graph, options, lifted.max_context, lifted.task)
+    idle = unused(options, lifted.task != RUN, compiled.reports, step)
+    for note in (*lifted.notes, *integer_notes(compiled.reports), *lost, *idle):
         progress.note(note)
 
     with scratch_folder() as folder:

@@ -145,7 +145,7 @@ def _as_wanted(facts: ArrayFacts, value: ArrayLike) -> Array:
     given = isinstance(value, (np.ndarray, np.generic))
     try:
         array = np.asarray(value)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # a ragged list; a tensor of another library
         raise RuntimeStateError(f"input {facts.name} {fits}, and is no array: {error}") from error
     if facts.dtype == BFLOAT16 and array.dtype.name == BFLOAT16:
         array = array.view(np.uint16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 
 Rows = Literal["all", "last", "none"]
+ROWS: tuple[Rows, ...] = get_args(Rows)
 # What is fed to a sequence: token ids int32 [n] that lie one after the other, and which of their rows are wanted.
 Feed = tuple[Sequence, NDArray[np.int32], Rows]
 

@@ -14,6 +14,7 @@ from llmc.runtime.errors import ContextError, RuntimeStateError, TextError
 from llmc.runtime.fork_lock import ForkLock
 from llmc.runtime.manifest import EncoderFacts
 from llmc.runtime.ragged import RaggedRunner, Tokens
+from llmc.runtime.settings import is_integer
 from llmc.runtime.tokenizer import Encoded, Tokenizer
 
 Text = str | tuple[str, str] | Sequence[int] | NDArray[np.integer]
@@ -281,7 +282,7 @@ def as_batch(texts: Texts) -> tuple[list[Text], bool]:
         batch: list[Text] = list(texts)  # type: ignore[arg-type]
     except TypeError as error:
         raise RuntimeStateError(f"texts are a text or a list of texts, not {texts!r:.60}") from error
-    if batch and all(isinstance(item, int | np.integer) for item in batch):
+    if batch and all(is_integer(item) for item in batch):
         return [np.array(batch, np.int64)], True
     return batch, False
 

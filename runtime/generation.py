@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmc.runtime.errors import BatchError, RuntimeStateError
 from llmc.runtime.logits import LogitsProcessors, needs_processors
 from llmc.runtime.sampling import Chooser, Sampler, SamplingOptions
-from llmc.runtime.settings import GenerationSettings
+from llmc.runtime.settings import GenerationSettings, is_integer
 from llmc.runtime.tokenizer import Detokenizer, StopMatcher
 from llmc.runtime.writing import Draft
 
@@ -101,13 +101,13 @@ def resolve(
         name, _, rest = str(error).partition(" ")
         raise RuntimeStateError(f"{names.get(name, name)} {rest}") from None
     seed = options.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
+    if seed is not None and not is_integer(seed):
         raise RuntimeStateError(f"seed must be an integer, not {seed!r:.40}")
     if seed is not None and seed < 0:
         raise RuntimeStateError(f"seed must be 0 or more, not {seed}")
     ids = options.get("stop_token_ids")
     wanted = () if ids is None else tuple(ids) if isinstance(ids, Iterable) else (None,)
-    if not all(isinstance(item, int | np.integer) for item in wanted):
+    if not all(is_integer(item) for item in wanted):
         raise RuntimeStateError(f"stop_token_ids must be a list of token ids, not {ids!r:.40}")
     return (
         settings,
@@ -400,7 +400,7 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     seed = options.get("seed")
     writers = []
     for index, prompt in enumerate(prompts):
-        own: Options = {**options, "seed": seed + index} if isinstance(seed, int | np.integer) else options
+        own: Options = {**options, "seed": int(seed) + index} if is_integer(seed) else options
         writers.append(Writer(runtime, prompt, own))
         writers[-1].begin()
     texts = [""] * len(prompts)

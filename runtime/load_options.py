@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-
 from llmc.runtime.errors import RuntimeStateError
+from llmc.runtime.settings import is_integer
 
 _MOST_THREADS = 1024  # of csrc/pool.c
 
@@ -28,4 +27,4 @@ def check_options(
 
 
 def _is_count(value: object, most: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and 1 <= int(value) <= most
+    return is_integer(value) and 1 <= int(value) <= most

@@ -45,7 +45,10 @@ def windows_of(runtime: Runtime, text: str, size: int = 512, count: int | None =
     if size < 2:
         raise RuntimeStateError(f"a window needs at least 2 tokens, not {size}")
     if size > runtime.max_context:
-        raise RuntimeStateError(f"a window of {size} tokens is more than the context of {runtime.max_context}")
+        most = runtime.max_context
+        raise RuntimeStateError(
+            f"a window of {size} tokens is more than the context of {most}: give --window {most} or less"
+        )
     tokens = runtime.tokenizer.encode(text, add_special=False)
     bos = runtime.manifest.text.bos_id if runtime.manifest.text else None
     start = [] if bos is None else [bos]

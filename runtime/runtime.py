@@ -18,7 +18,7 @@ from llmc.files import OutputFile, write_all, writing
 from llmc.runtime import cpu, topology
 from llmc.runtime.arrays import ArrayRunner
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.batch import Rows, StepRunner
+from llmc.runtime.batch import ROWS, Rows, StepRunner
 from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.device import Code, Device, Place, Use
 from llmc.runtime.devices import device_for
@@ -34,6 +34,7 @@ from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.ragged import RaggedRunner
 from llmc.runtime.sampling import Chooser
 from llmc.runtime.sequence import Sequence
+from llmc.runtime.settings import is_integer
 from llmc.runtime.step_call import StepCaller
 from llmc.runtime.tokenizer import Tokenizer
 from llmc.runtime.weights import Weights, load_weights
@@ -261,10 +262,10 @@ class Runtime:
         token differently in a long sequence: this one is computed as such from the start, and not anew as it grows.
         """
         layer = self.layer
-        if not 0 <= expected <= self.max_context:
-            raise RuntimeStateError(f"expected is {expected}: the context has {self.max_context} tokens")
+        if not is_integer(expected) or not 0 <= expected <= self.max_context:
+            raise RuntimeStateError(f"expected is {expected!r:.40}: the context has {self.max_context} tokens")
         with self.lock:
-            return Sequence(self, layer.sequence(expected))
+            return Sequence(self, layer.sequence(int(expected)))
 
     def collect_orphans(self) -> None:
         """Gives back the pages of sequences that were dropped without being closed."""
@@ -280,7 +281,7 @@ class Runtime:
         as before. One token behind others that the sequence has run decodes, all else is a prompt: where `row_kinds` is
         true, do not cut a prompt so that one token is left; each change of kind takes another step.
         """
-        checked = [(sequence, self._check_ids(ids), rows) for sequence, ids, rows in requests]
+        checked = [self._check_request(request) for request in requests] if isinstance(requests, Iterable) else []
         total = sum(len(ids) if rows == "all" else int(rows == "last") for _, ids, rows in checked)
         with self.lock:
             place = self._step(checked, self._room(total))
@@ -298,7 +299,7 @@ class Runtime:
         """`step` for the last rows. Returns where the logits of each lie, float32 [vocab]; the next step overwrites
         them: hold `lock` while you use them."""
         with self.lock:
-            first = self._step([(sequence, self._check_ids(ids), "last") for sequence, ids in requests], None)
+            first = self._step([(sequence, self.check_ids(ids), "last") for sequence, ids in requests], None)
         return [first + 4 * index * self.vocab_size for index in range(len(requests))]
 
     def decode(self, sequences: list[Sequence], tokens: list[int]) -> list[Place]:
@@ -327,6 +328,8 @@ class Runtime:
         if len(sequences) > 1 and len(set(map(id, sequences))) != len(sequences):
             raise RuntimeStateError("a sequence may appear only once in a step")
         for sequence in sequences:
+            if not isinstance(sequence, Sequence):
+                raise RuntimeStateError(f"a step needs sequences that sequence() made, not {sequence!r:.40}")
             if sequence.runtime is not self:
                 raise RuntimeStateError("this sequence belongs to another runtime")
             if sequence.closed:
@@ -339,8 +342,23 @@ class Runtime:
         self._check_sequences([sequence for sequence, _, _ in requests])
         return runner.feed(requests, out)
 
-    def _check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
-        array = np.asarray(ids)
+    def _check_request(self, request: object) -> tuple[Sequence, NDArray[np.int32], Rows]:
+        """A request of `step`, its ids as an array."""
+        if not isinstance(request, tuple | list) or len(request) != 3:
+            raise RuntimeStateError(f"a step needs requests of (sequence, ids, rows), not {request!r:.40}")
+        sequence, ids, rows = request
+        if not isinstance(rows, str) or rows not in ROWS:
+            raise RuntimeStateError(f"the rows of a request must be one of {', '.join(ROWS)}, not {rows!r:.40}")
+        return sequence, self.check_ids(ids), rows
+
+    def check_ids(self, ids: Ids[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+        """Token ids as int32 [tokens]; RuntimeStateError for what are none of the vocabulary."""
+        try:
+            array = np.asarray(ids)
+        except ValueError:  # lists of unequal lengths
+            array = np.zeros(())
+        if array.ndim == 0:
+            raise RuntimeStateError(f"token ids must be a list of integers, not {ids!r:.40}")
         if array.ndim != 1 or not len(array):
             raise RuntimeStateError(f"token ids must be a list of at least one id, not of shape {array.shape}")
         if array.dtype.kind not in "iu":
@@ -444,7 +462,7 @@ class Runtime:
         elif not isinstance(messages, Iterable):
             raise TextError(f"messages must be a text or a list of messages, not {messages!r:.60}")
         text = self.chat_template.render(list(messages), **arguments)  # type: ignore[arg-type]
-        return self._check_ids(self.tokenizer.encode(text, add_special=False)), known
+        return self.check_ids(self.tokenizer.encode(text, add_special=False)), known
 
     def _encode(self, prompt: Prompt) -> NDArray[np.int32]:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -452,7 +470,7 @@ class Runtime:
             raise RuntimeStateError(f"the prompt must be a text or a list of token ids, not {prompt!r:.40}")
         if not len(ids):
             raise RuntimeStateError("the prompt is empty: give at least one token")
-        return self._check_ids(ids)
+        return self.check_ids(ids)
 
     # Encoders
 

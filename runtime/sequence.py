@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from llmc.runtime.errors import RuntimeStateError
 from llmc.runtime.layer import SequenceView
+from llmc.runtime.settings import is_integer
 
 if TYPE_CHECKING:
     from llmc.runtime.runtime import Runtime
@@ -104,7 +105,7 @@ class Sequence:
         if self.length:
             raise RuntimeStateError("adopt_prefix() needs an empty sequence")
         self.check_open()
-        tokens = np.ascontiguousarray(np.asarray(ids, np.int32)[: self.runtime.max_context])
+        tokens = self.runtime.check_ids(ids)[: self.runtime.max_context]
         with self.runtime.lock:
             self.runtime.collect_orphans()
             return self._layer.adopt(self.place, tokens)
@@ -118,10 +119,10 @@ class Sequence:
     def rollback(self, count: int) -> None:
         """Forgets the last `count` tokens."""
         self.check_open()
-        if not 0 <= count <= self.length:
-            raise RuntimeStateError(f"rollback({count}) of a sequence of {self.length} tokens")
+        if not is_integer(count) or not 0 <= count <= self.length:
+            raise RuntimeStateError(f"rollback({count!r:.40}) of a sequence of {self.length} tokens")
         with self.runtime.lock:
-            self._layer.rollback(self.place, count)
+            self._layer.rollback(self.place, int(count))
 
     def close(self) -> None:
         """Gives the pages back. Full pages stay findable as a prefix for as long as there is room.

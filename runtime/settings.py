@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 
@@ -71,6 +72,11 @@ class _KindError(TypeError):
     """A value that is no number where one is wanted; says what is wanted."""
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number, Python's or numpy's; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 Reader = Callable[[object], object]
 
 
@@ -92,7 +98,7 @@ def _real(value: object, holds: Callable[[float], bool]) -> float:
 
 
 def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if not is_integer(value):
         raise TypeError
     return int(value)
 

@@ -4,6 +4,7 @@ for."""
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -70,9 +71,8 @@ def write(
     """Writes drafts side by side, until one ends or it is time to look at other things, or at end_time (seconds of
     `time.perf_counter`). Returns the error of a step, which ended it. times: int64 [MOST], takes up when each of their
     tokens was chosen, in nanoseconds of `time.monotonic_ns`."""
-    deadline = time.monotonic_ns() + NANOSECONDS
-    if end_time is not None:
-        deadline = min(deadline, time.monotonic_ns() + int(1e9 * (end_time - time.perf_counter())))
+    left = math.inf if end_time is None else 1e9 * (end_time - time.perf_counter())
+    deadline = time.monotonic_ns() + int(min(left, NANOSECONDS))
     if len(drafts) == 1:
         writing = drafts[0].alone
     else:

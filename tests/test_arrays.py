@@ -58,6 +58,13 @@ def test_results_are_kept_and_layout_does_not_matter(model: Runtime) -> None:
         np.testing.assert_array_equal(lists[name], array)
 
 
+class Stubborn:
+    """A tensor that does not become an array, as torch's that need a gradient do not."""
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        raise RuntimeError("call detach first")
+
+
 WRONG = {
     "missing": ({"x": None}, "input x is missing; wanted: x float32 .n, 3., y int64 .n, m., half bfloat16"),
     "unknown": ({"z": np.zeros(3)}, "there is no input z; wanted: x float32"),
@@ -76,6 +83,7 @@ WRONG = {
     ),
     "a list of other things": ({"y": [[0.5, 1.0]] * 4}, "y must be int64 .n, m., and its values are float64"),
     "a ragged list": ({"y": [[1], [1, 2], [3], [4]]}, "y must be int64 .n, m., and is no array"),
+    "another library's": ({"x": Stubborn()}, "x must be float32 .n, 3., and is no array: call detach first"),
     "texts": ({"x": [["a"] * 3] * 4}, "its values are <U1"),
 }
 

@@ -285,6 +285,7 @@ def test_files_of_text(tiny: dict[str, Path], tmp_path: Path) -> None:
         ("bytes.txt", b"\xff\xfe\xfa", "UTF-8"),
         ("bad.jsonl", b'{"text": "a"}\n{"other": 1}\n', "JSON objects"),
         ("bad2.jsonl", b"not json\n", "JSON objects"),
+        ("bad3.jsonl", b'{"text": "a"}\n{"text": 5}\n', "JSON objects"),
     ],
 )
 def test_files_that_are_no_text(

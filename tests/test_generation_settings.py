@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from functools import cache
 from pathlib import Path
@@ -231,9 +232,10 @@ def test_a_time_limit_ends_the_text_after_a_token(runtime: Runtime) -> None:
     stream = runtime.stream(PROMPT, max_time=0.0, max_tokens=9)
     stream.text()
     assert (len(stream.tokens), stream.finish_reason) == (1, "time")
-    stream = runtime.stream(PROMPT, max_time=3600, max_tokens=9)
-    stream.text()
-    assert stream.finish_reason != "time"
+    for long in (3600, 1e300, math.inf):
+        stream = runtime.stream(PROMPT, max_time=long, max_tokens=9)
+        stream.text()
+        assert stream.finish_reason != "time"
 
 
 # What a checkpoint's files say
@@ -448,6 +450,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "typical_p 0": ({"typical_p": 0}, "typical_p must be above 0"),
     "a decay of three": ({"exponential_decay_length_penalty": (1, 2, 3)}, "exponential_decay_length_penalty must be"),
     "time in text": ({"max_time": "1 s"}, "max_time must be a number, not '1 s'"),
+    "a stop that is no id": ({"stop_token_ids": [True]}, "stop_token_ids must be a list of token ids"),
     "transformers' name": ({"max_new_tokens": 5}, "max_new_tokens is called max_tokens here"),
     "no token left": ({"suppress_tokens": range(300)}, "no token is left to choose"),
 }

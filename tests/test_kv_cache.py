@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import fake_artifact
@@ -100,6 +101,55 @@ def test_a_fork_shares_pages_until_it_differs(runtime: Runtime) -> None:
     for fork in forks:
         fork.close()
     assert (sequence.append([8]) == last([*IDS[:70], 9, 9, 8])).all()
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (lambda one: (one, [5], "some"), "one of all, last, none, not 'some'"),
+        (lambda one: (one, [5], True), "one of all, last, none, not True"),
+        (lambda one: (one, [5], None), "one of all, last, none, not None"),
+        (lambda one: (one, [5]), "requests of \\(sequence, ids, rows\\)"),
+        (lambda one: one, "requests of \\(sequence, ids, rows\\)"),
+        (lambda one: (None, [5], "all"), "sequences that sequence\\(\\) made, not None"),
+        (lambda one: (one, [[5], [5, 6]], "all"), "a list of integers"),
+        (lambda one: (one, {5}, "all"), "a list of integers, not .5.$"),
+    ],
+)
+def test_requests_of_a_step_that_cannot_be_are_named(
+    runtime: Runtime, request_: Callable[[Sequence], object], said: str
+) -> None:
+    with runtime.sequence() as sequence:
+        with pytest.raises(RuntimeStateError, match=said):
+            runtime.step([request_(sequence)])  # type: ignore[list-item]
+        assert len(sequence) == 0
+
+
+def test_requests_that_are_no_list(runtime: Runtime) -> None:
+    with pytest.raises(RuntimeStateError, match="at least one"):
+        runtime.step(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [1.5, None, "1", True])
+def test_numbers_of_tokens_are_integers(runtime: Runtime, count: object) -> None:
+    with pytest.raises(RuntimeStateError, match="expected is"):
+        runtime.sequence(count)  # type: ignore[arg-type]
+    with runtime.sequence(np.int64(3)) as sequence:  # type: ignore[arg-type]
+        sequence.append(IDS[:9])
+        with pytest.raises(RuntimeStateError, match="rollback"):
+            sequence.rollback(count)  # type: ignore[arg-type]
+        sequence.rollback(np.int64(2))  # type: ignore[arg-type]
+        assert len(sequence) == 7
+
+
+def test_a_prefix_is_of_ids_of_the_vocabulary(runtime: Runtime) -> None:
+    """What is no id does not become one by losing its upper bits or its fraction."""
+    with runtime.sequence() as first:
+        first.append(IDS[:100])
+    with runtime.sequence() as second:
+        for wrong in (np.array(IDS[:100]) + 2**32, np.array(IDS[:100]) + 0.5):
+            with pytest.raises(RuntimeStateError, match="token id"):
+                second.adopt_prefix(wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 100])

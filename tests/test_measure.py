@@ -68,6 +68,12 @@ def test_what_cannot_be_measured_is_refused(runtime: Runtime, text: str, size: i
         windows_of(runtime, text, size)
 
 
+def test_a_window_beyond_the_context_is_told_what_there_is_room_for(runtime: Runtime) -> None:
+    most = runtime.max_context
+    with pytest.raises(LlmcError, match=f"the context of {most}: give --window {most} or less"):
+        windows_of(runtime, "abc", most + 1)
+
+
 def test_perplexity_is_its_definition_whatever_the_chunks(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = windows_of(runtime, "a text of some length that is cut into windows", 11)
     loss, count = 0.0, 0

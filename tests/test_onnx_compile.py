@@ -10,6 +10,7 @@ import pytest
 from kernel_harness import CACHE
 from onnx_exports import export
 from onnx_files import mlp, write
+from onnx_graphs import Nodes
 from own_cache import use_own_cache
 
 import llmc
@@ -40,6 +41,28 @@ def test_a_graph_of_plain_tensors_runs_at_every_size(tmp_path: Path) -> None:
         np.testing.assert_allclose(runtime.run({"x": x})["y"], want, rtol=0, atol=1e-4)
     with pytest.raises(LlmcError, match="batch"):
         runtime.run({"x": np.zeros((34, 31), np.float32)})
+
+
+@pytest.mark.parametrize("side", ["left", "right", "integers"])
+def test_weights_without_elements(side: str, tmp_path: Path) -> None:
+    """Sums of nothing are 0."""
+    nodes = Nodes({"x": ("float32", ["batch", 3])}, opset=21)
+    nothing = nodes.add("Slice", "x", np.array([1]), np.array([1]), np.array([1]))
+    if side == "left":
+        result = nodes.add("MatMul", np.zeros((4, 0), np.float32), nodes.add("Transpose", nothing))
+    elif side == "right":
+        result = nodes.add("MatMul", nothing, np.zeros((0, 4), np.float32))
+    else:
+        integers, scale, zero = nodes.many(
+            "DynamicQuantizeLinear", nodes.add("Concat", nothing, "x", axis=1), outputs=3
+        )
+        rounded = nodes.add("MatMulInteger", integers, np.zeros((3, 0), np.uint8), zero)
+        result = nodes.add("Mul", nodes.add("Cast", rounded, to=1), scale)
+    path = write(nodes.model(result), tmp_path / "model.onnx")
+    x = np.ones((2, 3), np.float32)
+    found = llmc.from_hf(path, dtype="f32", kernel_cache=CACHE).run({"x": x})[result]
+    (want,) = nodes.runtime(result).run(None, {"x": x})
+    np.testing.assert_array_equal(found, want)
 
 
 def test_the_command_line_takes_a_file_and_a_tokenizer(

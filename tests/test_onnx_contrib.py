@@ -136,16 +136,25 @@ def test_grouped_query_attention_options(options: dict[str, object]) -> None:
     compare(grouped_query(**options))  # type: ignore[arg-type]
 
 
-def test_queries_and_keys_may_be_normalised() -> None:
+@pytest.mark.parametrize(
+    ("attributes", "epsilons"),
+    [
+        ({"qk_norm_epsilon": 1e-3}, (1e-3, 1e-3)),
+        ({"qk_norm_epsilon": 1e-3, "q_norm_epsilon": 0.5}, (0.5, 1e-3)),
+        ({"k_norm_epsilon": 0.25}, (1e-6, 0.25)),
+    ],
+    ids=str,
+)
+def test_queries_and_keys_may_be_normalised(attributes: dict[str, float], epsilons: tuple[float, float]) -> None:
     """ONNX Runtime has no CPU kernel for this: the same as normalised inputs."""
-    case = grouped_query(norms=True, qk_norm_epsilon=1e-3)
+    case = grouped_query(norms=True, **attributes)
     plain = grouped_query()
-    for index in (0, 1):
+    for index, epsilon in enumerate(epsilons):
         x = plain.inputs[index]
         weight = case.inputs[14 + index]
         assert isinstance(x, np.ndarray) and isinstance(weight, Fixed)
         rows = x.reshape(1, 7, -1, 16)
-        rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-3) * weight.array
+        rows = rows / np.sqrt((rows**2).mean(-1, keepdims=True) + epsilon) * weight.array
         plain.inputs[index] = rows.reshape(x.shape).astype(np.float32)
     for expected, found in zip(plain.onnxruntime(), case.translated(), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

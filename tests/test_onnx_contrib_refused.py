@@ -7,6 +7,9 @@ import pytest
 from onnx_contrib_tools import Case, Fixed, normal
 from test_onnx_contrib import caches, choice, grouped_query, multi_head, projected, refused
 
+from llmc.frontends.onnx.contrib_parts import MICROSOFT
+from llmc.frontends.onnx.translation import ATTRIBUTES, HANDLERS, discover
+
 
 def without(case: Case, *places: int) -> Case:
     """The case without some of its inputs."""
@@ -42,6 +45,13 @@ REFUSED = {
     "values in integers": (grouped_query(v_quant_type="PER_TENSOR"), "v_quant_type=PER_TENSOR is not supported"),
     "a cache of bits": (grouped_query(kv_cache_bit_width=4), "kv_cache_bit_width=4 is not supported, only 0"),
     "all see all": (grouped_query(causal=0), "causal=0 is not supported, only 1"),
+    "a cache of one window": (grouped_query(sliding_window_cache=1), "sliding_window_cache=1 is not supported, only 0"),
+    "what a later version has": (
+        grouped_query(third_norm_epsilon=0.5), "its attribute 'third_norm_epsilon' is not known, and may change what",
+    ),
+    "tokens of each sequence": (
+        having(grouped_query(), at_16=ROWS), "its input 17 ('in16') is not known: it has 16 at most",
+    ),
     "scales of keys": (having(grouped_query(), at_12=normal(1)), "its input k_scale is not supported"),
     "scales of values": (having(grouped_query(), at_13=normal(1)), "its input v_scale is not supported"),
     "keys of a past": (having(grouped_query(), at_3=normal(1, 2, 4, 16)), "a past of some length"),
@@ -81,6 +91,12 @@ REFUSED = {
         Case("SimplifiedLayerNormalization", [normal(3, 7), normal(7)], {"axis": 0}, domain=""),
         "axis=0 of rank 2: only the last axis",
     ),
+    "rows without elements": (
+        Case("SkipSimplifiedLayerNormalization", [normal(3, 0), normal(3, 0), normal(0)]), "rows without elements",
+    ),
+    "layers without elements": (
+        Case("SkipLayerNormalization", [normal(3, 0), normal(3, 0), normal(0)]), "rows without elements have no mean",
+    ),
     "segments without a table": (
         Case("EmbedLayerNormalization", [choice(1, 7, high=9), choice(1, 7, high=2), normal(9, 5), normal(9, 5), None,
                                          normal(5), normal(5)]),
@@ -104,3 +120,17 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_computed_is_refused(name: str) -> None:
     refused(*REFUSED[name])
+
+
+def test_an_input_that_is_left_out_may_be_an_unknown_one() -> None:
+    case = grouped_query()
+    case.inputs += [None] * 20
+    case.names += [""] * 20
+    case.translated()
+
+
+def test_every_operation_says_what_attributes_it_knows() -> None:
+    """They come without versions: an attribute that a later ONNX Runtime adds is seen to be new."""
+    discover()
+    mine = {key for key in HANDLERS if key[0] == MICROSOFT}
+    assert mine - set(ATTRIBUTES) == {(MICROSOFT, "QAttention")}  # which is refused whatever it has

@@ -357,3 +357,10 @@ def test_numbers_that_are_none(two: Path, text: str, capfd: pytest.CaptureFixtur
     assert status == 1 and out == "" and "--dim" in err and len(err.splitlines()) == 1
     with pytest.raises(CompileError, match="--dim steps is at least 1"):
         llmc.compile(two, "x.so", dims={"steps": 0})
+
+
+def test_a_tokenizer_of_a_graph_that_takes_no_texts_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", {"x": ["n", 3]}, lambda nodes: nodes.add("Abs", "x"))
+    assert lift(path).notes == ()
+    (note,) = lift(path, tokenizer=tmp_path).notes
+    assert "--tokenizer has no effect" in note

@@ -83,6 +83,42 @@ def test_what_outputs_are_for(name: str, tmp_path: Path) -> None:
     assert (facts and facts["kind"]) == CASES[name][2]
 
 
+@pytest.mark.parametrize(
+    ("shape", "name", "said"),
+    [
+        ([-1, 1, 1, WIDTH], "attentions.0", "left out of the outputs, which are a row a token or a text: attentions.0"),
+        ([-1, 1, 1, WIDTH], "present.0.key", None),
+        ([1, -1, WIDTH], "attentions.0", None),
+    ],
+)
+def test_outputs_that_are_left_out_are_named(shape: list[int], name: str, said: str | None, tmp_path: Path) -> None:
+    """Not keys and values: it is plain that an artifact has its own."""
+    model = onnx.load(write(tmp_path / "model.onnx", "two of features"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape), "shape"))
+    model.graph.node.append(node("Reshape", ["other", "shape"], [name]))
+    model.graph.output.append(onnx.ValueInfoProto(name=name))
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "model.onnx")
+    lifted = lift(tmp_path / "model.onnx")
+    assert [note for note in lifted.notes if "left out" in note] == ([] if said is None else [said])
+    assert (name in dict(lifted.graph.outputs)) == (len(shape) == 3)
+
+
+def test_a_decoder_names_what_it_gives_besides_logits(tmp_path: Path) -> None:
+    CASES["decoder"] = (
+        [node("MatMul", ["rows", "head"], ["logits"]), *CASES["two of features"][0]],
+        ["logits", "scores", "other"],
+        None,
+    )
+    model = onnx.load(write(tmp_path / "model.onnx", "decoder"))
+    del CASES["decoder"]
+    head = np.random.default_rng(1).standard_normal((WIDTH, VOCABULARY)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(head, "head"))
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "model.onnx")
+    (tmp_path / "config.json").write_text('{"architectures": ["SomeForCausalLM"]}')
+    lifted = lift(tmp_path / "model.onnx")
+    assert "left out of the outputs, which are a decoder's logits: scores, other" in lifted.notes
+
+
 @pytest.mark.parametrize("outputs", [("start_logits", "end_logits"), ("select", "select_1")])
 def test_starts_and_ends_of_answers_are_called_so(outputs: tuple[str, str], tmp_path: Path) -> None:
     """Also beside a configuration that names a class with a head, where an exporter may have numbered them."""

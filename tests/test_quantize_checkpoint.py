@@ -184,6 +184,7 @@ def test_layers_that_do_not_fit_a_form_stay_and_are_named(tmp_path: Path) -> Non
     [
         ({"form": "gguf"}, "--form is compressed-tensors or gptq"),
         ({"bits": 2}, "written as int4 or int8, not int2"),
+        ({"bits": 0}, "written as int4 or int8, not floats"),
         ({"form": "gptq", "bits": 5}, "int2 or int4 or int8"),
         ({"group_size": 48}, "--group-size"),
         ({"calibrate": "/nowhere/text.txt"}, "--calibrate /nowhere/text.txt"),

@@ -266,6 +266,7 @@ class RMSNorm(Op, name="llm.rms_norm"):
     offset: float = 0.0
 
     def infer(self) -> Tensor:
+        require(self.x.shape[-1] != 0, "rows without elements have no mean")
         if self.w is not None:
             require(self.w.shape == self.x.shape[-1:], f"weight of {self.w.shape} for rows of {self.x.shape[-1]}")
         return Tensor(self.x.shape, self.x.dtype)
@@ -297,6 +298,7 @@ class LayerNorm(Op, name="llm.layer_norm"):
     eps: float
 
     def infer(self) -> Tensor:
+        require(self.x.shape[-1] != 0, "rows without elements have no mean")
         for value in (self.w, self.b):
             if value is not None:
                 require(value.shape == self.x.shape[-1:], f"{value.shape} for rows of {self.x.shape[-1]}")

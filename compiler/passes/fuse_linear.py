@@ -55,7 +55,7 @@ class FuseLinear(Pass, name="fuse-linear"):
 
     def _product(self, op: Matmul, known: frozenset[Value], report: Report) -> Value | None:
         if op.b not in known:
-            if op.a in known and op.a.rank == 2 and op.b.rank == 2 and op.dtype in FLOATS:
+            if op.a in known and op.a.rank == 2 and op.b.rank == 2 and op.dtype in FLOATS and 0 not in op.a.shape:
                 return self._mirrored(op, report)
             return None
         if op.dtype not in FLOATS:
@@ -67,6 +67,9 @@ class FuseLinear(Pass, name="fuse-linear"):
             return None
         if op.a.shape[:-1] != op.shape[:-1]:
             report.refuse(op, f"the weight of {list(op.b.shape)} repeats the activations of {list(op.a.shape)}")
+            return None
+        if 0 in matrix.shape:
+            report.refuse(op, f"the weight of {list(matrix.shape)} is empty")
             return None
         weight = transposed(matrix)
         report.hit("linear")

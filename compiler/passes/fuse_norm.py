@@ -32,11 +32,11 @@ def _plain_mean(value: Value) -> Mean | None:
 
 
 def _last_axes(mean: Mean) -> int:
-    """How many last axes of known sizes this mean is over; 0 where it is over others or drops them."""
+    """How many last axes of known sizes this mean is over; 0 where it is over others or none, or drops them."""
     count, rank = len(mean.axes), mean.x.rank
     if not mean.keep or sorted(mean.axes) != list(range(rank - count, rank)):
         return 0
-    return count if all(isinstance(dim, int) for dim in mean.x.shape[rank - count :]) else 0
+    return count if all(isinstance(dim, int) and dim for dim in mean.x.shape[rank - count :]) else 0
 
 
 def _square_of(value: Value) -> Value | None:

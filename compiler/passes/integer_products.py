@@ -54,6 +54,9 @@ class IntegerProducts(Pass, name="integer-products"):
         if weight not in known or weight.rank != 2 or any(s not in known for s in scales):
             report.refuse(op, "the weight is no matrix known when compiling, or its scale is not")
             return None
+        if 0 in weight.shape:
+            report.refuse(op, f"the weight of {list(weight.shape)} is empty")
+            return None
         columns = weight.shape[1]
         rows = [_per_column(value, columns) for value in (*scales, *(() if zero is None else (zero,)))]
         if any(row is None for row in rows):

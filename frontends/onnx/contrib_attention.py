@@ -56,7 +56,15 @@ def with_past(past: Value | None, new: Value) -> Value:
     return new if old is None else Concat((Transpose(old, HEADS_OUT), new), 1)
 
 
-@handles("GroupQueryAttention", domain=MICROSOFT)
+@handles(
+    "GroupQueryAttention",
+    domain=MICROSOFT,
+    attributes=(
+        "num_heads", "kv_num_heads", "scale", "softcap", "smooth_softmax", "local_window_size", "causal",
+        "do_rotary", "rotary_interleaved", "qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "qk_output",
+        "k_quant_type", "v_quant_type", "kv_cache_bit_width", "sliding_window_cache",
+    ),
+)  # fmt: skip
 def group_query_attention(
     t: Translation,
     node: Node,
@@ -84,6 +92,7 @@ def group_query_attention(
     """
     heads, kv_heads = int(node.attributes["num_heads"]), int(node.attributes["kv_num_heads"])
     refuse_attributes(node, qk_output=0, k_quant_type="NONE", v_quant_type="NONE", kv_cache_bit_width=0, causal=1)
+    refuse_attributes(node, sliding_window_cache=0)
     refuse_inputs(node, k_scale=k_scale, v_scale=v_scale)
     if kept(given(past_key)) is not None or kept(given(past_value)) is not None:
         raise Unsupported("a past of some length: only graphs whose past is empty at the first step are supported")
@@ -96,8 +105,9 @@ def group_query_attention(
         q, k, v = query.value, key.value, value.value
     q, k, v = heads_of(q, heads, "query"), heads_of(k, kv_heads, "key"), heads_of(v, kv_heads, "value")
     if q_norm_weight is not None and k_norm_weight is not None:
-        eps = float(node.get("qk_norm_epsilon", 1e-6))
-        q, k = RMSNorm(q, q_norm_weight.value, eps), RMSNorm(k, k_norm_weight.value, eps)
+        both = node.get("qk_norm_epsilon", 1e-6)
+        q = RMSNorm(q, q_norm_weight.value, float(node.get("q_norm_epsilon", both)))
+        k = RMSNorm(k, k_norm_weight.value, float(node.get("k_norm_epsilon", both)))
     else:
         alone = q_norm_weight is not None or k_norm_weight is not None
         require(not alone, "query and key are normalised together or not at all")
@@ -127,7 +137,9 @@ def _scale(node: Node, q: Value) -> float:
     return float(node.get("scale", 0.0)) or 1 / math.sqrt(known(q.shape[-1], "the heads' size"))
 
 
-@handles("MultiHeadAttention", domain=MICROSOFT)
+@handles(
+    "MultiHeadAttention", domain=MICROSOFT, attributes=("num_heads", "scale", "mask_filter_value", "unidirectional")
+)
 def multi_head_attention(
     t: Translation,
     node: Node,
@@ -251,7 +263,14 @@ def _attend(node: Node, q: Value, k: Value, v: Value, terms: list[Value | None])
     return Transpose(Matmul(Softmax(scores, last), Transpose(v, HEADS_OUT)), HEADS_OUT)
 
 
-@handles("Attention", domain=MICROSOFT)
+@handles(
+    "Attention",
+    domain=MICROSOFT,
+    attributes=(
+        "num_heads", "scale", "mask_filter_value", "unidirectional", "qkv_hidden_sizes", "do_rotary",
+        "rotary_embedding_dim", "past_present_share_buffer",
+    ),
+)  # fmt: skip
 def attention(
     t: Translation,
     node: Node,
@@ -304,7 +323,7 @@ def quantized_attention(t: Translation, node: Node, *items: Item | None) -> Resu
     )
 
 
-@handles("FusedMatMul", domain=MICROSOFT)
+@handles("FusedMatMul", domain=MICROSOFT, attributes=("alpha", "transA", "transB", "transBatchA", "transBatchB"))
 def fused_matmul(t: Translation, node: Node, a: Item, b: Item) -> Result:
     """alpha * a' @ b': transA, transB turn the last two axes; transBatchA, transBatchB rotate all but the last."""
     left, right = (
@@ -324,7 +343,7 @@ def _turned(x: Value, batch: bool, last: bool) -> Value:
     return x if axes == list(range(x.rank)) else Transpose(x, tuple(axes))
 
 
-@handles("RelativePositionBias", domain=MICROSOFT)
+@handles("RelativePositionBias", domain=MICROSOFT, attributes=("is_bidirectional", "max_distance"))
 def relative_position_bias(t: Translation, node: Node, table: Item, queries: Item, keys: Item) -> Result:
     """T5's bias [1, heads, Q, K] from a table [buckets, heads] (Raffel et al. 2020)."""
     from llmc.frontends.onnx.contrib_buckets import bucketed_bias

@@ -24,7 +24,7 @@ SKIP_EPSILON = 1e-12
 
 
 @handles("SimplifiedLayerNormalization")
-@handles("SimplifiedLayerNormalization", domain=MICROSOFT)
+@handles("SimplifiedLayerNormalization", domain=MICROSOFT, attributes=("axis", "epsilon", "stash_type"))
 def simplified_layer_normalization(t: Translation, node: Node, x: Item, scale: Item) -> Result:
     """RMS norm over the last axis; outputs: the result, 1 / root mean square."""
     require(node.get("axis", -1) in (-1, x.rank - 1), f"axis={node.get('axis')} of rank {x.rank}: only the last axis")
@@ -38,7 +38,7 @@ def _with_skip(x: Value, skip: Value, bias: Value | None) -> Value:
     return sum_of(sum_of(x, bias), skip) if isinstance(x, Matmul) else sum_of(x, sum_of(skip, bias))
 
 
-@handles("SkipLayerNormalization", domain=MICROSOFT)
+@handles("SkipLayerNormalization", domain=MICROSOFT, attributes=("epsilon",))
 def skip_layer_normalization(
     t: Translation, node: Node, x: Item, skip: Item, gamma: Item, beta: Item | None = None, bias: Item | None = None
 ) -> Result:
@@ -49,7 +49,7 @@ def skip_layer_normalization(
     return [result, *statistics(total, eps, True), total]
 
 
-@handles("SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+@handles("SkipSimplifiedLayerNormalization", domain=MICROSOFT, attributes=("epsilon",))
 def skip_simplified_layer_normalization(
     t: Translation, node: Node, x: Item, skip: Item, gamma: Item, bias: Item | None = None
 ) -> Result:
@@ -59,7 +59,7 @@ def skip_simplified_layer_normalization(
     return [RMSNorm(total, gamma.value, eps), *statistics(total, eps, False), total]
 
 
-@handles("EmbedLayerNormalization", domain=MICROSOFT)
+@handles("EmbedLayerNormalization", domain=MICROSOFT, attributes=("epsilon", "mask_index_type"))
 def embed_layer_normalization(
     t: Translation,
     node: Node,
@@ -98,31 +98,31 @@ def embed_layer_normalization(
     return [result, ends, total]
 
 
-@handles("Gelu", domain=MICROSOFT)
+@handles("Gelu", domain=MICROSOFT, attributes=())
 def gelu(t: Translation, node: Node, x: Item) -> Result:
     """x / 2 * (1 + erf(x / sqrt(2)))"""
     return Activation(x.value, "gelu")
 
 
-@handles("BiasGelu", domain=MICROSOFT)
+@handles("BiasGelu", domain=MICROSOFT, attributes=())
 def bias_gelu(t: Translation, node: Node, x: Item, bias: Item) -> Result:
     """gelu(x + bias)"""
     return Activation(sum_of(x.value, bias.value), "gelu")
 
 
-@handles("FastGelu", domain=MICROSOFT)
+@handles("FastGelu", domain=MICROSOFT, attributes=())
 def fast_gelu(t: Translation, node: Node, x: Item, bias: Item | None = None) -> Result:
     """gelu of x + bias by tanh."""
     return Activation(sum_of(x.value, given(bias)), "gelu_tanh")
 
 
-@handles("QuickGelu", domain=MICROSOFT)
+@handles("QuickGelu", domain=MICROSOFT, attributes=("alpha",))
 def quick_gelu(t: Translation, node: Node, x: Item) -> Result:
     """x * sigmoid(alpha * x)"""
     return Mul(x.value, Sigmoid(scaled(x.value, float(node.get("alpha", 1.702)))))
 
 
-@handles("BiasSplitGelu", domain=MICROSOFT)
+@handles("BiasSplitGelu", domain=MICROSOFT, attributes=())
 def bias_split_gelu(t: Translation, node: Node, x: Item, bias: Item) -> Result:
     """left * gelu(right) for the halves of x + bias along the last axis."""
     total = sum_of(x.value, bias.value)

@@ -45,7 +45,11 @@ def rotate(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
     return concat(parts, last)
 
 
-@handles("RotaryEmbedding", domain=MICROSOFT)
+@handles(
+    "RotaryEmbedding",
+    domain=MICROSOFT,
+    attributes=("interleaved", "is_packed_batching", "num_heads", "rotary_embedding_dim", "scale"),
+)
 def rotary_embedding(
     t: Translation, node: Node, x: Item, position_ids: Item, cos_cache: Item, sin_cache: Item
 ) -> Result:

@@ -126,11 +126,16 @@ def _is_batch(dim: str | None, ids: Signature) -> bool:
     return dim is not None and ids.dims is not None and (dim == ids.dims[0] or is_batch_size(dim))
 
 
+def is_named_present(signature: Signature) -> bool:
+    """Whether an output is called as keys and values for the next step are."""
+    return bool(_PRESENT.match(signature.name))
+
+
 def is_present(signature: Signature) -> bool:
     """Whether an output is keys and values for the next step, or the like: more than a row a token."""
     rank = None if signature.dims is None else len(signature.dims)
     if rank is None or rank == 3:
-        return bool(_PRESENT.match(signature.name))
+        return is_named_present(signature)
     return rank > 3
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from llmc.frontends.onnx.conventions import (
     Role,
     TextInputs,
     empty_past,
+    is_named_present,
     is_present,
     text_inputs,
 )
@@ -67,7 +68,9 @@ def lift(
     model = OnnxModel(Path(path))
     text, why_not = text_inputs(model.inputs)
     if text is None:
-        return _run_graph(model, FreeSizes.of(model.inputs, dims or {}, max_dims or {}), why_not)
+        lifted = _run_graph(model, FreeSizes.of(model.inputs, dims or {}, max_dims or {}), why_not)
+        unread = () if tokenizer is None else ("--tokenizer has no effect: this graph does not take texts",)
+        return replace(lifted, notes=(*lifted.notes, *unread))
     for name in sorted({**(max_dims or {}), **(dims or {})}):
         raise FrontendError(f"{name!r:.60} is no size of a text model: --max-context bounds it")
     return _Text(model, text, Companions(model.path, tokenizer)).lifted(max_context, weights, seed)
@@ -149,6 +152,14 @@ class _Text:
             raise FrontendError(f"{model.path} has no output but keys and values: nothing to compute")
         self.main = self._trimmed()
 
+    def _left_out(self) -> list[str]:
+        """A note about outputs of more axes than a row a token has, such as attention's probabilities.
+
+        Where there is a past, such outputs are keys and values whatever they are called.
+        """
+        dropped = [output for output in self.model.outputs if output not in self.kept and not is_named_present(output)]
+        return [] if self.has_past else _told_left_out([output.name for output in dropped], "a row a token or a text")
+
     def _trimmed(self) -> Body:
         """The model's graph without the outputs that are not kept."""
         main = self.bodies.main
@@ -201,6 +212,7 @@ class _Text:
                 f"token {translated.padding} is padding to this model, and texts are computed without padding: it is a "
                 "token like any other in them",
             ]
+        notes = [*notes, *self._left_out()]
         whole = _Whole(Graph("model", translated.inputs, outputs), context, tuple(notes), weights, seed)
         logits = self._vocabulary_logits(whole.graph, token_rows(whole.graph))
         decodes = self._decodes()
@@ -216,7 +228,9 @@ class _Text:
         vocabulary = logits.shape[2]
         assert isinstance(vocabulary, int)
         text = self.companions.text(vocabulary)
-        return self._with_facts(whole, graph, self.bodies.weights, vocabulary, text, text.notes, GENERATE, None)
+        others = [name for name, value in whole.graph.outputs if value is not logits]
+        notes = (*text.notes, *_told_left_out(others, "a decoder's logits"))
+        return self._with_facts(whole, graph, self.bodies.weights, vocabulary, text, notes, GENERATE, None)
 
     def _encoder(self, whole: _Whole) -> Lifted:
         vocabulary = token_rows(whole.graph)
@@ -295,3 +309,9 @@ class _Text:
     def _layer_count(self, graph: Graph) -> int:
         """Layers, as far as a graph shows them: a softmax or an attention each."""
         return sum(isinstance(op, (Softmax, Attention)) for op in graph.ops) or len(self.inputs.having(Role.PAST)) // 2
+
+
+def _told_left_out(names: Sequence[str], kept: str) -> list[str]:
+    """A note about outputs that an artifact does not have; none where there are none. kept: what it has."""
+    shown = ", ".join(f"{name:.60}" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return [f"left out of the outputs, which are {kept}: {shown}"] if names else []

@@ -62,7 +62,7 @@ def _along(node: Node, x: Value, values: Value) -> tuple[Value, int, int]:
 
 
 @handles("DequantizeLinear")
-@handles("DequantizeLinear", domain=MICROSOFT)
+@handles("DequantizeLinear", domain=MICROSOFT, attributes=("axis", "block_size", "output_dtype"))
 def dequantize_linear(t: Translation, node: Node, q: Item, scale: Item, zero: Item | None = None) -> Result:
     """(q - zero) * scale; one scale a tensor, an index of an axis, or a block of an axis."""
     integers = q.value
@@ -121,7 +121,7 @@ def _scaled(node: Node, q: Value, scale: Value, zero: Value | None) -> Value:
 
 
 @handles("QuantizeLinear")
-@handles("QuantizeLinear", domain=MICROSOFT)
+@handles("QuantizeLinear", domain=MICROSOFT, attributes=("axis", "block_size", "output_dtype", "precision", "saturate"))
 def quantize_linear(t: Translation, node: Node, x: Item, scale: Item, zero: Item | None = None) -> Result:
     """clip(round(x / scale) + zero); the zero point's dtype, or output_dtype, or u8."""
     refuse_attributes(node, precision=0)
@@ -163,7 +163,7 @@ def integer_product(
     return Mul(Cast(Matmul(*sides), "f32"), Mul(a_scale, b_scale))
 
 
-@handles("MatMulIntegerToFloat", domain=MICROSOFT)
+@handles("MatMulIntegerToFloat", domain=MICROSOFT, attributes=())
 def matmul_integer_to_float(
     t: Translation,
     node: Node,
@@ -181,7 +181,7 @@ def matmul_integer_to_float(
     return sum_of(found, given(bias))
 
 
-@handles("DynamicQuantizeMatMul", domain=MICROSOFT)
+@handles("DynamicQuantizeMatMul", domain=MICROSOFT, attributes=())
 def dynamic_quantize_matmul(
     t: Translation, node: Node, a: Item, b: Item, b_scale: Item, b_zero: Item | None = None, bias: Item | None = None
 ) -> Result:
@@ -192,7 +192,9 @@ def dynamic_quantize_matmul(
     return sum_of(integer_product(x, b.value, scale, b_scale.value, zero, given(b_zero)), given(bias))
 
 
-@handles("MatMulNBits", domain=MICROSOFT)
+@handles(
+    "MatMulNBits", domain=MICROSOFT, attributes=("N", "K", "bits", "block_size", "accuracy_level", "weight_prepacked")
+)
 def matmul_n_bits(
     t: Translation,
     node: Node,
@@ -235,7 +237,7 @@ def _zeros(zeros: Item | None, rows: int, blocks: int, bits: int) -> Value:
     return Reshape(zeros.value, (rows, blocks))
 
 
-@handles("GatherBlockQuantized", domain=MICROSOFT)
+@handles("GatherBlockQuantized", domain=MICROSOFT, attributes=("bits", "block_size", "gather_axis", "quantize_axis"))
 def gather_block_quantized(
     t: Translation, node: Node, data: Item, indices: Item, scales: Item, zeros: Item | None = None
 ) -> Result:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -166,13 +168,17 @@ _H = TypeVar("_H", bound=Handler)
 
 # (domain, op) -> (first version it is for, handler), newest first. The standard domain is "".
 HANDLERS: dict[tuple[str, str], list[tuple[int, Handler]]] = {}
+# (domain, op) -> the attributes that are known, where the op has no versions and gets new ones as time goes by.
+ATTRIBUTES: dict[tuple[str, str], frozenset[str]] = {}
 
 
-def handles(*ops: str, domain: str = "", since: int = 1) -> Callable[[_H], _H]:
+def handles(*ops: str, domain: str = "", since: int = 1, attributes: Sequence[str] | None = None) -> Callable[[_H], _H]:
     """Register a function for ops of a domain, from an opset version on.
 
     It is called with the translation, the node and one `Item | None` an input of the node (None: left out); missing
     trailing inputs are left away, so give those defaults. It returns one value or item, or one for each output.
+    attributes: all that it knows of, for ops without versions; a node with another one is refused, as nobody can tell
+    what that changes.
     """
 
     def register(function: _H) -> _H:
@@ -182,6 +188,8 @@ def handles(*ops: str, domain: str = "", since: int = 1) -> Callable[[_H], _H]:
                 raise ValueError(f"two functions handle {domain}.{op} since {since}")
             known.append((since, function))
             known.sort(key=lambda pair: pair[0], reverse=True)
+            if attributes is not None:
+                ATTRIBUTES[domain, op] = frozenset(attributes)
         return function
 
     return register
@@ -203,6 +211,27 @@ def handler_of(node: Node) -> Handler | None:
         if node.version >= since:
             return function
     return None
+
+
+def _within(node: Node, handler: Handler, items: Sequence[Item | None]) -> Sequence[Item | None]:
+    """The items that a handler takes; Unsupported for an input or an attribute that it does not know of."""
+    for name in node.attributes:
+        if name not in ATTRIBUTES.get((node.domain, node.op), node.attributes):
+            raise Unsupported(f"its attribute {name!r:.60} is not known, and may change what is computed")
+    most = _most_inputs(handler)
+    for index, item in enumerate(items[most:], most):
+        if item is not None:
+            raise Unsupported(
+                f"its input {index + 1} ({node.inputs[index]!r:.100}) is not known: it has {most} at most"
+            )
+    return items[:most]
+
+
+@functools.cache
+def _most_inputs(handler: Handler) -> int:
+    """How many inputs of a node a handler takes at most."""
+    kinds = [parameter.kind for parameter in inspect.signature(handler).parameters.values()]
+    return sys.maxsize if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds) - len(("translation", "node"))
 
 
 class Unsupported(LlmcError):
@@ -276,7 +305,7 @@ class Translation:
             return folded
         self.around = around
         try:
-            result = handler(self, node, *items)
+            result = handler(self, node, *_within(node, handler, items))
         except (IRError, Unsupported) as error:
             raise FrontendError(f"{node.where} cannot be translated: {error}") from error
         except (

@@ -132,14 +132,14 @@ FORMS: dict[str, Form] = {form.name: form for form in (CompressedTensors(), Gptq
 
 
 def form_of(name: str, bits: int) -> Form:
-    """A form by its name; FrontendError where there is none, or where it does not have integers of so many bits."""
+    """A form by its name; FrontendError where there is none, or where it does not have integers of so many bits
+    (0: floats)."""
     form = FORMS.get(name)
     if form is None:
         raise FrontendError(f"--form is {' or '.join(FORMS)}, not {name!r}")
     if bits not in form.bits:
-        raise FrontendError(
-            f"-q: {name} is written as {' or '.join(f'int{each}' for each in form.bits)}, not int{bits}"
-        )
+        found = f"int{bits}" if bits else "floats"
+        raise FrontendError(f"-q: {name} is written as {' or '.join(f'int{each}' for each in form.bits)}, not {found}")
     return form
 
 
