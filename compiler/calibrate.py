@@ -12,10 +12,10 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -37,6 +37,7 @@ from llmc.compiler.own_text import ENCODER_DAMPING, ROUNDS, Ids, own_texts, rand
 from llmc.compiler.passes.schemes import Overrides
 from llmc.compiler.progress import Progress
 from llmc.compiler.rounded_cache import NotKept, RoundedCache, key_of
+from llmc.compiler.rounded_parts import RoundedParts, remove_left, rounded_parts
 from llmc.compiler.scenario import computed, prompt_runs
 from llmc.compiler.weights import name_of
 from llmc.errors import CompileError, LlmcError
@@ -100,20 +101,24 @@ def calibrate_model(
         schemes = cache.schemes(key)
         other = model.anew(schemes) if schemes else graph
         found, store = with_integers(other, load, cache.read(key, rounded_weights(other)), folder)
+        remove_left(cache.folder, key)
         return found, store
-    with text_threads() as pool:
-        kept = keep(rounded(model, options, texts, more, progress, pool, most > 0), folder)
     gated = {weight for layer, weight in layers.items() if isinstance(layer, GatedLinear)}
-    tried = [most] if apart or not searched else budgets(kept, most)
-    for most in tried:
-        schemes = spent_on(kept, gated, most, Overrides(options.overrides))
-        other, chosen = _with_schemes(model, schemes, kept)
-        found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
-        if model.near is None or model.near(found, store.load):
-            schemes = schemes if other is not graph else {}
-            _note(schemes, progress)
-            cache.write(key, schemes, (each.encoded() for each in chosen))
-            return found, store
+    with rounded_parts(cache.folder, key, folder, weights) as parts:
+        with text_threads() as pool:
+            for weight, became in rounded(model, options, texts, more, progress, pool, most > 0, parts):
+                parts.keep(weight, became)
+        kept = parts.in_order()
+        for budget in [most] if apart or not searched else budgets(kept, most):
+            schemes = spent_on(kept, gated, budget, Overrides(options.overrides))
+            other, chosen = _with_schemes(model, schemes, kept)
+            found, store = with_integers(other, load, ((each.weight, each.encoded()) for each in chosen), folder)
+            if model.near is None or model.near(found, store.load):
+                schemes = schemes if other is not graph else {}
+                _note(schemes, progress)
+                cache.write(key, schemes, (each.encoded() for each in chosen))
+                parts.remove()
+                return found, store
     raise NotNear
 
 
@@ -129,17 +134,40 @@ def rounded(
     progress: Progress,
     pool: Executor,
     finer: bool = False,
+    parts: RoundedParts | None = None,
 ) -> Iterator[tuple[Quantize, list[Rounded]]]:
-    """What `calibrate` finds on the model's own texts and on more of them. texts: what its own begin as."""
+    """What `calibrate` finds on the model's own texts and on more of them. texts: what its own begin as. parts: what a
+    compile that was ended has found already, which comes first, and where drawn texts are kept for the next one."""
     floats, layers = in_floats(model.graph)
     load, decodes = model.lifted.weights.load, model.lifted.task == "generate"
-    tell_cost(layers, texts, more, decodes, progress)
-    if decodes:
-        texts = _written(model, texts, progress) or own_texts(
+    drawn = parts.texts() if decodes and parts is not None else []
+    done = _done(parts, [*(drawn or texts), *more], finer, bool(drawn), progress)
+    left = {layer: weight for layer, weight in layers.items() if weight not in done}
+    tell_cost(left, texts, more, decodes and not drawn, progress)
+    if decodes and not drawn:
+        drawn = _written(model, texts, progress) or own_texts(
             floats, load, texts, model.vocabulary, options.seed, pool, progress.advance
         )
+        if parts is not None:
+            parts.keep_texts(drawn)
+            done = parts.find([*drawn, *more], finer)
     damping = DAMPING if decodes or more else ENCODER_DAMPING
-    yield from calibrate(model.graph, load, [*texts, *more], damping, progress, pool, finer)
+    yield from done.items()
+    yield from calibrate(model.graph, load, [*(drawn or texts), *more], damping, progress, pool, finer, done)
+
+
+def _done(
+    parts: RoundedParts | None, texts: Sequence[Ids], finer: bool, drawn: bool, progress: Progress
+) -> dict[Quantize, list[Rounded]]:
+    """The weights that were rounded by these texts before, which is said."""
+    if parts is None:
+        return {}
+    done = parts.find(texts, finer)
+    if done or drawn:
+        progress.note(
+            f"goes on where a compile of the same was ended: {len(done)} of {len(parts.weights)} weights are rounded"
+        )
+    return done
 
 
 def _with_schemes(
@@ -190,21 +218,6 @@ def most_bits(graph: Graph, parameters: int, budget: float | None) -> float:
             "(--embedding int4, --head int4), or more bits"
         )
     return (budget - have) * parameters
-
-
-def keep(rounded: Iterable[tuple[Quantize, Sequence[Rounded]]], folder: Path) -> dict[Quantize, list[Rounded]]:
-    """What weights became, in files of a folder, as all of it may not fit the memory."""
-    kept: dict[Quantize, list[Rounded]] = {}
-    for number, (weight, found) in enumerate(rounded):
-        kept[weight] = []
-        for each in found:
-            parts = {}
-            for name, part in each.encoded.parts.items():
-                path = folder / f"{number}.{each.encoded.encoding}.{name}.npy"
-                np.save(path, part)
-                parts[name] = np.load(path, mmap_mode="r")
-            kept[weight].append(replace(each, encoded=replace(each.encoded, parts=parts)))
-    return kept
 
 
 def tell_cost(
@@ -295,16 +308,19 @@ def calibrate(
     progress: Progress,
     pool: Executor | None = None,
     more: bool = False,
+    done: Collection[Quantize] = (),
 ) -> Iterator[tuple[Quantize, list[Rounded]]]:
-    """Each weight of the graph's linear layers, and what its layers' inputs make of it in its encoding; with `more`,
-    in a finer one besides."""
+    """Each weight of the graph's linear layers, but for those that are done, and what its layers' inputs make of it in
+    its encoding; with `more`, in finer ones besides."""
     floats, layers = in_floats(graph)
-    waiting = Counter(layers.values())
+    waiting = Counter(weight for weight in layers.values() if weight not in done)
     readers: dict[Value, list[Layer]] = {}
-    for layer in layers:
-        readers.setdefault(layer.x, []).append(layer)
+    for layer, weight in layers.items():
+        if weight not in done:
+            readers.setdefault(layer.x, []).append(layer)
     moments: dict[Quantize, Moments] = {}
-    progress.start("rounding by what layers see", len(waiting), "weights")
+    progress.start("rounding by what layers see", len(waiting) + len(done), "weights")
+    progress.advance(len(done))
     runs = prompt_runs(floats, texts)
     for value, data in computed(floats, list(readers), runs, load, {}, pool):
         if value not in readers:

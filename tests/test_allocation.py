@@ -25,6 +25,7 @@ from llmc.compiler.ir.structural import Concat, Slice
 from llmc.compiler.ir.types import Tensor, parse_encoding
 from llmc.compiler.own_text import chances_of, draw
 from llmc.compiler.passes.schemes import Overrides
+from llmc.compiler.rounded_parts import RoundedParts
 from llmc.errors import CompileError
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.runtime import Runtime
@@ -151,7 +152,12 @@ def test_what_is_kept_in_files_stays_what_it_was(tmp_path: Path) -> None:
         (first, rounded(first, values, {"t4g32": [0.5] * 7, "t5g32": [0.1] * 7, "t6g32": [0.0] * 7})),
         (second, rounded(second, 2 * values[::-1], {"t6g32": [0.5] * 7, "q8g32": [0.0] * 7})),
     ]
-    kept = calibration.keep(found, tmp_path)
+    parts = RoundedParts(tmp_path, tmp_path, [first, second])
+    for weight, choices in found:
+        for choice in choices:
+            parts.put(weight, choice)
+        parts.finish(weight)
+    kept = parts.in_order()
     assert list(kept) == [first, second]
     for weight, choices in found:
         assert [each.encoded.encoding for each in kept[weight]] == [each.encoded.encoding for each in choices]

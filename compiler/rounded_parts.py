@@ -1,0 +1,213 @@
+"""Weights that a compile has rounded so far, in files, so that one that is killed goes on where it was.
+
+A folder `HASH.parts` beside the rounded weights of finished compiles, of the same hash, has the drawn texts and each
+weight, as soon as it is rounded: its arrays, and then a file that names these with their hashes. It is one compile's at
+a time: others of the same hash, and those that cannot write there, have their files in a scratch folder. It goes when
+all weights are kept; one that is left goes after a week. What is damaged, or was rounded by other texts, counts as not
+there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from llmc.compiler.allocation import finer
+from llmc.compiler.encodings.feedback import Rounded
+from llmc.compiler.encodings.grouped import GroupQuantized, empty_parts, grouped
+from llmc.compiler.ir.encoded import Encoded
+from llmc.compiler.ir.llm import Quantize
+from llmc.compiler.ir.types import Array
+from llmc.compiler.own_text import Ids
+
+LEFT_SECONDS = 7 * 24 * 3600.0  # after which a folder that a compile has left goes
+BLOCK_BYTES = 1 << 22  # read at once
+_SUFFIX = ".parts"
+_TEXTS = "texts"
+
+
+@dataclass
+class RoundedParts:
+    """The weights of a graph that are rounded, in files of a folder. scratch: where they are if that cannot be written
+    to. weights: those of the graph, in order; each is known by its number."""
+
+    folder: Path
+    scratch: Path
+    weights: Sequence[Quantize]
+    digest: str = ""  # of the texts that weights are rounded by
+    _kept: dict[Quantize, list[Rounded]] = field(default_factory=dict)
+
+    def texts(self) -> list[Ids]:
+        """Texts that were drawn before, if there are any."""
+        found = self._arrays(_TEXTS, "")
+        if found.keys() != {"ids", "ends"}:
+            return []
+        return [np.array(ids, np.int32) for ids in np.split(found["ids"], found["ends"][:-1])]
+
+    def keep_texts(self, texts: Sequence[Ids]) -> None:
+        """Keep drawn texts."""
+        self._write(_TEXTS, "", {"ids": np.concatenate(texts), "ends": np.cumsum([len(text) for text in texts])})
+
+    def find(self, texts: Sequence[Ids], more: bool) -> dict[Quantize, list[Rounded]]:
+        """Weights that were rounded by these texts before, and what they became. more: in finer encodings besides."""
+        digest = hashlib.sha256()
+        for text in texts:
+            digest.update(f"{text.dtype} {text.shape}\0".encode() + text.tobytes())
+        self.digest = digest.hexdigest()
+        for number, weight in enumerate(self.weights):
+            rounded = self._found(number, weight, more)
+            if rounded:
+                self._kept[weight] = rounded
+        return dict(self._kept)
+
+    def keep(self, weight: Quantize, rounded: Sequence[Rounded]) -> list[Rounded]:
+        """What a weight became, in files: all of it may not fit the memory."""
+        if weight in self._kept:
+            return self._kept[weight]
+        arrays: dict[str, Array] = {}
+        for each in rounded:
+            kind = each.encoded.encoding
+            arrays |= {f"{kind}.{name}": part for name, part in each.encoded.parts.items()}
+            arrays |= {f"{kind}.powers": each.powers, f"{kind}.errors": each.errors}
+        written = self._write(str(self.weights.index(weight)), self.digest, arrays)
+        self._kept[weight] = [_rounded(written, each.encoded) for each in rounded]
+        return self._kept[weight]
+
+    def in_order(self) -> dict[Quantize, list[Rounded]]:
+        """What all weights became, in the order of the graph, whichever of them were rounded before."""
+        return {weight: self._kept[weight] for weight in self.weights}
+
+    def remove(self) -> None:
+        """Removes the folder, as all weights are kept elsewhere; a scratch folder goes by itself."""
+        if self.folder != self.scratch:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self, number: int, weight: Quantize, more: bool) -> list[Rounded]:
+        """What a weight was rounded to; nothing where that is not there, damaged, or does not fit."""
+        arrays = self._arrays(str(number), self.digest)
+        own = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
+        kinds: list[GroupQuantized] = [own, *(finer(own) if more else ())]
+        rows, inputs = weight.shape
+        assert isinstance(rows, int) and isinstance(inputs, int)
+        found = []
+        # Of inputs that overflow, a weight is rounded in its own encoding only.
+        for kind in kinds[: len({name.split(".")[0] for name in arrays})]:
+            expected = empty_parts(kind, rows, inputs)
+            expected |= {name: np.empty(rows, np.float32) for name in ("powers", "errors")}
+            for name, like in expected.items():
+                array = arrays.pop(f"{kind}.{name}", None)
+                if array is None or array.shape != like.shape or array.dtype != like.dtype:
+                    return []
+                expected[name] = array
+            powers, errors = expected.pop("powers"), expected.pop("errors")
+            found.append(Rounded(Encoded(kind, (rows, inputs), expected), powers, errors))
+        return [] if arrays else found
+
+    def _arrays(self, name: str, texts: str) -> dict[str, Array]:
+        """Arrays by name; none where any is damaged or not there, or texts were others."""
+        try:
+            index = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            if index["texts"] != texts:
+                return {}
+            files = {each: self.folder / f"{name}.{each}.npy" for each in index["arrays"]}
+            if any(_hash_of(files[each]) != known for each, known in index["arrays"].items()):
+                return {}
+            return {each: _mapped(path) for each, path in files.items()}
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+
+    def _write(self, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """The arrays, as they are in files from now on."""
+        try:
+            return _write(self.folder, name, texts, arrays)
+        except OSError:
+            if self.folder == self.scratch:
+                raise
+            return _write(self.scratch, name, texts, arrays)
+
+
+def _write(folder: Path, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Arrays and, when all are there, the file that says which."""
+    files = {each: folder / f"{name}.{each}.npy" for each in arrays}
+    for each, path in files.items():
+        np.save(path, arrays[each])
+    index = {"texts": texts, "arrays": {each: _hash_of(path) for each, path in files.items()}}
+    unnamed = folder / f"{name}.partial"
+    unnamed.write_text(json.dumps(index), encoding="utf-8")
+    os.replace(unnamed, folder / f"{name}.json")
+    return {each: _mapped(path) for each, path in files.items()}
+
+
+def _mapped(path: Path) -> Array:
+    values: Array = np.load(path, mmap_mode="r")
+    return values
+
+
+def _hash_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _rounded(arrays: Mapping[str, Array], encoded: Encoded) -> Rounded:
+    """What a weight was rounded to, by its arrays in files."""
+    kind = encoded.encoding
+    parts = {name: arrays[f"{kind}.{name}"] for name in encoded.parts}
+    return Rounded(Encoded(kind, encoded.shape, parts), arrays[f"{kind}.powers"], arrays[f"{kind}.errors"])
+
+
+@contextlib.contextmanager
+def rounded_parts(cache: Path, key: str, scratch: Path, weights: Sequence[Quantize]) -> Iterator[RoundedParts]:
+    """The parts of a compile that is known by a key; while the `with` block runs they are nobody else's. cache: the
+    folder of finished compiles' weights. scratch: for one that goes on in no case."""
+    with contextlib.ExitStack() as stack:
+        folder = scratch
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            _sweep(cache)
+            stack.enter_context(_locked(cache / f"{key}{_SUFFIX}"))
+            folder = cache / f"{key}{_SUFFIX}"
+        yield RoundedParts(folder, scratch, weights)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A folder, made where it is not there, that is this process's own; OSError where it is another's."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not folder.exists():  # its owner has removed it in between
+            raise FileNotFoundError(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_left(cache: Path, key: str) -> None:
+    """Removes what a compile has left that was ended when all of its weights were kept."""
+    folder = cache / f"{key}{_SUFFIX}"
+    with contextlib.suppress(OSError):
+        if folder.exists():
+            with _locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(cache: Path) -> None:
+    """Removes folders that were left for long."""
+    for folder in cache.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > LEFT_SECONDS:
+                remove_left(cache, folder.name.removesuffix(_SUFFIX))
