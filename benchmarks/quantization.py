@@ -1,37 +1,53 @@
 """What rounding costs: perplexity and bits per weight of each scheme, simulated in torch; error and time of a search.
 
     python benchmarks/quantization.py MODEL_DIR [--text FILE] [--windows 48] [--only TEXT]
+    python benchmarks/quantization.py MODEL_DIR --artifacts [--seeds 0,1] [--bits 4.65,4.86]
     python benchmarks/quantization.py --search
 
 The first form reads a Hugging Face directory, rounds its weights with llmc's own encodings (and the inputs of its
 linear layers as llmc's kernels would), and measures perplexity over windows of 512 tokens of the text (default:
-heldout.txt in the directory). Settings that name a head untie it from the embedding. The second form compares candidate
-sets of the search on normal weights: error left, and time a weight.
+heldout.txt in the directory). Settings that name a head untie it from the embedding. The second form compiles artifacts
+in int4, by texts that the model writes with several seeds, and compares them with the original in f32 on the text, on
+the sources of Jinja (the one package in Python that llmc's runtime needs: nothing was chosen by it), on texts that the
+model writes with another seed, and on those that weights were rounded by. The third form compares candidate sets of the
+search on normal weights: error left, and time a weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import llmc
+from llmc.api import make_options
+from llmc.cli.reference import TransformersReference, transformers_reference
+from llmc.compiler import pipeline
 from llmc.compiler.encodings import encode, stored_bytes
 from llmc.compiler.encodings import search as search_module
 from llmc.compiler.encodings.grouped import grouped
 from llmc.compiler.encodings.levels import even_levels, table_levels
 from llmc.compiler.ir.llm import round_activations
 from llmc.compiler.ir.types import parse_encoding
+from llmc.compiler.own_text import random_texts
+from llmc.compiler.progress import Silent
+from llmc.compiler.scratch import scratch_folder
+from llmc.runtime.perplexity import Ids, evaluate, windows_of
+from llmc.runtime.runtime import Runtime
 
 WINDOW = 512
+OTHER_SEED = 1000  # beyond that of the text that weights are rounded by
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,51 @@ def accuracy(options: argparse.Namespace) -> None:
         print(f"{bits:11.2f}  {math.exp(found.mean()):10.3f} {change}  {setting}", flush=True)
 
 
+def artifacts(options: argparse.Namespace) -> None:
+    """The table of artifacts: seeds of the text that weights are rounded by, bits a weight, and texts."""
+    reference = transformers_reference(options.model)
+    with scratch_folder() as folder:
+        for seed in options.seeds:
+            texts: dict[str, list[Ids]] = {}
+            for bits in options.bits:
+                path = folder / f"{seed}-{bits}.so"
+                llmc.compile(options.model, path, "int4", bits_per_weight=bits, seed=seed, accuracy=False)
+                with Runtime.load(path, options.threads) as runtime:
+                    texts = texts or texts_to_compare(options, runtime, seed, folder)
+                    artifact_lines(
+                        runtime, texts, reference, f"{runtime.manifest.model.bits_per_weight:4.2f}  {seed:4}"
+                    )
+
+
+def artifact_lines(runtime: Runtime, texts: dict[str, list[Ids]], reference: TransformersReference, of: str) -> None:
+    """A line for each text."""
+    for name, batches in texts.items():
+        found = evaluate(runtime, batches, reference)
+        assert found.reference_perplexity is not None and found.mean_kl_divergence is not None
+        change = found.perplexity / found.reference_perplexity - 1
+        kl, same = 1e3 * found.mean_kl_divergence, found.top1_agreement
+        print(f"{of}  {change:+10.2%}  {kl:8.2f}  {same:6.1%}  {name}, {len(batches)} windows", flush=True)
+
+
+def texts_to_compare(options: argparse.Namespace, runtime: Runtime, seed: int, folder: Path) -> dict[str, list[Ids]]:
+    """Windows of what artifacts are compared on, by name."""
+    held = options.text or options.model / "heldout.txt"
+    sources = sorted(Path(jinja2.__file__).parent.rglob("*.py"))
+    jinja = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    chosen = make_options("int4")
+    lifted = pipeline.lift_model(str(options.model), chosen)
+    own = {}
+    for name, each in (("own, another seed", seed + OTHER_SEED), ("own, rounded by", seed)):
+        begun = random_texts(lifted, pipeline.vocabulary_of(lifted), each)
+        with_seed = dataclasses.replace(chosen, seed=each)
+        own[name] = pipeline.written_texts(str(options.model), lifted, begun, with_seed, folder, Silent())
+    return {
+        held.name: windows_of(runtime, held.read_text(encoding="utf-8"), WINDOW, options.windows),
+        f"jinja2 {jinja2.__version__}": windows_of(runtime, jinja, WINDOW, options.windows),
+        **own,
+    }
+
+
 CANDIDATE_SETS: dict[str, dict[str, tuple[float, ...]]] = {
     "q4g64": {
         "1: extreme to 7": (7.0,),
@@ -218,12 +279,20 @@ def search_sets(name: str, sets: dict[str, tuple[float, ...]], w: np.ndarray) ->
     search_module.CANDIDATES.update(shipped)
 
 
+def numbers(kind: type[int] | type[float]) -> Callable[[str], list[int] | list[float]]:
+    """Reads numbers with commas between them."""
+    return lambda text: [kind(each) for each in text.split(",")]  # type: ignore[return-value]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", help="a Hugging Face directory")
     parser.add_argument("--text", type=Path, help="the text to measure on (default: heldout.txt in the directory)")
     parser.add_argument("--windows", type=int, default=48, help="how many windows of 512 tokens at most")
     parser.add_argument("--only", default="", help="only settings whose description contains this")
+    parser.add_argument("--artifacts", action="store_true", help="compile artifacts, and compare them on several texts")
+    parser.add_argument("--seeds", type=numbers(int), default=[0, 1], help="of texts to round by (default: 0,1)")
+    parser.add_argument("--bits", type=numbers(float), default=[4.65, 4.86], help="a weight (default: 4.65,4.86)")
     parser.add_argument("--search", action="store_true", help="compare candidate sets of the search instead")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -232,6 +301,9 @@ def main() -> None:
         search_table()
     elif options.model is None:
         parser.error("MODEL_DIR is missing (or give --search)")
+    elif options.artifacts:
+        print(" bits  seed  perplexity  KL, 1e-3    same  text")
+        artifacts(options)
     else:
         accuracy(options)
 
