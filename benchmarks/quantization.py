@@ -37,7 +37,7 @@ from llmc.compiler import pipeline
 from llmc.compiler.encodings import encode, stored_bytes
 from llmc.compiler.encodings import search as search_module
 from llmc.compiler.encodings.grouped import grouped
-from llmc.compiler.encodings.levels import even_levels, table_levels
+from llmc.compiler.encodings.levels import table_levels
 from llmc.compiler.ir.llm import round_activations
 from llmc.compiler.ir.types import parse_encoding
 from llmc.compiler.own_text import random_texts
@@ -236,7 +236,7 @@ CANDIDATE_SETS: dict[str, dict[str, tuple[float, ...]]] = {
     "q4g64": {
         "1: extreme to 7": (7.0,),
         "2: and to -8": (7.0, -8.0),
-        "4: as shipped": search_module.CANDIDATES[even_levels(4, True)],
+        "4: as shipped": (7.0, *(-8.0 * part for part in search_module.BEYOND)),
         "8: finer": (7.0, -8.0, -8.2, -8.4, -8.6, -8.85, -7.6, -7.0),
         "17": (7.0, *np.arange(-6.6, -9.0, -0.15).round(3).tolist()),
         "200: fine": (7.0, *np.linspace(-5.5, -9.5, 200).tolist()),
@@ -276,6 +276,7 @@ def search_sets(name: str, sets: dict[str, tuple[float, ...]], w: np.ndarray) ->
         search_module.CANDIDATES[encoding.levels] = candidates
         error, seconds = measure(True)
         print(f"{name} {what:24}  error {error / nearest:.3f}  {seconds:6.1f} ns a weight", flush=True)
+    search_module.CANDIDATES.clear()
     search_module.CANDIDATES.update(shipped)
 
 
