@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +46,7 @@ class RoundedParts:
     weights: Sequence[Quantize]
     digest: str = ""  # of the texts that weights are rounded by
     _kept: dict[Quantize, list[Rounded]] = field(default_factory=dict)
+    _saved: dict[str, list[str]] = field(default_factory=dict)  # arrays that no file names yet
 
     def texts(self) -> list[Ids]:
         """Texts that were drawn before, if there are any."""
@@ -56,7 +57,9 @@ class RoundedParts:
 
     def keep_texts(self, texts: Sequence[Ids]) -> None:
         """Keep drawn texts."""
-        self._write(_TEXTS, "", {"ids": np.concatenate(texts), "ends": np.cumsum([len(text) for text in texts])})
+        self._save(_TEXTS, "ids", np.concatenate(texts))
+        self._save(_TEXTS, "ends", np.cumsum([len(text) for text in texts]))
+        self._name_saved(_TEXTS, "")
 
     def find(self, texts: Sequence[Ids], more: bool) -> dict[Quantize, list[Rounded]]:
         """Weights that were rounded by these texts before, and what they became. more: in finer encodings besides."""
@@ -70,18 +73,44 @@ class RoundedParts:
                 self._kept[weight] = rounded
         return dict(self._kept)
 
-    def keep(self, weight: Quantize, rounded: Sequence[Rounded]) -> list[Rounded]:
-        """What a weight became, in files: all of it may not fit the memory."""
-        if weight in self._kept:
-            return self._kept[weight]
-        arrays: dict[str, Array] = {}
-        for each in rounded:
-            kind = each.encoded.encoding
-            arrays |= {f"{kind}.{name}": part for name, part in each.encoded.parts.items()}
-            arrays |= {f"{kind}.powers": each.powers, f"{kind}.errors": each.errors}
-        written = self._write(str(self.weights.index(weight)), self.digest, arrays)
-        self._kept[weight] = [_rounded(written, each.encoded) for each in rounded]
-        return self._kept[weight]
+    def put(self, weight: Quantize, rounded: Rounded) -> Rounded:
+        """What a weight became in one encoding, in files: all of it may not fit the memory."""
+        encoded, number = rounded.encoded, str(self.weights.index(weight))
+        arrays = {**encoded.parts, "powers": rounded.powers, "errors": rounded.errors}
+        kept = {name: self._save(number, f"{encoded.encoding}.{name}", array) for name, array in arrays.items()}
+        parts = {name: kept[name] for name in encoded.parts}
+        found = Rounded(Encoded(encoded.encoding, encoded.shape, parts), kept["powers"], kept["errors"])
+        self._kept.setdefault(weight, []).append(found)
+        return found
+
+    def finish(self, weight: Quantize) -> None:
+        """A weight is there in all encodings that it is to have: the next compile may take it."""
+        self._name_saved(str(self.weights.index(weight)), self.digest)
+
+    def _save(self, of: str, name: str, array: Array) -> Array:
+        """An array, as it is in a file from now on."""
+        file = f"{of}.{name}.npy"
+        try:
+            np.save(self.folder / file, array)
+            self._saved.setdefault(of, []).append(name)
+            return _mapped(self.folder / file)
+        except OSError:
+            if self.folder == self.scratch:
+                raise
+            np.save(self.scratch / file, array)
+            self._saved.setdefault(of, []).append("")  # which no compile that comes after will find
+            return _mapped(self.scratch / file)
+
+    def _name_saved(self, of: str, texts: str) -> None:
+        """The file that says which arrays there are, when all of them are."""
+        names = self._saved.pop(of, [""])
+        if "" in names:
+            return
+        unnamed = self.folder / f"{of}.partial"
+        with contextlib.suppress(OSError):
+            hashes = {name: _hash_of(self.folder / f"{of}.{name}.npy") for name in names}
+            unnamed.write_text(json.dumps({"texts": texts, "arrays": hashes}), encoding="utf-8")
+            os.replace(unnamed, self.folder / f"{of}.json")
 
     def in_order(self) -> dict[Quantize, list[Rounded]]:
         """What all weights became, in the order of the graph, whichever of them were rounded before."""
@@ -126,27 +155,6 @@ class RoundedParts:
         except (OSError, ValueError, TypeError, KeyError):
             return {}
 
-    def _write(self, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """The arrays, as they are in files from now on."""
-        try:
-            return _write(self.folder, name, texts, arrays)
-        except OSError:
-            if self.folder == self.scratch:
-                raise
-            return _write(self.scratch, name, texts, arrays)
-
-
-def _write(folder: Path, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Arrays and, when all are there, the file that says which."""
-    files = {each: folder / f"{name}.{each}.npy" for each in arrays}
-    for each, path in files.items():
-        np.save(path, arrays[each])
-    index = {"texts": texts, "arrays": {each: _hash_of(path) for each, path in files.items()}}
-    unnamed = folder / f"{name}.partial"
-    unnamed.write_text(json.dumps(index), encoding="utf-8")
-    os.replace(unnamed, folder / f"{name}.json")
-    return {each: _mapped(path) for each, path in files.items()}
-
 
 def _mapped(path: Path) -> Array:
     values: Array = np.load(path, mmap_mode="r")
@@ -159,13 +167,6 @@ def _hash_of(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _rounded(arrays: Mapping[str, Array], encoded: Encoded) -> Rounded:
-    """What a weight was rounded to, by its arrays in files."""
-    kind = encoded.encoding
-    parts = {name: arrays[f"{kind}.{name}"] for name in encoded.parts}
-    return Rounded(Encoded(kind, encoded.shape, parts), arrays[f"{kind}.powers"], arrays[f"{kind}.errors"])
 
 
 @contextlib.contextmanager
