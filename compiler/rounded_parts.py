@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,7 @@ LEFT_SECONDS = 7 * 24 * 3600.0  # after which a folder that a compile has left g
 BLOCK_BYTES = 1 << 22  # read at once
 _SUFFIX = ".parts"
 _TEXTS = "texts"
+_MEASURED = ("powers", "errors")
 
 
 @dataclass
@@ -50,7 +51,7 @@ class RoundedParts:
 
     def texts(self) -> list[Ids]:
         """Texts that were drawn before, if there are any."""
-        found = self._arrays(_TEXTS, "")
+        found = _Files(self._files(_TEXTS, ""))
         if found.keys() != {"ids", "ends"}:
             return []
         return [np.array(ids, np.int32) for ids in np.split(found["ids"], found["ends"][:-1])]
@@ -77,9 +78,9 @@ class RoundedParts:
         """What a weight became in one encoding, in files: all of it may not fit the memory."""
         encoded, number = rounded.encoded, str(self.weights.index(weight))
         arrays = {**encoded.parts, "powers": rounded.powers, "errors": rounded.errors}
-        kept = {name: self._save(number, f"{encoded.encoding}.{name}", array) for name, array in arrays.items()}
-        parts = {name: kept[name] for name in encoded.parts}
-        found = Rounded(Encoded(encoded.encoding, encoded.shape, parts), kept["powers"], kept["errors"])
+        paths = {name: self._save(number, f"{encoded.encoding}.{name}", array) for name, array in arrays.items()}
+        parts = _Files({name: paths[name] for name in encoded.parts})
+        found = Rounded(Encoded(encoded.encoding, encoded.shape, parts), rounded.powers, rounded.errors)
         self._kept.setdefault(weight, []).append(found)
         return found
 
@@ -87,19 +88,19 @@ class RoundedParts:
         """A weight is there in all encodings that it is to have: the next compile may take it."""
         self._name_saved(str(self.weights.index(weight)), self.digest)
 
-    def _save(self, of: str, name: str, array: Array) -> Array:
-        """An array, as it is in a file from now on."""
-        file = f"{of}.{name}.npy"
+    def _save(self, of: str, name: str, array: Array) -> Path:
+        """The file that has an array from now on."""
+        path = self.folder / f"{of}.{name}.npy"
         try:
-            np.save(self.folder / file, array)
+            np.save(path, array)
             self._saved.setdefault(of, []).append(name)
-            return _mapped(self.folder / file)
         except OSError:
             if self.folder == self.scratch:
                 raise
-            np.save(self.scratch / file, array)
+            path = self.scratch / path.name
+            np.save(path, array)
             self._saved.setdefault(of, []).append("")  # which no compile that comes after will find
-            return _mapped(self.scratch / file)
+        return path
 
     def _name_saved(self, of: str, texts: str) -> None:
         """The file that says which arrays there are, when all of them are."""
@@ -123,42 +124,56 @@ class RoundedParts:
 
     def _found(self, number: int, weight: Quantize, more: bool) -> list[Rounded]:
         """What a weight was rounded to; nothing where that is not there, damaged, or does not fit."""
-        arrays = self._arrays(str(number), self.digest)
+        files = self._files(str(number), self.digest)
         own = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
         kinds: list[GroupQuantized] = [own, *(finer(own) if more else ())]
         rows, inputs = weight.shape
         assert isinstance(rows, int) and isinstance(inputs, int)
         found = []
         # Of inputs that overflow, a weight is rounded in its own encoding only.
-        for kind in kinds[: len({name.split(".")[0] for name in arrays})]:
+        for kind in kinds[: len({name.split(".")[0] for name in files})]:
             expected = empty_parts(kind, rows, inputs)
-            expected |= {name: np.empty(rows, np.float32) for name in ("powers", "errors")}
-            for name, like in expected.items():
-                array = arrays.pop(f"{kind}.{name}", None)
-                if array is None or array.shape != like.shape or array.dtype != like.dtype:
-                    return []
-                expected[name] = array
-            powers, errors = expected.pop("powers"), expected.pop("errors")
-            found.append(Rounded(Encoded(kind, (rows, inputs), expected), powers, errors))
-        return [] if arrays else found
+            expected |= {name: np.empty(rows, np.float32) for name in _MEASURED}
+            paths = _Files({name: files.pop(f"{kind}.{name}", Path()) for name in expected})
+            try:
+                whole = all(
+                    (paths[name].shape, paths[name].dtype) == (x.shape, x.dtype) for name, x in expected.items()
+                )
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                return []
+            powers, errors = np.array(paths["powers"]), np.array(paths["errors"])
+            parts = _Files({name: path for name, path in paths.files.items() if name not in _MEASURED})
+            found.append(Rounded(Encoded(kind, (rows, inputs), parts), powers, errors))
+        return [] if files else found
 
-    def _arrays(self, name: str, texts: str) -> dict[str, Array]:
-        """Arrays by name; none where any is damaged or not there, or texts were others."""
+    def _files(self, name: str, texts: str) -> dict[str, Path]:
+        """Files of arrays, by name; none where any is damaged or not there, or texts were others."""
         try:
             index = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            if index["texts"] != texts:
-                return {}
             files = {each: self.folder / f"{name}.{each}.npy" for each in index["arrays"]}
-            if any(_hash_of(files[each]) != known for each, known in index["arrays"].items()):
-                return {}
-            return {each: _mapped(path) for each, path in files.items()}
-        except (OSError, ValueError, TypeError, KeyError):
+            whole = all(_hash_of(files[each]) == known for each, known in index["arrays"].items())
+            return files if whole and index["texts"] == texts else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
 
-def _mapped(path: Path) -> Array:
-    values: Array = np.load(path, mmap_mode="r")
-    return values
+@dataclass(frozen=True)
+class _Files(Mapping[str, Array]):
+    """Arrays in files, each of which is open only as long as somebody has the array: there may be thousands."""
+
+    files: Mapping[str, Path]
+
+    def __getitem__(self, name: str) -> Array:
+        values: Array = np.load(self.files[name], mmap_mode="r")
+        return values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def _hash_of(path: Path) -> str:
