@@ -21,6 +21,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmc
 from llmc.api import make_options
-from llmc.cli.reference import TransformersReference, transformers_reference
+from llmc.cli.reference import transformers_reference
 from llmc.compiler import pipeline
 from llmc.compiler.encodings import encode, stored_bytes
 from llmc.compiler.encodings import search as search_module
@@ -43,7 +44,7 @@ from llmc.compiler.ir.types import parse_encoding
 from llmc.compiler.own_text import random_texts
 from llmc.compiler.progress import Silent
 from llmc.compiler.scratch import scratch_folder
-from llmc.runtime.perplexity import Ids, evaluate, windows_of
+from llmc.runtime.perplexity import Ids, Quality, evaluate_all, windows_of
 from llmc.runtime.runtime import Runtime
 
 WINDOW = 512
@@ -188,29 +189,28 @@ def accuracy(options: argparse.Namespace) -> None:
 
 
 def artifacts(options: argparse.Namespace) -> None:
-    """The table of artifacts: seeds of the text that weights are rounded by, bits a weight, and texts."""
+    """The table of artifacts: seeds of the text that weights are rounded by, texts, and bits a weight."""
     reference = transformers_reference(options.model)
-    with scratch_folder() as folder:
-        for seed in options.seeds:
-            texts: dict[str, list[Ids]] = {}
+    print("seed   bits  perplexity  KL, 1e-3    same  text")
+    for seed in options.seeds:
+        with scratch_folder() as folder, ExitStack() as stack:
+            runtimes = []
             for bits in options.bits:
-                path = folder / f"{seed}-{bits}.so"
+                path = folder / f"{bits}.so"
                 llmc.compile(options.model, path, "int4", bits_per_weight=bits, seed=seed, accuracy=False)
-                with Runtime.load(path, options.threads) as runtime:
-                    texts = texts or texts_to_compare(options, runtime, seed, folder)
-                    artifact_lines(
-                        runtime, texts, reference, f"{runtime.manifest.model.bits_per_weight:4.2f}  {seed:4}"
-                    )
+                runtimes.append(stack.enter_context(Runtime.load(path, options.threads)))
+            for name, batches in texts_to_compare(options, runtimes[0], seed, folder).items():
+                found = evaluate_all(runtimes, batches, reference)
+                for runtime, each in zip(runtimes, found, strict=True):
+                    print(f"{seed:4}  {line_of(runtime, each)}  {name}, {each.windows} windows", flush=True)
 
 
-def artifact_lines(runtime: Runtime, texts: dict[str, list[Ids]], reference: TransformersReference, of: str) -> None:
-    """A line for each text."""
-    for name, batches in texts.items():
-        found = evaluate(runtime, batches, reference)
-        assert found.reference_perplexity is not None and found.mean_kl_divergence is not None
-        change = found.perplexity / found.reference_perplexity - 1
-        kl, same = 1e3 * found.mean_kl_divergence, found.top1_agreement
-        print(f"{of}  {change:+10.2%}  {kl:8.2f}  {same:6.1%}  {name}, {len(batches)} windows", flush=True)
+def line_of(runtime: Runtime, found: Quality) -> str:
+    """What an artifact has lost on a text."""
+    assert found.reference_perplexity is not None and found.mean_kl_divergence is not None
+    change = found.perplexity / found.reference_perplexity - 1
+    bits, kl = runtime.manifest.model.bits_per_weight, 1e3 * found.mean_kl_divergence
+    return f"{bits:5.3f}  {change:+10.2%}  {kl:8.2f}  {found.top1_agreement:6.1%}"
 
 
 def texts_to_compare(options: argparse.Namespace, runtime: Runtime, seed: int, folder: Path) -> dict[str, list[Ids]]:
@@ -303,7 +303,6 @@ def main() -> None:
     elif options.model is None:
         parser.error("MODEL_DIR is missing (or give --search)")
     elif options.artifacts:
-        print(" bits  seed  perplexity  KL, 1e-3    same  text")
         artifacts(options)
     else:
         accuracy(options)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,10 +49,13 @@ if TYPE_CHECKING:
     from llmc.compiler.options import CompileOptions
     from llmc.frontends.lifted import Lifted
 
-Moments = NDArray[np.float32]
+Floats = NDArray[np.float32]
+Moments = Floats
 Schemes: TypeAlias = Mapping[str, str]  # by names of params
 Layer: TypeAlias = Linear | GatedLinear
+Keep: TypeAlias = Callable[[Quantize, Rounded], Rounded]
 
+MOMENTS_BLOCK = 512  # inputs, of those whose moments a thread finds at a time
 WRITES_FROM = 1 << 22  # parameters of a model that is compiled to write text
 OVERHEAD = 4.0  # measured with 0.5B parameters: all there is, beside products of matrices at full speed
 
@@ -108,8 +112,8 @@ def calibrate_model(
         return found, store
     with rounded_parts(cache.folder, key, folder, weights) as parts:
         with text_threads() as pool:
-            for weight, became in rounded(model, options, texts, more, progress, pool, not apart, parts):
-                parts.keep(weight, became)
+            for weight, _ in rounded(model, options, texts, more, progress, pool, not apart, parts):
+                parts.finish(weight)
             kept = parts.in_order()
             losses = None if apart else losses_of(model, kept, parts.texts() or [*texts, *more], progress, pool)
         for budget in [most] if apart or not searched else budgets(kept, most):
@@ -156,7 +160,8 @@ def rounded(
             done = parts.find([*drawn, *more], otherwise)
     damping = DAMPING if decodes or more else ENCODER_DAMPING
     yield from done.items()
-    yield from calibrate(model.graph, load, [*(drawn or texts), *more], damping, progress, pool, otherwise, done)
+    keep = _as_it_is if parts is None else parts.put
+    yield from calibrate(model.graph, load, [*(drawn or texts), *more], damping, progress, pool, otherwise, done, keep)
 
 
 def _done(
@@ -334,6 +339,10 @@ def in_floats(graph: Graph) -> tuple[Graph, dict[Layer, Quantize]]:
     return rewrite(graph, rule), rounded
 
 
+def _as_it_is(_: Quantize, rounded: Rounded) -> Rounded:
+    return rounded
+
+
 def calibrate(
     graph: Graph,
     load: LoadParam,
@@ -343,9 +352,11 @@ def calibrate(
     pool: Executor | None = None,
     more: bool = False,
     done: Collection[Quantize] = (),
+    keep: Keep = _as_it_is,
 ) -> Iterator[tuple[Quantize, list[Rounded]]]:
     """Each weight of the graph's linear layers, but for those that are done, and what its layers' inputs make of it in
-    its encoding; with `more`, in others besides."""
+    its encoding; with `more`, in others besides. keep: given each of them as soon as it is there, gives what is
+    handed out in its place."""
     floats, layers = in_floats(graph)
     waiting = Counter(weight for weight in layers.values() if weight not in done)
     readers: dict[Value, list[Layer]] = {}
@@ -359,13 +370,13 @@ def calibrate(
     for value, data in computed(floats, list(readers), runs, load, {}, pool):
         if value not in readers:
             continue
-        seen = _moments(data)
+        seen = _moments(data, pool)
         for layer in readers[value]:
             weight = layers[layer]
             moments[weight] = moments[weight] + seen if weight in moments else seen
             waiting[weight] -= 1
             if not waiting[weight]:
-                yield weight, _rounded(weight, moments.pop(weight), damping, load, more)
+                yield weight, _rounded(weight, moments.pop(weight), damping, load, more, keep)
                 progress.advance()
 
 
@@ -379,21 +390,32 @@ def with_integers(
     return substitute_values(graph, dict(store.packed)), store
 
 
-def _moments(inputs: Sequence[Data]) -> Moments:
-    """The mean of x x^T over rows x of all texts, [K, K]."""
-    total: Moments | None = None
-    rows = 0
+def _moments(inputs: Sequence[Data], pool: Executor | None) -> Moments:
+    """The mean of x x^T over rows x of all texts, [K, K]. pool: of threads that share its blocks."""
+    texts: list[Floats] = []
     for x in inputs:
         assert isinstance(x, np.ndarray)
-        wide = x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
-        product = wide.T @ wide
-        total = product if total is None else total + product
-        rows += len(wide)
-    assert total is not None
-    return total / np.float32(rows)
+        texts.append(x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False))
+    size, rows = texts[0].shape[-1], sum(map(len, texts))
+    total = np.zeros((size, size), np.float32)
+
+    def block(at: tuple[int, int]) -> None:
+        here, there = (slice(start, start + MOMENTS_BLOCK) for start in at)
+        for x in texts:
+            total[here, there] += x[:, here].T @ x[:, there]
+        total[here, there] /= np.float32(rows)
+        if here != there:
+            total[there, here] = total[here, there].T
+
+    blocks = list(combinations_with_replacement(range(0, size, MOMENTS_BLOCK), 2))
+    for _ in (map if pool is None else pool.map)(block, blocks):
+        pass
+    return total
 
 
-def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam, more: bool) -> list[Rounded]:
+def _rounded(
+    weight: Quantize, moments: Moments, damping: float, load: LoadParam, more: bool, keep: Keep
+) -> list[Rounded]:
     """What a weight becomes. Inputs that overflow say nothing: the weight is rounded for itself.
 
     A finer encoding is rounded without sweeps: it leaves so little noise that it does not matter."""
@@ -403,12 +425,9 @@ def _rounded(weight: Quantize, moments: Moments, damping: float, load: LoadParam
     try:
         if not np.isfinite(moments).all():
             none = np.zeros(len(values), np.float32)
-            return [Rounded(encode(kind, values), none, none)]
+            return [keep(weight, Rounded(encode(kind, values), none, none))]
         curvature = Curvature.of(moments, damping)
-        found = [encode_with_feedback(kind, values, curvature)]
-        return found + [
-            encode_with_feedback(each, values, curvature, SWEEPS if each.bits < kind.bits else 0)
-            for each in (others(kind) if more else ())
-        ]
+        kinds = [(kind, SWEEPS), *((each, SWEEPS if each.bits < kind.bits else 0) for each in others(kind) if more)]
+        return [keep(weight, encode_with_feedback(each, values, curvature, sweeps)) for each, sweeps in kinds]
     except CompileError as error:  # an encoding that refuses numbers does not know whose they are
         raise CompileError(f"{name_of(weight)}: {error}") from error

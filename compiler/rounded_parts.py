@@ -34,6 +34,7 @@ LEFT_SECONDS = 7 * 24 * 3600.0  # after which a folder that a compile has left g
 BLOCK_BYTES = 1 << 22  # read at once
 _SUFFIX = ".parts"
 _TEXTS = "texts"
+_MEASURED = ("powers", "errors")
 
 
 @dataclass
@@ -47,12 +48,13 @@ class RoundedParts:
     digest: str = ""  # of the texts that weights are rounded by
     _kept: dict[Quantize, list[Rounded]] = field(default_factory=dict)
     _texts: list[Ids] = field(default_factory=list)
+    _saved: dict[str, list[str]] = field(default_factory=dict)  # arrays that no file names yet
 
     def texts(self) -> list[Ids]:
         """Texts that were drawn before, if there are any."""
         if self._texts:
             return self._texts
-        found = self._arrays(_TEXTS, "")
+        found = _Files(self._files(_TEXTS, ""))
         if found.keys() != {"ids", "ends"}:
             return []
         return [np.array(ids, np.int32) for ids in np.split(found["ids"], found["ends"][:-1])]
@@ -60,7 +62,9 @@ class RoundedParts:
     def keep_texts(self, texts: Sequence[Ids]) -> None:
         """Keep drawn texts."""
         self._texts = list(texts)
-        self._write(_TEXTS, "", {"ids": np.concatenate(texts), "ends": np.cumsum([len(text) for text in texts])})
+        self._save(_TEXTS, "ids", np.concatenate(texts))
+        self._save(_TEXTS, "ends", np.cumsum([len(text) for text in texts]))
+        self._name_saved(_TEXTS, "")
 
     def find(self, texts: Sequence[Ids], more: bool) -> dict[Quantize, list[Rounded]]:
         """Weights that were rounded by these texts before, and what they became. more: in other encodings besides."""
@@ -74,18 +78,44 @@ class RoundedParts:
                 self._kept[weight] = rounded
         return dict(self._kept)
 
-    def keep(self, weight: Quantize, rounded: Sequence[Rounded]) -> list[Rounded]:
-        """What a weight became, in files: all of it may not fit the memory."""
-        if weight in self._kept:
-            return self._kept[weight]
-        arrays: dict[str, Array] = {}
-        for each in rounded:
-            kind = each.encoded.encoding
-            arrays |= {f"{kind}.{name}": part for name, part in each.encoded.parts.items()}
-            arrays |= {f"{kind}.powers": each.powers, f"{kind}.errors": each.errors}
-        written = self._write(str(self.weights.index(weight)), self.digest, arrays)
-        self._kept[weight] = [_rounded(written, each.encoded) for each in rounded]
-        return self._kept[weight]
+    def put(self, weight: Quantize, rounded: Rounded) -> Rounded:
+        """What a weight became in one encoding, in files: all of it may not fit the memory."""
+        encoded, number = rounded.encoded, str(self.weights.index(weight))
+        arrays = {**encoded.parts, "powers": rounded.powers, "errors": rounded.errors}
+        paths = {name: self._save(number, f"{encoded.encoding}.{name}", array) for name, array in arrays.items()}
+        parts = _Files({name: paths[name] for name in encoded.parts})
+        found = Rounded(Encoded(encoded.encoding, encoded.shape, parts), rounded.powers, rounded.errors)
+        self._kept.setdefault(weight, []).append(found)
+        return found
+
+    def finish(self, weight: Quantize) -> None:
+        """A weight is there in all encodings that it is to have: the next compile may take it."""
+        self._name_saved(str(self.weights.index(weight)), self.digest)
+
+    def _save(self, of: str, name: str, array: Array) -> Path:
+        """The file that has an array from now on."""
+        path = self.folder / f"{of}.{name}.npy"
+        try:
+            np.save(path, array)
+            self._saved.setdefault(of, []).append(name)
+        except OSError:
+            if self.folder == self.scratch:
+                raise
+            path = self.scratch / path.name
+            np.save(path, array)
+            self._saved.setdefault(of, []).append("")  # which no compile that comes after will find
+        return path
+
+    def _name_saved(self, of: str, texts: str) -> None:
+        """The file that says which arrays there are, when all of them are."""
+        names = self._saved.pop(of, [""])
+        if "" in names:
+            return
+        unnamed = self.folder / f"{of}.partial"
+        with contextlib.suppress(OSError):
+            hashes = {name: _hash_of(self.folder / f"{of}.{name}.npy") for name in names}
+            unnamed.write_text(json.dumps({"texts": texts, "arrays": hashes}), encoding="utf-8")
+            os.replace(unnamed, self.folder / f"{of}.json")
 
     def in_order(self) -> dict[Quantize, list[Rounded]]:
         """What all weights became, in the order of the graph, whichever of them were rounded before."""
@@ -98,63 +128,56 @@ class RoundedParts:
 
     def _found(self, number: int, weight: Quantize, more: bool) -> list[Rounded]:
         """What a weight was rounded to; nothing where that is not there, damaged, or does not fit."""
-        arrays = self._arrays(str(number), self.digest)
+        files = self._files(str(number), self.digest)
         own = grouped(weight.tensor.encoding)  # type: ignore[arg-type]
         kinds: list[GroupQuantized] = [own, *(others(own) if more else ())]
         rows, inputs = weight.shape
         assert isinstance(rows, int) and isinstance(inputs, int)
         found = []
         # Of inputs that overflow, a weight is rounded in its own encoding only.
-        for kind in kinds[: len({name.split(".")[0] for name in arrays})]:
+        for kind in kinds[: len({name.split(".")[0] for name in files})]:
             expected = empty_parts(kind, rows, inputs)
-            expected |= {name: np.empty(rows, np.float32) for name in ("powers", "errors")}
-            for name, like in expected.items():
-                array = arrays.pop(f"{kind}.{name}", None)
-                if array is None or array.shape != like.shape or array.dtype != like.dtype:
-                    return []
-                expected[name] = array
-            powers, errors = expected.pop("powers"), expected.pop("errors")
-            found.append(Rounded(Encoded(kind, (rows, inputs), expected), powers, errors))
-        return [] if arrays else found
+            expected |= {name: np.empty(rows, np.float32) for name in _MEASURED}
+            paths = _Files({name: files.pop(f"{kind}.{name}", Path()) for name in expected})
+            try:
+                whole = all(
+                    (paths[name].shape, paths[name].dtype) == (x.shape, x.dtype) for name, x in expected.items()
+                )
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                return []
+            powers, errors = np.array(paths["powers"]), np.array(paths["errors"])
+            parts = _Files({name: path for name, path in paths.files.items() if name not in _MEASURED})
+            found.append(Rounded(Encoded(kind, (rows, inputs), parts), powers, errors))
+        return [] if files else found
 
-    def _arrays(self, name: str, texts: str) -> dict[str, Array]:
-        """Arrays by name; none where any is damaged or not there, or texts were others."""
+    def _files(self, name: str, texts: str) -> dict[str, Path]:
+        """Files of arrays, by name; none where any is damaged or not there, or texts were others."""
         try:
             index = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            if index["texts"] != texts:
-                return {}
             files = {each: self.folder / f"{name}.{each}.npy" for each in index["arrays"]}
-            if any(_hash_of(files[each]) != known for each, known in index["arrays"].items()):
-                return {}
-            return {each: _mapped(path) for each, path in files.items()}
-        except (OSError, ValueError, TypeError, KeyError):
+            whole = all(_hash_of(files[each]) == known for each, known in index["arrays"].items())
+            return files if whole and index["texts"] == texts else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}
 
-    def _write(self, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """The arrays, as they are in files from now on."""
-        try:
-            return _write(self.folder, name, texts, arrays)
-        except OSError:
-            if self.folder == self.scratch:
-                raise
-            return _write(self.scratch, name, texts, arrays)
 
+@dataclass(frozen=True)
+class _Files(Mapping[str, Array]):
+    """Arrays in files, each of which is open only as long as somebody has the array: there may be thousands."""
 
-def _write(folder: Path, name: str, texts: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Arrays and, when all are there, the file that says which."""
-    files = {each: folder / f"{name}.{each}.npy" for each in arrays}
-    for each, path in files.items():
-        np.save(path, arrays[each])
-    index = {"texts": texts, "arrays": {each: _hash_of(path) for each, path in files.items()}}
-    unnamed = folder / f"{name}.partial"
-    unnamed.write_text(json.dumps(index), encoding="utf-8")
-    os.replace(unnamed, folder / f"{name}.json")
-    return {each: _mapped(path) for each, path in files.items()}
+    files: Mapping[str, Path]
 
+    def __getitem__(self, name: str) -> Array:
+        values: Array = np.load(self.files[name], mmap_mode="r")
+        return values
 
-def _mapped(path: Path) -> Array:
-    values: Array = np.load(path, mmap_mode="r")
-    return values
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
 
 def _hash_of(path: Path) -> str:
@@ -163,13 +186,6 @@ def _hash_of(path: Path) -> str:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _rounded(arrays: Mapping[str, Array], encoded: Encoded) -> Rounded:
-    """What a weight was rounded to, by its arrays in files."""
-    kind = encoded.encoding
-    parts = {name: arrays[f"{kind}.{name}"] for name in encoded.parts}
-    return Rounded(Encoded(kind, encoded.shape, parts), arrays[f"{kind}.powers"], arrays[f"{kind}.errors"])
 
 
 @contextlib.contextmanager

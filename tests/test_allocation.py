@@ -154,7 +154,9 @@ def test_what_is_kept_in_files_stays_what_it_was(tmp_path: Path) -> None:
     ]
     parts = RoundedParts(tmp_path, tmp_path, [first, second])
     for weight, choices in found:
-        parts.keep(weight, choices)
+        for choice in choices:
+            parts.put(weight, choice)
+        parts.finish(weight)
     kept = parts.in_order()
     assert list(kept) == [first, second]
     for weight, choices in found:

@@ -19,7 +19,7 @@ from tiny_models import make_tiny
 import llmc
 from llmc.compiler import calibrate as calibration
 from llmc.compiler import rounded_parts as parts_module
-from llmc.compiler.allocation import finer
+from llmc.compiler.allocation import others
 from llmc.compiler.calibrate import Model, calibrate_model
 from llmc.compiler.encodings import encode
 from llmc.compiler.encodings.feedback import Rounded
@@ -46,10 +46,16 @@ class Told(Silent):
         self.notes.append(text)
 
 
+def keep(parts: RoundedParts, weight: Quantize, found: list[Rounded]) -> list[Rounded]:
+    kept = [parts.put(weight, each) for each in found]
+    parts.finish(weight)
+    return kept
+
+
 def rounded(encoding: str, rows: int, inputs: int, more: bool = True) -> tuple[Quantize, list[Rounded]]:
     w = np.random.default_rng(rows).standard_normal((rows, inputs)).astype(np.float32)
     kind = grouped(parse_encoding(encoding))
-    found = [Rounded(encode(each, w), w.sum(1), np.abs(w).sum(1)) for each in (kind, *(finer(kind) if more else ()))]
+    found = [Rounded(encode(each, w), w.sum(1), np.abs(w).sum(1)) for each in (kind, *(others(kind) if more else ()))]
     return Quantize(Param(f"w{rows}", Tensor(w.shape, "f32")), encoding), found
 
 
@@ -71,14 +77,14 @@ def test_what_is_found_is_what_was_kept(encoding: str, inputs: int, tmp_path: Pa
     before = RoundedParts(tmp_path, tmp_path, list(known))
     assert not before.find(TEXTS, True)
     for weight in list(known)[1:]:
-        assert_same(before.keep(weight, known[weight]), known[weight])
+        assert_same(keep(before, weight, known[weight]), known[weight])
     before.keep_texts(TEXTS)
     after = RoundedParts(tmp_path, tmp_path, list(known))
     found = after.find(after.texts(), True)
     assert list(found) == list(known)[1:]
     for weight, became in found.items():
         assert_same(became, known[weight])
-    after.keep(next(iter(known)), known[next(iter(known))])
+    keep(after, next(iter(known)), known[next(iter(known))])
     assert list(after.in_order()) == list(known)  # though the first was the last
 
 
@@ -86,7 +92,7 @@ def test_of_inputs_that_overflow_there_is_one_encoding(tmp_path: Path) -> None:
     weight, found = rounded("t4g64", 7, 33)
     before = RoundedParts(tmp_path, tmp_path, [weight])
     before.find(TEXTS, True)
-    before.keep(weight, found[:1])
+    keep(before, weight, found[:1])
     assert_same(RoundedParts(tmp_path, tmp_path, [weight]).find(TEXTS, True)[weight], found[:1])
 
 
@@ -94,7 +100,7 @@ def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
     weight, found = rounded("t4g64", 7, 33)
     before = RoundedParts(tmp_path, tmp_path, [weight])
     before.find(TEXTS, True)
-    before.keep(weight, found)
+    keep(before, weight, found)
     for texts in (TEXTS[:1], [*TEXTS[:1], TEXTS[1] + 1], [np.concatenate(TEXTS)]):
         assert not RoundedParts(tmp_path, tmp_path, [weight]).find(texts, True)
     others = [rounded("t4g64", 8, 33)[0], rounded("t4g64", 7, 34)[0], rounded("t5g64", 7, 33)[0]]
@@ -107,7 +113,7 @@ def test_what_is_damaged_is_not_believed(tmp_path: Path) -> None:
     weight, found = rounded("t4g64", 2, 7, more=False)
     before = RoundedParts(tmp_path, tmp_path, [weight])
     before.find(TEXTS, False)
-    before.keep(weight, found)
+    keep(before, weight, found)
     before.keep_texts(TEXTS)
 
     def believed() -> tuple[int, int]:
@@ -157,7 +163,7 @@ def test_where_nothing_can_be_written_there_is_the_scratch_folder(tmp_path: Path
     with rounded_parts(tmp_path / "cache", "key", scratch, [weight]) as parts:
         parts.find(TEXTS, True)
         shutil.rmtree(parts.folder)  # as where it is full
-        assert_same(parts.keep(weight, found), found)
+        assert_same(keep(parts, weight, found), found)
         assert list(scratch.iterdir())
         parts.remove()
 

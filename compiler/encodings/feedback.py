@@ -26,6 +26,7 @@ Floats = NDArray[np.float32]
 SWEEPS = 2
 # Added to H's diagonal, as a part of its mean: what the sample of inputs does not show, it does not rule out.
 DAMPING = 0.01
+PANEL = 256  # rows or columns of a matrix that change at a time, however many threads there are
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
 RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
@@ -44,35 +45,66 @@ class Curvature:
     factor: Floats
 
     @classmethod
-    def of(cls, moments: Array, damping: float = DAMPING) -> Curvature:
-        """Of moments [K, K], in any unit. Inputs that are always 0 cost nothing, whatever their weights become.
+    def of(cls, moments: Array, damping: float = DAMPING, threads: int | None = None) -> Curvature:
+        """Of moments [K, K], in any unit. Inputs that are always 0 cost nothing, whatever their weights become. Beside
+        the result there is one matrix in f64, which changes in place: K may be 11,008 and more.
 
         ValueError where a moment is not finite.
         """
-        wide = moments.astype(np.float64)
-        if not np.isfinite(wide).all():
+        if not np.isfinite(moments).all():
             raise ValueError("a moment is not finite")
-        diagonal = np.einsum("ii->i", wide)
-        mean = float(diagonal.mean()) if len(wide) else 0.0
-        wide /= mean or 1.0
-        diagonal += damping
-        order = np.argsort(-diagonal, kind="stable")
+        diagonal = np.einsum("ii->i", moments).astype(np.float64)
+        unit = (float(diagonal.mean()) if len(diagonal) else 0.0) or 1.0
+        order = np.argsort(-(diagonal / unit + damping), kind="stable")
         # H = A A^T with A upper, from the factor of H read backwards; then inverse(H) = U^T U with U = inverse(A).
-        backwards = np.linalg.cholesky(wide[np.ix_(order, order)][::-1, ::-1])
-        factor = _inverse(np.ascontiguousarray(backwards[::-1, ::-1]))
-        return cls(wide.astype(np.float32), order, factor.astype(np.float32))
+        places = np.empty_like(order)
+        places[order[::-1]] = np.arange(len(order))
+        damped, lower = np.empty(moments.shape, np.float32), np.empty(moments.shape, np.float64)
+        for start in range(0, len(order), PANEL):
+            rows = np.arange(start, min(start + PANEL, len(order)))
+            part = moments[rows].astype(np.float64) / unit
+            part[rows - start, rows] += damping
+            damped[rows] = part
+            lower[places[rows]] = part[:, order[::-1]]
+        _factorise(lower, threads)
+        _invert(lower, threads)
+        return cls(damped, order, np.array(lower[::-1, ::-1], np.float32, order="C"))
 
 
-def _inverse(upper: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inverse of an upper triangular matrix, by halves: a sixth of the operations of a general one."""
-    size = len(upper)
+def _factorise(a: NDArray[np.float64], threads: int | None) -> None:
+    """Replaces a symmetric matrix A by the lower triangular L with L L^T = A (Cholesky), panel by panel."""
+    for first in range(0, len(a), PANEL):
+        last = min(first + PANEL, len(a))
+        corner = np.linalg.cholesky(a[first:last, first:last])
+        a[first:last, first:last], a[first:last, last:] = corner, 0
+        a[last:, first:last] = a[last:, first:last] @ np.linalg.inv(corner).T
+
+        def update(start: int, first: int = first, last: int = last) -> None:
+            stop = min(start + PANEL, len(a))
+            a[start:stop, last:stop] -= a[start:stop, first:last] @ a[last:stop, first:last].T
+
+        each_block(update, range(last, len(a), PANEL), threads)
+
+
+def _invert(lower: NDArray[np.float64], threads: int | None) -> None:
+    """Replaces a lower triangular matrix by its inverse, by halves: a third of the operations of a general one."""
+    size = len(lower)
     if size <= BLOCK:
-        return np.triu(np.linalg.inv(upper))
+        lower[...] = np.tril(np.linalg.inv(lower))
+        return
     half = size // 2
-    result = np.zeros_like(upper)
-    result[:half, :half], result[half:, half:] = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
-    result[:half, half:] = -result[:half, :half] @ upper[:half, half:] @ result[half:, half:]
-    return result
+    before, behind, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    _invert(before, threads)
+    _invert(behind, threads)
+
+    def columns(start: int) -> None:
+        corner[:, start : start + PANEL] = behind @ corner[:, start : start + PANEL]
+
+    def rows(start: int) -> None:
+        corner[start : start + PANEL] = -(corner[start : start + PANEL] @ before)
+
+    each_block(columns, range(0, half, PANEL), threads)
+    each_block(rows, range(0, size - half, PANEL), threads)
 
 
 @dataclass(frozen=True)

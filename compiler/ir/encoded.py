@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +18,7 @@ class Encoded:
 
     encoding: Encoding
     shape: tuple[int, ...]
-    parts: dict[str, Array] = field(default_factory=dict)
+    parts: Mapping[str, Array] = field(default_factory=dict)
 
     def decode(self) -> Array:
         """The logical values, f32 (f64 inside `precise()`)."""

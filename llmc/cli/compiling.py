@@ -59,7 +59,7 @@ def compile(
         typer.Option("--check", help="Compare every pass, each rounding and the artifact itself with the model."),
     ] = False,
     jobs: Annotated[int | None, typer.Option("--jobs", "-j", help="Kernels built at once.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of random weights and of --check.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the text to round by, random weights, --check.")] = 0,
     json: o.Json = False,
 ) -> None:
     """Compile a model into one shared library."""
