@@ -109,9 +109,9 @@ def spend(units: Sequence[Sequence[Choice]], most: float) -> list[int]:
 
 def spent_on(kept: Kept, most: float, overrides: Overrides, losses: Losses | None) -> dict[str, str]:
     """Schemes, by names of params, of weights that get other bits than they were asked for: `most` more in all.
-    overrides: what the user has asked for, which stays. losses: None where they were not measured. CompileError where
-    weights take more bits in any case."""
-    free = usable(kept, overrides)
+    overrides: what the user has asked for, which stays. losses: None where they were not measured; a weight without
+    one stays as it was asked for. CompileError where weights take more bits in any case."""
+    free = [weight for weight in usable(kept, overrides) if losses is None or weight in losses]
     choices = [_choices(kept[weight], None if losses is None else losses[weight]) for weight in free]
     left = most
     for weight, each in zip(free, choices, strict=True):

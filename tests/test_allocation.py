@@ -14,7 +14,7 @@ from tiny_models import make_tiny
 
 import llmc
 from llmc.compiler import calibrate as calibration
-from llmc.compiler.allocation import Choice, assemblies, finer, matrices, spend, spent_on
+from llmc.compiler.allocation import Choice, assemblies, matrices, others, saved, spend, spent_on, usable
 from llmc.compiler.encodings import encode
 from llmc.compiler.encodings.feedback import Rounded
 from llmc.compiler.encodings.grouped import grouped, stored_bytes
@@ -65,12 +65,13 @@ def test_of_steps_that_cost_alike_the_best_are_taken(gains: list[float], count: 
     assert sorted((gain for gain, number in zip(gains, taken, strict=True) if number), reverse=True) == best
 
 
-def test_what_is_finer_has_the_same_groups() -> None:
+def test_other_encodings_of_a_weight_have_the_same_groups() -> None:
     for name, expected in (
-        ("t4g32", ["t5g32", "t6g32"]), ("q4g64a", ["t5g64", "t6g64"]), ("q4g128", ["t5g128", "t6g128"]),
-        ("t2g64", ["t3g64", "t4g64"]), ("t5g64", ["t6g64", "q8g64"]), ("t6g64", ["q8g64"]), ("q8g64", []),
+        ("t4g32", ["t3g32", "t5g32", "t6g32"]), ("q4g64a", ["t5g64", "t6g64"]), ("q4g128", ["t5g128", "t6g128"]),
+        ("t2g64", ["t3g64", "t4g64"]), ("t5g64", ["t4g64", "t6g64", "q8g64"]), ("t6g64", ["t5g64", "q8g64"]),
+        ("q8g64", []), ("t4g64r", ["t3g64r", "t5g64r", "t6g64r"]),
     ):  # fmt: skip
-        assert [str(each) for each in finer(grouped(parse_encoding(name)))] == expected
+        assert [str(each) for each in others(grouped(parse_encoding(name)))] == expected
 
 
 def param(name: str, rows: int) -> Param:
@@ -89,52 +90,97 @@ def merged(*parts: Value, encoding: str = "t4g32") -> Quantize:
 
 
 def kept_weights() -> tuple[dict[Quantize, list[Rounded]], dict[str, np.ndarray]]:
-    """Queries, keys and values in one weight, of which the values suffer most; and an output that hardly does."""
+    """Queries, keys and values in one weight, and an output, that lose alike."""
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal((rows, 96)).astype(np.float32) for name, rows in
-              (("q", 5), ("k", 3), ("v", 2), ("o", 7))}  # fmt: skip
-    qkv, out = merged(*(param(name, len(values[name])) for name in "qkv")), merged(param("o", 7))
-    noise = [0.01] * 5 + [0.02] * 3 + [0.5] * 2
+              (("q", 5), ("k", 3), ("v", 2), ("o", 10))}  # fmt: skip
+    qkv, out = merged(*(param(name, len(values[name])) for name in "qkv")), merged(param("o", 10))
+    noise = {"t4g32": [0.03] * 10, "t3g32": [0.1] * 10, "t6g32": [0.001] * 10}
     kept = {
-        qkv: rounded(qkv, np.concatenate([values[name] for name in "qkv"]), {"t4g32": noise, "t6g32": [0.001] * 10}),
-        out: rounded(out, values["o"], {"t4g32": [0.03] * 7, "t6g32": [0.001] * 7}),
+        qkv: rounded(qkv, np.concatenate([values[name] for name in "qkv"]), noise),
+        out: rounded(out, values["o"], noise),
     }
     return kept, values
 
 
-def step_bits(rows: int) -> int:
-    t6, t4 = (stored_bytes(parse_encoding(name), (rows, 96)) for name in ("t6g32", "t4g32"))
-    return 8 * (t6 - t4)
+def bits_between(one: str, other: str) -> int:
+    """Of ten rows."""
+    more, fewer = (stored_bytes(parse_encoding(name), (10, 96)) for name in (one, other))
+    return 8 * (more - fewer)
 
 
-def test_bits_go_to_matrices_within_a_weight() -> None:
+NONE = Overrides(())
+
+
+def test_bits_go_where_the_model_loses_most() -> None:
     kept, _ = kept_weights()
-    assert spent_on(kept, (), 0, Overrides(())) == {}
-    assert spent_on(kept, (), step_bits(2), Overrides(())) == {"v": "int6"}
-    assert spent_on(kept, (), step_bits(17), Overrides(())).keys() == {"q", "k", "v", "o"}
+    qkv, out = kept
+    step = bits_between("t6g32", "t4g32")
+    for heavy, light, names in ((qkv, out, "qkv"), (out, qkv, "o")):
+        losses = {heavy: 0.9, light: 0.1}
+        assert spent_on(kept, step, NONE, losses) == dict.fromkeys(names, "int6")
+    assert spent_on(kept, 2 * step, NONE, {qkv: 0.9, out: 0.1}) == dict.fromkeys("qkvo", "int6")
+    assert spent_on(kept, -bits_between("t4g32", "t3g32"), NONE, {qkv: 0.9, out: 0.1}) == {"o": "int3"}
 
 
-def test_what_the_user_asked_for_stays_and_what_belongs_together_too() -> None:
+def test_a_weight_that_hardly_matters_pays_for_one_that_does() -> None:
     kept, _ = kept_weights()
-    most = step_bits(17)
-    assert spent_on(kept, (), most, Overrides((("v", "int4"),))).keys() == {"q", "k", "o"}
-    assert spent_on(kept, list(kept), step_bits(2), Overrides(())) == {}
-    assert spent_on(kept, list(kept), step_bits(10), Overrides(())).keys() == {"q", "k", "v"}
+    qkv, out = kept
+    most = bits_between("t6g32", "t4g32") - bits_between("t4g32", "t3g32")
+    found = spent_on(kept, most, NONE, {qkv: 1.0, out: 1e-6})
+    assert found == dict.fromkeys("qkv", "int6") | {"o": "int3"}
+    assert spent_on(kept, most, NONE, {qkv: 1e-6, out: 1.0}) == dict.fromkeys("qkv", "int3") | {"o": "int6"}
+
+
+def test_where_losses_are_not_known_none_gets_fewer_bits() -> None:
+    kept, _ = kept_weights()
+    step = bits_between("t6g32", "t4g32")
+    assert spent_on(kept, 0, NONE, None) == {}
+    assert len(set(spent_on(kept, step, NONE, None).values())) == 1
+    assert spent_on(kept, 2 * step, NONE, None) == dict.fromkeys("qkvo", "int6")
+    with pytest.raises(CompileError, match="cannot be rounded to so few bits"):
+        spent_on(kept, -1, NONE, None)
+
+
+@given(st.integers(-400, 2000), st.floats(0, 1), st.floats(0, 1))
+def test_no_more_bits_are_taken_than_there_are(most: int, first: float, second: float) -> None:
+    kept, _ = kept_weights()
+    qkv, out = kept
+    least = -2 * bits_between("t4g32", "t3g32")
+    if most < least:
+        with pytest.raises(CompileError, match="so few bits"):
+            spent_on(kept, most, NONE, {qkv: first, out: second})
+        return
+    found = spent_on(kept, most, NONE, {qkv: first, out: second})
+    taken = sum(bits_between(f"t{found.get(name, 'int4')[3:]}g32", "t4g32") for name in ("q", "o"))
+    assert taken <= most
+    assert len({found.get(name) for name in "qkv"}) == 1
+
+
+def test_what_the_user_asked_for_stays() -> None:
+    kept, _ = kept_weights()
+    qkv, out = kept
+    losses = {qkv: 1.0, out: 0.1}
+    assert spent_on(kept, 1e9, Overrides((("v", "int4"),)), losses) == {"o": "int6"}
+    assert spent_on(kept, 1e9, NONE, {out: 0.1}) == {"o": "int6"}  # nothing is known of the other
+    assert usable(kept, Overrides((("o", "int4"),))) == [qkv]
+    assert saved(kept, NONE) == 2 * bits_between("t4g32", "t3g32")
+    assert saved(kept, Overrides((("o", "int4"),))) == bits_between("t4g32", "t3g32")
 
 
 def test_params_that_no_override_can_tell_apart_are_left() -> None:
     kept, _ = kept_weights()
     (qkv, first), (_, second) = kept.items()
-    twice = {qkv: first, merged(param("q", 7)): second}
-    assert spent_on(twice, (), 1e9, Overrides(())) == {}  # "q" is in both
-    odd = {merged(param("onnx::MatMul,1", 7)): second}
-    assert spent_on(odd, (), 1e9, Overrides(())) == {}
+    twice = {qkv: first, merged(param("q", 10)): second}
+    assert spent_on(twice, 1e9, NONE, None) == {}  # "q" is in both
+    odd = {merged(param("onnx::MatMul,1", 10)): second}
+    assert spent_on(odd, 1e9, NONE, None) == {}
 
 
 def test_rows_are_put_together_as_weights_are_merged_now() -> None:
     kept, values = kept_weights()
     both, alone = merged(param("q", 5), param("k", 3)), merged(param("v", 2), encoding="t6g32")
-    found = {each.weight: each.encoded() for each in assemblies([both, alone, merged(param("o", 7))], kept)}
+    found = {each.weight: each.encoded() for each in assemblies([both, alone, merged(param("o", 10))], kept)}
     expected = encode(parse_encoding("t4g32"), np.concatenate([values["q"], values["k"]]))
     assert all(np.array_equal(part, found[both].parts[name]) for name, part in expected.parts.items())
     finer_values = encode(parse_encoding("t6g32"), values["v"])
@@ -219,7 +265,7 @@ def test_a_model_gets_the_bits_that_were_asked_for(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits_per_weight": 1.0}, "take .* already"),
+        ({"bits_per_weight": 1.0}, "takes .* at least"),
         ({"bits_per_weight": 0.5}, "1 to 16"),
         ({"bits_per_weight": 5, "calibrate": "none"}, "needs measured inputs"),
         ({"bits_per_weight": 5, "dtype": "int8"}, "needs measured inputs"),
