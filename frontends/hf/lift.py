@@ -141,7 +141,7 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
     model = traced.meta.model
     notes = [
         *opened.notes,
-        *_other_positions(traced.meta, kind),
+        *_other_positions(traced.meta, kind, config),
         *traced.notes,
         *(note for own in stored for note in own.notes),
     ]
@@ -183,9 +183,9 @@ def lift_opened(opened: Opened, max_context: int | None, seed: int) -> Lifted:
     )
 
 
-def _other_positions(meta: MetaModel, kind: ModelClass) -> tuple[str, ...]:
+def _other_positions(meta: MetaModel, kind: ModelClass, config: PreTrainedConfig) -> tuple[str, ...]:
     """A note on a decoder that counts positions from behind its padding's id, unless it is told them: as RoBERTa's."""
-    if kind.task != GENERATE or not getattr(meta.model.config, "is_decoder", False):
+    if kind.task != GENERATE or not getattr(config, "is_decoder", False):
         return ()
     first, _ = first_position(meta.model, meta.takes("token_type_ids"))
     if not first or not meta.takes("position_ids"):
