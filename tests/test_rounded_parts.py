@@ -103,8 +103,8 @@ def test_nothing_else_is_taken_for_it(tmp_path: Path) -> None:
     keep(before, weight, found)
     for texts in (TEXTS[:1], [*TEXTS[:1], TEXTS[1] + 1], [np.concatenate(TEXTS)]):
         assert not RoundedParts(tmp_path, tmp_path, [weight]).find(texts, True)
-    others = [rounded("t4g64", 8, 33)[0], rounded("t4g64", 7, 34)[0], rounded("t5g64", 7, 33)[0]]
-    for other in others:
+    unlike = [rounded("t4g64", 8, 33)[0], rounded("t4g64", 7, 34)[0], rounded("t5g64", 7, 33)[0]]
+    for other in unlike:
         assert not RoundedParts(tmp_path, tmp_path, [other]).find(TEXTS, True)
     assert not RoundedParts(tmp_path, tmp_path, [weight]).find(TEXTS, False)  # nor what has finer ones besides
 
@@ -248,8 +248,8 @@ def test_killed_again_and_again_it_comes_to_the_same_end(
     all_roundings += events.count("encode_with_feedback")
     assert found == expected
     assert kills > 2
-    assert all_roundings <= roundings + 3 * kills  # no weight was rounded twice but those that kills had interrupted
-    assert len(told.notes) == 1 + any("more bits" in note for note in told.notes), told.notes
+    assert all_roundings <= roundings + 4 * kills  # no weight was rounded twice but those that kills had interrupted
+    assert len(told.notes) == 1 + any("bits go where" in note for note in told.notes), told.notes
     assert "goes on where a compile of the same was ended" in told.notes[0]
     (kept,) = (tmp_path / "killed" / "rounded").iterdir()
     assert kept.suffix == ".npz"
