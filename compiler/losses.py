@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmc.compiler.ir.attention import Attention
 from llmc.compiler.ir.dims import Dim
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Linear
@@ -13,6 +14,7 @@ from llmc.compiler.ir.types import KV
 from llmc.compiler.passes.lengths import OF_LENGTH
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.passes.schemes import behind_logits
+from llmc.errors import CompileError
 
 # The passes that a cache and steps of several texts need, in the order in which one fails the next.
 _NEEDED = ("flatten-tokens", "insert-kv-cache")
@@ -23,9 +25,13 @@ def losses(graph: Graph, reports: Sequence[Report], task: str, quantization: str
     """A line for each thing that the model lost, with the reason.
 
     graph: after all passes; reports: of these passes; task: as in `frontends/lifted.py`; quantization: the scheme that
-    was asked for. Nothing is lost where this is empty.
+    was asked for. Nothing is lost where this is empty. CompileError where what is left would not be the model: texts
+    of one step that see each other.
     """
     found = []
+    together = any(value.name == "starts" for value in graph.inputs)
+    if task == "encode" and together and any(isinstance(op, Attention) for op in graph.ops):
+        raise CompileError(f"texts of one step would see each other: {_reason(graph, reports)}. Please report it")
     if task == "generate" and not any(isinstance(value.type, KV) for value in graph.inputs):
         found.append(
             "slow: this model keeps no KV cache, so that every token computes the whole sequence anew. "

@@ -50,6 +50,7 @@ def lift(
         from llmc.frontends.gguf.lift import lift as lift_gguf
 
         return lift_gguf(path, max_context=max_context, weights=weights, seed=seed)
+    _not_several(source)
     from llmc.frontends.hf.lift import lift as lift_hf
 
     return lift_hf(source, max_context=max_context, weights=weights, seed=seed, lora=lora)
@@ -63,14 +64,26 @@ def _no_adapters(source: str | Path, lora: Sequence[str | Path]) -> None:
 def onnx_file(source: str | Path) -> Path | None:
     """The ONNX file that a source is: itself, or the one in a directory that has no other weights; None otherwise."""
     path = Path(source).expanduser()
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         return path
-    if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
-        return None
-    for folder in (path, path / "onnx"):
-        if (folder / "model.onnx").exists():
-            return folder / "model.onnx"
-        found = sorted(folder.glob("*.onnx"))
-        if len(found) == 1:
-            return found[0]
+    for found in _onnx_files(path):
+        named = [file for file in found if file.name == "model.onnx"] or found
+        if len(named) == 1:
+            return named[0]
     return None
+
+
+def _onnx_files(path: Path) -> list[list[Path]]:
+    """Those in a directory that has no other weights, and those in its folder `onnx`."""
+    if not path.is_dir() or any(path.glob("*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
+        return []
+    return [sorted(folder.glob("*.onnx")) for folder in (path, path / "onnx")]
+
+
+def _not_several(source: str | Path) -> None:
+    """FrontendError for a directory that has ONNX files alone, none of which is the one to take."""
+    path = Path(source).expanduser()
+    files = [str(file.relative_to(path)) for found in _onnx_files(path) for file in found]
+    if files:
+        shown = ", ".join(files[:6]) + (f" and {len(files) - 6} more" if len(files) > 6 else "")
+        raise FrontendError(f"{source} holds several ONNX files: give one of them: {shown}")

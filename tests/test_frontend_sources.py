@@ -45,8 +45,19 @@ def test_a_folder_is_an_onnx_model_where_it_has_one_and_no_other_weights(name: s
     assert onnx_file(str(tmp_path)) == onnx_file(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("a.onnx", "b.onnx"), ("onnx/decoder_model.onnx", "onnx/encoder_model.onnx")])
+def test_several_onnx_files_are_named(names: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FrontendError, match=f"several ONNX files: give one of them: {', '.join(names)}"):
+        lift(tmp_path)
+
+
 def test_a_file_is_an_onnx_model_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert onnx_file(tmp_path / "gone.onnx") == tmp_path / "gone.onnx"
+    assert onnx_file(tmp_path / "GONE.ONNX") == tmp_path / "GONE.ONNX"
     assert onnx_file("someone/a-model") is None and onnx_file(tmp_path / "model.safetensors") is None
     monkeypatch.setenv("HOME", str(tmp_path))
     assert onnx_file("~/net.onnx") == tmp_path / "net.onnx"

@@ -12,6 +12,7 @@ from small_decoder import small_decoder
 from test_ir_ops import CASES, Case, built, run
 
 from llmc.compiler.ir import elementwise as e
+from llmc.compiler.ir.attention import Attention
 from llmc.compiler.ir.dims import concrete
 from llmc.compiler.ir.graph import Graph, rewrite
 from llmc.compiler.ir.llm import Embed
@@ -25,7 +26,7 @@ from llmc.compiler.passes.flatten_tokens import RULES
 from llmc.compiler.passes.manager import PASSES, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.schemes import find_head
 from llmc.compiler.pipeline import RECOGNISE, pipeline_text
-from llmc.errors import IRError
+from llmc.errors import CompileError, IRError
 
 
 def of_kind(kind: Tokens) -> list[Case]:
@@ -215,6 +216,19 @@ def test_a_head_that_is_not_found_is_said() -> None:
     graph, reports = run_passes(mixing_decoder(), parse_pipeline(pipeline_text(CompileOptions(quantization="int4"))))
     said = losses(graph, reports, "generate", "int4")
     assert any("the head was not found" in line and "t.cumsum" in line for line in said)
+
+
+def test_attention_that_sees_other_texts_is_an_error() -> None:
+    """Whatever pass left it so: in a step of several texts only attention over their pages keeps them apart."""
+    starts = Input("starts", Tensor((3,), "i32"))
+    q, k, v = (Input(name, Tensor((S, 2, 8), "f32")) for name in "qkv")
+    attended = Attention(q, k, v, scale=0.5, causal=False)
+    reports = [Report("insert-kv-cache")]
+    reports[0].refuse("llm.attention", "the graph has sizes besides T")
+    graph = Graph("g", (q, k, v, starts), (("y", attended), ("n", starts)))
+    with pytest.raises(CompileError, match="texts of one step would see each other: insert-kv-cache refused"):
+        losses(graph, reports, "encode", "none")
+    assert losses(Graph("g", (q, k, v), (("y", attended),)), reports, "encode", "none")
 
 
 def test_the_reason_is_attention_only_where_some_is_left() -> None:

@@ -167,3 +167,40 @@ def test_a_file_that_could_not_be_loaded_is_not_made(tmp_path: Path, monkeypatch
     with pytest.raises(CompileError, match=r"cannot become an artifact.*encoder.labels must be a list of 2"):
         llmc.compile(path, tmp_path / "model.so", dtype="f32", kernel_cache=CACHE)
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx"}
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_the_last_token_of_each_text_is_found_in_any_company(batch_dims: int, tmp_path: Path) -> None:
+    """By GatherND, as exporters write `hidden[range(batch), lengths - 1]`: texts of one step do not see each other."""
+    nodes = [
+        node("Transpose", ["rows"], ["keys"], perm=[0, 2, 1]),
+        node("MatMul", ["rows", "keys"], ["scores"]),
+        node("Softmax", ["scores"], ["shares"], axis=-1),
+        node("MatMul", ["shares", "rows"], ["seen"]),
+        node("ReduceSum", ["attention_mask", *TOKENS], ["counts"], keepdims=1),
+        node("Add", ["counts", *LAST], ["place"]),
+        node("Identity", ["place"], ["chosen"]),
+    ]
+    if not batch_dims:
+        nodes[-1:] = [
+            node("Shape", ["input_ids"], ["batch"], start=0, end=1),
+            node("Squeeze", ["batch"], ["texts"]),
+            node("Range", ["zero", "texts", "step"], ["places"]),
+            node("Unsqueeze", ["places", *TOKENS], ["column"]),
+            node("Concat", ["column", "place"], ["chosen"], axis=1),
+        ]
+    nodes.append(node("GatherND", ["seen", "chosen"], ["sentence_embedding"], batch_dims=batch_dims))
+    CASES["last token"] = (nodes, ["sentence_embedding"], None)
+    model = onnx.load(write(tmp_path / "model.onnx", "last token"))
+    del CASES["last token"]
+    for name, number in (("zero", 0), ("step", 1)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(number), name))
+    model.graph.input.append(helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "length"]))
+    onnx.save(onnx.shape_inference.infer_shapes(model), tmp_path / "model.onnx")
+    llmc.compile(tmp_path / "model.onnx", tmp_path / "model.so", dtype="f32", kernel_cache=CACHE)
+    runtime = Runtime.load(tmp_path / "model.so", threads=1)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    texts = [np.arange(1, 32), np.array([7]), np.array([9, 8, 8])]
+    for ids, found in zip(texts, runtime.embed(texts), strict=True):
+        (expected,) = session.run(None, {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), np.int64)})
+        np.testing.assert_allclose(found, expected[0], rtol=1e-4, atol=1e-5)

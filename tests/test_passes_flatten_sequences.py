@@ -70,6 +70,11 @@ FOLLOWED: dict[str, Value] = {
     "by a number of two axes": s.Gather(EMBEDDED, s.Reshape(LAST, (1, 1)), 1),
     "the last, by a number from the end": s.Gather(EMBEDDED, e.Sub(LAST, size()), 1),
     "by a number before the end": s.Gather(EMBEDDED, e.Neg(e.Cast(s.Reshape(size(), (1,)), "i32")), 1),
+    "a place that is looked at": CheckedIndex(LAST, None, S, "a place"),
+    "a place from the end, of two axes": CheckedIndex(s.Reshape(e.Sub(LAST, size()), (1, 1)), None, S),
+    "places below twice the size and three": CheckedIndex(s.Concat((size(), LAST), 0), None, 2 * S + 3),
+    "a place below a number": CheckedIndex(LAST, None, 64),
+    "a token by a place that is looked at": s.Gather(FLAT, CheckedIndex(LAST, None, S), 0),
     "elements by a number that the size decides": s.GatherElements(
         EMBEDDED, s.Broadcast(s.Reshape(LAST, (1, 1, 1)), (1, 1, WIDTH)), 1
     ),
@@ -198,6 +203,19 @@ REFUSED: dict[str, tuple[Value, str]] = {
     ),
     "each token times a mean": (
         s.Matmul(FLAT, s.Reshape(MEAN, (WIDTH, 1))), "it multiplies tokens with tokens",
+    ),
+    "a place below the square of a size": (
+        CheckedIndex(LAST, None, S * S),
+        f"it asks for {S * S} of each sequence, which is no multiple of its tokens and a number",
+    ),
+    "a place below a size that has its own": (
+        CheckedIndex(LAST, size(), S), "it asks for each token how many its sequence has",
+    ),
+    "each token's place in its sequence": (
+        CheckedIndex(IDS, None, S), "it asks for each token how many its sequence has",
+    ),
+    "a number below the size": (
+        e.Add(size(), CheckedIndex(number(1, "i64"), None, S)), "it asks for the tokens of a sequence, S",
     ),
     "the first two tokens": (s.Slice(EMBEDDED, 1, 0, 2), "it takes several tokens of a sequence"),
     "no token": (s.Slice(EMBEDDED, 1, 0, 0), "it takes several tokens of a sequence"),

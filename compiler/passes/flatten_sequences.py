@@ -49,10 +49,10 @@ def token_count(f: Flattener, op: Op) -> Value | None:
     """
     if not (isinstance(op, Slice) and isinstance(op.x, Iota) and op.shape == (1,) and isinstance(op.start, Dim)):
         return None
-    return _number(f, op.start, op.dtype)
+    return number_of_tokens(f, op.start, op.dtype)
 
 
-def _number(f: Flattener, size: int | Dim, dtype: str) -> Value | None:
+def number_of_tokens(f: Flattener, size: int | Dim, dtype: str) -> Value | None:
     """a * tokens + b of each sequence [B]; None where a size is another function of the tokens."""
     if isinstance(size, int):
         return None

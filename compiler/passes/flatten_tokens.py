@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmc.compiler.ir.dims import Dim, product, symbol, symbols_of
+from llmc.compiler.ir.dims import Dim, Symbol, product, symbol, symbols_of
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import Attention, Embed
 from llmc.compiler.ir.op import Input, Op, Tokens, Value
 from llmc.compiler.ir.ragged import RelativeBias
 from llmc.compiler.ir.structural import (
     Broadcast,
+    CheckedIndex,
     Concat,
     Gather,
     GatherElements,
@@ -31,7 +32,7 @@ from llmc.compiler.ir.structural import (
 )
 from llmc.compiler.ir.types import Shape, Tensor
 from llmc.compiler.passes.distance_tables import distance_table
-from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, token_count
+from llmc.compiler.passes.flatten_sequences import Mixes, leave_tokens, number_of_tokens, token_count
 from llmc.compiler.passes.lengths import LENGTHS
 from llmc.compiler.passes.manager import Pass, Report
 from llmc.compiler.passes.masks import Unrecognised
@@ -73,10 +74,17 @@ class FlattenTokens(Pass, name="flatten-tokens"):
                 op, reason = flattener.refused[value]
                 report.refuse(op, f"{reason}; the graph stays one sequence at a time")
                 return graph
-        report.hit("graph")
         outputs = tuple((name, flattener.new.get(value, value)) for name, value in graph.outputs)
         starts = (flattener.starts,) if self.sequences else ()
-        return Graph(graph.name, (*inputs, *starts), outputs)
+        made = Graph(graph.name, (*inputs, *starts), outputs)
+        for op in made.ops if set(made.symbols) & size.symbols() else ():
+            if any(_sizes_of(value) & size.symbols() for value in op.attributes().values()):
+                report.refuse(
+                    op, f"it asks for the tokens of a sequence, {size}; the graph stays one sequence at a time"
+                )
+                return graph
+        report.hit("graph")
+        return made
 
     def _most_tokens(self, size: Dim) -> int:
         """A step's tokens at most; sequences of an encoder are not cut."""
@@ -320,6 +328,18 @@ class Flattener:
             return Matmul(x, reshaped(op.b, op.b.shape[-2:]))
         return Matmul(reshaped(self.new[op.a], (self.rows(op), *leading, 1, op.a.shape[-1])), op.b)
 
+    def checked_index(self, op: CheckedIndex) -> Value:
+        """Places in an axis of a token each, of a sequence: it has as many as that one has tokens."""
+        if not symbols_of(op.size) & self.symbols:
+            return self.elementwise(op)
+        if op.sizes is not None or self.has_tokens(op):
+            raise Mixes("it asks for each token how many its sequence has")
+        x, counts = self.new[op.x], number_of_tokens(self, op.size, "i32")
+        if counts is None:
+            raise Mixes(f"it asks for {op.size} of each sequence, which is no multiple of its tokens and a number")
+        sizes = Broadcast(Reshape(counts, (SEQUENCES, *(1 for _ in x.shape[1:]))), x.shape) if x.rank > 1 else counts
+        return CheckedIndex(x, sizes, what=op.what)
+
     def embed(self, op: Embed) -> Value:
         return op.replace(ids=self.new[op.ids])
 
@@ -346,6 +366,13 @@ class Flattener:
 
     def iota(self, op: Iota) -> Value:
         raise Mixes("it counts tokens from 0, which is not their position in a mixture of sequences")
+
+
+def _sizes_of(attribute: object) -> frozenset[Symbol]:
+    """The symbols in an op's attribute: a size, or several."""
+    if isinstance(attribute, tuple):
+        return frozenset(found for each in attribute for found in _sizes_of(each))
+    return frozenset(symbols_of(attribute)) if isinstance(attribute, Dim) else frozenset()
 
 
 def reshaped(value: Value, shape: Shape) -> Value:
@@ -375,6 +402,7 @@ RULES: dict[type[Op], Rule] = {
     Gather: Flattener.gather,
     GatherElements: Flattener.gather_elements,
     Matmul: Flattener.matmul,
+    CheckedIndex: Flattener.checked_index,
     Embed: Flattener.embed,
     Attention: Flattener.attention,
     Iota: Flattener.iota,
