@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
+from llmc.compiler.adapting import make_room
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import Attention
@@ -24,6 +25,7 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
 from llmc.compiler.options import AUTO, INTEGERS, CompileOptions
+from llmc.compiler.passes.adapt_linears import AdapterTable
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -117,6 +119,7 @@ class Compiled:
     original: Graph | None = None  # before weights were rounded
     # Weights that were rounded by what their layers see: what they were to be, by what stands in their place.
     originals: dict[Value, Quantize] = field(default_factory=dict)
+    adapters: tuple[AdapterTable, ...] = ()  # what the tables of adapters are for, in order
 
 
 def run_pipeline(
@@ -283,6 +286,7 @@ def compile_model(
             rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
         if rounded is not None and checker is not None:
             checker.calibrated(*rounded)
+        make_room(lifted, compiled, options, watching)
         program = lower(compiled.graph, machine)
         tell = options.tells_accuracy(lifted.parameters)
         manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker, tell)

@@ -45,6 +45,7 @@ class Tables(ctypes.Structure):
         (name, _POINTER)
         for name in (
             "ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table",
+            "adapters",
         )
     )  # fmt: skip
 
@@ -106,6 +107,7 @@ class SequenceView(ctypes.Structure):
         ("reading", _I64),
         ("tokens", _POINTER),
         ("page_ids", _POINTER),
+        ("adapter", _I64),
     )
 
 

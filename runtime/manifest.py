@@ -48,7 +48,7 @@ from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 7
+ABI = 8
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
@@ -63,7 +63,7 @@ _MOST_AXES = 16
 _MOST_CONTEXT = 1 << 31
 # Floats, and what is encoded: kernels only multiply with these.
 _NO_INDICES = re.compile(r"tensor<\[[^\[\]<>]*\], (f64|f32|f16|bf16|[a-z0-9]+, [^<>]+)>")
-_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|PROMPT|(KEYS|PAIRS)[0-9]{0,9}")
+_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|PROMPT|ADAPTED|(KEYS|PAIRS)[0-9]{0,9}")
 
 
 @dataclass(frozen=True)

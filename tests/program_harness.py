@@ -28,7 +28,7 @@ from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits
 from llmc.targets.target import Addresses
 
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
-_SLOTS["LLMC_PROMPT"] = 6
+_SLOTS |= {"LLMC_PROMPT": 6, "LLMC_ADAPTED": 7}
 
 
 class CompiledGraph:
