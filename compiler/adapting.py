@@ -29,7 +29,11 @@ def make_room(lifted: Lifted, compiled: Compiled, options: CompileOptions, obser
         return
     if any(value.name == "block_table" for value in compiled.graph.inputs) and lifted.task == "generate":
         item = AdaptLinears(options.adapters, options.adapter_rank)
-        report, before, start = Report(item.name, ops_before=len(compiled.graph.ops)), compiled.graph, time.perf_counter()
+        report, before, start = (
+            Report(item.name, ops_before=len(compiled.graph.ops)),
+            compiled.graph,
+            time.perf_counter(),
+        )
         after, tables = item.adapted(before, report, dict(compiled.originals))
         verify(after)
         report.seconds, report.ops_after = time.perf_counter() - start, len(after.ops)
@@ -61,7 +65,8 @@ def adapter_facts(tables: Sequence[AdapterTable], options: CompileOptions) -> di
                 "inputs": table.inputs,
                 "outputs": table.outputs,
                 "parts": [
-                    {"module": part.module, "rows": [list(run) for run in part.rows]} for part in table.parts
+                    {"module": part.module, "outputs": part.outputs, "rows": [list(run) for run in part.rows]}
+                    for part in table.parts
                 ],
                 **({"powers": list(table.powers)} if any(table.powers) else {}),
             }

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from llmc.errors import LlmcError
 
 PREFIX = "base_model.model."
-PARTS = re.compile(
-    r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?\Z"
-)
+PARTS = re.compile(r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?\Z")
 # Settings that say how an adapter was trained, or that whoever reads it asks for.
 _HARMLESS = frozenset(
     (

@@ -52,7 +52,9 @@ class LowRank(Op, name="llm.low_rank"):
         require(k == self.x.shape[1], f"a of {self.a.shape}, activations {self.x.shape}")
         ends = (0, *self.columns)
         rising = all(low < high for low, high in itertools.pairwise(ends))
-        require(rising and len(self.columns) == parts and ends[-1] == self.y.shape[1], f"{parts} parts end at {ends[1:]}")
+        require(
+            rising and len(self.columns) == parts and ends[-1] == self.y.shape[1], f"{parts} parts end at {ends[1:]}"
+        )
         return self.y.tensor
 
     def spans(self) -> Iterator[tuple[int, int]]:

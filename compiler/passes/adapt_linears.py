@@ -40,10 +40,11 @@ def table_name(number: int, table: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Columns of an op that one module's weight makes. module: its name, in the model that was lifted. rows: which of
-    the weight's output rows these are, in order, as runs (first, behind the last)."""
+    """Columns of an op that one module's weight makes. module: its name, in the model that was lifted. outputs: of that
+    weight. rows: which of its output rows these are, in order, as runs (first, behind the last)."""
 
     module: str
+    outputs: int
     rows: tuple[tuple[int, int], ...]
 
 
@@ -101,13 +102,19 @@ class _Run:
             if rebuilt is not op:
                 new[op] = rebuilt
         if not self.tables:
-            raise CompileError("--adapters: no linear op of this model has a weight of its own, so that none is adapted")
+            raise CompileError(
+                "--adapters: no linear op of this model has a weight of its own, so that none is adapted"
+            )
         outputs = tuple((name, new.get(value, value)) for name, value in self.graph.outputs)
         inputs = (*self.graph.inputs, adapters, *self.inputs)
         return substitute_values(Graph(self.graph.name, inputs, outputs), {}), tuple(self.tables)
 
     def _adapted(
-        self, op: Linear | GatedLinear, rebuilt: Linear | GatedLinear, of_rows: Mapping[int | Dim, Value], embedded: set[str]
+        self,
+        op: Linear | GatedLinear,
+        rebuilt: Linear | GatedLinear,
+        of_rows: Mapping[int | Dim, Value],
+        embedded: set[str],
     ) -> Value:
         """What stands in the place of a linear op: `rebuilt`, itself over new operands, or more."""
         if op in self.graph.constants:
@@ -149,28 +156,29 @@ class _Run:
             return f"its activations are {x.dtype}, not f32"
         if x.rank != 2 or x.shape[0] not in of_rows:
             return f"its activations {x.type} are no rows of tokens"
-        if isinstance(x, Gather):
+        if isinstance(x, Gather) and x.axis % x.rank == 1:
             return "its inputs are in an order of the file's own"
         found = _origin(self.originals.get(op.w, op.w), 1)
         if isinstance(found, str):
             return found
         names, rows = found
-        shared = sorted(embedded & set(names))
+        shared = sorted(embedded & {name for name, _ in names})
         if shared:
             return f"its weight {shared[0]} is the table of embeddings too"
-        if not all(name.endswith((_WEIGHT, _INTEGERS)) for name in names):
-            return f"its weight {names[0]} is that of no module"
+        if not all(name.endswith((_WEIGHT, _INTEGERS)) for name, _ in names):
+            return f"its weight {names[0][0]} is that of no module"
         return list(_by_module(names, rows))
 
 
-def _by_module(names: list[str], rows: NDArray[np.int64]) -> Iterator[tuple[int, Part]]:
+def _by_module(names: list[_Weight], rows: NDArray[np.int64]) -> Iterator[tuple[int, Part]]:
     """Consecutive columns of one weight together. rows [outputs, 2]: the number of the weight, and the row in it."""
-    begin = 0
-    for end in (*(np.flatnonzero(np.diff(rows[:, 0])) + 1).tolist(), len(rows)):
-        name, own = names[int(rows[begin, 0])], rows[begin:end, 1]
+    begin, numbers = 0, np.array([names.index(name) for name in names])[rows[:, 0]]
+    for end in (*(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)):
+        (name, outputs), own = names[int(numbers[begin])], rows[begin:end, 1]
         breaks = (0, *(np.flatnonzero(np.diff(own) != 1) + 1).tolist(), len(own))
         runs = tuple((int(own[low]), int(own[high - 1]) + 1) for low, high in zip(breaks, breaks[1:], strict=False))
-        yield end, Part(name[: -len(_WEIGHT)] if name.endswith(_WEIGHT) else name[: -len(_INTEGERS)], runs)
+        module = name[: -len(_WEIGHT)] if name.endswith(_WEIGHT) else name[: -len(_INTEGERS)]
+        yield end, Part(module, outputs, runs)
         begin = end
 
 
@@ -183,17 +191,18 @@ def _unrounded(value: Value) -> Value:
     return value
 
 
-_Origin = tuple[list[str], NDArray[np.int64]]
+_Weight = tuple[str, int]  # a param, and how many outputs it has
+_Origin = tuple[list[_Weight], NDArray[np.int64]]
 
 
 def _origin(value: Value, axis: int) -> _Origin | str:
-    """Where a weight's rows come from, whose inputs lie on `axis`: names of params, and for all other axes in order
-    (number of the param, row of its outputs), int64 [..., 2]. Or what was done to them that no adapter knows of."""
+    """Where a weight's rows come from, whose inputs lie on `axis`: params, and for all other axes in order (number of
+    the param, row of its outputs), int64 [..., 2]. Or what was done to them that no adapter knows of."""
     if isinstance(value, Param):
         if value.tensor.rank != 2:
             return f"its weight {value.name} has rank {value.tensor.rank}"
         rows = np.arange(int(value.shape[1 - axis]))  # type: ignore[arg-type]  # params have fixed sizes
-        return [value.name], np.stack([np.zeros_like(rows), rows], axis=-1)
+        return [(value.name, len(rows))], np.stack([np.zeros_like(rows), rows], axis=-1)
     if isinstance(value, (PackGroups, Quantize)):
         return _origin(value.q if isinstance(value, PackGroups) else value.w, axis)
     if isinstance(value, Cast) or (isinstance(value, UnpackNibbles) and axis == value.rank - 1):
@@ -206,7 +215,7 @@ def _origin(value: Value, axis: int) -> _Origin | str:
 def _moved(value: Value, axis: int) -> _Origin | str:
     """`_origin` of ops that move whole rows."""
     if isinstance(value, Concat) and value.axis % value.rank != axis:
-        names: list[str] = []
+        names: list[_Weight] = []
         arrays = []
         for operand in value.operands:
             found = _origin(operand, axis)

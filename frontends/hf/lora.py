@@ -30,6 +30,7 @@ from llmc.lora import PARTS, LoraSettings, find, inner_name
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass
 class _Change:
     """What is added to a weight: a [r, inputs], b [outputs, r], magnitude [outputs]. Inputs of an embedding are ids."""
