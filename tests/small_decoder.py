@@ -6,9 +6,9 @@ from pass_harness import S, c, param
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.llm import Attention
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import Tensor
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, DIM, INNER = 33, 12, 4, 2, 4, 7
@@ -42,3 +42,8 @@ def small_decoder(head: str = "embed") -> Graph:
     gate = linear(h, "gate", INNER)
     x = e.Add(x, linear(e.Mul(e.Mul(gate, e.Sigmoid(gate)), linear(h, "up", INNER)), "down", WIDTH, INNER))
     return Graph("decoder", (ids, positions), (("logits", linear(rms_norm(x, "norm"), head, VOCABULARY)),))
+
+
+def of_modules(graph: Graph) -> Graph:
+    """The same graph, its params called as those of modules are in a checkpoint."""
+    return substitute_values(graph, {value: Param(f"{value.name}.weight", value.type) for value in graph.params})
