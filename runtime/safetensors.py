@@ -79,7 +79,7 @@ class SafetensorsFile:
     def _tensor(self, name: str, entry: object, start: int, size: int) -> TensorFacts:
         values = entry if isinstance(entry, dict) else {}
         dtype, shape, offsets = (values.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise self._broken(f"tensor {name!r:.100} is {dtype!r:.20}, not of {', '.join(_DTYPES)}")
         for numbers in (shape, offsets):
             if not isinstance(numbers, list) or not all(type(each) is int and 0 <= each <= size for each in numbers):

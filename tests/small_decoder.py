@@ -45,5 +45,7 @@ def small_decoder(head: str = "embed") -> Graph:
 
 
 def of_modules(graph: Graph) -> Graph:
-    """The same graph, its params called as those of modules are in a checkpoint."""
-    return substitute_values(graph, {value: Param(f"{value.name}.weight", value.type) for value in graph.params})
+    """The same graph, its params called as those of modules are in a checkpoint, and in f32."""
+    params = {value: Param(f"{value.name}.weight", Tensor(value.shape, "f32")) for value in graph.params}
+    casts = [op for op in graph.ops if isinstance(op, e.Cast) and op.x in params]
+    return substitute_values(graph, {op: params[op.x] for op in casts})  # type: ignore[index]

@@ -19,7 +19,7 @@ from llmc.compiler.ir.evaluate import LoadParam, evaluate
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.llm import GatedLinear, Linear, Quantize
 from llmc.compiler.ir.op import Input, Value
-from llmc.compiler.ir.text import parse_graph
+from llmc.compiler.ir.text import parse
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.options import CompileOptions
@@ -67,7 +67,7 @@ def test_each_linear_op_gets_tables_with_a_part_for_each_module(scheme: str) -> 
     assert not any(isinstance(op, GatedLinear) for op in after.ops)
     names = [value.name for value in after.inputs[len(graph.inputs) :]]
     assert names == ["adapters", *(f"adapter.{n}.{name}" for n in range(5) for name in ("a", "b", "ranks"))]
-    assert str(parse_graph(str(after))) == str(after)
+    assert str(parse(str(after))) == str(after)
 
 
 @pytest.mark.parametrize("scheme", ["none", "int8"])
