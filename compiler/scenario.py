@@ -121,8 +121,10 @@ class Scenario:
         steps = [self._render((Span(index, 0, len(ids)),)) for index, ids in enumerate(self.sequences)]
         runs: list[dict[str, Data]] = []
         for step in steps:
-            inputs: dict[str, Data] = {}
+            inputs: dict[str, Data] = empty_tables(graph)
             for value in graph.inputs:
+                if value.name in inputs:
+                    continue
                 data = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
                 inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
             runs.append(inputs)
@@ -259,8 +261,10 @@ def prompt_inputs(graph: Graph, *texts: Array, wide: bool = False) -> dict[str, 
     arrays = Scenario(tuple(texts), (), pages)._render(spans).arrays
     arrays["rows"] = np.arange(sum(map(len, texts)))
     arrays["token_types"] = np.zeros_like(arrays["token_types"])
-    inputs: dict[str, Data] = {}
+    inputs: dict[str, Data] = empty_tables(graph)
     for value in graph.inputs:
+        if value.name in inputs:
+            continue
         if isinstance(value.type, KV):
             empty = Pages.empty(value.type, ends[-1])
             inputs[value.name] = (
