@@ -1,4 +1,4 @@
-"""What an artifact says of the adapters that it has room for (LoRA): which tables its steps read, and what they are for.
+"""What an artifact says of adapters that it has room for (LoRA): which tables its steps read, and what they are for.
 
 "adapters": null | {"count": adapters at a time, "rank": the greatest of one,
                     "tables": [{"inputs": k, "outputs": n, "powers": missing | [k integers],

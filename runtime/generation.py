@@ -30,8 +30,8 @@ class Options(TypedDict, total=False):
     """Keyword options of `generate`, `stream`, `chat` and the like. What is not given, or None, is the model's own
     default. stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own. max_time:
     seconds after which the text ends with the next token. lora: the name of a loaded adapter that the text is written
-    with; of several prompts it may be a list, of a name or None for each. All others mean what they mean in transformers; 0, an empty
-    list, or 1 for a penalty or probability turns one off that the model has on."""
+    with; of several prompts it may be a list, of a name or None for each. All others mean what they mean in
+    transformers; 0, an empty list, or 1 for a penalty or probability turns one off that the model has on."""
 
     max_tokens: int | None
     temperature: float | None
@@ -424,7 +424,7 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     sequences: list[Cached] = []
     try:
         for lora in loras:
-            sequences.append(runtime.sequence(lora=lora))
+            sequences.append(runtime.sequence(lora=lora))  # noqa: PERF401  (those that are made are closed)
         fresh = [(one, prompt[one.adopt_prefix(prompt) :]) for one, prompt in zip(sequences, prompts, strict=True)]
         pending = list(range(len(prompts)))
         while pending:

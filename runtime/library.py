@@ -25,7 +25,8 @@ _RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
 
 class Step(ctypes.Structure):
-    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT, ADAPTED. Pointers are numbers of places (`runtime/device.py`)."""
+    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT, ADAPTED. Pointers are numbers of places
+    (`runtime/device.py`)."""
 
     _fields_ = (
         ("sizes", ctypes.c_int64 * 8),

@@ -1,7 +1,8 @@
 """Adapters that are loaded at run time, as PEFT writes them, into the tables that an artifact's steps read.
 
-A module's product W x becomes W x + s B A x for the tokens of sequences that have the adapter. All of an adapter is read
-and compared with the artifact's modules before any table changes; what it asks for beyond such products is refused.
+A module's product W x becomes W x + s B A x for the tokens of sequences that have the adapter. All of an adapter is
+read and compared with the artifact's modules before any table changes; what it asks for beyond such products is
+refused.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def read_adapter(directory: Path, facts: AdapterFacts) -> dict[str, Product]:
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise AdapterError(
-                f"{directory} adapts {unknown[0]:.100}{more}, which the artifact has no room beside: it is an adapter of "
-                f"another model, or `llmc explain` says why; {_MERGE}"
+                f"{directory} adapts {unknown[0]:.100}{more}, which the artifact has no room beside: it is an adapter "
+                f"of another model, or `llmc explain` says why; {_MERGE}"
             )
         if len(set(known.values())) != len(known):
             raise AdapterError(f"{directory} has more than one adapter of a module")
@@ -234,8 +235,8 @@ class Adapters:
         free = set(range(1, self.facts.count + 1)) - taken
         if not free:
             raise AdapterError(
-                f"all {self.facts.count} adapters that there is room for are loaded ({', '.join(self._loaded)}): unload one "
-                "first, or compile with a larger --adapters"
+                f"all {self.facts.count} adapters that there is room for are loaded ({', '.join(self._loaded)}): "
+                "unload one first, or compile with a larger --adapters"
             )
         return min(free)
 

@@ -42,8 +42,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmc.runtime.adapter_facts import AdapterFacts, parse_adapters
 from llmc.runtime.accuracy import Accuracy, parse_accuracy
+from llmc.runtime.adapter_facts import AdapterFacts, parse_adapters
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.json_reader import MOST, Reader, refuse
 from llmc.runtime.settings import GenerationSettings

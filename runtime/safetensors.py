@@ -1,7 +1,7 @@
 """Read safetensors files (https://github.com/huggingface/safetensors) of which nothing is trusted.
 
-A file is 8 bytes of length, a JSON header of that length, and the tensors' bytes. Every number in the header is compared
-with the file's size before anything is read by it, and only the tensors that are asked for are read.
+A file is 8 bytes of length, a JSON header of that length, and the tensors' bytes. Every number in the header is
+compared with the file's size before anything is read by it, and only the tensors that are asked for are read.
 """
 
 from __future__ import annotations

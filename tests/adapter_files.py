@@ -39,5 +39,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], **settings: o
     folder.mkdir(parents=True, exist_ok=True)
     said: dict[str, object] = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], **settings}
     (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in said.items() if v is not None}))
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / "adapter_model.safetensors"
+    )
     return folder

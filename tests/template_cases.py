@@ -185,7 +185,7 @@ def _plain(template: type[Template[Any]], op: Op, tolerance: float) -> Case:
 
 
 def _tables(entries: int, parts: int, rank: int, inputs: int, n: int) -> list[np.ndarray]:
-    """x, adapters, a, ranks, inner and b, y of 7 tokens: some have no adapter, and adapters have fewer ranks than room."""
+    """x, adapters, a, ranks, inner and b, y of 7 tokens: some have no adapter, and adapters not all ranks."""
     rng = np.random.default_rng(0)
     ranks = aligned(rng.integers(0, rank + 1, (entries, parts)).astype(np.int32))
     ranks[0], ranks[1] = 0, rank

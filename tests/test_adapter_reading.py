@@ -70,7 +70,7 @@ def test_every_float_dtype_is_read_as_it_is(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file as save_torch
 
-    values = torch.tensor([[1.5, -2.0**-14, 65504.0], [0.0, 3.0e-5, -1.0]])
+    values = torch.tensor([[1.5, -(2.0**-14), 65504.0], [0.0, 3.0e-5, -1.0]])
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     save_torch({str(kind): values.to(kind) for kind in kinds}, tmp_path / "x.safetensors")
     with SafetensorsFile(tmp_path / "x.safetensors") as file:
@@ -80,27 +80,57 @@ def test_every_float_dtype_is_read_as_it_is(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, np.ndarray], dict[str, Any], str]] = {
     "no LoRA": (pair(), {"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
-    "DoRA": (pair(), {"use_dora": True}, "use_dora is more than a product that is added: compile the model with `--lora`"),
+    "DoRA": (
+        pair(),
+        {"use_dora": True},
+        "use_dora is more than a product that is added: compile the model with `--lora`",
+    ),
     "a bias of B": (pair(), {"lora_bias": True}, "lora_bias is more than a product"),
     "biases": (pair(), {"bias": "lora_only"}, "bias is 'lora_only': weights of its own are not loaded at run time"),
-    "whole modules": (pair(), {"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]: weights of its own"),
+    "whole modules": (
+        pair(),
+        {"modules_to_save": ["lm_head"]},
+        r"modules_to_save is \['lm_head'\]: weights of its own",
+    ),
     "PiSSA": (pair(), {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', expected true"),
     "what nobody knows": (pair(), {"new_thing": 3}, "new_thing is 3, which llmc does not know"),
-    "a rank beyond": (pair(7), {"r": 7}, "has rank 7 for .*q_proj, the artifact has room for 6: compile it with a larger"),
+    "a rank beyond": (
+        pair(7),
+        {"r": 7},
+        "has rank 7 for .*q_proj, the artifact has room for 6: compile it with a larger",
+    ),
     "another rank": (pair(3), {}, r"matrices \[3, 5\] and \[4, 3\], for rank 4 they are \[4, 5\] and \[4, 4\]"),
     "other inputs": (pair(inputs=6), {}, r"is no adapter of this model: .*q_proj has matrices \[4, 6\]"),
     "other outputs": (pair(outputs=5), {}, r"is no adapter of this model: .*\[5, 4\], for rank 4"),
-    "another module": (pair(module="model.layers.9.mlp.up_proj"), {}, "adapts model.layers.9.mlp.up_proj, which the artifact"),
+    "another module": (
+        pair(module="model.layers.9.mlp.up_proj"),
+        {},
+        "adapts model.layers.9.mlp.up_proj, which the artifact",
+    ),
     "an embedding": (
-        {"base_model.model.model.embed_tokens.lora_embedding_A": numbers(4, 9)}, {}, "is no matrix that adds to a linear layer",
+        {"base_model.model.model.embed_tokens.lora_embedding_A": numbers(4, 9)},
+        {},
+        "is no matrix that adds to a linear layer",
     ),
     "magnitudes": (pair() | {f"base_model.model.{Q}.lora_magnitude_vector": numbers(4)}, {}, "is no matrix that adds"),
-    "a whole tensor": (pair() | {"base_model.model.lm_head.weight": numbers(4, 4)}, {}, "is no matrix that adds to a linear"),
+    "a whole tensor": (
+        pair() | {"base_model.model.lm_head.weight": numbers(4, 4)},
+        {},
+        "is no matrix that adds to a linear",
+    ),
     "one of two": ({NAMES[0]: numbers(4, 5)}, {}, "has only one of the two matrices"),
     "a vector": (pair() | {NAMES[0]: numbers(4)}, {}, r"matrices \[4\] and"),
     "nothing": ({}, {}, "holds no tensors of an adapter"),
-    "twice": (pair() | {n.replace("base_model.model.", ""): v for n, v in pair().items()}, {}, "more than one adapter of a module"),
-    "twice by its end": (pair() | {n.replace("base_model.model.model.", ""): v for n, v in pair().items()}, {}, "more than one adapter"),
+    "twice": (
+        pair() | {n.replace("base_model.model.", ""): v for n, v in pair().items()},
+        {},
+        "more than one adapter of a module",
+    ),
+    "twice by its end": (
+        pair() | {n.replace("base_model.model.model.", ""): v for n, v in pair().items()},
+        {},
+        "more than one adapter",
+    ),
     "NaN": (pair() | {NAMES[1]: np.full((4, 4), np.nan, np.float32)}, {}, "holds NaN or infinity"),
     "integers": (pair() | {NAMES[1]: np.ones((4, 4), np.int32)}, {}, "is 'I32', not of F64, F32, F16, BF16"),
     "alpha": (pair(), {"lora_alpha": "6"}, "alpha_pattern or its default is '6'"),
@@ -127,7 +157,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match=why):
             read_adapter(tmp_path, FACTS)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(AdapterError, match="has no adapter_model.safetensors: give the directory"):
+    with pytest.raises(AdapterError, match=r"has no adapter_model\.safetensors: give the directory"):
         read_adapter(tmp_path, FACTS)
     (tmp_path / "adapter_config.json").write_text(" " * (1 << 22) + "{}")
     with pytest.raises(AdapterError, match="has more than 4194304 bytes"):
@@ -177,7 +207,9 @@ def test_broken_files_are_refused(case: str, tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
-def test_any_change_of_a_byte_is_an_error_or_another_number(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_change_of_a_byte_is_an_error_or_another_number(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "changed"
     folder.mkdir(exist_ok=True)
     save_file({"a": numbers(3, 4), "b": numbers(2, 2)}, folder / "x.safetensors")

@@ -1,4 +1,4 @@
-"""Adapters at run time (LoRA): the logits of merged weights, one adapter for each text, switched while a model is loaded."""
+"""Adapters at run time (LoRA): the logits of merged weights, one adapter for each text, switched at any time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def compiled(folder: Path, family: str = "llama", scheme: str = "none", name: st
     if not path.exists():
         given: dict[str, object] = {"adapters": COUNT, "adapter_rank": RANK, "calibrate": "none", **options}
         compile_model(
-            str(model), path, CompileOptions(quantization=scheme, accuracy=False, kernel_cache=CACHE, **given)  # type: ignore[arg-type]
+            str(model),
+            path,
+            CompileOptions(quantization=scheme, accuracy=False, kernel_cache=CACHE, **given),  # type: ignore[arg-type]
         )
     return path
 
@@ -128,7 +130,11 @@ def test_a_loaded_adapter_computes_what_merged_weights_do(runtime: Runtime, fold
 # Merged and split projections, turned weights, activations without gates, biases and residuals behind them.
 @pytest.mark.parametrize(
     "family",
-    ["gpt2", "phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "gemma2", "opt", "gptj", "bloom", "qwen2"))],
+    [
+        "gpt2",
+        "phi3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("falcon", "gemma2", "opt", "gptj", "bloom", "qwen2")),
+    ],
 )
 def test_other_models_too(family: str, folder: Path) -> None:
     runtime = Runtime.load(compiled(folder, family), threads=2)
@@ -248,7 +254,9 @@ def test_adapters_come_and_go(runtime: Runtime, one: Path, two: Path) -> None:
     sequence = runtime.sequence(lora="b")
     sequence.append(IDS[:3])
     for change in (lambda: runtime.unload_lora("b"), lambda: runtime.load_lora("b", one)):
-        with pytest.raises(AdapterError, match="adapter 'b' is in use by 1 text or sequence: finish or close them first"):
+        with pytest.raises(
+            AdapterError, match="adapter 'b' is in use by 1 text or sequence: finish or close them first"
+        ):
             change()
     assert list(runtime.loras) == ["a", "b", "c"]
     same(logits(runtime, "b"), expected["b"])
@@ -267,7 +275,9 @@ def test_adapters_come_and_go(runtime: Runtime, one: Path, two: Path) -> None:
             runtime.load_lora(wrong, one)  # type: ignore[arg-type]
 
 
-def test_a_smaller_adapter_leaves_nothing_of_the_one_before(runtime: Runtime, one: Path, two: Path, tmp_path: Path) -> None:
+def test_a_smaller_adapter_leaves_nothing_of_the_one_before(
+    runtime: Runtime, one: Path, two: Path, tmp_path: Path
+) -> None:
     """Ranks and modules that the new one does not have were another's."""
     small = write_adapter(tmp_path / "small", sizes_of(runtime), ["model.layers.0.self_attn.k_proj"], rank=1, seed=5)
     fresh = Runtime.load(runtime.artifact.path, threads=2)

@@ -66,5 +66,5 @@ def test_an_operand_that_is_changed_in_place_has_no_other_reader() -> None:
     for value in (op.y, Reshape(op.y, op.y.shape)):
         assert isinstance(value, Op)
         outputs = (*graph.outputs, ("sums", value))
-        with pytest.raises(CompileError, match="llm.low_rank .* changes y in place, which something else reads too"):
+        with pytest.raises(CompileError, match=r"llm\.low_rank .* changes y in place, which something else reads too"):
             lower(Graph(graph.name, graph.inputs, outputs), machine_named("native"))

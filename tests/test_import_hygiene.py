@@ -32,8 +32,8 @@ ALLOWED = {
     "compiler": {"llmc.errors", "llmc.files", "llmc.compiler", "llmc.frontends", "llmc.targets",
                  "llmc.runtime.manifest", "numpy", "ml_dtypes", "threadpoolctl", "z3"},
     "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
-    "frontends": {"llmc.errors", "llmc.lora", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
-                  "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},
+    "frontends": {"llmc.errors", "llmc.lora", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch",
+                  "transformers", "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},
 }  # fmt: skip
 
 

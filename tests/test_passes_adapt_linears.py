@@ -1,4 +1,4 @@
-"""Room for adapters in a graph: which linear ops get it, what their tables are for, and that the model stays the same."""
+"""Room for adapters in a graph: which linear ops get it, what its tables are for, and that the model is the same."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from llmc.compiler.ir.text import parse
 from llmc.compiler.ir.types import Tensor
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.passes.adapt_linears import AdaptLinears, AdapterTable, Part
+from llmc.compiler.passes.adapt_linears import AdapterTable, AdaptLinears, Part
 from llmc.compiler.passes.manager import Report
 from llmc.compiler.pipeline import run_pipeline
 from llmc.compiler.scenario import prompt_inputs, random_params
 from llmc.errors import CompileError
 
 T = symbol("T", 1)
-LAYER = "qkv,o,gate up,down".split(",")
+LAYER = ["qkv", "o", "gate up", "down"]
 
 
 def decoder(scheme: str = "none", head: str = "head") -> tuple[Graph, LoadParam]:
@@ -189,7 +189,9 @@ def test_near_misses_say_why() -> None:
     assert refused(param("experts", 6, WIDTH)) == "its weight experts is that of no module"
     columns = s.Concat((param("a.weight", 6, 5), param("b.weight", 6, WIDTH - 5)), 1)
     assert refused(columns) == "its weight is computed by t.concat, and not as the checkpoint has it"
-    assert refused(s.Reshape(param("w2.weight", WIDTH, 6), (6, WIDTH))).startswith("its weight is computed by t.reshape")
+    assert refused(s.Reshape(param("w2.weight", WIDTH, 6), (6, WIDTH))).startswith(
+        "its weight is computed by t.reshape"
+    )
     deep = Input("deep", Tensor((T, 2, WIDTH), "f32"))
     assert "are no rows of tokens" in refused(param("w2.weight", 6, WIDTH), deep)
     half = Input("half", Tensor((T, WIDTH), "f16"))
@@ -197,7 +199,9 @@ def test_near_misses_say_why() -> None:
     order = e.constant(np.arange(WIDTH)[::-1].copy(), "i32")
     ordered = s.Gather(Input("x2", Tensor((T, WIDTH), "f32")), order, 1)
     graph = graph_of(W)
-    graph = Graph("g", (*graph.inputs, ordered.x), (*graph.outputs, ("z", Linear(ordered, param("w2.weight", 6, WIDTH)))))  # type: ignore[arg-type]
+    graph = Graph(
+        "g", (*graph.inputs, ordered.x), (*graph.outputs, ("z", Linear(ordered, param("w2.weight", 6, WIDTH))))
+    )  # type: ignore[arg-type]
     _, tables, report = adapted(graph)
     assert len(tables) == 1 and "an order of the file's own" in report.refusals[0][1]
 

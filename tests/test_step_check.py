@@ -102,7 +102,9 @@ def program(task: str) -> CompiledGraph:
         graph = AdaptLinears(count=2, rank=3).run(graph, Report())
     params = {param.name: load(param.name) for param in graph.params}
     limits = {"vocabulary": WORDS if task == ENCODE else VOCABULARY, "context": CONTEXT}
-    return CompiledGraph(graph, machine_named("native"), params, largest=MOST, task=task.replace(ADAPTED, GENERATE), **limits)
+    return CompiledGraph(
+        graph, machine_named("native"), params, largest=MOST, task=task.replace(ADAPTED, GENERATE), **limits
+    )
 
 
 def decoder_inputs(graph: Graph) -> dict[str, np.ndarray | Pages]:

@@ -1,8 +1,8 @@
 """llm-level ops of adapters that are loaded at run time (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
 Each token of a step has the number of its adapter, 0 for none. What an adapter adds to a linear op lies in tables, with
-one entry for each number: the caller fills them between steps. Entry 0 stays empty. As the slots of a cache, numbers are
-looked at before a step runs (`runtime/csrc/step_check.h`).
+one entry for each number: the caller fills them between steps. Entry 0 stays empty. As the slots of a cache, numbers
+are looked at before a step runs (`runtime/csrc/step_check.h`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from llmc.compiler.ir.elementwise import Activation, Add, Cast, Less, Mul, constant
 from llmc.compiler.ir.op import Op, Tokens, Value
 from llmc.compiler.ir.shapes import require
-from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reshape, Slice, Transpose, split_exact
+from llmc.compiler.ir.structural import Concat, Gather, Matmul, Reshape, Slice, split_exact
 from llmc.compiler.ir.types import Array, Tensor, numpy_dtype
 
 
@@ -24,9 +24,9 @@ class LowRank(Op, name="llm.low_rank"):
 
         y[t, columns of p] += (x[t] @ a[s, p, :r].T) @ b[s, :r, columns of p]    with r = ranks[s, p]
 
-    x [T, k], adapters [T], a [entries, parts, rank, k], b [entries, rank, n], ranks i32 [entries, parts]. Part p has the
-    columns from columns[p - 1] (0 for the first) to columns[p]. The scale is in b. What a and b hold from r on, and of
-    entries whose ranks are 0, changes nothing.
+    x [T, k], adapters [T], a [entries, parts, rank, k], b [entries, rank, n], ranks i32 [entries, parts]. Part p has
+    the columns from columns[p - 1] (0 for the first) to columns[p]. The scale is in b. What a and b hold from r on, and
+    of entries whose ranks are 0, changes nothing.
     """
 
     tokens = Tokens.FIRST

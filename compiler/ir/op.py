@@ -113,8 +113,8 @@ class Op(Value):
     """Base of all ops: `class Exp(Op, name="t.exp")`. The prefix of the name is the op's level (t, llm, k).
 
     tokens: what it does to tokens; every op, or the class that it comes from, says so. vectors: operands of few numbers
-    that kernels want in f32. in_place: the operand whose memory its kernels change into the result; empty: none. Such an
-    operand has no other user.
+    that kernels want in f32. in_place: the operand whose memory its kernels change into the result; empty: none. Such
+    an operand has no other user.
     """
 
     name: ClassVar[str] = ""

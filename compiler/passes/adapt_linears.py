@@ -2,12 +2,13 @@
 
 Each linear op over tokens whose weight is rows of the checkpoint's own matrices gets an `llm.low_rank` behind its sums,
 which reads three tables that the runtime fills: new inputs `adapters` i32[T] (of each token, 0: none) and, for op n,
-`adapter.n.a`, `adapter.n.b` and `adapter.n.ranks`. An activation that was part of the op comes behind that; its bias and
-its residual stay. A merged op has one part for each matrix that it was made of.
+`adapter.n.a`, `adapter.n.b` and `adapter.n.ranks`. An activation that was part of the op comes behind that; its bias
+and its residual stay. A merged op has one part for each matrix that it was made of.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -176,7 +177,7 @@ def _by_module(names: list[_Weight], rows: NDArray[np.int64]) -> Iterator[tuple[
     for end in (*(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)):
         (name, outputs), own = names[int(numbers[begin])], rows[begin:end, 1]
         breaks = (0, *(np.flatnonzero(np.diff(own) != 1) + 1).tolist(), len(own))
-        runs = tuple((int(own[low]), int(own[high - 1]) + 1) for low, high in zip(breaks, breaks[1:], strict=False))
+        runs = tuple((int(own[low]), int(own[high - 1]) + 1) for low, high in itertools.pairwise(breaks))
         module = name[: -len(_WEIGHT)] if name.endswith(_WEIGHT) else name[: -len(_INTEGERS)]
         yield end, Part(module, outputs, runs)
         begin = end
