@@ -141,13 +141,13 @@ class _Run:
         assert isinstance(n, int) and isinstance(k, int)
         shapes = ((entries, len(parts), rank, k), (entries, rank, n), (entries, len(parts)))
         kinds = ("f32", "f32", "i32")
-        tables = [
+        a, b, ranks = (
             Input(table_name(number, name), Tensor(shape, kind))
             for name, shape, kind in zip(TABLES, shapes, kinds, strict=True)
-        ]
+        )
         self.tables.append(AdapterTable(k, n, tuple(part for _, part in parts)))
-        self.inputs += tables
-        return LowRank(sums, x, adapters, *tables, columns)
+        self.inputs += (a, b, ranks)
+        return LowRank(sums, x, adapters, a, b, ranks, columns)
 
     def _parts(
         self, op: Linear | GatedLinear, x: Value, of_rows: Mapping[int | Dim, Value], embedded: set[str]
