@@ -398,8 +398,9 @@ def _attempt(writer: Writer, place: Place) -> tuple[str, RuntimeStateError | Non
 
 def _lora_of_each(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
     """Which adapter each of several texts is written with."""
-    alike = given is None or isinstance(given, str) or not isinstance(given, Iterable)
-    names = [given] * count if alike else list(given)  # type: ignore[arg-type,list-item]
+    if given is None or isinstance(given, str):
+        return [given] * count
+    names = list(given) if isinstance(given, Iterable) else []
     if len(names) != count or not all(name is None or isinstance(name, str) for name in names):
         raise RuntimeStateError(
             f"lora is a name, or a list of a name or None for each of {count} prompts, not {given!r:.60}"

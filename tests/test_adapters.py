@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from kernel_harness import CACHE
 from test_company import decode, same
 from tiny_models import make_tiny
 
+from llmc import cli
+from llmc.compiler import pipeline
 from llmc.compiler.options import CompileOptions
 from llmc.compiler.pipeline import compile_model
+from llmc.errors import CompileError
 from llmc.runtime.errors import AdapterError, RuntimeStateError
 from llmc.runtime.runtime import Runtime
 
@@ -294,3 +298,76 @@ def test_closing_a_layer_gives_everything_back(artifact: Path, one: Path) -> Non
     runtime.close()
     with pytest.raises(RuntimeStateError):
         runtime.generate(IDS, max_tokens=1, lora="one")
+
+
+def test_inputs_that_were_evened_meet_an_adapter_that_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Powers of two that went from a norm to the layers behind it go to their adapters, too (compiler/smoothing.py).
+
+    It is done for int8; here what it makes is computed in f32, so that nothing else differs."""
+    even = pipeline.evened
+    monkeypatch.setattr(
+        pipeline, "evened", lambda lifted, options, told: even(lifted, replace(options, quantization="int8"), told)
+    )
+    from safetensors.numpy import load_file, save_file
+
+    model = make_tiny("llama", folder / "uneven")
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if "input_layernorm" in name:
+            tensors[name][[5, 40]] *= 64
+            for layer in ("q_proj", "k_proj", "v_proj"):
+                tensors[name.replace("input_layernorm", f"self_attn.{layer}")][:, [5, 40]] /= 64
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    runtime = Runtime.load(compiled(folder, "uneven"), threads=2)
+    facts = runtime.manifest.adapters
+    assert facts is not None
+    powers = {table.parts[0].module.rpartition(".")[2]: table.powers for table in facts.tables}
+    assert set(powers["q_proj"]) > {0} and not powers["down_proj"]
+    chosen = [name for name in sizes_of(runtime) if name.endswith(("q_proj", "v_proj"))]
+    adapter = write_adapter(folder / "uneven-adapter", sizes_of(runtime), chosen, seed=6, lora_alpha=1)
+    runtime.load_lora("x", adapter)
+    expected, plain = merged_logits(model, adapter), runtime.forward(IDS)
+    near(logits(runtime, "x"), expected, 1e-4)  # scores of attention are 64 times as large here
+    assert np.abs(plain - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_the_command_line(artifact: Path, one: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def said(*words: object) -> tuple[int, str, str]:
+        status = cli.run([str(word) for word in words])
+        out, error = capfd.readouterr()
+        return status, out, error
+
+    runtime = Runtime.load(artifact, threads=2)
+    runtime.load_lora("x", one)
+    command = ("run", artifact, "def f", "--max-tokens", 6, "--threads", 2, "--json")
+    for lora, options in (("x", ("--lora", f"x={one}")), (None, ())):
+        status, out, _ = said(*command, *options)
+        assert status == 0 and json.loads(out)["text"] == runtime.generate("def f", max_tokens=6, lora=lora)
+    for given in ("x", "=dir", "x="):
+        status, _, error = said(*command, "--lora", given)
+        assert status == 1 and "--lora takes NAME=DIR, such as style=./my-adapter" in error
+    status, _, error = said(*command, "--lora", f"x={folder / 'nothing'}")
+    assert status == 1 and "is no directory: give the one that PEFT has written" in error
+    status, out, _ = said("inspect", artifact)
+    assert status == 0 and f"room for {COUNT} at a time, of rank {RANK} at most, beside 15 modules" in out
+    status, out, _ = said("explain", artifact)
+    assert status == 0 and "adapt-linears" in out and "low_rank_inner" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"adapters": -1}, "--adapters is at least 0, not -1"),
+        ({"adapters": 2000}, "--adapters is at most 1024"),
+        ({"adapter_rank": 0}, "--adapter-rank is at least 1"),
+        ({"adapters": True}, "--adapters is a whole number"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, int], why: str) -> None:
+    with pytest.raises(CompileError, match=why):
+        CompileOptions(**options)  # type: ignore[arg-type]
+
+
+def test_options_of_an_artifact_without_room_do_not_name_it() -> None:
+    assert not {"adapters", "adapter_rank"} & set(CompileOptions(adapter_rank=7).as_json())
+    assert CompileOptions(adapters=2, adapter_rank=7).as_json()["adapter_rank"] == 7
