@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir.verify import verify
-from llmc.compiler.passes.adapt_linears import AdapterTable, AdaptLinears
+from llmc.compiler.passes.adapt_linears import AdapterTable as AdapterTable
+from llmc.compiler.passes.adapt_linears import AdaptLinears
 from llmc.compiler.passes.manager import Observer, Report
 from llmc.compiler.smoothing import ScaledWeights
 from llmc.errors import CompileError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
-from llmc.compiler.adapting import make_room
+from llmc.compiler.adapting import AdapterTable, make_room
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import Attention
@@ -25,7 +25,6 @@ from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
 from llmc.compiler.losses import losses
 from llmc.compiler.options import AUTO, INTEGERS, CompileOptions
-from llmc.compiler.passes.adapt_linears import AdapterTable
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
 from llmc.compiler.passes.probe import reading
@@ -257,8 +256,7 @@ def compile_model(
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
 
-    progress = progress or Silent()
-    created = creation_time()
+    progress, created = progress or Silent(), creation_time()
     machine = machine_named(options.target)
     check_tools(machine)  # a missing one is said now, not after the work
     progress.start("lifting the model")

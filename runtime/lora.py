@@ -192,24 +192,37 @@ def _rows(part: PartFacts) -> NDArray[np.int64]:
 
 
 class Adapters:
-    """The adapters that are loaded, by name. Hold the runtime's lock."""
+    """The adapters that are loaded, by name. Hold the runtime's lock, but for `read` and `loaded`.
 
-    def __init__(self, tables: AdapterTables, layer: Layer) -> None:
-        self._tables, self._layer = tables, layer
+    artifact: its file, for messages. tables: None where there is no room for any, which every use then says.
+    """
+
+    def __init__(self, artifact: Path, tables: AdapterTables | None, layer: Layer) -> None:
+        self._artifact, self._room, self._layer = artifact, tables, layer
         self._loaded: dict[str, tuple[int, Path]] = {}
 
     @property
-    def facts(self) -> AdapterFacts:
-        return self._tables.facts
+    def _tables(self) -> AdapterTables:
+        if self._room is None:
+            raise AdapterError(f"{self._artifact} has no room for adapters: compile it with `--adapters N`")
+        return self._room
 
     @property
     def loaded(self) -> dict[str, Path]:
         """Directories by name."""
-        return {name: directory for name, (_, directory) in self._loaded.items()}
+        return {name: directory for name, (_, directory) in list(self._loaded.items())}
 
-    def number(self, name: str) -> int:
-        """What the session layer knows an adapter by. AdapterError where it is not loaded."""
+    def read(self, name: object, directory: str | os.PathLike[str]) -> tuple[str, Path, dict[str, Product]]:
+        """What `put` takes. AdapterError for what is no name, and for an adapter that does not fit."""
+        facts, checked, path = self._tables.facts, checked_name(name), checked_directory(directory)
+        return checked, path, read_adapter(path, facts)
+
+    def number(self, name: str | None) -> int:
+        """What the session layer knows an adapter by; None: none. AdapterError where it is not loaded."""
+        if name is None:
+            return 0
         if name not in self._loaded:
+            _ = self._tables  # where there is room for none, that is what is said
             known = ", ".join(self._loaded) or "none"
             raise AdapterError(f"no adapter {name!r:.60} is loaded (loaded: {known}): use load_lora() first")
         return self._loaded[name][0]
@@ -231,11 +244,11 @@ class Adapters:
         self._tables.write(place, {})
 
     def _free(self) -> int:
-        taken = {place for place, _ in self._loaded.values()}
-        free = set(range(1, self.facts.count + 1)) - taken
+        taken, count = {place for place, _ in self._loaded.values()}, self._tables.facts.count
+        free = set(range(1, count + 1)) - taken
         if not free:
             raise AdapterError(
-                f"all {self.facts.count} adapters that there is room for are loaded ({', '.join(self._loaded)}): "
+                f"all {count} adapters that there is room for are loaded ({', '.join(self._loaded)}): "
                 "unload one first, or compile with a larger --adapters"
             )
         return min(free)

@@ -23,14 +23,13 @@ from llmc.runtime.chat_template import ChatTemplate, Message
 from llmc.runtime.device import Code, Device, Place, Use
 from llmc.runtime.devices import device_for
 from llmc.runtime.encoding import Activation, Encoder, Texts, Told
-from llmc.runtime.errors import AdapterError, RuntimeStateError, TextError
+from llmc.runtime.errors import RuntimeStateError, TextError
 from llmc.runtime.fork_lock import STEPS, ForkLock
 from llmc.runtime.generation import Options, TextStream, generate_batch, split_options
 from llmc.runtime.kv_cache import CacheBuffers, PagePool
 from llmc.runtime.layer import Layer
 from llmc.runtime.limits import Limits
 from llmc.runtime.load_options import check_options
-from llmc.runtime.lora import Adapters, checked_directory, checked_name, read_adapter
 from llmc.runtime.profile import KernelTime, kernel_times
 from llmc.runtime.ragged import RaggedRunner
 from llmc.runtime.sampling import Chooser
@@ -266,19 +265,12 @@ class Runtime:
         if not is_integer(expected) or not 0 <= expected <= self.max_context:
             raise RuntimeStateError(f"expected is {expected!r:.40}: the context has {self.max_context} tokens")
         with self.lock:
-            number = 0 if lora is None else self._adapters().number(lora)
+            number = self._decodes("sequence()").adapters.number(lora)
             made = Sequence(self, layer.sequence(int(expected)))
-            if number:
-                layer.adapt(made.place, number)
+            layer.adapt(made.place, number)
             return made
 
     # Adapters
-
-    def _adapters(self) -> Adapters:
-        found = self._decodes("load_lora()").adapters
-        if found is None:
-            raise AdapterError(f"{self.artifact.path} has no room for adapters: compile it with `--adapters N`")
-        return found
 
     def load_lora(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Loads an adapter (LoRA) from a directory as PEFT writes it, in place of one of this name. Texts and sequences
@@ -287,16 +279,15 @@ class Runtime:
         AdapterError, before anything has changed, for one that does not fit the artifact or is more than products that
         are added, where there is no room for another, and while an adapter of this name is in use.
         """
-        adapters, checked = self._adapters(), checked_name(name)
-        path = checked_directory(directory)
-        products = read_adapter(path, adapters.facts)
+        adapters = self._decodes("load_lora()").adapters
+        read = adapters.read(name, directory)
         with self.lock:
             self.collect_orphans()
-            adapters.put(checked, path, products)
+            adapters.put(*read)
 
     def unload_lora(self, name: str) -> None:
         """Takes an adapter away, so that there is room for another. AdapterError while it is in use."""
-        adapters = self._adapters()
+        adapters = self._decodes("unload_lora()").adapters
         with self.lock:
             self.collect_orphans()
             adapters.take(name)
@@ -304,9 +295,7 @@ class Runtime:
     @property
     def loras(self) -> dict[str, Path]:
         """The adapters that are loaded: directories by name."""
-        found = None if self._decoder is None else self._decoder.adapters
-        with self.lock:
-            return {} if found is None else found.loaded
+        return {} if self._decoder is None else self._decoder.adapters.loaded
 
     def collect_orphans(self) -> None:
         """Gives back the pages of sequences that were dropped without being closed."""
