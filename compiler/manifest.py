@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.compiler.adapting import adapter_facts
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import MOST_PARTS, PART, TILE
 from llmc.compiler.ir.dims import Dim, symbols_of
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from llmc.targets.target import Library
 
 SCHEMA = 1
-ABI = 7
+ABI = 8
 _CACHE_DTYPES = {"f16": "float16", "f32": "float32"}
 
 
@@ -109,6 +110,7 @@ def build_manifest(
                 for item in placed
             ],
         },
+        **({"adapters": adapter_facts(compiled.adapters, options)} if compiled.adapters else {}),
         "encoder": lifted.encoder,
         "tokenizer": lifted.text.facts,
         "generation": lifted.text.generation,

@@ -24,6 +24,8 @@ MOST_STEP = 1 << 16  # the arena is planned for so many tokens at once
 # Of a model whose accuracy is measured though nothing else takes long: some seconds on two cores, two products
 # of its weights with 512 rows.
 MEASURED_PARAMETERS = 1 << 27
+MOST_ADAPTERS = 1024
+MOST_RANK = 1024
 MOST_DIM = 1 << 31  # of a size that a model names
 
 
@@ -53,6 +55,8 @@ class CompileOptions:
     show that they need more bits than their scheme has get one or two more, as far as these last. None: a tenth of a
     bit more than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
     lora: directories of adapters, as PEFT writes them, that are merged into the weights.
+    adapters: how many adapters there is room for, that are loaded at run time and chosen for each text. adapter_rank:
+    the greatest rank of one. What is not loaded takes address space, and no memory.
     accuracy: whether the artifact tells how far it is from its original: each rounded matrix, and the outputs on text
     that the model writes. None: where weights are rounded to integers, and that takes long anyway or the model is small
     (`MEASURED_PARAMETERS`).
@@ -77,6 +81,8 @@ class CompileOptions:
     calibrate: str | None = None
     bits_per_weight: float | None = None
     lora: tuple[str, ...] = ()
+    adapters: int = 0
+    adapter_rank: int = 64
     accuracy: bool | None = None
     max_context: int | None = None
     max_step: int | None = None
@@ -113,6 +119,8 @@ class CompileOptions:
             )
         if not isinstance(self.lora, tuple) or not all(isinstance(each, str) and each for each in self.lora):
             raise CompileError(f"--lora needs directories of adapters, not {self.lora!r:.60}")
+        _in_range("--adapters", self.adapters, 0, MOST_ADAPTERS)
+        _in_range("--adapter-rank", self.adapter_rank, 1, MOST_RANK)
         if self.calibrate == "":
             raise CompileError("--calibrate is none, self or a file's path, not empty")
         if self.bits_per_weight is not None:
@@ -191,6 +199,8 @@ class CompileOptions:
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("kernel_cache", "jobs", "check"):
             del kept[name]
+        if not self.adapters:
+            del kept["adapters"], kept["adapter_rank"]
         if self.calibration_file is not None:
             kept["calibrate"] = _hash_of("--calibrate", self.calibration_file)
         kept["lora"] = [_hash_of("--lora", *_adapter_files(Path(each).expanduser())) for each in self.lora]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
+from llmc.compiler.adapting import AdapterTable, make_room
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import Attention
@@ -117,6 +118,7 @@ class Compiled:
     original: Graph | None = None  # before weights were rounded
     # Weights that were rounded by what their layers see: what they were to be, by what stands in their place.
     originals: dict[Value, Quantize] = field(default_factory=dict)
+    adapters: tuple[AdapterTable, ...] = ()  # what the tables of adapters are for, in order
 
 
 def run_pipeline(
@@ -254,8 +256,7 @@ def compile_model(
     from llmc.compiler.manifest import creation_time
     from llmc.targets import check_tools, lower, machine_named
 
-    progress = progress or Silent()
-    created = creation_time()
+    progress, created = progress or Silent(), creation_time()
     machine = machine_named(options.target)
     check_tools(machine)  # a missing one is said now, not after the work
     progress.start("lifting the model")
@@ -283,6 +284,7 @@ def compile_model(
             rounded = round_by_inputs(source, lifted, compiled, options, folder, progress, watching)
         if rounded is not None and checker is not None:
             checker.calibrated(*rounded)
+        make_room(lifted, compiled, options, watching)
         program = lower(compiled.graph, machine)
         tell = options.tells_accuracy(lifted.parameters)
         manifest = assemble(source, output, options, lifted, compiled, program, progress, created, checker, tell)

@@ -29,7 +29,8 @@ from llmc.compiler.ir.structural import Gather, GatherElements
 from llmc.compiler.ir.types import FLOATS, INTEGERS, KV, NUMPY_DTYPES, Array, numpy_dtype
 from llmc.errors import CompileError
 
-_PER_TOKEN = ("ids", "positions", "token_types", "lengths")
+_PER_TOKEN = ("ids", "positions", "token_types", "lengths", "adapters")
+_TABLE = "adapter."  # how the names of adapters' tables begin
 _KNOWN = (*_PER_TOKEN, "starts", "slots", "tiles", "block_table", "rows")
 
 
@@ -102,7 +103,7 @@ class Scenario:
 
         `known`: values that were evaluated already, such as quantized weights.
         """
-        unknown = [v.name for v in graph.inputs if v.name not in _KNOWN and not isinstance(v.type, KV)]
+        unknown = [v.name for v in graph.inputs if not _is_known(v)]
         if unknown:
             raise CompileError(f"cannot check a graph with input {unknown[0]!r}; known: {', '.join(_KNOWN)}, caches")
         names = {value.name for value in graph.inputs}
@@ -120,8 +121,10 @@ class Scenario:
         steps = [self._render((Span(index, 0, len(ids)),)) for index, ids in enumerate(self.sequences)]
         runs: list[dict[str, Data]] = []
         for step in steps:
-            inputs: dict[str, Data] = {}
+            inputs: dict[str, Data] = empty_tables(graph)
             for value in graph.inputs:
+                if value.name in inputs:
+                    continue
                 data = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
                 inputs[value.name] = data[None] if value.name in _PER_TOKEN and value.rank == 2 else data
             runs.append(inputs)
@@ -135,11 +138,12 @@ class Scenario:
         caches: dict[str, Data] = {
             value.name: Pages.empty(value.type, count) for value in graph.inputs if isinstance(value.type, KV)
         }
+        tables = empty_tables(graph)
         for spans in self._steps_for(graph):
             step = self._render(spans)
-            inputs = dict(caches)
+            inputs = {**caches, **tables}
             for value in graph.inputs:
-                if not isinstance(value.type, KV):
+                if value.name not in inputs:
                     inputs[value.name] = step.arrays[value.name].astype(NUMPY_DTYPES[value.dtype])
             outputs = evaluate_with(graph, inputs, load_param, known)
             caches = {name: outputs.pop(f"{name}.next", cache) for name, cache in caches.items()}
@@ -177,7 +181,7 @@ class Scenario:
         chosen = np.random.default_rng(self.seed).permutation(len(ids))
         arrays: dict[str, Array] = {
             "ids": np.array(ids), "positions": np.array(positions), "token_types": np.array(types),
-            "lengths": np.array(lengths),
+            "lengths": np.array(lengths), "adapters": np.zeros(len(ids)),
             "starts": np.array(starts), "slots": np.array(slots), "tiles": np.array(tiles), "block_table": table,
             "rows": chosen,
         }  # fmt: skip
@@ -257,8 +261,10 @@ def prompt_inputs(graph: Graph, *texts: Array, wide: bool = False) -> dict[str, 
     arrays = Scenario(tuple(texts), (), pages)._render(spans).arrays
     arrays["rows"] = np.arange(sum(map(len, texts)))
     arrays["token_types"] = np.zeros_like(arrays["token_types"])
-    inputs: dict[str, Data] = {}
+    inputs: dict[str, Data] = empty_tables(graph)
     for value in graph.inputs:
+        if value.name in inputs:
+            continue
         if isinstance(value.type, KV):
             empty = Pages.empty(value.type, ends[-1])
             inputs[value.name] = (
@@ -407,5 +413,15 @@ def _random_input(graph: Graph, value: Input, rng: np.random.Generator, binding:
 
 def is_token_graph(graph: Graph) -> bool:
     """Whether a graph takes token ids and nothing that a scenario cannot render."""
-    names = {value.name for value in graph.inputs if not isinstance(value.type, KV)}
-    return "ids" in names and names <= set(_KNOWN)
+    return any(value.name == "ids" for value in graph.inputs) and all(map(_is_known, graph.inputs))
+
+
+def _is_known(value: Input) -> bool:
+    """Whether a scenario has this input."""
+    return value.name in _KNOWN or isinstance(value.type, KV) or value.name.startswith(_TABLE)
+
+
+def empty_tables(graph: Graph) -> dict[str, Data]:
+    """The tables of adapters while none is loaded."""
+    tables = [value for value in graph.inputs if value.name.startswith(_TABLE)]
+    return {value.name: np.zeros(value.shape, NUMPY_DTYPES[value.dtype]) for value in tables}  # type: ignore[arg-type]

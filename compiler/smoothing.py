@@ -108,6 +108,11 @@ class ScaledWeights:
     def __init__(self, source: Source, scaled: Mapping[str, Scaled]) -> None:
         self._source, self._scaled = source, dict(scaled)
 
+    def powers(self, name: str) -> tuple[int, ...]:
+        """By which powers of two the inputs of a matrix were multiplied; empty: it is as it was."""
+        scaled = self._scaled.get(name)
+        return () if scaled is None else tuple(int(power) for power in scaled.powers)
+
     @property
     def names(self) -> Iterable[str]:
         return self._source.names

@@ -30,7 +30,7 @@ def largest_sizes(step: int, max_context: int) -> dict[str, int]:
     """The greatest value of every symbol of a step of at most `step` tokens, for planning memory."""
     return {
         "T": step, "S": step, "R": step, "Q": step, "B": step,
-        "M": -(-max_context // PAGE), "SPLITS": MOST_PARTS, "PROMPT": 1,
+        "M": -(-max_context // PAGE), "SPLITS": MOST_PARTS, "PROMPT": 1, "ADAPTED": step,
     }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from llmc.runtime.device import ALIGNMENT, Buffer, Code, Device, Place, Use
 from llmc.runtime.errors import ContextError
 from llmc.runtime.kv_cache import CacheBuffers
 from llmc.runtime.layer import Layer, Writing
+from llmc.runtime.lora import Adapters, AdapterTables
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.step_call import StepCaller
 
@@ -36,6 +37,9 @@ class StepRunner(StepCaller):
             self.max_context = min(self.max_context, self.facts.max_step)  # every step sees the whole sequence
         self.step.cache, self.step.cache_pages = buffers.number, buffers.pages
         self.layer: Layer = Layer(code, manifest, self.step, self.make_tables(self.max_context), device.threads)
+        tables = None if manifest.adapters is None else AdapterTables(device, manifest.adapters)
+        self.step.adapter_tables = None if tables is None else tables.number
+        self.adapters = Adapters(artifact.path, tables, self.layer)
         self._rooms: list[Buffer] = []  # the runner's own memory for logits, once there is some
         if not device.in_process:
             self.layer.drive(device.choose, buffers.copy, _fetching(device, self._rooms, self.facts.vocab_size))

@@ -19,6 +19,10 @@ class TextError(RuntimeStateError):
     """Text that cannot be made or read: no tokenizer, no chat template, or a template that fails."""
 
 
+class AdapterError(RuntimeStateError):
+    """An adapter that cannot be loaded, used or taken away."""
+
+
 class BatchError(RuntimeStateError):
     """Some texts of a batch could not be written to their end; the others were.
 
@@ -38,6 +42,7 @@ class StepError(RuntimeStateError):
 
 
 __all__ = [
+    "AdapterError",
     "ArtifactError",
     "BatchError",
     "CacheFullError",

@@ -29,8 +29,9 @@ DEFAULT_MAX_TOKENS = 256
 class Options(TypedDict, total=False):
     """Keyword options of `generate`, `stream`, `chat` and the like. What is not given, or None, is the model's own
     default. stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own. max_time:
-    seconds after which the text ends with the next token. All others mean what they mean in transformers; 0, an empty
-    list, or 1 for a penalty or probability turns one off that the model has on."""
+    seconds after which the text ends with the next token. lora: the name of a loaded adapter that the text is written
+    with; of several prompts it may be a list, of a name or None for each. All others mean what they mean in
+    transformers; 0, an empty list, or 1 for a penalty or probability turns one off that the model has on."""
 
     max_tokens: int | None
     temperature: float | None
@@ -59,11 +60,12 @@ class Options(TypedDict, total=False):
     forced_eos_token_id: int | Sequence[int] | None
     exponential_decay_length_penalty: tuple[int, float] | None
     remove_invalid_values: bool | None
+    lora: str | Sequence[str | None] | None
 
 
 # Options whose setting has another name, or none.
 _OTHER_NAMES = {"max_tokens": "max_new_tokens", "stop": "stop_strings"}
-_OWN = ("seed", "stop_token_ids")
+_OWN = ("seed", "stop_token_ids", "lora")
 # Names of options in other libraries, and what they are called here.
 _CALLED = {
     "max_new_tokens": "max_tokens",
@@ -288,7 +290,10 @@ class TextStream(Iterator[str]):
     def __init__(self, runtime: Runtime, prompt: NDArray[np.int32], options: Options) -> None:
         self._writer = Writer(runtime, prompt, options)
         self._progress = Progress(len(prompt))
-        self._pieces = _write(runtime, prompt, self._writer, self._progress)
+        lora = options.get("lora")
+        if lora is not None and not isinstance(lora, str):
+            raise RuntimeStateError(f"lora is the name of one adapter, not {lora!r:.60}")
+        self._pieces = _write(runtime, prompt, self._writer, self._progress, lora)
 
     @property
     def tokens(self) -> list[int]:
@@ -337,11 +342,11 @@ class TextStream(Iterator[str]):
 
 
 def _write(
-    runtime: Runtime, prompt: NDArray[np.int32], writer: Writer, progress: Progress
+    runtime: Runtime, prompt: NDArray[np.int32], writer: Writer, progress: Progress, lora: str | None
 ) -> Generator[str, None, None]:
     start = time.perf_counter()
     writer.begin()
-    with runtime.sequence() as sequence:
+    with runtime.sequence(lora=lora) as sequence:
         progress.cached_tokens = sequence.adopt_prefix(prompt)
         error: BaseException | None = None
         while error is None:
@@ -391,13 +396,25 @@ def _attempt(writer: Writer, place: Place) -> tuple[str, RuntimeStateError | Non
         return "", error
 
 
+def _lora_of_each(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """Which adapter each of several texts is written with."""
+    if given is None or isinstance(given, str):
+        return [given] * count
+    names = list(given) if isinstance(given, Iterable) else []
+    if len(names) != count or not all(name is None or isinstance(name, str) for name in names):
+        raise RuntimeStateError(
+            f"lora is a name, or a list of a name or None for each of {count} prompts, not {given!r:.60}"
+        )
+    return names
+
+
 def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: Options) -> list[str]:
     """Texts of several prompts, written side by side: each step serves all that are not finished.
 
     With a seed, prompt number i draws with seed + i. `BatchError` where no token could be chosen for some of them, such
     as from logits that are NaN: when the others are finished.
     """
-    seed = options.get("seed")
+    seed, loras = options.get("seed"), _lora_of_each(options.get("lora"), len(prompts))
     writers = []
     for index, prompt in enumerate(prompts):
         own: Options = {**options, "seed": int(seed) + index} if is_integer(seed) else options
@@ -406,8 +423,10 @@ def generate_batch(runtime: Runtime, prompts: list[NDArray[np.int32]], options: 
     texts = [""] * len(prompts)
     errors: dict[int, RuntimeStateError] = {}
     failed: BaseException | None = None
-    sequences = [runtime.sequence() for _ in prompts]
+    sequences: list[Cached] = []
     try:
+        for lora in loras:
+            sequences.append(runtime.sequence(lora=lora))  # noqa: PERF401  (those that are made are closed)
         fresh = [(one, prompt[one.adopt_prefix(prompt) :]) for one, prompt in zip(sequences, prompts, strict=True)]
         pending = list(range(len(prompts)))
         while pending:

@@ -45,6 +45,7 @@ class Tables(ctypes.Structure):
         (name, _POINTER)
         for name in (
             "ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table",
+            "adapters",
         )
     )  # fmt: skip
 
@@ -106,6 +107,7 @@ class SequenceView(ctypes.Structure):
         ("reading", _I64),
         ("tokens", _POINTER),
         ("page_ids", _POINTER),
+        ("adapter", _I64),
     )
 
 
@@ -156,6 +158,10 @@ _FUNCTIONS: dict[str, tuple[object, ...]] = {  # the result, then the arguments
     "fork": (_INT, _POINTER, _OUT),
     "end": (None, _POINTER),
     "rollback": (_INT, _POINTER, _I64),
+    "adapt": (_INT, _POINTER, _I64),
+    "adapter_begin": (_INT, _POINTER, _I64),
+    "adapter_end": (None, _POINTER, _I64),
+    "adapter_users": (_I64, _POINTER, _I64),
     "adopt": (_INT, _POINTER, _POINTER, _I64, ctypes.POINTER(_I64)),
     "feed_begin": (_INT, _POINTER, ctypes.POINTER(Request), _I64),
     "feed_step": (_INT, _POINTER, _POINTER, ctypes.POINTER(_I64)),
@@ -344,6 +350,25 @@ class Layer:
         self._ready()
         self._check(self._call["adopt"](sequence, address(ids), len(ids), ctypes.byref(covered)))
         return covered.value
+
+    # Adapters, by their numbers
+
+    def adapt(self, sequence: int, number: int) -> None:
+        """From now on an empty sequence is computed with this adapter; 0: with none."""
+        self._ready()
+        self._check(self._call["adapt"](sequence, number))
+
+    def adapter_users(self, number: int) -> int:
+        """How many sequences have an adapter."""
+        return self._call["adapter_users"](self._ready(), number)
+
+    def adapter_begin(self, number: int) -> None:
+        """Makes it one that no sequence can have, until `adapter_end`, so that its tables may change."""
+        self._check(self._call["adapter_begin"](self._ready(), number))
+
+    def adapter_end(self, number: int) -> None:
+        """It is what its tables hold now: no prefix in the cache was computed with it."""
+        self._call["adapter_end"](self._ready(), number)
 
     # Steps
 

@@ -25,10 +25,11 @@ _RTLD_NOLOAD = 4  # Linux: only a library that is loaded already
 
 
 class Step(ctypes.Structure):
-    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT. Pointers are numbers of places (`runtime/device.py`)."""
+    """`LlmcStep` of step.h. sizes: T, Q, B, M, R, S, PROMPT, ADAPTED. Pointers are numbers of places
+    (`runtime/device.py`)."""
 
     _fields_ = (
-        ("sizes", ctypes.c_int64 * 7),
+        ("sizes", ctypes.c_int64 * 8),
         ("ids", ctypes.c_void_p),
         ("positions", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
@@ -48,6 +49,8 @@ class Step(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("arena_bytes", ctypes.c_int64),
         ("cache_pages", ctypes.c_int64),
+        ("adapters", ctypes.c_void_p),
+        ("adapter_tables", ctypes.c_void_p),
     )
 
 

@@ -29,6 +29,7 @@ plan, provenance) are kept as they are.
      "generation": {any of `GenerationSettings`},
      "accuracy": null | {"tensors": [{"name", "encoding", "bits", "numbers", "weight_error", "output_error": null | n}],
                          "text": null | {...}, "vectors": null | {...}}: `runtime/accuracy.py` says what these are,
+     "adapters": null | {"count", "rank", "tables"}: `runtime/adapter_facts.py` says what these are,
      "kernels": [...], "memory": {...}, "provenance": {...}}
 """
 
@@ -42,13 +43,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmc.runtime.accuracy import Accuracy, parse_accuracy
+from llmc.runtime.adapter_facts import AdapterFacts, parse_adapters
 from llmc.runtime.errors import ArtifactError
 from llmc.runtime.json_reader import MOST, Reader, refuse
 from llmc.runtime.settings import GenerationSettings
 from llmc.runtime.sizes import NAME, NamedSize, Size, SizeError, names_of, parse_size
 
 SCHEMA = 1
-ABI = 7
+ABI = 8
 
 Json = Mapping[str, object]
 # Terms of a sum: the symbols that are multiplied, and a factor. `targets/call_facts.py` says what the symbols are.
@@ -63,7 +65,7 @@ _MOST_AXES = 16
 _MOST_CONTEXT = 1 << 31
 # Floats, and what is encoded: kernels only multiply with these.
 _NO_INDICES = re.compile(r"tensor<\[[^\[\]<>]*\], (f64|f32|f16|bf16|[a-z0-9]+, [^<>]+)>")
-_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|PROMPT|(KEYS|PAIRS)[0-9]{0,9}")
+_COST_SYMBOL = re.compile(r"[TSQBMR]|SPLITS|PROMPT|ADAPTED|(KEYS|PAIRS)[0-9]{0,9}")
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,7 @@ class Manifest:
     text: TextFacts | None
     generation: GenerationSettings
     accuracy: Accuracy | None
+    adapters: AdapterFacts | None
     raw: Json = field(repr=False)
 
     @property
@@ -318,6 +321,7 @@ def parse(data: bytes) -> Manifest:
         text=None if top.value.get("tokenizer") is None else _text(top, step.vocab_size),
         generation=_generation(Reader(top.value.get("generation", {}), "generation")),
         accuracy=None if top.value.get("accuracy") is None else parse_accuracy(top.child("accuracy")),
+        adapters=None if top.value.get("adapters") is None else parse_adapters(top.child("adapters")),
         raw=top.value,
     )
 

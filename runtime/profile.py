@@ -48,7 +48,7 @@ class StepSizes:
         return sum(count(start, tokens, int(found[2] or 0)) for start, tokens in self.runs)
 
 
-_PLACES = {"T": 0, "S": 0, "Q": 1, "B": 2, "M": 3, "R": 4, "SPLITS": 5, "PROMPT": 6}
+_PLACES = {"T": 0, "S": 0, "Q": 1, "B": 2, "M": 3, "R": 4, "SPLITS": 5, "PROMPT": 6, "ADAPTED": 7}
 
 
 def keys_seen(start: int, tokens: int, window: int) -> int:

@@ -255,8 +255,8 @@ class Runtime:
 
     # Tokens
 
-    def sequence(self, expected: int = 0) -> Sequence:
-        """A new empty sequence.
+    def sequence(self, expected: int = 0, lora: str | None = None) -> Sequence:
+        """A new empty sequence, computed with the adapter of this name, which has to be loaded; None: with none.
 
         expected: how many tokens it will have at least, where that is known. Models for long contexts may compute every
         token differently in a long sequence: this one is computed as such from the start, and not anew as it grows.
@@ -265,7 +265,37 @@ class Runtime:
         if not is_integer(expected) or not 0 <= expected <= self.max_context:
             raise RuntimeStateError(f"expected is {expected!r:.40}: the context has {self.max_context} tokens")
         with self.lock:
-            return Sequence(self, layer.sequence(int(expected)))
+            number = self._decodes("sequence()").adapters.number(lora)
+            made = Sequence(self, layer.sequence(int(expected)))
+            layer.adapt(made.place, number)
+            return made
+
+    # Adapters
+
+    def load_lora(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Loads an adapter (LoRA) from a directory as PEFT writes it, in place of one of this name. Texts and sequences
+        that are made with `lora=name` are computed with it from then on; the weights stay what they are.
+
+        AdapterError, before anything has changed, for one that does not fit the artifact or is more than products that
+        are added, where there is no room for another, and while an adapter of this name is in use.
+        """
+        adapters = self._decodes("load_lora()").adapters
+        read = adapters.read(name, directory)
+        with self.lock:
+            self.collect_orphans()
+            adapters.put(*read)
+
+    def unload_lora(self, name: str) -> None:
+        """Takes an adapter away, so that there is room for another. AdapterError while it is in use."""
+        adapters = self._decodes("unload_lora()").adapters
+        with self.lock:
+            self.collect_orphans()
+            adapters.take(name)
+
+    @property
+    def loras(self) -> dict[str, Path]:
+        """The adapters that are loaded: directories by name."""
+        return {} if self._decoder is None else self._decoder.adapters.loaded
 
     def collect_orphans(self) -> None:
         """Gives back the pages of sequences that were dropped without being closed."""

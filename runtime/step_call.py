@@ -93,7 +93,9 @@ class StepCaller:
         most = self.facts.max_step
         columns = -(-context // max(1, self.facts.page))
         shapes = {"starts": (most + 1,), "tiles": (most, 4), "block_table": (most * max(1, columns),)}
-        names = ("ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table")
+        names = (
+            "ids", "positions", "slots", "lengths", "rows", "tiles", "starts", "token_types", "block_table", "adapters",
+        )  # fmt: skip
         made = {name: self.int32(name, shapes.get(name, (most,))) for name in names}
         self._tiles = made["tiles"]
         return made

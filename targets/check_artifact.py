@@ -32,7 +32,7 @@ from llmc.runtime.runtime import Runtime
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import Plan
 from llmc.targets.replay import Replay, StepFacts, StepRun, describe, is_rounding, is_written, unrounded
-from llmc.targets.step_limits import SIZES
+from llmc.targets.step_limits import SIZES, adapter_tables
 
 THREADS = (1, 2)
 DECODED = 3  # tokens at a sequence's end that go in one by one
@@ -47,7 +47,7 @@ WHOLE = 1e-4
 HALF_CACHE = 1e-3  # keys and values that differ in the last digit of f32 may be rounded to others in f16, 2^-11 apart
 _ULP = {"f16": 2.0**-10, "bf16": 2.0**-7}
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
-_SLOTS["LLMC_PROMPT"] = 6
+_SLOTS |= {"LLMC_PROMPT": 6, "LLMC_ADAPTED": 7}
 
 
 @dataclass(frozen=True)
@@ -251,10 +251,13 @@ class _Watcher:
             binding = dict(zip(size_names(graph), (int(size) for size in dims), strict=False))
         inputs = {}
         plain = [value for value in graph.inputs if not isinstance(value.type, KV)]
+        tables = adapter_tables(graph)
         for index, value in enumerate(plain):
             shape = tuple(concrete(dim, binding) for dim in value.shape)
             if task == "run":
                 place = (ctypes.c_void_p * len(plain)).from_address(struct.inputs)[index]
+            elif value in tables:
+                place = (ctypes.c_void_p * len(tables)).from_address(struct.adapter_tables)[tables.index(value)]
             else:
                 place = getattr(struct, value.name)
             inputs[value.name] = _copied(place, shape, NUMPY_DTYPES[value.dtype])

@@ -32,7 +32,7 @@ def facts_source(manifest: Json) -> str:
     in `step.failures`; an empty one makes facts of an artifact that does nothing."""
     step, encoder, context = manifest.get("step", {}), manifest.get("encoder") or {}, manifest.get("max_context", 0)
     target = manifest.get("target", {})
-    features = sorted(target.get("features", ()))
+    features, adapters = sorted(target.get("features", ())), manifest.get("adapters") or {}
     names = [facts["name"] for facts in manifest.get("outputs", ())]
     values: dict[str, object] = {
         "bytes": "sizeof(LlmcFacts)",
@@ -51,6 +51,8 @@ def facts_source(manifest: Json) -> str:
         "tile_registers": int(any(feature.startswith("amx-") for feature in features)),
         "architecture": c_string(target.get("arch", "")),
         "encoder_output": names.index(encoder["output"]) if encoder.get("output") in names else -1,
+        "adapter_count": adapters.get("count", 0),
+        "adapter_rank": adapters.get("rank", 0),
         "max_tokens": encoder.get("max_tokens", min(context, step.get("max_step", 0))),
     }
     lists = [
@@ -59,6 +61,7 @@ def facts_source(manifest: Json) -> str:
         _List("regime", "int64_t", [_number(value) for value in step.get("regimes", ())]),
         _List("failure", "char *const", [c_string(text) for text in step.get("failures", ())]),
         _List("output", "LlmcOutputFacts", [_output(facts) for facts in manifest.get("outputs", ())]),
+        _List("adapter_table", "LlmcAdapterFacts", [_adapter_table(facts) for facts in adapters.get("tables", ())]),
     ]
     fields = [f".{name} = {_number(value) if isinstance(value, int) else value}" for name, value in values.items()]
     fields += [text for items in lists for text in items.fields()]
@@ -88,6 +91,10 @@ def _layer(facts: Json) -> str:
         facts["window"] or 0,
     )  # fmt: skip
     return f"{{{', '.join(map(_number, numbers))}}}"
+
+
+def _adapter_table(facts: Json) -> str:
+    return f"{{{', '.join(map(_number, (facts['inputs'], facts['outputs'], len(facts['parts']))))}}}"
 
 
 def _output(facts: Json) -> str:

@@ -276,6 +276,14 @@ def _expand(graph: Graph, refused: dict[Op, Choice], machine: Machine) -> Graph:
     return substitute_values(graph, new) if new else graph
 
 
+def changed_operand(op: Op, context: Context) -> Value:
+    """The operand whose memory becomes the result's; CompileError where anything else may read that memory."""
+    value: Value = getattr(op, op.in_place)
+    if context.only_user(value) is not op or not isinstance(value, Op) or isinstance(value, Reshape):
+        raise CompileError(f"{op.name} : {op.type} changes {op.in_place} in place, which something else reads too")
+    return value
+
+
 def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
     """The program of a graph. Users are lowered before what they use, so that rules can absorb operands."""
     graph, decomposed = decompose_unsupported(graph, rules, machine)
@@ -293,6 +301,9 @@ def lower_graph(graph: Graph, rules: Rules, machine: Machine) -> Program:
             continue
         result = rules.choose(op, context)
         assert not isinstance(result, Choice)
+        if op.in_place:
+            program.aliases[op] = changed = changed_operand(op, context)
+            needed.add(changed)
         lowered, choice = result
         done.update(lowered.computes)
         needed.update(lowered.reads)

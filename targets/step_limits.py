@@ -11,6 +11,7 @@ from llmc.compiler.ir.dims import Dim, symbols_of
 from llmc.compiler.ir.encoded import PAGE
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.interface import output_values, size_names
+from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import KV
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ SIZES = {
     "R": "LLMC_ROWS",
     "SPLITS": "LLMC_SPLITS",
     "PROMPT": "LLMC_PROMPT",
+    "ADAPTED": "LLMC_ADAPTED",
 }
 _COUNT = len(set(SIZES.values()))
-INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts", "lengths")
+INPUTS = ("ids", "positions", "token_types", "slots", "tiles", "block_table", "rows", "starts", "lengths", "adapters")
 
 _BROKEN = "the step was called with"
 STEP_FAILURES = (
@@ -42,6 +44,7 @@ STEP_FAILURES = (
     f"{_BROKEN} a row of logits that is none of its tokens",
     f"{_BROKEN} starts that are not those of whole sequences within the context",
     f"{_BROKEN} query tiles that are not rows of one sequence each, or not all of them",
+    f"{_BROKEN} numbers of adapters that there are none of",
 )
 """What `LLMC_WRONG_*` of runtime/csrc/step.h mean, from 1 on."""
 
@@ -62,12 +65,24 @@ class StepLimits:
     context: int = 1 << 31
 
 
+def adapter_tables(graph: Graph) -> list[Input]:
+    """The inputs that are tables of adapters, in the order in which a step has them."""
+    return [value for value in graph.inputs if value.name.startswith("adapter.")]
+
+
+def adapter_count(graph: Graph) -> int:
+    """How many adapters the tables have entries for, besides none."""
+    entries = [value.shape[0] for value in adapter_tables(graph)]
+    return int(entries[0]) - 1 if entries else 0  # type: ignore[arg-type]  # tables have fixed sizes
+
+
 def limits_source(graph: Graph, task: str, limits: StepLimits, arena_bytes: int, has_weights: bool) -> str:
     """The C definition of a step's `LlmcLimits`. graph: the one that is compiled, after all passes."""
     arrays = task == "run"
     names = size_names(graph) if arrays else []
     low = {name: min(item.low for item in graph.symbols if item.name == name) for name in names}
     plain = [value for value in graph.inputs if not isinstance(value.type, KV)]
+    tables = adapter_tables(graph) if not arrays else []
     least, most = _sizes(graph, limits) if not arrays else (["INT64_MIN"] * _COUNT, ["INT64_MAX"] * _COUNT)
     facts = {
         "least": f"{{{', '.join(least)}}}",
@@ -86,6 +101,7 @@ def limits_source(graph: Graph, task: str, limits: StepLimits, arena_bytes: int,
         "weights": int(has_weights),
         "logits": int(task == "generate"),
         **({} if arrays else {value.name: 1 for value in plain if value.name in INPUTS}),
+        **({"adapter_count": adapter_count(graph), "adapter_tables": len(tables)} if tables else {}),
     }
     dims = [
         f"static const int64_t {name}[] = {{{', '.join(f'INT64_C({value})' for value in values) or '0'}}};"
@@ -116,4 +132,5 @@ def _sizes(graph: Graph, limits: StepLimits) -> tuple[list[str], list[str]]:
             least[slot] = 1
         most[slot] = max(most[slot], limits.sizes.get(name, 0))
     most[SIZES["PROMPT"]] = 1
+    most[SIZES["ADAPTED"]] = most[SIZES["T"]] if "adapters" in {value.name for value in graph.inputs} else 0
     return [f"INT64_C({least[slot]})" for slot in slots], [f"INT64_C({most[slot]})" for slot in slots]

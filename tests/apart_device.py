@@ -27,7 +27,7 @@ from llmc.runtime.library import Choice, Library, Step
 FIRST = 1 << 60  # no address of x86-64 or ARM
 _GAP = 1 << 20  # between buffers: a number beyond the end of one is of no other
 _POINTERS = frozenset(name for name, kind in Step._fields_ if kind is ctypes.c_void_p)
-_OF_NUMBERS = ("cache", "inputs", "outputs")  # tables of numbers
+_OF_NUMBERS = ("cache", "inputs", "outputs", "adapter_tables")  # tables of numbers
 
 
 class Memory:

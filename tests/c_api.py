@@ -16,6 +16,8 @@ def struct(*fields: tuple[str, object]) -> type[ctypes.Structure]:
 Layer = struct(*((name, I64) for name in ("kv_heads", "head_dim", "value_dim", "element_bytes", "window")))
 Feature = struct(("name", TEXT), ("flag", TEXT))
 Output = struct(("name", TEXT), ("dtype", TEXT), ("per", I64), ("elements", I64))
+Adapted = struct(("inputs", I64), ("outputs", I64), ("parts", I64))
+AdapterTable = struct(("ranks", ctypes.c_void_p), ("a", ctypes.c_void_p), ("b", ctypes.c_void_p))
 NUMBERS = (
     "bytes", "task", "state", "vocabulary", "max_context", "max_step", "page", "tile", "max_splits", "part",
     "row_kinds", "arena_bytes", "weights_bytes", "tile_registers",
@@ -31,6 +33,10 @@ Facts = struct(
     ),
     ("encoder_output", I64),
     ("max_tokens", I64),
+    ("adapter_count", I64),
+    ("adapter_rank", I64),
+    ("adapter_table_count", I64),
+    ("adapter_tables", ctypes.POINTER(Adapted)),
 )
 Options = struct(("bytes", I64), ("threads", I64), ("cache_bytes", I64), ("weights", TEXT), ("copy_weights", I64))
 Sampling = struct(
@@ -54,6 +60,9 @@ _FUNCTIONS = {
     "logits": (POINTER, POINTER),
     "encode": (INT, POINTER, POINTER, POINTER, I64, POINTER),
     "adopt": (INT, POINTER, POINTER, I64, ctypes.POINTER(I64)),
+    "load_adapter": (INT, POINTER, I64, POINTER),
+    "unload_adapter": (INT, POINTER, I64),
+    "adapt": (INT, POINTER, I64),
 }
 Api = struct(
     ("bytes", I64),

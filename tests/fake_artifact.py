@@ -170,7 +170,7 @@ def manifest(**changes: object) -> dict[str, object]:
     layer = {"kv_heads": 1, "head_dim": 2, "value_dim": 2, "dtype": "float32", "window": None}
     return {
         "schema": 1,
-        "abi": 7,
+        "abi": 8,
         "task": "generate",
         "llmc_version": "0.1.0",
         "model": {"name": "fake", "source": "models/fake", "parameters": VOCAB, "bits_per_weight": 8.0},

@@ -24,11 +24,11 @@ from llmc.targets.cpu.library import build_library
 from llmc.targets.lowering import Program
 from llmc.targets.machine import Machine
 from llmc.targets.memory import plan_memory
-from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits
+from llmc.targets.step_limits import SIZES, STEP_FAILURES, StepLimits, adapter_tables
 from llmc.targets.target import Addresses
 
 _SLOTS = {"LLMC_TOKENS": 0, "LLMC_TILES": 1, "LLMC_SEQUENCES": 2, "LLMC_PAGES": 3, "LLMC_ROWS": 4, "LLMC_SPLITS": 5}
-_SLOTS["LLMC_PROMPT"] = 6
+_SLOTS |= {"LLMC_PROMPT": 6, "LLMC_ADAPTED": 7}
 
 
 class CompiledGraph:
@@ -126,7 +126,8 @@ class CompiledGraph:
     ) -> list[Pages]:
         """Fills in what every task needs, and runs the step; returns the caches after."""
         skip_unless_runnable(self.machine)
-        kept, caches, tables = [], [], []
+        kept, caches, tables, adapter_places = [], [], [], []
+        adapted = adapter_tables(self.graph)
         step.sizes[_SLOTS["LLMC_PROMPT"]] = int(binding.get("T", 0) > 16)
         for symbol, slot in SIZES.items():
             if symbol in binding:
@@ -142,7 +143,11 @@ class CompiledGraph:
                 continue
             array = aligned(np.asarray(data))
             kept.append(array)
-            if self.task != "run":
+            if value.name == "adapters":
+                step.sizes[_SLOTS["LLMC_ADAPTED"]] = int(np.count_nonzero(array))
+            if value in adapted:
+                adapter_places.append(array.ctypes.data)
+            elif self.task != "run":
                 setattr(step, value.name, array.ctypes.data)
         given = (ctypes.c_void_p * max(1, len(kept)))(*(array.ctypes.data for array in kept))
         names = size_names(self.program.graph) if self.task == "run" else []
@@ -150,6 +155,8 @@ class CompiledGraph:
         step.inputs, step.dims = ctypes.addressof(given), ctypes.addressof(dims)
         table = (ctypes.c_void_p * max(1, len(tables)))(*tables)
         step.cache = ctypes.addressof(table)
+        places = (ctypes.c_void_p * max(1, len(adapter_places)))(*adapter_places)
+        step.adapter_tables = ctypes.addressof(places)
         step.arena, step.weights = self.arena.ctypes.data, self.weights.ctypes.data
         step.arena_bytes = self.plan.nbytes
         self.spoil(step)

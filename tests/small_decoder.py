@@ -6,9 +6,9 @@ from pass_harness import S, c, param
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
-from llmc.compiler.ir.graph import Graph
+from llmc.compiler.ir.graph import Graph, substitute_values
 from llmc.compiler.ir.llm import Attention
-from llmc.compiler.ir.op import Input, Value
+from llmc.compiler.ir.op import Input, Param, Value
 from llmc.compiler.ir.types import Tensor
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, DIM, INNER = 33, 12, 4, 2, 4, 7
@@ -42,3 +42,10 @@ def small_decoder(head: str = "embed") -> Graph:
     gate = linear(h, "gate", INNER)
     x = e.Add(x, linear(e.Mul(e.Mul(gate, e.Sigmoid(gate)), linear(h, "up", INNER)), "down", WIDTH, INNER))
     return Graph("decoder", (ids, positions), (("logits", linear(rms_norm(x, "norm"), head, VOCABULARY)),))
+
+
+def of_modules(graph: Graph) -> Graph:
+    """The same graph, its params called as those of modules are in a checkpoint, and in f32."""
+    params = {value: Param(f"{value.name}.weight", Tensor(value.shape, "f32")) for value in graph.params}
+    casts = [op for op in graph.ops if isinstance(op, e.Cast) and op.x in params]
+    return substitute_values(graph, {op: params[op.x] for op in casts})  # type: ignore[index]

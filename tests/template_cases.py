@@ -19,12 +19,21 @@ from kernel_harness import CACHE, aligned, skip_unless_runnable
 
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import structural as s
+from llmc.compiler.ir.adapters import Activated, LowRank
 from llmc.compiler.ir.op import Input, Op
 from llmc.compiler.ir.types import NUMPY_DTYPES, Tensor
 from llmc.targets.cpu.attention_problem import AttentionProblem
 from llmc.targets.cpu.attention_tile import AttentionTile
 from llmc.targets.cpu.codegen import object_code
 from llmc.targets.cpu.functions import ActivationProblem, ActivationRows
+from llmc.targets.cpu.low_rank import (
+    ActivatedProblem,
+    ActivatedRows,
+    InnerProblem,
+    LowRankInner,
+    LowRankOuter,
+    OuterProblem,
+)
 from llmc.targets.cpu.norms import Norm, NormProblem
 from llmc.targets.cpu.plain import plain_call
 from llmc.targets.cpu.plain_builder import PlainStrips, PlainSums
@@ -175,6 +184,70 @@ def _plain(template: type[Template[Any]], op: Op, tolerance: float) -> Case:
     return Case(template, call.kernel.problem, run, np.asarray(op.evaluate(*wide), np.float64), tolerance)
 
 
+def _tables(entries: int, parts: int, rank: int, inputs: int, n: int) -> list[np.ndarray]:
+    """x, adapters, a, ranks, inner and b, y of 7 tokens: some have no adapter, and adapters not all ranks."""
+    rng = np.random.default_rng(0)
+    ranks = aligned(rng.integers(0, rank + 1, (entries, parts)).astype(np.int32))
+    ranks[0], ranks[1] = 0, rank
+    adapters = aligned(np.array([1, 0, 2, 1, 0, 1, 2], np.int32))
+    inner = np.full((7, parts, rank), np.nan, np.float32)
+    return [_normal(7, inputs), adapters, _normal(entries, parts, rank, inputs, seed=1), ranks, aligned(inner),
+            _normal(entries, rank, n, seed=2), _normal(7, n, seed=3)]  # fmt: skip
+
+
+def _low_rank_inner(k: int, parts: int, rank: int) -> Case:
+    problem = InnerProblem(k, parts, rank)
+    x, adapters, a, ranks, *_ = _tables(3, parts, rank, k, 1)
+    used = np.arange(rank) < ranks[adapters][:, :, None]
+
+    def run(inner: Template[Any], function: Function, _: Machine) -> np.ndarray:
+        assert isinstance(inner, LowRankInner)
+        out = aligned(np.full((7, parts, rank), np.nan, np.float32))
+        units = 7 * parts * inner.blocks(problem)
+        for begin, end in ((units // 3, units), (0, units // 3)):
+            function(x, adapters, a, ranks, out, begin, end)
+        return np.where(used, out, 0)
+
+    expected = np.einsum("tk,tprk->tpr", x.astype(np.float64), a[adapters].astype(np.float64))
+    return Case(LowRankInner, problem, run, np.where(used, expected, 0), 3e-6)
+
+
+def _low_rank_outer(columns: tuple[int, ...], rank: int) -> Case:
+    problem = OuterProblem(columns, rank)
+    x, adapters, a, ranks, _, b, y = _tables(3, len(columns), rank, 4, columns[-1])
+    inner = aligned(np.einsum("tk,tprk->tpr", x, a[adapters]).astype(np.float32))
+    op = LowRank(*(Input("", Tensor(v.shape, "i32" if v.dtype == np.int32 else "f32"))
+                   for v in (y, x, adapters, a, b, ranks)), columns)  # fmt: skip
+
+    def run(outer: Template[Any], function: Function, machine: Machine) -> np.ndarray:
+        assert isinstance(outer, LowRankOuter)
+        out, units = aligned(y), 7 * sum(outer.blocks(problem, machine))
+        for begin, end in ((units // 3, units), (0, units // 3)):
+            function(inner, adapters, b, ranks, out, begin, end)
+        assert (out[adapters == 0] == y[adapters == 0]).all()
+        return out
+
+    wide = (v.astype(np.float64) for v in (y, x))
+    return Case(LowRankOuter, problem, run, op.evaluate(*wide, adapters, a, b, ranks), 3e-6)
+
+
+def _activated(features: int, gated: bool, residual: bool) -> Case:
+    problem = ActivatedProblem(features, "silu", gated, residual)
+    y, addend = _normal(3, features * (1 + gated)), _normal(3, features, seed=1)
+    given = [addend] * residual
+    op = Activated(*(Input("", Tensor(v.shape, "f32")) for v in (y, *given)), activation="silu", gated=gated)
+
+    def run(rows: Template[Any], function: Function, machine: Machine) -> np.ndarray:
+        assert isinstance(rows, ActivatedRows)
+        out, units = aligned(np.full((3, features), np.nan, np.float32)), 3 * rows.blocks(problem, machine)
+        for begin, end in ((units // 3, units), (0, units // 3)):
+            function(y, *given, out, begin, end)
+        return out
+
+    expected = op.evaluate(y.astype(np.float64), addend.astype(np.float64) if residual else None)
+    return Case(ActivatedRows, problem, run, expected, 3e-6)
+
+
 def _attention(**facts: Any) -> Case:
     attention = AttentionCase(**facts)
     batch = make_batch(attention, LENGTHS, NEW)
@@ -208,6 +281,10 @@ def cases() -> Sequence[Case]:
         _plain(PlainStrips, s.Sum(_operand(129, 33), (0,)), 3e-6),
         _plain(PlainStrips, s.Matmul(_operand(7, 31), _operand(31, 129, name="y")), 3e-6),
     ]
+    found += [_low_rank_inner(k, parts, rank) for k, parts, rank in ((1, 1, 1), (7, 3, 5), (33, 1, 31), (129, 2, 8))]
+    found += [_low_rank_outer(columns, rank) for columns, rank in (((1,), 1), ((7, 38, 167), 5), ((31, 64), 7))]
+    found += [_low_rank_outer((129,), 33), _activated(1, True, False), _activated(33, True, True)]
+    found += [_activated(31, False, True), _activated(129, False, False), _activated(3000, True, False)]
     found += [
         _attention(heads=4, kv_heads=2, head_dim=33, value_dim=20),
         _attention(heads=7, kv_heads=1, head_dim=16, value_dim=31, window=40, cache_dtype="float32"),

@@ -212,7 +212,10 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     path = fake_artifact.write(tmp_path / "model.so")
     data = bytearray(path.read_bytes())
     table = int.from_bytes(data[0x28:0x30], "little")
-    place = data.index((300).to_bytes(8, "little"), table)  # sh_size of the weights
+    # sh_size of the weights: of a section that is not loaded (sh_addr 0), as others may have 300 bytes too
+    headers = range(table, len(data) - 63, 64)
+    fields = {at: [int.from_bytes(data[at + n : at + n + 8], "little") for n in (16, 32)] for at in headers}
+    (place,) = (at + 32 for at, found in fields.items() if found == [0, 300])
     for size in (299, 301, 1 << 60, 0):
         other = tmp_path / "other.so"
         other.write_bytes(data[:place] + size.to_bytes(8, "little") + data[place + 8 :])

@@ -22,7 +22,7 @@ PAGE, TILE, SPLITS, PART = 32, 64, 16, 512
 class Part(ctypes.Structure):
     _fields_ = (
         ("ids", ctypes.c_void_p), ("pages", ctypes.c_void_p), ("page_count", I64), ("count", I64), ("start", I64),
-        ("first_row", I64), ("length", I64), ("decoding", I64),
+        ("first_row", I64), ("length", I64), ("adapter", I64), ("decoding", I64),
     )  # fmt: skip
 
 
@@ -95,13 +95,14 @@ def test_tiles_end_where_the_positions_say(
     """At multiples of their size, the last first; a token that decodes, such as a guess that is checked, has one of its
     own."""
     ids, pages = np.zeros(count, np.int32), np.zeros(-(-(start + count) // PAGE), np.int32)
-    part = Part(ids.ctypes.data, pages.ctypes.data, len(pages), count, start, count, 0, int(decoding))
+    part = Part(ids.ctypes.data, pages.ctypes.data, len(pages), count, start, count, 0, 0, int(decoding))
     arrays = {name: np.full(4 * count + len(pages) + 2, -1, np.int32) for name in NAMES}
     tables, step = Tables(*(array.ctypes.data for array in arrays.values())), Step()
     divided = division(kv_heads=4, tile=size)
     places.llmc_fill_step(ctypes.byref(step), ctypes.byref(tables), divided, ctypes.byref(part), I64(1))
-    tokens, number, sequences, columns, rows, splits, prompt = step.sizes
+    tokens, number, sequences, columns, rows, splits, prompt, adapted = step.sizes
     assert (tokens, sequences, columns, rows, splits, prompt) == (count, 1, len(pages), 0, 1, int(not decoding))
+    assert adapted == 0
     tiles = arrays["tiles"][: 4 * number].reshape(-1, 4)[::-1]
     assert (tiles[:, 0] == 0).all() and (tiles[:, 3] == tiles[:, 1] + start).all()
     ends = tiles[:, 1] + tiles[:, 2]
@@ -117,13 +118,13 @@ def test_tables_say_where_every_token_is(places: ctypes.CDLL) -> None:
     ids = [np.arange(count, dtype=np.int32) + 100 * index for index, (count, _, _) in enumerate(runs)]
     pages = [np.arange(-(-(start + count) // PAGE), dtype=np.int32)[::-1].copy() + 7 for count, start, _ in runs]
     parts = (Part * 3)(*(
-        Part(tokens.ctypes.data, table.ctypes.data, len(table), count, start, row, 5 + index, 0)
+        Part(tokens.ctypes.data, table.ctypes.data, len(table), count, start, row, 5 + index, (3, 0, 1)[index], 0)
         for index, (tokens, table, (count, start, row)) in enumerate(zip(ids, pages, runs, strict=True))
     ))  # fmt: skip
     arrays = {name: np.full(500, -1, np.int32) for name in NAMES}
     tables, step = Tables(*(array.ctypes.data for array in arrays.values())), Step()
     places.llmc_fill_step(ctypes.byref(step), ctypes.byref(tables), division(), parts, I64(3))
-    assert list(step.sizes) == [104, 4, 3, 4, 4, 1, 1]
+    assert list(step.sizes) == [104, 4, 3, 4, 4, 1, 1, 103]
     positions = np.concatenate([start + np.arange(count) for count, start, _ in runs])
     owner = np.repeat(np.arange(3), [count for count, _, _ in runs])
     slots = [pages[s][p // PAGE] * PAGE + p % PAGE for s, p in zip(owner, positions, strict=True)]
@@ -132,6 +133,7 @@ def test_tables_say_where_every_token_is(places: ctypes.CDLL) -> None:
         "positions": positions,
         "slots": slots,
         "lengths": 5 + owner,
+        "adapters": np.array([3, 0, 1])[owner],
         "rows": [70, 101, 102, 103],
         "tiles": [0, 24, 46, 64, 0, 0, 24, 40, 1, 70, 1, 95, 2, 71, 33, 0],
         "starts": [0, 70, 71, 104],

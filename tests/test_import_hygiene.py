@@ -28,12 +28,12 @@ HEAVY = (
 ROOMS = ("compiler", "frontends", "targets", "runtime")
 # What each room may import of the others, and of the world beyond the standard library.
 ALLOWED = {
-    "runtime": {"llmc.errors", "llmc.files", "llmc.runtime", "numpy", "tokenizers", "jinja2"},
+    "runtime": {"llmc.errors", "llmc.files", "llmc.lora", "llmc.runtime", "numpy", "tokenizers", "jinja2"},
     "compiler": {"llmc.errors", "llmc.files", "llmc.compiler", "llmc.frontends", "llmc.targets",
                  "llmc.runtime.manifest", "numpy", "ml_dtypes", "threadpoolctl", "z3"},
     "targets": {"llmc.errors", "llmc.compiler", "llmc.targets", "llmc.runtime", "numpy", "ml_dtypes", "tvm", "tvm_ffi"},
-    "frontends": {"llmc.errors", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch", "transformers",
-                  "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},
+    "frontends": {"llmc.errors", "llmc.lora", "llmc.compiler", "llmc.frontends", "numpy", "ml_dtypes", "torch",
+                  "transformers", "safetensors", "huggingface_hub", "tokenizers", "onnx", "google", "sentencepiece"},
 }  # fmt: skip
 
 

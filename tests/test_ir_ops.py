@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmc.compiler.ir import adapters as adapters_ir
 from llmc.compiler.ir import elementwise as e
 from llmc.compiler.ir import integers, llm, ragged
 from llmc.compiler.ir import structural as s
@@ -333,7 +334,28 @@ def ragged_cases() -> list[Case]:
     ]
 
 
-CASES = [*elementwise_cases(), *structural_cases(), *llm_cases(), *integer_cases(), *ragged_cases()]
+def adapter_cases() -> list[Case]:
+    """What adapters add: tokens of three adapters and of none, one of them without a part, ranks below the table's."""
+    t = torch.from_numpy
+    y, x, residual = normal(5, 9), normal(5, 7), normal(5, 9)
+    adapters, ranks = np.array([2, 0, 1, 2, 3], np.int32), np.array([[0, 0], [4, 2], [1, 3], [0, 4]], np.int32)
+    a, b, gated = normal(4, 2, 4, 7), normal(4, 4, 9), normal(5, 18)
+    expected = y.copy()
+    for token, adapter in enumerate(adapters):
+        for part, columns in enumerate((slice(0, 6), slice(6, 9))):
+            rank = ranks[adapter, part]
+            delta = t(a[adapter, part, :rank]).T @ t(b[adapter, :rank, columns])
+            expected[token, columns] += (t(x[token]) @ delta).numpy()
+    both = F.silu(t(gated[:, :9])) * t(gated[:, 9:])
+    return [
+        Case("llm.low_rank", lambda *o: adapters_ir.LowRank(*o, (6, 9)), (y, x, adapters, a, b, ranks), expected, 1e-5),
+        Case("llm.activated", partial(adapters_ir.Activated, activation="gelu"), (y,), F.gelu(t(y)).numpy(), 1e-5),
+        Case("llm.activated gated", partial(adapters_ir.Activated, gated=True), (gated, residual),
+             (both + t(residual)).numpy(), 1e-5),
+    ]  # fmt: skip
+
+
+CASES = [*elementwise_cases(), *structural_cases(), *llm_cases(), *integer_cases(), *ragged_cases(), *adapter_cases()]
 # Ops over caches and encodings, which no plain array stands for: tested by name below.
 OTHERS = {"llm.kv_append", "llm.paged_attention", "llm.quantize", "llm.dequantize", "llm.pack_groups"}
 

@@ -70,7 +70,7 @@ class Watched:
         self.run(given)
 
     def record(self, given: Step) -> None:
-        sizes = dict(zip("TQBMRSP", given.sizes, strict=True))
+        sizes = dict(zip("TQBMRSPA", given.sizes, strict=True))
 
         def copy(name: str, *shape: int) -> np.ndarray:
             pointer = ctypes.cast(getattr(given, name), ctypes.POINTER(ctypes.c_int32))

@@ -13,7 +13,7 @@ import fake_artifact
 import numpy as np
 import pytest
 from program_harness import CompiledGraph
-from small_decoder import VOCABULARY, small_decoder
+from small_decoder import VOCABULARY, of_modules, small_decoder
 from small_encoder import VOCABULARY as WORDS
 from small_encoder import random_sequences, small_encoder, step_inputs
 
@@ -24,8 +24,10 @@ from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Input
 from llmc.compiler.ir.types import KV, Tensor
 from llmc.compiler.options import CompileOptions
+from llmc.compiler.passes.adapt_linears import AdaptLinears
+from llmc.compiler.passes.manager import Report
 from llmc.compiler.pipeline import run_pipeline
-from llmc.compiler.scenario import random_params
+from llmc.compiler.scenario import empty_tables, random_params
 from llmc.compiler.step_sizes import ENCODE, GENERATE
 from llmc.runtime.device import Use
 from llmc.runtime.errors import RuntimeStateError
@@ -39,11 +41,12 @@ MOST, CONTEXT, PAGES = 64, 96, 5
 TOKENS, TILES, SEQUENCES, TABLE, ROWS, SPLITS = range(6)  # places in `sizes`
 KINDS = dict(
     zip(
-        ("size", "pointer", "memory", "id", "position", "slot", "page", "row", "start", "tile"),
-        range(1, 11),
+        ("size", "pointer", "memory", "id", "position", "slot", "page", "row", "start", "tile", "adapter"),
+        range(1, 12),
         strict=True,
     )
 )
+ADAPTED = "adapted"  # a decoder with room for adapters
 Spoil = Callable[[Step], None]
 
 
@@ -92,12 +95,16 @@ def program(task: str) -> CompiledGraph:
     if task == "run":
         x = Input("x", Tensor((symbol("n", 2, 9), 5), "f32"))
         return CompiledGraph(Graph("sum", (x,), (("out", Add(x, x)),)), machine_named("native"), {}, task=task)
-    source = small_decoder() if task == GENERATE else small_encoder(layers=1)
-    load = random_params(source, 3)
-    graph = run_pipeline(source, CompileOptions(quantization="none"), load=load, task=task).graph
+    source = small_encoder(layers=1) if task == ENCODE else of_modules(small_decoder())
+    load, options = random_params(source, 3), CompileOptions(quantization="none")
+    graph = run_pipeline(source, options, load=load, task=ENCODE if task == ENCODE else GENERATE).graph
+    if task == ADAPTED:
+        graph = AdaptLinears(count=2, rank=3).run(graph, Report())
     params = {param.name: load(param.name) for param in graph.params}
-    limits = {"vocabulary": VOCABULARY if task == GENERATE else WORDS, "context": CONTEXT}
-    return CompiledGraph(graph, machine_named("native"), params, largest=MOST, task=task, **limits)
+    limits = {"vocabulary": WORDS if task == ENCODE else VOCABULARY, "context": CONTEXT}
+    return CompiledGraph(
+        graph, machine_named("native"), params, largest=MOST, task=task.replace(ADAPTED, GENERATE), **limits
+    )
 
 
 def decoder_inputs(graph: Graph) -> dict[str, np.ndarray | Pages]:
@@ -105,6 +112,7 @@ def decoder_inputs(graph: Graph) -> dict[str, np.ndarray | Pages]:
     positions = np.array([*range(33), *range(7)])
     arrays: dict[str, object] = {
         "ids": np.arange(40) % VOCABULARY, "positions": positions, "rows": [32, 39], "block_table": [[4, 1], [2, 0]],
+        "adapters": [2] * 33 + [0] * 7,
         "slots": np.array([*[4] * 32, 1, *[2] * 7]) * 32 + positions % 32,
         "tiles": [(0, 0, 32, 0), (0, 32, 1, 32), (1, 33, 7, 0)],
     }  # fmt: skip
@@ -113,7 +121,8 @@ def decoder_inputs(graph: Graph) -> dict[str, np.ndarray | Pages]:
         if isinstance(value.type, KV)
         else np.ascontiguousarray(np.asarray(arrays[value.name], np.int32))
         for value in graph.inputs
-    }
+        if not value.name.startswith("adapter.")
+    } | empty_tables(graph)
 
 
 def answer(task: str, spoil: Spoil) -> tuple[int, bytes]:
@@ -121,7 +130,7 @@ def answer(task: str, spoil: Spoil) -> tuple[int, bytes]:
     compiled = program(task)
     compiled.spoil, compiled.allowed = spoil, True
     try:
-        if task == GENERATE:
+        if task in (GENERATE, ADAPTED):
             logits, caches = compiled.run(decoder_inputs(compiled.graph))
             return compiled.code, b"".join(a.tobytes() for a in (logits, *(p.keys for p in caches)))
         if task == ENCODE:
@@ -174,6 +183,15 @@ CASES: dict[str, list[tuple[str, Spoil]]] = {
         ("tile", tile(0, 33, 1, 32)),  # the other sequence's
         ("tile", tile(0, 32, 1, 31)),
     ],
+    ADAPTED: [
+        *(("adapter", number("adapters", place, value)) for place in (0, 39) for value in (-1, 3, INT_MIN, INT_MAX)),
+        ("adapter", number("adapters", 39, 1)),  # one more than is said
+        ("adapter", number("adapters", 0, 0)),
+        *(("adapter", size(7, value)) for value in (0, 32, 34)),
+        *(("size", size(7, value)) for value in (-1, MOST + 1, LARGE)),
+        *(("pointer", field(name, None)) for name in ("adapters", "adapter_tables")),
+        *(("pointer", element("adapter_tables", place, value)) for place in (0, 5) for value in (None, 68)),
+    ],
     "run": [
         *(("size", element("dims", 0, value)) for value in (-1, 0, 1, 10, LARGE)),
         *(("pointer", field(name, None)) for name in ("dims", "inputs", "outputs")),
@@ -208,7 +226,7 @@ def test_every_code_of_the_header_has_its_text() -> None:
     assert len(STEP_FAILURES) == len(KINDS) and all(
         word in text
         for word, text in zip(
-            ("size", "pointer", "memory", "id", "position", "slot", "page", "row", "starts", "tiles"),
+            ("size", "pointer", "memory", "id", "position", "slot", "page", "row", "starts", "tiles", "adapters"),
             STEP_FAILURES,
             strict=True,
         )

@@ -1,6 +1,6 @@
 """The intermediate representation: values, ops, graphs, and their text and meaning in numpy."""
 
-from llmc.compiler.ir import elementwise, integers, kernels, llm, ragged, structural
+from llmc.compiler.ir import adapters, elementwise, integers, kernels, llm, ragged, structural
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import REGISTRY, Input, Op, Param, Value
 
@@ -11,6 +11,7 @@ __all__ = [
     "Op",
     "Param",
     "Value",
+    "adapters",
     "elementwise",
     "integers",
     "kernels",

@@ -113,12 +113,14 @@ class Op(Value):
     """Base of all ops: `class Exp(Op, name="t.exp")`. The prefix of the name is the op's level (t, llm, k).
 
     tokens: what it does to tokens; every op, or the class that it comes from, says so. vectors: operands of few numbers
-    that kernels want in f32.
+    that kernels want in f32. in_place: the operand whose memory its kernels change into the result; empty: none. Such
+    an operand has no other user.
     """
 
     name: ClassVar[str] = ""
     tokens: ClassVar[Tokens]
     vectors: ClassVar[tuple[str, ...]] = ()
+    in_place: ClassVar[str] = ""
     _operand_fields: ClassVar[tuple[str, ...]] = ()
     _attribute_fields: ClassVar[tuple[str, ...]] = ()
 

@@ -11,9 +11,8 @@ What an adapter's settings ask for beyond that is refused by name.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,30 +22,13 @@ import numpy as np
 from llmc.compiler.ir.types import FLOATS, Array, dtype_of
 from llmc.errors import FrontendError
 from llmc.frontends.hf.config import read_json
-from llmc.frontends.hf.stored.settings import Settings
 from llmc.frontends.hf.weights import SafetensorsFile, TorchFile, is_finite, shortened
 from llmc.frontends.lifted import WeightSource
 from llmc.frontends.stored_integers import StoredIntegers, stored_integers
+from llmc.lora import PARTS, LoraSettings, find, inner_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_PREFIX = "base_model.model."
-_PARTS = re.compile(
-    r"(.*)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?\Z"
-)
-# Settings that say how an adapter was trained, or that `Adapter` reads.
-_HARMLESS = frozenset(
-    (
-        "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
-        "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
-        "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "megatron_config",
-        "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-        "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-    )
-)  # fmt: skip
-# Beginnings of training that leave the base model's weights as they are; others take a part out of them.
-_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass
@@ -73,45 +55,30 @@ class Adapter:
     @classmethod
     def read(cls, directory: Path) -> Adapter:
         """FrontendError for one that cannot be merged."""
-        settings = Settings(read_json(directory / "adapter_config.json"), str(directory / "adapter_config.json"))
-        _check(settings)
+        where = directory / "adapter_config.json"
+        settings = LoraSettings(read_json(where), str(where), FrontendError)
+        settings.check()
         file = _open(directory)
         changes: dict[str, _Change] = {}
         whole: dict[str, Array] = {}
         for name in sorted(file.names):
             if file.dtype(name) not in FLOATS or not is_finite(file.load(name)):
                 raise FrontendError(f"{directory}: tensor {name!r:.100} holds no finite floats")
-            inner = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            found = _PARTS.match(inner)
+            inner = inner_name(name)
+            found = PARTS.match(inner)
             if found is None:
                 whole[inner] = file.load(name)
             else:
                 _add(changes.setdefault(found[1], _Change()), found, file.load(name), directory, name, whole)
         for module, change in changes.items():
-            change.scale = _scale(settings, module)
+            change.scale = settings.scale(module)
             _check_change(change, settings, directory, module)
         for name in [name for name in whole if name.endswith(".lora_B.bias")]:
             module = name.removesuffix(".lora_B.bias")
             raise FrontendError(f"{directory}: {module} has a bias of its own (lora_bias), which is not merged")
         if not changes and not whole:
             raise FrontendError(f"{directory} holds no tensors of an adapter")
-        return cls(directory, settings.flag("ensure_weight_tying", False), changes, whole)
-
-
-def _check(settings: Settings) -> None:
-    """FrontendError for settings by which an adapter is more than products that are added."""
-    if settings.text("peft_type").upper() != "LORA":
-        raise settings.wrong("peft_type", "'LORA': merge others with peft and compile the result")
-    if settings.values.get("init_lora_weights", True) not in _BEGINNINGS:
-        raise settings.wrong(
-            "init_lora_weights", "true: it takes a part out of the base model's weights, so that it has to be merged "
-            "with peft",
-        )  # fmt: skip
-    for name, value in settings.values.items():
-        if name not in _HARMLESS and value not in (None, False, [], {}, ""):
-            raise FrontendError(
-                f"{settings.where}: {name} is {value!r:.60}, which llmc does not know: merge the adapter with peft"
-            )
+        return cls(directory, settings.flag("ensure_weight_tying"), changes, whole)
 
 
 def _open(directory: Path) -> WeightSource:
@@ -138,46 +105,16 @@ def _add(
         change.b = array
 
 
-def _scale(settings: Settings, module: str) -> float:
-    """alpha / r, each by the first pattern that fits a module's name, as PEFT looks them up."""
-    rank = _rank(settings, module)
-    default = settings.values.get("lora_alpha", 8)
-    alpha = _by_pattern(settings, "alpha_pattern", module, default)
-    return alpha / (math.sqrt(rank) if settings.flag("use_rslora", False) else rank)
-
-
-def _rank(settings: Settings, module: str) -> float:
-    rank = _by_pattern(settings, "rank_pattern", module, settings.integer("r", 8, 1, 1 << 16))
-    if rank < 1:
-        raise FrontendError(f"{settings.where}: the rank of {module:.80} is {rank:g}, at least 1 is needed")
-    return rank
-
-
-def _by_pattern(settings: Settings, name: str, module: str, default: object) -> float:
-    patterns = settings.inner(name)
-    value = default
-    for pattern, number in patterns.values.items() if patterns is not None else ():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                value = number
-                break
-        except re.error as error:
-            raise FrontendError(f"{settings.where}: {name} has the pattern {pattern!r:.60}: {error}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) < 1e9:
-        raise FrontendError(f"{settings.where}: {name} or its default is {value!r:.40} for {module:.80}, no number")
-    return value
-
-
-def _check_change(change: _Change, settings: Settings, directory: Path, module: str) -> None:
+def _check_change(change: _Change, settings: LoraSettings, directory: Path, module: str) -> None:
     where = f"{directory}: module {module:.100}"
     if change.a is None or change.b is None:
         raise FrontendError(f"{where} has only one of the two matrices of an adapter")
-    rank = _rank(settings, module)
+    rank = settings.rank(module)
     if change.a.shape[0] != rank or change.b.shape[1] != rank:
         raise FrontendError(
             f"{where}: its matrices are {list(change.a.shape)} and {list(change.b.shape)}, the rank is {rank}"
         )
-    if settings.flag("use_dora", False) != (change.magnitude is not None):
+    if settings.flag("use_dora") != (change.magnitude is not None):
         raise FrontendError(f"{where}: use_dora and its magnitudes (lora_magnitude_vector) do not agree")
     if change.magnitude is not None and change.is_table:
         raise FrontendError(f"{where}: magnitudes of an embedding (use_dora) are not merged: merge it with peft")
@@ -208,7 +145,7 @@ class Modules:
 
     def find(self, module: str) -> str | None:
         """The model's name of an adapter's module, which may have or lack a prefix."""
-        return _find(module, self.names)
+        return find(module, self.names)
 
 
 class AdaptedWeights:
@@ -250,7 +187,7 @@ class AdaptedWeights:
 
     def _place(self, wanted: str, taken: Mapping[str, object]) -> str | None:
         """The tensor of the checkpoint that a weight of the adapter belongs to, or a head of its own; None: none."""
-        name = _find(wanted, self._names)
+        name = find(wanted, self._names)
         if name is None and self._modules.head and wanted in self._adapter.whole:
             own = f"{self._modules.head}.weight"
             name = own if wanted == own or wanted.endswith(f".{own}") else None
@@ -263,7 +200,7 @@ class AdaptedWeights:
         table, head = (f"{module}.weight" for module in (self._modules.table, self._modules.head))
         if not self._modules.head:
             return
-        names = {_find(table, self._names) or table: "the embedding", head: "the head"}
+        names = {find(table, self._names) or table: "the embedding", head: "the head"}
         touched = {name for name in names if name in self._changes or name in self._whole}
         apart = head in self._names or (touched == {head} and head in self._whole)
         both = touched == set(names) and touched <= set(self._whole)
@@ -329,11 +266,3 @@ class AdaptedWeights:
     def _wrong(self, name: str, why: str) -> FrontendError:
         kind = f"{self.dtype(name)} {list(self.shape(name))}"
         return FrontendError(f"{self._adapter.directory} is no adapter of this model: {name:.100} is {kind}, {why}")
-
-
-def _find(wanted: str, names: Collection[str]) -> str | None:
-    """The name of a weight or module, which may have or lack what stands in front of the base model's modules."""
-    if wanted in names:
-        return wanted
-    found = [name for name in names if name.endswith(f".{wanted}") or wanted.endswith(f".{name}")]
-    return found[0] if len(found) == 1 else None

@@ -44,6 +44,8 @@ def compile(
     bits_per_weight: o.BitsPerWeight = None,
     fast: o.Fast = False,
     lora: o.Lora = None,
+    adapters: o.Adapters = 0,
+    adapter_rank: o.AdapterRank = 64,
     accuracy: o.Accuracy = None,
     max_context: o.MaxContext = None,
     max_step: o.MaxStep = None,
@@ -71,7 +73,8 @@ def compile(
         override, max_dim, dim, target=target, quantization=quantization, group_size=group_size, symmetric=symmetric,
         activations=activations, embedding=embedding, head=head, max_context=max_context, max_step=max_step,
         weights=weights, jobs=jobs, seed=seed, check=check, calibrate="none" if fast else calibrate,
-        bits_per_weight=bits_per_weight, lora=tuple(lora or ()), accuracy=accuracy,
+        bits_per_weight=bits_per_weight, lora=tuple(lora or ()), accuracy=accuracy, adapters=adapters,
+        adapter_rank=adapter_rank,
     )  # fmt: skip
     scheme = "" if quantization == "auto" else f"-{quantization}"
     name = Path(model.rstrip("/")).name.removesuffix(".onnx").removesuffix(".gguf")

@@ -103,6 +103,19 @@ Lora = Annotated[
     list[str] | None, typer.Option("--lora", metavar="DIR", rich_help_panel=_COMPILING, show_default=False,
                                    help="An adapter as PEFT writes it, merged into the weights; several times: all."),
 ]  # fmt: skip
+Adapters = Annotated[
+    int, typer.Option("--adapters", metavar="N", rich_help_panel=_COMPILING,
+                      help="Room for N adapters (LoRA) that are loaded at run time, one for each text."),
+]  # fmt: skip
+AdapterRank = Annotated[
+    int, typer.Option("--adapter-rank", metavar="R", rich_help_panel=_COMPILING,
+                      help="The greatest rank of such an adapter; ranks that are not used take no memory."),
+]  # fmt: skip
+LoadLora = Annotated[
+    str | None, typer.Option("--lora", metavar="NAME=DIR", rich_help_panel=_SAMPLING, show_default=False,
+                             help="Write with this adapter (LoRA), a directory of PEFT; the artifact needs room for it "
+                             "(llmc compile --adapters N)."),
+]  # fmt: skip
 Fast = Annotated[
     bool, typer.Option("--fast", help="Compile sooner, less accurately: --calibrate none.",
                        rich_help_panel=_COMPILING),

@@ -86,6 +86,15 @@ def inspect(
         opened.close()
 
 
+def _adapters(manifest: Manifest) -> dict[str, object]:
+    """What adapters there is room for."""
+    facts = manifest.adapters
+    if facts is None:
+        return {}
+    room = f"room for {facts.count} at a time, of rank {facts.rank} at most"
+    return {"adapters": f"{room}, beside {len(facts.modules)} modules"}
+
+
 def _use(manifest: Manifest) -> dict[str, object]:
     """What an artifact takes and gives."""
     from llmc.cli.kinds import kind_of
@@ -100,6 +109,7 @@ def _use(manifest: Manifest) -> dict[str, object]:
             + (f", {layers[0].dtype}" if layers else ""),
             "vocabulary": step.vocab_size,
             "chat": "yes" if manifest.text and manifest.text.chat_template else "no chat template",
+            **_adapters(manifest),
         }
     rows: dict[str, object] = {"outputs": "; ".join(map(describe, manifest.outputs))}
     if kind == "run":

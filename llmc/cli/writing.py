@@ -22,9 +22,15 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: str, quantization: str, threads: int | None, weights: Path | None, verify: bool | None = None
+    model: str,
+    quantization: str,
+    threads: int | None,
+    weights: Path | None,
+    verify: bool | None = None,
+    room: bool = False,
 ) -> Runtime:
-    """A runtime for an artifact's file; a model's directory, file or hub name is compiled into the cache first."""
+    """A runtime for an artifact's file; a model's directory, file or hub name is compiled into the cache first. room:
+    with room for an adapter, then."""
     from llmc.runtime.runtime import Runtime
 
     path = Path(model)
@@ -35,10 +41,27 @@ def load(
         raise LlmcError(f"{model}: {found}; give a compiled model, a model's directory or a hub name")
     from llmc.api import cached_artifact
 
-    options = o.compile_options(quantization=quantization)
+    options = o.compile_options(quantization=quantization, adapters=int(room))
     with output.progress() as progress:
         artifact = cached_artifact(model, None, options, progress)
     return Runtime.load(artifact, threads, verify, weights=weights)
+
+
+def adapter_name(given: str | None) -> str | None:
+    """What an adapter that was given as NAME=DIR is called."""
+    if given is None:
+        return None
+    name, equals, directory = given.partition("=")
+    if not equals or not name or not directory:
+        raise LlmcError(f"--lora takes NAME=DIR, such as style=./my-adapter, not {given!r:.60}")
+    return name
+
+
+def load_adapter(runtime: Runtime, given: str | None) -> None:
+    """Loads an adapter that was given as NAME=DIR."""
+    name = adapter_name(given)
+    if given is not None and name is not None:
+        runtime.load_lora(name, given.partition("=")[2])
 
 
 def is_model(path: Path) -> bool:
@@ -81,6 +104,7 @@ def run(
     typical_p: o.TypicalP = None,
     no_repeat_ngram_size: o.NoRepeatNgramSize = None,
     suppress_tokens: o.SuppressTokens = None,
+    lora: o.LoadLora = None,
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
@@ -94,10 +118,11 @@ def run(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or None, "min_new_tokens": min_new_tokens,
         "max_time": max_time, "typical_p": typical_p, "no_repeat_ngram_size": no_repeat_ngram_size,
-        "suppress_tokens": suppress_tokens or None,
+        "suppress_tokens": suppress_tokens or None, "lora": adapter_name(lora),
     }  # fmt: skip
-    runtime = load(model, quantization, threads, weights, verify)
+    runtime = load(model, quantization, threads, weights, verify, room=lora is not None)
     require(runtime.manifest, runtime.artifact.path, "run", "generate")
+    load_adapter(runtime, lora)
     stream = runtime.stream(prompt, **sampling)
     if json:
         text = stream.text()
@@ -140,6 +165,7 @@ def chat(
     typical_p: o.TypicalP = None,
     no_repeat_ngram_size: o.NoRepeatNgramSize = None,
     suppress_tokens: o.SuppressTokens = None,
+    lora: o.LoadLora = None,
     threads: o.Threads = None,
     quantization: o.Quantization = "int4",
     weights: o.Weights = None,
@@ -157,13 +183,14 @@ def chat(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or None, "min_new_tokens": min_new_tokens,
         "max_time": max_time, "typical_p": typical_p, "no_repeat_ngram_size": no_repeat_ngram_size,
-        "suppress_tokens": suppress_tokens or None,
+        "suppress_tokens": suppress_tokens or None, "lora": adapter_name(lora),
     }  # fmt: skip
     from llmc.runtime.generation import resolve
 
     template_settings = template_options(tools, documents, template, variables or [])
-    runtime = load(model, quantization, threads, weights, verify)
+    runtime = load(model, quantization, threads, weights, verify, room=lora is not None)
     require(runtime.manifest, runtime.artifact.path, "chat", "generate")
+    load_adapter(runtime, lora)
     start = [] if system is None else [{"role": "system", "content": system}]
     # A model that cannot chat, or not with these options, says so now.
     resolve(sampling, runtime.manifest.generation, runtime.stop_ids, 0)
@@ -173,7 +200,13 @@ def chat(
 
 
 COMMANDS = (
-    (run, ("llmc run pycoder.so 'def fibonacci(' --max-tokens 64 --temperature 0.7 --seed 1",)),
+    (
+        run,
+        (
+            "llmc run pycoder.so 'def fibonacci(' --max-tokens 64 --temperature 0.7 --seed 1",
+            "llmc run pycoder.so 'def fibonacci(' --lora style=./my-adapter",
+        ),
+    ),
     (
         chat,
         (

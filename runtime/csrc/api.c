@@ -21,6 +21,9 @@ const LlmcApi *llmc_api(int64_t version) {
         .logits = llmc_logits,
         .encode = llmc_encode,
         .adopt = llmc_adopt,
+        .load_adapter = llmc_load_adapter,
+        .unload_adapter = llmc_unload_adapter,
+        .adapt = llmc_adapt,
     };
     return version == LLMC_API_VERSION ? &table : NULL;
 }

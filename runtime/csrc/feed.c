@@ -117,7 +117,7 @@ static void commit(LlmcSequence *sequence, int64_t count) {
     sequence->pending -= count;
     if (!llmc_has_cache()) return;
     while ((sequence->serial_count + 1) * llmc_facts.page <= view->length) {
-        const int64_t index = sequence->serial_count, parent = index ? sequence->serials[index - 1] : -view->regime;
+        const int64_t index = sequence->serial_count, parent = index ? sequence->serials[index - 1] : llmc_root_of(sequence);
         sequence->serials[index] = llmc_pages_register(pages, sequence->page_ids[index], parent,
                                                        sequence->tokens + index * llmc_facts.page);
         sequence->serial_count++;
@@ -212,6 +212,7 @@ static int64_t gather_parts(LlmcModel *model) {
             .start = begin,
             .first_row = rows_before < 0 ? 0 : rows_before < count ? rows_before : count,
             .length = llmc_length_in(view->regime),
+            .adapter = view->adapter,
             .decoding = sequence->is_decoding,
         };
         room -= count;

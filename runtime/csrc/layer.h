@@ -49,7 +49,16 @@ typedef struct LlmcSequenceView {
     int64_t reading;  /* 1: no token of its own has run, so that what comes is the rest of a prompt, even one token */
     const int32_t *tokens;   /* [length] */
     const int32_t *page_ids; /* [page_count] */
+    int64_t adapter;  /* the number of its adapter, 0: none */
 } LlmcSequenceView;
+
+/* Adapters whose tables Python fills: `begin` refuses a number that a sequence uses, and makes it one of no adapter, so
+ * that the tables may change; `end` makes it that of what is there then, which no prefix was computed with. `users` says how
+ * many sequences have it. */
+int llmc_adapter_begin(LlmcModel *model, int64_t number);
+void llmc_adapter_end(LlmcModel *model, int64_t number);
+int64_t llmc_adapter_users(const LlmcModel *model, int64_t number);
+int llmc_adapt(LlmcSequence *sequence, int64_t number);
 
 /* Feeding several sequences, step by step: `begin` checks and makes room, each `step` runs the model once and commits
  * what it has run, `end` gives up what has not run, and has to be called before anything else is done with them. Where

@@ -77,6 +77,13 @@ typedef struct LlmcOutputFacts {
     int64_t elements;
 } LlmcOutputFacts;
 
+/* A linear op that adapters change (LoRA), if the artifact was compiled with room for some. An adapter adds, for each of
+ * `parts` ranges of the op's outputs, the product of a matrix A [r, inputs] and the part's columns of a matrix B. Which
+ * module of the model each part is of stands in the artifact's manifest (`adapters`). */
+typedef struct LlmcAdapterFacts {
+    int64_t inputs, outputs, parts;
+} LlmcAdapterFacts;
+
 /* What an artifact is: compiled into it, and the same as in its manifest. */
 typedef struct LlmcFacts {
     int64_t bytes; /* of this struct */
@@ -106,6 +113,10 @@ typedef struct LlmcFacts {
     const LlmcOutputFacts *outputs;
     int64_t encoder_output; /* which of the outputs `encode` gives; -1: none */
     int64_t max_tokens;     /* tokens of a text that is encoded at most */
+    int64_t adapter_count;  /* adapters that may be loaded at a time, with the numbers 1 to adapter_count */
+    int64_t adapter_rank;   /* the greatest rank of one */
+    int64_t adapter_table_count;
+    const LlmcAdapterFacts *adapter_tables;
 } LlmcFacts;
 
 /* How a model is opened. Zeros are the defaults: `LlmcOptions options = {.bytes = sizeof options};` */
@@ -135,6 +146,15 @@ typedef struct LlmcSampling {
      * and state give the same token, everywhere. */
     uint64_t *random;
 } LlmcSampling;
+
+/* What an adapter adds to one linear op. ranks [parts]: of each part, 0: nothing; up to facts->adapter_rank. a: f32
+ * [parts, adapter_rank, inputs], of which the first ranks[p] rows of part p are read. b: f32 [adapter_rank, outputs], of
+ * which the first ranks[p] rows are read in the columns of part p; the adapter's scale is multiplied into it. NULL ranks:
+ * nothing is added to this op. */
+typedef struct LlmcAdapterTable {
+    const int32_t *ranks;
+    const float *a, *b;
+} LlmcAdapterTable;
 
 typedef struct LlmcModel LlmcModel;
 typedef struct LlmcSequence LlmcSequence;
@@ -207,6 +227,17 @@ typedef struct LlmcApi {
      * feed: ids [*covered], ... It has no logits yet. Only for an empty sequence. Prefixes are found by their tokens and
      * share their pages; what nobody uses is kept until its room is needed, the longest unused first. */
     int (*adopt)(LlmcSequence *sequence, const int32_t *ids, int64_t count, int64_t *covered);
+
+    /* Loads an adapter under a number from 1 to facts->adapter_count, in place of what was there. tables: one for each of
+     * facts->adapter_tables; all of it is copied. An error while a sequence has that number. */
+    int (*load_adapter)(LlmcModel *model, int64_t number, const LlmcAdapterTable *tables);
+
+    /* Takes an adapter away. An error while a sequence has it. */
+    int (*unload_adapter)(LlmcModel *model, int64_t number);
+
+    /* From now on the sequence, which has to be empty, is computed with this adapter; 0: with none. Call it before
+     * `adopt`: pages are shared among sequences of one adapter, and not with those of what its number stood for before. */
+    int (*adapt)(LlmcSequence *sequence, int64_t number);
 } LlmcApi;
 
 /* The table of this artifact; NULL where it has none of that version. */

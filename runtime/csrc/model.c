@@ -55,6 +55,8 @@ int llmc_make_places(LlmcModel *model, int64_t threads, int64_t pages) {
         division->kv_heads = least(division->kv_heads, facts->layers[i].kv_heads);
     }
     division->threads = model->threads = threads;
+    model->adapter_serials = calloc((size_t)facts->adapter_count + 1, sizeof *model->adapter_serials);
+    if (model->adapter_serials == NULL) return no_memory("adapters");
     model->page_bytes = calloc((size_t)buffers + 1, sizeof *model->page_bytes);
     model->parts = calloc((size_t)facts->max_step, sizeof *model->parts);
     if (model->page_bytes == NULL || model->parts == NULL) return no_memory("a step");
@@ -113,6 +115,7 @@ static int make_tables(LlmcModel *model) {
         {&tables->ids, tokens},       {&tables->positions, tokens},  {&tables->slots, tokens},
         {&tables->lengths, tokens},   {&tables->rows, tokens},       {&tables->tiles, 4 * tokens},
         {&tables->starts, tokens + 1}, {&tables->block_table, table}, {&tables->token_types, tokens},
+        {&tables->adapters, tokens},
     };
     const size_t count = sizeof parts / sizeof *parts;
     for (size_t i = 0; i < count; i++) {
@@ -128,6 +131,20 @@ static int make_tables(LlmcModel *model) {
     step->ids = tables->ids, step->positions = tables->positions, step->slots = tables->slots;
     step->tiles = tables->tiles, step->block_table = tables->block_table, step->rows = tables->rows;
     step->starts = tables->starts, step->lengths = tables->lengths, step->token_types = tables->token_types;
+    step->adapters = tables->adapters;
+    return LLMC_OK;
+}
+
+/* Tables of adapters, which take memory only as they are filled. */
+static int make_adapters(LlmcModel *model) {
+    const int64_t count = 3 * llmc_facts.adapter_table_count;
+    void **tables = model->own.adapter_tables = calloc((size_t)count + 1, sizeof *tables);
+    if (tables == NULL) return no_memory("adapters");
+    for (int64_t i = 0; i < count; i++) {
+        tables[i] = llmc_reserve(llmc_adapter_table_bytes(i));
+        if (tables[i] == NULL) return no_memory("adapters");
+    }
+    model->step->adapter_tables = tables;
     return LLMC_OK;
 }
 
@@ -195,6 +212,7 @@ static int fill_model(LlmcModel *model, const char *path, const LlmcOptions *opt
     step->arena = llmc_reserve_huge(facts->arena_bytes);
     if (step->arena == NULL) return no_memory("a step");
     code = make_tables(model);
+    if (code == LLMC_OK) code = make_adapters(model);
     if (code == LLMC_OK) code = count_pages(options, &pages);
     if (code == LLMC_OK) code = make_cache(model, pages);
     if (code == LLMC_OK) code = llmc_make_places(model, threads, pages);
@@ -242,6 +260,9 @@ void llmc_close(LlmcModel *model) {
     for (int64_t i = 0; own->outputs != NULL && i < facts->output_count; i++) {
         llmc_give_back(own->outputs[i], own->output_bytes[i]);
     }
+    for (int64_t i = 0; own->adapter_tables != NULL && i < 3 * facts->adapter_table_count; i++) {
+        llmc_give_back(own->adapter_tables[i], llmc_adapter_table_bytes(i));
+    }
     llmc_pages_close(&model->pages);
     llmc_give_back(own->logits, own->logits_bytes);
     llmc_give_back(own->scratch, own->scratch_bytes);
@@ -249,6 +270,8 @@ void llmc_close(LlmcModel *model) {
     llmc_give_back(own->known, facts->vocabulary);
     free(model->parts);
     free(model->page_bytes);
+    free(model->adapter_serials);
+    free(own->adapter_tables);
     free(own->cache);
     free(own->outputs);
     free(own->output_bytes);

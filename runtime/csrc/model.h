@@ -37,6 +37,7 @@ typedef struct LlmcOwn {
     int64_t scratch_bytes;
     int32_t *seen;        /* [vocabulary]: ids that a penalty is for */
     unsigned char *known; /* [vocabulary]: 1 for these, while they are collected; else 0 */
+    void **adapter_tables; /* [3 * adapter_table_count]: a, b and ranks of each linear op */
     void **outputs;       /* [outputs], each with room for a whole step */
     int64_t *output_bytes;
 } LlmcOwn;
@@ -55,6 +56,8 @@ struct LlmcModel {
     LlmcPages pages;
     LlmcSequence *sequences; /* all of them, linked */
     LlmcFeed feed;
+    int64_t *adapter_serials; /* [adapter_count + 1]: what was loaded last under each number; 0: nothing is there */
+    int64_t last_adapter_serial;
     float *const *logits; /* where [rows, vocabulary] lies, of steps whose rows are nobody's own */
     LlmcOwn own;
 };
@@ -84,6 +87,7 @@ struct LlmcSequence {
     int32_t *page_ids;
     int64_t serial_count;
     int64_t *serials;
+    int64_t adapter_serial; /* of its adapter; 0: it has none */
     LlmcBefore before_anew;
 };
 
@@ -122,6 +126,12 @@ int64_t llmc_most_tokens(void);
 int64_t llmc_regime_of(const LlmcSequence *sequence, int64_t length);
 int64_t llmc_length_in(int64_t regime);
 
+/* What stands for "before the first page" of a sequence: pages are shared by those of one regime and one adapter. */
+int64_t llmc_root_of(const LlmcSequence *sequence);
+
+/* Bytes of table number `index` of adapters: a, b and ranks of linear op 0, and so on. */
+int64_t llmc_adapter_table_bytes(int64_t index);
+
 /* Makes a sequence one of its first `length` tokens; the lock is held. */
 void llmc_truncate(LlmcSequence *sequence, int64_t length);
 
@@ -135,6 +145,8 @@ int llmc_adopt(LlmcSequence *sequence, const int32_t *ids, int64_t count, int64_
 int llmc_feed(LlmcSequence *sequence, const int32_t *ids, int64_t count);
 int llmc_feed_all(LlmcSequence *const *sequences, const int32_t *const *ids, const int64_t *counts, int64_t number);
 int llmc_rollback(LlmcSequence *sequence, int64_t count);
+int llmc_load_adapter(LlmcModel *model, int64_t number, const LlmcAdapterTable *tables);
+int llmc_unload_adapter(LlmcModel *model, int64_t number);
 int llmc_next(LlmcSequence *sequence, const LlmcSampling *sampling, int32_t *token);
 float *llmc_logits(LlmcSequence *sequence);
 int llmc_encode(LlmcModel *model, const int32_t *ids, const int64_t *counts, int64_t number, float *rows);

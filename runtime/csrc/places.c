@@ -39,13 +39,14 @@ static int64_t columns_of(const LlmcPart *parts, int64_t number) {
     return columns;
 }
 
-/* Ids, positions, slots and lengths of a part whose first token is the step's `token`-th. */
+/* Ids, positions, slots, lengths and adapters of a part whose first token is the step's `token`-th. */
 static void fill_tokens(const LlmcTables *tables, const LlmcPart *part, int64_t page, int64_t token) {
     for (int64_t i = 0; i < part->count; i++) {
         const int64_t position = part->start + i;
         tables->ids[token + i] = part->ids[i];
         tables->positions[token + i] = (int32_t)position;
         tables->lengths[token + i] = (int32_t)part->length;
+        tables->adapters[token + i] = (int32_t)part->adapter;
         tables->slots[token + i] =
             part->page_count ? (int32_t)(part->pages[position / page] * page + position % page) : 0;
     }
@@ -69,13 +70,14 @@ static int64_t fill_tiles(int32_t *tiles, const LlmcPart *part, int64_t sequence
 void llmc_fill_step(LlmcStep *step, const LlmcTables *tables, const LlmcDivision *division, const LlmcPart *parts,
                     int64_t number) {
     const int64_t tile_rows = llmc_choose_tile(division, parts, number), columns = columns_of(parts, number);
-    int64_t token = 0, tile = 0, row = 0, context_parts = 1, reading = 0;
+    int64_t token = 0, tile = 0, row = 0, context_parts = 1, reading = 0, adapted = 0;
     for (int64_t i = 0; i < number; i++) {
         const LlmcPart *part = &parts[i];
         fill_tokens(tables, part, division->page, token);
         tile += fill_tiles(tables->tiles + 4 * tile, part, i, token, part->decoding ? 1 : tile_rows);
         context_parts = greatest(context_parts, llmc_parts_of(division, part->start + part->count));
         reading |= !part->decoding;
+        adapted += part->adapter ? part->count : 0;
         for (int64_t r = part->first_row; r < part->count; r++) tables->rows[row++] = (int32_t)(token + r);
         int32_t *pages = tables->block_table + i * columns;
         for (int64_t p = 0; p < columns; p++) pages[p] = p < part->page_count ? part->pages[p] : 0;
@@ -90,4 +92,5 @@ void llmc_fill_step(LlmcStep *step, const LlmcTables *tables, const LlmcDivision
     step->sizes[LLMC_ROWS] = row;
     step->sizes[LLMC_SPLITS] = llmc_choose_splits(division, tile, context_parts);
     step->sizes[LLMC_PROMPT] = reading;
+    step->sizes[LLMC_ADAPTED] = adapted;
 }

@@ -14,6 +14,7 @@ typedef struct LlmcPart {
     int64_t count, start;
     int64_t first_row; /* the logits of the rows from here on are wanted; count: none */
     int64_t length;    /* what `lengths` of the step says of its tokens */
+    int64_t adapter;   /* the number of its tokens' adapter, 0: none */
     int64_t decoding;  /* 1: its tokens decode, each in a tile of its own; 0: they are read, as a prompt or a text */
 } LlmcPart;
 
@@ -24,6 +25,7 @@ typedef struct LlmcTables {
     int32_t *starts; /* one more than tokens; NULL: the step has none */
     int32_t *token_types;
     int32_t *block_table;
+    int32_t *adapters;
 } LlmcTables;
 
 /* What decides how the work of attention is divided. */

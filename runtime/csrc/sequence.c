@@ -9,6 +9,10 @@ enum { ALIGNMENT = 64 };
 
 static int64_t ceiling(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
+int64_t llmc_root_of(const LlmcSequence *sequence) {
+    return -(sequence->view.regime + (llmc_facts.regime_count + 1) * sequence->adapter_serial);
+}
+
 static int64_t padded(int64_t bytes) { return ceiling(bytes, ALIGNMENT) * ALIGNMENT; }
 
 bool llmc_has_cache(void) { return llmc_facts.state == LLMC_PAGED; }
@@ -100,6 +104,8 @@ static void copy_into(LlmcSequence *made, const LlmcSequence *sequence) {
     made->view.length = view->length;
     made->view.regime = view->regime;
     made->view.reading = view->reading;
+    made->view.adapter = view->adapter;
+    made->adapter_serial = sequence->adapter_serial;
     made->view.page_count = view->page_count;
     made->has_logits = sequence->has_logits;
     made->serial_count = sequence->serial_count;
@@ -163,7 +169,7 @@ int llmc_rollback(LlmcSequence *sequence, int64_t count) {
 static void adopt_pages(LlmcSequence *sequence, const int32_t *ids, int64_t count) {
     LlmcSequenceView *view = &sequence->view;
     LlmcPages *pages = &sequence->model->pages;
-    int64_t parent = -view->regime;
+    int64_t parent = llmc_root_of(sequence);
     for (; view->length + llmc_facts.page < count; view->length += llmc_facts.page) {
         const int32_t *tokens = ids + view->length, page = llmc_pages_find(pages, parent, tokens);
         if (page < 0) return;

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define LLMC_ABI 7
+#define LLMC_ABI 8
 
 /* Positions in LlmcStep.sizes; the letters are those of docs/architecture.md. */
 enum {
@@ -17,7 +17,8 @@ enum {
     LLMC_ROWS = 4,      /* R: rows whose logits are wanted */
     LLMC_SPLITS = 5,    /* SPLITS: units that attention over a context is for, if it has so many parts */
     LLMC_PROMPT = 6,    /* 1: the tokens are read, as a prompt or a text; 0: each decodes, in a tile of its own */
-    LLMC_SIZES = 7
+    LLMC_ADAPTED = 7,   /* ADAPTED: tokens that have an adapter */
+    LLMC_SIZES = 8
 };
 
 typedef struct LlmcStep {
@@ -45,6 +46,9 @@ typedef struct LlmcStep {
     const int32_t *lengths;     /* [T]: a length of the regime that the token's sequence is computed in */
     int64_t arena_bytes;        /* of the arena */
     int64_t cache_pages;        /* of each buffer of the cache: page numbers and slots are checked against it */
+    /* Artifacts with room for adapters: */
+    const int32_t *adapters;    /* [T]: the number of each token's adapter, 0: none */
+    void *const *adapter_tables; /* a, b and ranks of linear op 0, of linear op 1, ...: LlmcAdapterFacts of llmc.h */
 } LlmcStep;
 
 /* What may be wrong with a step that is given to any artifact: what llmc_step returns, and then nothing has run. */
@@ -59,7 +63,8 @@ enum {
     LLMC_WRONG_ROW,
     LLMC_WRONG_START,
     LLMC_WRONG_TILE,
-    LLMC_WRONG_KINDS = LLMC_WRONG_TILE
+    LLMC_WRONG_ADAPTER,
+    LLMC_WRONG_KINDS = LLMC_WRONG_ADAPTER
 };
 
 /* Runs the model once over T tokens. Returns 0, or n > 0 when its inputs are impossible: one of the above, or else

@@ -48,6 +48,7 @@ static bool pointers_fit(const LlmcStep *step, const LlmcLimits *limits) {
         {limits->token_types, step->token_types},
         {limits->starts, step->starts},
         {limits->lengths, step->lengths},
+        {limits->adapters, step->adapters},
     };
     bool fine = true;
     for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) {
@@ -55,6 +56,7 @@ static bool pointers_fit(const LlmcStep *step, const LlmcLimits *limits) {
     }
     return fine && are_buffers((const void *const *)step->cache, limits->caches) &&
            are_buffers(step->inputs, limits->inputs) &&
+           are_buffers((const void *const *)step->adapter_tables, limits->adapter_tables) &&
            are_buffers((const void *const *)step->outputs, limits->outputs);
 }
 
@@ -67,6 +69,14 @@ static bool starts_fit(const LlmcStep *step, int64_t context) {
         fine &= length >= 1 && length <= context;
     }
     return fine;
+}
+
+/* Numbers of adapters that there are, and as many tokens with one as is said: whether there are any decides what runs. */
+static bool adapters_fit(const LlmcStep *step, const LlmcLimits *limits) {
+    int64_t adapted = 0;
+    if (!all_below(step->adapters, step->sizes[LLMC_TOKENS], limits->adapter_count + 1)) return false;
+    for (int64_t i = 0; i < step->sizes[LLMC_TOKENS]; i++) adapted += step->adapters[i] != 0;
+    return adapted == step->sizes[LLMC_ADAPTED];
 }
 
 /* Each tile is of consecutive rows of one sequence, whose positions have pages in the block table; together they are as
@@ -111,5 +121,6 @@ int llmc_check_step(const LlmcStep *step, const LlmcLimits *limits) {
     if (limits->rows && !all_below(step->rows, rows, tokens)) return LLMC_WRONG_ROW;
     if (limits->starts && !starts_fit(step, limits->context)) return LLMC_WRONG_START;
     if (limits->tiles && !tiles_fit(step, limits)) return LLMC_WRONG_TILE;
+    if (limits->adapters && !adapters_fit(step, limits)) return LLMC_WRONG_ADAPTER;
     return 0;
 }

@@ -17,7 +17,9 @@ typedef struct LlmcLimits {
     int64_t caches, inputs, outputs, dims;          /* how many pointers, and sizes, there are */
     const int64_t *least_dims, *most_dims;          /* of LlmcStep.dims */
     bool weights, logits;                           /* which of its pointers the step follows */
-    bool ids, positions, slots, tiles, block_table, rows, token_types, starts, lengths;
+    bool ids, positions, slots, tiles, block_table, rows, token_types, starts, lengths, adapters;
+    int64_t adapter_count;                          /* numbers of adapters are up to this */
+    int64_t adapter_tables;                         /* how many pointers there are */
 } LlmcLimits;
 
 /* 0, or which LLMC_WRONG_* of step.h it is. Reads T + Q + B * M + R numbers: next to nothing of a step. */

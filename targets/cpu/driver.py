@@ -19,7 +19,7 @@ from llmc.targets.joining import JoinedLoop, joined_loop
 from llmc.targets.kernel import FAILED, CachePart, Call, Packed, Range, Scratch, Workspace
 from llmc.targets.lowering import LoweredOp, Program
 from llmc.targets.memory import needs_arena, scratch_key, weight_key
-from llmc.targets.step_limits import INPUTS, SIZES, failures_of, limits_source
+from llmc.targets.step_limits import INPUTS, SIZES, adapter_tables, failures_of, limits_source
 from llmc.targets.target import Addresses
 
 
@@ -220,6 +220,9 @@ def _address(value: Value, program: Program, addresses: Addresses, interface: _I
     if isinstance(owner, Input):
         if addresses.task == "run":
             return f"(void *)(uintptr_t)step->inputs[{program.graph.inputs.index(owner)}]"
+        tables = adapter_tables(program.graph)
+        if owner in tables:
+            return f"step->adapter_tables[{tables.index(owner)}]"
         if owner.name not in INPUTS:
             raise CompileError(f"the graph has an input {owner.name!r} that the step does not give")
         return f"(void *)(uintptr_t)step->{owner.name}"

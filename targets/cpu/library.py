@@ -25,10 +25,11 @@ from llmc.targets.target import Addresses, Library
 # What the runtime calls (pool.h, choose.h, layer.h), or C programs (llmc.h). Beside these an artifact exports its
 # kernels, which `llmc compile --check` calls one by one, and the limit kernels; everything else is its own.
 INTERFACE = (
-    "llmc_abi", "llmc_adopt", "llmc_api", "llmc_choose", "llmc_choose_bytes", "llmc_close", "llmc_encode_fitting",
-    "llmc_encode_step", "llmc_end", "llmc_error", "llmc_feed_begin", "llmc_feed_end", "llmc_feed_left",
-    "llmc_feed_step", "llmc_fork", "llmc_hash", "llmc_layer_drop_kept", "llmc_layer_open", "llmc_layer_pages",
-    "llmc_pool_create", "llmc_pool_use", "llmc_rollback", "llmc_run", "llmc_sequence", "llmc_write",
+    "llmc_abi", "llmc_adapt", "llmc_adapter_begin", "llmc_adapter_end", "llmc_adapter_users", "llmc_adopt",
+    "llmc_api", "llmc_choose", "llmc_choose_bytes", "llmc_close", "llmc_encode_fitting", "llmc_encode_step",
+    "llmc_end", "llmc_error", "llmc_feed_begin", "llmc_feed_end", "llmc_feed_left", "llmc_feed_step", "llmc_fork",
+    "llmc_hash", "llmc_layer_drop_kept", "llmc_layer_open", "llmc_layer_pages", "llmc_pool_create", "llmc_pool_use",
+    "llmc_rollback", "llmc_run", "llmc_sequence", "llmc_write",
 )  # fmt: skip
 
 # All artifacts have the same function names, and a process may hold several of them, in one namespace (RTLD_GLOBAL, or

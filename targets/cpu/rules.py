@@ -11,6 +11,7 @@ from llmc.targets.cpu import (  # noqa: F401  (registers their rules)
     embedding_rules,
     functions,
     linear_rules,
+    low_rank_rules,
     pooling,
 )
 from llmc.targets.cpu.linear_rules import refuses_integers, rows_of
