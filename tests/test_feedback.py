@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmc.compiler.encodings import GroupQuantized, encode
+from llmc.compiler.encodings import GroupQuantized, encode, feedback
 from llmc.compiler.encodings.feedback import BLOCK, Curvature, _Rows, encode_with_feedback
 from llmc.compiler.encodings.levels import table_levels
 from llmc.compiler.ir.encoded import Encoded
@@ -116,7 +116,8 @@ def test_errors_and_powers_are_those_of_the_outputs(kind: GroupQuantized) -> Non
 
 
 @by_kind
-def test_rows_do_not_depend_on_each_other_or_on_threads(kind: GroupQuantized) -> None:
+def test_rows_do_not_depend_on_each_other_or_on_threads(kind: GroupQuantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "MOST_ROWS", 256)  # so that there are two blocks
     w, moments = layer(300, 129, 300)
     curvature = Curvature.of(moments)
     whole = rounded(kind, w, curvature, threads=1)

@@ -30,7 +30,9 @@ PANEL = 256  # rows or columns of a matrix that change at a time, however many t
 BLOCK = 64  # inputs whose errors reach the inputs behind the block in one product
 RIDGE = 1e-4  # of least squares, relative to each scale's own weight
 _F16_HIGHEST = float(np.finfo(np.float16).max)
-ROWS = 256  # of a weight that are rounded at a time, however many threads there are: products have one shape
+# Numbers of a weight that are rounded at a time, in whole rows, whatever the threads, so that products have one shape.
+# The more rows, the less of the time goes to calling numpy; the memory for them is some ten times theirs.
+AT_ONCE, LEAST_ROWS, MOST_ROWS = 1 << 20, 256, 1024
 
 
 @dataclass(frozen=True)
@@ -123,21 +125,22 @@ def encode_with_feedback(
     `encode`. CompileError as `encode`."""
     parts = empty_parts(kind, *w.shape)
     powers, errors = np.zeros((2, len(w)), np.float32)
+    count = max(LEAST_ROWS, min(MOST_ROWS, AT_ONCE // max(1, w.shape[1])))
 
     def one_block(start: int) -> None:
-        rows = _Rows(kind, widen(w[start : start + ROWS]), curvature)
+        rows = _Rows(kind, widen(w[start : start + count]), curvature)
         rows.feed_back()
         rows.measure()
         for _ in range(sweeps):
             rows.refit()
             rows.descend()
-        here = slice(start, start + ROWS)
+        here = slice(start, start + count)
         found, errors[here] = rows.best_parts()
         powers[here] = rows.powers()
         for name, part in found.items():
             parts[name][here] = part
 
-    each_block(one_block, range(0, len(w), ROWS), threads)
+    each_block(one_block, range(0, len(w), count), threads)
     return Rounded(Encoded(kind, w.shape, parts), powers, errors)
 
 
