@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.verify import verify
 from llmc.compiler.passes.adapt_linears import AdapterTable as AdapterTable
 from llmc.compiler.passes.adapt_linears import AdaptLinears
@@ -23,27 +24,29 @@ if TYPE_CHECKING:
     from llmc.frontends.lifted import Lifted
 
 
+def check_room(task: str, graph: Graph, options: CompileOptions) -> None:
+    """CompileError where the options ask for adapters and the graph, after all passes, has no tokens of sequences with
+    a cache: said before weights are rounded, which takes long."""
+    paged = any(value.name == "block_table" for value in graph.inputs)
+    if options.adapters and not (paged and task == "generate"):
+        raise CompileError("--adapters needs a model that continues texts and keeps a cache, which this one does not")
+
+
 def make_room(lifted: Lifted, compiled: Compiled, options: CompileOptions, observers: Sequence[Observer]) -> None:
     """Changes the graph of `compiled`, where the options ask for it, and notes down what its tables are for.
-    CompileError for a graph that has no tokens of sequences with a cache, or no linear op that can be adapted."""
+    CompileError as `check_room`, and for a graph without a linear op that can be adapted."""
     if not options.adapters:
         return
-    if any(value.name == "block_table" for value in compiled.graph.inputs) and lifted.task == "generate":
-        item = AdaptLinears(options.adapters, options.adapter_rank)
-        report, before, start = (
-            Report(item.name, ops_before=len(compiled.graph.ops)),
-            compiled.graph,
-            time.perf_counter(),
-        )
-        after, tables = item.adapted(before, report, dict(compiled.originals))
-        verify(after)
-        report.seconds, report.ops_after = time.perf_counter() - start, len(after.ops)
-        compiled.graph, compiled.reports = after, [*compiled.reports, report]
-        compiled.adapters = tuple(_with_powers(table, lifted) for table in tables)
-        for observer in observers:
-            observer(item, before, after, report)
-        return
-    raise CompileError("--adapters needs a model that continues texts and keeps a cache, which this one does not")
+    check_room(lifted.task, compiled.graph, options)
+    item, before, start = AdaptLinears(options.adapters, options.adapter_rank), compiled.graph, time.perf_counter()
+    report = Report(item.name, ops_before=len(before.ops))
+    after, tables = item.adapted(before, report, dict(compiled.originals))
+    verify(after)
+    report.seconds, report.ops_after = time.perf_counter() - start, len(after.ops)
+    compiled.graph, compiled.reports = after, [*compiled.reports, report]
+    compiled.adapters = tuple(_with_powers(table, lifted) for table in tables)
+    for observer in observers:
+        observer(item, before, after, report)
 
 
 def _with_powers(table: AdapterTable, lifted: Lifted) -> AdapterTable:

@@ -238,7 +238,8 @@ def losses_of(
     pool: Executor,
 ) -> Losses | None:
     """What the model loses by each of these weights alone, rounded to the first that it may become; None where outputs
-    are not finite. texts: of which the beginning is read. Activations are not rounded meanwhile: where a weight changes
+    are not finite. A weight that changes nothing on this text is left out: elsewhere it may. texts: of which the
+    beginning is read. Activations are not rounded meanwhile: where a weight changes
     them a little, some are rounded otherwise, which hides what the weight itself does."""
     exact = rewrite(model.graph, lambda op: op.x if isinstance(op, QuantizeActivations) else None)
     floats, layers = in_floats(exact)
@@ -254,7 +255,9 @@ def losses_of(
         floats, readers, output, inputs, model.lifted.weights.load, lambda weight: kept[weight][0].encoded.decode(),
         divergence_from(model.vocabulary) if decodes else relative_error, progress, pool,
     )  # fmt: skip
-    return found if all(map(math.isfinite, found.values())) else None
+    if not all(map(math.isfinite, found.values())):
+        return None
+    return {weight: loss for weight, loss in found.items() if loss > 0}
 
 
 def tell_cost(

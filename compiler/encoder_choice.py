@@ -1,8 +1,8 @@
 """Which precision an encoder gets where nobody says: the smallest whose vectors still point where the original's do.
 
 Vectors are compared by angles, so a mean cosine is what counts, on random ids like those that accuracy is told of. One
-measuring of inputs serves all choices: matrices in 4 bits, of which more and more get 6 (`allocation.budgets`). Where
-not even 6 bits for all of them do, it is 8.
+measuring of inputs serves all choices: matrices in 4 bits on average, then in more and more (`allocation.budgets`).
+Where not even 6 bits for all of them do, it is 8.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from llmc.compiler.ir.attention import Attention
@@ -71,3 +72,9 @@ def _reason(graph: Graph, reports: Sequence[Report]) -> str:
                 what, why = report.refusals[0]
                 return f"{name} refused {what}: {why}"
     return ""
+
+
+def integer_notes(reports: Sequence[Report]) -> list[str]:
+    """What a user should know of weights that came quantized and could not stay as they were."""
+    reasons = Counter(why for report in reports if report.name == "keep-integers" for _, why in report.refusals)
+    return [f"{count} quantized weight{'s' * (count > 1)}: {why}" for why, count in reasons.items()]

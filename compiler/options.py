@@ -51,9 +51,10 @@ class CompileOptions:
     other. "none": each weight is rounded for itself. "self": the model's own text (of an encoder, random ids).
     Anything else: besides, a file of text, or of JSON lines with a "text" where its name ends in .jsonl. None: "self"
     for a model of texts in int6 or less whose weights are embedded or go to a file, else "none".
-    bits_per_weight: stored bits for each of the model's parameters, all parts counted. Weights whose measured inputs
-    show that they need more bits than their scheme has get one or two more, as far as these last. None: a tenth of a
-    bit more than the schemes take, and none where weights go to a file, which fits all artifacts of the model.
+    bits_per_weight: stored bits for each of the model's parameters, all parts counted. By what the model loses by each
+    alone, weights get one bit fewer than their scheme has, or up to two more, as far as these last. None: a tenth of a
+    bit more than the schemes take; where weights go to a file, which fits all artifacts of the model, all have their
+    scheme.
     lora: directories of adapters, as PEFT writes them, that are merged into the weights.
     adapters: how many adapters there is room for, that are loaded at run time and chosen for each text. adapter_rank:
     the greatest rank of one. What is not loaded takes address space, and no memory.

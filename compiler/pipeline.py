@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmc.compiler import passes as _passes  # noqa: F401  (registers all passes)
-from llmc.compiler.adapting import AdapterTable, make_room
+from llmc.compiler.adapting import AdapterTable, check_room, make_room
 from llmc.compiler.artifact import ArtifactWriter
 from llmc.compiler.estimate import estimate
 from llmc.compiler.ir.attention import Attention
@@ -23,7 +22,7 @@ from llmc.compiler.ir.evaluate import LoadParam
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.op import Value
 from llmc.compiler.ir.types import KV
-from llmc.compiler.losses import losses
+from llmc.compiler.losses import integer_notes, losses
 from llmc.compiler.options import AUTO, INTEGERS, CompileOptions
 from llmc.compiler.passes.causality import attends_causally
 from llmc.compiler.passes.manager import Observer, Pass, Report, parse_pipeline, run_passes
@@ -266,6 +265,7 @@ def compile_model(
     checker = checker_of(lifted, options)
     watching = [checker] if checker is not None else []
     compiled = run_lifted(lifted, options, watching, progress)
+    check_room(lifted.task, compiled.graph, options)
     if checker is None:  # which compares all layers, and each pass
         compiled.first_layer = check_layer(lifted, options)
     if lifted.task != RUN:
@@ -455,12 +455,6 @@ def check_layer(lifted: Lifted, options: CompileOptions) -> str:
     passes = parse_pipeline(pipeline_text(plain, lifted.task, vocabulary_of(lifted), lifted.max_context))
     with reading(lifted.weights.load):
         return str(check_first_layer(lifted.graph, passes, lifted.weights.load, lifted.max_context, options.seed))
-
-
-def integer_notes(reports: Sequence[Report]) -> list[str]:
-    """What a user should know of weights that came quantized and could not stay as they were."""
-    reasons = Counter(why for report in reports if report.name == "keep-integers" for _, why in report.refusals)
-    return [f"{count} quantized weight{'s' * (count > 1)}: {why}" for why, count in reasons.items()]
 
 
 def stored_values(program: Program) -> list[Stored]:

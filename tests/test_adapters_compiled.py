@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 from program_harness import CompiledGraph
 from small_decoder import VOCABULARY, of_modules, small_decoder
 from test_passes_adapt_linears import tables_of
+from tiny_encoders import make_encoder
 
+import llmc
 from llmc.compiler.ir.adapters import LowRank
 from llmc.compiler.ir.encoded import Encoded, Pages
 from llmc.compiler.ir.evaluate import evaluate
@@ -26,8 +29,15 @@ from llmc.targets import lower, machine_named
 
 LENGTHS = (7, 1, 31, 33, 9)
 OWNERS = (1, 0, 2, 0, 1)  # adapters of these texts
-# Activations that kernels and numpy round to int8 each, of sums in another order: one step of 1 / 127 in a few places.
-LIMITS = {"none": 2e-5, "bf16": 2e-2, "int8": 2e-2, "int4": 2e-2}
+SCHEMES = ("none", "bf16", "int8", "int4")
+
+
+def limit(scheme: str) -> float:
+    """Of the largest logit. Sums of f32 in another order, by which a few activations may round to the next step (3e-5
+    were seen); tile registers keep bf16 where numpy rounds to int8, and f32 where it rounds to bf16."""
+    if scheme == "none":
+        return 2e-5
+    return 2e-2 if machine_named("native").has("amx-tile") else 2e-3
 
 
 @cache
@@ -47,7 +57,7 @@ def inputs_of(graph: Graph, adapters: tuple[int, ...]) -> dict[str, np.ndarray |
 
 
 @pytest.mark.parametrize("adapters", [OWNERS, (0,) * 5, (2,) * 5])
-@pytest.mark.parametrize("scheme", LIMITS)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_step_is_what_its_ops_mean(scheme: str, adapters: tuple[int, ...]) -> None:
     program, graph = compiled(scheme)
     inputs = inputs_of(graph, adapters)
@@ -57,7 +67,15 @@ def test_a_step_is_what_its_ops_mean(scheme: str, adapters: tuple[int, ...]) -> 
     found, _ = program.run(inputs)
     again, _ = program.run(inputs, splits=1, threads=1)
     assert np.array_equal(found, again)
-    assert np.abs(found - expected).max() <= LIMITS[scheme] * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= limit(scheme) * np.abs(expected).max()
+
+
+def test_a_model_without_a_cache_is_refused_before_anything_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmc.compiler.pipeline.near_choice", lambda *_: pytest.fail("it was rounded first"))
+    with pytest.raises(CompileError, match="--adapters needs a model that continues texts"):
+        llmc.compile(make_encoder("bert", tmp_path / "bert"), tmp_path / "model.so", adapters=1)
 
 
 def test_an_operand_that_is_changed_in_place_has_no_other_reader() -> None:

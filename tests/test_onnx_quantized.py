@@ -22,8 +22,9 @@ from llmc.compiler.ir.evaluate import evaluate_values
 from llmc.compiler.ir.graph import Graph
 from llmc.compiler.ir.integers import PackGroups, ScaleIntegers
 from llmc.compiler.ir.llm import Linear
+from llmc.compiler.losses import integer_notes
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import RECOGNISE, integer_notes, pipeline_text
+from llmc.compiler.pipeline import RECOGNISE, pipeline_text
 from llmc.errors import FrontendError
 from llmc.targets.machine import Machine
 

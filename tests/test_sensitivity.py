@@ -108,6 +108,18 @@ def test_losses_that_are_not_finite_are_not_told(tmp_path: Path) -> None:
         assert losses_of(model, kept, random_texts(model.lifted, model.vocabulary, 0), Silent(), pool) is None
 
 
+def test_weights_that_change_nothing_on_the_text_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere they may: they are not taken for worthless."""
+    model = model_of("llama_odd", tmp_path / "llama_odd")
+    kept = rounded(model)
+    first, second, third = list(kept)[:3]
+    told = {first: 0.0, second: 0.5, third: -1e-9}
+    monkeypatch.setattr("llmc.compiler.calibrate.rounding_losses", lambda *_: told)
+    with text_threads() as pool:
+        found = losses_of(model, kept, random_texts(model.lifted, model.vocabulary, 0), Silent(), pool)
+    assert found == {second: 0.5}
+
+
 def test_distances() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 3, 10)).astype(np.float32)

@@ -27,8 +27,9 @@ from stored_models import (
     write_pair,
 )  # fmt: skip
 
+from llmc.compiler.losses import integer_notes
 from llmc.compiler.options import CompileOptions
-from llmc.compiler.pipeline import integer_notes, run_lifted
+from llmc.compiler.pipeline import run_lifted
 from llmc.errors import FrontendError
 from llmc.frontends.hf.lift import lift
 from llmc.frontends.hf.stored import gptq

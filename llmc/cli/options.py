@@ -96,8 +96,8 @@ Calibrate = Annotated[
 ]  # fmt: skip
 BitsPerWeight = Annotated[
     float | None, typer.Option("--bits-per-weight", metavar="BITS", rich_help_panel=_COMPILING, show_default=False,
-                               help="With int6 and less: bits a weight, all in all. Those that need it most get more; "
-                               "default: 0.1 more than with none of them."),
+                               help="With int6 and less: bits a weight, all in all; each gets what it is worth "
+                               "[default: 0.1 more than the schemes take]."),
 ]  # fmt: skip
 Lora = Annotated[
     list[str] | None, typer.Option("--lora", metavar="DIR", rich_help_panel=_COMPILING, show_default=False,
